@@ -1,0 +1,43 @@
+"""The one error users see: where it happened, what was got against what was expected, and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["CheckError", "EXIT_CHECK", "EXIT_INPUT", "EXIT_INTERRUPT", "EXIT_OTHER", "InputError", "UserError"]
+
+EXIT_OTHER = 1
+EXIT_INPUT = 2
+EXIT_CHECK = 3
+EXIT_INTERRUPT = 130
+
+
+class UserError(Exception):
+    """An error with three parts; printed without a traceback by every command line.
+
+    Args:
+        where: the op, layer, tensor, file or option concerned.
+        problem: what was got against what was expected, with values.
+        fix: what the user can do about it.
+    """
+
+    exit_code = EXIT_OTHER
+
+    def __init__(self, where: str, problem: str, fix: str) -> None:
+        super().__init__(f"{where}: {problem}. {fix}.")
+        self.where = where
+        self.problem = problem
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        return type(self), (self.where, self.problem, self.fix)
+
+
+class InputError(UserError):
+    """The input or the usage is wrong (exit code 2)."""
+
+    exit_code = EXIT_INPUT
+
+
+class CheckError(UserError):
+    """A check of ours failed: validation, perplexity, plugin count (exit code 3)."""
+
+    exit_code = EXIT_CHECK
