@@ -1,0 +1,146 @@
+"""How long work tells where it is: bars on a terminal, one JSON object per line for programs, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichBars
+
+__all__ = ["JsonProgress", "NullProgress", "PlainProgress", "Progress", "RichProgress", "make_progress"]
+
+
+class Progress(Protocol):
+    """What a stage calls; one stage at a time."""
+
+    def start(self, stage: str, total: int) -> None:
+        """A stage begins that has `total` steps."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Steps are done; the note names the current piece of work."""
+
+    def finish(self) -> None:
+        """The stage is done."""
+
+    def message(self, text: str) -> None:
+        """One line for the user."""
+
+
+class NullProgress:
+    """Says nothing."""
+
+    def start(self, stage: str, total: int) -> None:
+        """Ignored."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Ignored."""
+
+    def finish(self) -> None:
+        """Ignored."""
+
+    def message(self, text: str) -> None:
+        """Ignored."""
+
+
+class JsonProgress:
+    """One JSON object per line: {"event", "stage", "done", "total", "note", "seconds"}."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._stage, self._total, self._done, self._began = "", 0, 0, time.monotonic()
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        seconds = round(time.monotonic() - self._began, 3)
+        line = {"event": event, "stage": self._stage, "done": self._done, "total": self._total, "seconds": seconds, **fields}
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+
+    def start(self, stage: str, total: int) -> None:
+        """Emit a start event."""
+        self._stage, self._total, self._done, self._began = stage, total, 0, time.monotonic()
+        self._emit("start")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Emit a progress event."""
+        self._done += steps
+        self._emit("progress", note=note)
+
+    def finish(self) -> None:
+        """Emit a finish event."""
+        self._emit("finish")
+
+    def message(self, text: str) -> None:
+        """Emit a message event."""
+        self._emit("message", text=text)
+
+
+class PlainProgress:
+    """One line per stage, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._stage, self._began = "", time.monotonic()
+
+    def start(self, stage: str, total: int) -> None:
+        """Remember when the stage began."""
+        self._stage, self._began = stage, time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Steps are not printed."""
+
+    def finish(self) -> None:
+        """Print the stage and its time."""
+        self.message(f"{self._stage}: {time.monotonic() - self._began:.1f} s")
+
+    def message(self, text: str) -> None:
+        """Print the text."""
+        print(text, file=self._stream, flush=True)
+
+
+class RichProgress:
+    """A live bar per stage on a terminal, with the elapsed and the remaining time."""
+
+    def __init__(self) -> None:
+        self._bars: RichBars | None = None
+        self._stage, self._began = "", time.monotonic()
+
+    def start(self, stage: str, total: int) -> None:
+        """Show a bar."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._stage, self._began = stage, time.monotonic()
+        self._bars = Bars(TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                          TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"), console=Console(stderr=True), transient=True)
+        self._bars.add_task(stage, total=max(total, 1), note="")
+        self._bars.start()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move the bar."""
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], advance=steps, note=note)
+
+    def finish(self) -> None:
+        """Replace the bar by one line."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        self.message(f"{self._stage}: {time.monotonic() - self._began:.1f} s")
+
+    def message(self, text: str) -> None:
+        """Print above the bar."""
+        from rich.console import Console
+
+        console = self._bars.console if self._bars is not None else Console(stderr=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def make_progress(kind: str) -> Progress:
+    """The display for --progress auto|rich|plain|json|none; auto is bars on a terminal, else plain lines."""
+    if kind == "auto":
+        kind = "rich" if sys.stderr.isatty() else "plain"
+    return {"rich": RichProgress, "plain": PlainProgress, "json": JsonProgress, "none": NullProgress}[kind]()
