@@ -1,0 +1,72 @@
+"""python -m exporter MODEL --wbits W --abits A: quantise, export, build an engine, prove it, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from calibration.cli import add_quant_arguments, model_slug, scheme_from_args
+from exporter.pipeline import STAGES, ExportRequest, run_pipeline
+from plugins.core.cli import run_cli
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; imports nothing heavy."""
+    parser = argparse.ArgumentParser(prog="python -m exporter", description=__doc__)
+    add_quant_arguments(parser)
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--engine", choices=["auto", "tensorrt", "tensorrt-rtx", "none"], default="auto",
+                        help="auto: tensorrt where it imports and a GPU is there, else tensorrt-rtx (default: auto)")
+    engine.add_argument("--max-batch", type=int, default=1, metavar="B", help="largest batch of the profiles (default: 1)")
+    engine.add_argument("--max-seq", type=int, default=2048, metavar="S", help="largest context of the profiles (default: 2048)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--until", choices=STAGES, default="report", help="last stage to run (default: report)")
+    run.add_argument("--resume", action="store_true", help="keep finished stages whose inputs did not change")
+    return parser
+
+
+def print_summary(out: Path, manifest: dict[str, object]) -> None:
+    """The table of stages on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(out), title_justify="left")
+    for column in ("stage", "seconds", "peak MB", "size MB", "result"):
+        table.add_column(column, justify="left" if column in ("stage", "result") else "right")
+    stages = manifest["stages"]
+    assert isinstance(stages, dict)
+    for name, record in stages.items():
+        size = sum(item["bytes"] for item in record["files"].values()) / 1e6
+        table.add_row(name, f"{record['seconds']:.1f}", f"{record['peak_rss'] / 1e6:.0f}", f"{size:.1f}",
+                      str(record.get("facts", {}).get("summary", "")))
+    Console().print(table)
+
+
+def _main(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    from calibration.progress import make_progress
+    from plugins.core.errors import InputError
+
+    for option in ("max_batch", "max_seq"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option.replace('_', '-')}", f"got {getattr(args, option)}, expected at least 1", "Give a positive number")
+    scheme = scheme_from_args(args)
+    out = Path(args.out) if args.out else Path("out") / f"{model_slug(args.model)}-{scheme.label}"
+    request = ExportRequest(args.model, scheme, out, args.calib, args.nsamples, args.seqlen, args.engine, args.max_batch, args.max_seq,
+                            args.until, args.resume, args.offline, ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)))
+    manifest = run_pipeline(request, make_progress(args.progress))
+    if args.progress != "json":
+        print_summary(out, manifest)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 input, 3 a check failed, 1 anything else, 130 interrupted."""
+    return run_cli(lambda: _main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

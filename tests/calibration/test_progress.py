@@ -1,0 +1,45 @@
+"""Every display takes the same calls; the JSON one is one object per line."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from calibration.progress import JsonProgress, PlainProgress, make_progress
+
+
+def test_json_lines() -> None:
+    stream = io.StringIO()
+    progress = JsonProgress(stream)
+    progress.start("onnx", 2)
+    progress.advance(note="layer 0")
+    progress.advance()
+    progress.message("hello")
+    progress.finish()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "progress", "progress", "message", "finish"]
+    assert [line["done"] for line in lines] == [0, 1, 2, 2, 2]
+    assert all(line["stage"] == "onnx" and line["total"] == 2 and line["seconds"] >= 0 for line in lines)
+    assert lines[1]["note"] == "layer 0" and lines[3]["text"] == "hello"
+
+
+def test_plain_lines() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.start("quant", 3)
+    progress.advance()
+    progress.finish()
+    assert stream.getvalue().startswith("quant: 0.") and stream.getvalue().endswith(" s\n")
+
+
+@pytest.mark.parametrize("kind", ["auto", "rich", "plain", "json", "none"])
+def test_every_display_takes_the_same_calls(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = make_progress(kind)
+    progress.start("engine", 1)
+    progress.advance(note="[brackets] are text")
+    progress.message("[brackets] are text")
+    progress.finish()
+    captured = capsys.readouterr()
+    assert ("[brackets] are text" in captured.out + captured.err) == (kind != "none")
