@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibration.cli import add_quant_arguments, model_slug, scheme_from_args
+from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
 from exporter.pipeline import STAGES, ExportRequest, run_pipeline
 from plugins.core.cli import run_cli
 
@@ -54,10 +54,13 @@ def _main(argv: list[str] | None) -> int:
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}", f"got {getattr(args, option)}, expected at least 1", "Give a positive number")
     scheme = scheme_from_args(args)
-    out = Path(args.out) if args.out else Path("out") / f"{model_slug(args.model)}-{scheme.label}"
+    out = default_out(args, scheme)
+    progress = make_progress(args.progress)
+    if notice := stand_in_notice(args, scheme):
+        progress.message(notice)
     request = ExportRequest(args.model, scheme, out, args.calib, args.nsamples, args.seqlen, args.engine, args.max_batch, args.max_seq,
                             args.until, args.resume, args.offline, ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)))
-    manifest = run_pipeline(request, make_progress(args.progress))
+    manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)
     return 0

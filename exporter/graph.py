@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from calibration.families import ModelFamily
     from calibration.quant_folder import QuantModel
+    from calibration.scheme import QuantLinear
 
 __all__ = ["DATA_FILE", "IR_VERSION", "MODEL_FILE", "OPSET", "export_onnx", "layer_output"]
 
@@ -37,12 +37,12 @@ class DecoderWriter:
     """Appends nodes and initializers of one decoder; every method returns the name of the tensor it made."""
 
     quant: QuantModel
-    family: ModelFamily
     weights: ExternalWeights
     factory: NodeFactory
     dtype: int  # onnx.TensorProto.FLOAT16, BFLOAT16 or FLOAT
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
+    linears: dict[str, QuantLinear] = field(default_factory=dict)  # of the layer being written, by node name
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A standard node named after its single output."""
@@ -64,18 +64,18 @@ class DecoderWriter:
 
         name = f"{prefix}.{'_'.join(str(value) for value in values)}"
         if name not in self.weights:
-            self.weights.add(name, np.array(values, np.int64))
+            self.weights.add_inline(name, np.array(values, np.int64))
         return name
 
     def tensor(self, name: str) -> str:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def gemm(self, name: str, linears: list[str], source: str) -> str:
-        """The custom node of linear layers fused along their outputs: [B, S, K] -> [B, S, N]."""
+    def gemm(self, name: str, source: str) -> str:
+        """The custom node of this layer's fused linears called `name`: [B, S, K] -> [B, S, N]."""
         from onnx import helper
 
-        linear = self.quant.fused(linears)
+        linear = self.linears[name]
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
         packed = spec.pack(linear.arrays, attrs, name)
         names = [self.weights.add(f"{name}.{key}", packed[key]) for key in spec.input_names(attrs)[1:]]
@@ -113,7 +113,7 @@ class DecoderWriter:
         """An int64 scalar constant."""
         import numpy as np
 
-        return self.weights.add(name, np.array(value, np.int64))
+        return self.weights.add_inline(name, np.array(value, np.int64))
 
     def rope_cache(self) -> tuple[str, str]:
         """cos and sin tables, [max positions, head_dim / 2]."""
@@ -132,7 +132,7 @@ class DecoderWriter:
         config = self.quant.config
         heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         prefix = f"model.layers.{index}.self_attn"
-        qkv = self.gemm(f"{prefix}.qkv_proj", self.family.linears("qkv", index), source)
+        qkv = self.gemm(f"{prefix}.qkv_proj", source)
         qkv = self.node("Reshape", [qkv, self.ints("shape", [0, 0, heads + 2 * kv_heads, head_dim])], f"{prefix}.qkv_heads")
         qkv = self.node("Transpose", [qkv], f"{prefix}.qkv", perm=[0, 2, 1, 3])
         qk, value = self.split(qkv, [heads + kv_heads, kv_heads], 1, [f"{prefix}.qk", f"{prefix}.value"])
@@ -143,23 +143,23 @@ class DecoderWriter:
         out = self.node("Attention", [query, present_key, present_value, mask], f"{prefix}.context_heads", scale=head_dim**-0.5)
         out = self.node("Transpose", [out], f"{prefix}.context_rows", perm=[0, 2, 1, 3])
         out = self.node("Reshape", [out, self.ints("shape", [0, 0, heads * head_dim])], f"{prefix}.context")
-        return self.gemm(f"{prefix}.o_proj", self.family.linears("o", index), out)
+        return self.gemm(f"{prefix}.o_proj", out)
 
     def mlp(self, index: int, source: str) -> str:
         """Gated MLP of one layer, silu(gate) * up; [B, S, hidden] -> [B, S, hidden]."""
         prefix = f"model.layers.{index}.mlp"
-        both = self.gemm(f"{prefix}.gate_up_proj", self.family.linears("gate_up", index), source)
+        both = self.gemm(f"{prefix}.gate_up_proj", source)
         width = self.quant.config["intermediate_size"]
         gate, up = self.split(both, [width, width], -1, [f"{prefix}.gate", f"{prefix}.up"])
         gate = self.node("Mul", [gate, self.node("Sigmoid", [gate], f"{prefix}.sigmoid")], f"{prefix}.silu")
-        return self.gemm(f"{prefix}.down_proj", self.family.linears("down", index),
-                         self.node("Mul", [gate, up], f"{prefix}.product"))
+        return self.gemm(f"{prefix}.down_proj", self.node("Mul", [gate, up], f"{prefix}.product"))
 
     def layer(self, index: int, hidden: str, mask: str, rope: tuple[str, str]) -> str:
         """One decoder layer; [B, S, hidden] -> [B, S, hidden]."""
         from onnx import helper
 
         prefix = f"model.layers.{index}"
+        self.linears = {linear.name: linear for linear in self.quant.groups(index)}
         normed = self.norm(f"{prefix}.input_layernorm.weight", hidden, f"{prefix}.input_layernorm")
         attention = self.attention(index, normed, mask, rope)
         hidden = self.node("Add", [hidden, attention], f"{prefix}.residual")
@@ -210,7 +210,7 @@ def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = Non
     progress.start("onnx", layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         element = dtype[quant.scheme.dtype]
-        writer = DecoderWriter(quant, quant.family, weights, NodeFactory(element), element)
+        writer = DecoderWriter(quant, weights, NodeFactory(element), element)
         hidden = writer.node("Gather", [writer.tensor("model.embed_tokens.weight"), "input_ids"], "model.embed_tokens")
         mask, rope = writer.attention_mask(), writer.rope_cache()
         for index in range(layers):

@@ -218,14 +218,15 @@ class Pipeline:
 
     def _quant(self) -> None:
         from calibration.checkpoint import open_checkpoint
-        from calibration.quantize import QuantizeOptions, quantize_model
+        from calibration.quantize import QuantizeOptions, check_scheme, quant_bytes, quantize_model
 
         request = self.request
         checkpoint = open_checkpoint(request.model, request.offline)
-        options = QuantizeOptions(calib=request.calib, nsamples=request.nsamples, seqlen=request.seqlen)
+        check_scheme(checkpoint, request.scheme)
+        options = QuantizeOptions(request.offline, request.calib, request.nsamples, request.seqlen)
         inputs = [checkpoint.fingerprint, request.identity(), _code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
         self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.scheme, options, writer.path, self.progress),
-                   needed_bytes=checkpoint.parameter_count * 2)
+                   needed_bytes=quant_bytes(checkpoint, request.scheme))
 
     def _onnx(self) -> None:
         from calibration.quant_folder import read_quant

@@ -51,6 +51,15 @@ class ExternalWeights:
                                   data_location=onnx.TensorProto.EXTERNAL)
         for key, value in (("location", self._path.name), ("offset", offset), ("length", data.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
+        return self._remember(tensor)
+
+    def add_inline(self, name: str, array: np.ndarray) -> str:
+        """Keep a small constant in the ONNX file itself: shape inference must see it; returns its name."""
+        from onnx import numpy_helper
+
+        return self._remember(numpy_helper.from_array(array, name))
+
+    def _remember(self, tensor: onnx.TensorProto) -> str:
         self.initializers.append(tensor)
-        self._names.add(name)
-        return name
+        self._names.add(tensor.name)
+        return tensor.name

@@ -1,0 +1,54 @@
+"""The model families, one declarative file each; the file name is the key."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+
+from calibration.families.base import LinearGroup, LinearSpec, ModelDims, ModelFamily
+from plugins.core.errors import InputError
+
+__all__ = ["LinearGroup", "LinearSpec", "ModelDims", "ModelFamily", "accepted_architectures", "family", "family_names",
+           "family_of_architecture"]
+
+
+@cache
+def _registry() -> dict[str, ModelFamily]:
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
+
+
+def family_names() -> list[str]:
+    """Names of every family, sorted."""
+    return list(_registry())
+
+
+def family(name: str) -> ModelFamily:
+    """The family called `name`.
+
+    Raises:
+        InputError: no such family.
+    """
+    if name not in _registry():
+        raise InputError(f"model family {name!r}", f"unknown, expected one of {', '.join(family_names())}",
+                         "Make the quantised folder again with this version")
+    return _registry()[name]
+
+
+def accepted_architectures() -> list[str]:
+    """Every Hugging Face architecture that some family reads."""
+    return sorted(found.architecture for found in _registry().values())
+
+
+def family_of_architecture(architecture: str, where: str) -> ModelFamily:
+    """The family that reads a Hugging Face architecture.
+
+    Raises:
+        InputError: none does; lists those that are read.
+    """
+    for found in _registry().values():
+        if found.architecture == architecture:
+            return found
+    raise InputError(where, f"got architecture {architecture}, expected one of {', '.join(accepted_architectures())}",
+                     "Choose a model of a supported architecture, or add a file to calibration/families")

@@ -1,0 +1,62 @@
+"""Makes custom GEMM nodes and collects the local functions of standard ops that they need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from plugins import op_spec
+from plugins.core.op_spec import DOMAIN, PLUGIN_VERSION, GemmAttributes
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["NodeFactory"]
+
+Variant = tuple[str, int, int, int, int, bool, int]
+
+
+class NodeFactory:
+    """One model's custom nodes; nodes of one scheme share a function, whatever their sizes.
+
+    The first function of an op has no overload name, the next ones are "v1", "v2", ... in order of first use:
+    onnx-graphsurgeon drops overload names, so a model of one scheme must not need them.
+
+    Args:
+        dtype: type of X and Y, onnx.TensorProto.FLOAT16, BFLOAT16 or FLOAT.
+    """
+
+    def __init__(self, dtype: int) -> None:
+        self._dtype = dtype
+        self._functions: dict[Variant, onnx.FunctionProto] = {}
+
+    def gemm(self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str) -> onnx.NodeProto:
+        """A node of the custom op `op`.
+
+        Args:
+            op: a name of the plugins registry.
+            attrs: its sizes and scheme, checked here.
+            name: of the node.
+            inputs: tensors in the order of the op's input_names().
+            output: tensor it writes.
+        """
+        from onnx import helper
+
+        spec = op_spec(op)
+        spec.check(attrs, name)
+        formal = spec.input_names(attrs)
+        if len(inputs) != len(formal):
+            raise ValueError(f"{name}: got {len(inputs)} inputs, {op} takes {', '.join(formal)}")
+        function = self._function(op, attrs)
+        return helper.make_node(op, inputs, [output], name=name, domain=DOMAIN, overload=function.overload,
+                                plugin_namespace=DOMAIN, plugin_version=PLUGIN_VERSION, **attrs.as_dict())
+
+    def functions(self) -> list[onnx.FunctionProto]:
+        """The functions of the nodes made so far, in order of first use."""
+        return list(self._functions.values())
+
+    def _function(self, op: str, attrs: GemmAttributes) -> onnx.FunctionProto:
+        variant = (op, attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric, attrs.group_size > 0, attrs.has_bias)
+        if variant not in self._functions:
+            number = sum(other[0] == op for other in self._functions)
+            self._functions[variant] = op_spec(op).function_body(attrs, self._dtype, f"v{number}" if number else "")
+        return self._functions[variant]

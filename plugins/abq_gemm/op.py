@@ -1,0 +1,155 @@
+"""ABQGemm: any weight bits 1..8 with activation bits 2..8 (or 16), weights as bit planes in INT32 words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from plugins.core.activation import quantize_activation, saturate_cast
+from plugins.core.errors import InputError
+from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins.core.packing import check_group, check_shapes
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["SPEC", "AbqGemm", "row_words"]
+
+WORD = 32
+ROW_ALIGNMENT = 4  # words: rows start at 16-byte addresses
+WEIGHT_ONLY = 16
+BALANCED = {1: 3, 2: 5}
+INT8_RANGE = 128  # largest activation code in magnitude
+_FP32_WHOLE = 1 << 23  # half the range in which fp32 holds every whole number
+
+
+def row_words(attrs: GemmAttributes) -> int:
+    """INT32 words of one weight row of one plane: groups padded to whole words, rows to 16 bytes."""
+    words = attrs.n_groups * (-(-attrs.group_len // WORD))
+    return -(-words // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+class AbqGemm:
+    """Y = X W^T + b with W = scale * (q - zero) and X quantised per token; see README.md for formula and layout."""
+
+    name = "ABQGemm"
+
+    def check(self, attrs: GemmAttributes, where: str) -> None:
+        """Raise InputError if this op cannot run these attributes."""
+        if not 1 <= attrs.wbits <= 8:
+            raise InputError(where, f"got {attrs.wbits} weight bits, expected 1 to 8", "Choose other --wbits")
+        if attrs.abits != WEIGHT_ONLY and not 2 <= attrs.abits <= 8:
+            raise InputError(where, f"got {attrs.abits} activation bits, expected 2 to 8, or 16 for weight-only", "Choose other --abits")
+        if attrs.levels not in (1 << attrs.wbits, BALANCED.get(attrs.wbits)):
+            raise InputError(where, f"got {attrs.levels} weight levels with {attrs.wbits} bits, expected {1 << attrs.wbits}"
+                             " (or 5 for W2*, 3 for W1*)", "Quantise the layer again")
+        check_group(attrs, where)
+        largest = INT8_RANGE * (attrs.levels - 1) * attrs.group_len
+        if attrs.abits != WEIGHT_ONLY and largest >= 1 << 31:
+            raise InputError(where, f"got sums of up to {largest}, expected less than 2^31 for int32", "Use a smaller --group-size")
+
+    def input_names(self, attrs: GemmAttributes) -> list[str]:
+        """X, weight, scale, zero and, if there is one, bias."""
+        return ["X", "weight", "scale", "zero", *(["bias"] if attrs.has_bias else [])]
+
+    def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
+        """Bit planes [planes, N, row_words] INT32, least significant bit first, and the scales, zeros and bias as they are.
+
+        Raises:
+            InputError: codes outside 0..levels-1, wrong shapes, scales that are not finite.
+        """
+        self.check(attrs, where)
+        check_shapes(arrays, attrs, where, scale_columns=attrs.n_groups)
+        codes = arrays.codes
+        if codes.dtype != np.uint8 or int(codes.max(initial=0)) >= attrs.levels:
+            raise InputError(where, f"got codes {codes.dtype} up to {codes.max(initial=0)}, expected uint8 0 to {attrs.levels - 1}",
+                             "Quantise the layer again; codes are packed as they are, never re-derived")
+        _check_zero(arrays, attrs, where)
+        rows, group_bits = attrs.out_features, -(-attrs.group_len // WORD) * WORD
+        padded = np.zeros((rows, row_words(attrs) * WORD), np.uint8)
+        used = padded[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)
+        used[:, :, : attrs.group_len] = codes.reshape(rows, attrs.n_groups, attrs.group_len)
+        words = np.empty((attrs.planes, rows, row_words(attrs)), "<i4")
+        for plane in range(attrs.planes):
+            bits = np.bitwise_and(padded, 1 << plane)  # packbits counts any non-zero byte as 1
+            words[plane] = np.packbits(bits, axis=1, bitorder="little").view("<i4")
+        packed = {"weight": words, "scale": arrays.scale.astype(np.float32), "zero": arrays.zero.astype(np.int32)}
+        return packed | ({"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {})
+
+    def unpack(self, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> QuantArrays:
+        """Inverse of pack()."""
+        rows, group_bits = attrs.out_features, -(-attrs.group_len // WORD) * WORD
+        codes = np.zeros((rows, attrs.in_features), np.uint8)
+        for plane in range(attrs.planes):
+            words = np.ascontiguousarray(tensors["weight"][plane])
+            bits = np.unpackbits(words.view(np.uint8).reshape(rows, -1), axis=1, bitorder="little")
+            bits = bits[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)[:, :, : attrs.group_len]
+            codes |= bits.reshape(rows, -1) << plane
+        return QuantArrays(codes, tensors["scale"], tensors["zero"], None, tensors.get("bias"))
+
+    def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
+        """scale * (q - zero), fp32 [N, K]."""
+        assert arrays.zero is not None
+        groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(np.float32)
+        if np.abs(arrays.zero).max() < _FP32_WHOLE:  # both numbers and their difference are exact
+            groups -= arrays.zero[..., None].astype(np.float32)
+        else:
+            groups = (groups - arrays.zero[..., None].astype(np.float64)).astype(np.float32)
+        groups *= arrays.scale[..., None]
+        return groups.reshape(attrs.out_features, attrs.in_features)
+
+    def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
+        """Y [..., N] in x's dtype: exact integers per group, then fp32 in the kernel's order."""
+        arrays = self.unpack(tensors, attrs)
+        rows = x.reshape(-1, attrs.in_features)
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = self._weight_only(rows, arrays, attrs) if attrs.abits == WEIGHT_ONLY else self._integer(rows, arrays, attrs)
+            if arrays.bias is not None:
+                y = y + arrays.bias.astype(np.float32)
+        return saturate_cast(y, x.dtype).reshape(*x.shape[:-1], attrs.out_features)
+
+    def _weight_only(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
+        """fp64 inside: the kernel's fp32 sum is compared with a tolerance."""
+        assert arrays.zero is not None
+        codes = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(np.float64)
+        weight = ((codes - arrays.zero[..., None]) * arrays.scale[..., None].astype(np.float64)).reshape(attrs.out_features, -1)
+        return np.asarray(x.astype(np.float64) @ weight.T, np.float32)
+
+    def _integer(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
+        assert arrays.zero is not None
+        codes, scale, zero = quantize_activation(x, attrs.abits, bool(attrs.act_symmetric))
+        y = np.zeros((len(x), attrs.out_features), np.float32)
+        for group in range(attrs.n_groups):
+            part = slice(group * attrs.group_len, (group + 1) * attrs.group_len)
+            a, q = codes[:, part].astype(np.float64), arrays.codes[:, part].astype(np.float64)
+            product = (a @ q.T).astype(np.int64)  # exact: below 2^31 by check()
+            row_sum, column_sum = a.sum(1).astype(np.int64)[:, None], q.sum(1).astype(np.int64)[None, :]
+            zx, zw = zero.astype(np.int64), arrays.zero[:, group].astype(np.int64)[None, :]
+            integer = product - zw * row_sum - zx * column_sum + attrs.group_len * zx * zw
+            y = y + integer.astype(np.float32) * arrays.scale[:, group].astype(np.float32)[None, :]
+        return y * scale
+
+    def function_body(self, attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
+        """Local function of standard ops; see plugins/abq_gemm/body.py."""
+        from plugins.abq_gemm.body import function_body
+
+        return function_body(attrs, dtype, overload)
+
+
+def _check_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> None:
+    """Zero points are int32, and small enough that fp64 holds every sum (the ONNX body corrects for them in fp64)."""
+    zero, shape = arrays.zero, arrays.scale.shape
+    if zero is None or zero.shape != shape or zero.dtype.kind not in "iu":
+        got = "no zero points" if zero is None else f"zero points {zero.dtype} of shape {zero.shape}"
+        raise InputError(where, f"got {got}, expected integers of shape {shape}", "Quantise the layer again")
+    longest = 2 * INT8_RANGE * attrs.group_len  # |sum of a - zero point| over a group stays below this
+    largest = min((1 << 31) - 1, (1 << 52) // longest)
+    low, high = int(zero.min()), int(zero.max())
+    if low < -largest - 1 or high > largest:
+        raise InputError(where, f"got zero points from {low} to {high}, expected {-largest - 1} to {largest}",
+                         "Quantise the layer again with ranges that reach closer to 0")
+
+
+SPEC = AbqGemm()

@@ -1,0 +1,58 @@
+// The one way to start a kernel: cudaLaunchKernelEx under nvcc, the CPU simulation under g++.
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#include <utility>
+#else
+#include "core/simt.h"
+#endif
+#include "core/params.h"
+
+namespace anybit {
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+};
+
+#ifdef __CUDACC__
+
+template <class... Params, class... Args>
+cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Params...), Args&&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+#else
+
+inline unsigned sim_seed = 0;
+inline thread_local std::string sim_error;
+
+// Runs the kernel to its end before returning. A failure of the simulation becomes cudaErrorLaunchFailure (719) and a text.
+template <class... Params, class... Args>
+cudaError_t launch(const LaunchShape& shape, cudaStream_t, void (*kernel)(Params...), Args... args) {
+  if (!simt::launchable(shape.grid, shape.block, shape.shared_bytes)) return cudaErrorInvalidConfiguration;
+  try {
+    simt::launch(shape.grid, shape.block, shape.shared_bytes, sim_seed, [=] { kernel(args...); });
+    return cudaSuccess;
+  } catch (const std::exception& error) {
+    sim_error = error.what();
+    return cudaErrorLaunchFailure;
+  }
+}
+
+#endif
+
+}  // namespace anybit
+
+#ifndef __CUDACC__
+// The simulation library's own controls, inline so that every op's launch.cu may carry them.
+ANYBIT_API inline __attribute__((used)) void anybit_sim_set_seed(unsigned seed) { anybit::sim_seed = seed; }
+// Why the last call of this OS thread returned cudaErrorLaunchFailure; empty if none did.
+ANYBIT_API inline __attribute__((used)) const char* anybit_sim_last_error() { return anybit::sim_error.c_str(); }
+#endif

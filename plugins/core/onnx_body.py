@@ -1,0 +1,157 @@
+"""Builds the bodies of custom ops from standard ONNX ops, so that one file runs in stock ONNX Runtime on any CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from plugins.core.activation import TINY
+from plugins.core.op_spec import DOMAIN, GemmAttributes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["CODE_OFFSET", "OPSET", "BodyBuilder"]
+
+OPSET = 23
+_BYTE = 8
+CODE_OFFSET = 128  # int8 codes travel as uint8 with this zero point: uint8 x uint8 is exact in every MatMulInteger kernel
+_LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895313892515355e38}
+
+
+class BodyBuilder:
+    """Collects the nodes of one function; every method returns the name of the tensor it made.
+
+    Sizes are read from the calling node's attributes: one function serves every layer of a scheme.
+
+    Args:
+        attrs: the scheme; its sizes are not used, but for whether there are groups.
+        dtype: onnx.TensorProto type of X and Y.
+        prefix: of the tensor names; a subgraph needs one of its own.
+    """
+
+    def __init__(self, attrs: GemmAttributes, dtype: int, prefix: str = "t") -> None:
+        self.attrs = attrs
+        self.dtype = dtype
+        self._prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._features: dict[str, str] = {}
+
+    def node(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """A node with one output."""
+        output = output or f"{self._prefix}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
+        return output
+
+    def const(self, values: Any, dtype: Any) -> str:
+        """A constant tensor; equal ones are shared."""
+        array = np.asarray(values, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.node("Constant", value=numpy_helper.from_array(array))
+        return self._constants[key]
+
+    def ints(self, *values: int) -> str:
+        """An int64 vector."""
+        return self.const(values, np.int64)
+
+    def feature(self, attribute: str) -> str:
+        """An integer attribute of the calling node, int64 [1]."""
+        if attribute not in self._features:
+            scalar = self.node("Constant")
+            value = onnx.AttributeProto(name="value_int", ref_attr_name=attribute, type=onnx.AttributeProto.INT)
+            self.nodes[-1].attribute.append(value)
+            self._features[attribute] = self.node("Reshape", scalar, self.ints(1))
+        return self._features[attribute]
+
+    def cast(self, source: str, to: int) -> str:
+        """Cast to an onnx.TensorProto type."""
+        return self.node("Cast", source, to=to)
+
+    def join(self, *parts: str) -> str:
+        """Concatenate int64 vectors into a shape."""
+        return self.node("Concat", *parts, axis=0)
+
+    def first(self, x: str, count: str, axis: int) -> str:
+        """The first `count` (int64 [1]) entries of x along an axis."""
+        return self.node("Slice", x, self.ints(0), count, self.ints(axis))
+
+    def reshape(self, x: str, *sizes: int | str) -> str:
+        """x [sizes], from numbers and int64 [1] tensors; -1 stands for what is left, 0 for an empty axis."""
+        shape = self.join(*(self.ints(size) if isinstance(size, int) else size for size in sizes))
+        return self.node("Reshape", x, shape, **({} if -1 in sizes else {"allowzero": 1}))
+
+    def unpacked_bytes(self, words: str) -> str:
+        """INT32 words [R, C] as uint8 [4, R, C]: bits 8i..8i+7 in slice i."""
+        words = self.node("Unsqueeze", self.cast(words, TensorProto.UINT32), self.ints(0))
+        shifts = self.const(np.array([0, 8, 16, 24]).reshape(4, 1, 1), np.uint32)
+        parts = self.node("BitShift", words, shifts, direction="RIGHT")
+        return self.cast(self.node("BitwiseAnd", parts, self.const(255, np.uint32)), TensorProto.UINT8)
+
+    def rows(self) -> str:
+        """X as fp32 [M, K]."""
+        x = "X" if self.dtype == TensorProto.FLOAT else self.cast("X", TensorProto.FLOAT)
+        return self.reshape(x, -1, self.feature("in_features"))
+
+    def quantize(self) -> tuple[str, str, str]:
+        """plugins.core.activation.quantize_activation of X, in as few passes over [M, K] as it takes.
+
+        Returns:
+            codes + CODE_OFFSET uint8 [M, K], scale fp32 [M, 1], zero fp32 [M, 1] or "" if symmetric.
+        """
+        x = self.rows()
+        extent, low = self._extent(x)
+        high = (1 << (self.attrs.abits - 1)) - 1
+        steps = high if self.attrs.act_symmetric else 2 * high + 1
+        scale = self.node("Div", self.node("Max", extent, self.const(TINY, np.float32)), self.const(steps, np.float32))
+        scale = self.node("Add", scale, self.node("Sub", extent, extent))  # NaN where the row has inf, or its range is inf
+        loud = self._per_token("ReduceSum", self.node("Mul", x, self.const(0, np.float32)))  # ReduceMax may lose a NaN
+        scale = self.node("Add", scale, loud)
+        reciprocal = self.node("Div", self.const(1, np.float32), scale)
+        scaled, one = self.node("Mul", x, reciprocal), self.const(1, np.float32)
+        # QuantizeLinear with scale 1 rounds half to even, adds the zero point, clamps to 0..255 and casts: one pass, no
+        # undefined cast of a NaN. |x / scale| exceeds its number of steps by rounding only, so that nothing else clamps
+        # but the sum with a zero point below 8 bits: both can round up, to one code too many.
+        if self.attrs.act_symmetric:
+            return self.node("QuantizeLinear", scaled, one, self.const(CODE_OFFSET, np.uint8)), scale, ""
+        limits = self.const(-high - 1, np.float32), self.const(high, np.float32)
+        zero = self.node("Round", self.node("Mul", self.node("Neg", low), reciprocal))
+        zero = self.node("Clip", self.node("Add", zero, limits[0]), *limits)
+        offset = self.node("Add", self.node("Reshape", zero, self.ints(-1)), self.const(CODE_OFFSET, np.float32))
+        ones = self.node("Expand", one, self.node("Shape", offset))
+        codes = self.node("QuantizeLinear", scaled, ones, self.cast(offset, TensorProto.UINT8), axis=0)
+        if self.attrs.abits < _BYTE:
+            codes = self.node("Clip", codes, "", self.const(CODE_OFFSET + high, np.uint8))
+        return codes, scale, zero
+
+    def _extent(self, x: str) -> tuple[str, str]:
+        """Of each row of x: the range that the codes cover, and for asymmetric ones min(x, 0)."""
+        if self.attrs.act_symmetric:
+            return self._per_token("ReduceMax", self.node("Abs", x)), ""
+        nothing = self.const(0, np.float32)
+        low = self.node("Min", self._per_token("ReduceMin", x), nothing)
+        return self.node("Sub", self.node("Max", self._per_token("ReduceMax", x), nothing), low), low
+
+    def _per_token(self, op: str, x: str) -> str:
+        """A reduction of [M, K] to [M, 1]; the Reshape is for M = 0, which ONNX Runtime reduces to [0, K]."""
+        return self.reshape(self.node(op, x, self.ints(-1)), -1, 1)
+
+    def finish(self, y: str) -> None:
+        """Add the bias, saturate and cast to Y's type, restore X's leading dimensions."""
+        if self.attrs.has_bias:
+            y = self.node("Add", y, "bias")
+        if self.dtype in _LARGEST:
+            largest = _LARGEST[self.dtype]
+            y = self.node("Clip", y, self.const(-largest, np.float32), self.const(largest, np.float32))
+            y = self.cast(y, self.dtype)
+        shape = self.join(self.node("Shape", "X", start=0, end=-1), self.feature("out_features"))
+        self.node("Reshape", y, shape, output="Y", allowzero=1)
+
+    def function(self, name: str, inputs: Sequence[str], overload: str) -> onnx.FunctionProto:
+        """The finished function."""
+        return helper.make_function(DOMAIN, name, list(inputs), ["Y"], self.nodes, [helper.make_opsetid("", OPSET)],
+                                    [*self.attrs.as_dict(), "plugin_namespace", "plugin_version"], overload=overload)

@@ -1,0 +1,45 @@
+// The C interface of the kernels: plain structs and functions, the same in the CPU simulation and in the plugin library.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#define ANYBIT_API extern "C" __attribute__((visibility("default")))
+
+// Element type of the activations x and y.
+enum DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
+
+// One GEMM: y[m, n] = x[m, k] * w[n, k]^T. The integer fields mirror GemmAttributes of plugins/core/op_spec.py.
+struct GemmShape {
+  int32_t m;              // tokens; 0 is allowed and does nothing
+  int32_t n;              // output features
+  int32_t k;              // input features
+  int32_t group_size;     // input features that share a weight scale; 0 = the whole row
+  int32_t planes;         // bit planes that hold the codes 0..levels-1
+  int32_t wbits;          // nominal weight bits
+  int32_t levels;         // number of weight codes
+  int32_t abits;          // activation bits 2..8, or 16 = activations stay floating point
+  int32_t act_symmetric;  // 1 = symmetric activation codes
+  int32_t dtype;          // DType of x and y
+};
+
+// Device pointers (host pointers in the simulation); what an op does not use is null.
+struct GemmBuffers {
+  const void* x;            // [m, k] dtype
+  const int32_t* weight;    // packed codes, see each op's README.md
+  const float* scale;       // ABQGemm [n, n_groups]; QQQGemm [n]
+  const int32_t* zero;      // ABQGemm [n, n_groups]
+  const void* scale_group;  // QQQGemm per group: fp16 [n_groups, n]
+  const float* bias;        // [n] or null
+  void* y;                  // [m, n] dtype
+  void* workspace;          // anybit_*_workspace(shape) bytes, 16-byte aligned, any content; null if that is 0
+};
+
+// Bytes of scratch memory that one call needs; 0 for a shape the op refuses. Depends on the shape only, so one buffer of
+// the largest size serves many calls on one stream.
+ANYBIT_API size_t anybit_abq_gemm_workspace(const GemmShape* shape);
+ANYBIT_API size_t anybit_qqq_gemm_workspace(const GemmShape* shape);
+
+// Enqueue the GEMM on `cuda_stream` (a cudaStream_t). No allocation, no synchronisation, no state kept between calls.
+// Returns a cudaError_t: 0, cudaErrorInvalidValue (1) for a refused shape or a missing buffer, or a launch error.
+ANYBIT_API int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* cuda_stream);
+ANYBIT_API int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* cuda_stream);

@@ -1,0 +1,282 @@
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread: deterministic for a seed, and strict where hardware is lenient.
+//
+// What it catches: results that depend on the thread order (run several seeds), reads of unwritten shared memory (it is
+// poisoned), writes past it (guard bytes), and barriers or warp collectives that some thread does not reach.
+// What it does not do: partial warp masks, static __shared__ arrays, timing, memory reordering within a thread.
+#pragma once
+#include <cuda_bf16.h>  // CUDA's headers come before the macros below, which would break them
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+#undef __global__
+#undef __device__
+#undef __host__
+#define __global__
+#define __device__
+#define __host__
+
+namespace simt {
+
+// Blocks run together up to this many threads, as on one multiprocessor; the other blocks of the grid come after them.
+// A kernel whose blocks wait for each other needs a grid that fits.
+constexpr int kResidentThreads = 2048;
+constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kGuardBytes = 64;
+constexpr unsigned char kPoison = 0xCB;
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+struct Fiber;
+struct Warp {
+  std::vector<Fiber*> lanes;
+  uint32_t slots[2][32];  // one register per lane, double-buffered so that one barrier per exchange is enough
+  int phase[32] = {};     // which buffer each lane used last
+};
+struct Block {
+  uint3 idx;
+  std::vector<unsigned char> shared;  // dynamic shared memory and a guard zone behind it
+  std::vector<Warp> warps;
+};
+struct Fiber {
+  void* registers[5];  // __builtin_setjmp buffer: several times faster than swapcontext, which calls the kernel
+  ucontext_t start;    // used once, to get onto the fiber's own stack
+  bool started = false;
+  State state = State::done;
+  uint3 tid;
+  int lane;
+  Block* block;
+  Warp* warp;
+};
+
+inline thread_local Fiber* me = nullptr;
+inline thread_local void* scheduler_registers[5];
+inline thread_local dim3 grid_dim, block_dim;
+inline thread_local std::function<void()> body;
+inline thread_local std::string failure;  // first exception thrown inside a kernel
+
+[[gnu::noinline]] inline void jump(void** to) { __builtin_longjmp(to, 1); }
+[[gnu::noinline]] inline void to_scheduler() {
+  if (!__builtin_setjmp(me->registers)) jump(scheduler_registers);
+}
+[[gnu::noinline]] inline void to_fiber(Fiber* fiber) {
+  me = fiber;
+  if (__builtin_setjmp(scheduler_registers)) return;
+  if (fiber->started) jump(fiber->registers);
+  fiber->started = true;
+  setcontext(&fiber->start);
+}
+
+// Main of every fiber; after its thread is done it waits here until it is given another one.
+inline void entry() {
+  for (;;) {
+    try {
+      body();
+    } catch (const std::exception& error) {
+      if (failure.empty()) failure = error.what();
+    }
+    me->state = State::done;
+    to_scheduler();
+  }
+}
+
+// Fibers with their stacks, kept for later launches of this OS thread.
+class Pool {
+ public:
+  ~Pool() { clear(); }
+  std::vector<Fiber>& fibers(size_t count) {
+    if (fibers_.size() < count) {
+      clear();
+      fibers_.resize(count);
+      constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      void* stacks = mmap(nullptr, kStackBytes * count, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+      if (stacks == MAP_FAILED) {
+        fibers_.clear();
+        throw std::runtime_error("simt: no memory for " + std::to_string(count) + " fiber stacks");
+      }
+      stacks_ = static_cast<char*>(stacks);
+      for (size_t i = 0; i < count; ++i) {
+        getcontext(&fibers_[i].start);
+        fibers_[i].start.uc_stack.ss_sp = stacks_ + kStackBytes * i;
+        fibers_[i].start.uc_stack.ss_size = kStackBytes;
+        fibers_[i].start.uc_link = nullptr;
+        makecontext(&fibers_[i].start, entry, 0);
+      }
+    }
+    return fibers_;
+  }
+  void clear() {  // also after a deadlock, when fibers hang in the middle of a kernel
+    if (stacks_) munmap(stacks_, kStackBytes * fibers_.size());
+    stacks_ = nullptr;
+    fibers_.clear();
+  }
+
+ private:
+  std::vector<Fiber> fibers_;
+  char* stacks_ = nullptr;
+};
+inline thread_local Pool pool;
+
+inline void wait_as(State state) {
+  me->state = state;
+  to_scheduler();
+}
+inline void sync_block() { wait_as(State::at_block_barrier); }
+inline void sync_warp() { wait_as(State::at_warp_barrier); }
+inline void* shared_memory() { return me->block->shared.data(); }
+
+// Every lane of a full warp publishes `value`; returns all 32 of them, valid until the lane's next exchange but one.
+inline const uint32_t* exchange(uint32_t value) {
+  Warp& warp = *me->warp;
+  uint32_t* slots = warp.slots[warp.phase[me->lane] ^= 1];
+  slots[me->lane] = value;
+  if (warp.lanes.size() != 32) throw std::runtime_error("simt: warp collective in a warp of fewer than 32 threads");
+  sync_warp();
+  return slots;
+}
+
+inline std::string text(const uint3& v) {
+  return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
+}
+
+// Release the barriers that every thread has reached. Returns whether any thread may go on.
+inline bool release_barriers(std::vector<Block>& blocks) {
+  bool released = false;
+  auto release = [&](Warp& warp, State from) {
+    for (Fiber* fiber : warp.lanes)
+      if (fiber->state == from) fiber->state = State::ready;
+    released = true;
+  };
+  for (Block& block : blocks) {
+    size_t threads = 0, at_barrier = 0;
+    for (Warp& warp : block.warps) {
+      size_t at_warp_barrier = 0;
+      for (const Fiber* fiber : warp.lanes) {
+        at_warp_barrier += fiber->state == State::at_warp_barrier;
+        at_barrier += fiber->state == State::at_block_barrier;
+      }
+      if (at_warp_barrier == warp.lanes.size()) release(warp, State::at_warp_barrier);
+      threads += warp.lanes.size();
+    }
+    if (at_barrier == threads)
+      for (Warp& warp : block.warps) release(warp, State::at_block_barrier);
+  }
+  return released;
+}
+
+// Run resident blocks to their end, `order` being the order in which threads take turns.
+inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, std::mt19937* random) {
+  for (;;) {
+    if (random) std::shuffle(order.begin(), order.end(), *random);  // any order must give the same answer
+    bool ran = false;
+    for (Fiber* fiber : order) {
+      if (fiber->state != State::ready) continue;
+      ran = true;
+      to_fiber(fiber);
+    }
+    if (!failure.empty()) throw std::runtime_error(std::exchange(failure, {}));
+    bool released = release_barriers(blocks);
+    if (ran || released) continue;
+    for (Fiber* fiber : order) {
+      if (fiber->state == State::done) continue;
+      const char* place = fiber->state == State::at_block_barrier ? "__syncthreads" : "a warp collective";
+      throw std::runtime_error("simt: deadlock, block " + text(fiber->block->idx) + " thread " + text(fiber->tid) +
+                               " waits at " + place + " that another thread never reaches");
+    }
+    return;
+  }
+}
+
+inline Block make_block(size_t index, size_t shared_bytes) {
+  Block block;
+  const size_t x = index % grid_dim.x, y = index / grid_dim.x % grid_dim.y, z = index / grid_dim.x / grid_dim.y;
+  block.idx = {unsigned(x), unsigned(y), unsigned(z)};
+  block.shared.assign(shared_bytes + kGuardBytes, kPoison);
+  block.warps.resize((size_t(block_dim.x) * block_dim.y * block_dim.z + 31) / 32);
+  return block;
+}
+
+// Give every thread of `blocks` a fiber; returns them in index order.
+inline std::vector<Fiber*> assign_fibers(std::vector<Block>& blocks, std::vector<Fiber>& fibers) {
+  std::vector<Fiber*> order;
+  for (Block& block : blocks)
+    for (unsigned t = 0; t < block_dim.x * block_dim.y * block_dim.z; ++t) {
+      Fiber& fiber = fibers[order.size()];
+      fiber.state = State::ready;
+      fiber.tid = {t % block_dim.x, t / block_dim.x % block_dim.y, t / (block_dim.x * block_dim.y)};
+      fiber.lane = int(t % 32);
+      fiber.block = &block;
+      fiber.warp = &block.warps[t / 32];
+      fiber.warp->lanes.push_back(&fiber);
+      order.push_back(&fiber);
+    }
+  return order;
+}
+
+inline void check_guard(const Block& block, size_t shared_bytes) {
+  for (size_t i = shared_bytes; i < block.shared.size(); ++i)
+    if (block.shared[i] != kPoison)
+      throw std::runtime_error("simt: a thread of block " + text(block.idx) + " wrote past its " +
+                               std::to_string(shared_bytes) + " bytes of shared memory");
+}
+
+// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory without opting in to more.
+inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
+  const size_t threads = size_t(block.x) * block.y * block.z;
+  return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 &&
+         grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 && shared_bytes <= 48 << 10;
+}
+
+// Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other seeds shuffle blocks and
+// threads. Throws std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, std::function<void()> kernel_call) {
+  const size_t block_threads = size_t(block.x) * block.y * block.z, n_blocks = size_t(grid.x) * grid.y * grid.z;
+  const size_t resident = std::min(n_blocks, std::max<size_t>(1, kResidentThreads / block_threads));
+  std::mt19937 random(seed);
+  std::vector<size_t> block_order(n_blocks);
+  std::iota(block_order.begin(), block_order.end(), size_t(0));
+  if (seed) std::shuffle(block_order.begin(), block_order.end(), random);
+  grid_dim = grid, block_dim = block, body = std::move(kernel_call);
+  failure.clear();
+  std::vector<Fiber>& fibers = pool.fibers(resident * block_threads);
+  try {
+    for (size_t first = 0; first < n_blocks; first += resident) {
+      std::vector<Block> blocks;
+      for (size_t i = first; i < std::min(first + resident, n_blocks); ++i)
+        blocks.push_back(make_block(block_order[i], shared_bytes));
+      std::vector<Fiber*> order = assign_fibers(blocks, fibers);
+      run_blocks(blocks, order, seed ? &random : nullptr);
+      for (const Block& done : blocks) check_guard(done, shared_bytes);
+    }
+  } catch (...) {
+    pool.clear();
+    throw;
+  }
+}
+
+}  // namespace simt
+
+// CUDA's built-in variables and the intrinsics that our kernels use, with the results that the hardware gives.
+#define threadIdx (simt::me->tid)
+#define blockIdx (simt::me->block->idx)
+#define blockDim (simt::block_dim)
+#define gridDim (simt::grid_dim)
+#define __syncthreads simt::sync_block
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __ll2float_rn(long long v) { return static_cast<float>(v); }
+inline float __int2float_rn(int v) { return static_cast<float>(v); }

@@ -1,0 +1,145 @@
+"""Arguments to scheme, and the command python -m calibration as a user runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from calibration.__main__ import main
+from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
+from calibration.quant_folder import read_quant
+from plugins.core.errors import InputError
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _args(line: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_quant_arguments(parser)
+    return parser.parse_args(["llama-7b", *line.split()])
+
+
+@pytest.mark.parametrize(("line", "op", "symmetric", "label"), [
+    ("--wbits 4 --abits 8", "QQQGemm", True, "w4a8"),
+    ("--wbits 4 --abits 8 --group-size 64", "QQQGemm", True, "w4a8-g64"),
+    ("--wbits 4 --abits 8 --group-size 32", "ABQGemm", False, "w4a8-g32"),
+    ("--wbits 4 --abits 8 --act-quant asym", "ABQGemm", False, "w4a8"),
+    ("--wbits 4 --abits 8 --method abq", "ABQGemm", False, "w4a8"),
+    ("--wbits 4 --abits 8 --method abq --act-quant sym", "ABQGemm", True, "w4a8"),
+    ("--wbits 4 --abits 8 --method qqq", "QQQGemm", True, "w4a8"),
+    ("--wbits 4 --abits 8 --method rtn", "QQQGemm", True, "w4a8"),
+    ("--wbits 2b --abits 8", "ABQGemm", False, "w2ba8"),
+    ("--wbits 1* --abits 8", "ABQGemm", False, "w1ba8"),
+    ("--wbits 3 --abits 16 --act-quant sym", "ABQGemm", False, "w3a16"),
+])
+def test_scheme(line: str, op: str, symmetric: bool, label: str) -> None:
+    args = _args(line)
+    scheme = scheme_from_args(args)
+    assert (scheme.op, scheme.act_symmetric, scheme.label, scheme.method) == (op, symmetric, label, "rtn")
+    assert default_out(args, scheme) == Path("out") / f"llama-7b-{label}"
+
+
+@pytest.mark.parametrize(("line", "notice"), [
+    ("--wbits 4 --abits 8",
+     "Method qqq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (QQQGemm)."),
+    ("--wbits 2 --abits 8 --method abq",
+     "Method abq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (ABQGemm)."),
+    ("--wbits 4 --abits 8 --method rtn", ""),
+])
+def test_the_stand_in_is_named(line: str, notice: str) -> None:
+    args = _args(line)
+    assert stand_in_notice(args, scheme_from_args(args)) == notice
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("--wbits 9 --abits 8", "--wbits: got '9', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
+     "Give one of these; in a shell write 2b or '2*' for the balanced set."),
+    ("--wbits 0 --abits 8", "--wbits: got '0', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
+     "Give one of these; in a shell write 2b or '2*' for the balanced set."),
+    ("--wbits 4 --abits 1", "--abits: got 1, expected 2 to 8, or 16 for weight-only. Give one of these."),
+    ("--wbits 4 --abits 9", "--abits: got 9, expected 2 to 8, or 16 for weight-only. Give one of these."),
+    ("--wbits 4 --abits 4 --method qqq", "--method qqq: got W4A4, expected W4A8 with symmetric activations. "
+     "Use --wbits 4 --abits 8, or --method abq."),
+    ("--wbits 4 --abits 8 --method qqq --act-quant asym",
+     "--method qqq: got W4A8 with --act-quant asym, expected W4A8 with symmetric "
+     "activations. Use --wbits 4 --abits 8, or --method abq."),
+    ("--wbits 4 --abits 8 --method qqq --group-size 32", "--group-size: got 32, expected 0, 64 or 128 for --method qqq. "
+     "Use one of these, or --method abq."),
+    ("--wbits 4 --abits 8 --group-size -5", "--group-size: got -5, expected 0 or a positive number. "
+     "Use 0 for one scale per output channel."),
+])
+def test_refusals(line: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        scheme_from_args(_args(line))
+    assert str(caught.value) == message
+
+
+def test_help_is_quick_and_imports_nothing_heavy(run_module: Run) -> None:
+    began = time.monotonic()
+    done = run_module("calibration", "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0 and "smollm2-135m" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "calibration.cli" in imported and not {"torch", "transformers", "onnx", "numpy"} & imported
+    assert time.monotonic() - began < 2
+
+
+def test_command_writes_the_quant_folder(tiny_model_dir: Path, tmp_path: Path, run_module: Run) -> None:
+    out = tmp_path / "out"
+    done = run_module("calibration", str(tiny_model_dir), "--wbits", "3", "--abits", "8", "--out", str(out), "--offline",
+                      "--progress", "json")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["text"] == "Method abq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (ABQGemm)."
+    assert events[-1]["event"] == "message" and events[-1]["text"].startswith(f"{out / 'quant'}: ")
+    assert [path.name for path in out.iterdir()] == ["quant"]
+    assert read_quant(out / "quant").scheme.label == "w3a8"
+
+
+def _main(*arguments: str) -> int:
+    return main([*arguments, "--progress", "none", "--offline"])
+
+
+def test_errors_are_one_line_exit_2_and_leave_earlier_results(tiny_model_dir: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "quant").iterdir()}
+    damaged = shutil.copytree(tiny_model_dir, tmp_path / "damaged")
+    path = damaged / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x00\xc0\x7f"  # the last weight becomes NaN
+    path.write_bytes(data)
+    capsys.readouterr()
+    assert _main(str(damaged), "--wbits", "4", "--abits", "8", "--out", out) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert "got nan at" in captured.err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "quant").iterdir()} == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["quant"]
+
+
+def test_out_that_the_exporter_keeps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert _main("llama-7b", "--wbits", "4", "--abits", "8", "--out", str(tmp_path)) == 2
+    assert capsys.readouterr().err.endswith(
+        f"{tmp_path}: got a folder with manifest.json, which python -m exporter keeps, expected another. "
+        "Choose another --out, or run python -m exporter with --until quant.\n")
+
+
+def test_no_space_left(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                       capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil as module
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path / "out")) == 2
+    assert "got 1 MB of free space, expected at least " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,126 @@
+"""Calibration text: files, lines of JSON, the text that comes along, and what is too short."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.data import default_text, load_text, tokens_from_text, windows_from_tokens
+from plugins.core.errors import InputError
+
+
+class WordTokenizer:
+    """One token per word."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        assert options["add_special_tokens"] is False
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def _refusal(spec: str, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_text(spec, **options)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_default_text_is_long_enough_to_be_useful() -> None:
+    assert load_text(None) == default_text()
+    assert len(default_text().split()) > 1500 and len(set(default_text().lower().split())) > 600
+
+
+def test_text_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Grüße\n\nand more", encoding="utf-8")
+    assert load_text(str(tmp_path / "a.txt")) == "Grüße\n\nand more"
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n"two"\n{"content": "three", "id": 4}\n')
+    assert load_text(str(tmp_path / "a.jsonl")) == "one\n\ntwo\n\nthree"
+
+
+@pytest.mark.parametrize(("line", "problem"),
+                         [("{oops", "got no valid JSON"), ('{"id": 1}', 'got no field "text" with a string'),
+                          ('{"text": 5}', 'got no field "text" with a string'),
+                          ("3", 'got no field "text" with a string')])
+def test_bad_json_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n{line}\n')
+    assert _refusal(str(path)) == f'{path}, line 2: {problem}. Write one object per line: {{"text": "..."}}.'
+
+
+@pytest.mark.parametrize("content", ["", " \n\n\t"])
+def test_empty_text(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    assert _refusal(str(path)) == f"--calib: got {path} with no text in it. Give a file with at least a few thousand words."
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert _refusal(str(path)) == (f"{path}: got a file that is not UTF-8 text ('utf-8' codec can't decode byte 0xff in "
+                                   "position 0: "
+                                   "invalid start byte). Save it as UTF-8.")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert _refusal("none/of/this.txt", where="--text") == (
+        "--text: got no such file none/of/this.txt, expected a .txt or .jsonl file or a dataset name. Check the path.")
+    assert _refusal(str(tmp_path)) == (f"--calib: got a folder {tmp_path}, expected a .txt or .jsonl file or a dataset name. "
+                                       "Check the path.")
+
+
+def test_dataset_name_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert _refusal("wikitext:wikitext-2-raw-v1:test") == (
+        "--calib: got wikitext:wikitext-2-raw-v1:test, no such file, and dataset names need the package datasets. "
+        "Give a .txt or .jsonl file, or pip install datasets.")
+
+
+def test_dataset_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(dict[str, list[str]]):
+        column_names = ("id", "text")
+
+    class Library:
+        @staticmethod
+        def DownloadConfig(local_files_only: bool) -> bool:  # noqa: N802
+            return local_files_only
+
+        @staticmethod
+        def load_dataset(name: str, config: str | None, split: str, download_config: bool) -> Rows:
+            if name == "absent":
+                raise FileNotFoundError("no such dataset\nlong trace")
+            return Rows(text=["first", " ", f"{name} {config} {split} {download_config}"])
+
+    monkeypatch.setitem(sys.modules, "datasets", Library)
+    assert load_text("wiki:v1:test", offline=True) == "first\n\nwiki v1 test True"
+    assert load_text("wiki") == "first\n\nwiki None train False"
+    assert _refusal("absent") == ("--calib: got absent, neither a file nor a dataset that can be loaded (no such dataset). "
+                                  "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file.")
+
+
+def test_windows() -> None:
+    tokens = tokens_from_text(WordTokenizer(), "a bb ccc dddd eeeee " * 3, nsamples=2, seqlen=7)
+    assert tokens.dtype == np.int64
+    np.testing.assert_array_equal(tokens, [[1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1, 2, 3, 4]])
+    assert windows_from_tokens(np.arange(10), 4).shape == (2, 4)
+
+
+@pytest.mark.parametrize(("nsamples", "seqlen", "advice"),
+                         [(4, 5, "--nsamples 2 --seqlen 5"), (1, 15, "--nsamples 1 --seqlen 12")])
+def test_too_short_text_states_the_counts(nsamples: int, seqlen: int, advice: str) -> None:
+    with pytest.raises(InputError) as caught:
+        tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
+    windows = f"{nsamples} windows of {seqlen}"
+    assert str(caught.value) == (f"--calib: got a text of 12 tokens, expected at least {nsamples * seqlen} ({windows}). "
+                                 f"Give a longer text, or {advice}.")
+
+
+@pytest.mark.parametrize(("nsamples", "seqlen"), [(0, 64), (4, 1), (-1, -1)])
+def test_counts_that_make_no_sense(nsamples: int, seqlen: int) -> None:
+    with pytest.raises(InputError) as caught:
+        tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
+    assert str(caught.value) == (f"--nsamples, --seqlen: got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2. "
+                                 "Give larger numbers.")

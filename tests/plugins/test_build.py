@@ -1,0 +1,121 @@
+"""Finding a CUDA compiler, compiling only when something changed, and errors that say what to do."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plugins import build, toolkit
+from plugins.core.errors import InputError, UserError
+
+PLUGINS = Path(__file__).parents[2] / "plugins"
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources that builds into its own folder."""
+    copy = tmp_path / "plugins"
+    shutil.copytree(PLUGINS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(build, "_SOURCES", copy)
+    return copy
+
+
+def test_unchanged_sources_are_not_compiled_again(sources: Path) -> None:
+    library = build.build_sim()
+    first = library.stat().st_mtime_ns
+    assert library == sources.parent / "build" / "libanybit_kernels_sim.so"
+    assert build.build_sim().stat().st_mtime_ns == first
+    header = sources / "core" / "params.h"
+    header.write_text(header.read_text() + "// changed\n")
+    assert build.build_sim().stat().st_mtime_ns != first
+    assert sorted(path.name for path in library.parent.iterdir()) == [
+        ".lock", "libanybit_kernels_sim.json", "libanybit_kernels_sim.so"]
+
+
+def test_compiler_output_is_shown_and_the_old_library_stays(sources: Path) -> None:
+    library = build.build_sim()
+    before = library.read_bytes()
+    (sources / "abq_gemm" / "launch.cu").write_text("#error this kernel is broken\n")
+    with pytest.raises(UserError, match="#error this kernel is broken") as caught:
+        build.build_sim()
+    assert caught.value.where == "abq_gemm/launch.cu"
+    assert library.read_bytes() == before
+
+
+def test_bad_architecture() -> None:
+    with pytest.raises(InputError) as caught:
+        build.build_library("sm_80")
+    assert str(caught.value) == ("--arch: got 'sm_80', expected all, or compute capabilities such as 80;90. "
+                                 "Give the capabilities without dots, separated by semicolons.")
+
+
+def test_bad_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(InputError) as caught:
+        toolkit.find_cuda()
+    assert str(caught.value) == (f"CUDA_HOME: got {tmp_path}, expected a CUDA toolkit with bin/nvcc, headers and libcudart_static.a. "
+                                 "Correct or unset the variable.")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away CUDA_HOME and every program on PATH."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(toolkit.shutil, "which", lambda name: None)
+
+
+@pytest.mark.usefixtures("bare")
+def test_wheels_are_found_without_a_toolkit() -> None:
+    if toolkit._wheel_root() is None:
+        pytest.skip("the CUDA wheels are not installed")
+    cuda = toolkit.find_cuda()
+    assert cuda.nvcc.parts[-4:] == ("nvidia", "cu13", "bin", "nvcc")
+    assert (cuda.include / "cuda_fp16.h").is_file()
+    assert (cuda.lib / "libcudart_static.a").is_file()
+    assert "release" in cuda.version()
+
+
+@pytest.mark.usefixtures("bare")
+def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit, "_wheel_root", lambda: None)
+    with pytest.raises(InputError) as caught:
+        toolkit.find_cuda()
+    assert str(caught.value) == (
+        "CUDA compiler: got no nvcc from CUDA_HOME, PATH or the wheels, expected one. Install the project's requirements (pip install "
+        "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl) or set CUDA_HOME to a CUDA toolkit.")
+
+
+@pytest.mark.usefixtures("bare")
+def test_no_host_compiler() -> None:
+    with pytest.raises(InputError) as caught:
+        toolkit.find_program("g++", "g++")
+    assert str(caught.value) == "g++: got no such program on PATH, expected it. Install it, for example: apt-get install g++."
+
+
+def test_soname_makes_a_versioned_library_resolvable(sources: Path) -> None:
+    folder = sources.parent
+    (folder / "answer.c").write_text("int answer(void) { return 42; }\n")
+    real = folder / "libanswer.so.1"
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libanswer.so.1", "-o", str(real), str(folder / "answer.c")], check=True)
+    alias = build.build_soname(real, "libanswer.so")
+    assert alias.name == "libanswer.so"
+    code = (f"import ctypes\nctypes.CDLL({str(alias)!r}, mode=ctypes.RTLD_GLOBAL)\n"
+            "print(ctypes.CDLL('libanswer.so').answer())")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "42\n"
+    with pytest.raises(OSError):
+        ctypes.CDLL("libanswer.so")  # only that process knows the name
+
+
+def test_command_line_reports_bad_input(run_module: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = run_module("plugins", "build", "--arch", "x")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == ("--arch: got 'x', expected all, or compute capabilities such as 80;90. "
+                             "Give the capabilities without dots, separated by semicolons.\n")

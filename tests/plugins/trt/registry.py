@@ -1,0 +1,55 @@
+"""Loads the plugin library into a real TensorRT, makes the plugins a JSON list on stdin asks for, prints what happened as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import tensorrt_rtx as trt
+
+
+class Recorder(trt.ILogger):  # type: ignore[misc]
+    """Keeps the errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[str] = []
+
+    def log(self, severity: Any, msg: str) -> None:
+        """TensorRT's callback."""
+        if severity == trt.Logger.ERROR:
+            self.errors.append(msg)
+
+
+def make(registry: Any, request: dict[str, Any]) -> Any:
+    """One plugin, or None; request holds op, fields, and dtype of the field values."""
+    dtype = np.dtype(request["dtype"])
+    values = {name: np.array(value, dtype).reshape(-1) for name, value in request["fields"].items()}
+    kind = {"int32": trt.PluginFieldType.INT32, "int64": trt.PluginFieldType.INT64, "float32": trt.PluginFieldType.FLOAT32}[dtype.name]
+    fields = trt.PluginFieldCollection([trt.PluginField(name, value, kind) for name, value in values.items()])
+    return registry.get_creator(request["op"], "1", "anybit").create_plugin("layer0", fields, trt.TensorRTPhase.BUILD)
+
+
+def main() -> None:
+    """Run the requests."""
+    registry = trt.get_plugin_registry()
+    assert registry.load_library(sys.argv[1]) is not None
+    recorder = Recorder()
+    builder = trt.Builder(recorder)  # from here on the library finds this logger
+    answer: dict[str, Any] = {"creators": [], "plugins": []}
+    for creator in registry.all_creators:
+        if creator.plugin_namespace == "anybit":
+            answer["creators"].append([creator.name, creator.plugin_version, [field.name for field in creator.field_names]])
+    for request in json.load(sys.stdin):
+        recorder.errors.clear()
+        plugin = make(registry, request)
+        answer["plugins"].append({"made": plugin is not None, "errors": list(recorder.errors)})
+        del plugin
+    del builder
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
