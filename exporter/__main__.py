@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
 from exporter.pipeline import STAGES, ExportRequest, run_pipeline
-from plugins.core.cli import run_cli
+from plugins.core.cli import run_cli, whole_number
 
 __all__ = ["build_parser", "main"]
 
@@ -20,8 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--engine", choices=["auto", "tensorrt", "tensorrt-rtx", "none"], default="auto",
                         help="auto: tensorrt where it imports and a GPU is there, else tensorrt-rtx (default: auto)")
-    engine.add_argument("--max-batch", type=int, default=1, metavar="B", help="largest batch of the profiles (default: 1)")
-    engine.add_argument("--max-seq", type=int, default=2048, metavar="S", help="largest context of the profiles (default: 2048)")
+    engine.add_argument("--max-batch", type=whole_number(1), default=1, metavar="B", help="largest batch of the profiles (default: 1)")
+    engine.add_argument("--max-seq", type=whole_number(1), default=2048, metavar="S", help="largest context of the profiles (default: 2048)")
     run = parser.add_argument_group("run")
     run.add_argument("--until", choices=STAGES, default="report", help="last stage to run (default: report)")
     run.add_argument("--resume", action="store_true", help="keep finished stages whose inputs did not change")
@@ -48,11 +48,7 @@ def print_summary(out: Path, manifest: dict[str, object]) -> None:
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
     from calibration.progress import make_progress
-    from plugins.core.errors import InputError
 
-    for option in ("max_batch", "max_seq"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option.replace('_', '-')}", f"got {getattr(args, option)}, expected at least 1", "Give a positive number")
     scheme = scheme_from_args(args)
     out = default_out(args, scheme)
     progress = make_progress(args.progress)
@@ -68,7 +64,7 @@ def _main(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 input, 3 a check failed, 1 anything else, 130 interrupted."""
-    return run_cli(lambda: _main(argv))
+    return run_cli(lambda: _main(argv), "Interrupted; finished stages are kept. Run the same command with --resume to go on.")
 
 
 if __name__ == "__main__":

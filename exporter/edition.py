@@ -20,8 +20,8 @@ from plugins.build import build_soname
 from plugins.core.errors import CheckError, InputError
 from plugins.core.op_spec import DOMAIN
 
-__all__ = ["EDITIONS", "ENGINE_FILE", "ENGINE_RECORD", "Edition", "captured_log", "check_engine", "gpu_capabilities", "load_plugins",
-           "prepare_parser", "select_edition"]
+__all__ = ["EDITIONS", "ENGINE_FILE", "ENGINE_RECORD", "Edition", "captured_log", "check_engine", "gpu_capabilities",
+           "load_plugins", "prepare_parser", "select_edition"]
 
 ENGINE_FILE = "model.engine"
 ENGINE_RECORD = "engine.json"
@@ -55,9 +55,9 @@ class Edition:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(rtx))
         from polygraphy import config
 
-        if config.USE_TENSORRT_RTX != rtx:
+        if rtx != config.USE_TENSORRT_RTX:
             if "polygraphy.backend.trt" in sys.modules:
-                raise InputError("TensorRT", f"got a request for {self.name} in a process that uses the other edition, expected one",
+                raise InputError("TensorRT", f"got {self.name} in a process that uses the other edition, expected one edition",
                                  "Start a new process for the other edition")
             config.USE_TENSORRT_RTX = rtx
         return importlib.import_module(EDITIONS[self.name])
@@ -104,7 +104,8 @@ def select_edition(choice: str = "auto") -> Edition:
     for name in wanted:
         if edition := _installed(name):
             return edition
-    raise InputError(f"--engine {choice}", f"got no module {' or '.join(EDITIONS[name] for name in wanted)}, expected it installed",
+    modules = " or ".join(EDITIONS[name] for name in wanted)
+    raise InputError(f"--engine {choice}", f"got no module {modules}, expected it installed",
                      "; or ".join(_INSTALL[name] for name in wanted) + "; or use --engine none")
 
 

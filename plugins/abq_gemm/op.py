@@ -41,14 +41,16 @@ class AbqGemm:
         if not 1 <= attrs.wbits <= 8:
             raise InputError(where, f"got {attrs.wbits} weight bits, expected 1 to 8", "Choose other --wbits")
         if attrs.abits != WEIGHT_ONLY and not 2 <= attrs.abits <= 8:
-            raise InputError(where, f"got {attrs.abits} activation bits, expected 2 to 8, or 16 for weight-only", "Choose other --abits")
+            raise InputError(where, f"got {attrs.abits} activation bits, expected 2 to 8, or 16 for weight-only",
+                             "Choose other --abits")
         if attrs.levels not in (1 << attrs.wbits, BALANCED.get(attrs.wbits)):
             raise InputError(where, f"got {attrs.levels} weight levels with {attrs.wbits} bits, expected {1 << attrs.wbits}"
                              " (or 5 for W2*, 3 for W1*)", "Quantise the layer again")
         check_group(attrs, where)
         largest = INT8_RANGE * (attrs.levels - 1) * attrs.group_len
         if attrs.abits != WEIGHT_ONLY and largest >= 1 << 31:
-            raise InputError(where, f"got sums of up to {largest}, expected less than 2^31 for int32", "Use a smaller --group-size")
+            raise InputError(where, f"got sums of up to {largest}, expected less than 2^31 for int32",
+                             "Use a smaller --group-size")
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
         """X, weight, scale, zero and, if there is one, bias."""
@@ -62,11 +64,11 @@ class AbqGemm:
         """
         self.check(attrs, where)
         check_shapes(arrays, attrs, where, scale_columns=attrs.n_groups)
-        codes = arrays.codes
-        if codes.dtype != np.uint8 or int(codes.max(initial=0)) >= attrs.levels:
-            raise InputError(where, f"got codes {codes.dtype} up to {codes.max(initial=0)}, expected uint8 0 to {attrs.levels - 1}",
+        codes, largest = arrays.codes, attrs.levels - 1
+        if codes.dtype != np.uint8 or int(codes.max()) > largest:
+            raise InputError(where, f"got codes {codes.dtype} up to {codes.max()}, expected uint8 0 to {largest}",
                              "Quantise the layer again; codes are packed as they are, never re-derived")
-        _check_zero(arrays, attrs, where)
+        zero = _checked_zero(arrays, attrs, where)
         rows, group_bits = attrs.out_features, -(-attrs.group_len // WORD) * WORD
         padded = np.zeros((rows, row_words(attrs) * WORD), np.uint8)
         used = padded[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)
@@ -75,7 +77,7 @@ class AbqGemm:
         for plane in range(attrs.planes):
             bits = np.bitwise_and(padded, 1 << plane)  # packbits counts any non-zero byte as 1
             words[plane] = np.packbits(bits, axis=1, bitorder="little").view("<i4")
-        packed = {"weight": words, "scale": arrays.scale.astype(np.float32), "zero": arrays.zero.astype(np.int32)}
+        packed = {"weight": words, "scale": arrays.scale.astype(np.float32), "zero": zero}
         return packed | ({"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {})
 
     def unpack(self, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> QuantArrays:
@@ -120,7 +122,7 @@ class AbqGemm:
     def _integer(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         assert arrays.zero is not None
         codes, scale, zero = quantize_activation(x, attrs.abits, bool(attrs.act_symmetric))
-        y = np.zeros((len(x), attrs.out_features), np.float32)
+        y: np.ndarray = np.zeros((len(x), attrs.out_features), np.float32)
         for group in range(attrs.n_groups):
             part = slice(group * attrs.group_len, (group + 1) * attrs.group_len)
             a, q = codes[:, part].astype(np.float64), arrays.codes[:, part].astype(np.float64)
@@ -129,7 +131,8 @@ class AbqGemm:
             zx, zw = zero.astype(np.int64), arrays.zero[:, group].astype(np.int64)[None, :]
             integer = product - zw * row_sum - zx * column_sum + attrs.group_len * zx * zw
             y = y + integer.astype(np.float32) * arrays.scale[:, group].astype(np.float32)[None, :]
-        return y * scale
+        y *= scale
+        return y
 
     def function_body(self, attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
         """Local function of standard ops; see plugins/abq_gemm/body.py."""
@@ -138,8 +141,8 @@ class AbqGemm:
         return function_body(attrs, dtype, overload)
 
 
-def _check_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> None:
-    """Zero points are int32, and small enough that fp64 holds every sum (the ONNX body corrects for them in fp64)."""
+def _checked_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> np.ndarray:
+    """Zero points as int32; refuse those that do not fit, or for which the ONNX body's fp64 sums would not be exact."""
     zero, shape = arrays.zero, arrays.scale.shape
     if zero is None or zero.shape != shape or zero.dtype.kind not in "iu":
         got = "no zero points" if zero is None else f"zero points {zero.dtype} of shape {zero.shape}"
@@ -150,6 +153,7 @@ def _check_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> None:
     if low < -largest - 1 or high > largest:
         raise InputError(where, f"got zero points from {low} to {high}, expected {-largest - 1} to {largest}",
                          "Quantise the layer again with ranges that reach closer to 0")
+    return zero.astype(np.int32)
 
 
 SPEC = AbqGemm()

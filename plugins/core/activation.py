@@ -17,9 +17,9 @@ TINY = np.float32(2.0**-118)  # floor of a row's extent: TINY / 255 is a normal 
 def quantize_activation(x: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signed integer codes of each row, x ~ scale * (code - zero); all maths in fp32, rounding half to even.
 
-    Symmetric: scale = absmax / (2^(bits-1) - 1), zero = 0.  Asymmetric: the range is widened to hold 0 and has 2^bits - 1 steps.
-    A row with NaN or inf gets a NaN scale (and codes 0), so that it stays loud. Source: per-token min-max quantisation as in QQQ
-    (arXiv 2406.09904) and ABQ-LLM (arXiv 2408.08554), with a scale floor instead of a division by zero.
+    Symmetric: scale = absmax / (2^(bits-1) - 1), zero = 0. Asymmetric: the range is widened to hold 0 and has 2^bits - 1
+    steps. A row with NaN or inf gets a NaN scale (and codes 0), so that it stays loud. Source: per-token min-max
+    quantisation as in QQQ (arXiv 2406.09904) and ABQ-LLM (arXiv 2408.08554), with a scale floor instead of a division by 0.
 
     Args:
         x: [M, K] of any float type.
@@ -59,4 +59,4 @@ def saturate_cast(y: np.ndarray, dtype: DTypeLike) -> np.ndarray:
 
     largest = np.float32(ml_dtypes.finfo(target).max)
     with np.errstate(invalid="ignore"):
-        return np.clip(y, -largest, largest).astype(target)
+        return np.asarray(np.clip(y, -largest, largest), target)

@@ -13,7 +13,7 @@ from plugins.core.errors import EXIT_INTERRUPT, EXIT_OTHER, UserError
 __all__ = ["number", "run_cli", "whole_number"]
 
 
-def run_cli(main: Callable[[], int]) -> int:
+def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
     """Run `main` and turn what it raises into an exit code: 2 bad input, 3 a failed check, 130 Ctrl-C, 1 anything else.
 
     An error that is not a UserError is a bug and passes through with its traceback (Python then exits with 1).
@@ -26,7 +26,7 @@ def run_cli(main: Callable[[], int]) -> int:
         _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _say("Interrupted.")
+        _say(interrupted)
         return EXIT_INTERRUPT
     except BrokenPipeError:  # the reader (head, less) left; nothing more can be said on stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -83,7 +83,7 @@ class BodyBuilder:
     def reshape(self, x: str, *sizes: int | str) -> str:
         """x [sizes], from numbers and int64 [1] tensors; -1 stands for what is left, 0 for an empty axis."""
         shape = self.join(*(self.ints(size) if isinstance(size, int) else size for size in sizes))
-        return self.node("Reshape", x, shape, **({} if -1 in sizes else {"allowzero": 1}))
+        return self.node("Reshape", x, shape, allowzero=int(-1 not in sizes))
 
     def unpacked_bytes(self, words: str) -> str:
         """INT32 words [R, C] as uint8 [4, R, C]: bits 8i..8i+7 in slice i."""
@@ -111,7 +111,8 @@ class BodyBuilder:
         scale = self.node("Add", scale, self.node("Sub", extent, extent))  # NaN where the row has inf, or its range is inf
         loud = self._per_token("ReduceSum", self.node("Mul", x, self.const(0, np.float32)))  # ReduceMax may lose a NaN
         scale = self.node("Add", scale, loud)
-        reciprocal = self.node("Div", self.const(1, np.float32), scale)
+        # The Reshape keeps ONNX Runtime from fusing (1 / scale) * x into x / scale, which rounds some codes differently.
+        reciprocal = self.reshape(self.node("Div", self.const(1, np.float32), scale), -1, 1)
         scaled, one = self.node("Mul", x, reciprocal), self.const(1, np.float32)
         # QuantizeLinear with scale 1 rounds half to even, adds the zero point, clamps to 0..255 and casts: one pass, no
         # undefined cast of a NaN. |x / scale| exceeds its number of steps by rounding only, so that nothing else clamps

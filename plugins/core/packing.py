@@ -20,11 +20,12 @@ def check_group(attrs: GemmAttributes, where: str) -> None:
         InputError: it does not; lists those that do.
     """
     if attrs.in_features < 1 or attrs.out_features < 1:
-        raise InputError(where, f"got a weight of {attrs.out_features} x {attrs.in_features}, expected at least 1 x 1", "Check the model")
+        raise InputError(where, f"got a weight of {attrs.out_features} x {attrs.in_features}, expected at least 1 x 1",
+                         "Check the model")
     if attrs.group_size < 0 or (attrs.group_size and attrs.in_features % attrs.group_size):
         fitting = [size for size in range(_SMALLEST_LISTED, attrs.in_features + 1) if attrs.in_features % size == 0]
-        raise InputError(where, f"got group size {attrs.group_size}, expected 0 or a divisor of in_features {attrs.in_features}",
-                         f"Use one of {', '.join(map(str, [0, *fitting]))}")
+        raise InputError(where, f"got group size {attrs.group_size}, expected 0 or a divisor of in_features "
+                         f"{attrs.in_features}", f"Use one of {', '.join(map(str, [0, *fitting]))}")
 
 
 def check_shapes(arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_columns: int) -> None:
@@ -37,9 +38,11 @@ def check_shapes(arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_c
     if arrays.codes.shape != shape:
         raise InputError(where, f"got codes of shape {arrays.codes.shape}, expected {shape}", _AGAIN)
     if arrays.scale.shape != (attrs.out_features, scale_columns):
-        raise InputError(where, f"got scales of shape {arrays.scale.shape}, expected {(attrs.out_features, scale_columns)}", _AGAIN)
+        raise InputError(where, f"got scales of shape {arrays.scale.shape}, expected {(attrs.out_features, scale_columns)}",
+                         _AGAIN)
     if (arrays.bias is not None) != bool(attrs.has_bias):
-        raise InputError(where, f"got {'a' if arrays.bias is not None else 'no'} bias, expected has_bias={attrs.has_bias}", _AGAIN)
+        got = "a" if arrays.bias is not None else "no"
+        raise InputError(where, f"got {got} bias, expected has_bias={attrs.has_bias}", _AGAIN)
     if arrays.bias is not None and arrays.bias.shape != (attrs.out_features,):
         raise InputError(where, f"got a bias of shape {arrays.bias.shape}, expected {(attrs.out_features,)}", _AGAIN)
     for name, dtype in (("scale", np.float32), ("scale_group", np.float16), ("bias", np.float32)):

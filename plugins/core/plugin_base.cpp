@@ -1,7 +1,7 @@
 // The IPluginV3 overrides that every low-bit GEMM plugin shares.
 //
-// Attributes are validated when the plugin is made, shapes when TensorRT configures it; enqueue trusts both and only flattens the
-// leading dimensions of X into M tokens.
+// Attributes are validated when the plugin is made, shapes when TensorRT configures it; enqueue trusts both and only
+// flattens the leading dimensions of X into M tokens.
 #include "core/plugin_base.h"
 
 #include <array>

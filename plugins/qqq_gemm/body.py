@@ -48,8 +48,8 @@ def _codes(body: BodyBuilder) -> str:
     low = body.node("BitwiseAnd", pairs, body.const(15, np.uint8))
     high = body.node("BitShift", pairs, body.const(4, np.uint8), direction="RIGHT")
     k_tiles = body.node("Shape", "weight", start=0, end=1)
-    nibbles = body.reshape(body.node("Concat", low, high, axis=0), 8, k_tiles, -1, 8, 4, 4)  # [h, K/16, N/64, lane/4, lane%4, j]
-    order = nibble_order(grouped)  # slice 4h + i of nibbles holds nibble e = 2i + h of the words
+    nibbles = body.reshape(body.node("Concat", low, high, axis=0), 8, k_tiles, -1, 8, 4, 4)
+    order = nibble_order(grouped)  # slice 4h + i [K/16, N/64, lane/4, lane%4, j] holds nibble e = 2i + h of the words
     by_rank = [order.index((b, r)) for r in range(4) for b in range(2)]
     nibbles = body.node("Gather", nibbles, body.ints(*(e // 2 + 4 * (e % 2) for e in by_rank)), axis=0)
     if not grouped:

@@ -48,14 +48,17 @@ class QqqGemm:
     def check(self, attrs: GemmAttributes, where: str) -> None:
         """Raise InputError if this op cannot run these attributes."""
         if (attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric) != (4, 16, 8, 1):
-            raise InputError(where, f"got W{attrs.wbits}A{attrs.abits} with {attrs.levels} levels and act_symmetric={attrs.act_symmetric}, "
+            raise InputError(where, f"got W{attrs.wbits}A{attrs.abits} with {attrs.levels} levels and "
+                             f"act_symmetric={attrs.act_symmetric}, "
                              "expected W4A8 with 16 levels and symmetric activations", "Use --method abq for other bits")
         if attrs.group_size not in GROUP_SIZES:
-            raise InputError(where, f"got group size {attrs.group_size}, expected 0, 64 or 128", "Use one of these, or --method abq")
+            raise InputError(where, f"got group size {attrs.group_size}, expected 0, 64 or 128",
+                             "Use one of these, or --method abq")
         check_group(attrs, where)
         if INT8_MAX * INT8_MAX * attrs.in_features >= 1 << 31:
-            raise InputError(where, f"got in_features {attrs.in_features}, expected at most {((1 << 31) - 1) // INT8_MAX**2}: the int32 sum "
-                             "would overflow", "Use --method abq with a group size")
+            most = ((1 << 31) - 1) // INT8_MAX**2
+            raise InputError(where, f"got in_features {attrs.in_features}, expected at most {most}: the int32 sum would "
+                             "overflow", "Use --method abq with a group size")
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
         """X, weight, scale, per group scale_group and, if there is one, bias."""
@@ -69,7 +72,7 @@ class QqqGemm:
         """
         self.check(attrs, where)
         check_shapes(arrays, attrs, where, scale_columns=1)
-        low, high = int(arrays.codes.min(initial=0)), int(arrays.codes.max(initial=0))
+        low, high = int(arrays.codes.min()), int(arrays.codes.max())
         if arrays.codes.dtype != np.int8 or low < LOW or high > HIGH:
             raise InputError(where, f"got codes {arrays.codes.dtype} {low} to {high}, expected int8 {LOW} to {HIGH}",
                              "Quantise the layer again; codes are packed as they are, never re-derived")
@@ -86,14 +89,16 @@ class QqqGemm:
         rows, columns = padded_shape(attrs)
         grouped = bool(attrs.group_size)
         nibbles = np.full((rows, columns), OFFSET if grouped else 0, np.uint8)
-        nibbles[: attrs.out_features, : attrs.in_features] = codes.view(np.uint8) + np.uint8(OFFSET) if grouped else codes.view(np.uint8) & 15
+        unsigned = codes.view(np.uint8)
+        nibbles[: attrs.out_features, : attrs.in_features] = unsigned + np.uint8(OFFSET) if grouped else unsigned & np.uint8(15)
         # [nb, j, b, lane / 4, kt, lane % 4, r]: n = 64 nb + 16 j + 8 b + lane / 4, k = 16 kt + 4 (lane % 4) + r
         tiles = nibbles.reshape(rows // TILE_N, 4, 2, 8, columns // TILE_K, 4, 4)
         order = nibble_order(grouped)
         words = np.empty((columns // TILE_K, rows // TILE_N, 8, 4, 4, 4), np.uint8)  # [kt, nb, lane / 4, lane % 4, j, byte]
         for byte in range(4):
             (b_low, r_low), (b_high, r_high) = order[2 * byte], order[2 * byte + 1]
-            both = tiles[:, :, b_low, :, :, :, r_low] | (tiles[:, :, b_high, :, :, :, r_high] << 4)  # [nb, j, lane / 4, kt, lane % 4]
+            # [nb, j, lane / 4, kt, lane % 4]
+            both = tiles[:, :, b_low, :, :, :, r_low] | (tiles[:, :, b_high, :, :, :, r_high] << 4)
             words[..., byte] = both.transpose(3, 0, 2, 4, 1)
         return words.reshape(columns // TILE_K, -1).view("<i4")
 
@@ -121,13 +126,16 @@ class QqqGemm:
 
     def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         """scale * int8 weight, fp32 [N, K]: the re-rounding to int8 is part of the numbers."""
-        return self.int8_weights(arrays, attrs).astype(np.float32) * arrays.scale
+        weight: np.ndarray = self.int8_weights(arrays, attrs).astype(np.float32)
+        weight *= arrays.scale
+        return weight
 
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
         """Y [..., N] in x's dtype: exact integers, then fp32 in the kernel's order."""
         arrays = self.unpack(tensors, attrs)
         codes, scale, _ = quantize_activation(x.reshape(-1, attrs.in_features), 8, True)
-        integer = codes.astype(np.float64) @ self.int8_weights(arrays, attrs).astype(np.float64).T  # exact: below 2^31 by check()
+        weight = self.int8_weights(arrays, attrs).astype(np.float64)
+        integer = codes.astype(np.float64) @ weight.T  # exact: below 2^31 by check()
         with np.errstate(over="ignore", invalid="ignore"):
             y = (integer.astype(np.int64).astype(np.float32) * arrays.scale.astype(np.float32).T) * scale
             if arrays.bias is not None:

@@ -60,6 +60,14 @@ def test_variants_open_and_give_their_tensors(tiny_llama: Callable[..., Path], c
         assert torch.equal(checkpoint.tensor(name), stored[name].float())
 
 
+def test_bin_weights_are_the_same_model(model: Path, tiny_model_dir: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    original, copy = open_checkpoint(str(tiny_model_dir), True), open_checkpoint(str(model), True)
+    for name, _ in original.family.tensor_shapes(original.dims):
+        assert torch.equal(original.tensor(name), copy.tensor(name))
+
+
 def test_fingerprint_depends_on_weights_and_config_but_not_on_the_place(tiny_model_dir: Path, model: Path) -> None:
     first = open_checkpoint(str(tiny_model_dir), True).fingerprint
     assert open_checkpoint(str(model), True).fingerprint == first

@@ -125,6 +125,16 @@ def test_errors_are_one_line_exit_2_and_leave_earlier_results(tiny_model_dir: Pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["quant"]
 
 
+def test_ctrl_c_exits_130_and_leaves_nothing_behind(tiny_model_dir: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibration.quantize.SafetensorsWriter.write", interrupt)
+    assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path / "out")) == 130
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_out_that_the_exporter_keeps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     assert _main("llama-7b", "--wbits", "4", "--abits", "8", "--out", str(tmp_path)) == 2

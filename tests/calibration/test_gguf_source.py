@@ -235,15 +235,14 @@ def test_missing_metadata(tmp_path: Path) -> None:
                                  "Convert the model to GGUF again.")
 
 
-@pytest.mark.slow
-def test_demo_model_equals_transformers_own_loading(demo_gguf: Path) -> None:
+def test_weights_and_frequencies_equal_transformers_own_loading(tiny_gguf: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     from calibration.model import float_model
 
-    ours = float_model(open_checkpoint(str(demo_gguf), True))
-    theirs = AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32)
+    ours = float_model(open_checkpoint(str(tiny_gguf), True))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32)
     expected = theirs.state_dict()
     assert set(ours.state_dict()) == set(expected)
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())

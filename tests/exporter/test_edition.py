@@ -43,8 +43,9 @@ def test_choice(machine: Install, choice: str, gpus: list[str], versions: tuple[
 @pytest.mark.parametrize(("choice", "gpus", "text"), [
     ("auto", [], "--engine auto: got no module tensorrt_rtx, expected it installed. pip install tensorrt-rtx-cu13==1.7.1.116; "
                  "or use --engine none."),
-    ("auto", ["9.0"], "--engine auto: got no module tensorrt or tensorrt_rtx, expected it installed. pip install tensorrt (needs NVIDIA's "
-                      "package index and a GPU); or pip install tensorrt-rtx-cu13==1.7.1.116; or use --engine none."),
+    ("auto", ["9.0"], "--engine auto: got no module tensorrt or tensorrt_rtx, expected it installed. "
+                      "pip install tensorrt (needs NVIDIA's package index and a GPU); "
+                      "or pip install tensorrt-rtx-cu13==1.7.1.116; or use --engine none."),
     ("tensorrt", [], "--engine tensorrt: got no CUDA device, expected one: this edition builds for the GPU it runs on. "
                      "Use --engine tensorrt-rtx, which needs no GPU to build, or run on a machine with a GPU."),
 ])
@@ -63,11 +64,13 @@ FIX = "Build the engine again on this machine (python -m exporter ... --resume).
     ({"edition": "tensorrt-rtx", "version": "1.6.0"}, [],
      f"got an engine of tensorrt-rtx 1.6.0, expected one of the installed tensorrt-rtx 1.7.1.116. {FIX}"),
     ({"edition": "tensorrt", "version": "11.0"}, [],
-     "got an engine of tensorrt 11.0, expected that edition to be installed. pip install tensorrt (needs NVIDIA's package index and a GPU)."),
+     "got an engine of tensorrt 11.0, expected that edition to be installed. "
+     "pip install tensorrt (needs NVIDIA's package index and a GPU)."),
     ({"edition": "other"}, [], f"got an engine of other 1.7.1.116, expected tensorrt or tensorrt-rtx. {FIX}"),
     ({"compute_capabilities": ["8.0"]}, ["9.0"], f"got an engine for compute capability 8.0, expected 9.0. {FIX}"),
 ])
-def test_engine_of_another_build_is_refused(machine: Install, tmp_path: Path, record: dict[str, Any], gpus: list[str], text: str) -> None:
+def test_engine_of_another_build_is_refused(machine: Install, tmp_path: Path, record: dict[str, Any], gpus: list[str],
+                                            text: str) -> None:
     machine(gpus, tensorrt_rtx="1.7.1.116")
     write_json(tmp_path / "engine.json", {**RECORD, **record})
     with pytest.raises(InputError) as caught:

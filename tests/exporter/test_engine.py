@@ -1,4 +1,4 @@
-"""Engines built by a real TensorRT-RTX from tiny ONNX files; each build runs in its own process, because plugin registration is global."""
+"""Engines built by a real TensorRT-RTX from tiny ONNX files, each in its own process: plugin registration is global."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def arrays(op: str, attrs: GemmAttributes) -> QuantArrays:
     """Some valid weights."""
     rng = np.random.default_rng(0)
     shape, scale = (attrs.out_features, attrs.in_features), np.full((attrs.out_features, attrs.n_groups), 0.01, np.float32)
+    zero = np.full(scale.shape, 8, np.int32)
     bias = rng.standard_normal(attrs.out_features).astype(np.float32) if attrs.has_bias else None
     if op == "QQQGemm":
         return QuantArrays(rng.integers(-7, 8, shape).astype(np.int8), scale, bias=bias)
-    return QuantArrays(rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, np.full(scale.shape, 8, np.int32), bias=bias)
+    return QuantArrays(rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, zero, bias=bias)
 
 
 def two_gemms(folder: Path, dtype: int = TensorProto.FLOAT16) -> onnx.ModelProto:
@@ -57,8 +58,8 @@ def save(folder: Path, nodes: list[onnx.NodeProto], initializers: list[onnx.Tens
          functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
     """Write model.onnx with input X [B, S, 64] and one output."""
     info = [helper.make_tensor_value_info(name, dtype, ["B", "S", 64]) for name in ("X", output)]
-    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], initializers), opset_imports=OPSET, functions=functions,
-                              ir_version=11)
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], initializers)
+    model = helper.make_model(graph, opset_imports=OPSET, functions=functions, ir_version=11)
     onnx.save(model, str(folder / "model.onnx"))
     return model
 
@@ -72,7 +73,8 @@ from plugins.core.errors import UserError
 folder, library, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 try:
     for _ in range(times):
-        record = build_engine(folder / "model.onnx", library, folder, EngineOptions("tensorrt-rtx", 2, 16), JsonProgress(sys.stderr))
+        options = EngineOptions("tensorrt-rtx", 2, 16)
+        record = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(sys.stderr))
     print(json.dumps(record))
 except UserError as error:
     print(json.dumps([type(error).__name__, str(error)]))
@@ -81,8 +83,8 @@ except UserError as error:
 
 def build(folder: Path, times: int = 1) -> tuple[Any, list[dict[str, Any]]]:
     """engine.json, or [class, text] of the error; and the progress events. Fails if anything else is printed."""
-    result = subprocess.run([sys.executable, "-c", DRIVER, str(folder), str(build_library()), str(times)], capture_output=True, text=True,
-                            timeout=300, check=False)
+    result = subprocess.run([sys.executable, "-c", DRIVER, str(folder), str(build_library()), str(times)],
+                            capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), [json.loads(line) for line in result.stderr.splitlines()]
 
@@ -113,18 +115,21 @@ def test_builds_twice_in_one_process(tmp_path: Path) -> None:
 @needs_rtx
 def test_node_without_namespace_is_named(tmp_path: Path) -> None:
     """TensorRT silently takes the function body of such a node; here one that it can build."""
-    body = helper.make_function(DOMAIN, "ABQGemm", ["X", "weight", "scale", "zero"], ["Y"], [helper.make_node("Relu", ["X"], ["Y"])], OPSET[:1])
+    relu = helper.make_node("Relu", ["X"], ["Y"])
+    body = helper.make_function(DOMAIN, "ABQGemm", ["X", "weight", "scale", "zero"], ["Y"], [relu], OPSET[:1])
     attrs = GemmAttributes(4, 16, 8, 0, 32, 64, 64, 0)
     packed = op_spec("ABQGemm").pack(arrays("ABQGemm", attrs), attrs, "gemm")
     names = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     body.attribute.extend([*attrs.as_dict(), *names])
     nodes = [helper.make_node("ABQGemm", [source, *packed], [output], name=name, domain=DOMAIN, **attrs.as_dict(), **extra)
              for source, output, name, extra in (("X", "a", "first", names), ("a", "b", "second", {}), ("b", "c", "third", {}))]
-    save(tmp_path, nodes, [numpy_helper.from_array(value, name) for name, value in packed.items()], "c", TensorProto.FLOAT16, [body])
+    initializers = [numpy_helper.from_array(value, name) for name, value in packed.items()]
+    save(tmp_path, nodes, initializers, "c", TensorProto.FLOAT16, [body])
     error, _ = build(tmp_path)
-    assert error == ["CheckError", f"{tmp_path / 'model.onnx'}: got 1 plugin layers for 3 custom nodes, expected one each; missing: second, third. "
-                     "Without attribute plugin_namespace on a node TensorRT takes its slow function body: export the model again with this "
-                     "version."]
+    assert error == [
+        "CheckError", f"{tmp_path / 'model.onnx'}: got 1 plugin layers for 3 custom nodes, expected one each; missing: second, "
+        "third. Without attribute plugin_namespace on a node, or before version 10.7, TensorRT takes its slow function body: "
+        "export the model again or use a newer TensorRT."]
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -135,8 +140,9 @@ def test_parser_errors_are_shown(tmp_path: Path) -> None:
     error, _ = build(tmp_path)
     assert error[0] == "CheckError"
     assert re.sub(r"\(BitwiseNot\): .*; expected", "(BitwiseNot): REASON; expected", error[1], flags=re.DOTALL) == (
-        f"{tmp_path / 'model.onnx'}: got parser errors: node odd (BitwiseNot): REASON; expected a model that this TensorRT takes. "
-        "If a custom op is named, export the model again with this version; else use a newer TensorRT (10.15, 11, or RTX 1.7).")
+        f"{tmp_path / 'model.onnx'}: got parser errors: node odd (BitwiseNot): REASON; expected a model that this TensorRT "
+        "takes. If a custom op is named, export the model again with this version; "
+        "else use a newer TensorRT (10.15, 11, or RTX 1.7).")
 
 
 @needs_rtx
@@ -147,8 +153,8 @@ def test_weights_that_do_not_fit_the_attributes(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     error, _ = build(tmp_path)
     assert error[0] == "CheckError"
-    assert ("ABQGemm 'up' input weight: got shape [4, 48, 8], expected [4, 48, 4]. The weights do not fit the node's attributes: "
-            "export the model again.") in error[1]
+    assert ("ABQGemm 'up' input weight: got shape [4, 48, 8], expected [4, 48, 4]. The weights do not fit the node's "
+            "attributes: export the model again.") in error[1]
 
 
 @needs_rtx
@@ -176,7 +182,8 @@ def test_custom_nodes_are_counted_everywhere() -> None:
     own_body = helper.make_function(DOMAIN, "ABQGemm", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], OPSET)
     branch = helper.make_node("If", ["c"], ["y"], then_branch=graph(gemm("then")), else_branch=graph(gemm("else"), gemm("")))
     calls = [helper.make_node("Block", ["x"], ["y"], domain="local") for _ in range(2)]
-    model = helper.make_model(graph(gemm("top"), branch, *calls, helper.make_node("Relu", ["x"], ["y"])), functions=[function, own_body])
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    model = helper.make_model(graph(gemm("top"), branch, *calls, relu), functions=[function, own_body])
     assert sorted(custom_nodes(model)) == ["else", "inner", "inner #5", "then", "top", "unnamed ABQGemm"]
     assert set(custom_nodes(model).values()) == {"ABQGemm"}
 
@@ -199,7 +206,7 @@ def test_profiles_fit_each_other() -> None:
 
 @pytest.mark.parametrize(("call", "text"), [
     (lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
-     "model input X: got a dimension 'N', expected a number or one of B, S, P, T. Export the model again with this version."),
+     "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export the model again with this version."),
     (lambda: EngineOptions(max_batch=0), "--max-batch: got 0, expected at least 1. Give a positive number."),
     (lambda: EngineOptions(max_seq=-1), "--max-seq: got -1, expected at least 1. Give a positive number."),
     (lambda: select_edition("cuda"), "--engine: got 'cuda', expected auto, tensorrt or tensorrt-rtx. Choose one of these."),

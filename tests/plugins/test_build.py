@@ -60,7 +60,7 @@ def test_bad_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(InputError) as caught:
         toolkit.find_cuda()
-    assert str(caught.value) == (f"CUDA_HOME: got {tmp_path}, expected a CUDA toolkit with bin/nvcc, headers and libcudart_static.a. "
+    assert str(caught.value) == (f"CUDA_HOME: got {tmp_path}, expected a CUDA toolkit: bin/nvcc, headers, libcudart_static.a. "
                                  "Correct or unset the variable.")
 
 
@@ -89,22 +89,24 @@ def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as caught:
         toolkit.find_cuda()
     assert str(caught.value) == (
-        "CUDA compiler: got no nvcc from CUDA_HOME, PATH or the wheels, expected one. Install the project's requirements (pip install "
-        "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl) or set CUDA_HOME to a CUDA toolkit.")
+        "CUDA compiler: got no nvcc from CUDA_HOME, PATH or the wheels, expected one. Install the project's requirements "
+        "(pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl) or set CUDA_HOME to a "
+        "CUDA toolkit.")
 
 
 @pytest.mark.usefixtures("bare")
 def test_no_host_compiler() -> None:
     with pytest.raises(InputError) as caught:
         toolkit.find_program("g++", "g++")
-    assert str(caught.value) == "g++: got no such program on PATH, expected it. Install it, for example: apt-get install g++."
+    assert str(caught.value) == "g++: got no such program on PATH, expected it. Install it, such as: apt-get install g++."
 
 
 def test_soname_makes_a_versioned_library_resolvable(sources: Path) -> None:
     folder = sources.parent
-    (folder / "answer.c").write_text("int answer(void) { return 42; }\n")
-    real = folder / "libanswer.so.1"
-    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libanswer.so.1", "-o", str(real), str(folder / "answer.c")], check=True)
+    source, real = folder / "answer.c", folder / "libanswer.so.1"
+    source.write_text("int answer(void) { return 42; }\n")
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libanswer.so.1", str(source), "-o", str(real)],
+                   check=True)
     alias = build.build_soname(real, "libanswer.so")
     assert alias.name == "libanswer.so"
     code = (f"import ctypes\nctypes.CDLL({str(alias)!r}, mode=ctypes.RTLD_GLOBAL)\n"

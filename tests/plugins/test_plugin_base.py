@@ -15,7 +15,8 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("plugin") / "probe"
     sources = [*PLUGINS.glob("core/*.cpp"), *PLUGINS.glob("core/trt/*.cpp"), *PLUGINS.glob("*/plugin.cpp")]
-    subprocess.run(["g++", "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", f"-I{PLUGINS}", f"-I{PLUGINS / 'core' / 'trt'}",
+    include = [f"-I{PLUGINS}", f"-I{PLUGINS / 'core' / 'trt'}"]
+    subprocess.run(["g++", "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *include,
                     str(PROBES / "plugin.cpp"), *map(str, sources), "-o", str(output)], check=True)
     return output
 

@@ -21,22 +21,24 @@ REGISTRY = Path(__file__).parent / "trt" / "registry.py"
 ABQ = GemmAttributes(wbits=4, levels=16, abits=8, act_symmetric=0, group_size=32, in_features=64, out_features=48, has_bias=1)
 QQQ = dataclasses.replace(ABQ, act_symmetric=1, group_size=0, has_bias=0)
 
+RANGE = "Export the model again with settings in range."
+VERSION = "Export the model again with this version."
 BAD: list[tuple[str, dict[str, int], str]] = [  # op, changed attributes, error
-    ("ABQGemm", {"wbits": 9}, "got wbits 9, expected 1 to 8. Export the model again with settings in range."),
-    ("ABQGemm", {"levels": 5}, "got levels 5 with wbits 4, expected 16, or 5 with 2 bits, or 3 with 1 bit. "
-                               "Export the model again with settings in range."),
-    ("ABQGemm", {"abits": 9}, "got abits 9, expected 2 to 8, or 16 for weight-only. Export the model again with settings in range."),
-    ("ABQGemm", {"abits": 1}, "got abits 1, expected 2 to 16. Export the model again with settings in range."),
-    ("ABQGemm", {"has_bias": 2}, "got has_bias 2, expected 0 to 1. Export the model again with settings in range."),
-    ("ABQGemm", {"in_features": 0}, "got in_features 0, expected 1 to 2147483647. Export the model again with settings in range."),
+    ("ABQGemm", {"wbits": 9}, f"got wbits 9, expected 1 to 8. {RANGE}"),
+    ("ABQGemm", {"levels": 5}, f"got levels 5 with wbits 4, expected 16, or 5 with 2 bits, or 3 with 1 bit. {RANGE}"),
+    ("ABQGemm", {"abits": 9}, f"got abits 9, expected 2 to 8, or 16 for weight-only. {RANGE}"),
+    ("ABQGemm", {"abits": 1}, f"got abits 1, expected 2 to 16. {RANGE}"),
+    ("ABQGemm", {"has_bias": 2}, f"got has_bias 2, expected 0 to 1. {RANGE}"),
+    ("ABQGemm", {"in_features": 0}, f"got in_features 0, expected 1 to 2147483647. {RANGE}"),
     ("ABQGemm", {"group_size": 48}, "got group_size 48, expected a divisor of in_features 64. "
                                     "Choose a --group-size that divides every layer's input size."),
     ("ABQGemm", {"group_size": 0, "in_features": 1 << 21}, "got sums of up to 4026531840, expected less than 2^31. "
                                                            "Use a smaller --group-size."),
-    ("ABQGemm", {"wbits": (1 << 33) + 4}, "got wbits 8589934596, expected a 32-bit integer. Export the model again with this version."),
+    ("ABQGemm", {"wbits": (1 << 33) + 4}, f"got wbits 8589934596, expected a 32-bit integer. {VERSION}"),
     ("QQQGemm", {"wbits": 3, "levels": 8}, "got wbits 3, levels 8, abits 8, act_symmetric 1, expected 4, 16, 8, 1. "
                                            "Use ABQGemm for other bit widths."),
-    ("QQQGemm", {"group_size": 32}, "got group_size 32, expected 0 (per channel), 64 or 128. Choose one of these, or --method abq."),
+    ("QQQGemm", {"group_size": 32}, "got group_size 32, expected 0 (per channel), 64 or 128. "
+                                    "Choose one of these, or --method abq."),
     ("QQQGemm", {"in_features": 1 << 18}, "got in_features 262144, whose integer sum overflows 32 bits. "
                                           "Use ABQGemm with groups for this layer."),
 ]
@@ -66,8 +68,8 @@ def library() -> Path:
 def answer(library: Path) -> dict[str, Any]:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("needs tensorrt-rtx-cu13")
-    result = subprocess.run([sys.executable, str(REGISTRY), str(library)], input=json.dumps(REQUESTS), capture_output=True, text=True,
-                            timeout=120, check=False)
+    result = subprocess.run([sys.executable, str(REGISTRY), str(library)], input=json.dumps(REQUESTS),
+                            capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -76,20 +78,21 @@ def answer(library: Path) -> dict[str, Any]:
 def test_exports_only_its_interface(library: Path) -> None:
     output = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
     assert sorted(line.split()[-1] for line in output.splitlines()) == [
-        "anybit_abq_gemm", "anybit_abq_gemm_workspace", "anybit_qqq_gemm", "anybit_qqq_gemm_workspace", "getCreators", "setLoggerFinder"]
+        "anybit_abq_gemm", "anybit_abq_gemm_workspace", "anybit_qqq_gemm", "anybit_qqq_gemm_workspace",
+        "getCreators", "setLoggerFinder"]
 
 
 def test_needs_no_cuda_library(library: Path) -> None:
     output = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", output))
-    assert needed <= {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0",
-                      "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+    assert needed <= {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libdl.so.2", "librt.so.1",
+                      "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
 def test_loads_without_any_environment(library: Path) -> None:
     code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).anybit_abq_gemm is not None)"
-    result = subprocess.run([sys.executable, "-c", code], env={"LD_BIND_NOW": "1", "PATH": os.defpath}, capture_output=True, text=True,
-                            check=True)
+    result = subprocess.run([sys.executable, "-c", code], env={"LD_BIND_NOW": "1", "PATH": os.defpath},
+                            capture_output=True, text=True, check=True)
     assert result.stdout == "True\n"
 
 
@@ -103,9 +106,9 @@ def test_tensorrt_makes_both_plugins(answer: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("index", "error"), [
-    (0, "got none, expected one integer in attribute 'abits'. Export the model again with this version."),
-    (1, "got 1 values of field type 1, expected one integer in attribute 'wbits'. Export the model again with this version."),
-    (2, "got 2 values of field type 10, expected one integer in attribute 'wbits'. Export the model again with this version."),
+    (0, f"got none, expected one integer in attribute 'abits'. {VERSION}"),
+    (1, f"got 1 values of field type 1, expected one integer in attribute 'wbits'. {VERSION}"),
+    (2, f"got 2 values of field type 10, expected one integer in attribute 'wbits'. {VERSION}"),
     *((3 + number, case[2]) for number, case in enumerate(BAD)),
 ])
 def test_bad_fields_are_logged_and_refused(answer: dict[str, Any], index: int, error: str) -> None:

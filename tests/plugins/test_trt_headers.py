@@ -23,13 +23,13 @@ NVIDIA = [Path(folder) for folder in os.environ.get("ANYBIT_TENSORRT_INCLUDE", "
 def run_probe(source: str, include: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Compile a probe with the headers in `include`, and run it."""
     program = folder / "probe"
-    subprocess.run(["g++", "-std=c++17", "-O1", *more, "-isystem", str(include), "-isystem", str(find_cuda_include()), f"-I{PLUGINS}",
-                    str(PROBES / source), "-o", str(program)], check=True)
+    includes = ["-isystem", str(include), "-isystem", str(find_cuda_include()), f"-I{PLUGINS}"]
+    subprocess.run(["g++", "-std=c++17", "-O1", *more, *includes, str(PROBES / source), "-o", str(program)], check=True)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True)
 
 
-def layout_of(include: Path) -> int:
-    """The logger layout that headers are expected to have, from their major version."""
+def major_version(include: Path) -> int:
+    """Of the TensorRT that the headers belong to."""
     version = (include / "NvInferVersion.h").read_text()
     major = re.search(r"define (?:TRT_MAJOR_ENTERPRISE|NV_TENSORRT_MAJOR) (\d+)", version)
     assert major is not None
@@ -60,6 +60,6 @@ LOGGER_CASES = [(10, OURS), (11, OURS), *((0, include) for include in NVIDIA)]
 @pytest.mark.parametrize(("layout", "include"), LOGGER_CASES, ids=str)
 def test_logger_of_either_layout_is_found(layout: int, include: Path, tmp_path: Path) -> None:
     result = run_probe("logger.cpp", include, tmp_path, f"-DLAYOUT={layout}", str(OURS / "logger.cpp"))
-    known = {10: 1, 11: 2}[layout or layout_of(include)]
+    known = {10: 1, 11: 2}[layout or major_version(include)]
     assert result.stdout == f"layout {known}\nseverity 1: through the logger\n"
     assert result.stderr == "[anybit] no logger yet\n[anybit] from a stranger\n[anybit] without a finder\n"

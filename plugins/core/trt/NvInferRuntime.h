@@ -1,9 +1,10 @@
-// The part of TensorRT's C++ plugin interface that our plugins use, declared by ourselves because no package registry ships the headers.
+// The part of TensorRT's C++ plugin interface that our plugins use; no package registry ships NVIDIA's headers.
 //
-// What is fixed by the ABI, and therefore equal to NVIDIA's: names (they are mangled into RTTI), the order of virtual functions, the
-// layout of structs, enum values, the strings and versions that getInterfaceInfo returns. Everything else is left out.
-// These interfaces are the same in TensorRT 10.0 to 11.x and TensorRT-RTX 1.7; tests/plugins/test_trt_headers.py compares them with
-// real headers where it finds some. CMake takes the real SDK's header of this name instead when -DTENSORRT_ROOT points at one.
+// What is fixed by the ABI, and therefore equal to NVIDIA's: names (they are mangled into RTTI), the order of virtual
+// functions, the layout of structs, enum values, the strings and versions that getInterfaceInfo returns. Everything else is
+// left out. These interfaces are the same in TensorRT 10.0 to 11.x and TensorRT-RTX 1.7; tests/plugins/test_trt_headers.py
+// compares them with real headers where it finds some. CMake takes the real SDK's header of this name instead when
+// -DTENSORRT_ROOT points at one.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,7 @@ namespace nvinfer1 {
 using AsciiChar = char;
 using InterfaceKind = const char*;
 
-// ---- plain data ---------------------------------------------------------------------------------------------------------------
+// ---- plain data ----
 
 enum class APILanguage : int32_t { kCPP = 0, kPYTHON = 1 };
 
@@ -83,7 +84,7 @@ struct PluginFieldCollection {
   const PluginField* fields{};
 };
 
-// ---- what TensorRT hands us and we only pass around ------------------------------------------------------------------------------
+// ---- what TensorRT hands us and we only pass around ----
 
 class IDimensionExpr;  // a symbolic dimension
 class IExprBuilder;
@@ -95,7 +96,7 @@ class DimsExprs {
   const IDimensionExpr* d[Dims::MAX_DIMS];
 };
 
-// ---- interfaces that we implement; the order of the virtual functions is the ABI -------------------------------------------------
+// ---- interfaces that we implement; the order of the virtual functions is the ABI ----
 
 class IVersionedInterface {
  public:

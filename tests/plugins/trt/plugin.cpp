@@ -25,9 +25,10 @@ size_t print_workspace(const char* op, const GemmShape* s) {
 
 int print_run(const char* op, const GemmShape* s, const GemmBuffers* b, void* stream) {
   const auto id = [](const void* pointer) { return static_cast<int>(reinterpret_cast<intptr_t>(pointer)); };
-  std::printf("%s run m %d n %d k %d w%d levels %d a%d symmetric %d dtype %d x %d weight %d scale %d zero %d scale_group %d bias %d y %d workspace %d stream %d\n",
-              op, s->m, s->n, s->k, s->wbits, s->levels, s->abits, s->act_symmetric, s->dtype, id(b->x), id(b->weight), id(b->scale),
-              id(b->zero), id(b->scale_group), id(b->bias), id(b->y), id(b->workspace), id(stream));
+  std::printf("%s run m %d n %d k %d w%d levels %d a%d symmetric %d dtype %d", op, s->m, s->n, s->k, s->wbits, s->levels, s->abits,
+              s->act_symmetric, s->dtype);
+  std::printf(" x %d weight %d scale %d zero %d scale_group %d bias %d y %d workspace %d stream %d\n", id(b->x), id(b->weight),
+              id(b->scale), id(b->zero), id(b->scale_group), id(b->bias), id(b->y), id(b->workspace), id(stream));
   return s->m == 13 ? 999 : 0;
 }
 

@@ -1,4 +1,4 @@
-"""Loads the plugin library into a real TensorRT, makes the plugins a JSON list on stdin asks for, prints what happened as JSON."""
+"""Loads the plugin library into a real TensorRT and makes the plugins that a JSON list on stdin asks for; prints JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(registry: Any, request: dict[str, Any]) -> Any:
     """One plugin, or None; request holds op, fields, and dtype of the field values."""
     dtype = np.dtype(request["dtype"])
     values = {name: np.array(value, dtype).reshape(-1) for name, value in request["fields"].items()}
-    kind = {"int32": trt.PluginFieldType.INT32, "int64": trt.PluginFieldType.INT64, "float32": trt.PluginFieldType.FLOAT32}[dtype.name]
+    kind = getattr(trt.PluginFieldType, dtype.name.upper())
     fields = trt.PluginFieldCollection([trt.PluginField(name, value, kind) for name, value in values.items()])
     return registry.get_creator(request["op"], "1", "anybit").create_plugin("layer0", fields, trt.TensorRTPhase.BUILD)
 

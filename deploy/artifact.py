@@ -1,0 +1,96 @@
+"""Opens an artefact folder for running: checks what is there against the manifest and picks the runtime."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.artifact import read_json, verify_files
+from plugins.core.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.quant_folder import QuantModel
+    from exporter.sessions import DecoderSession
+
+__all__ = ["GENERATE_RUNNERS", "MANIFEST", "check_artifact", "choose_runner", "open_artifact"]
+
+MANIFEST = "manifest.json"
+GENERATE_RUNNERS = ("auto", "onnxruntime", "tensorrt")
+_STAGES = {"torch": "quant", "onnxruntime": "onnx", "tensorrt": "engine"}  # the stage a runner executes
+_SMALL = ("quant.json",)  # files of quant/ that quant.json itself cannot vouch for
+
+
+def _needs(out: Path, stage: str, why: str) -> InputError:
+    return InputError(str(out), f"got no {stage} folder, expected it for {why}",
+                      f"Make it with: python -m exporter MODEL --wbits W --abits A --until {stage} --out {out}")
+
+
+def check_artifact(out: Path, runner: str) -> None:
+    """Check that OUT holds what `runner` reads, whole and unchanged; quant/ checks its own weights when it is read.
+
+    Raises:
+        InputError: OUT or a stage is missing, or a file differs from the manifest.
+    """
+    if not out.is_dir():
+        kind = "a file" if out.exists() else "no such folder"
+        raise InputError(str(out), f"got {kind}, expected an artefact folder",
+                         "Make one with: python -m exporter MODEL --wbits W --abits A --out DIR")
+    stage = _STAGES[runner]
+    for needed in ("quant", stage):
+        if not (out / needed).is_dir():
+            raise _needs(out, needed, f"--runner {runner}")
+    if stage == "quant" and not (out / MANIFEST).exists():
+        return  # made by python -m calibration, which writes quant/ alone
+    records = _manifest_stages(out / MANIFEST)
+    small = {name: record for name, record in records.get("quant", {}).items() if name in _SMALL}
+    verify_files(out / "quant", small)
+    if stage != "quant":
+        if stage not in records:
+            raise _needs(out, stage, f"--runner {runner}, listed in {MANIFEST}")
+        verify_files(out / stage, records[stage])
+
+
+def _manifest_stages(path: Path) -> dict[str, dict[str, Any]]:
+    """{stage: {file: {"bytes", "sha256"}}}."""
+    manifest = read_json(path)
+    try:
+        stages = {name: dict(record["files"]) for name, record in manifest["stages"].items()}
+        complete = all({"bytes", "sha256"} <= record.keys() for files in stages.values() for record in files.values())
+    except (KeyError, TypeError, AttributeError, ValueError):
+        complete = False
+    if not complete:
+        raise InputError(str(path), "got no list of stages and files, expected the manifest of an artefact folder",
+                         "It is damaged: export the model again into a new folder")
+    return stages
+
+
+def choose_runner(out: Path, runner: str) -> str:
+    """`runner`, or for "auto" tensorrt where there is a GPU and an engine that fits it, else onnxruntime."""
+    if runner != "auto":
+        return runner
+    from exporter.edition import ENGINE_FILE, check_engine, gpu_capabilities
+
+    if not (out / "engine" / ENGINE_FILE).is_file() or not gpu_capabilities():
+        return "onnxruntime"
+    try:
+        check_engine(out / "engine")
+    except InputError as error:
+        print(f"Using onnxruntime: {error}", file=sys.stderr)
+        return "onnxruntime"
+    return "tensorrt"
+
+
+def open_artifact(out: Path, runner: str) -> tuple[QuantModel, DecoderSession, str]:
+    """The quantised model's description, an open session, and the runner's name ("auto" resolved).
+
+    Raises:
+        InputError: as check_artifact, or the runner cannot run here.
+    """
+    runner = choose_runner(out, runner)
+    check_artifact(out, runner)
+    from calibration.quant_folder import read_quant
+    from exporter.sessions import open_session
+
+    quant = read_quant(out / "quant", verify=False)  # the session verifies it
+    return quant, open_session(runner, out), runner

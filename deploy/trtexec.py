@@ -1,0 +1,76 @@
+"""Writes the commands of NVIDIA's trtexec for an artefact: build from the ONNX file, time prefill, time decode."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calibration.artifact import read_json
+from plugins.core.errors import InputError
+
+__all__ = ["build_command", "script", "time_command"]
+
+_TOOLS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
+_BREAK = " \\\n    "
+
+
+def _shapes(inputs: Mapping[str, Mapping[str, Sequence[int]]], which: str) -> str:
+    return ",".join(f"{name}:{'x'.join(str(size) for size in shape[which])}" for name, shape in inputs.items())
+
+
+def _plugins(engine: Path, record: Mapping[str, Any]) -> str:
+    # --staticPlugins only opens a library and waits for creators that register themselves; ours hands its out through
+    # getCreators, which is what --dynamicPlugins asks for.
+    return f"--dynamicPlugins={engine / record['plugin_library']['name']}"
+
+
+def _join(words: Sequence[str]) -> str:
+    return _BREAK.join(shlex.quote(word) for word in words)
+
+
+def build_command(out: Path, record: Mapping[str, Any]) -> str:
+    """The command that builds OUT/engine/trtexec.engine with the same profiles, as the data-centre edition must on its GPU."""
+    engine = out / "engine"
+    words = [_TOOLS[record["edition"]], f"--onnx={out / 'onnx' / 'model.onnx'}", f"--saveEngine={engine / 'trtexec.engine'}",
+             _plugins(engine, record), "--stronglyTyped", "--skipInference"]
+    for index, profile in enumerate(record["profiles"]):
+        words.append(f"--profile={index}")
+        words += [f"--{which}Shapes={_shapes(profile['inputs'], which)}" for which in ("min", "opt", "max")]
+    if record.get("decomposable_attention"):
+        layers = sum(name.endswith(".key") for name in record["profiles"][0]["inputs"])
+        names = [f"model.layers.{index}.self_attn.context_heads" for index in range(layers)]
+        words.append(f"--decomposableAttentions={','.join(names)}")
+    return _join(words)
+
+
+def time_command(out: Path, record: Mapping[str, Any], index: int) -> str:
+    """The command that times the built engine at the likely shapes of one profile, on random input."""
+    engine = out / "engine"
+    words = [_TOOLS[record["edition"]], f"--loadEngine={engine / 'model.engine'}", _plugins(engine, record),
+             f"--useProfile={index}", f"--shapes={_shapes(record['profiles'][index]['inputs'], 'opt')}"]
+    return _join(words)
+
+
+def script(out: Path) -> str:
+    """A shell script with every command, from OUT/engine/engine.json.
+
+    Raises:
+        InputError: there is no engine, or its record is damaged.
+    """
+    path = out / "engine" / "engine.json"
+    if not path.is_file():
+        raise InputError(str(path), "got no such file, expected the record of a built engine",
+                         f"Build one with: python -m exporter MODEL --wbits W --abits A --until engine --out {out}")
+    record = read_json(path)
+    try:
+        nodes = sum(record["custom_nodes"].values())
+        parts = [f"# {record['edition']} {record['version']}, {nodes} plugin layers. Times are on random input.",
+                 "# Build the same engine from the ONNX file:", build_command(out, record)]
+        for index, profile in enumerate(record["profiles"]):
+            parts += [f"# Time {profile['name']}:", time_command(out, record, index)]
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise InputError(str(path), "got a record without profiles or plugin library, expected a whole engine.json",
+                         "It is damaged: build the engine again") from None
+    return "\n".join(parts)
