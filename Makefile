@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   := out/smollm2-135m-w4a8
+# Spinning OpenMP threads slow a shared machine down up to ten times.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test install lint clean
 .DELETE_ON_ERROR:

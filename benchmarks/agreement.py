@@ -55,7 +55,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             rows[name] = row = measure(name, args, Path(folder))
-            print(f"{name:<14} torch {row['torch']:14.4f}  onnxruntime {row['onnxruntime']:14.4f}  difference {row['difference']:.4%}", flush=True)
+            print(f"{name:<14} torch {row['torch']:14.4f}  onnxruntime {row['onnxruntime']:14.4f}  "
+                  f"difference {row['difference']:.4%}", flush=True)
     date = datetime.date.today().isoformat()
     result = {"date": date, "model": args.model, "text": Path(args.text).name, "windows": args.first, "seqlen": 2048,
               "machine": platform.machine(), "method": "rtn", "rows": rows}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from plugins.core.cli import run_cli
-
 from calibration.artifact import StageWriter
 from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
 from calibration.progress import make_progress
+from plugins.core.cli import run_cli
 from plugins.core.errors import InputError
 
 __all__ = ["main"]

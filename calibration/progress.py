@@ -143,4 +143,5 @@ def make_progress(kind: str) -> Progress:
     """The display for --progress auto|rich|plain|json|none; auto is bars on a terminal, else plain lines."""
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() else "plain"
-    return {"rich": RichProgress, "plain": PlainProgress, "json": JsonProgress, "none": NullProgress}[kind]()
+    kinds: dict[str, type[Progress]] = {"rich": RichProgress, "plain": PlainProgress, "json": JsonProgress, "none": NullProgress}
+    return kinds[kind]()

@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--engine", choices=["auto", "tensorrt", "tensorrt-rtx", "none"], default="auto",
                         help="auto: tensorrt where it imports and a GPU is there, else tensorrt-rtx (default: auto)")
     engine.add_argument("--max-batch", type=whole_number(1), default=1, metavar="B", help="largest batch of the profiles (default: 1)")
-    engine.add_argument("--max-seq", type=whole_number(1), default=2048, metavar="S", help="largest context of the profiles (default: 2048)")
+    engine.add_argument("--max-seq", type=whole_number(1), default=2048, metavar="S",
+                        help="largest context of the profiles (default: 2048)")
     run = parser.add_argument_group("run")
     run.add_argument("--until", choices=STAGES, default="report", help="last stage to run (default: report)")
     run.add_argument("--resume", action="store_true", help="keep finished stages whose inputs did not change")

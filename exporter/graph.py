@@ -13,7 +13,6 @@ from plugins import op_spec
 from plugins.core.op_spec import DOMAIN
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
 
     from calibration.quant_folder import QuantModel

@@ -132,8 +132,8 @@ def check_out(request: ExportRequest) -> dict[str, Any]:
     if not path.exists():
         strangers = [entry.name for entry in request.out.iterdir() if not entry.name.startswith(".")] if request.out.exists() else []
         if strangers:
-            raise InputError(str(request.out), f"got a folder with other files in it ({strangers[0]}), expected a new or an artefact folder",
-                             "Choose another --out")
+            raise InputError(str(request.out), f"got a folder with other files in it ({strangers[0]}), "
+                             "expected a new or an artefact folder", "Choose another --out")
         return {"format": 1, "request": request.identity(), "stages": {}}
     manifest = read_json(path)
     for key, expected in request.identity().items():

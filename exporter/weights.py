@@ -62,4 +62,4 @@ class ExternalWeights:
     def _remember(self, tensor: onnx.TensorProto) -> str:
         self.initializers.append(tensor)
         self._names.add(tensor.name)
-        return tensor.name
+        return str(tensor.name)

@@ -18,6 +18,8 @@ def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
 
     An error that is not a UserError is a bug and passes through with its traceback (Python then exits with 1).
     """
+    # torch's OpenMP threads spin while they wait; on a machine that does anything else that makes them up to ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main()
         sys.stdout.flush()

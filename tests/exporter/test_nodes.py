@@ -218,18 +218,9 @@ def test_layers_of_one_scheme_share_a_function_whatever_their_sizes() -> None:
         ("anybit", "ABQGemm", "", "layer9"),
     ]
     attributes = {a.name: helper.get_attribute_value(a) for a in nodes[0].attribute}
-    assert attributes == {
-        "wbits": 4,
-        "levels": 16,
-        "abits": 8,
-        "act_symmetric": 0,
-        "group_size": 8,
-        "in_features": 64,
-        "out_features": 5,
-        "has_bias": 0,
-        "plugin_namespace": b"anybit",
-        "plugin_version": b"1",
-    }
+    sizes_and_scheme = {"wbits": 4, "levels": 16, "abits": 8, "act_symmetric": 0, "group_size": 8, "in_features": 64}
+    extra = {"out_features": 5, "has_bias": 0, "plugin_namespace": b"anybit", "plugin_version": b"1"}
+    assert attributes == {**sizes_and_scheme, **extra}
 
 
 def test_overloads_are_numbered_per_op_in_order_of_first_use() -> None:
@@ -264,15 +255,13 @@ def test_bytes_are_deterministic() -> None:
 def test_factory_refuses_what_the_op_refuses() -> None:
     with pytest.raises(InputError) as error:
         NodeFactory(TensorProto.FLOAT16).gemm("QQQGemm", qqq(8, 64, g=32), "model.layers.0.o_proj", ["X", "w", "s", "g"], "Y")
-    assert (
-        str(error.value)
-        == "model.layers.0.o_proj: got group size 32, expected 0, 64 or 128. Use one of these, or --method abq."
-    )
+    assert str(error.value) == "model.layers.0.o_proj: got group size 32, expected 0, 64 or 128. Use one of these, or --method abq."
 
 
 def test_factory_refuses_a_wrong_number_of_inputs() -> None:
-    with pytest.raises(ValueError, match="^layer: got 3 inputs, ABQGemm takes X, weight, scale, zero$"):
+    with pytest.raises(ValueError) as error:
         NodeFactory(TensorProto.FLOAT16).gemm("ABQGemm", abq(8, 64), "layer", ["X", "w", "s"], "Y")
+    assert str(error.value) == "layer: got 3 inputs, ABQGemm takes X, weight, scale, zero"
 
 
 @pytest.mark.parametrize(
@@ -290,9 +279,7 @@ def test_weights_are_unpacked_at_load(case: Case, tmp_path: Path) -> None:
     assert len(nodes) <= 60
 
 
-@pytest.mark.parametrize(
-    "case", [abq_case(9, 96, bias=1), abq_case(9, 96, g=32), qqq_case(9, 128, g=64)], ids=["abq", "abq-g32", "qqq"]
-)
+@pytest.mark.parametrize("case", [abq_case(9, 96, bias=1), abq_case(9, 96, g=32), qqq_case(9, 128, g=64)], ids=["abq", "abq-g32", "qqq"])
 def test_graphsurgeon_round_trip_keeps_a_uniform_model(case: Case) -> None:
     import onnx_graphsurgeon as gs
 

@@ -146,7 +146,8 @@ def test_two_exports_do_not_share_a_folder(run: Run, tmp_path: Path) -> None:
     out.mkdir()
     with (out / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused(run(out), f"{out}: got a folder that another export is writing, expected a free one. Wait for it to end or choose another --out.")
+        refused(run(out), f"{out}: got a folder that another export is writing, expected a free one. "
+                "Wait for it to end or choose another --out.")
 
 
 def test_bits_and_limits_out_of_range(run: Run, tmp_path: Path) -> None:

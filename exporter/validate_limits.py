@@ -1,0 +1,74 @@
+"""Largest errors an honest run may show, from the bit widths alone.
+
+u is the unit roundoff of the model's type, 2^-11 for fp16: half the gap between neighbours, relative.
+
+Operator errors (the reference gets the very inputs the runner had): a GEMM computes the same integers, so only the order of fp32
+sums and the last rounding may differ; that is a few u in every channel, at any bit width. A wrong scale, a lost zero point, a
+swapped matrix or one wrong bit plane is a hundred times that. Norms, the MLP product and the logits are a few roundings in a row;
+attention is a longer chain, and its softmax multiplies errors of the scores.
+
+Accumulated errors (each side runs on its own numbers): two runs that differ by u put an activation on different sides of a code's
+edge with probability about u |x| / step, and are then one step apart. With step = max|x| / qmax this is a relative error of
+sqrt(3 u / qmax) at each linear's input for bell-shaped activations: 0.3 % at A8 and 1.5 % at A4 in fp16. It was measured as that,
+see docs/validation.md. Independent errors of 4 linears per layer add up as a root of their number; outliers and the residual
+stream's growth are covered by a factor. Where the sum reaches 1 nothing can be said, and only the operators judge.
+
+Quantisation errors (float against fake-quantised) tell how good the codes are, not whether the export is right: their expectation
+assumes bell-shaped weights (range 8 sigma) and activations (range 20 sigma), and is meant to catch a broken layer only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calibration.scheme import QuantScheme
+
+__all__ = ["Limits"]
+
+_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+_FP32_SUMS = 2.0**-16  # sums of some thousand fp32 terms in different orders, with cancellation
+_GEMM, _POINTWISE, _ATTENTION = 8, 8, 16  # in u
+_LINEARS = 4  # GEMM nodes per decoder layer
+_MARGIN, _QUANTISATION_MARGIN = 8.0, 1.5
+_WEIGHT_RANGE, _ACTIVATION_RANGE = 8.0, 20.0  # in sigma
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on relative errors for one quantisation scheme."""
+
+    scheme: QuantScheme
+
+    @property
+    def roundoff(self) -> float:
+        """u of the model's type."""
+        return _UNIT_ROUNDOFF[self.scheme.dtype]
+
+    def gemm(self) -> float:
+        """Worst channel of a GEMM's output, given its input."""
+        return _GEMM * self.roundoff + _FP32_SUMS
+
+    def pointwise(self) -> float:
+        """Norms, rotary embedding, MLP product, residual sum, logits; given their inputs."""
+        return _POINTWISE * self.roundoff + _FP32_SUMS
+
+    def attention(self) -> float:
+        """Attention's output, given the projections."""
+        return _ATTENTION * self.roundoff + _FP32_SUMS
+
+    def accumulated(self, layers: int) -> float | None:
+        """Residual stream after `layers` decoder layers, each side on its own; None where any error may be honest."""
+        steps = 1 if self.scheme.abits == 16 else 2 ** (self.scheme.abits - 1) - 1
+        flips = 0.0 if self.scheme.abits == 16 else math.sqrt(3 * self.roundoff / steps)
+        limit = _MARGIN * math.sqrt(_LINEARS * layers) * (flips + 2 * self.roundoff) + _FP32_SUMS
+        return limit if limit < 1 else None
+
+    def quantisation(self, layers: int) -> float | None:
+        """Fake-quantised against float after `layers` decoder layers; None where any error may be honest."""
+        weight = _WEIGHT_RANGE / (self.scheme.levels - 1) / math.sqrt(12)
+        activation = 0.0 if self.scheme.abits == 16 else _ACTIVATION_RANGE / (2**self.scheme.abits - 1) / math.sqrt(12)
+        limit = _QUANTISATION_MARGIN * math.sqrt(_LINEARS * layers) * math.hypot(weight, activation)
+        return limit if limit < 1 else None
