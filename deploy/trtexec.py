@@ -34,7 +34,9 @@ def build_command(out: Path, record: Mapping[str, Any]) -> str:
     """The command that builds OUT/engine/trtexec.engine with the same profiles, as the data-centre edition must on its GPU."""
     engine = out / "engine"
     words = [_TOOLS[record["edition"]], f"--onnx={out / 'onnx' / 'model.onnx'}", f"--saveEngine={engine / 'trtexec.engine'}",
-             _plugins(engine, record), "--stronglyTyped", "--skipInference"]
+             _plugins(engine, record), "--skipInference"]
+    if record["edition"] == "tensorrt":
+        words.append("--stronglyTyped")  # a no-op from TensorRT 11 on; TensorRT-RTX knows nothing else
     for index, profile in enumerate(record["profiles"]):
         words.append(f"--profile={index}")
         words += [f"--{which}Shapes={_shapes(profile['inputs'], which)}" for which in ("min", "opt", "max")]

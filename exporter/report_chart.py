@@ -10,7 +10,7 @@ from html import escape
 __all__ = ["Chart", "Series", "bar", "line_chart"]
 
 WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 16, 40
+LEFT, RIGHT, TOP, BOTTOM = 74, 16, 16, 50
 _TICKS, _X_LABELS = 6, 12
 
 
@@ -64,7 +64,7 @@ def line_chart(chart: Chart, series: Sequence[Series], key: str) -> str:
         at = y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
                      f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_number(tick, chart.log)}</text>')
-    parts.append(f'<text class="axis" transform="translate(13 {(HEIGHT - BOTTOM + TOP) / 2:.0f}) rotate(-90)" '
+    parts.append(f'<text class="axis" transform="translate(15 {(HEIGHT - BOTTOM + TOP) / 2:.0f}) rotate(-90)" '
                  f'text-anchor="middle">{escape(chart.unit)}</text>')
     parts += _positions(chart.labels, x)
     for line in series:
@@ -84,10 +84,9 @@ def _scale(values: list[float], log: bool) -> tuple[float, float, list[float]]:
     """(low, high, ticks); low and high are powers of ten when log."""
     if log:
         positive = [value for value in values if value > 0]
-        low = math.floor(math.log10(min(positive))) if positive else -6
-        high = math.ceil(math.log10(max(positive))) if positive else 0
-        low, high = min(low, high - 1), max(high, low + 1)
-        return low, high, [10.0**power for power in range(low, high + 1)]
+        bottom = math.floor(math.log10(min(positive))) if positive else -6
+        top = max(math.ceil(math.log10(max(positive))) if positive else 0, bottom + 1)
+        return bottom, top, [10.0**power for power in range(bottom, top + 1)]
     low, high = min([0.0, *values]), max([1.0, *values])
     step = 10 ** math.floor(math.log10((high - low) / _TICKS))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= _TICKS)
@@ -99,7 +98,7 @@ def _number(value: float, log: bool) -> str:
     if not log:
         return f"{value:g}"
     power = round(math.log10(value))
-    return f'10<tspan dy="-5" font-size="8">{power}</tspan>'.replace("-", "−", 0) if power else "1"
+    return f'10<tspan dy="-.45em" style="font-size:.75em">{str(power).replace("-", "−")}</tspan>' if power else "1"
 
 
 def _positions(labels: Sequence[str], x: object) -> list[str]:
@@ -108,7 +107,7 @@ def _positions(labels: Sequence[str], x: object) -> list[str]:
     shown = [number for number in range(len(labels)) if number % every == 0 or number == len(labels) - 1]
     if len(shown) > 1 and shown[-1] - shown[-2] < max(every, 2) and len(labels) > _X_LABELS:
         del shown[-2]  # the last label is a long word
-    texts = [f'<text class="tick" x="{x(number):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(labels[number])}</text>'
+    texts = [f'<text class="tick" x="{x(number):.1f}" y="{HEIGHT - BOTTOM + 22}" text-anchor="middle">{escape(labels[number])}</text>'
              for number in shown]
     return [*texts, f'<text class="axis" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">decoder layer</text>']
 

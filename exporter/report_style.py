@@ -10,7 +10,8 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--bg:#10141a;--card:#181e27;--ink:#e6eaf0;--soft:#9aa6b5;--rule:#2b3440;--a:#74a7ff;--b:#ff9d57;
 --c:#b79cff;--d:#4fd0ba;--good:#6fdc96;--good-bg:#143322;--bad:#ff8f86;--bad-bg:#43201e;--fill:#27406b}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}
 header{display:flex;flex-wrap:wrap;gap:6px 16px;align-items:baseline;margin-bottom:18px}
 h1{font-size:26px;line-height:1.2;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
@@ -60,7 +61,8 @@ details{border-top:1px solid var(--rule);margin-top:10px;padding-top:8px}
 summary{cursor:pointer;font-weight:600;font-size:14px}
 ul.notes{margin:6px 0 0;padding-left:20px}
 footer{color:var(--soft);font-size:13px;margin-top:22px}
-@media (max-width:560px){main{padding:18px 12px 40px}section{padding:14px}h1{font-size:21px}.tick,.axis{font-size:15px}th,td{padding:5px 7px}}
+@media (max-width:560px){main{padding:18px 12px 40px}section{padding:14px}h1{font-size:21px}.tick,.axis{font-size:19px}
+.line{stroke-width:2.6}th,td{padding:5px 7px}.bar{min-width:56px}}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#ccc;--a:#1d5fd1;--b:#c2560c;--c:#6b4bb8;--d:#0d7d6c;--good:#12703a;
 --good-bg:#fff;--bad:#b3261e;--bad-bg:#fff;--fill:#d6e2f8}main{max-width:none;padding:0}section,.tile,tr{break-inside:avoid}
 section.long{break-inside:auto}details::details-content{content-visibility:visible;block-size:auto}body{font-size:11pt;

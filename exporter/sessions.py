@@ -15,7 +15,7 @@ from plugins.core.errors import InputError
 if TYPE_CHECKING:
     from calibration.quant_folder import QuantModel
 
-__all__ = ["KINDS", "DecoderSession", "OnnxSession", "TensorrtSession", "TorchSession", "cache_names", "open_session"]
+__all__ = ["KINDS", "DecoderSession", "OnnxSession", "TorchSession", "cache_names", "open_session"]
 
 KINDS = ("torch", "onnxruntime", "tensorrt")
 CHUNK = 512  # tokens per call into the runtime: bounds the logits and score matrices held at once
@@ -70,7 +70,7 @@ class DecoderSession(ABC):
         ids = np.ascontiguousarray(input_ids, np.int64)
         mask = self._whole_mask(ids, attention_mask)
         past, tokens = self.length, ids.shape[1]
-        pieces = []
+        pieces: list[np.ndarray] = []
         for start in range(0, tokens, self.max_tokens):
             end = min(start + self.max_tokens, tokens)
             logits = self.step(ids[:, start:end], mask[:, : past + end])["logits"]
@@ -112,8 +112,9 @@ class DecoderSession(ABC):
     def _clear(self) -> None:
         """Forget the cache."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Free the runtime."""
+        """Free the runtime; the session cannot be used any more."""
 
 
 def cache_names(layers: int) -> list[str]:
@@ -158,6 +159,11 @@ class TorchSession(DecoderSession):
             for index, layer in enumerate(self.cache.layers):
                 outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = layer.keys.numpy(), layer.values.numpy()
         return outputs
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._clear()
+        self.model = None
 
 
 def _keep(outputs: dict[str, np.ndarray], index: int) -> Any:
@@ -207,69 +213,6 @@ class OnnxSession(DecoderSession):
             self._runner.deactivate()
 
 
-class TensorrtSession(DecoderSession):
-    """The built engine on a GPU, through Polygraphy.
-
-    The cache goes through host memory at each call: this proves the engine, the C++ runtime is the fast way.
-
-    Args:
-        folder: OUT/engine.
-        config: the model's config, as in quant.json.
-
-    Raises:
-        InputError: there is no CUDA device, no engine, or the engine is another TensorRT's.
-    """
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        from exporter.edition import ENGINE_FILE, check_engine
-
-        _require_gpu()
-        record = check_engine(folder)
-        prefill, decode = (profile["inputs"]["past_key_values.0.key"]["max"][2] for profile in record["profiles"])
-        tokens = record["profiles"][0]["inputs"]["input_ids"]["max"][1]
-        super().__init__(min(int(config["max_position_embeddings"]), max(prefill + tokens, decode + 1)), min(CHUNK, tokens))
-        self._decode_past = decode
-        self._names = cache_names(config["num_hidden_layers"])
-        self._cache_shape = (config["num_key_value_heads"], config["head_dim"])
-        self._open(folder / ENGINE_FILE, folder, record)
-        self._clear()
-
-    def _open(self, engine: Path, folder: Path, record: dict[str, Any]) -> None:
-        from exporter.edition import Edition, load_plugins
-
-        edition = Edition(record["edition"], record["version"])
-        load_plugins(edition, folder / record["plugin_library"]["name"])
-        from polygraphy.backend.common import BytesFromPath
-        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-
-        self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))), name="tensorrt")
-        self._runner.activate()
-        self._dtype = str(self._runner.get_input_metadata(use_numpy_dtypes=False)["past_key_values.0.key"].dtype.name)
-
-    def _clear(self) -> None:
-        self._cache: dict[str, Any] = {}
-
-    def _forward(self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
-        import torch
-
-        heads, width = self._cache_shape
-        past = attention_mask.shape[1] - input_ids.shape[1]
-        self._runner.set_profile(1 if input_ids.shape[1] == 1 and past <= self._decode_past else 0)
-        # torch tensors, because numpy has no bfloat16
-        empty = torch.zeros((len(input_ids), heads, 0, width), dtype=getattr(torch, self._dtype))
-        feeds = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask),
-                 "position_ids": torch.from_numpy(positions),
-                 **{f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}}
-        outputs = {name: tensor.clone() for name, tensor in self._runner.infer(feeds, check_inputs=False).items()}
-        self._cache = {name: outputs[f"present.{name}"] for name in self._names}
-        return {name: tensor.float().numpy() for name, tensor in outputs.items()}
-
-    def close(self) -> None:
-        """Free the engine."""
-        if self._runner.is_active:
-            self._runner.deactivate()
-
-
 def open_session(kind: str, out: Path | str) -> DecoderSession:
     """A session on an artefact folder.
 
@@ -283,23 +226,16 @@ def open_session(kind: str, out: Path | str) -> DecoderSession:
     if kind not in KINDS:
         raise InputError("--runner", f"got {kind!r}, expected {', '.join(KINDS)}", "Choose one of these")
     if kind == "tensorrt":
-        _require_gpu()
+        from exporter.engine_session import TensorrtSession, require_gpu
+
+        require_gpu()
+        return TensorrtSession(Path(out) / "engine", _read_quant(Path(out)).config)
     quant = _read_quant(Path(out))
-    if kind == "tensorrt":
-        return TensorrtSession(Path(out) / "engine", quant.config)
     if kind == "onnxruntime":
         return OnnxSession(Path(out) / "onnx", quant.config)
     from calibration.model import quantised_model
 
     return TorchSession(quantised_model(quant))
-
-
-def _require_gpu() -> None:
-    from exporter.edition import gpu_capabilities
-
-    if not gpu_capabilities():
-        raise InputError("--runner tensorrt", "got no CUDA device, expected one to run the engine",
-                         "Use --runner onnxruntime, or run on a machine with an NVIDIA GPU and its driver")
 
 
 def _read_quant(out: Path) -> QuantModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,9 +13,10 @@ import numpy as np
 
 from calibration.progress import NullProgress, Progress
 from exporter.edition import ENGINE_FILE, captured_log, gpu_capabilities
+from exporter.engine_session import TensorrtSession
 from exporter.graph import layer_output
 from exporter.onnx_runner import load_model
-from exporter.sessions import OnnxSession, TensorrtSession, TorchSession
+from exporter.sessions import OnnxSession, TorchSession
 from exporter.validate_judge import LayerReport, Stack, first_failure, judge
 from exporter.validate_metrics import CompareTensors, TensorError
 from exporter.validate_runners import LockstepRunner, SessionRunner, gemm_nodes
@@ -229,14 +231,21 @@ def _model_of(out: Path) -> str:
 
 def _check_memory(weights: int) -> None:
     """Refuse before the kernel kills us: the reference holds every weight in fp32."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _meminfo(), re.MULTILINE)
+    if found is None:
         return
+    free = int(found.group(1)) * 1024
     if 4 * weights > free:
-        raise InputError("validation", f"got {free / 1e9:.1f} GB of free memory, expected {4 * weights / 1e9:.1f} GB for the fp32 reference",
+        raise InputError("validation", f"got {free / 1e9:.2f} GB of free memory, expected {4 * weights / 1e9:.2f} GB for the fp32 "
+                         "reference",
                          "Use --until engine here, and validate on a machine with more memory")
+
+
+def _meminfo() -> str:
+    try:
+        return Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return ""  # not Linux
 
 
 def validate(out: Path, options: ValidateOptions | None = None, progress: Progress | None = None) -> ValidationResult:

@@ -147,7 +147,8 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
     row = failed[0]
     got = f"{row.relative:.2g}" if row.relative is not None else "NaN or Inf"
     expected = f"at most {row.limit:.2g}" if row.limit is not None else "finite numbers"
-    return f"got an accumulated relative error of {got} at {row.tensor} ({row.level}, {row.phase}: {_BETWEEN[row.level]}), expected {expected}"
+    return (f"got an accumulated relative error of {got} at {row.tensor} ({row.level}, {row.phase}: {_BETWEEN[row.level]}), "
+            f"expected {expected}")
 
 
 def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:

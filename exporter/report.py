@@ -1,0 +1,69 @@
+"""Writes report.json and index.html: what was made, how exact it is, what it cost, and what was not run."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.artifact import read_json, write_json
+from exporter.edition import ENGINE_RECORD, gpu_capabilities
+from exporter.report_html import page
+
+if TYPE_CHECKING:
+    from exporter.validate import ValidationResult
+
+__all__ = ["HTML_FILE", "JSON_FILE", "report_data", "write_report"]
+
+JSON_FILE = "report.json"
+HTML_FILE = "index.html"
+
+
+def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult) -> dict[str, Any]:
+    """Gather everything the report shows, as plain JSON.
+
+    Args:
+        out: the artefact folder.
+        manifest: of the stages so far; "perplexity" in it is shown.
+        result: from exporter.validate.
+    """
+    from calibration.quant_folder import read_quant
+    from calibration.quantize import STAGE
+
+    quant = read_quant(out / STAGE, verify=False)
+    engine = out / "engine" / ENGINE_RECORD
+    stages = [{"name": name, "seconds": record["seconds"], "peak_rss": record["peak_rss"],
+               "bytes": sum(file["bytes"] for file in record["files"].values())} for name, record in manifest.get("stages", {}).items()
+              if name != "report"]  # an older report's record says nothing about this one
+    validation = result.as_dict()
+    return {
+        "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.scheme.label, "scheme": quant.scheme.as_dict(),
+        "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
+        "request": dict(manifest.get("request", {})), "command": shlex.join(manifest.get("command", [])), "stages": stages,
+        "engine": read_json(engine) if engine.is_file() else None, "validation": validation,
+        "perplexity": manifest.get("perplexity"), "environment": environment(manifest.get("versions", {})),
+    }
+
+
+def environment(versions: Mapping[str, str]) -> dict[str, Any]:
+    """This machine: system, processor, GPU, versions."""
+    gpus = gpu_capabilities()
+    gpu = ", ".join(f"compute capability {item}" for item in gpus) if gpus else "no GPU"
+    return {"system": f"{platform.system()} {platform.release()}", "cpu": _cpu_name(), "gpu": gpu, "versions": dict(versions)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} threads)" if names else platform.machine()
+
+
+def write_report(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON_FILE and HTML_FILE, which needs no network, into `folder`."""
+    write_json(folder / JSON_FILE, dict(data))
+    (folder / HTML_FILE).write_text(page(data), encoding="utf-8")

@@ -1,0 +1,123 @@
+"""Text generation: the tokens against transformers' own loop, the text against the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.generate import GenerateRequest, TextStream, generate_text, generate_tokens, prompt_tokens, stop_tokens
+from deploy.sampling import Sampler, Sampling
+from plugins.core.errors import InputError
+
+PROMPT = "The river and the town"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(artifact: Path) -> Any:
+    from calibration.quant_folder import read_quant
+
+    return read_quant(artifact / "quant").tokenizer()
+
+
+class CountingSession:
+    """Its best token is always one more than the last one fed."""
+
+    max_context = 20
+
+    def __init__(self) -> None:
+        self.fed: list[list[int]] = []
+
+    def run(self, input_ids: np.ndarray, reset: bool = False, last_only: bool = False) -> np.ndarray:
+        assert reset == (not self.fed) and last_only
+        self.fed.append(input_ids[0].tolist())
+        logits = np.zeros((1, 1, 100), np.float32)
+        logits[0, 0, int(input_ids[0, -1]) + 1] = 1
+        return logits
+
+
+def test_one_prefill_then_one_step_per_token() -> None:
+    session: Any = CountingSession()
+    assert list(generate_tokens(session, [5, 6, 7], Sampler(Sampling()), 4)) == [8, 9, 10, 11]
+    assert session.fed == [[5, 6, 7], [8], [9], [10]]
+
+
+def test_generation_ends_with_the_context() -> None:
+    session: Any = CountingSession()
+    assert len(list(generate_tokens(session, list(range(17)), Sampler(Sampling()), 99))) == 3
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    session: Any = CountingSession()
+    with pytest.raises(InputError) as error:
+        next(generate_tokens(session, [1] * 20, Sampler(Sampling()), 4))
+    assert str(error.value) == ("--prompt: got 20 tokens, expected fewer than the context of 20. "
+                                "Give a shorter prompt, or build the engine with a larger --max-seq.")
+
+
+def test_greedy_tokens_are_those_of_transformers(artifact: Path, tokenizer: Any) -> None:
+    import torch
+
+    from calibration.model import quantised_model
+    from calibration.quant_folder import read_quant
+    from exporter.sessions import open_session
+
+    prompt = prompt_tokens(tokenizer, PROMPT)
+    model = quantised_model(read_quant(artifact / "quant"))
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for runner in ("torch", "onnxruntime"):
+        with open_session(runner, artifact) as session:
+            tokens = list(generate_tokens(session, prompt, Sampler(Sampling()), 12))
+        assert tokens == expected[0, len(prompt):].tolist(), runner
+
+
+@pytest.mark.parametrize("text", ["Plain words, and more.", "naïve café — 水の上 🙂🙂 ok", "  two  spaces\n\nand\tlines "])
+def test_streamed_text_is_whole_and_never_shows_half_a_character(tokenizer: Any, text: str) -> None:
+    start = tokenizer("Some words 🙂 first")["input_ids"]
+    stream = TextStream(tokenizer, start)
+    pieces = [stream.feed(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + stream.flush() == text
+
+
+def test_what_is_held_back_comes_out_at_the_end(tokenizer: Any) -> None:
+    stream = TextStream(tokenizer, tokenizer("x")["input_ids"])
+    first_byte = tokenizer("🙂", add_special_tokens=False)["input_ids"][0]
+    assert stream.feed(first_byte) == ""
+    assert stream.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, set()), (0, {0}), ([2, 7], {2, 7})])
+def test_stop_tokens(eos: Any, expected: set[int]) -> None:
+    assert stop_tokens({"eos_token_id": eos}) == expected
+
+
+def test_generation_stops_at_the_end_token(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from deploy import generate
+
+    assert generate_text(artifact, GenerateRequest(PROMPT, 6, "onnxruntime")) == 6
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(generate, "stop_tokens", lambda config: frozenset(range(512)))
+    assert generate_text(artifact, GenerateRequest(PROMPT, 6, "onnxruntime")) == 0
+    assert capsys.readouterr().out == f"{PROMPT}\n"
+    assert whole.startswith(PROMPT) and len(whole) > len(PROMPT) + 1
+
+
+def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for stream in (False, True):
+        generate_text(artifact, GenerateRequest(PROMPT, 8, "onnxruntime", Sampling(0.8, 20, 3), stream))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(("prompt", "text"), [
+    ("", '--prompt: got an empty text, expected at least one word. Give some: --prompt "Once upon a time".'),
+    ("a\udcff", "--prompt: got bytes that are not UTF-8, expected text. Check the terminal's encoding."),
+])
+def test_bad_prompts(prompt: str, text: str) -> None:
+    with pytest.raises(InputError) as error:
+        prompt_tokens(object(), prompt)
+    assert str(error.value) == text
