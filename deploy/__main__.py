@@ -49,11 +49,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_out(parser)
     add = parser.add_argument
     add("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text file")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--windows", type=whole_number(1), default=0, metavar="N",
-                       help="score N windows spread evenly over the text")
-    which.add_argument("--first", type=whole_number(1), default=0, metavar="K",
-                       help="score the first K windows (default: all)")
+    add("--first", type=whole_number(1), default=0, metavar="K", help="score the first K windows (default: all)")
+    add("--windows", type=whole_number(1), default=0, metavar="N", help="score N windows, spread evenly over these (default: all)")
     add("--seqlen", type=whole_number(2), default=0, metavar="L",
         help="tokens per window (default 2048, or the model's context if shorter)")
     add("--runner", choices=("torch", "onnxruntime", "tensorrt"), default="onnxruntime",
@@ -73,7 +70,8 @@ def _main(argv: list[str] | None) -> int:
         generate_text(args.out, GenerateRequest(args.prompt, args.max_new_tokens, args.runner, sampling, stream))
     elif args.command == "eval":
         from calibration.progress import make_progress
-        from deploy.evaluate import EvalRequest, evaluate
+        from deploy.evaluate import evaluate
+        from exporter.perplexity import EvalRequest
 
         request = EvalRequest(args.text, args.windows, args.first, args.seqlen, args.runner)
         print(json.dumps(evaluate(args.out, request, make_progress(args.progress))))

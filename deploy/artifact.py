@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.artifact import read_json, verify_files
+from exporter.manifest import MANIFEST
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant_folder import QuantModel
     from exporter.sessions import DecoderSession
 
-__all__ = ["GENERATE_RUNNERS", "MANIFEST", "check_artifact", "choose_runner", "open_artifact"]
+__all__ = ["GENERATE_RUNNERS", "check_artifact", "choose_runner", "open_artifact"]
 
-MANIFEST = "manifest.json"
 GENERATE_RUNNERS = ("auto", "onnxruntime", "tensorrt")
 _STAGES = {"torch": "quant", "onnxruntime": "onnx", "tensorrt": "engine"}  # the stage a runner executes
 _SMALL = ("quant.json",)  # files of quant/ that quant.json itself cannot vouch for

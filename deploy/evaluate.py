@@ -1,134 +1,23 @@
-"""Perplexity of an artefact over non-overlapping windows of a text, each scored alone, without BOS."""
+"""Perplexity of an artefact folder."""
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from calibration.progress import NullProgress, Progress
+from calibration.progress import Progress
 from deploy.artifact import open_artifact
-from plugins.core.errors import CheckError, InputError
+from exporter.perplexity import EvalRequest, score
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from exporter.sessions import DecoderSession
-
-__all__ = ["DEFAULT_SEQLEN", "EvalRequest", "evaluate", "select_windows", "text_windows", "window_nll"]
-
-DEFAULT_SEQLEN = 2048
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to score.
-
-    Attributes:
-        text: a UTF-8 text file (or .jsonl with a field "text").
-        windows: score this many windows, spread evenly over the text; 0 is all.
-        first: score the first ones only; 0 is all.
-        seqlen: tokens of a window; 0 is 2048, or the model's context if that is shorter.
-        runner: "torch", "onnxruntime" or "tensorrt".
-    """
-
-    text: Path
-    windows: int = 0
-    first: int = 0
-    seqlen: int = 0
-    runner: str = "onnxruntime"
-
-
-def text_windows(tokenizer: Any, path: Path, seqlen: int) -> np.ndarray:
-    """Every whole window of the text, int64 [n, seqlen]; no special token is added.
-
-    Raises:
-        InputError: the file is missing, not text, empty or shorter than one window.
-    """
-    import numpy as np
-
-    from calibration.data import load_text, windows_from_tokens
-
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no such file"
-        raise InputError("--text", f"got {kind} {path}, expected a UTF-8 text file", "Check the path")
-    text = load_text(str(path), offline=True, where="--text")
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
-    if len(tokens) < seqlen:
-        raise InputError("--text", f"got {path} with {len(tokens)} tokens, expected at least one window of {seqlen}",
-                         "Give a longer text" + (f", or --seqlen {len(tokens)}" if len(tokens) > 1 else ""))
-    return windows_from_tokens(tokens, seqlen)
-
-
-def select_windows(count: int, windows: int, first: int) -> list[int]:
-    """Which of `count` windows are scored.
-
-    Raises:
-        InputError: more are asked for than there are.
-    """
-    for option, value in (("--windows", windows), ("--first", first)):
-        if value > count:
-            raise InputError(option, f"got {value}, expected at most {count}, the whole windows of this text",
-                             "Give a smaller number, a smaller --seqlen or a longer text")
-    if windows:
-        return [index * count // windows for index in range(windows)]
-    return list(range(first or count))
-
-
-def window_nll(session: DecoderSession, window: np.ndarray) -> float:
-    """Sum of -log p(token t | tokens before it) over tokens 1..L-1 of one window [L], in fp64.
-
-    The window goes through the decoder in pieces with the KV cache, so that memory holds one piece's logits.
-    """
-    import numpy as np
-
-    total = 0.0
-    for start in range(0, len(window) - 1, session.max_tokens):
-        end = min(start + session.max_tokens, len(window) - 1)
-        logits = session.run(window[None, start:end], reset=start == 0)[0]  # [S, V] fp32
-        largest = logits.max(-1)
-        log_sum = largest + np.log(np.exp(logits - largest[:, None]).sum(-1, dtype=np.float64))
-        total += float((log_sum - logits[np.arange(end - start), window[start + 1 : end + 1]]).sum())
-    return total
+__all__ = ["evaluate"]
 
 
 def evaluate(out: Path, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Score a text; returns {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens being the predicted ones.
+    """Score a text with the runner of the request; returns what exporter.perplexity.score does.
 
     Raises:
         InputError: OUT, the text or the numbers are wrong. CheckError: the model computes NaN.
     """
-    progress = progress or NullProgress()
-    quant, session, runner = open_artifact(out, request.runner)
+    quant, session, _ = open_artifact(out, request.runner)
     with session:
-        context = int(quant.config["max_position_embeddings"])
-        seqlen = request.seqlen or min(DEFAULT_SEQLEN, context)
-        if seqlen > session.max_context:
-            rebuild = "" if session.max_context == context else ", or build the engine with a larger --max-seq"
-            raise InputError("--seqlen", f"got {seqlen}, expected at most {session.max_context}, the context with {runner}",
-                             f"Give a smaller --seqlen{rebuild}")
-        windows = text_windows(quant.tokenizer(), request.text, seqlen)
-        chosen = select_windows(len(windows), request.windows, request.first)
-        progress.start("eval", len(chosen))
-        total, began = 0.0, time.monotonic()
-        for done, index in enumerate(chosen, 1):
-            total += window_nll(session, windows[index])
-            ppl = _perplexity(total, done * (seqlen - 1), index)
-            progress.advance(1, f"perplexity {ppl:.4f}")
-        progress.finish()
-    return {"ppl": ppl, "windows": len(chosen), "runner": runner, "seqlen": seqlen, "tokens": len(chosen) * (seqlen - 1),
-            "seconds": round(time.monotonic() - began, 2)}
-
-
-def _perplexity(total: float, tokens: int, window: int) -> float:
-    try:
-        ppl = math.exp(total / tokens)
-    except OverflowError:
-        ppl = math.inf
-    if not math.isfinite(ppl):
-        raise CheckError(f"window {window}",
-                         f"got a mean negative log-likelihood of {total / tokens}, expected a finite perplexity",
-                         "The model is broken: look at the report's first bad layer")
-    return ppl
+        return score(session, quant, request, progress)

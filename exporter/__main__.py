@@ -23,6 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-batch", type=whole_number(1), default=1, metavar="B", help="largest batch of the profiles (default: 1)")
     engine.add_argument("--max-seq", type=whole_number(1), default=2048, metavar="S",
                         help="largest context of the profiles (default: 2048)")
+    proof = parser.add_argument_group("report")
+    proof.add_argument("--eval", type=Path, metavar="FILE", help="also score this text: the report then shows the perplexity")
+    proof.add_argument("--eval-windows", type=whole_number(1), default=5, metavar="K",
+                       help="windows of 2048 tokens to score, from the beginning (default: 5)")
     run = parser.add_argument_group("run")
     run.add_argument("--until", choices=STAGES, default="report", help="last stage to run (default: report)")
     run.add_argument("--resume", action="store_true", help="keep finished stages whose inputs did not change")
@@ -56,7 +60,8 @@ def _main(argv: list[str] | None) -> int:
     if notice := stand_in_notice(args, scheme):
         progress.message(notice)
     request = ExportRequest(args.model, scheme, out, args.calib, args.nsamples, args.seqlen, args.engine, args.max_batch, args.max_seq,
-                            args.until, args.resume, args.offline, ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)))
+                            args.until, args.resume, args.offline, args.eval, args.eval_windows,
+                            ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)))
     manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.artifact import StageWriter, file_records, read_json, sha256_file, verify_files, write_json
+from calibration.artifact import StageWriter, file_records, sha256_file, verify_files, write_json
 from calibration.progress import Progress
+from exporter.manifest import MANIFEST, installed_versions, locked, open_manifest, peak_rss, reset_peak_rss
 from plugins.core.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
 
-__all__ = ["STAGES", "ExportRequest", "check_out", "run_pipeline"]
+__all__ = ["STAGES", "ExportRequest", "run_pipeline"]
 
 STAGES = ("quant", "onnx", "engine", "report")
-MANIFEST = "manifest.json"
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "polygraphy", "tensorrt-rtx-cu13", "tensorrt", "numpy", "nvidia-cuda-nvcc")
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,8 @@ class ExportRequest:
         until: the last stage to run, one of STAGES.
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
+        eval_text: a text whose perplexity the report shows.
+        eval_windows: how many windows of it are scored, from the beginning.
         command: the command line, for the manifest and the report.
     """
 
@@ -59,6 +55,8 @@ class ExportRequest:
     until: str = "report"
     resume: bool = False
     offline: bool = False
+    eval_text: Path | None = None
+    eval_windows: int = 5
     command: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
@@ -77,89 +75,13 @@ def _code_digest(*patterns: str) -> str:
     return _digest(*(sha256_file(path) for path in files))
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in ("anybit-trt", *PACKAGES):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _peak_rss() -> int:
-    """Peak resident bytes since the last reset (Linux VmHWM)."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_peak_rss() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return  # the peak then counts earlier stages too
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One process at a time in an OUT folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise InputError(str(out), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(str(out), "got a folder that another export is writing, expected a free one",
-                             "Wait for it to end or choose another --out") from None
-        yield
-
-
-def check_out(request: ExportRequest) -> dict[str, Any]:
-    """The manifest of OUT, fresh or existing.
-
-    Raises:
-        InputError: OUT is not ours, or belongs to another model or setting, or its manifest is damaged.
-    """
-    path = request.out / MANIFEST
-    if request.out.exists() and not request.out.is_dir():
-        raise InputError(str(request.out), "got a file, expected a folder", "Choose another --out")
-    if not path.exists():
-        strangers = [entry.name for entry in request.out.iterdir() if not entry.name.startswith(".")] if request.out.exists() else []
-        if strangers:
-            raise InputError(str(request.out), f"got a folder with other files in it ({strangers[0]}), "
-                             "expected a new or an artefact folder", "Choose another --out")
-        return {"format": 1, "request": request.identity(), "stages": {}}
-    manifest = read_json(path)
-    for key, expected in request.identity().items():
-        got = manifest.get("request", {}).get(key)
-        if got != expected:
-            raise InputError(str(request.out), f"got an artefact with {key} {_short(got, expected)}, expected {_short(expected, got)}",
-                             "Choose another --out, or delete this folder")
-    if not isinstance(manifest.get("stages"), dict):
-        raise InputError(str(path), "got no stages, expected the manifest of an artefact folder", "It is damaged: delete this folder")
-    return manifest
-
-
-def _short(value: Any, other: Any) -> str:
-    """A value for a message; of two dicts only what differs."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        value = {key: item for key, item in value.items() if other.get(key) != item}
-    return json.dumps(value)
-
-
 class Pipeline:
     """Runs the stages of one request and keeps OUT/manifest.json true after each."""
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
         self.request = request
         self.progress = progress
-        self.manifest = check_out(request)
+        self.manifest = open_manifest(request.out, request.identity())
         self.fingerprint = ""
 
     def stage(self, name: str, inputs: Any, work: Callable[[StageWriter], dict[str, Any] | None], needed_bytes: int = 0) -> bool:
@@ -174,15 +96,15 @@ class Pipeline:
         if self.request.resume and record and record["fingerprint"] == self.fingerprint and self._whole(name, record):
             self.progress.message(f"{name}: kept, nothing changed")
             return False
-        _reset_peak_rss()
+        reset_peak_rss()
         began = time.monotonic()
         with StageWriter(self.request.out, name, needed_bytes) as writer:
             facts = work(writer) or {}
             files = file_records(writer.path)
-        record = {"fingerprint": self.fingerprint, "seconds": round(time.monotonic() - began, 2), "peak_rss": _peak_rss(), "files": files}
+        record = {"fingerprint": self.fingerprint, "seconds": round(time.monotonic() - began, 2), "peak_rss": peak_rss(), "files": files}
         stages = {key: value for key, value in self.manifest["stages"].items() if key in STAGES[: STAGES.index(name)]}
         self.manifest["stages"] = {**stages, name: record | ({"facts": facts} if facts else {})}
-        self.manifest |= {"versions": _versions(), "command": list(self.request.command)}
+        self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}
         write_json(self.request.out / MANIFEST, self.manifest)
         return True
 
@@ -200,6 +122,9 @@ class Pipeline:
         Raises:
             InputError: bad input. CheckError: plugin layers are missing, or a layer is out of tolerance.
         """
+        text = self.request.eval_text
+        if text is not None and not text.is_file():
+            raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
         wanted = STAGES[: STAGES.index(self.request.until) + 1]
         steps = {"quant": self._quant, "onnx": self._onnx, "engine": self._engine, "report": self._report}
         edition = self._edition() if "engine" in wanted else None
@@ -259,21 +184,38 @@ class Pipeline:
         from exporter.report import report_data, write_report
         from exporter.validate import ValidateOptions, validate
 
-        def work(writer: StageWriter) -> dict[str, Any]:
-            options = ValidateOptions(calib=self.request.calib, offline=self.request.offline)
-            result = validate(self.request.out, options, self.progress)
-            write_report(writer.path, report_data(self.request.out, self.manifest, result))
-            return {"ok": result.ok, "first_failure": result.first_failure}
+        request = self.request
 
-        self.stage("report", _code_digest("exporter/validate*.py", "exporter/report*.py", "exporter/sessions.py"), work)
+        def work(writer: StageWriter) -> dict[str, Any]:
+            result = validate(request.out, ValidateOptions(calib=request.calib, offline=request.offline), self.progress)
+            perplexity = self._perplexity()
+            write_report(writer.path, report_data(request.out, self.manifest | {"perplexity": perplexity}, result))
+            summary = "every layer within tolerance" if result.ok else "out of tolerance"
+            if perplexity:
+                summary += f", perplexity {perplexity['ppl']:.2f}"
+            return {"ok": result.ok, "first_failure": result.first_failure, "summary": summary}
+
+        text = [sha256_file(request.eval_text), request.eval_windows] if request.eval_text else []
+        self.stage("report", [text, _code_digest("exporter/[prsv]*.py")], work)
         facts = self.manifest["stages"]["report"]["facts"]
         if not facts["ok"]:
-            raise CheckError(f"validation of {self.request.out}", facts["first_failure"],
-                             f"See {self.request.out / 'report' / 'index.html'}")
+            raise CheckError(f"validation of {request.out}", facts["first_failure"], f"See {request.out / 'report' / 'index.html'}")
+
+    def _perplexity(self) -> dict[str, Any] | None:
+        """Of the ONNX model in ONNX Runtime, if it was asked for."""
+        from calibration.quant_folder import read_quant
+        from exporter.perplexity import EvalRequest, score
+        from exporter.sessions import open_session
+
+        if self.request.eval_text is None:
+            return None
+        request = EvalRequest(self.request.eval_text, first=self.request.eval_windows)
+        with open_session(request.runner, self.request.out) as session:
+            return score(session, read_quant(self.request.out / "quant", verify=False), request, self.progress)
 
 
 def run_pipeline(request: ExportRequest, progress: Progress) -> dict[str, Any]:
     """Run a request with OUT locked; returns the manifest. Raises as Pipeline.run does."""
-    check_out(request)  # refuse a stranger's folder before writing a lock into it
-    with _locked(request.out):
+    open_manifest(request.out, request.identity())  # refuse a stranger's folder before writing a lock into it
+    with locked(request.out):
         return Pipeline(request, progress).run()

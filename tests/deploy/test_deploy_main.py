@@ -56,7 +56,6 @@ def test_an_error_is_one_message_without_a_traceback(tmp_path: Path, run_module:
     (["generate", "out", "--prompt", "x", "--top-k", "-3"], "argument --top-k: got -3, expected at least 0"),
     (["eval", "out", "--text", "t", "--seqlen", "1"], "argument --seqlen: got 1, expected at least 2"),
     (["eval", "out", "--text", "t", "--windows", "-2"], "argument --windows: got -2, expected at least 1"),
-    (["eval", "out", "--text", "t", "--windows", "2", "--first", "2"], "argument --first: not allowed with argument --windows"),
     (["eval", "out"], "the following arguments are required: --text"),
 ])
 def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +66,7 @@ def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_a_failed_check_is_exit_code_3(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("deploy.evaluate.window_nll", lambda session, window: float("nan"))
+    monkeypatch.setattr("exporter.perplexity.window_nll", lambda session, window: float("nan"))
     assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "none"]) == 3
     assert capsys.readouterr().out == ""
 
@@ -76,6 +75,6 @@ def test_ctrl_c_is_exit_code_130(artifact: Path, monkeypatch: pytest.MonkeyPatch
     def interrupt(*arguments: Any) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.evaluate.window_nll", interrupt)
+    monkeypatch.setattr("exporter.perplexity.window_nll", interrupt)
     assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "none"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"

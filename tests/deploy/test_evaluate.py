@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.evaluate import EvalRequest, evaluate, select_windows, text_windows, window_nll
+from deploy.evaluate import evaluate
+from exporter.perplexity import EvalRequest, select_windows, text_windows, window_nll
 from plugins.core.errors import CheckError, InputError
 
 TEXT = Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt"
@@ -72,16 +73,20 @@ def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
 
 @pytest.mark.parametrize(("count", "windows", "first", "expected"), [
     (5, 0, 0, [0, 1, 2, 3, 4]), (5, 0, 2, [0, 1]), (5, 2, 0, [0, 2]), (10, 3, 0, [0, 3, 6]), (5, 5, 0, [0, 1, 2, 3, 4]),
+    (9, 2, 4, [0, 2]), (9, 5, 5, [0, 1, 2, 3, 4]),
 ])
 def test_select_windows(count: int, windows: int, first: int, expected: list[int]) -> None:
     assert select_windows(count, windows, first) == expected
 
 
-@pytest.mark.parametrize("option", ["windows", "first"])
-def test_more_windows_than_the_text_has(option: str) -> None:
+@pytest.mark.parametrize(("windows", "first", "option", "limit", "which"), [
+    (5, 0, "windows", 4, "the windows to choose from"), (3, 2, "windows", 2, "the windows to choose from"),
+    (0, 5, "first", 4, "the whole windows of this text"),
+])
+def test_more_windows_than_the_text_has(windows: int, first: int, option: str, limit: int, which: str) -> None:
     with pytest.raises(InputError) as error:
-        select_windows(4, **{"windows": 0, "first": 0, option: 5})
-    assert str(error.value) == (f"--{option}: got 5, expected at most 4, the whole windows of this text. Give a smaller number, "
+        select_windows(4, windows, first)
+    assert str(error.value) == (f"--{option}: got {windows or first}, expected at most {limit}, {which}. Give a smaller number, "
                                 "a smaller --seqlen or a longer text.")
 
 
@@ -118,7 +123,7 @@ def test_a_window_longer_than_the_context(artifact: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_is_a_failed_check(artifact: Path, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
-    from deploy import evaluate as module
+    from exporter import perplexity as module
 
     monkeypatch.setattr(module, "window_nll", lambda session, window: bad)
     with pytest.raises(CheckError) as error:

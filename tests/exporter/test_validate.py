@@ -111,8 +111,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("abits", [8, 4])
+@pytest.mark.parametrize("name, abits", [*((name, 8) for name in FAULTS), ("weight bit", 4), ("scale", 4)])
 def test_a_fault_is_found_where_it_is(tiny_export: Callable[..., Path], tmp_path: Path, name: str, abits: int) -> None:
     plant, expected = FAULTS[name]
     result = validate_with(tiny_export(abits=abits), tmp_path / "out", plant)
