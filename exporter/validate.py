@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerReport", "ValidateOptions", "ValidationResult", "validate"]
 
 ONNX, TORCH, LOCKSTEP, FLOAT, ENGINE = "onnxruntime", "torch-fake-quant", "torch-lockstep", "torch-float", "tensorrt"
+_PADDED = 16  # tokens of the padded batch
 Errors = dict[tuple[str, str, str], list[TensorError]]  # (comparison, phase, tensor) -> one per call
 
 
@@ -118,9 +119,10 @@ class _Validator:
         """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the left, and a step on that."""
         windows = self.windows()
         plans = [("prefill", "decode", windows[:1], np.ones((1, self.tokens), np.int64), self.options.steps)]
-        mask = np.ones((2, self.tokens), np.int64)
-        mask[0, : self.tokens // 4] = 0
-        plans.append(("padded batch", "padded batch", windows[1:], mask, 1))
+        width = min(self.tokens, _PADDED)
+        mask = np.ones((2, width), np.int64)
+        mask[0, : width // 4] = 0
+        plans.append(("padded batch", "padded batch", windows[1:, :width], mask, 1))
         for first, then, ids, mask, steps in plans:
             for step in range(steps + 1):
                 self.calls.append(_Call(then if step else first, {"input_ids": ids, "attention_mask": mask}))

@@ -21,7 +21,8 @@ def chain(dtype: int) -> onnx.ModelProto:
     nodes = [helper.make_node("Add", ["past_key_values.0.key", "y"], ["sum"]), helper.make_node("Mul", ["sum", "y"], ["present.0.key"]),
              helper.make_node("Cast", ["present.0.key"], ["logits"], to=TensorProto.FLOAT)]
     inputs = [helper.make_tensor_value_info(name, dtype, [64]) for name in ("past_key_values.0.key", "y")]
-    outputs = [helper.make_tensor_value_info("present.0.key", dtype, [64]), helper.make_tensor_value_info("logits", TensorProto.FLOAT, [64])]
+    outputs = [helper.make_tensor_value_info("present.0.key", dtype, [64]),
+               helper.make_tensor_value_info("logits", TensorProto.FLOAT, [64])]
     return helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), ir_version=11, opset_imports=[helper.make_opsetid("", 23)])
 
 

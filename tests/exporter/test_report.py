@@ -15,9 +15,10 @@ from exporter.validate import LayerReport, ValidationResult
 
 ROW = LayerReport("export", "prefill", "model.layers.0.output", 0.99, 17.0, 1.0, 0.14, 0.2, None, "model.layers.0.mlp.product", 1e-3, 4e-3)
 RESULT = ValidationResult((ROW,), "", ("No GPU here.",), {"tokens": 8, "steps": 0, "text": "default", "seconds": 1.5})
-RECORD = {"fingerprint": "x", "seconds": 2.5, "peak_rss": 10**8, "files": {"a": {"bytes": 3, "sha256": ""}, "b": {"bytes": 4, "sha256": ""}}}
-MANIFEST = {"request": {"model": "tiny"}, "command": ["python", "-m", "exporter", "my model"], "stages": {"quant": RECORD, "report": RECORD},
-            "versions": {"torch": "2.13.0"}, "perplexity": {"ppl": 9.5}}
+RECORD = {"fingerprint": "x", "seconds": 2.5, "peak_rss": 10**8,
+          "files": {"a": {"bytes": 3, "sha256": ""}, "b": {"bytes": 4, "sha256": ""}}}
+MANIFEST = {"request": {"model": "tiny"}, "command": ["python", "-m", "exporter", "my model"],
+            "stages": {"quant": RECORD, "report": RECORD}, "versions": {"torch": "2.13.0"}, "perplexity": {"ppl": 9.5}}
 
 
 def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def test_any_values_give_a_chart(values: list[float | None], log: bool) -> None:
         if "cx" in mark.attrib:
             assert 0 <= float(mark.get("cx", "-1")) <= 720 and 0 <= float(mark.get("cy", "-1")) <= 300
     titles = [title.text for title in svg.iter("title")][1:]
-    assert len(titles) == 4 and titles[3] == ("one, logits: not finite or no value" if values[3] is None else f"one, logits: {values[3]:.3g}")
+    assert len(titles) == 4
+    assert titles[3] == ("one, logits: not finite or no value" if values[3] is None else f"one, logits: {values[3]:.3g}")
     assert len(svg.findall("g[@class='bad']")) == values.count(None)
 
 

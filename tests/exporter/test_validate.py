@@ -137,7 +137,8 @@ def validate_with(whole: Path, out: Path, plant: Fault) -> ValidationResult:
 def test_missing_float_model_is_a_note(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
     result = validate_with(tiny_export(), tmp_path / "out", lambda model, data: None)
     assert result.ok and {row.level for row in result.rows} == {"export"}
-    assert result.notes[1].startswith("The float model could not be opened, so the quantisation error was not measured. model nobody/knows: got ")
+    assert result.notes[1].startswith("The float model could not be opened, so the quantisation error was not measured. "
+                                      "model nobody/knows: got ")
 
 
 def test_another_float_model_is_a_note(tiny_export: Callable[..., Path], tiny_llama: Callable[..., Path]) -> None:

@@ -37,6 +37,14 @@ def test_accumulated_limit_is_the_noise_of_flipped_codes() -> None:
     assert limits(abits=2).accumulated(30) is None
 
 
+def test_differences_grow_only_in_a_network_far_from_the_trained_one() -> None:
+    for wbits, abits in ((8, 8), (6, 6), (4, 8)):
+        assert accumulated(16, wbits=wbits, abits=abits) == pytest.approx(4 * accumulated(1, wbits=wbits, abits=abits), rel=1e-3)
+    growth = (1 + limits(3, 16).noise() - 0.2) ** 8
+    assert accumulated(9, wbits=3, abits=16) == pytest.approx(3 * growth * accumulated(1, wbits=3, abits=16), rel=1e-2)
+    assert limits(2, 8).accumulated(8) is None
+
+
 def test_quantisation_limit_follows_both_widths() -> None:
     eight = limits(8, 8).quantisation(1)
     assert eight == pytest.approx(1.5 * 2 * math.hypot(8, 20) / 255 / math.sqrt(12))
