@@ -41,9 +41,9 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, 
 
 
 def round_to(x: Tensor, dtype: str) -> Tensor:
-    """x rounded to float16 or bfloat16 and back, finite overflow clamped as the kernels do; float32 is untouched."""
+    """x (fp32 or fp64) rounded to a dtype and back to fp32; finite 16-bit overflow is clamped as the kernels do."""
     if dtype not in _DTYPES:
-        return x
+        return x.float()
     limit = torch.finfo(_DTYPES[dtype]).max
     return x.clamp(-limit, limit).to(_DTYPES[dtype]).float()
 
@@ -64,9 +64,9 @@ class ActivationQuantizer:
 
 
 class FakeQuantLinear(nn.Module):  # type: ignore[misc]
-    """y = scale_x * ((codes_x - zero_x) W^T) + b with W the dequantised weights in fp32; A16 multiplies x itself.
+    """y = scale_x * sum_g scale_w[g] * ((codes_x - zero_x) (codes_w - zero_w)^T)[g] + b, in the kernels' order; A16 multiplies x itself.
 
-    The kernels accumulate the same integers exactly and scale once; fp32 accumulation differs by its rounding only.
+    The products are integers held in fp32: exact, and equal to the kernels bit for bit, while partial sums stay below 2^24.
 
     Args:
         linear: integer codes and scales.
@@ -75,21 +75,26 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
     """
 
     weight: Tensor
+    scale: Tensor
     bias: Tensor | None
 
     def __init__(self, linear: QuantLinear, quantizer: ActivationQuantizer | None, dtype: str) -> None:
         super().__init__()
         bias = linear.arrays.bias
-        self.register_buffer("weight", torch.from_numpy(linear.dequantize()))
+        integers, scale = linear.integers()
+        self.register_buffer("weight", torch.from_numpy(linear.dequantize() if quantizer is None else integers))
+        self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
         self.out_features, self.in_features = self.weight.shape
         self._quantizer, self._dtype = quantizer, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if self._quantizer is None:
-            y = x @ self.weight.T
-        else:
-            codes, scale = self._quantizer(x)
-            y = (codes @ self.weight.T) * scale
+        y = x @ self.weight.T if self._quantizer is None else self._quantized(*self._quantizer(x))
         return round_to(y if self.bias is None else y + self.bias, self._dtype)
+
+    def _quantized(self, codes: Tensor, scale: Tensor) -> Tensor:
+        groups = self.scale.shape[1]
+        parts = zip(codes.chunk(groups, -1), self.weight.chunk(groups, 1), self.scale.T, strict=True)
+        first, *others = ((part @ weight.T) * weight_scale for part, weight, weight_scale in parts)
+        return sum(others, first) * scale

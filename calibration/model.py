@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,8 +48,8 @@ def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
     state |= {name: value for name, value in model.state_dict().items() if not value.is_meta}
     rope = np.array(quant.tensor("rope.inv_freq")), float(quant.config["rope_attention_scaling"])
     model = _fill(model, state, rope)
-    if dtype != "float32":
-        _round_between_modules(model, dtype)
+    if round_activations:
+        _round_every_op(model, dtype)
     return model
 
 
@@ -76,11 +75,17 @@ def _fill(model: Any, state: dict[str, Tensor], rope: tuple[np.ndarray, float]) 
     return model.eval()
 
 
-def _round_between_modules(model: Any, dtype: str) -> None:
-    """Round norms' outputs, the inputs of o_proj and down_proj, both residual sums and the logits' input."""
+def _round_every_op(model: Any, dtype: str) -> None:
+    """Round the result of every operator of the exported graph that HF computes between linears, each where the graph does.
+
+    FakeQuantLinear rounds its own output. Norms, sigmoid and attention compute in fp64, whose roundings to 16 bits are the same in
+    every library: otherwise some activation codes move by a step, and a chaotic low-bit model drifts away from the exported one.
+    """
 
     def round_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        return round_to(output, dtype) if isinstance(output, Tensor) else output
+        parts = output if isinstance(output, tuple) else (output,)  # the rotary embedding gives cos and sin
+        rounded = tuple(round_to(part, dtype) if isinstance(part, Tensor) else part for part in parts)
+        return rounded if isinstance(output, tuple) else rounded[0]
 
     def round_input(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
         return (round_to(arguments[0], dtype), *arguments[1:])
@@ -90,15 +95,63 @@ def _round_between_modules(model: Any, dtype: str) -> None:
         arguments[0].copy_(round_to(arguments[0], dtype))
 
     inner = model.model
-    _hook([inner.norm, *(norm for layer in inner.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))],
-          lambda module: module.register_forward_hook(round_output))
-    _hook([part for layer in inner.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)],
-          lambda module: module.register_forward_pre_hook(round_input))
-    _hook([layer.post_attention_layernorm for layer in inner.layers],
-          lambda module: module.register_forward_pre_hook(round_residual))
-    _hook(list(inner.layers), lambda module: module.register_forward_hook(round_output))
+    layers = list(inner.layers)
+    inner.norm = _RoundedNorm(inner.norm, dtype)
+    for module in (inner.rotary_emb, model.lm_head, *layers):
+        module.register_forward_hook(round_output)
+    for layer in layers:
+        layer.input_layernorm = _RoundedNorm(layer.input_layernorm, dtype)
+        layer.post_attention_layernorm = _RoundedNorm(layer.post_attention_layernorm, dtype)
+        layer.post_attention_layernorm.register_forward_pre_hook(round_residual)
+        layer.mlp.down_proj.register_forward_pre_hook(round_input)  # silu(gate) * up
+        layer.mlp.act_fn = _RoundedSilu(dtype)
+    _use_rounded_attention(model, dtype)
 
 
-def _hook(modules: list[nn.Module], register: Callable[[nn.Module], Any]) -> None:
-    for module in modules:
-        register(module)
+class _RoundedNorm(nn.Module):  # type: ignore[misc]
+    """RMSNorm in fp64, rounded once."""
+
+    weight: Tensor
+
+    def __init__(self, norm: nn.Module, dtype: str) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self._epsilon = float(np.float32(norm.variance_epsilon))  # as the ONNX attribute holds it
+        self._dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        wide = x.double()
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._epsilon) * self.weight.double()
+        return round_to(y, self._dtype)
+
+
+class _RoundedSilu(nn.Module):  # type: ignore[misc]
+    """silu as the graph computes it: Sigmoid, then Mul."""
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        return round_to(x * round_to(torch.sigmoid(x.double()), self._dtype), self._dtype)
+
+
+def _use_rounded_attention(model: Any, dtype: str) -> None:
+    """Attention in fp64 on rounded rotated queries and keys, its result rounded."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
+                  **options: Any) -> Any:
+        rotated = round_to(query, dtype).double(), round_to(key, dtype).double()
+        scale = float(np.float32(scaling))  # as the ONNX attribute holds it
+        context, weights = sdpa_attention_forward(module, *rotated, value.double(), mask, scaling=scale, **options)
+        return round_to(context, dtype), weights
+
+    name = f"anybit_{dtype}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)

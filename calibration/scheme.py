@@ -93,3 +93,9 @@ class QuantLinear:
         from plugins import op_spec
 
         return op_spec(self.scheme.op).dequantize(self.arrays, self.attributes)
+
+    def integers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Integer weights as fp32 [N, K] and their scales fp32 [N, G]: dequantize() is one times the other, group by group."""
+        from plugins import op_spec
+
+        return op_spec(self.scheme.op).integers(self.arrays, self.attributes)

@@ -91,16 +91,21 @@ class AbqGemm:
             codes |= bits.reshape(rows, -1) << plane
         return QuantArrays(codes, tensors["scale"], tensors["zero"], None, tensors.get("bias"))
 
-    def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
-        """scale * (q - zero), fp32 [N, K]."""
+    def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
+        """q - zero as fp32 [N, K], and scale fp32 [N, n_groups]."""
         assert arrays.zero is not None
         groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(np.float32)
         if np.abs(arrays.zero).max() < _FP32_WHOLE:  # both numbers and their difference are exact
             groups -= arrays.zero[..., None].astype(np.float32)
         else:
             groups = (groups - arrays.zero[..., None].astype(np.float64)).astype(np.float32)
-        groups *= arrays.scale[..., None]
-        return groups.reshape(attrs.out_features, attrs.in_features)
+        return groups.reshape(attrs.out_features, attrs.in_features), arrays.scale.astype(np.float32)
+
+    def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
+        """scale * (q - zero), fp32 [N, K]."""
+        weight, scale = self.integers(arrays, attrs)
+        weight.reshape(attrs.out_features, attrs.n_groups, attrs.group_len)[:] *= scale[..., None]
+        return weight
 
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
         """Y [..., N] in x's dtype: exact integers per group, then fp32 in the kernel's order."""

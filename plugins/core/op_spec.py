@@ -99,6 +99,9 @@ class OpSpec(Protocol):
     def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         """The real numbers that the codes stand for, fp32 [N, K]."""
 
+    def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
+        """What the kernel multiplies activation codes with: integers as fp32 [N, K], and the scale fp32 [N, G] of each of G groups."""
+
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
         """Y [..., N] in x's dtype (fp16, bf16 of ml_dtypes, or fp32) from x [..., K] and packed tensors."""
 

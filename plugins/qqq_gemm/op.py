@@ -124,10 +124,14 @@ class QqqGemm:
         products = np.rint(groups * arrays.scale_group[..., None].astype(np.float32))
         return np.clip(products, -INT8_MAX, INT8_MAX).astype(np.int8).reshape(attrs.out_features, attrs.in_features)
 
+    def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
+        """int8_weights as fp32 [N, K], and the channel scale fp32 [N, 1]."""
+        return self.int8_weights(arrays, attrs).astype(np.float32), arrays.scale.astype(np.float32)
+
     def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         """scale * int8 weight, fp32 [N, K]: the re-rounding to int8 is part of the numbers."""
-        weight: np.ndarray = self.int8_weights(arrays, attrs).astype(np.float32)
-        weight *= arrays.scale
+        weight, scale = self.integers(arrays, attrs)
+        weight *= scale
         return weight
 
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
