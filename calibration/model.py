@@ -83,9 +83,7 @@ def _round_every_op(model: Any, dtype: str) -> None:
     """
 
     def round_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        parts = output if isinstance(output, tuple) else (output,)  # the rotary embedding gives cos and sin
-        rounded = tuple(round_to(part, dtype) if isinstance(part, Tensor) else part for part in parts)
-        return rounded if isinstance(output, tuple) else rounded[0]
+        return round_to(output, dtype) if isinstance(output, Tensor) else output
 
     def round_input(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
         return (round_to(arguments[0], dtype), *arguments[1:])
@@ -97,7 +95,8 @@ def _round_every_op(model: Any, dtype: str) -> None:
     inner = model.model
     layers = list(inner.layers)
     inner.norm = _RoundedNorm(inner.norm, dtype)
-    for module in (inner.rotary_emb, model.lm_head, *layers):
+    inner.rotary_emb = _RoundedRotary(inner.rotary_emb, dtype)
+    for module in (model.lm_head, *layers):
         module.register_forward_hook(round_output)
     for layer in layers:
         layer.input_layernorm = _RoundedNorm(layer.input_layernorm, dtype)
@@ -124,6 +123,20 @@ class _RoundedNorm(nn.Module):  # type: ignore[misc]
         wide = x.double()
         y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._epsilon) * self.weight.double()
         return round_to(y, self._dtype)
+
+
+class _RoundedRotary(nn.Module):  # type: ignore[misc]
+    """cos and sin of fp32 angles in fp64, rounded once, as the tables of the graph."""
+
+    def __init__(self, rotary: nn.Module, dtype: str) -> None:
+        super().__init__()
+        self._inv_freq, self._scaling, self._dtype = rotary.inv_freq, rotary.attention_scaling, dtype
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, head_dim] of positions [B, S]."""
+        angles = (position_ids[..., None].float() * self._inv_freq).double()
+        angles = torch.cat((angles, angles), -1)
+        return round_to(angles.cos() * self._scaling, self._dtype), round_to(angles.sin() * self._scaling, self._dtype)
 
 
 class _RoundedSilu(nn.Module):  # type: ignore[misc]

@@ -121,10 +121,10 @@ class DecoderWriter:
         config = self.quant.config
         inv_freq = self.quant.tensor("rope.inv_freq").astype(np.float32)
         angles = np.arange(config["max_position_embeddings"], dtype=np.float32)[:, None] * inv_freq[None, :]
-        scaling = np.float32(config["rope_attention_scaling"])
+        wide, scaling = angles.astype(np.float64), float(config["rope_attention_scaling"])
         as_dtype = self.quant.tensor("model.norm.weight").dtype
-        return (self.weights.add("rope.cos", (np.cos(angles) * scaling).astype(as_dtype)),
-                self.weights.add("rope.sin", (np.sin(angles) * scaling).astype(as_dtype)))
+        return (self.weights.add("rope.cos", (np.cos(wide) * scaling).astype(np.float32).astype(as_dtype)),
+                self.weights.add("rope.sin", (np.sin(wide) * scaling).astype(np.float32).astype(as_dtype)))
 
     def attention(self, index: int, source: str, mask: str, rope: tuple[str, str]) -> str:
         """Attention block of one layer, KV cache by Concat; [B, S, hidden] -> [B, S, hidden]."""
