@@ -1,21 +1,42 @@
-"""Writes artefact folders so that a reader sees the whole stage or none of it, and checks what it reads back."""
+"""Writes artefact folders, one process at a time, so that a reader sees a whole stage or none of it; checks what it reads back."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-from plugins.core.errors import InputError, UserError
+from plugins.core.errors import InputError
 
-__all__ = ["StageWriter", "file_records", "read_json", "sha256_file", "verify_files", "write_json"]
+__all__ = ["StageWriter", "file_records", "locked", "read_json", "sha256_file", "verify_files", "write_json"]
 
 _CHUNK = 1 << 22
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One writing process at a time in an OUT folder, which is made if need be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise InputError(str(out), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(str(out), "got a folder that another process is writing, expected a free one",
+                             "Wait for it to end or choose another --out") from None
+        yield
 
 
 def sha256_file(path: Path) -> str:
@@ -28,7 +49,11 @@ def sha256_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys; the old file stays whole until the new one is on disk."""
+    """Write JSON with sorted keys; the old file stays whole until the new one is on disk.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -37,8 +62,16 @@ def write_json(path: Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(str(path), f"got {error.strerror or error} while writing, expected a writable folder with enough space",
+                      "Check the disk and the permissions; earlier results are whole")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,6 +139,7 @@ class StageWriter:
                  free_bytes: Callable[[Path], int] = _free_bytes) -> None:
         self.final = out / stage
         self.path = out / f".{stage}.partial"
+        self._old = out / f".{stage}.old"
         free = free_bytes(out)
         if free < needed_bytes:
             raise InputError(str(self.final), f"got {free / 1e6:.0f} MB of free space, expected at least {needed_bytes / 1e6:.0f} MB",
@@ -113,36 +147,48 @@ class StageWriter:
 
     def __enter__(self) -> StageWriter:
         try:
+            self._restore()  # a process killed between the two renames left no final folder
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
         except OSError as error:
-            self._fail(error)
+            raise _unwritable(self.final, error) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            try:
+        try:
+            if error is None:
                 self._commit()
-                return
-            except OSError as failure:
-                shutil.rmtree(self.path, ignore_errors=True)
-                self._fail(failure)
-        shutil.rmtree(self.path, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, UserError) and error.errno is not None:
-            self._fail(error)
+        except OSError as failure:
+            raise _unwritable(self.final, failure) from failure
+        finally:
+            shutil.rmtree(self.path, ignore_errors=True)  # gone already where the commit went well
+        if isinstance(error, OSError) and self._concerns(error):
+            raise _unwritable(self.final, error) from error
 
-    def _commit(self) -> None:
+    def sync(self) -> None:
+        """Put every file written so far on the disk."""
         for path in self.path.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        old = self.final.with_name(f".{self.final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.final.exists():
-            self.final.rename(old)
-        self.path.rename(self.final)
-        shutil.rmtree(old, ignore_errors=True)
 
-    def _fail(self, error: OSError) -> NoReturn:
-        raise InputError(str(self.final), f"got {error.strerror or error} while writing, expected a writable folder with enough space",
-                         "Check the disk and the permissions; earlier results are whole") from error
+    def _commit(self) -> None:
+        self.sync()
+        shutil.rmtree(self._old, ignore_errors=True)
+        try:
+            if self.final.exists():
+                self.final.rename(self._old)
+            self.path.rename(self.final)
+        finally:
+            self._restore()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _restore(self) -> None:
+        if self._old.exists() and not self.final.exists():
+            self._old.rename(self.final)
+
+    def _concerns(self, error: OSError) -> bool:
+        """Whether an error is about the disk or about a file of this stage; any other has its own story to tell."""
+        names = (name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
+        folder = self.path.absolute()
+        return error.errno in _DISK_ERRORS or any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)

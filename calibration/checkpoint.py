@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the sequence length
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -68,6 +69,11 @@ class Checkpoint:
                     file.seek(offset)
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
+
+    def input_files(self) -> list[Path]:
+        """The local files that decide the result: weights, config, tokenizer."""
+        small = [] if self.source.kind == "gguf" else [path for pattern in SMALL_FILES for path in self.source.path.glob(pattern)]
+        return sorted({*self._weights.files, *small})
 
     def hf_config(self) -> dict[str, Any]:
         """The transformers config as plain JSON, without anything that depends on this machine."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from calibration.methods import method_names
 from calibration.scheme import QuantScheme, parse_wbits
 from calibration.sources import ALIASES, model_slug
+from plugins.core.cli import whole_number
 from plugins.core.errors import InputError
 
 __all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "stand_in_notice"]
@@ -30,8 +31,8 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         help="of all that is not integer (default float16)")
     add("--calib", metavar="FILE|DATASET",
         help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library")
-    add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
-    add("--seqlen", type=int, default=2048, metavar="L", help="tokens per calibration window (default 2048)")
+    add("--nsamples", type=whole_number(1), default=128, metavar="N", help="calibration windows (default 128)")
+    add("--seqlen", type=whole_number(2), default=2048, metavar="L", help="tokens per calibration window (default 2048)")
     add("--out", type=Path, metavar="DIR", help="artefact folder (default out/<model>-w<W>a<A>)")
     add("--offline", action="store_true", help="never touch the network")
     add("--progress", default="auto", choices=("auto", "rich", "plain", "json", "none"),

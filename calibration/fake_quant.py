@@ -96,5 +96,7 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
     def _quantized(self, codes: Tensor, scale: Tensor) -> Tensor:
         groups = self.scale.shape[1]
         parts = zip(codes.chunk(groups, -1), self.weight.chunk(groups, 1), self.scale.T, strict=True)
-        first, *others = ((part @ weight.T) * weight_scale for part, weight, weight_scale in parts)
-        return sum(others, first) * scale
+        y = torch.zeros((), dtype=torch.float32)
+        for part, weight, weight_scale in parts:
+            y = y + (part @ weight.T) * weight_scale
+        return y * scale

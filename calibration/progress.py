@@ -28,6 +28,9 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """One line for the user."""
 
+    def close(self) -> None:
+        """Work has ended, well or not: give the terminal back."""
+
 
 class NullProgress:
     """Says nothing."""
@@ -42,6 +45,9 @@ class NullProgress:
         """Ignored."""
 
     def message(self, text: str) -> None:
+        """Ignored."""
+
+    def close(self) -> None:
         """Ignored."""
 
 
@@ -76,6 +82,9 @@ class JsonProgress:
         """Emit a message event."""
         self._emit("message", text=text)
 
+    def close(self) -> None:
+        """Every line is out already."""
+
 
 class PlainProgress:
     """One line per stage, for logs and pipes."""
@@ -98,6 +107,9 @@ class PlainProgress:
     def message(self, text: str) -> None:
         """Print the text."""
         print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Every line is out already."""
 
 
 class RichProgress:
@@ -126,9 +138,7 @@ class RichProgress:
 
     def finish(self) -> None:
         """Replace the bar by one line."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
+        self.close()
         self.message(f"{self._stage}: {time.monotonic() - self._began:.1f} s")
 
     def message(self, text: str) -> None:
@@ -137,6 +147,12 @@ class RichProgress:
 
         console = self._bars.console if self._bars is not None else Console(stderr=True)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away and show the cursor again."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
 
 def make_progress(kind: str) -> Progress:

@@ -74,7 +74,12 @@ def _main(argv: list[str] | None) -> int:
         from exporter.perplexity import EvalRequest
 
         request = EvalRequest(args.text, args.windows, args.first, args.seqlen, args.runner)
-        print(json.dumps(evaluate(args.out, request, make_progress(args.progress))))
+        progress = make_progress(args.progress)
+        try:
+            result = evaluate(args.out, request, progress)
+        finally:
+            progress.close()
+        print(json.dumps(result))
     else:
         from deploy.trtexec import script
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from calibration.artifact import read_json, verify_files
-from exporter.manifest import MANIFEST
+from calibration.artifact import verify_files
+from exporter.manifest import MANIFEST, read_manifest
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,36 +42,23 @@ def check_artifact(out: Path, runner: str) -> None:
             raise _needs(out, needed, f"--runner {runner}")
     if stage == "quant" and not (out / MANIFEST).exists():
         return  # made by python -m calibration, which writes quant/ alone
-    records = _manifest_stages(out / MANIFEST)
-    small = {name: record for name, record in records.get("quant", {}).items() if name in _SMALL}
-    verify_files(out / "quant", small)
+    records = read_manifest(out / MANIFEST)["stages"]
+    for needed in ("quant", stage):
+        if needed not in records:
+            raise _needs(out, needed, f"--runner {runner}, listed in {MANIFEST}")
+    verify_files(out / "quant", {name: record for name, record in records["quant"]["files"].items() if name in _SMALL})
     if stage != "quant":
-        if stage not in records:
-            raise _needs(out, stage, f"--runner {runner}, listed in {MANIFEST}")
-        verify_files(out / stage, records[stage])
-
-
-def _manifest_stages(path: Path) -> dict[str, dict[str, Any]]:
-    """{stage: {file: {"bytes", "sha256"}}}."""
-    manifest = read_json(path)
-    try:
-        stages = {name: dict(record["files"]) for name, record in manifest["stages"].items()}
-        complete = all({"bytes", "sha256"} <= record.keys() for files in stages.values() for record in files.values())
-    except (KeyError, TypeError, AttributeError, ValueError):
-        complete = False
-    if not complete:
-        raise InputError(str(path), "got no list of stages and files, expected the manifest of an artefact folder",
-                         "It is damaged: export the model again into a new folder")
-    return stages
+        verify_files(out / stage, records[stage]["files"])
 
 
 def choose_runner(out: Path, runner: str) -> str:
     """`runner`, or for "auto" tensorrt where there is a GPU and an engine that fits it, else onnxruntime."""
     if runner != "auto":
         return runner
-    from exporter.edition import ENGINE_FILE, check_engine, gpu_capabilities
+    from exporter.edition import check_engine, gpu_capabilities
 
-    if not (out / "engine" / ENGINE_FILE).is_file() or not gpu_capabilities():
+    stages = read_manifest(out / MANIFEST)["stages"] if (out / MANIFEST).is_file() else {}
+    if "engine" not in stages or not gpu_capabilities():
         return "onnxruntime"
     try:
         check_engine(out / "engine")

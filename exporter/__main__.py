@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     proof = parser.add_argument_group("report")
     proof.add_argument("--eval", type=Path, metavar="FILE", help="also score this text: the report then shows the perplexity")
     proof.add_argument("--eval-windows", type=whole_number(1), default=5, metavar="K",
-                       help="windows of 2048 tokens to score, from the beginning (default: 5)")
+                       help="at most how many windows of 2048 tokens, from the beginning (default: 5)")
     run = parser.add_argument_group("run")
     run.add_argument("--until", choices=STAGES, default="report", help="last stage to run (default: report)")
     run.add_argument("--resume", action="store_true", help="keep finished stages whose inputs did not change")

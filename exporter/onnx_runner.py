@@ -47,6 +47,8 @@ def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
 def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
     """A Polygraphy OnnxrtRunner on the CPU; the weights are read from the data file next to the model.
 
+    A 16-bit graph is rewritten by round_every_op first. That the file runs as it is, in fp32, is tested in tests/exporter/test_graph.py.
+
     Raises:
         InputError: the files are missing or ONNX Runtime refuses them (when the runner is activated).
     """

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from calibration.quant_folder import QuantModel
     from exporter.sessions import DecoderSession
 
-__all__ = ["DEFAULT_SEQLEN", "EvalRequest", "score", "select_windows", "text_windows", "window_nll"]
+__all__ = ["DEFAULT_SEQLEN", "EvalRequest", "score", "select_windows", "text_windows", "whole_windows",
+           "window_nll"]
 
 DEFAULT_SEQLEN = 2048
 
@@ -32,6 +33,7 @@ class EvalRequest:
         first: of the first ones only; 0 is all.
         seqlen: tokens of a window; 0 is 2048, or the model's context if that is shorter.
         runner: "torch", "onnxruntime" or "tensorrt".
+        option: the command line's name of the text, for messages.
     """
 
     text: Path
@@ -39,9 +41,10 @@ class EvalRequest:
     first: int = 0
     seqlen: int = 0
     runner: str = "onnxruntime"
+    option: str = "--text"
 
 
-def text_windows(tokenizer: Any, path: Path, seqlen: int) -> np.ndarray:
+def text_windows(tokenizer: Any, path: Path, seqlen: int, option: str = "--text") -> np.ndarray:
     """Every whole window of the text, int64 [n, seqlen]; no special token is added.
 
     Raises:
@@ -53,13 +56,23 @@ def text_windows(tokenizer: Any, path: Path, seqlen: int) -> np.ndarray:
 
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
-        raise InputError("--text", f"got {kind} {path}, expected a UTF-8 text file", "Check the path")
-    text = load_text(str(path), offline=True, where="--text")
+        raise InputError(option, f"got {kind} {path}, expected a UTF-8 text file", "Check the path")
+    text = load_text(str(path), offline=True, where=option)
     tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
     if len(tokens) < seqlen:
-        raise InputError("--text", f"got {path} with {len(tokens)} tokens, expected at least one window of {seqlen}",
-                         "Give a longer text" + (f", or --seqlen {len(tokens)}" if len(tokens) > 1 else ""))
+        shorter = f", or --seqlen {len(tokens)}" if len(tokens) > 1 and option == "--text" else ""
+        raise InputError(option, f"got {path} with {len(tokens)} tokens, expected at least one window of {seqlen}",
+                         f"Give a longer text{shorter}")
     return windows_from_tokens(tokens, seqlen)
+
+
+def whole_windows(quant: QuantModel, request: EvalRequest) -> np.ndarray:
+    """Every whole window of the request's text, int64 [n, seqlen]. Raises as text_windows does."""
+    return text_windows(quant.tokenizer(), request.text, _seqlen(quant, request), request.option)
+
+
+def _seqlen(quant: QuantModel, request: EvalRequest) -> int:
+    return request.seqlen or min(DEFAULT_SEQLEN, int(quant.config["max_position_embeddings"]))
 
 
 def select_windows(count: int, windows: int, first: int) -> list[int]:
@@ -102,13 +115,12 @@ def score(session: DecoderSession, quant: QuantModel, request: EvalRequest, prog
         InputError: the text or the numbers are wrong. CheckError: the model computes NaN.
     """
     progress = progress or NullProgress()
-    context = int(quant.config["max_position_embeddings"])
-    seqlen = request.seqlen or min(DEFAULT_SEQLEN, context)
+    context, seqlen = int(quant.config["max_position_embeddings"]), _seqlen(quant, request)
     if seqlen > session.max_context:
         rebuild = "" if session.max_context == context else ", or build the engine with a larger --max-seq"
         raise InputError("--seqlen", f"got {seqlen}, expected at most {session.max_context}, the context with {request.runner}",
                          f"Give a smaller --seqlen{rebuild}")
-    windows = text_windows(quant.tokenizer(), request.text, seqlen)
+    windows = whole_windows(quant, request)
     chosen = select_windows(len(windows), request.windows, request.first)
     progress.start("eval", len(chosen))
     total, began = 0.0, time.monotonic()

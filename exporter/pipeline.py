@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.artifact import StageWriter, file_records, sha256_file, verify_files, write_json
+from calibration.artifact import StageWriter, file_records, locked, sha256_file, verify_files, write_json
 from calibration.progress import Progress
-from exporter.manifest import MANIFEST, installed_versions, locked, open_manifest, peak_rss, reset_peak_rss
+from exporter.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
+from exporter.manifest import MANIFEST, STAGES, installed_versions, open_manifest, peak_rss, reset_peak_rss
 from plugins.core.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
+    from exporter.edition import Edition
+    from exporter.perplexity import EvalRequest
+    from exporter.validate import ValidationResult
 
 __all__ = ["STAGES", "ExportRequest", "run_pipeline"]
 
-STAGES = ("quant", "onnx", "engine", "report")
+_RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # what the report's numbers depend on
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ExportRequest:
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
         eval_text: a text whose perplexity the report shows.
-        eval_windows: how many windows of it are scored, from the beginning.
+        eval_windows: at most how many windows of it are scored, from the beginning.
         command: the command line, for the manifest and the report.
     """
 
@@ -65,48 +68,90 @@ class ExportRequest:
                 "nsamples": self.nsamples, "seqlen": self.seqlen}
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _code_digest(*patterns: str) -> str:
-    root = Path(__file__).resolve().parent.parent
-    files = sorted({path for pattern in patterns for path in root.glob(pattern)})
-    return _digest(*(sha256_file(path) for path in files))
-
-
 class Pipeline:
-    """Runs the stages of one request and keeps OUT/manifest.json true after each."""
+    """Runs the stages of one request and keeps OUT/manifest.json true after each.
+
+    Making one checks all that can be checked before any work, and writes nothing.
+
+    Raises:
+        InputError: bad input.
+    """
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
+        from calibration.checkpoint import open_checkpoint
+        from calibration.quantize import check_scheme
+
         self.request = request
         self.progress = progress
-        self.manifest = open_manifest(request.out, request.identity())
         self.fingerprint = ""
+        self.eval: EvalRequest | None = None
+        self.wanted = STAGES[: STAGES.index(request.until) + 1]
+        self.manifest = open_manifest(request.out, request.identity())
+        text = request.eval_text
+        if text is not None and not text.is_file():
+            raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
+        self.edition = self._edition()
+        self.checkpoint = open_checkpoint(request.model, request.offline)
+        check_scheme(self.checkpoint, request.scheme)
 
-    def stage(self, name: str, inputs: Any, work: Callable[[StageWriter], dict[str, Any] | None], needed_bytes: int = 0) -> bool:
-        """Run one stage, or keep its finished result when resuming; returns whether it ran.
+    def _edition(self) -> Edition | None:
+        if "engine" not in self.wanted or self.request.engine == "none":
+            return None
+        from exporter.engine import select_edition
+
+        return select_edition(self.request.engine)
+
+    def run(self) -> dict[str, Any]:
+        """Run every stage up to request.until; returns the manifest.
+
+        Raises:
+            InputError: bad input. CheckError: plugin layers are missing, or a layer is out of tolerance.
+        """
+        steps = {"quant": self._quant, "onnx": self._onnx, "engine": self._engine, "report": self._report}
+        with locked(self.request.out):
+            self.manifest = open_manifest(self.request.out, self.request.identity())  # now that nobody else writes it
+            if not self.manifest["stages"]:
+                self._save()
+            for name in self.wanted:
+                steps[name]()
+        return self.manifest
+
+    def _save(self) -> None:
+        self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}
+        write_json(self.request.out / MANIFEST, self.manifest)
+
+    def stage(self, name: str, inputs: Any, work: Callable[[StageWriter], dict[str, Any] | None], needed_bytes: int = 0) -> None:
+        """Run one stage, or keep its finished result when resuming.
 
         Args:
+            name: one of STAGES.
             inputs: whatever the result depends on besides the stage before.
             work: writes the stage's files into the writer's path; what it returns goes into the manifest.
+            needed_bytes: estimate of what it writes.
         """
-        self.fingerprint = _digest(self.fingerprint, name, inputs)
+        self.fingerprint = digest(self.fingerprint, name, inputs)
         record = self.manifest["stages"].get(name)
         if self.request.resume and record and record["fingerprint"] == self.fingerprint and self._whole(name, record):
             self.progress.message(f"{name}: kept, nothing changed")
-            return False
+            return
         reset_peak_rss()
         began = time.monotonic()
         with StageWriter(self.request.out, name, needed_bytes) as writer:
             facts = work(writer) or {}
             files = file_records(writer.path)
+            writer.sync()
+            self._forget_after(name)
         record = {"fingerprint": self.fingerprint, "seconds": round(time.monotonic() - began, 2), "peak_rss": peak_rss(), "files": files}
-        stages = {key: value for key, value in self.manifest["stages"].items() if key in STAGES[: STAGES.index(name)]}
-        self.manifest["stages"] = {**stages, name: record | ({"facts": facts} if facts else {})}
-        self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}
-        write_json(self.request.out / MANIFEST, self.manifest)
-        return True
+        self.manifest["stages"][name] = record | ({"facts": facts} if facts else {})
+        self._save()
+
+    def _forget_after(self, name: str) -> None:
+        """Later stages were made from an earlier result of this one: away with their records, then with their folders."""
+        later = STAGES[STAGES.index(name) + 1 :]
+        self.manifest["stages"] = {key: record for key, record in self.manifest["stages"].items() if key not in later}
+        self._save()
+        for stage in later:
+            shutil.rmtree(self.request.out / stage, ignore_errors=True)
 
     def _whole(self, name: str, record: dict[str, Any]) -> bool:
         try:
@@ -116,106 +161,105 @@ class Pipeline:
             return False
         return True
 
-    def run(self) -> dict[str, Any]:
-        """Run every stage up to request.until; returns the manifest.
-
-        Raises:
-            InputError: bad input. CheckError: plugin layers are missing, or a layer is out of tolerance.
-        """
-        text = self.request.eval_text
-        if text is not None and not text.is_file():
-            raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
-        wanted = STAGES[: STAGES.index(self.request.until) + 1]
-        steps = {"quant": self._quant, "onnx": self._onnx, "engine": self._engine, "report": self._report}
-        edition = self._edition() if "engine" in wanted else None
-        for name in wanted:
-            if name != "engine" or edition is not None:
-                steps[name]()
-        return self.manifest
-
-    def _edition(self) -> str | None:
-        """Check that an engine can be built before hours of other work."""
-        if self.request.engine == "none":
-            return None
-        from exporter.engine import select_edition
-
-        return str(select_edition(self.request.engine))
+    def _bytes(self, name: str) -> int:
+        return sum(file["bytes"] for file in self.manifest["stages"][name]["files"].values())
 
     def _quant(self) -> None:
-        from calibration.checkpoint import open_checkpoint
-        from calibration.quantize import QuantizeOptions, check_scheme, quant_bytes, quantize_model
+        from calibration.quantize import QuantizeOptions, quant_bytes, quantize_model
 
-        request = self.request
-        checkpoint = open_checkpoint(request.model, request.offline)
-        check_scheme(checkpoint, request.scheme)
+        request, checkpoint = self.request, self.checkpoint
+        del self.checkpoint  # its mapped pages must not count in later stages' memory
         options = QuantizeOptions(request.offline, request.calib, request.nsamples, request.seqlen)
-        inputs = [checkpoint.fingerprint, request.identity(), _code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
+        inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), text_digest(request.calib),
+                  code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
         self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.scheme, options, writer.path, self.progress),
                    needed_bytes=quant_bytes(checkpoint, request.scheme))
+        if request.eval_text is not None and "report" in self.wanted:
+            self.eval = self._eval_request(request.eval_text)
+
+    def _eval_request(self, text: Path) -> EvalRequest:
+        """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer stages."""
+        from calibration.quant_folder import read_quant
+        from exporter.perplexity import EvalRequest, whole_windows
+
+        request = EvalRequest(text, option="--eval")
+        windows = whole_windows(read_quant(self.request.out / "quant", verify=False), request)
+        return replace(request, first=min(self.request.eval_windows, len(windows)))
 
     def _onnx(self) -> None:
         from calibration.quant_folder import read_quant
         from exporter.graph import export_onnx
 
         folder = self.request.out / "quant"
-        size = sum(record["bytes"] for record in self.manifest["stages"]["quant"]["files"].values())
-        inputs = _code_digest("exporter/graph.py", "exporter/nodes.py", "exporter/weights.py", "plugins/core/*.py", "plugins/*/op.py")
-        self.stage("onnx", inputs, lambda writer: export_onnx(read_quant(folder), writer.path, self.progress), needed_bytes=size)
+        inputs = code_digest("exporter/graph.py", "exporter/nodes.py", "exporter/weights.py", "plugins/**/*.py")
+        self.stage("onnx", inputs, lambda writer: export_onnx(read_quant(folder), writer.path, self.progress),
+                   needed_bytes=self._bytes("quant"))
 
     def _engine(self) -> None:
-        from exporter.engine import EngineOptions, build_engine, select_edition
+        if self.edition is None:
+            self.progress.message("engine: skipped, because of --engine none")
+            return
+        from exporter.edition import gpu_capabilities
+        from exporter.engine import EngineOptions, build_engine
         from exporter.graph import MODEL_FILE
         from plugins.build import build_library
 
         request = self.request
-        options = EngineOptions(edition=request.engine, max_batch=request.max_batch, max_seq=request.max_seq)
+        options = EngineOptions(edition=self.edition.name, max_batch=request.max_batch, max_seq=request.max_seq)
         library = build_library()
-        size = sum(record["bytes"] for record in self.manifest["stages"]["onnx"]["files"].values())
 
         def work(writer: StageWriter) -> dict[str, Any]:
             record = build_engine(request.out / "onnx" / MODEL_FILE, library, writer.path, options, self.progress)
             plugins = record["layers"]["PLUGIN_V3"]
             return {"summary": f"{plugins} plugin layers, {record['edition']} {record['version']}", "plugin_layers": plugins}
 
-        inputs = [asdict(options), sha256_file(library), str(select_edition(request.engine)), _code_digest("exporter/e*.py")]
-        self.stage("engine", inputs, work, needed_bytes=2 * size)
+        gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []  # the other edition's engines do not depend on them
+        inputs = [asdict(options), str(self.edition), gpus, sha256_file(library), code_digest("exporter/engine.py", "exporter/edition.py")]
+        self.stage("engine", inputs, work, needed_bytes=2 * self._bytes("onnx"))
 
     def _report(self) -> None:
+        from exporter.edition import gpu_capabilities
         from exporter.report import report_data, write_report
         from exporter.validate import ValidateOptions, validate
 
         request = self.request
 
         def work(writer: StageWriter) -> dict[str, Any]:
-            result = validate(request.out, ValidateOptions(calib=request.calib, offline=request.offline), self.progress)
-            perplexity = self._perplexity()
+            options = ValidateOptions(calib=request.calib, offline=request.offline, model=request.model)
+            result, perplexity = self._perplexity(validate(request.out, options, self.progress))
             write_report(writer.path, report_data(request.out, self.manifest | {"perplexity": perplexity}, result))
-            summary = "every layer within tolerance" if result.ok else "out of tolerance"
+            summary = "every layer within tolerance" if result.ok else "a check failed"
             if perplexity:
                 summary += f", perplexity {perplexity['ppl']:.2f}"
-            return {"ok": result.ok, "first_failure": result.first_failure, "summary": summary}
+            return {"first_failure": result.first_failure, "summary": summary}
 
-        text = [sha256_file(request.eval_text), request.eval_windows] if request.eval_text else []
-        self.stage("report", [text, _code_digest("exporter/[prsv]*.py")], work)
-        facts = self.manifest["stages"]["report"]["facts"]
-        if not facts["ok"]:
-            raise CheckError(f"validation of {request.out}", facts["first_failure"], f"See {request.out / 'report' / 'index.html'}")
+        scored = [sha256_file(self.eval.text), self.eval.first] if self.eval else []
+        self.stage("report", [scored, text_digest(request.calib), code_digest("exporter/*.py"), package_versions(_RUNTIMES),
+                              gpu_capabilities()], work)
+        failure = self.manifest["stages"]["report"].get("facts", {}).get("first_failure")
+        if failure:
+            raise CheckError(f"validation of {request.out}", str(failure), f"See {request.out / 'report' / 'index.html'}")
 
-    def _perplexity(self) -> dict[str, Any] | None:
-        """Of the ONNX model in ONNX Runtime, if it was asked for."""
+    def _perplexity(self, result: ValidationResult) -> tuple[ValidationResult, dict[str, Any] | None]:
+        """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the result's first failure."""
         from calibration.quant_folder import read_quant
-        from exporter.perplexity import EvalRequest, score
+        from exporter.perplexity import score
         from exporter.sessions import open_session
 
-        if self.request.eval_text is None:
-            return None
-        request = EvalRequest(self.request.eval_text, first=self.request.eval_windows)
-        with open_session(request.runner, self.request.out) as session:
-            return score(session, read_quant(self.request.out / "quant", verify=False), request, self.progress)
+        if self.eval is None:
+            return result, None
+        if not result.ok:
+            return replace(result, notes=(*result.notes, "The perplexity was not scored, because a layer is out of tolerance.")), None
+        try:
+            with open_session(self.eval.runner, self.request.out) as session:
+                return result, score(session, read_quant(self.request.out / "quant", verify=False), self.eval, self.progress)
+        except CheckError as error:
+            return replace(result, first_failure=f"perplexity of {self.eval.text.name}, {error.where}: {error.problem}"), None
 
 
 def run_pipeline(request: ExportRequest, progress: Progress) -> dict[str, Any]:
     """Run a request with OUT locked; returns the manifest. Raises as Pipeline.run does."""
-    open_manifest(request.out, request.identity())  # refuse a stranger's folder before writing a lock into it
-    with locked(request.out):
+    try:
         return Pipeline(request, progress).run()
+    finally:
+        progress.close()

@@ -33,7 +33,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
     from calibration.quantize import STAGE
 
     quant = read_quant(out / STAGE, verify=False)
-    engine = out / "engine" / ENGINE_RECORD
+    engine = read_json(out / "engine" / ENGINE_RECORD) if "engine" in manifest.get("stages", {}) else None
     stages = [{"name": name, "seconds": record["seconds"], "peak_rss": record["peak_rss"],
                "bytes": sum(file["bytes"] for file in record["files"].values())} for name, record in manifest.get("stages", {}).items()
               if name != "report"]  # an older report's record says nothing about this one
@@ -42,7 +42,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.scheme.label, "scheme": quant.scheme.as_dict(),
         "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
         "request": dict(manifest.get("request", {})), "command": shlex.join(manifest.get("command", [])), "stages": stages,
-        "engine": read_json(engine) if engine.is_file() else None, "validation": validation,
+        "engine": engine, "validation": validation,
         "perplexity": manifest.get("perplexity"), "environment": environment(manifest.get("versions", {})),
     }
 

@@ -12,7 +12,9 @@ from exporter.report_style import STYLE
 __all__ = ["page"]
 
 Data = Mapping[str, Any]
-_LEVELS = {"export": "Export: ONNX Runtime against the fake-quantised torch reference",
+_MOST_DB = 60  # upper edge of the chart of signal to noise ratios
+_LEVELS = {"weights": "Weights: the tensors in quant/ against the float model's",
+           "export": "Export: ONNX Runtime against the fake-quantised torch reference",
            "kernel": "Kernel: the TensorRT engine against ONNX Runtime",
            "quantisation": "Quantisation: the fake-quantised torch reference against the float model"}
 _STYLES = {("export", "prefill"): "a", ("export", "decode"): "b", ("quantisation", "prefill"): "c", ("quantisation", "decode"): "d"}
@@ -50,7 +52,7 @@ def _tiles(data: Data) -> str:
     if engine:
         nodes = sum(engine["custom_nodes"].values())
         tiles.append((str(engine["layers"].get("PLUGIN_V3", 0)), "plugin layers in the engine", f"for {nodes} custom nodes"))
-    shares = [share for row in data["validation"]["rows"] if (share := _share(row)) is not None]
+    shares = [share for row in data["validation"]["rows"] if row["level"] == "export" and (share := _share(row)) is not None]
     if shares:
         tiles.append((f"{max(shares):.0%}" if max(shares) < 10 else f"{max(shares):.0f}×", "worst operator", "of its own limit"))
     logits = [row for row in data["validation"]["rows"] if row["level"] == "export" and row["tensor"] == "logits"]
@@ -72,7 +74,7 @@ def _rows(data: Data, level: str, phase: str) -> list[Data]:
 def _share(row: Data) -> float | None:
     """Error of a row's worst operator in units of its limit."""
     error = row["operator_error"]
-    return error / row["operator_limit"] if row["operator"] and error is not None else None
+    return error / row["operator_limit"] if row["operator_limit"] and error is not None else None
 
 
 def _labels(rows: Sequence[Data]) -> list[str]:
@@ -95,17 +97,25 @@ def _operators(data: Data) -> str:
             f"</p>{line_chart(chart, series, 'operators')}</section>")
 
 
+def _drawn(snr_db: float | None) -> float | None:
+    """Tensors that are equal would squeeze all others into the lowest part of the chart."""
+    return None if snr_db is None else min(snr_db, _MOST_DB)
+
+
 def _accumulated(data: Data) -> str:
     found = [(level, phase, rows) for level, phase in _STYLES if (rows := _rows(data, level, phase))]
     if not found:
         return ""
     names = {"export": "ONNX against fake-quantised", "quantisation": "fake-quantised against float"}
-    series = [Series(f"{names[level]}, {phase}", _STYLES[level, phase], [row["snr_db"] for row in rows]) for level, phase, rows in found]
+    series = [Series(f"{names[level]}, {phase}", _STYLES[level, phase], [_drawn(row["snr_db"]) for row in rows])
+              for level, phase, rows in found]
     chart = Chart("Signal to noise ratio through the model", "Signal to noise ratio in decibels after every decoder layer and of the "
-                  "logits; higher is better. Against float it shows the cost of the bit widths, else that of running in ONNX Runtime.",
+                  "logits; higher is better. Against float it shows the cost of the bit widths, else that of running in ONNX Runtime. "
+                  f"{_MOST_DB} dB stands for more, up to equal tensors.",
                   "SNR in dB", _labels(found[0][2]))
     return (f"<section><h2>{chart.title}</h2><p class=\"soft\">Each side runs on its own numbers, so errors add up. 20 dB is an error of "
-            "10 %. Two honest runs drift apart because a last-bit difference can move an activation code by one step.</p>"
+            f"10 %; {_MOST_DB} dB stands for more, up to equal tensors. Honest runs can drift apart, since a last-bit difference can move "
+            "an activation code by one step.</p>"
             f"{line_chart(chart, series, 'snr')}</section>")
 
 
@@ -171,28 +181,43 @@ def _value(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+_WORST = {"export": ["worst operator", "its error", "its limit"], "weights": ["worst row", "its error", "its limit"]}
+
+
+def _cells(row: Data) -> list[str]:
+    snr = "equal" if row["relative"] == 0 else _value(row["snr_db"], ".1f")
+    cells = [escape(row["tensor"]), _value(row["cosine"], ".6f"), snr, _value(row["max_abs"], ".3g"), _value(row["relative"], ".2e"),
+             _value(row["limit"], ".2e")]
+    if row["level"] in _WORST:
+        cells += [escape(row["operator"]), _value(row["operator_error"], ".1e"), _value(row["operator_limit"], ".1e")]
+    return cells
+
+
 def _tables(data: Data) -> str:
     parts: list[str] = []
     for level, words in _LEVELS.items():
         phases = dict.fromkeys(row["phase"] for row in data["validation"]["rows"] if row["level"] == level)
         for phase in phases:
             rows = _rows(data, level, phase)
-            head = ["tensor", "cosine", "SNR dB", "max |error|", "relative", "limit"] + (["worst operator", "its error", "its limit"]
-                                                                                        if level == "export" else [])
-            lines = []
-            for row in rows:
-                cells = [escape(row["tensor"]), _value(row["cosine"], ".6f"), _value(row["snr_db"], ".1f"), _value(row["max_abs"], ".3g"),
-                         _value(row["relative"], ".2e"), _value(row["limit"], ".2e")]
-                if level == "export":
-                    cells += [escape(row["operator"]), _value(row["operator_error"], ".1e"), _value(row["operator_limit"], ".1e")]
-                lines.append(("" if row["ok"] else "bad", cells))
-            agreement = next((f" Same next token: {row['agreement']:.1%}." for row in rows if row["agreement"] is not None), "")
-            opened = " open" if not parts or any(not row["ok"] for row in rows) else ""
-            parts.append(f'<details{opened}><summary>{escape(words)}, {escape(phase)}</summary><p class="soft">{agreement}</p>'
-                         f"{_table(head, lines, f'{level}, {phase}')}</details>")
+            head = ["tensor", "cosine", "SNR dB", "max |error|", "relative", "limit", *_WORST.get(level, [])]
+            lines = [("" if row["ok"] else "bad", _cells(row)) for row in rows]
+            remark = next((f"Same next token: {row['agreement']:.1%}." for row in rows if row["agreement"] is not None), "")
+            remark = _weights_remark(rows) if level == "weights" else remark
+            first = level == "export" and not any("<details open" in part for part in parts)
+            opened = " open" if first or any(not row["ok"] for row in rows) else ""
+            title = ", ".join(word for word in (words, phase) if word)
+            parts.append(f'<details{opened}><summary>{escape(title)}</summary><p class="soft">{remark}</p>'
+                         f"{_table(head, lines, ', '.join(word for word in (level, phase) if word))}</details>")
     return ('<section class="long"><h2>Layer by layer</h2><p class="soft">Cosine and SNR are taken token by token in fp64. A dash as the '
             "limit means that any accumulated error may be honest at these bit widths; the operators are always judged.</p>"
             f"{''.join(parts)}</section>")
+
+
+def _weights_remark(rows: Sequence[Data]) -> str:
+    if any(row["limit"] is not None for row in rows):
+        return ("Relative Frobenius errors of whole tensors and of their worst rows. The limit is half a step of the float weights' own "
+                "range, for weights that are not quantised their rounding.")
+    return "This method may transform the weights, so their errors are shown and not judged."
 
 
 def _environment(data: Data) -> str:

@@ -29,7 +29,8 @@ p{margin:4px 0 10px;max-width:75ch}
 .tile small{color:var(--soft);display:block}
 section{padding:18px 20px;margin:0 0 16px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:16px;align-items:start}
-.two>section{margin:0}.two{margin-bottom:16px}
+.two>section{margin:0;min-width:0}.two th,.two td{padding:5px 7px}.two tbody th{white-space:normal}
+.long th,.long td{padding:5px 7px}.two th:first-child{padding-left:0}.two td:last-child{padding-right:0}.two{margin-bottom:16px}
 figure{margin:10px 0 0}
 svg{display:block;width:100%;height:auto;overflow:visible}
 .grid{stroke:var(--rule);stroke-width:1}
@@ -62,7 +63,8 @@ summary{cursor:pointer;font-weight:600;font-size:14px}
 ul.notes{margin:6px 0 0;padding-left:20px}
 footer{color:var(--soft);font-size:13px;margin-top:22px}
 @media (max-width:560px){main{padding:18px 12px 40px}section{padding:14px}h1{font-size:21px}.tick,.axis{font-size:19px}
-.line{stroke-width:2.6}th,td{padding:5px 7px}.bar{min-width:56px}}
+.line{stroke-width:2.6}th,td{padding:5px 7px}.bar{min-width:56px}.two th,.two td{padding:5px 4px}.two thead th{white-space:normal}
+.two .bar{min-width:34px}}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#ccc;--a:#1d5fd1;--b:#c2560c;--c:#6b4bb8;--d:#0d7d6c;--good:#12703a;
 --good-bg:#fff;--bad:#b3261e;--bad-bg:#fff;--fill:#d6e2f8}main{max-width:none;padding:0}section,.tile,tr{break-inside:avoid}
 section.long{break-inside:auto}details::details-content{content-visibility:visible;block-size:auto}body{font-size:11pt;

@@ -178,6 +178,9 @@ def _keep(outputs: dict[str, np.ndarray], index: int) -> Any:
 class OnnxSession(DecoderSession):
     """ONNX Runtime on the CPU, through Polygraphy.
 
+    It runs the graph as round_every_op (onnx_runner.py) rewrites it, with explicit casts around standard ops, so that every 16-bit
+    rounding happens where the file says; the custom nodes and all weights are the file's.
+
     Args:
         folder: OUT/onnx.
         config: the model's config, as in quant.json.

@@ -1,28 +1,47 @@
-"""Proves an export layer by layer: float torch, fake-quantised torch, ONNX Runtime and, on a GPU, the TensorRT engine."""
+"""Proves an export level by level: weights in quant/, ONNX Runtime, the TensorRT engine on a GPU, and the cost of quantising.
+
+What runs where:
+- weights: every tensor in quant/ against the float model's, without running a model (validate_weights.py).
+- export: ONNX Runtime against the fake-quantised torch reference. ONNX Runtime runs the graph after round_every_op
+  (onnx_runner.py), which casts explicitly around standard ops, because its CPU provider has few 16-bit kernels. The file as it is
+  runs in tests/exporter/test_graph.py, in fp32.
+- kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An engine shows no inner tensors, so
+  only logits and the new tokens of the present KV cache are compared, with the limits for accumulated errors.
+- quantisation: the fake-quantised reference against the float model.
+
+One model is in memory at a time: ONNX Runtime's outputs are recorded and replayed beside the torch reference.
+"""
 
 from __future__ import annotations
 
-import re
+import ctypes
+import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.artifact import read_json
 from calibration.progress import NullProgress, Progress
 from exporter.edition import ENGINE_FILE, captured_log, gpu_capabilities
 from exporter.engine_session import TensorrtSession
 from exporter.graph import layer_output
+from exporter.manifest import MANIFEST
 from exporter.onnx_runner import load_model
 from exporter.sessions import OnnxSession, TorchSession
 from exporter.validate_judge import LayerReport, Stack, first_failure, judge
+from exporter.validate_memory import check_memory
 from exporter.validate_metrics import CompareTensors, TensorError
-from exporter.validate_runners import LockstepRunner, SessionRunner, gemm_nodes
+from exporter.validate_runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
+from exporter.validate_weights import compare_weights, compared_tensors
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.checkpoint import Checkpoint
     from calibration.quant_folder import QuantModel
     from exporter.sessions import DecoderSession
 
@@ -31,6 +50,7 @@ __all__ = ["LayerReport", "ValidateOptions", "ValidationResult", "validate"]
 ONNX, TORCH, LOCKSTEP, FLOAT, ENGINE = "onnxruntime", "torch-fake-quant", "torch-lockstep", "torch-float", "tensorrt"
 _PADDED = 16  # tokens of the padded batch
 Errors = dict[tuple[str, str, str], list[TensorError]]  # (comparison, phase, tensor) -> one per call
+Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class ValidateOptions:
     Attributes:
         calib: text file or dataset; None is the text shipped with the project.
         offline: never use the network.
-        model: the float model; None is the one named in OUT/manifest.json.
+        model: the float model that was quantised; without it neither the weights nor the quantisation error are checked.
         tokens: length of the prefill, cut to the model's context.
         steps: greedy decode steps.
     """
@@ -143,21 +163,32 @@ class _Validator:
                     self.errors.setdefault((comparison, call.phase, tensor), []).append(error)
             self.progress.advance(note=call.phase)
 
-    def run_export(self) -> list[dict[str, np.ndarray]]:
+    def run_onnx(self) -> list[Outputs]:
+        """What ONNX Runtime computes at each call; its own next tokens lead the decode steps."""
+        from polygraphy.comparator import Comparator
+
+        onnx = SessionRunner(ONNX, lambda: OnnxSession(self.out / "onnx", self.quant.config, self.marked))
+        record = []
+        for _ in Comparator.run([onnx], self.feeds(onnx), streaming=True):
+            record.append(dict(onnx.outputs))
+            self.progress.advance(note=f"{ONNX}, {self.calls[-1].phase}")
+        return record
+
+    def run_export(self, record: list[Outputs]) -> list[Outputs]:
         """ONNX Runtime and, if there is one, the engine against the fake-quantised torch model; returns the latter's outputs."""
         from polygraphy.comparator import Comparator
 
         from calibration.model import quantised_model
 
         model = quantised_model(self.quant)
-        onnx = SessionRunner(ONNX, lambda: OnnxSession(self.out / "onnx", self.quant.config, self.marked))
+        onnx = ReplayRunner(ONNX, record)
         torch = SessionRunner(TORCH, lambda: TorchSession(model, watch_layers=True))
         lockstep = LockstepRunner(LOCKSTEP, lambda: TorchSession(model, watch_layers=True), onnx, self.nodes)
         pairs = {"export": (1, 0), "operator": (2, 0)}
         engine = self.engine_runner()
         if engine is not None:
             pairs["kernel"] = (0, 3)
-        kept: list[dict[str, np.ndarray]] = []
+        kept: list[Outputs] = []
 
         def keep(stream: Any) -> Iterator[Any]:
             for results in stream:
@@ -166,14 +197,28 @@ class _Validator:
                 yield results
 
         runners = [onnx, torch, lockstep, *([engine] if engine else [])]
-        self.compare(keep(Comparator.run(runners, self.feeds(onnx), streaming=True)), pairs)
+        self.compare(keep(Comparator.run(runners, self.replayed(), streaming=True)), pairs)
         return kept
 
+    def run_float(self, checkpoint: Checkpoint, references: list[Outputs]) -> None:
+        """The fake-quantised model's outputs against the float model on the same tokens."""
+        from polygraphy.comparator import Comparator
+
+        from calibration.model import float_model
+
+        runners = [SessionRunner(FLOAT, lambda: TorchSession(float_model(checkpoint), watch_layers=True)), ReplayRunner(TORCH, references)]
+        self.compare(Comparator.run(runners, self.replayed(), streaming=True), {"quantisation": (0, 1)})
+
+    def replayed(self) -> list[dict[str, np.ndarray]]:
+        """The calls that ONNX Runtime got."""
+        return [call.feed for call in self.calls]
+
     def engine_runner(self) -> SessionRunner | None:
-        """The engine's runner; None, with a note, where there is no engine or no GPU."""
+        """The engine's runner; None, with a note, where this export has no engine or there is no GPU."""
         folder = self.out / "engine"
-        if not (folder / ENGINE_FILE).is_file():
-            self.notes.append("No engine was built, so the CUDA kernels were not run.")
+        if not _has_stage(self.out, "engine"):
+            stale = f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
+            self.notes.append(f"No engine was built, so the CUDA kernels were not run{stale}.")
         elif not gpu_capabilities():
             self.notes.append("No GPU here: the engine was built but not run, so the CUDA kernels were not executed in this validation.")
         else:
@@ -183,71 +228,58 @@ class _Validator:
             return SessionRunner(ENGINE, make)
         return None
 
-    def run_float(self, references: list[dict[str, np.ndarray]]) -> None:
-        """The fake-quantised model's outputs against the float model on the same tokens."""
-        from polygraphy.comparator import Comparator, IterationResult, RunResults
-
+    def checkpoint(self) -> Checkpoint | None:
+        """The float model; None, with a note, where it cannot be had."""
         from calibration.checkpoint import open_checkpoint
-        from calibration.model import float_model
 
+        lost = "neither the weights nor the quantisation error were checked"
+        if self.options.model is None:
+            self.notes.append(f"No float model was given, so {lost}.")
+            return None
         try:
-            checkpoint = open_checkpoint(self.options.model or _model_of(self.out), self.options.offline)
+            checkpoint = open_checkpoint(self.options.model, self.options.offline)
         except InputError as error:
-            self.notes.append(f"The float model could not be opened, so the quantisation error was not measured. {error}")
-            return
-        if checkpoint.fingerprint != self.quant.source["fingerprint"]:
-            self.notes.append(f"The float model at {checkpoint.source.path} is not the one that was quantised, so the quantisation error "
-                              "was not measured.")
-            return
-        _check_memory(checkpoint.parameter_count)
-        runner = SessionRunner(FLOAT, lambda: TorchSession(float_model(checkpoint), watch_layers=True))
-
-        def both() -> Iterator[Any]:
-            stream = Comparator.run([runner], [call.feed for call in self.calls], streaming=True)
-            for results, outputs in zip(stream, references, strict=True):
-                results.append((TORCH, [IterationResult(outputs=outputs, runner_name=TORCH)]))
-                yield RunResults(results)
-
-        self.compare(both(), {"quantisation": (0, 1)})
+            self.notes.append(f"The float model could not be opened, so {lost}. {error}")
+            return None
+        if checkpoint.fingerprint == self.quant.source["fingerprint"]:
+            return checkpoint
+        self.notes.append(f"The float model at {checkpoint.source.path} is not the one that was quantised, so {lost}.")
+        return None
 
     def run(self) -> ValidationResult:
         began = time.monotonic()
-        _check_memory(sum(int(np.prod(self.quant.tensor(f"{self.quant.family.layer(0)}.{linear.name}.codes").shape))
-                          for linear in self.quant.family.linears()) * self.quant.layers)
-        self.progress.start("report", 2 * (self.options.steps + 3))
+        sizes = self.quant.sizes
+        check_memory(int(sizes["linear_weights"]), self.quant.scheme)
+        checkpoint = self.checkpoint()
+        calls = self.options.steps + 3
+        weights = compared_tensors(checkpoint) if checkpoint else 0
+        self.progress.start("report", weights + calls * (3 if checkpoint else 2))
+        rows = compare_weights(checkpoint, self.quant, self.progress) if checkpoint else []
         with captured_log():
-            self.run_float(self.run_export())
+            references = _freed(self.run_export, _freed(self.run_onnx))
+            if checkpoint:
+                self.run_float(checkpoint, references)
         self.progress.finish()
         stack = Stack(self.quant.layers, self.nodes, self.quant.scheme)
-        rows = judge(self.errors, stack)
+        rows += judge(self.errors, stack)
         facts = {"tokens": self.tokens, "steps": self.options.steps, "text": self.options.calib or "the project's default text",
                  "seconds": round(time.monotonic() - began, 2)}
         return ValidationResult(tuple(rows), first_failure(self.errors, rows, stack), tuple(self.notes), facts)
 
 
-def _model_of(out: Path) -> str:
-    from calibration.artifact import read_json
-
-    return str(read_json(out / "manifest.json").get("request", {}).get("model", ""))
-
-
-def _check_memory(weights: int) -> None:
-    """Refuse before the kernel kills us: the reference holds every weight in fp32."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _meminfo(), re.MULTILINE)
-    if found is None:
-        return
-    free = int(found.group(1)) * 1024
-    if 4 * weights > free:
-        raise InputError("validation", f"got {free / 1e9:.2f} GB of free memory, expected {4 * weights / 1e9:.2f} GB for the fp32 "
-                         "reference",
-                         "Use --until engine here, and validate on a machine with more memory")
+def _freed(work: Callable[..., list[Outputs]], *arguments: Any) -> list[Outputs]:
+    """Run, then let go of the model it held (modules and their hooks refer to each other) and of what the heap keeps of it."""
+    outputs = work(*arguments)
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only; ONNX Runtime leaves 1.6 GB in the heap for a model of 135 M weights
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return outputs
 
 
-def _meminfo() -> str:
-    try:
-        return Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return ""  # not Linux
+def _has_stage(out: Path, name: str) -> bool:
+    """Whether the manifest lists a stage: a folder alone may be left from an earlier export."""
+    path = out / MANIFEST
+    return path.is_file() and name in read_json(path).get("stages", {})
 
 
 def validate(out: Path, options: ValidateOptions | None = None, progress: Progress | None = None) -> ValidationResult:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
     from exporter.validate_runners import GemmNode
 
-__all__ = ["LEVELS", "LayerReport", "Stack", "first_failure", "judge"]
+__all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"]
 
+WEIGHTS = "weights"  # the level before these: tensors of quant/ against the float model's, see validate_weights.py
 LEVELS = ("export", "kernel", "quantisation")  # in the order in which a failure is named
 _BETWEEN = {
+    WEIGHTS: "the tensors in quant/ against the float model's",
     "export": "ONNX Runtime against the fake-quantised torch reference",
     "kernel": "the TensorRT engine against ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
@@ -28,17 +30,18 @@ Errors = Mapping[tuple[str, str, str], list[TensorError]]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Errors of one tensor of the residual stream (or the logits, or a cache tensor) in one phase.
+    """Errors of one tensor of the residual stream (or the logits, or a cache tensor) in one phase, or of one tensor in quant/.
 
     Attributes:
-        level: "export", "kernel" or "quantisation": what was compared, see LEVELS.
-        phase: "prefill", "decode" or "padded batch".
-        tensor: its ONNX name.
+        level: "weights", "export", "kernel" or "quantisation": what was compared.
+        phase: "prefill", "decode" or "padded batch"; "" for weights.
+        tensor: its ONNX name, or its name in quant/.
         cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat every token alike.
         limit: for `relative`; None where any error may be honest.
         agreement: share of tokens with the same largest logit; None for other tensors.
-        operator: this layer's operator nearest to (or furthest beyond) its own limit, given its inputs; "" if not measured.
-        operator_error, operator_limit: relative, of that operator.
+        operator: this layer's operator nearest to (or furthest beyond) its own limit, given its inputs; "" if not measured;
+            of weights the worst row, such as "row 7".
+        operator_error, operator_limit: relative, of that operator; without a limit the error is shown but not judged.
     """
 
     level: str
@@ -59,7 +62,9 @@ class LayerReport:
         """Whether the tensor is finite and both errors are within their limits."""
         if self.relative is None or (self.limit is not None and self.relative > self.limit):
             return False
-        return not self.operator or (self.operator_error is not None and self.operator_error <= (self.operator_limit or 0))
+        if not self.operator or self.operator_limit is None:
+            return True
+        return self.operator_error is not None and self.operator_error <= self.operator_limit
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
     failed = [row for row in rows if not row.ok]
     if not failed:
         return ""
+    if failed[0].level == WEIGHTS:
+        return _bad_weights(failed[0])
     for row in failed:
         if row.level == "export" and (found := _first_operator(errors, row.phase, stack)):
             return found
@@ -149,6 +156,15 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
     expected = f"at most {row.limit:.2g}" if row.limit is not None else "finite numbers"
     return (f"got an accumulated relative error of {got} at {row.tensor} ({row.level}, {row.phase}: {_BETWEEN[row.level]}), "
             f"expected {expected}")
+
+
+def _bad_weights(row: LayerReport) -> str:
+    end = f"at {row.tensor} ({WEIGHTS}: {_BETWEEN[WEIGHTS]}), expected"
+    if row.relative is None:
+        return f"got a tensor that is missing, of another shape or not finite {end} the float model's"
+    if row.limit is not None and row.relative > row.limit:
+        return f"got a relative error of {row.relative:.2g} {end} at most {row.limit:.2g}"
+    return f"got a relative error of {row.operator_error:.2g} in {row.operator} {end} at most {row.operator_limit:.2g}"
 
 
 def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:

@@ -13,8 +13,10 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from exporter.graph import layer_output
+from exporter.graph import MODEL_FILE, layer_output
 from exporter.sessions import TorchSession
+from plugins.core.errors import CheckError
+from plugins.core.op_spec import DOMAIN
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from calibration.families import ModelFamily
     from exporter.sessions import DecoderSession
 
-__all__ = ["GemmNode", "LockstepRunner", "SessionRunner", "gemm_nodes"]
+__all__ = ["GemmNode", "LockstepRunner", "ReplayRunner", "SessionRunner", "gemm_nodes"]
 
 Feed = Mapping[str, np.ndarray]
 
@@ -86,16 +88,55 @@ class GemmNode:
 
 
 def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list[GemmNode]:
-    """The custom nodes of a graph in the family's execution order; a node that the graph lacks is left out."""
-    nodes = {node.name: node for node in model.graph.node}
+    """The custom nodes of a graph in the family's execution order.
+
+    Raises:
+        CheckError: one is missing; its linear would run in no kernel of ours, and nobody would compare it.
+    """
+    nodes = {node.name: node for node in model.graph.node if node.domain == DOMAIN}
     found = []
     for prefix in map(family.layer, range(layers)):
         for group in family.groups:
             name = f"{prefix}.{group.node}"
-            if name in nodes:
-                members = tuple(f"{prefix}.{member.name}" for member in group.members)
-                found.append(GemmNode(name, nodes[name].input[0], nodes[name].output[0], members))
+            if name not in nodes:
+                raise CheckError(MODEL_FILE, f"got {len(nodes)} custom nodes without {name}, expected {len(family.groups) * layers}: "
+                                 f"{len(family.groups)} in each of {layers} decoder layers",
+                                 "The graph was changed after its export (inlined functions?): export the model again")
+            members = tuple(f"{prefix}.{member.name}" for member in group.members)
+            found.append(GemmNode(name, nodes[name].input[0], nodes[name].output[0], members))
     return found
+
+
+class ReplayRunner(BaseRunner):  # type: ignore[misc]
+    """Gives recorded outputs, so that the runner that made them need not stay in memory.
+
+    Args:
+        name: of that runner.
+        record: its outputs, call by call.
+    """
+
+    def __init__(self, name: str, record: Sequence[Feed]) -> None:
+        super().__init__(name=name)
+        self._record = record
+        self.outputs: Feed = {}
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Nothing is read."""
+        return TensorMetadata()
+
+    def activate_impl(self) -> None:
+        """Start at the first call."""
+        self._calls = iter(self._record)
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        """The next call's outputs; also kept in `outputs`."""
+        self.outputs = next(self._calls)
+        self.inference_time = 0.0
+        return OrderedDict(self.outputs)
+
+    def deactivate_impl(self) -> None:
+        """Let go of the last outputs."""
+        self.outputs = {}
 
 
 class LockstepRunner(SessionRunner):
@@ -110,7 +151,8 @@ class LockstepRunner(SessionRunner):
         nodes: from gemm_nodes.
     """
 
-    def __init__(self, name: str, make: Callable[[], TorchSession], leader: SessionRunner, nodes: Sequence[GemmNode]) -> None:
+    def __init__(self, name: str, make: Callable[[], TorchSession], leader: SessionRunner | ReplayRunner,
+                 nodes: Sequence[GemmNode]) -> None:
         super().__init__(name, make)
         self._leader, self._nodes = leader, nodes
 

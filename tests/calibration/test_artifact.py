@@ -48,6 +48,59 @@ def test_a_disk_that_fills_up_leaves_no_half_artefact(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_about_another_file_tells_its_own_story(tmp_path: Path) -> None:
+    for error in (BrokenPipeError(errno.EPIPE, "Broken pipe"), FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "weights"))):
+        with pytest.raises(type(error)), StageWriter(tmp_path, "onnx"):
+            raise error
+    with pytest.raises(InputError) as caught, StageWriter(tmp_path, "onnx") as writer:
+        (writer.path / "folder" / "file").write_bytes(b"")
+    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got No such file or directory while writing, expected a writable folder with "
+                                 "enough space. Check the disk and the permissions; earlier results are whole.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _made(out: Path, content: bytes) -> StageWriter:
+    """A writer of OUT/quant whose file is written, on top of an earlier result."""
+    with StageWriter(out, "quant") as writer:
+        (writer.path / "a.bin").write_bytes(b"old")
+    writer = StageWriter(out, "quant")
+    (writer.__enter__().path / "a.bin").write_bytes(content)
+    return writer
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("moment", ["fsync", "first rename", "second rename"])
+def test_a_failing_commit_restores_the_earlier_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException,
+                                                      moment: str) -> None:
+    writer = _made(tmp_path, b"new")
+    rename, failed = Path.rename, "quant" if moment == "first rename" else ".quant.partial"
+
+    def fail(*arguments: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        if moment == "fsync":
+            patch.setattr("os.fsync", fail)
+        else:
+            patch.setattr(Path, "rename", lambda self, target: fail() if self.name == failed else rename(self, target))
+        with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError) as caught:
+            writer.__exit__(None, None, None)
+    if isinstance(caught.value, InputError):
+        assert str(caught.value) == (f"{tmp_path / 'quant'}: got Input/output error while writing, expected a writable folder with enough "
+                                     "space. Check the disk and the permissions; earlier results are whole.")
+    assert [path.name for path in tmp_path.iterdir()] == ["quant"]
+    assert (tmp_path / "quant" / "a.bin").read_bytes() == b"old"
+
+
+def test_a_process_killed_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    writer = _made(tmp_path, b"new")
+    writer.final.rename(tmp_path / ".quant.old")  # and here it dies
+    with pytest.raises(ValueError, match="broken"), StageWriter(tmp_path, "quant"):
+        raise ValueError("broken")
+    assert [path.name for path in tmp_path.iterdir()] == ["quant"]
+    assert (tmp_path / "quant" / "a.bin").read_bytes() == b"old"
+
+
 def test_json_round_trip_and_corruption(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     write_json(path, {"b": 1, "a": [1, 2]})
@@ -71,6 +124,11 @@ def test_a_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
+    lost = tmp_path / "gone" / "a.json"
+    with pytest.raises(InputError) as caught:
+        write_json(lost, {})
+    assert str(caught.value) == (f"{lost}: got No such file or directory while writing, expected a writable folder with enough space. "
+                                 "Check the disk and the permissions; earlier results are whole.")
 
 
 @pytest.mark.parametrize(("damage", "problem"), [

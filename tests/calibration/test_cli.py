@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from calibration.__main__ import main
-from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
+from calibration.artifact import locked
+from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, stand_in_notice
 from calibration.quant_folder import read_quant
 from plugins.core.errors import InputError
 
@@ -98,7 +99,7 @@ def test_command_writes_the_quant_folder(tiny_model_dir: Path, tmp_path: Path, r
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[0]["text"] == "Method abq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (ABQGemm)."
     assert events[-1]["event"] == "message" and events[-1]["text"].startswith(f"{out / 'quant'}: ")
-    assert [path.name for path in out.iterdir()] == ["quant"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "quant"]
     assert read_quant(out / "quant").scheme.label == "w3a8"
 
 
@@ -106,33 +107,75 @@ def _main(*arguments: str) -> int:
     return main([*arguments, "--progress", "none", "--offline"])
 
 
-def test_errors_are_one_line_exit_2_and_leave_earlier_results(tiny_model_dir: Path, tmp_path: Path,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "out")
-    assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", out) == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "quant").iterdir()}
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_errors_are_one_line_exit_2_and_leave_nothing_behind(tiny_model_dir: Path, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     damaged = shutil.copytree(tiny_model_dir, tmp_path / "damaged")
     path = damaged / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-4:] = b"\x00\x00\xc0\x7f"  # the last weight becomes NaN
     path.write_bytes(data)
-    capsys.readouterr()
-    assert _main(str(damaged), "--wbits", "4", "--abits", "8", "--out", out) == 2
+    assert _main(str(damaged), "--wbits", "4", "--abits", "8", "--out", str(tmp_path / "out")) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and "Traceback" not in captured.err
     assert "got nan at" in captured.err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "quant").iterdir()} == before
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["quant"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_ctrl_c_exits_130_and_leaves_nothing_behind(tiny_model_dir: Path, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quant_folder_of_another_model_or_setting_is_refused_and_kept(
+        tiny_model_dir: Path, tiny_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, folder = tmp_path / "out", tmp_path / "out" / "quant"
+    bits = ("--wbits", "4", "--abits", "8", "--out", str(out))
+    assert _main(str(tiny_model_dir), *bits) == 0
+    before, fix = _files(folder), "Choose another --out, or delete this folder."
+    other = tiny_llama(tie_word_embeddings=False)
+    capsys.readouterr()
+    assert _main(str(other), *bits) == 2
+    assert capsys.readouterr().err == (f"{folder}: got a model quantised from other weights (of {model_slug(str(tiny_model_dir))}), "
+                                       f"expected those of {model_slug(str(other))}. {fix}\n")
+    assert _main(str(tiny_model_dir), *bits, "--dtype", "float32") == 2
+    assert capsys.readouterr().err == f"{folder}: got a model quantised with dtype float16, expected dtype float32. {fix}\n"
+    assert _files(folder) == before
+    assert _main(str(tiny_model_dir), *bits) == 0  # the same again may replace it
+    (folder / "quant.json").unlink()
+    assert _main(str(tiny_model_dir), *bits) == 2
+    assert capsys.readouterr().err == (f"{folder}: got a folder without a readable quant.json (got no such file, expected a JSON file of "
+                                       f"an artefact folder). {fix}\n")
+
+
+def test_one_process_at_a_time(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path):
+        assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path)) == 2
+    assert capsys.readouterr().err == (f"{tmp_path}: got a folder that another process is writing, expected a free one. "
+                                       "Wait for it to end or choose another --out.\n")
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [("--nsamples", "0", 1), ("--seqlen", "1", 2)])
+def test_numbers_of_calibration_windows(option: str, value: str, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        _main("llama-7b", "--wbits", "4", "--abits", "8", option, value)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: got {value}, expected at least {least}\n")
+
+
+def test_ctrl_c_exits_130_and_gives_the_terminal_back(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.live import Live
+
+    lives: list[Live] = []
+    start = Live.start
+    monkeypatch.setattr(Live, "start", lambda self, refresh=False: (lives.append(self), start(self, refresh))[-1])
+
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("calibration.quantize.SafetensorsWriter.write", interrupt)
-    assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path / "out")) == 130
-    assert list((tmp_path / "out").iterdir()) == []
+    out = tmp_path / "out"
+    assert main([str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(out), "--progress", "rich", "--offline"]) == 130
+    assert [live.is_started for live in lives] == [False]
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_out_that_the_exporter_keeps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

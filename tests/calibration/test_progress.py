@@ -41,5 +41,6 @@ def test_every_display_takes_the_same_calls(kind: str, capsys: pytest.CaptureFix
     progress.advance(note="[brackets] are text")
     progress.message("[brackets] are text")
     progress.finish()
+    progress.close()
     captured = capsys.readouterr()
     assert ("[brackets] are text" in captured.out + captured.err) == (kind != "none")

@@ -64,7 +64,7 @@ def engine_record(copy: Path) -> Callable[..., Path]:
                   "plugin_library": {"name": "libanybit_plugins.so"}}
         write_json(folder / "engine.json", record | changes)
         manifest = json.loads((copy / "manifest.json").read_text())
-        manifest["stages"]["engine"] = {"files": file_records(folder)}
+        manifest["stages"]["engine"] = {"fingerprint": "", "seconds": 1, "peak_rss": 1, "files": file_records(folder)}
         write_json(copy / "manifest.json", manifest)
         return copy
 

@@ -57,13 +57,14 @@ def test_quant_alone_needs_no_manifest(copy: Path) -> None:
                              "Check the path, or make the artefact with python -m exporter.")
 
 
-@pytest.mark.parametrize("text", ["[]", '{"stages": {"quant": 3}}', '{"stages": {"quant": {"files": {"a": {"bytes": 1}}}}}', "{}"])
-def test_a_damaged_manifest(copy: Path, text: str) -> None:
-    (copy / "manifest.json").write_text(text)
-    problem = ("got a JSON list, expected an object. Make this stage again" if text == "[]" else
-               "got no list of stages and files, expected the manifest of an artefact folder. "
-               "It is damaged: export the model again into a new folder")
-    assert refused(copy) == f"{copy / 'manifest.json'}: {problem}."
+def test_a_damaged_manifest(copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text("[]")
+    assert refused(copy) == f"{path}: got a JSON list, expected an object. Make this stage again."
+    path.write_text('{"format": 1, "request": {}, "stages": {"quant": 3}}')
+    assert refused(copy) == (f"{path}: got a broken record of stage quant, expected the manifest of an artefact folder. "
+                             "It is damaged: export the model again into a new folder.")
+    assert refused(copy, "auto") == refused(copy)
 
 
 def test_a_truncated_manifest(copy: Path) -> None:
@@ -126,3 +127,5 @@ def test_auto_takes_the_engine_only_where_it_fits(artifact: Path, engine_record:
         pretend_gpus(gpus)
         assert choose_runner(out, "auto") == expected
         assert choose_runner(artifact, "auto") == "onnxruntime"  # no engine there
+    (out / "manifest.json").write_bytes((artifact / "manifest.json").read_bytes())
+    assert choose_runner(out, "auto") == "onnxruntime"  # an engine on the disk that the manifest does not list

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.__main__ import main
+from plugins.core.errors import InputError
 
 TEXT = str(Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt")
 Run = Callable[..., "CompletedProcess[str]"]
@@ -69,6 +70,24 @@ def test_a_failed_check_is_exit_code_3(artifact: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("exporter.perplexity.window_nll", lambda session, window: float("nan"))
     assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "none"]) == 3
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (InputError("a", "b", "c"), 2)])
+def test_the_terminal_is_given_back(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                    failure: BaseException, code: int) -> None:
+    from rich.live import Live
+
+    lives: list[Live] = []
+    start = Live.start
+    monkeypatch.setattr(Live, "start", lambda self, refresh=False: (lives.append(self), start(self, refresh))[-1])
+
+    def fail(*arguments: Any) -> float:
+        raise failure
+
+    monkeypatch.setattr("exporter.perplexity.window_nll", fail)
+    assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "rich"]) == code
+    assert [live.is_started for live in lives] == [False]
+    assert capsys.readouterr().err.splitlines()[-1] == ("Interrupted." if code == 130 else "a: b. c.")
 
 
 def test_ctrl_c_is_exit_code_130(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

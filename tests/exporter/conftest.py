@@ -1,4 +1,4 @@
-"""Exports of the tiny model."""
+"""Exports of the tiny model, and the command line that makes them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,39 @@ def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_
         return cache[key]
 
     return make
+
+
+@pytest.fixture
+def run(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run(out, *more) -> (exit code, stdout, stderr) of the exporter on the tiny model, up to the ONNX stage."""
+    from exporter.__main__ import main
+
+    def call(out: Path, *more: str, model: Path = tiny_model_dir, wbits: str = "4", abits: str = "8") -> tuple[int, str, str]:
+        code = main([str(model), "--wbits", wbits, "--abits", abits, "--out", str(out), "--until", "onnx", "--engine", "none", "--offline",
+                     "--progress", "plain", *more])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused() -> Callable[[tuple[int, str, str], str], None]:
+    """refused(result of run, message): exit code 2 and one message, no traceback, as the last line on stderr."""
+
+    def check(result: tuple[int, str, str], message: str) -> None:
+        code, _, err = result
+        assert err.splitlines()[-1] == message
+        assert code == 2 and "Traceback" not in err
+
+    return check
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """snapshot(out) -> every file of a folder but the lock."""
+
+    def read(out: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+    return read

@@ -28,9 +28,10 @@ def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> N
     engine = {"edition": "tensorrt-rtx"}
     (out / "engine").mkdir()
     write_json(out / "engine" / "engine.json", engine)
-    data = report_data(out, MANIFEST, RESULT)
+    assert report_data(out, MANIFEST, RESULT)["engine"] is None  # the manifest says what belongs to this export, not the disk
+    data = report_data(out, {**MANIFEST, "stages": {"quant": RECORD, "engine": RECORD, "report": RECORD}}, RESULT)
     assert data["label"] == "w4a8" and data["scheme"]["op"] == "ABQGemm" and data["engine"] == engine
-    assert data["stages"] == [{"name": "quant", "seconds": 2.5, "peak_rss": 10**8, "bytes": 7}]
+    assert data["stages"] == [{"name": name, "seconds": 2.5, "peak_rss": 10**8, "bytes": 7} for name in ("quant", "engine")]
     assert data["command"] == "python -m exporter 'my model'" and data["perplexity"] == {"ppl": 9.5}
     assert data["shape"]["num_hidden_layers"] == 2 and "hf" not in data["shape"]
     assert data["sizes"]["model_quant_bytes"] < data["sizes"]["model_float_bytes"]

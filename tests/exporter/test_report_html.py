@@ -114,6 +114,27 @@ def test_what_is_there_or_not(changes: dict[str, Any], words: str) -> None:
     assert words in read(changed(**changes))[1]
 
 
+@pytest.mark.parametrize("limit, remark", [(0.3, "The limit is half a step of the float weights' own range"),
+                                           (None, "This method may transform the weights, so their errors are shown and not judged.")])
+def test_weights_get_their_table(limit: float | None, remark: str) -> None:
+    data = changed()
+    worst = {"operator": "row 12", "operator_error": 0.25, "operator_limit": limit}
+    data["validation"]["rows"].insert(0, row("weights", "model.layers.0.mlp.up_proj", phase="", limit=limit, **worst))
+    text = read(data)[1]
+    assert "Weights: the tensors in quant/ against the float model's " in text and remark in text
+    end = "3.00e-01 row 12 2.5e-01 3.0e-01" if limit else "– row 12 2.5e-01 –"
+    assert f"model.layers.0.mlp.up_proj 0.999100 27.5 0.5 4.20e-02 {end}" in text
+    assert "25% of its own limit" in text  # the tile is about operators
+
+
+def test_equal_tensors_do_not_squeeze_the_chart() -> None:
+    data = changed()
+    data["validation"]["rows"][0] = row("export", "model.layers.0.output", snr_db=200.0, relative=0.0)
+    text, markup = read(data)[1], page(data)
+    assert "model.layers.0.output 0.999100 equal" in text and "60 dB stands for more, up to equal tensors." in text
+    assert ">60</text>" in markup and ">200</text>" not in markup
+
+
 def test_kernel_rows_get_their_table() -> None:
     data = changed()
     data["validation"]["rows"].append(row("kernel", "present.0.key"))

@@ -22,17 +22,19 @@ def accumulated(layers: int, **scheme: object) -> float:
 
 def test_operator_limits_are_a_few_roundings_at_any_bits() -> None:
     for wbits, abits in ((8, 8), (4, 4), (2, 8), (4, 16)):
-        assert limits(wbits, abits).gemm() == pytest.approx(8 * 2**-11 + 2**-16)
-    assert limits(dtype="bfloat16").gemm() == pytest.approx(8 * 2**-8 + 2**-16)
+        assert limits(wbits, abits).gemm() == pytest.approx(2 * 2**-11 + 2**-16)
+    assert limits(dtype="bfloat16").gemm() == pytest.approx(2 * 2**-8 + 2**-16)
     assert limits(dtype="float32").gemm() < 2e-5
     assert limits().attention() == pytest.approx(16 * 2**-11 + 2**-16)
-    assert limits().pointwise() == limits().gemm()
+    assert limits().pointwise() == pytest.approx(8 * 2**-11 + 2**-16)
 
 
 def test_accumulated_limit_is_the_noise_of_flipped_codes() -> None:
     assert accumulated(1) == pytest.approx(8 * 2 * (math.sqrt(3 * 2**-11 / 127) + 2**-10) + 2**-16)
     assert accumulated(4) == pytest.approx(2 * accumulated(1), rel=1e-3)
     assert accumulated(1, abits=16) < accumulated(1, abits=8) < accumulated(1, abits=6) < accumulated(1, abits=4)
+    assert accumulated(1, dtype="float32") == pytest.approx(8 * 2 * math.sqrt(3 * 2**-11 / 127), rel=1e-3)  # one flip is enough
+    assert accumulated(1, abits=16, dtype="float32") < 1e-4
     assert accumulated(1, dtype="float32") < accumulated(1) < accumulated(1, dtype="bfloat16")
     assert limits(abits=2).accumulated(30) is None
 
@@ -47,7 +49,7 @@ def test_differences_grow_only_in_a_network_far_from_the_trained_one() -> None:
 
 def test_quantisation_limit_follows_both_widths() -> None:
     eight = limits(8, 8).quantisation(1)
-    assert eight == pytest.approx(1.5 * 2 * math.hypot(8, 20) / 255 / math.sqrt(12))
-    four, weight_only = limits(4, 8).quantisation(1), limits(8, 16).quantisation(1)
-    assert four is not None and weight_only is not None and weight_only < eight < four
+    assert eight == pytest.approx(4 * 2 * math.hypot(8, 20) / 255 / math.sqrt(12))
+    six, weight_only = limits(6, 8).quantisation(1), limits(8, 16).quantisation(1)
+    assert six is not None and weight_only is not None and weight_only < eight < six
     assert limits(2, 8).quantisation(30) is None

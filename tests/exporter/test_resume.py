@@ -1,0 +1,219 @@
+"""Resume: what changed is redone with all that follows from it, and no moment of interruption leaves a folder that cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import exporter.graph
+from calibration.artifact import write_json
+from exporter.edition import Edition
+from exporter.manifest import STAGES
+from exporter.validate import ValidationResult
+from plugins.core.errors import EXIT_INPUT, EXIT_INTERRUPT
+
+Run = Callable[..., tuple[int, str, str]]
+REPOSITORY = Path(__file__).resolve().parents[2]
+WHOLE = ("--until", "report", "--engine", "auto", "--resume")
+
+
+def test_resume_redoes_only_what_changed(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(out)[0] == 0
+    _, _, err = run(out, "--resume")
+    assert "quant: kept, nothing changed\nonnx: kept, nothing changed\n" in err
+    data = out / "onnx" / exporter.graph.DATA_FILE
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + b"\xff")
+    _, _, err = run(out, "--resume")
+    assert f"onnx: made again, {data}: got SHA-256" in err and "quant: kept" in err
+    assert data.read_bytes() == whole
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_stage_that_dies_can_be_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException,
+                                          refused: Callable[[tuple[int, str, str], str], None]) -> None:
+    out = tmp_path / "out"
+
+    def die(quant: Any, folder: Path, progress: Any) -> None:
+        (folder / "half").write_bytes(b"half")
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter.graph, "export_onnx", die)
+        result = run(out)
+    if isinstance(failure, KeyboardInterrupt):
+        assert result[0] == EXIT_INTERRUPT
+        assert result[2].splitlines()[-1] == "Interrupted; finished stages are kept. Run the same command with --resume to go on."
+    else:
+        refused(result, f"{out / 'onnx'}: got No space left on device while writing, expected a writable folder with enough space. "
+                        "Check the disk and the permissions; earlier results are whole.")
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json", "quant"]
+    code, _, err = run(out, "--resume")
+    assert code == 0 and "quant: kept, nothing changed" in err and (out / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    out, calls = tmp_path / "out", iter(range(1, 100))
+
+    def write(path: Path, value: Any) -> None:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("exporter.pipeline.write_json", write)
+        assert run(out)[0] == EXIT_INTERRUPT
+    code, _, err = run(out, "--resume")
+    assert code == 0 and ("quant: kept" in err) == (moment > 3)
+    assert list(json.loads((out / "manifest.json").read_text())["stages"]) == ["onnx", "quant"]
+
+
+def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "exporter", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(out), "--engine", "none",
+               "--offline", "--progress", "json"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if (event["event"], event["stage"]) == ("progress", "report"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPT and "Traceback" not in err
+    assert err.splitlines()[-1] == "Interrupted; finished stages are kept. Run the same command with --resume to go on."
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json", "onnx", "quant"]
+    code, _, err = run(out, "--resume", "--until", "report")
+    assert code == 0 and "quant: kept" in err and "onnx: kept" in err and (out / "report" / "index.html").exists()
+
+
+# ---------------------------------------------------------------- what a stage depends on
+
+
+@pytest.fixture
+def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Everything that decides a result, to be touched: a copy of model and sources, a pretended GPU, TensorRT and packages.
+
+    quant/ and onnx/ are real; the engine and the validation are stand-ins.
+    """
+    world = SimpleNamespace(model=tmp_path / "model", root=tmp_path / "sources", library=tmp_path / "libanybit_plugins.so",
+                            calib=tmp_path / "calib.txt", text=tmp_path / "text.txt", edition=Edition("tensorrt", "10.13"), gpus=["8.9"],
+                            versions={"torch": "1"})
+    shutil.copytree(tiny_model_dir, world.model)
+    for package in ("calibration", "exporter", "plugins"):
+        shutil.copytree(REPOSITORY / package, world.root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    world.library.write_bytes(b"library")
+    world.calib.write_text("The river runs to the sea. " * 20)
+    world.text.write_text("The river runs to the sea. " * 100)
+
+    def build_engine(onnx: Path, library: Path, folder: Path, *_: Any) -> dict[str, Any]:
+        record = {"edition": world.edition.name, "version": world.edition.version, "layers": {"PLUGIN_V3": 8}}
+        write_json(folder / "engine.json", record)
+        return record
+
+    monkeypatch.setattr("exporter.fingerprint._ROOT", world.root)
+    monkeypatch.setattr("exporter.pipeline.package_versions", lambda names: world.versions)
+    monkeypatch.setattr("exporter.edition.gpu_capabilities", lambda: world.gpus)
+    monkeypatch.setattr("exporter.engine.select_edition", lambda choice: world.edition)
+    monkeypatch.setattr("exporter.engine.build_engine", build_engine)
+    monkeypatch.setattr("plugins.build.build_library", lambda: world.library)
+    monkeypatch.setattr("exporter.validate.validate", lambda *_: ValidationResult((), "", ()))
+    monkeypatch.setattr("exporter.report.write_report", lambda folder, data: write_json(folder / "report.json", data))
+    return world
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n# touched")
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize(("stage", "change", "options"), [
+    ("nothing", lambda world: None, ()),
+    ("quant", lambda world: touch(world.model / "model.safetensors"), ()),
+    ("nothing", lambda world: append(world.model / "README.md"), ()),
+    ("quant", lambda world: touch(world.model / "tokenizer.json"), ()),
+    ("quant", lambda world: append(world.root / "calibration" / "methods" / "rtn.py"), ()),
+    ("quant", lambda world: append(world.root / "plugins" / "qqq_gemm" / "op.py"), ()),
+    ("quant", lambda world: append(world.root / "calibration" / "default_text.txt"), ()),
+    ("quant", lambda world: append(world.calib), ("--calib", "CALIB", "--nsamples", "2", "--seqlen", "16")),
+    ("onnx", lambda world: append(world.root / "plugins" / "abq_gemm" / "body.py"), ()),
+    ("onnx", lambda world: append(world.root / "exporter" / "graph.py"), ()),
+    ("onnx", lambda world: append(world.root / "exporter" / "nodes.py"), ()),
+    ("onnx", lambda world: append(world.root / "exporter" / "weights.py"), ()),
+    ("engine", lambda world: append(world.root / "exporter" / "engine.py"), ()),
+    ("engine", lambda world: append(world.root / "exporter" / "edition.py"), ()),
+    ("engine", lambda world: append(world.library), ()),
+    ("engine", lambda world: setattr(world, "edition", Edition("tensorrt", "10.14")), ()),
+    ("engine", lambda world: setattr(world, "gpus", ["9.0"]), ()),
+    ("report", lambda world: setattr(world, "gpus", ["9.0"]), ("rtx",)),
+    ("report", lambda world: append(world.root / "exporter" / "validate_limits.py"), ()),
+    ("report", lambda world: append(world.root / "exporter" / "sessions.py"), ()),
+    ("report", lambda world: world.versions.update(torch="2"), ()),
+    ("report", lambda world: append(world.text), ("--eval", "TEXT", "--eval-windows", "1")),
+])
+def test_a_change_redoes_its_stage_and_what_follows(run: Run, world: SimpleNamespace, tmp_path: Path, stage: str,
+                                                    change: Callable[[SimpleNamespace], None], options: tuple[str, ...]) -> None:
+    if options == ("rtx",):
+        world.edition, options = Edition("tensorrt-rtx", "1.7"), ()
+    (world.model / "README.md").write_text("")
+    paths = {"CALIB": str(world.calib), "TEXT": str(world.text)}
+    arguments = [tmp_path / "out", *WHOLE, *(paths.get(option, option) for option in options)]
+    code, _, err = run(*arguments, model=world.model)
+    assert code == 0 and "kept" not in err
+    change(world)
+    code, _, err = run(*arguments, model=world.model)
+    kept = [name for name in STAGES if f"{name}: kept, nothing changed" in err]
+    assert code == 0 and kept == list(STAGES[: STAGES.index(stage)] if stage in STAGES else STAGES)
+
+
+def test_stages_that_follow_a_new_one_are_gone(run: Run, world: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stages() -> list[str]:
+        listed = json.loads((out / "manifest.json").read_text())["stages"]
+        on_disk = [path.name for path in out.iterdir() if path.is_dir()]
+        assert sorted(on_disk) == sorted(listed)
+        return sorted(listed)
+
+    assert run(out, *WHOLE, model=world.model)[0] == 0
+    assert stages() == sorted(STAGES)
+    report = out / "report" / "report.json"
+    assert json.loads(report.read_text())["engine"]["version"] == "10.13"
+    touch(world.model / "model.safetensors")
+    assert run(out, *WHOLE, "--engine", "none", model=world.model)[0] == 0
+    assert stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None
+    append(world.root / "exporter" / "graph.py")
+    assert run(out, *WHOLE, "--until", "onnx", model=world.model)[0] == 0
+    assert stages() == ["onnx", "quant"]
+
+
+def test_a_stage_that_fails_keeps_what_follows(run: Run, world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               snapshot: Callable[[Path], dict[str, bytes]]) -> None:
+    out = tmp_path / "out"
+    assert run(out, *WHOLE, model=world.model)[0] == 0
+    before = snapshot(out)
+    append(world.root / "exporter" / "graph.py")
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter.graph, "export_onnx", fail)
+    assert run(out, *WHOLE, model=world.model)[0] == EXIT_INPUT
+    assert snapshot(out) == before
