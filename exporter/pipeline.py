@@ -79,6 +79,7 @@ class Pipeline:
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
         from calibration.checkpoint import open_checkpoint
+        from exporter.validate_memory import check_memory
         from calibration.quantize import check_scheme
 
         self.request = request
@@ -93,6 +94,8 @@ class Pipeline:
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
         check_scheme(self.checkpoint, request.scheme)
+        if request.until == "report":
+            check_memory(self.checkpoint.parameter_count, request.scheme)
 
     def _edition(self) -> Edition | None:
         if "engine" not in self.wanted or self.request.engine == "none":
