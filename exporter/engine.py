@@ -26,7 +26,7 @@ from exporter.edition import (
     select_edition,
 )
 from plugins.core.errors import CheckError, InputError
-from plugins.core.op_spec import DOMAIN
+from plugins.core.op_spec import is_custom
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,7 @@ def custom_nodes(model: onnx.ModelProto) -> dict[str, str]:
 
     def visit(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         for node in nodes:
-            if node.domain == DOMAIN:
+            if is_custom(node.domain):
                 yield node  # its own function body is what the plugin replaces
                 continue
             for attribute in node.attribute:

@@ -10,7 +10,7 @@ from calibration.progress import NullProgress, Progress
 from exporter.nodes import NodeFactory
 from exporter.weights import ExternalWeights
 from plugins import op_spec
-from plugins.core.op_spec import DOMAIN
+from plugins.core.op_spec import is_custom
 
 if TYPE_CHECKING:
     import onnx
@@ -222,10 +222,10 @@ def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = Non
         inputs, outputs = _graph_values(writer)
         graph = helper.make_graph(writer.nodes, "anybit_decoder", inputs, outputs, weights.initializers, value_info=writer.infos)
         model = helper.make_model(graph, producer_name="anybit-trt", ir_version=IR_VERSION, functions=writer.factory.functions(),
-                                  opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
+                                  opset_imports=writer.factory.opset_imports(OPSET))
         helper.set_model_props(model, {"anybit.scheme": quant.scheme.label, "anybit.method": quant.scheme.method})
     (folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
     progress.advance(note="written")
     progress.finish()
-    custom = sum(node.domain == DOMAIN for node in writer.nodes)
+    custom = sum(is_custom(node.domain) for node in writer.nodes)
     return {"summary": f"{custom} {quant.scheme.op} nodes, opset {OPSET}", "custom_nodes": custom}

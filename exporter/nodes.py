@@ -18,8 +18,9 @@ Variant = tuple[str, int, int, int, int, bool, int]
 class NodeFactory:
     """One model's custom nodes; nodes of one scheme share a function, whatever their sizes.
 
-    The first function of an op has no overload name, the next ones are "v1", "v2", ... in order of first use:
-    onnx-graphsurgeon drops overload names, so a model of one scheme must not need them.
+    The first function of an op is in the domain "anybit", the next ones in "anybit.v1", "anybit.v2", ... in order of first
+    use. Overload names are made for this, but ONNX Runtime 1.23 takes the last function of them all, and onnx-graphsurgeon
+    drops them.
 
     Args:
         dtype: type of X and Y, onnx.TensorProto.FLOAT16, BFLOAT16 or FLOAT.
@@ -47,16 +48,23 @@ class NodeFactory:
         if len(inputs) != len(formal):
             raise ValueError(f"{name}: got {len(inputs)} inputs, {op} takes {', '.join(formal)}")
         function = self._function(op, attrs)
-        return helper.make_node(op, inputs, [output], name=name, domain=DOMAIN, overload=function.overload,
+        return helper.make_node(op, inputs, [output], name=name, domain=function.domain,
                                 plugin_namespace=DOMAIN, plugin_version=PLUGIN_VERSION, **attrs.as_dict())
 
     def functions(self) -> list[onnx.FunctionProto]:
         """The functions of the nodes made so far, in order of first use."""
         return list(self._functions.values())
 
+    def opset_imports(self, opset: int) -> list[onnx.OperatorSetIdProto]:
+        """What a model of these nodes and standard ones of this opset imports."""
+        from onnx import helper
+
+        domains = dict.fromkeys([DOMAIN, *(function.domain for function in self._functions.values())])
+        return [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+
     def _function(self, op: str, attrs: GemmAttributes) -> onnx.FunctionProto:
         variant = (op, attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric, attrs.group_size > 0, attrs.has_bias)
         if variant not in self._functions:
             number = sum(other[0] == op for other in self._functions)
-            self._functions[variant] = op_spec(op).function_body(attrs, self._dtype, f"v{number}" if number else "")
+            self._functions[variant] = op_spec(op).function_body(attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN)
         return self._functions[variant]

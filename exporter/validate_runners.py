@@ -16,7 +16,7 @@ from polygraphy.common import TensorMetadata
 from exporter.graph import MODEL_FILE, layer_output
 from exporter.sessions import TorchSession
 from plugins.core.errors import CheckError
-from plugins.core.op_spec import DOMAIN
+from plugins.core.op_spec import is_custom
 
 if TYPE_CHECKING:
     import onnx
@@ -93,7 +93,7 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
     Raises:
         CheckError: one is missing; its linear would run in no kernel of ours, and nobody would compare it.
     """
-    nodes = {node.name: node for node in model.graph.node if node.domain == DOMAIN}
+    nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     found = []
     for prefix in map(family.layer, range(layers)):
         for group in family.groups:

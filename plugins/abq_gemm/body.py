@@ -15,12 +15,12 @@ WORD = 32
 WEIGHT_ONLY = 16
 
 
-def function_body(attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
+def function_body(attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
     """The local function of this scheme; of the sizes only whether there are groups matters."""
     body = BodyBuilder(attrs, dtype)
     codes = _weight_codes(body)
     body.finish(_weight_only(body, codes) if attrs.abits == WEIGHT_ONLY else _integer(body, codes))
-    return body.function("ABQGemm", ["X", "weight", "scale", "zero", *(["bias"] if attrs.has_bias else [])], overload)
+    return body.function("ABQGemm", ["X", "weight", "scale", "zero", *(["bias"] if attrs.has_bias else [])], domain)
 
 
 def _group_len(body: BodyBuilder) -> str:

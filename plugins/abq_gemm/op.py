@@ -139,11 +139,11 @@ class AbqGemm:
         y *= scale
         return y
 
-    def function_body(self, attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
+    def function_body(self, attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
         """Local function of standard ops; see plugins/abq_gemm/body.py."""
         from plugins.abq_gemm.body import function_body
 
-        return function_body(attrs, dtype, overload)
+        return function_body(attrs, dtype, domain)
 
 
 def _checked_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> np.ndarray:

@@ -10,10 +10,15 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-__all__ = ["DOMAIN", "GemmAttributes", "OpSpec", "PLUGIN_VERSION", "QuantArrays"]
+__all__ = ["DOMAIN", "GemmAttributes", "OpSpec", "PLUGIN_VERSION", "QuantArrays", "is_custom"]
 
-DOMAIN = "anybit"  # ONNX domain and TensorRT plugin namespace
+DOMAIN = "anybit"  # TensorRT plugin namespace and ONNX domain; further schemes have domains below it, "anybit.v1"
 PLUGIN_VERSION = "1"
+
+
+def is_custom(domain: str) -> bool:
+    """Whether a node of this ONNX domain is one of ours."""
+    return domain == DOMAIN or domain.startswith(f"{DOMAIN}.")
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class OpSpec(Protocol):
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
         """Y [..., N] in x's dtype (fp16, bf16 of ml_dtypes, or fp32) from x [..., K] and packed tensors."""
 
-    def function_body(self, attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
+    def function_body(self, attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
         """Local function of standard ops computing the same integers; dtype is onnx.TensorProto.*.
 
         The body takes in_features and out_features from the node's attributes, so one function serves every

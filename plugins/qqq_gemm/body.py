@@ -13,7 +13,7 @@ from plugins.qqq_gemm.op import INT8_MAX, OFFSET, TILE_K, nibble_order
 __all__ = ["function_body"]
 
 
-def function_body(attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
+def function_body(attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
     """The local function of this scheme; of the sizes only whether there are groups matters."""
     body = BodyBuilder(attrs, dtype)
     weight, weight_offset = _int8_weights(body)
@@ -23,7 +23,7 @@ def function_body(attrs: GemmAttributes, dtype: int, overload: str) -> onnx.Func
     y = body.node("Mul", body.cast(integer, TensorProto.FLOAT), body.node("Transpose", "scale", perm=[1, 0]))
     body.finish(body.node("Mul", y, token_scale))
     optional = [*(["scale_group"] if attrs.group_size else []), *(["bias"] if attrs.has_bias else [])]
-    return body.function("QQQGemm", ["X", "weight", "scale", *optional], overload)
+    return body.function("QQQGemm", ["X", "weight", "scale", *optional], domain)
 
 
 def _int8_weights(body: BodyBuilder) -> tuple[str, int]:

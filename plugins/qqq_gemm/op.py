@@ -146,11 +146,11 @@ class QqqGemm:
                 y = y + arrays.bias.astype(np.float32)
         return saturate_cast(y, x.dtype).reshape(*x.shape[:-1], attrs.out_features)
 
-    def function_body(self, attrs: GemmAttributes, dtype: int, overload: str) -> onnx.FunctionProto:
+    def function_body(self, attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
         """Local function of standard ops; see plugins/qqq_gemm/body.py."""
         from plugins.qqq_gemm.body import function_body
 
-        return function_body(attrs, dtype, overload)
+        return function_body(attrs, dtype, domain)
 
 
 SPEC = QqqGemm()

@@ -25,7 +25,7 @@ from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
 
-OPSET = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
+OPSET = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(f"{DOMAIN}.v1", 1)]
 ABQ = GemmAttributes(4, 16, 8, 0, 32, 64, 48, 0)
 QQQ = GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1)
 
@@ -41,10 +41,10 @@ def arrays(op: str, attrs: GemmAttributes) -> QuantArrays:
     return QuantArrays(rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, zero, bias=bias)
 
 
-def two_gemms(folder: Path, dtype: int = TensorProto.FLOAT16) -> onnx.ModelProto:
-    """X -> ABQGemm "up" -> QQQGemm "down" -> Y, saved with function bodies as model.onnx."""
+def two_gemms(folder: Path, dtype: int = TensorProto.FLOAT16, second: tuple[str, GemmAttributes] = ("QQQGemm", QQQ)) -> onnx.ModelProto:
+    """X -> ABQGemm "up" -> QQQGemm (or another) "down" -> Y, saved with function bodies as model.onnx."""
     factory, nodes, initializers, source = NodeFactory(dtype), [], [], "X"
-    for op, attrs, name in (("ABQGemm", ABQ, "up"), ("QQQGemm", QQQ, "down")):
+    for op, attrs, name in (("ABQGemm", ABQ, "up"), (*second, "down")):
         spec = op_spec(op)
         packed = spec.pack(arrays(op, attrs), attrs, name)
         inputs = [f"{name}.{key}" for key in spec.input_names(attrs)[1:]]
@@ -103,6 +103,15 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
     assert json.loads((tmp_path / "engine.json").read_text()) == record
     assert [event["event"] for event in events if event["event"] != "message"][:: len(events) - 1] == ["start", "finish"]
     assert check_engine(tmp_path) == record
+
+
+@needs_rtx
+def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
+    model = two_gemms(tmp_path, second=("ABQGemm", GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1)))
+    assert [node.domain for node in model.graph.node] == [DOMAIN, f"{DOMAIN}.v1"]
+    record, _ = build(tmp_path)
+    assert record["layers"]["PLUGIN_V3"] == 2
+    assert record["custom_nodes"] == {"ABQGemm": 2}
 
 
 @needs_rtx
@@ -172,15 +181,16 @@ def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
 def test_custom_nodes_are_counted_everywhere() -> None:
     """In the graph, in both branches of an If, and in a local function that is called twice."""
 
-    def gemm(name: str) -> onnx.NodeProto:
-        return helper.make_node("ABQGemm", ["x"], ["y"], name=name, domain=DOMAIN)
+    def gemm(name: str, domain: str = DOMAIN) -> onnx.NodeProto:
+        return helper.make_node("ABQGemm", ["x"], ["y"], name=name, domain=domain)
 
     def graph(*nodes: onnx.NodeProto) -> onnx.GraphProto:
         return helper.make_graph(nodes, "g", [], [])
 
     function = helper.make_function("local", "Block", ["x"], ["y"], [gemm("inner")], OPSET)
     own_body = helper.make_function(DOMAIN, "ABQGemm", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], OPSET)
-    branch = helper.make_node("If", ["c"], ["y"], then_branch=graph(gemm("then")), else_branch=graph(gemm("else"), gemm("")))
+    otherwise = graph(gemm("else", f"{DOMAIN}.v1"), gemm(""))
+    branch = helper.make_node("If", ["c"], ["y"], then_branch=graph(gemm("then")), else_branch=otherwise)
     calls = [helper.make_node("Block", ["x"], ["y"], domain="local") for _ in range(2)]
     relu = helper.make_node("Relu", ["x"], ["y"])
     model = helper.make_model(graph(gemm("top"), branch, *calls, relu), functions=[function, own_body])

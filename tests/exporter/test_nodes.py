@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter.nodes import NodeFactory
 from plugins import op_spec
 from plugins.core.errors import InputError
-from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
+from plugins.core.op_spec import GemmAttributes, QuantArrays
 from tests.plugins.kernel_cases import (
     BF16,
     F16,
@@ -35,7 +35,6 @@ from tests.plugins.kernel_cases import (
 
 Case = tuple[GemmAttributes, QuantArrays]
 ELEMENT = {F16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16, F32: TensorProto.FLOAT}
-OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
 
 
 def model_of(cases: Sequence[Case], dtype: np.dtype[Any], rank: int = 2) -> onnx.ModelProto:
@@ -53,7 +52,7 @@ def model_of(cases: Sequence[Case], dtype: np.dtype[Any], rank: int = 2) -> onnx
         outputs.append(helper.make_tensor_value_info(f"Y{i}", TensorProto.FLOAT, [*leading, attrs.out_features]))
     x = helper.make_tensor_value_info("X32", TensorProto.FLOAT, [*leading, cases[0][0].in_features])
     graph = helper.make_graph(nodes, "gemms", [x], outputs, initializers)
-    return helper.make_model(graph, ir_version=11, functions=factory.functions(), opset_imports=OPSETS)
+    return helper.make_model(graph, ir_version=11, functions=factory.functions(), opset_imports=factory.opset_imports(23))
 
 
 def session_of(model: onnx.ModelProto, optimised: Path | None = None) -> ort.InferenceSession:
@@ -223,7 +222,7 @@ def test_layers_of_one_scheme_share_a_function_whatever_their_sizes() -> None:
     assert attributes == {**sizes_and_scheme, **extra}
 
 
-def test_overloads_are_numbered_per_op_in_order_of_first_use() -> None:
+def test_domains_are_numbered_per_op_in_order_of_first_use() -> None:
     factory = NodeFactory(TensorProto.FLOAT16)
     variants = [
         ("ABQGemm", abq(8, 64)),
@@ -233,18 +232,20 @@ def test_overloads_are_numbered_per_op_in_order_of_first_use() -> None:
         ("ABQGemm", abq(8, 64, a=4)),
         ("ABQGemm", abq(8, 64, g=16)),
     ]
-    overloads = []
+    domains = []
     for op, attrs in variants:
         names = op_spec(op).input_names(attrs)
-        overloads.append(factory.gemm(op, attrs, "layer", names, "Y").overload)
-    assert overloads == ["", "", "v1", "v1", "v2", "v1"]
-    assert [(f.name, f.overload) for f in factory.functions()] == [
-        ("ABQGemm", ""),
-        ("QQQGemm", ""),
-        ("ABQGemm", "v1"),
-        ("QQQGemm", "v1"),
-        ("ABQGemm", "v2"),
+        domains.append(factory.gemm(op, attrs, "layer", names, "Y").domain)
+    assert domains == ["anybit", "anybit", "anybit.v1", "anybit.v1", "anybit.v2", "anybit.v1"]
+    assert [(f.name, f.domain) for f in factory.functions()] == [
+        ("ABQGemm", "anybit"),
+        ("QQQGemm", "anybit"),
+        ("ABQGemm", "anybit.v1"),
+        ("QQQGemm", "anybit.v1"),
+        ("ABQGemm", "anybit.v2"),
     ]
+    imports = {item.domain: item.version for item in factory.opset_imports(23)}
+    assert imports == {"": 23, "anybit": 1, "anybit.v1": 1, "anybit.v2": 1}
 
 
 def test_bytes_are_deterministic() -> None:
@@ -279,12 +280,13 @@ def test_weights_are_unpacked_at_load(case: Case, tmp_path: Path) -> None:
     assert len(nodes) <= 60
 
 
-@pytest.mark.parametrize("case", [abq_case(9, 96, bias=1), abq_case(9, 96, g=32), qqq_case(9, 128, g=64)], ids=["abq", "abq-g32", "qqq"])
-def test_graphsurgeon_round_trip_keeps_a_uniform_model(case: Case) -> None:
+@pytest.mark.parametrize("second", [abq_case(9, 128), abq_case(9, 128, bias=1), abq_case(9, 128, g=32), qqq_case(9, 128, g=64)],
+                         ids=["same", "bias", "g32", "qqq"])
+def test_graphsurgeon_round_trip_keeps_a_model_of_several_schemes(second: Case) -> None:
     import onnx_graphsurgeon as gs
 
-    model = model_of([case, case], F16, 3)
+    model = model_of([abq_case(9, 128), second, abq_case(7, 128)], F16, 3)
     again = gs.export_onnx(gs.import_onnx(model))
-    x = tokens(6, case[0].in_features, F32).reshape(2, 3, -1)
+    x = tokens(6, 128, F32).reshape(2, 3, -1)
     for got, want in zip(session_of(again).run(None, {"X32": x}), session_of(model).run(None, {"X32": x}), strict=True):
         np.testing.assert_array_equal(got, want)
