@@ -79,8 +79,8 @@ class Pipeline:
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
         from calibration.checkpoint import open_checkpoint
-        from exporter.validate_memory import check_memory
         from calibration.quantize import check_scheme
+        from exporter.validate_memory import check_memory
 
         self.request = request
         self.progress = progress
