@@ -165,8 +165,8 @@ class EngineBuilder:
         missing = sorted(set(nodes) - set(plugins)) or sorted(nodes)
         raise CheckError(self.where, f"got {len(plugins)} plugin layers for {len(nodes)} custom nodes, expected one each; "
                          f"missing: {_shorten(missing)}",
-                         "Without attribute plugin_namespace on a node, or before version 10.7, TensorRT takes its slow "
-                         "function body: export the model again or use a newer TensorRT")
+                         "Without attribute plugin_namespace on a node TensorRT takes its function body: "
+                         "export the model again with this version")
 
     def allow_fp32_attention(self) -> bool:
         """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for that type."""

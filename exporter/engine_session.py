@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from exporter.edition import ENGINE_FILE, Edition, check_engine, gpu_capabilities, load_plugins
+from exporter.edition import ENGINE_FILE, Edition, captured_log, check_engine, gpu_capabilities, load_plugins
 from exporter.sessions import CHUNK, DecoderSession, cache_names
 from plugins.core.errors import InputError
 from plugins.toolkit import find_cuda
@@ -60,9 +60,16 @@ class TensorrtSession(DecoderSession):
         _offer_cuda_runtime()
         from polygraphy.backend.common import BytesFromPath
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+        from polygraphy.exception import PolygraphyException
 
         self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))), name="tensorrt")
-        self._runner.activate()
+        with captured_log() as log:
+            try:
+                self._runner.activate()
+            except PolygraphyException as error:
+                why = "; ".join(log.errors) or str(error)
+                raise InputError(str(engine), f"got an engine that {edition} refuses ({why}), expected one for this GPU",
+                                 "Build it again on this machine, or free GPU memory") from None
         self._dtype = str(self._runner.get_input_metadata(use_numpy_dtypes=False)["past_key_values.0.key"].dtype.name)
 
     def _clear(self) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from plugins.build import build_library, build_sim
-from plugins.core.errors import UserError
+from plugins.core.cli import run_cli
 
 __all__ = ["main"]
 
@@ -19,12 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument("--arch", default="all", help='"all" or compute capabilities such as "80;90" (default: all)')
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> int:
         print(build_library(options.arch) if options.command == "build" else build_sim())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_cli(run)
 
 
 if __name__ == "__main__":

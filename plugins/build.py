@@ -162,7 +162,8 @@ def build_sim() -> Path:
     flags, cxx = _flags(), find_program("g++", "g++")
     compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
     compiles = dict.fromkeys(_sources("*/launch.cu"), compiler)
-    return _build(build_folder() / SIM_LIBRARY, {}, compiles, [cxx, "-shared", "-Wl,--no-undefined", "{}"])
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+    return _build(build_folder() / SIM_LIBRARY, {"compiler": version}, compiles, [cxx, "-shared", "-Wl,--no-undefined", "{}"])
 
 
 def build_soname(library: Path, soname: str) -> Path:

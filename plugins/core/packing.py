@@ -10,7 +10,6 @@ from plugins.core.op_spec import GemmAttributes, QuantArrays
 __all__ = ["check_group", "check_shapes"]
 
 _AGAIN = "Quantise the layer again"
-_SMALLEST_LISTED = 8
 
 
 def check_group(attrs: GemmAttributes, where: str) -> None:
@@ -23,7 +22,7 @@ def check_group(attrs: GemmAttributes, where: str) -> None:
         raise InputError(where, f"got a weight of {attrs.out_features} x {attrs.in_features}, expected at least 1 x 1",
                          "Check the model")
     if attrs.group_size < 0 or (attrs.group_size and attrs.in_features % attrs.group_size):
-        fitting = [size for size in range(_SMALLEST_LISTED, attrs.in_features + 1) if attrs.in_features % size == 0]
+        fitting = [size for size in range(1, attrs.in_features + 1) if attrs.in_features % size == 0]
         raise InputError(where, f"got group size {attrs.group_size}, expected 0 or a divisor of in_features "
                          f"{attrs.in_features}", f"Use one of {', '.join(map(str, [0, *fitting]))}")
 

@@ -23,6 +23,7 @@ using nvinfer1::TensorFormat;
 constexpr const char* kNamespace = "anybit";
 constexpr const char* kVersion = "1";
 constexpr int32_t kError = 1;
+constexpr int kOldDriver = 35;  // cudaErrorInsufficientDriver
 constexpr int64_t kTooMany = -1;
 constexpr int kScaleInput = 2;  // every op's inputs begin with X, weight, scale; scale is [out_features, ...]
 
@@ -131,6 +132,13 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       fail(where_, format("got %d inputs, expected %d", input_count, expected), "Export the model again with this version");
       return kError;
     }
+    const int32_t scale_rank = static_cast<int32_t>(inputs_[kScaleInput - 1].dims.size());
+    if (in[0].nbDims < 1 || in[kScaleInput].nbDims != scale_rank) {
+      fail(where_, format("got X of rank %d and scale of rank %d, expected at least 1 and %d", in[0].nbDims, in[kScaleInput].nbDims,
+                          scale_rank),
+           "Export the model again with this version");
+      return kError;
+    }
     out[0] = in[0];
     out[0].d[in[0].nbDims - 1] = in[kScaleInput].d[0];  // out_features, which configurePlugin verifies
     return 0;
@@ -174,7 +182,9 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
 
   int32_t enqueue(const PluginTensorDesc* in_desc, const PluginTensorDesc*, const void* const* in, void* const* out,
                   void* workspace, cudaStream_t stream) noexcept override {
-    const GemmShape shape = shape_of(tokens_of(in_desc[0].dims), in_desc[0].type);
+    const int64_t tokens = tokens_of(in_desc[0].dims);
+    if (tokens == kTooMany) return kError;  // beyond every profile that configurePlugin took
+    const GemmShape shape = shape_of(tokens, in_desc[0].type);
     GemmBuffers buffers{};
     buffers.x = in[0];
     buffers.y = out[0];
@@ -183,7 +193,8 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     const int status = op_.run(&shape, &buffers, stream);
     if (status != 0) {
       fail(where_, format("got CUDA error %d for %d tokens, expected success", status, shape.m),
-           "Check that the plugin library was built for this GPU (python -m plugins build --arch ...)");
+           status == kOldDriver ? "The driver is older than the CUDA version the plugin library was built with: update it"
+                                : "Check that the plugin library was built for this GPU (python -m plugins build --arch ...)");
     }
     return status;
   }

@@ -99,6 +99,8 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
     assert record["edition"] == "tensorrt-rtx"
     assert [profile["name"] for profile in record["profiles"]] == ["prefill", "decode"]
     assert record["bytes"] == (tmp_path / "model.engine").stat().st_size > 1000
+    plan = (tmp_path / "model.engine").read_bytes()  # what the runtime hands to createPlugin again
+    assert all(name.encode() in plan for name in ("ABQGemm", "QQQGemm", *GemmAttributes.__dataclass_fields__))
     assert (tmp_path / "libanybit_plugins.so").read_bytes() == build_library().read_bytes()
     assert json.loads((tmp_path / "engine.json").read_text()) == record
     assert [event["event"] for event in events if event["event"] != "message"][:: len(events) - 1] == ["start", "finish"]
@@ -137,8 +139,8 @@ def test_node_without_namespace_is_named(tmp_path: Path) -> None:
     error, _ = build(tmp_path)
     assert error == [
         "CheckError", f"{tmp_path / 'model.onnx'}: got 1 plugin layers for 3 custom nodes, expected one each; missing: second, "
-        "third. Without attribute plugin_namespace on a node, or before version 10.7, TensorRT takes its slow function body: "
-        "export the model again or use a newer TensorRT."]
+        "third. Without attribute plugin_namespace on a node TensorRT takes its function body: "
+        "export the model again with this version."]
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 

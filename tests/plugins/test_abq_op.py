@@ -201,7 +201,8 @@ GOOD = abq(2, 24, g=8)
             replace(GOOD, levels=5),
             "got 5 weight levels with 4 bits, expected 16 (or 5 for W2*, 3 for W1*). Quantise the layer again.",
         ),
-        (replace(GOOD, group_size=7), "got group size 7, expected 0 or a divisor of in_features 24. Use one of 0, 8, 12, 24."),
+        (replace(GOOD, group_size=7),
+         "got group size 7, expected 0 or a divisor of in_features 24. Use one of 0, 1, 2, 3, 4, 6, 8, 12, 24."),
         (replace(GOOD, out_features=0), "got a weight of 0 x 24, expected at least 1 x 1. Check the model."),
         (
             abq(2, 65_794, w=(8, 256)),

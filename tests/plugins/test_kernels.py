@@ -182,20 +182,22 @@ def test_zero_points_far_outside_the_code_range(runner: KernelRunner) -> None:
 
 
 def test_largest_sums_do_not_overflow(runner: KernelRunner) -> None:
-    """Every code at its limit: ABQ just below the group length that check() refuses, QQQ with K = 4096."""
-    k = 4096
+    """Every code at its limit, at the longest rows that check() takes: 128 * 255 * K and 127 * 127 * K just below 2^31."""
+    k = 65_793
     attrs = abq(2, k, w=(8, 256), sym=0)
     codes = np.stack([np.full(k, 255, np.uint8), np.zeros(k, np.uint8)])
     one = np.ones((2, 1), np.float32)
     arrays = QuantArrays(codes, one, np.array([[0], [255]], np.int32))
     x = np.concatenate([np.full((1, k), -3.0), np.full((1, k), 7.0)]).astype(F32)
     check(runner, attrs, arrays, x)
+    k = 133_120
+    x = np.concatenate([np.full((1, k), -3.0), np.full((1, k), 7.0)]).astype(F32)
     attrs = qqq(2, k, g=128)
     codes = np.stack([np.full(k, 7, np.int8), np.full(k, -8, np.int8)])
     check(runner, attrs, QuantArrays(codes, one, scale_group=np.full((2, k // 128), 30, np.float16)), x)
 
 
-def test_qqq_many_tokens_and_odd_column_blocks(runner: KernelRunner) -> None:
+def test_trap_23_qqq_many_tokens_and_odd_column_blocks(runner: KernelRunner) -> None:
     """N % 128 != 0 with more than 8 * 64 tokens: the shape for which the original's lock array was too small."""
     attrs = qqq(192, 64, g=64)
     check(runner, attrs, qqq_arrays(attrs), tokens(513, 64, F16))
@@ -246,7 +248,7 @@ def test_quantised_tokens(runner: KernelRunner, attrs: GemmAttributes) -> None:
 
 
 @pytest.mark.parametrize("scratch", [0x00, 0x7F, 0xFF])
-def test_workspace_needs_no_clearing(runner: KernelRunner, scratch: int) -> None:
+def test_trap_24_workspace_needs_no_clearing(runner: KernelRunner, scratch: int) -> None:
     """Whatever an earlier or killed call left in the scratch memory, the result is the same."""
     for attrs, arrays in both_ops():
         x = tokens(5, 192, F16)
