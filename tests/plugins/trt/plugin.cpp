@@ -138,6 +138,10 @@ void qqq() {
   std::printf("shapes %d", build->getOutputShapes(in, 4, nullptr, 0, &out, 1, builder));
   for (int32_t i = 0; i < out.nbDims; ++i) std::printf(" %d", static_cast<int>(reinterpret_cast<intptr_t>(out.d[i])));
   std::printf("\nshapes of three inputs %d\n", build->getOutputShapes(in, 3, nullptr, 0, &out, 1, builder));
+  in[0].nbDims = 0;
+  std::printf("shapes of a scalar x %d\n", build->getOutputShapes(in, 4, nullptr, 0, &out, 1, builder));
+  in[0].nbDims = 3, in[2].nbDims = 0;
+  std::printf("shapes of a scalar scale %d\n", build->getOutputShapes(in, 4, nullptr, 0, &out, 1, builder));
 }
 
 }  // namespace
