@@ -209,13 +209,18 @@ def test_random_damage_in_the_metadata_never_escapes(tiny_gguf: Path, tmp_path: 
     assert refused > 30
 
 
-def test_other_architecture(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "bert")
+def _empty_gguf(path: Path, architecture: str) -> Path:
+    """A whole GGUF file of an architecture, with no other metadata and no tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def test_other_architecture(tmp_path: Path) -> None:
+    path = _empty_gguf(tmp_path / "m.gguf", "bert")
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
     assert str(caught.value) == (f"{path}: got architecture bert, expected one of llama. Choose a model of a supported "
@@ -223,12 +228,7 @@ def test_other_architecture(tmp_path: Path) -> None:
 
 
 def test_missing_metadata(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = _empty_gguf(tmp_path / "m.gguf", "llama")
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
     assert str(caught.value) == (f"{path}: got no metadata llama.attention.head_count, expected it in a model file. "
