@@ -1,0 +1,1 @@
+"""The decoder one block at a time: its forward pass, its activation streams, its durable results."""

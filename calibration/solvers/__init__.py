@@ -1,0 +1,1 @@
+"""Numerical building blocks that the quantisation methods share: grids, GPTQ, rotation, smoothing."""
