@@ -120,7 +120,7 @@ def test_mixed_bits_get_their_section() -> None:
     layer = {"self_attn.qkv_proj": "w4a8-g64", "mlp.down_proj": "w2a16"}
     mixed = {"exceptions": 1, "nodes": 4, "schemes": [scheme, other], "layers": [layer, {**layer, "mlp.down_proj": "w4a8-g64"}]}
     text = read(changed(mixed=mixed))[1]
-    for words in ("Mixed, 4.2 bits per weight on average, scales included: 1 of 4 GEMM nodes differ from 4-bit weights, 8-bit activations, ",
+    for words in ("Mixed, 4.2 bits per weight on average, scales included: 1 of 4 GEMM nodes differ from 4-bit weights, 8-bit ",
                   "w4a8-g64 QQQGemm 8 bits, symmetric per token 3 3.00", "w2a16 ABQGemm float16 1 1.00",
                   "layer self_attn.qkv_proj mlp.down_proj 0 w4a8-g64 w2a16 1 w4a8-g64 w4a8-g64",
                   "mixed precision 1 nodes differ from the following, see Bits"):
