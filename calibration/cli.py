@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from calibration.bits import SchemeMap, read_bits_file
 from calibration.methods import method_names
-from calibration.scheme import QuantScheme, parse_wbits
+from calibration.scheme import Bits, QuantScheme, check_abits, parse_wbits, scheme_for
 from calibration.sources import ALIASES, model_slug
 from plugins.core.cli import whole_number
 from plugins.core.errors import InputError
 
-__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "stand_in_notice"]
+__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args",
+           "stand_in_notice"]
 
 _LAYOUTS = {"qqq": "QQQGemm", "abq": "ABQGemm"}
 _PLAIN = "rtn"
@@ -27,6 +29,8 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, default=0, metavar="G",
         help="input channels per weight scale; 0 (default): one scale per output channel")
     add("--act-quant", choices=("sym", "asym"), help="activation codes; default: sym for qqq, asym for abq")
+    add("--bits-file", type=Path, metavar="FILE",
+        help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'")
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"),
         help="of all that is not integer (default float16)")
     add("--calib", metavar="FILE|DATASET",
@@ -40,33 +44,40 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
-    """The scheme that the arguments ask for.
+    """The scheme that the arguments ask for, of every node that --bits-file does not name.
 
     Raises:
         InputError: bits out of range, or a combination that does not exist.
     """
     wbits, balanced = parse_wbits(args.wbits)
-    if args.abits not in (2, 3, 4, 5, 6, 7, 8, 16):
-        raise InputError("--abits", f"got {args.abits}, expected 2 to 8, or 16 for weight-only", "Give one of these")
-    if args.group_size < 0:
-        raise InputError("--group-size", f"got {args.group_size}, expected 0 or a positive number",
+    bits = Bits(wbits, balanced, check_abits(args.abits), args.group_size)
+    if bits.group_size < 0:
+        raise InputError("--group-size", f"got {bits.group_size}, expected 0 or a positive number",
                          "Use 0 for one scale per output channel")
-    op = _LAYOUTS.get(args.method) or _auto_layout(args, wbits, balanced)
-    symmetric = op == "QQQGemm" if args.act_quant is None else args.act_quant == "sym"
-    if op == "QQQGemm" and ((wbits, balanced, args.abits) != (4, False, 8) or not symmetric):
-        got = f"W{args.wbits}A{args.abits}" + ("" if symmetric else " with --act-quant asym")
-        raise InputError("--method qqq", f"got {got}, expected W4A8 with symmetric activations",
-                         "Use --wbits 4 --abits 8, or --method abq")
-    if op == "QQQGemm" and args.group_size not in (0, 64, 128):
-        raise InputError("--group-size", f"got {args.group_size}, expected 0, 64 or 128 for --method qqq",
-                         "Use one of these, or --method abq")
+    symmetric = None if args.act_quant is None else args.act_quant == "sym"
     method = args.method if args.method in method_names() else _PLAIN
-    return QuantScheme(op, method, wbits, args.abits, balanced, args.group_size, symmetric and args.abits < 16, args.dtype)
+    scheme = scheme_for(bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, method, args.dtype)
+    if args.method == "qqq" and scheme.op != "QQQGemm":
+        raise _no_qqq(args, bits, symmetric)
+    return scheme
 
 
-def _auto_layout(args: argparse.Namespace, wbits: int, balanced: bool) -> str:
-    w4a8 = (wbits, balanced, args.abits) == (4, False, 8)
-    return "QQQGemm" if w4a8 and args.act_quant != "asym" and args.group_size in (0, 64, 128) else "ABQGemm"
+def _no_qqq(args: argparse.Namespace, bits: Bits, symmetric: bool | None) -> InputError:
+    if bits.w4a8 and symmetric is not False:
+        return InputError("--group-size", f"got {bits.group_size}, expected 0, 64 or 128 for --method qqq",
+                          "Use one of these, or --method abq")
+    got = f"W{args.wbits}A{args.abits}" + (" with --act-quant asym" if symmetric is False else "")
+    return InputError("--method qqq", f"got {got}, expected W4A8 with symmetric activations", "Use --wbits 4 --abits 8, or --method abq")
+
+
+def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
+    """That scheme as the base, with the rules of --bits-file over it.
+
+    Raises:
+        InputError: as scheme_from_args, or the file is not a bits file.
+    """
+    base = scheme_from_args(args)
+    return SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
 
 
 def stand_in_notice(args: argparse.Namespace, scheme: QuantScheme) -> str:
@@ -78,5 +89,6 @@ def stand_in_notice(args: argparse.Namespace, scheme: QuantScheme) -> str:
 
 
 def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:
-    """--out, or out/<model>-w<W>a<A>."""
-    return args.out if args.out is not None else Path("out") / f"{model_slug(args.model)}-{scheme.label}"
+    """--out, or out/<model>-w<W>a<A>, with -mixed behind it where --bits-file changes some of the bits."""
+    mixed = "" if args.bits_file is None else "-mixed"
+    return args.out if args.out is not None else Path("out") / f"{model_slug(args.model)}-{scheme.label}{mixed}"

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.artifact import sha256_file, write_json
+from calibration.bits import SchemeMap, as_map
 from calibration.data import load_text, tokens_from_text
 from calibration.methods import Method, method
 from calibration.progress import NullProgress
 from calibration.quant_folder import FORMAT, QUANT_JSON
 from calibration.safetensors_io import SafetensorsWriter, TensorSpec, numpy_dtype
+from calibration.scheme import QQQ_GROUPS, QuantScheme
 from plugins import op_spec
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoint import Checkpoint
     from calibration.progress import Progress
-    from calibration.scheme import QuantScheme
     from plugins.core.op_spec import QuantArrays
 
 __all__ = ["STAGE", "QuantizeOptions", "check_scheme", "quant_bytes", "quantize_model"]
 
 STAGE = "quant"
 SHARD_BYTES = 2 * 10**9
-QQQ_GROUPS = (0, 64, 128)
 _MIN_GROUP = 16
 _MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
 
@@ -54,7 +54,7 @@ class QuantizeOptions:
     shard_bytes: int = SHARD_BYTES
 
 
-def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: QuantizeOptions, folder: Path,
+def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, options: QuantizeOptions, folder: Path,
                    progress: Progress | None = None) -> dict[str, Any]:
     """Quantise a checkpoint into an existing empty folder (OUT/quant, through a StageWriter).
 
@@ -65,11 +65,12 @@ def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: Quantiz
         InputError: settings that do not fit this model, NaN in its weights, calibration text that is too short.
     """
     progress = progress or NullProgress()
-    check_scheme(checkpoint, scheme)
+    schemes = as_map(schemes)
+    check_scheme(checkpoint, schemes)
     tokenizer = checkpoint.tokenizer()
     if options.calib is not None:
         tokens_from_text(tokenizer, load_text(options.calib, options.offline), options.nsamples, options.seqlen)
-    items = _plan(checkpoint, scheme)
+    items = _plan(checkpoint, schemes)
     shards = _shards(items, options.shard_bytes)
     progress.start(STAGE, len(items))
     files: dict[str, str] = {}
@@ -77,12 +78,12 @@ def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: Quantiz
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with SafetensorsWriter(folder / name, [spec for item in shard for spec in item.specs]) as file:
             for item in shard:
-                for array in _arrays(checkpoint, scheme, item):
+                for array in _arrays(checkpoint, item):
                     file.write(array)
                 progress.advance(1, item.name)
         files[name] = file.sha256
     files |= _save_tokenizer(tokenizer, folder)
-    meta = _meta(checkpoint, scheme, items, files)
+    meta = _meta(checkpoint, schemes, items, files)
     write_json(folder / QUANT_JSON, meta)
     progress.finish()
     sizes = meta["sizes"]
@@ -91,48 +92,54 @@ def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: Quantiz
     return {"summary": summary, **sizes}
 
 
-def quant_bytes(checkpoint: Checkpoint, scheme: QuantScheme) -> int:
+def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap) -> int:
     """Upper estimate of what quantize_model writes, to check the free space first."""
-    total = sum(spec.nbytes for item in _plan(checkpoint, scheme) for spec in item.specs)
+    total = sum(spec.nbytes for item in _plan(checkpoint, as_map(schemes)) for spec in item.specs)
     return total + total // 50 + (1 << 24)  # headers and tokenizer
 
 
 # ---------------------------------------------------------------- settings
 
 
-def check_scheme(checkpoint: Checkpoint, scheme: QuantScheme) -> None:
+def check_scheme(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap) -> None:
     """Settings against this model's layers, before any work.
 
     Raises:
-        InputError: bits, group size or op do not fit.
+        InputError: bits, group size or op do not fit, or as SchemeMap.nodes.
     """
+    schemes = as_map(schemes)
+    for scheme, linears in schemes.linears(checkpoint.family, checkpoint.dims).items():
+        rule = "" if scheme == schemes.base else f"{scheme.label} for {next(iter(linears))}"
+        _check_one(scheme, sorted(set(linears.values())), rule)
+
+
+def _check_one(scheme: QuantScheme, shapes: list[tuple[int, int]], rule: str) -> None:
     bits = f"W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}"
     if scheme.op == "QQQGemm" and ((scheme.wbits, scheme.abits, scheme.balanced) != (4, 8, False) or not scheme.act_symmetric):
         raise InputError("QQQGemm", f"got {bits}{'' if scheme.act_symmetric else ' with asymmetric activations'}, "
                          "expected W4A8 with symmetric activations", "Use --wbits 4 --abits 8, or --method abq for other bits")
-    shapes = sorted({checkpoint.family.linear_shape(linear, checkpoint.dims) for linear in checkpoint.family.linears()})
-    _check_group(scheme, [in_features for _, in_features in shapes])
+    _check_group(scheme, [in_features for _, in_features in shapes], rule)
     for out_features, in_features in shapes:
         where = f"a linear layer of {out_features} x {in_features}"
         op_spec(scheme.op).check(scheme.attributes(out_features, in_features, False), where)
 
 
-def _check_group(scheme: QuantScheme, widths: list[int]) -> None:
-    size = scheme.group_size
+def _check_group(scheme: QuantScheme, widths: list[int], rule: str) -> None:
+    """The group size of the command line, or of a rule of a bits file, which is then named."""
+    size, where, option = scheme.group_size, rule or "--group-size", "-g" if rule else "--group-size "
     common = reduce(math.gcd, widths)
     qqq = scheme.op == "QQQGemm"
     fitting = [n for n in range(_MIN_GROUP, common + 1) if common % n == 0 and (not qqq or n in QQQ_GROUPS)]
     if size == 0 or (size in fitting):
         return
-    choices = f"Use --group-size 0 (one scale per output channel){' or ' + ', '.join(map(str, fitting)) if fitting else ''}"
+    choices = f"Use {option}0 (one scale per output channel){' or ' + ', '.join(map(str, fitting)) if fitting else ''}"
     if qqq and size not in QQQ_GROUPS:
-        raise InputError("--group-size", f"got {size}, expected 0, 64 or 128 for QQQGemm",
-                         f"{choices}; --method abq takes other sizes")
+        raise InputError(where, f"got {size}, expected 0, 64 or 128 for QQQGemm", f"{choices}; --method abq takes other sizes")
     if size < _MIN_GROUP:
-        raise InputError("--group-size", f"got {size}, expected 0 or at least {_MIN_GROUP}", choices)
+        raise InputError(where, f"got {size}, expected 0 or at least {_MIN_GROUP}", choices)
     bad = ", ".join(str(width) for width in sorted(set(widths)) if width % size)
-    raise InputError("--group-size", f"got {size}, which does not divide the in_features {bad} of this model's linear layers",
-                     choices)
+    these = "the linear layers it is for" if rule else "this model's linear layers"
+    raise InputError(where, f"got {size}, which does not divide the in_features {bad} of {these}", choices)
 
 
 # ---------------------------------------------------------------- what is written
@@ -145,22 +152,24 @@ class _Item:
     kind: str
     name: str
     specs: tuple[TensorSpec, ...]
+    scheme: QuantScheme  # the base's for what is not a linear: its type
 
 
-def _plan(checkpoint: Checkpoint, scheme: QuantScheme) -> list[_Item]:
-    family, dims = checkpoint.family, checkpoint.dims
+def _plan(checkpoint: Checkpoint, schemes: SchemeMap) -> list[_Item]:
+    family, dims, base_scheme = checkpoint.family, checkpoint.dims, schemes.base
     linears = {f"{family.layer(i)}.{linear.name}": linear for i in range(dims.layers) for linear in family.linears()}
-    rest = numpy_dtype(scheme.dtype)
+    rest = numpy_dtype(base_scheme.dtype)
     items = []
     for name, shape in family.tensor_shapes(dims):
         base, _, end = name.rpartition(".")
         if base not in linears:
-            items.append(_Item("float", name, (TensorSpec(name, rest, shape),)))
+            items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
         elif end == "weight":
+            scheme = schemes.of(base, family)
             specs = _linear_specs(base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme)
-            items.append(_Item("linear", base, tuple(specs)))
-    frequencies = checkpoint.rope()[0]
-    return [*items, _Item("rope", "rope.inv_freq", (TensorSpec("rope.inv_freq", np.dtype(np.float32), frequencies.shape),))]
+            items.append(_Item("linear", base, tuple(specs), scheme))
+    frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
+    return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
 
 
 def _linear_specs(name: str, shape: tuple[int, int], has_bias: bool, scheme: QuantScheme) -> Iterator[TensorSpec]:
@@ -189,16 +198,16 @@ def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
     return shards
 
 
-def _arrays(checkpoint: Checkpoint, scheme: QuantScheme, item: _Item) -> Iterator[np.ndarray]:
+def _arrays(checkpoint: Checkpoint, item: _Item) -> Iterator[np.ndarray]:
     if item.kind == "float":
-        yield _cast(f"{checkpoint.source.path}, tensor {item.name}", checkpoint.array(item.name), scheme.dtype)
+        yield _cast(f"{checkpoint.source.path}, tensor {item.name}", checkpoint.array(item.name), item.scheme.dtype)
     elif item.kind == "rope":
         yield checkpoint.rope()[0]
     else:
         has_bias = item.specs[-1].name.endswith(".bias")
         bias = checkpoint.array(f"{item.name}.bias") if has_bias else None
-        maker: Method = method(scheme.method)
-        arrays: QuantArrays = maker.quantize(checkpoint.array(f"{item.name}.weight"), bias, scheme)
+        maker: Method = method(item.scheme.method)
+        arrays: QuantArrays = maker.quantize(checkpoint.array(f"{item.name}.weight"), bias, item.scheme)
         for spec in item.specs:
             yield getattr(arrays, spec.name.rpartition(".")[2])
 
@@ -224,13 +233,14 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- quant.json
 
 
-def _meta(checkpoint: Checkpoint, scheme: QuantScheme, items: list[_Item], files: dict[str, str]) -> dict[str, Any]:
-    source = checkpoint.source
+def _meta(checkpoint: Checkpoint, schemes: SchemeMap, items: list[_Item], files: dict[str, str]) -> dict[str, Any]:
+    source, exceptions = checkpoint.source, schemes.exceptions(checkpoint.family, checkpoint.dims.layers)
+    layers = {"layers": {node: scheme.as_dict() for node, scheme in exceptions.items()}} if exceptions else {}
     return {
         "format": FORMAT, "family": checkpoint.family.name,
         "source": {"name": checkpoint.name, "kind": source.kind, "hub_id": source.hub_id,
                    "fingerprint": checkpoint.fingerprint},
-        "config": _model_config(checkpoint), "scheme": scheme.as_dict(), "files": files, "sizes": _sizes(items, scheme),
+        "config": _model_config(checkpoint), "scheme": schemes.base.as_dict(), **layers, "files": files, "sizes": _sizes(items),
     }
 
 
@@ -243,12 +253,13 @@ def _model_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return values | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config()}
 
 
-def _sizes(items: list[_Item], scheme: QuantScheme) -> dict[str, Any]:
+def _sizes(items: list[_Item]) -> dict[str, Any]:
     """Bytes before (in scheme.dtype) and bits after, with scales and zero points, without the kernels' padding."""
-    width = numpy_dtype(scheme.dtype).itemsize
-    code_bits = scheme.attributes(1, 1, False).planes if scheme.op == "ABQGemm" else scheme.wbits
+    width = numpy_dtype(items[0].scheme.dtype).itemsize
     weights, bits, rest = 0, 0, 0
     for item in items:
+        scheme = item.scheme
+        code_bits = scheme.attributes(1, 1, False).planes if scheme.op == "ABQGemm" else scheme.wbits
         for spec in item.specs:
             if item.kind != "linear":
                 rest += spec.nbytes

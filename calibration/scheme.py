@@ -11,13 +11,14 @@ from plugins.core.op_spec import GemmAttributes, QuantArrays
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["QuantLinear", "QuantScheme", "parse_wbits"]
+__all__ = ["QQQ_GROUPS", "Bits", "QuantLinear", "QuantScheme", "check_abits", "parse_wbits", "scheme_for"]
 
+QQQ_GROUPS = (0, 64, 128)  # group sizes of QQQGemm
 BALANCED_LEVELS = {1: 3, 2: 5}  # W1* and W2*, "bit balance" of ABQ-LLM (arXiv 2408.08554)
 
 
-def parse_wbits(text: str) -> tuple[int, bool]:
-    """Weight bits from the command line: ("4") -> (4, False); ("2*") or ("2b") -> (2, True), the balanced set.
+def parse_wbits(text: str, where: str = "--wbits") -> tuple[int, bool]:
+    """Weight bits as a user writes them: ("4") -> (4, False); ("2*") or ("2b") -> (2, True), the balanced set.
 
     Raises:
         InputError: not an integer 1..8, 1* or 2*.
@@ -25,9 +26,35 @@ def parse_wbits(text: str) -> tuple[int, bool]:
     balanced = text.endswith(("*", "b"))
     digits = text[:-1] if balanced else text
     if not digits.isdigit() or not 1 <= int(digits) <= 8 or (balanced and int(digits) not in BALANCED_LEVELS):
-        raise InputError("--wbits", f"got {text!r}, expected 1 to 8, 1* (3 levels) or 2* (5 levels)",
+        raise InputError(where, f"got {text!r}, expected 1 to 8, 1* (3 levels) or 2* (5 levels)",
                          "Give one of these; in a shell write 2b or '2*' for the balanced set")
     return int(digits), balanced
+
+
+def check_abits(abits: int, where: str = "--abits") -> int:
+    """Activation bits, if there is such a width.
+
+    Raises:
+        InputError: not 2..8 or 16.
+    """
+    if abits not in (2, 3, 4, 5, 6, 7, 8, 16):
+        raise InputError(where, f"got {abits}, expected 2 to 8, or 16 for weight-only", "Give one of these")
+    return abits
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The widths a user chooses for a linear; see QuantScheme for the fields."""
+
+    wbits: int
+    balanced: bool
+    abits: int
+    group_size: int
+
+    @property
+    def w4a8(self) -> bool:
+        """Whether these are QQQGemm's widths."""
+        return (self.wbits, self.balanced, self.abits) == (4, False, 8)
 
 
 @dataclass(frozen=True)
@@ -72,6 +99,21 @@ class QuantScheme:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
         return asdict(self)
+
+
+def scheme_for(bits: Bits, op: str, symmetric: bool | None, method: str, dtype: str) -> QuantScheme:
+    """The scheme of these bits: what the command line and the rules of a bits file share.
+
+    Args:
+        bits: widths, each in its range.
+        op: "QQQGemm" for that op wherever it takes these bits, and ABQGemm elsewhere; "ABQGemm" for that alone.
+        symmetric: activation codes; None for the op's own: symmetric for QQQGemm, asymmetric for ABQGemm.
+        method, dtype: of the scheme.
+    """
+    qqq = op == "QQQGemm" and bits.w4a8 and bits.group_size in QQQ_GROUPS and symmetric is not False
+    act_symmetric = (qqq if symmetric is None else symmetric) and bits.abits < 16
+    return QuantScheme("QQQGemm" if qqq else "ABQGemm", method, bits.wbits, bits.abits, bits.balanced, bits.group_size,
+                       act_symmetric, dtype)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,25 @@ class ModelFamily:
         """Prefix of decoder layer `index`."""
         return self.layer_prefix.format(i=index)
 
+    def nodes(self, layers: int) -> list[str]:
+        """Every GEMM node of a model of so many decoder layers, in execution order."""
+        return [f"{self.layer(index)}.{group.node}" for index in range(layers) for group in self.groups]
+
+    def node(self, name: str) -> str:
+        """The GEMM node of a linear: ...self_attn.q_proj -> ...self_attn.qkv_proj; any other name stays."""
+        for group in self.groups:
+            for member in group.members:
+                if name.endswith(f".{member.name}"):
+                    return name.removesuffix(member.name) + group.node
+        return name
+
+    def members(self, node: str) -> tuple[str, ...]:
+        """The linears of a GEMM node, in stacking order; of any other name itself."""
+        for group in self.groups:
+            if node.endswith(f".{group.node}"):
+                return tuple(node.removesuffix(group.node) + member.name for member in group.members)
+        return (node,)
+
     def has_bias(self, linear: LinearSpec, dims: ModelDims) -> bool:
         """Whether this linear has a bias in a model of these sizes."""
         return bool(getattr(dims, linear.bias_flag))

@@ -14,7 +14,7 @@ import pytest
 
 from calibration.__main__ import main
 from calibration.artifact import locked
-from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, stand_in_notice
+from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, schemes_from_args, stand_in_notice
 from calibration.quant_folder import read_quant
 from plugins.core.errors import InputError
 
@@ -45,6 +45,17 @@ def test_scheme(line: str, op: str, symmetric: bool, label: str) -> None:
     scheme = scheme_from_args(args)
     assert (scheme.op, scheme.act_symmetric, scheme.label, scheme.method) == (op, symmetric, label, "rtn")
     assert default_out(args, scheme) == Path("out") / f"llama-7b-{label}"
+
+
+def test_a_bits_file_over_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "bits.txt"
+    path.write_text("down_proj w8a8\n")
+    args = _args(f"--wbits 4 --abits 8 --group-size 64 --bits-file {path}")
+    schemes = schemes_from_args(args)
+    assert schemes.base == scheme_from_args(args)
+    assert [scheme.label for scheme in schemes.schemes()] == ["w4a8-g64", "w8a8-g64"]
+    assert default_out(args, schemes.base) == Path("out/llama-7b-w4a8-g64-mixed")
+    assert schemes_from_args(_args("--wbits 4 --abits 8")).rules == ()
 
 
 @pytest.mark.parametrize(("line", "notice"), [
