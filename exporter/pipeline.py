@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.artifact import StageWriter, file_records, locked, sha256_file, verify_files, write_json
 from calibration.progress import Progress
-from exporter.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
+from calibration.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
 from exporter.manifest import MANIFEST, STAGES, installed_versions, open_manifest, peak_rss, reset_peak_rss
 from plugins.core.errors import CheckError, InputError
 

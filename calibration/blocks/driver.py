@@ -122,15 +122,16 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> dict[str, A
     finished, reports = job.store.finished(), []
     progress.start("calibrate", layers)
     for index in range(layers):
+        if index == finished:
+            fresh = time.monotonic()
         weights = {name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()}
         schemes = {site: job.scheme_of(f"{checkpoint.family.layer(index)}.{site}") for site in SITES}
         if index < finished:
             result = job.store.load(index)
-            _replay(WalkBlock(weights, shape, rope, schemes, _gains(result, device)), streams, result)
+            gains = {name: torch.from_numpy(array).to(device) for name, array in result.gains.items()}
+            walk(WalkBlock(weights, shape, rope, schemes, gains), streams, result.lookup, measure=False)
             note = f"block {index + 1} of {layers}: kept"
         else:
-            fresh = fresh_start if index > finished else time.monotonic()
-            fresh_start = fresh
             result = job.method.calibrate(BlockTask(index, layers, weights, shape, rope, schemes, streams, job.settings, ranks))
             if ranks.first:
                 job.store.save(index, result)
@@ -151,14 +152,6 @@ def _line(index: int, layers: int, report: Mapping[str, Any], left: float) -> st
     notes = "".join(f"; {note}" for note in report.get("notes", ()))
     time_left = f", about {left / 60:.1f} min left" if index + 1 < layers else ""
     return f"block {index + 1} of {layers}: {loss}{time_left}{notes}"
-
-
-def _gains(result: BlockResult, device: str) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array).to(device) for name, array in result.gains.items()}
-
-
-def _replay(block: WalkBlock, streams: Streams, result: BlockResult) -> None:
-    walk(block, streams, lambda site, moments: result.sites[site], measure=False)
 
 
 def _embedded(job: Calibration, basis: Basis, budget: StreamBudget, ranks: Ranks, device: str) -> Streams:

@@ -35,6 +35,10 @@ class BlockResult:
     gains: dict[str, np.ndarray]
     report: dict[str, Any] = field(default_factory=dict)
 
+    def lookup(self, site: str, moments: object = None) -> QuantArrays:
+        """The finished codes of a site, for `walk`."""
+        return self.sites[site]
+
 
 class BlockStore:
     """A folder with one file per finished block, each written whole or not at all.
@@ -42,12 +46,16 @@ class BlockStore:
     Args:
         folder: made if need be.
         fingerprint: of everything the results depend on; results of another one are thrown away.
+        keep: go on from the results that are there; else they are thrown away too.
+        writes: whether this process may change the folder.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, keep: bool = True, writes: bool = True) -> None:
         self.folder = folder
+        if not writes:
+            return
         try:
-            if folder.exists() and self._fingerprint() != fingerprint:
+            if folder.exists() and not (keep and self._fingerprint() == fingerprint):
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
