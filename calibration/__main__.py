@@ -8,38 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.artifact import StageWriter, locked, read_json
-from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
+from calibration.cli import add_quant_arguments, default_out, schemes_from_args, stand_in_notice
 from calibration.progress import Progress, make_progress
 from plugins.core.cli import run_cli
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.bits import SchemeMap
     from calibration.checkpoint import Checkpoint
-    from calibration.scheme import QuantScheme
 
 __all__ = ["main"]
 
 
 def _quantise(args: argparse.Namespace, progress: Progress) -> None:
-    scheme = scheme_from_args(args)
-    out = default_out(args, scheme)
+    schemes = schemes_from_args(args)
+    out = default_out(args, schemes.base)
     _refuse_exporters(out)
-    if notice := stand_in_notice(args, scheme):
+    if notice := stand_in_notice(args, schemes.base):
         progress.message(notice)
 
     from calibration.checkpoint import open_checkpoint
     from calibration.quantize import STAGE, QuantizeOptions, check_scheme, quant_bytes, quantize_model
 
     checkpoint = open_checkpoint(args.model, args.offline)
-    check_scheme(checkpoint, scheme)
-    _refuse_other(out / STAGE, checkpoint, scheme)
+    check_scheme(checkpoint, schemes)
+    _refuse_other(out / STAGE, checkpoint, schemes)
     options = QuantizeOptions(args.offline, args.calib, args.nsamples, args.seqlen)
-    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, scheme))
+    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes))
     with locked(out):
         _refuse_exporters(out)  # and again, now that nobody else writes
-        _refuse_other(out / STAGE, checkpoint, scheme)
+        _refuse_other(out / STAGE, checkpoint, schemes)
         with writer:
-            facts = quantize_model(checkpoint, scheme, options, writer.path, progress)
+            facts = quantize_model(checkpoint, schemes, options, writer.path, progress)
     progress.message(f"{out / STAGE}: {facts['summary']}")
 
 
@@ -49,7 +49,7 @@ def _refuse_exporters(out: Path) -> None:
                          "Choose another --out, or run python -m exporter with --until quant")
 
 
-def _refuse_other(folder: Path, checkpoint: Checkpoint, scheme: QuantScheme) -> None:
+def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap) -> None:
     """An existing quant folder is replaced only by the same model in the same setting."""
     if not folder.exists():
         return
@@ -60,15 +60,18 @@ def _refuse_other(folder: Path, checkpoint: Checkpoint, scheme: QuantScheme) -> 
         meta = read_json(folder / QUANT_JSON)
     except InputError as error:
         raise InputError(str(folder), f"got a folder without a readable {QUANT_JSON} ({error.problem})", fix) from None
-    source, found = (value if isinstance(value := meta.get(key), dict) else {} for key in ("source", "scheme"))
+    source, found, layers = (value if isinstance(value := meta.get(key), dict) else {} for key in ("source", "scheme", "layers"))
     if source.get("fingerprint") != checkpoint.fingerprint:
         raise InputError(str(folder), f"got a model quantised from other weights (of {source.get('name')}), "
                          f"expected those of {checkpoint.name}", fix)
-    wanted = scheme.as_dict()
-    different = [key for key, value in wanted.items() if found.get(key) != value]
-    if different:
-        got, expected = (", ".join(f"{key} {values.get(key)}" for key in different) for values in (found, wanted))
-        raise InputError(str(folder), f"got a model quantised with {got}, expected {expected}", fix)
+    nodes = schemes.nodes(checkpoint.family, checkpoint.dims.layers)
+    for place, scheme in (("", schemes.base), *((f" in {node}", scheme) for node, scheme in nodes.items())):
+        own = layers.get(place.removeprefix(" in "))
+        fields, wanted = own if isinstance(own, dict) else found, scheme.as_dict()
+        different = [key for key, value in wanted.items() if fields.get(key) != value]
+        if different:
+            got, expected = (", ".join(f"{key} {values.get(key)}" for key in different) for values in (fields, wanted))
+            raise InputError(str(folder), f"got a model quantised with {got}{place}, expected {expected}", fix)
 
 
 def _main(argv: list[str] | None) -> int:

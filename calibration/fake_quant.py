@@ -119,7 +119,7 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
 
     Args:
         linear: integer codes and scales.
-        quantizer: shared by the layers of a model; None for A16.
+        quantizer: shared by a model's layers of these activation bits; None for A16.
         dtype: the scheme's, to which the output is rounded; "float32" rounds nothing.
     """
 

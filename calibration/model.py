@@ -35,13 +35,15 @@ def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
 
     hf = {key: value for key, value in quant.config["hf"].items() if key != "model_type"}
     model = _empty_model(AutoConfig.for_model(quant.family.model_type, **hf))
-    scheme = quant.scheme
-    dtype = scheme.dtype if round_activations else "float32"
-    quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
+    dtype = quant.scheme.dtype if round_activations else "float32"
+    kinds = {(scheme.abits, scheme.act_symmetric) for scheme in quant.schemes if scheme.abits < 16}
+    quantizers = {kind: ActivationQuantizer(*kind) for kind in kinds}
     state = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and quant.has(f"{name}.codes"):
-            model.set_submodule(name, FakeQuantLinear(quant.linear(name), quantizer, dtype))
+            linear = quant.linear(name)
+            quantizer = quantizers.get((linear.scheme.abits, linear.scheme.act_symmetric))
+            model.set_submodule(name, FakeQuantLinear(linear, quantizer, dtype))
     for name in model.state_dict():
         if quant.has(name):
             state[name] = torch.from_numpy(quant.tensor(name).astype(np.float32))

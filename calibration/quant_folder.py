@@ -21,7 +21,7 @@ __all__ = ["FORMAT", "QUANT_JSON", "QuantModel", "fuse", "read_quant"]
 
 FORMAT = 1
 QUANT_JSON = "quant.json"
-_KEYS = {"family": str, "source": dict, "config": dict, "scheme": dict, "files": dict, "sizes": dict}
+_KEYS = {"family": str, "source": dict, "config": dict, "scheme": dict, "layers": dict, "files": dict, "sizes": dict}
 _AGAIN = "The folder is damaged: quantise the model again"
 
 
@@ -31,7 +31,8 @@ class QuantModel:
     Attributes:
         path: the folder.
         config: sizes and token ids (see calibration/quantize.py), "hf" holds the whole Hugging Face config.
-        scheme: how it is quantised.
+        scheme: how it is quantised, but for the nodes in `exceptions`.
+        exceptions: {GEMM node: its scheme} of a model in mixed precision.
         source: {"name", "kind", "fingerprint"} of the float model.
         files: {file name: SHA-256}.
         sizes: bytes and bits before and after.
@@ -45,13 +46,20 @@ class QuantModel:
         self.files: dict[str, str] = meta["files"]
         self.sizes: dict[str, Any] = meta["sizes"]
         self.family: ModelFamily = family(meta["family"])
-        try:
-            self.scheme = QuantScheme(**meta["scheme"])
-        except TypeError:
-            raise InputError(str(path / QUANT_JSON), "got a scheme with unknown or missing fields", _AGAIN) from None
+        self.scheme = _scheme(str(path / QUANT_JSON), meta["scheme"])
+        self.exceptions = {node: self._exception(node, fields) for node, fields in meta["layers"].items()}
         self._check_present()
         shards = [path / name for name in sorted(self.files) if name.endswith(".safetensors")]
         self._entries = {name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()}
+
+    def _exception(self, node: str, fields: Any) -> QuantScheme:
+        where, nodes = f"{self.path / QUANT_JSON}, layers", self.family.nodes(self.layers)
+        if node not in nodes:
+            raise InputError(where, f"got {node}, expected GEMM nodes such as {nodes[0]}", _AGAIN)
+        scheme = _scheme(f"{where}, {node}", fields)
+        if scheme.dtype != self.scheme.dtype:
+            raise InputError(f"{where}, {node}", f"got dtype {scheme.dtype}, expected the model's {self.scheme.dtype}", _AGAIN)
+        return scheme
 
     def _check_present(self) -> None:
         missing = [name for name in self.files if not (self.path / name).is_file()]
@@ -87,11 +95,32 @@ class QuantModel:
     def _optional(self, name: str) -> np.ndarray | None:
         return self.tensor(name) if self.has(name) else None
 
+    def scheme_of(self, name: str) -> QuantScheme:
+        """How a linear, or a GEMM node, is quantised; by its full name."""
+        return self.exceptions.get(self.family.node(name), self.scheme)
+
+    @property
+    def label(self) -> str:
+        """Of the scheme; w4a8-mixed where some nodes have another."""
+        return f"{self.scheme.label}-mixed" if self.exceptions else self.scheme.label
+
+    @property
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """Every scheme in use, by first use."""
+        return tuple(dict.fromkeys(map(self.scheme_of, self.family.nodes(self.layers))))
+
+    def weights(self) -> dict[QuantScheme, int]:
+        """{scheme: how many weights it has}, by first use."""
+        found = dict.fromkeys(self.schemes, 0)
+        for node in self.family.nodes(self.layers):
+            found[self.scheme_of(node)] += sum(self.tensor(f"{member}.codes").size for member in self.family.members(node))
+        return found
+
     def linear(self, name: str) -> QuantLinear:
         """One quantised linear by its Hugging Face name, such as model.layers.0.self_attn.q_proj."""
         arrays = QuantArrays(self.tensor(f"{name}.codes"), self.tensor(f"{name}.scale"), self._optional(f"{name}.zero"),
                              self._optional(f"{name}.scale_group"), self._optional(f"{name}.bias"))
-        return QuantLinear(name, self.scheme, arrays)
+        return QuantLinear(name, self.scheme_of(name), arrays)
 
     def fused(self, names: Sequence[str], name: str = "") -> QuantLinear:
         """Several linears that read the same tensor, stacked along the output in the order given."""
@@ -133,11 +162,19 @@ def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:
     return QuantLinear(name, linears[0].scheme, QuantArrays(codes, scale, stacked("zero"), stacked("scale_group"), bias))
 
 
+def _scheme(where: str, fields: Any) -> QuantScheme:
+    try:
+        return QuantScheme(**fields)
+    except TypeError:
+        raise InputError(where, "got a scheme with unknown or missing fields", _AGAIN) from None
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     meta = read_json(path)
     if meta.get("format") != FORMAT:
         raise InputError(str(path), f"got format {json.dumps(meta.get('format'))}, expected {FORMAT}",
                          "Quantise the model again with this version")
+    meta = {"layers": {}, **meta}  # absent where all nodes have one scheme
     wrong = [key for key, kind in _KEYS.items() if not isinstance(meta.get(key), kind)]
     if wrong:
         raise InputError(str(path), f"got no valid {wrong[0]}, expected a whole {QUANT_JSON}", _AGAIN)

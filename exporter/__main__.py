@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibration.cli import add_quant_arguments, default_out, scheme_from_args, stand_in_notice
+from calibration.cli import add_quant_arguments, default_out, schemes_from_args, stand_in_notice
 from exporter.pipeline import STAGES, ExportRequest, run_pipeline
 from plugins.core.cli import run_cli, whole_number
 
@@ -54,12 +54,12 @@ def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
     from calibration.progress import make_progress
 
-    scheme = scheme_from_args(args)
-    out = default_out(args, scheme)
+    schemes = schemes_from_args(args)
+    out = default_out(args, schemes.base)
     progress = make_progress(args.progress)
-    if notice := stand_in_notice(args, scheme):
+    if notice := stand_in_notice(args, schemes.base):
         progress.message(notice)
-    request = ExportRequest(args.model, scheme, out, args.calib, args.nsamples, args.seqlen, args.engine, args.max_batch, args.max_seq,
+    request = ExportRequest(args.model, schemes, out, args.calib, args.nsamples, args.seqlen, args.engine, args.max_batch, args.max_seq,
                             args.until, args.resume, args.offline, args.eval, args.eval_windows,
                             ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)))
     manifest = run_pipeline(request, progress)

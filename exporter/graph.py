@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,9 +224,10 @@ def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = Non
         graph = helper.make_graph(writer.nodes, "anybit_decoder", inputs, outputs, weights.initializers, value_info=writer.infos)
         model = helper.make_model(graph, producer_name="anybit-trt", ir_version=IR_VERSION, functions=writer.factory.functions(),
                                   opset_imports=writer.factory.opset_imports(OPSET))
-        helper.set_model_props(model, {"anybit.scheme": quant.scheme.label, "anybit.method": quant.scheme.method})
+        helper.set_model_props(model, {"anybit.scheme": quant.label, "anybit.method": quant.scheme.method})
     (folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
     progress.advance(note="written")
     progress.finish()
-    custom = sum(is_custom(node.domain) for node in writer.nodes)
-    return {"summary": f"{custom} {quant.scheme.op} nodes, opset {OPSET}", "custom_nodes": custom}
+    custom = Counter(node.op_type for node in writer.nodes if is_custom(node.domain))
+    ops = " and ".join(f"{count} {op}" for op, count in custom.items())
+    return {"summary": f"{ops} nodes, opset {OPSET}", "custom_nodes": custom.total()}

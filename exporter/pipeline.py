@@ -16,7 +16,7 @@ from exporter.manifest import MANIFEST, STAGES, installed_versions, open_manifes
 from plugins.core.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from calibration.scheme import QuantScheme
+    from calibration.bits import SchemeMap
     from exporter.edition import Edition
     from exporter.perplexity import EvalRequest
     from exporter.validate import ValidationResult
@@ -32,7 +32,7 @@ class ExportRequest:
 
     Attributes:
         model: alias, hub id, Hugging Face folder or .gguf file.
-        scheme: the quantisation settings.
+        schemes: the quantisation settings of every node.
         out: the artefact folder.
         calib: text file or dataset for calibration and validation; None is the text shipped with the project.
         nsamples, seqlen: calibration windows and their length in tokens.
@@ -47,7 +47,7 @@ class ExportRequest:
     """
 
     model: str
-    scheme: QuantScheme
+    schemes: SchemeMap
     out: Path
     calib: str | None = None
     nsamples: int = 128
@@ -64,7 +64,7 @@ class ExportRequest:
 
     def identity(self) -> dict[str, Any]:
         """What makes an OUT folder belong to this request: another model or setting needs another folder."""
-        return {"model": self.model, "scheme": self.scheme.as_dict(), "calib": self.calib or "default",
+        return {"model": self.model, "scheme": self.schemes.as_dict(), "calib": self.calib or "default",
                 "nsamples": self.nsamples, "seqlen": self.seqlen}
 
 
@@ -93,9 +93,9 @@ class Pipeline:
             raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
-        check_scheme(self.checkpoint, request.scheme)
+        check_scheme(self.checkpoint, request.schemes)
         if request.until == "report":
-            check_memory(self.checkpoint.parameter_count, request.scheme)
+            check_memory(self.checkpoint.parameter_count, request.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
 
     def _edition(self) -> Edition | None:
         if "engine" not in self.wanted or self.request.engine == "none":
@@ -175,8 +175,8 @@ class Pipeline:
         options = QuantizeOptions(request.offline, request.calib, request.nsamples, request.seqlen)
         inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), text_digest(request.calib),
                   code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
-        self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.scheme, options, writer.path, self.progress),
-                   needed_bytes=quant_bytes(checkpoint, request.scheme))
+        self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.schemes, options, writer.path, self.progress),
+                   needed_bytes=quant_bytes(checkpoint, request.schemes))
         if request.eval_text is not None and "report" in self.wanted:
             self.eval = self._eval_request(request.eval_text)
 

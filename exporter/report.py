@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from exporter.edition import ENGINE_RECORD, gpu_capabilities
 from exporter.report_html import page
 
 if TYPE_CHECKING:
+    from calibration.quant_folder import QuantModel
     from exporter.validate import ValidationResult
 
 __all__ = ["HTML_FILE", "JSON_FILE", "report_data", "write_report"]
@@ -39,12 +41,24 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
               if name != "report"]  # an older report's record says nothing about this one
     validation = result.as_dict()
     return {
-        "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.scheme.label, "scheme": quant.scheme.as_dict(),
-        "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
+        "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.label, "scheme": quant.scheme.as_dict(),
+        "mixed": _mixed(quant), "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
         "request": dict(manifest.get("request", {})), "command": shlex.join(manifest.get("command", [])), "stages": stages,
         "engine": engine, "validation": validation,
         "perplexity": manifest.get("perplexity"), "environment": environment(manifest.get("versions", {})),
     }
+
+
+def _mixed(quant: QuantModel) -> dict[str, Any] | None:
+    """Which node has which bits, and each scheme's share; None where all have one scheme."""
+    if not quant.exceptions:
+        return None
+    family, weights = quant.family, quant.weights()
+    nodes = Counter(quant.scheme_of(node) for node in family.nodes(quant.layers))
+    layers = [{group.node: quant.scheme_of(f"{family.layer(index)}.{group.node}").label for group in family.groups}
+              for index in range(quant.layers)]
+    schemes = [{**scheme.as_dict(), "label": scheme.label, "nodes": nodes[scheme], "weights": weights[scheme]} for scheme in nodes]
+    return {"exceptions": len(quant.exceptions), "nodes": nodes.total(), "schemes": schemes, "layers": layers}
 
 
 def environment(versions: Mapping[str, str]) -> dict[str, Any]:

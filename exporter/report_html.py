@@ -23,8 +23,8 @@ _STYLES = {("export", "prefill"): "a", ("export", "decode"): "b", ("quantisation
 def page(data: Data) -> str:
     """The whole document."""
     title = f"{data['model']} {data['label']}"
-    body = "\n".join(part for part in (_header(data), _tiles(data), _operators(data), _accumulated(data), _costs(data), _made(data),
-                                       _tables(data), _environment(data)) if part)
+    body = "\n".join(part for part in (_header(data), _tiles(data), _operators(data), _accumulated(data), _costs(data), _bits(data),
+                                       _made(data), _tables(data), _environment(data)) if part)
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{escape(title)}: export report</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
@@ -37,11 +37,14 @@ def _header(data: Data) -> str:
     validation, scheme = data["validation"], data["scheme"]
     style, verdict = ("", "every layer within tolerance") if validation["ok"] else (" bad", "out of tolerance")
     alert = "" if validation["ok"] else f'<p class="alert"><b>First failure:</b> {escape(validation["first_failure"])}.</p>'
+    mixed = data["mixed"]
+    differ = (f"Mixed, {data['sizes']['bits_per_weight']:.1f} bits per weight on average, scales included: {mixed['exceptions']} of "
+              f"{mixed['nodes']} GEMM nodes differ from " if mixed else "")
     weights = f"{scheme['wbits']}-bit{' balanced' if scheme['balanced'] else ''} weights"
     acts = f"{scheme['dtype']} activations" if scheme["abits"] == 16 else f"{scheme['abits']}-bit activations"
     groups = f"groups of {scheme['group_size']}" if scheme["group_size"] else "one scale per output channel"
     return (f'<header><h1>{escape(data["model"])}</h1><span class="pill{style}">{verdict}</span></header>'
-            f'<p class="soft">{weights}, {acts}, {groups}; {escape(scheme["op"])}, method {escape(scheme["method"])}.</p>{alert}')
+            f'<p class="soft">{differ}{weights}, {acts}, {groups}; {escape(scheme["op"])}, method {escape(scheme["method"])}.</p>{alert}')
 
 
 def _tiles(data: Data) -> str:
@@ -154,12 +157,33 @@ def _costs(data: Data) -> str:
             "</section></div>")
 
 
+def _activations(scheme: Data) -> str:
+    if scheme["abits"] == 16:
+        return str(scheme["dtype"])
+    return f"{scheme['abits']} bits, {'symmetric' if scheme['act_symmetric'] else 'asymmetric'} per token"
+
+
+def _bits(data: Data) -> str:
+    """Mixed precision: what each scheme holds, and the bits of every node."""
+    mixed = data["mixed"]
+    if mixed is None:
+        return ""
+    total = sum(scheme["weights"] for scheme in mixed["schemes"])
+    rows = [("", [escape(scheme["label"]), escape(scheme["op"]), escape(_activations(scheme)), str(scheme["nodes"]),
+                  f"{scheme['weights'] / 1e6:.2f}", bar(share := scheme["weights"] / total, f"{share:.0%} of the weights")])
+            for scheme in mixed["schemes"]]
+    shares = _table(["bits", "operator", "activations", "nodes", "weights, M", "share"], rows, "bits")
+    grid = _table(["layer", *map(escape, mixed["layers"][0])], [("", [str(index), *map(escape, labels.values())])
+                                                                for index, labels in enumerate(mixed["layers"])], "bits by layer")
+    return f"<section><h2>Bits</h2>{shares}<details><summary>Layer by layer</summary>{grid}</details></section>"
+
+
 def _made(data: Data) -> str:
     scheme, request, shape, engine = data["scheme"], data["request"], data["shape"], data["engine"]
-    settings = [("model", request.get("model", data["model"])), ("fingerprint", data["source"]["fingerprint"][:16]),
+    others = [("mixed precision", f"{data['mixed']['exceptions']} nodes differ from the following, see Bits")] if data["mixed"] else []
+    settings = [("model", request.get("model", data["model"])), ("fingerprint", data["source"]["fingerprint"][:16]), *others,
                 ("method", scheme["method"]), ("operator", scheme["op"]), ("weights", f"{scheme['wbits']} bits"
-                + (" balanced" if scheme["balanced"] else "")), ("activations", f"{scheme['abits']} bits, "
-                + ("symmetric" if scheme["act_symmetric"] else "asymmetric") + " per token" if scheme["abits"] < 16 else scheme["dtype"]),
+                + (" balanced" if scheme["balanced"] else "")), ("activations", _activations(scheme)),
                 ("group size", scheme["group_size"] or "one group per output channel"), ("type of the rest", scheme["dtype"]),
                 ("decoder", f"{shape['num_hidden_layers']} layers, width {shape['hidden_size']}, {shape['num_attention_heads']} heads "
                 f"({shape['num_key_value_heads']} key-value), vocabulary {shape['vocab_size']}"),

@@ -249,7 +249,7 @@ class _Validator:
     def run(self) -> ValidationResult:
         began = time.monotonic()
         sizes = self.quant.sizes
-        check_memory(int(sizes["linear_weights"]), self.quant.scheme)
+        check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()
         calls = self.options.steps + 3
         weights = compared_tensors(checkpoint) if checkpoint else 0
@@ -260,7 +260,7 @@ class _Validator:
             if checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
-        stack = Stack(self.quant.layers, self.nodes, self.quant.scheme)
+        stack = Stack(self.quant.layers, self.nodes, self.quant.scheme, self.quant.exceptions)
         rows += judge(self.errors, stack)
         facts = {"tokens": self.tokens, "steps": self.options.steps, "text": self.options.calib or "the project's default text",
                  "seconds": round(time.monotonic() - began, 2)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exporter.graph import layer_output
-from exporter.validate_limits import Limits
+from exporter.validate_limits import Limits, coarsest
 from exporter.validate_metrics import TensorError, total_error
 
 if TYPE_CHECKING:
@@ -78,11 +78,12 @@ class Operator:
 
 @dataclass(frozen=True)
 class Stack:
-    """The decoder's shape, for judging it."""
+    """The decoder's shape, for judging it; `exceptions` are the nodes that `scheme` does not hold for."""
 
     layers: int
     nodes: list[GemmNode]
     scheme: QuantScheme
+    exceptions: Mapping[str, QuantScheme] = field(default_factory=dict)
 
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
@@ -99,8 +100,10 @@ class Stack:
 
     def limit(self, level: str, tensor: str) -> float | None:
         """Of the accumulated error of a layer's output, a cache tensor or the logits."""
-        limits, parts = Limits(self.scheme), tensor.split(".")
-        depth = next((int(part) + 1 for part in parts if part.isdigit()), self.layers + 1)
+        depth = next((int(part) + 1 for part in tensor.split(".") if part.isdigit()), self.layers + 1)
+        # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's limit.
+        so_far = self.nodes[: depth * len(self.nodes) // self.layers]
+        limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
         return limits.quantisation(depth) if level == "quantisation" else limits.accumulated(depth)
 
 

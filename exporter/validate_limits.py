@@ -29,13 +29,14 @@ judged one linear at a time, see validate_weights.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "coarsest"]
 
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 _FP32_SUMS = 2.0**-16  # sums of some thousand fp32 terms in different orders, with cancellation
@@ -44,6 +45,12 @@ _LINEARS = 4  # GEMM nodes per decoder layer
 _MARGIN, _QUANTISATION_MARGIN = 8.0, 4.0
 _DAMPED = 0.2  # quantisation noise per linear up to which differences do not grow by themselves
 _WEIGHT_RANGE, _ACTIVATION_RANGE = 8.0, 20.0  # in sigma
+
+
+def coarsest(schemes: Iterable[QuantScheme]) -> QuantScheme:
+    """The fewest weight codes and the fewest activation bits of several: no linear of a model that mixes them is noisier."""
+    found = tuple(schemes)
+    return replace(min(found, key=lambda scheme: scheme.levels), abits=min(scheme.abits for scheme in found))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,12 @@ _UNPACKED_PLANE, _UNPACKED, _UNPACKED_FLOAT = 6, 7, 15
 _NIBBLES, _GROUPED_NIBBLES = 18, 47
 
 
-def check_memory(weights: int, scheme: QuantScheme) -> None:
+def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
     """Compare what validation needs at its peak with the free memory, where the system tells it (Linux).
 
     Args:
         weights: of the whole model, such as Checkpoint.parameter_count.
-        scheme: how they are (to be) quantised.
+        schemes: how many of them are (to be) quantised how; the others are counted like their average.
 
     Raises:
         InputError: it does not fit.
@@ -33,7 +34,8 @@ def check_memory(weights: int, scheme: QuantScheme) -> None:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _meminfo(), re.MULTILINE)
     if found is None:
         return
-    free, needed = int(found.group(1)) * 1024, _bytes_per_weight(scheme) * weights
+    unpacked = sum(_bytes_per_weight(scheme) * count for scheme, count in schemes.items())
+    free, needed = int(found.group(1)) * 1024, unpacked * weights // sum(schemes.values())
     if needed > free:
         raise InputError("validation", f"got {free / 1e9:.2f} GB of free memory, expected {needed / 1e9:.2f} GB to unpack "
                          f"{weights / 1e6:.0f} M weights", "Use --until engine here, and validate on a machine with more memory")

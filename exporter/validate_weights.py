@@ -155,7 +155,9 @@ def compare_weights(checkpoint: Checkpoint, quant: QuantModel, progress: Progres
 
     Memory: one tensor of the float model and a few million weights in fp32.
     """
-    plain, progress, reports = quant.scheme.method == PLAIN_METHOD, progress or NullProgress(), []
+    progress, reports = progress or NullProgress(), []
+    # A method that transforms some weights may do so by changing the norms before them.
+    plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
     linears = {f"{quant.family.layer(index)}.{linear.name}" for index in range(quant.layers) for linear in quant.family.linears()}
     for name, shape in checkpoint.family.tensor_shapes(checkpoint.dims):
         base = name.removesuffix(".weight")

@@ -88,24 +88,39 @@ def tiny_model_dir(tiny_llama: Callable[..., Path]) -> Path:
     return tiny_llama()
 
 
+# Four schemes in one tiny model, over a base of QQQGemm W4A8, which layer 0's attention and layer 1's gate and up keep.
+MIXED_RULES = ("down_proj w8a8", "layers.0.mlp.gate_up_proj w2ba8-g16", "layers.1.self_attn.* w4a16")
+
+
+@pytest.fixture(scope="session")
+def mixed() -> dict[str, Any]:
+    """What to give tiny_quant and tiny_export for a model of four schemes."""
+    return {"op": "QQQGemm", "rules": MIXED_RULES}
+
+
 @pytest.fixture(scope="session")
 def tiny_quant(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make(wbits=4, abits=8, **scheme fields) -> OUT with a quant folder of the tiny model. Do not change it."""
+    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), **scheme fields) -> OUT with a quant folder of the tiny model.
+
+    Do not change it.
+    """
     from calibration.artifact import StageWriter
+    from calibration.bits import Rule, SchemeMap
     from calibration.checkpoint import open_checkpoint
     from calibration.quantize import STAGE, QuantizeOptions, quantize_model
     from calibration.scheme import QuantScheme
 
-    cache: dict[QuantScheme, Path] = {}
+    cache: dict[SchemeMap, Path] = {}
 
-    def make(wbits: int = 4, abits: int = 8, op: str = "ABQGemm", **fields: Any) -> Path:
-        scheme = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
-        if scheme not in cache:
+    def make(wbits: int = 4, abits: int = 8, op: str = "ABQGemm", rules: tuple[str, ...] = (), **fields: Any) -> Path:
+        base = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
+        schemes = SchemeMap(base, tuple(Rule(*rule.split()) for rule in rules))
+        if schemes not in cache:
             out = tmp_path_factory.mktemp("out")
             with StageWriter(out, STAGE) as writer:
-                quantize_model(open_checkpoint(str(tiny_model_dir), offline=True), scheme, QuantizeOptions(), writer.path)
-            cache[scheme] = out
-        return cache[scheme]
+                quantize_model(open_checkpoint(str(tiny_model_dir), offline=True), schemes, QuantizeOptions(), writer.path)
+            cache[schemes] = out
+        return cache[schemes]
 
     return make
 

@@ -15,13 +15,14 @@ from calibration.artifact import file_records, write_json
 @pytest.fixture(scope="session")
 def artifact(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT of a tiny W8A8 model, up to the ONNX file. Do not change it."""
+    from calibration.bits import SchemeMap
     from calibration.progress import NullProgress
     from calibration.scheme import QuantScheme
     from exporter.pipeline import ExportRequest, run_pipeline
 
     out = tmp_path_factory.mktemp("deploy") / "out"
     scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
-    run_pipeline(ExportRequest(str(tiny_model_dir), scheme, out, until="onnx", offline=True), NullProgress())
+    run_pipeline(ExportRequest(str(tiny_model_dir), SchemeMap(scheme), out, until="onnx", offline=True), NullProgress())
     return out
 
 

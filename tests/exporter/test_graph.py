@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from calibration.artifact import StageWriter
+from calibration.bits import Rule, SchemeMap
 from calibration.checkpoint import open_checkpoint
 from calibration.quant_folder import read_quant
 from calibration.quantize import QuantizeOptions, quantize_model
@@ -24,10 +25,12 @@ SCHEMES = {
     "w8a8": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32"),
     "w2ba8-g32": QuantScheme("ABQGemm", "rtn", 2, 8, balanced=True, group_size=32, dtype="float32"),
     "w3a16": QuantScheme("ABQGemm", "rtn", 3, 16, dtype="float32"),
+    "mixed": SchemeMap(QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
+                       (Rule("down_proj", "w8a8"), Rule("layers.0.mlp.gate_up_proj", "w2ba8-g16"), Rule("layers.1.self_attn.*", "w4a16"))),
 }
 
 
-def export(model: Path, scheme: QuantScheme, out: Path) -> Path:
+def export(model: Path, scheme: QuantScheme | SchemeMap, out: Path) -> Path:
     """Quantise and export; returns the onnx folder."""
     with StageWriter(out, "quant") as writer:
         quantize_model(open_checkpoint(str(model), offline=True), scheme, QuantizeOptions(), writer.path)

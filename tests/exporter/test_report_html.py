@@ -27,7 +27,7 @@ DATA: dict[str, Any] = {
     "scheme": {"op": "QQQGemm", "method": "rtn", "wbits": 4, "abits": 8, "balanced": False, "group_size": 64, "act_symmetric": True,
                "dtype": "float16"},
     "shape": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
-    "sizes": {"bits_per_weight": 4.25, "model_float_bytes": 2e6, "model_quant_bytes": 1e6, "linear_float_bytes": 1.5e6,
+    "mixed": None, "sizes": {"bits_per_weight": 4.25, "model_float_bytes": 2e6, "model_quant_bytes": 1e6, "linear_float_bytes": 1.5e6,
               "linear_quant_bits": 4e6, "rest_bytes": 5e5},
     "request": {"model": "<tiny>", "calib": "default"}, "stages": [{"name": "quant", "seconds": 1.5, "peak_rss": 3e8, "bytes": 1e6}],
     "engine": {"edition": "tensorrt-rtx", "version": "1.7.1.116", "bytes": 2e6, "parse_seconds": 0.5, "build_seconds": 2.5,

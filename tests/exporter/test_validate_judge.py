@@ -15,6 +15,20 @@ NODES = [GemmNode(f"model.layers.{i}.{name}", f"model.layers.{i}.{name}.in", f"m
 STACK = Stack(2, NODES, QuantScheme("ABQGemm", "rtn", 8, 8))
 
 
+def test_a_limit_follows_from_the_coarsest_bits_so_far() -> None:
+    def limit(abits: int, level: str, tensor: str) -> float | None:
+        late = Stack(2, NODES, STACK.scheme, {"model.layers.1.mlp.down_proj": QuantScheme("ABQGemm", "rtn", 8, abits)})
+        return late.limit(level, tensor)
+
+    for level in ("export", "quantisation"):
+        for tensor in ("model.layers.0.output", "present.0.key"):
+            assert limit(4, level, tensor) == STACK.limit(level, tensor) is not None
+        for tensor in ("model.layers.1.output", "present.1.value", "logits"):
+            coarse, fine = limit(7, level, tensor), STACK.limit(level, tensor)
+            assert coarse is not None and fine is not None and coarse > fine
+        assert limit(16, level, "logits") == STACK.limit(level, "logits")  # one node of eight without noise changes nothing
+
+
 def error(size: float) -> list[TensorError]:
     reference = np.random.default_rng(0).standard_normal((1, 4, 16))
     return [tensor_error(reference, reference * (1 + size), np.ones((1, 4), bool))]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from calibration.scheme import QuantScheme
-from exporter.validate_limits import Limits
+from exporter.validate_limits import Limits, coarsest
 
 
 def limits(wbits: int = 4, abits: int = 8, dtype: str = "float16") -> Limits:
@@ -53,3 +54,12 @@ def test_quantisation_limit_follows_both_widths() -> None:
     six, weight_only = limits(6, 8).quantisation(1), limits(8, 16).quantisation(1)
     assert six is not None and weight_only is not None and weight_only < eight < six
     assert limits(2, 8).quantisation(30) is None
+
+
+def test_the_coarsest_of_several_schemes_bounds_their_noise() -> None:
+    schemes = [QuantScheme("ABQGemm", "rtn", *bits) for bits in ((8, 4), (2, 16), (4, 8))] + [QuantScheme("ABQGemm", "rtn", 2, 8, True)]
+    found = coarsest(schemes)
+    assert (found.levels, found.abits) == (4, 4)
+    assert all(Limits(found).noise() >= Limits(scheme).noise() for scheme in schemes)
+    assert coarsest(schemes[:1]) == schemes[0]
+    assert coarsest([schemes[1], replace(schemes[1], wbits=4)]).abits == 16
