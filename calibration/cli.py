@@ -14,8 +14,7 @@ from calibration.sources import ALIASES, model_slug
 from plugins.core.cli import whole_number
 from plugins.core.errors import InputError
 
-__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args",
-           "stand_in_notice"]
+__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args", "settings_from_args"]
 
 _LAYOUTS = {"qqq": "QQQGemm", "abq": "ABQGemm"}
 _METHODS = {op: method for method, op in _LAYOUTS.items()}

@@ -123,7 +123,8 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         dtype: the scheme's, to which the output is rounded; "float32" rounds nothing.
     """
 
-    weight: Tensor
+    weight: Tensor  # int8 around `offset`, or fp32 for A16 and for ranges beyond int8
+    offset: Tensor | None  # [N, G] int32, of asymmetric weights that do not fit int8 as they are
     scale: Tensor
     bias: Tensor | None
 
@@ -131,9 +132,11 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         bias = linear.arrays.bias
         integers, scale = linear.integers()
-        weight = torch.from_numpy(linear.dequantize() if quantizer is None else integers)
-        fits = quantizer is not None and bool(weight.min() >= -128 and weight.max() <= 127)
-        self.register_buffer("weight", weight.to(torch.int8) if fits else weight)
+        weight, offset = torch.from_numpy(linear.dequantize() if quantizer is None else integers), None
+        if quantizer is not None:
+            weight, offset = _int8_and_offset(weight, scale.shape[1])
+        self.register_buffer("weight", weight)
+        self.register_buffer("offset", offset)
         self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
         self.out_features, self.in_features = self.weight.shape
@@ -152,13 +155,31 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         groups = self.scale.shape[1]
         parts = zip(x.codes.chunk(groups, -1), self.weight.chunk(groups, 1), self.scale.T, strict=True)
         y = torch.zeros((), dtype=torch.float32)
-        for codes, weight, weight_scale in parts:
-            y = y + self._integers(codes, weight, x.zero) * weight_scale
+        for group, (codes, weight, weight_scale) in enumerate(parts):
+            y = y + self._integers(codes, weight, x.zero, group) * weight_scale
         return y
 
-    def _integers(self, codes: Tensor, weight: Tensor, zero: Tensor | None) -> Tensor:
-        if weight.dtype == torch.int8:
-            product = integer_product(codes, weight)
-            return (product if zero is None else product - zero.to(torch.int32) * weight.sum(-1, dtype=torch.int32)).float()
-        wide = codes.float() if zero is None else codes - zero
-        return wide @ weight.T
+    def _integers(self, codes: Tensor, weight: Tensor, zero: Tensor | None, group: int) -> Tensor:
+        if weight.dtype != torch.int8:
+            return (codes.float() if zero is None else codes - zero) @ weight.T
+        product = integer_product(codes, weight)
+        zeros = None if zero is None else zero.to(torch.int32)
+        if zeros is not None:
+            product -= zeros * weight.sum(-1, dtype=torch.int32)
+        if self.offset is not None:
+            total = codes.sum(-1, keepdim=True, dtype=torch.int32) - (0 if zeros is None else zeros * codes.shape[-1])
+            product += total * self.offset[:, group]
+        return product.float()
+
+
+def _int8_and_offset(integers: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+    """Whole numbers [N, K] as int8 plus an offset per row and group, if they have one; else as they are."""
+    if integers.min() >= -128 and integers.max() <= 127:
+        return integers.to(torch.int8), None
+    parts = integers.unflatten(1, (groups, -1))
+    offset = torch.floor((parts.amin(-1) + parts.amax(-1) + 1) / 2)
+    around = parts - offset[..., None]
+    int32 = (1 << 22) // parts.shape[-1]  # offset * sum of codes stays below 2^30
+    if around.min() < -128 or around.max() > 127 or offset.abs().max() >= int32:
+        return integers, None
+    return around.flatten(1).to(torch.int8), offset.to(torch.int32)

@@ -64,13 +64,12 @@ class CalibrationSettings:
     seqlen: int = 1024
     seed: int = 0
     max_memory: int | None = None
-    method: NoSettings | QqqSettings | AbqSettings = NoSettings()  # noqa: RUF009  (frozen)
+    method: NoSettings | QqqSettings | AbqSettings = NoSettings()
 
     def as_dict(self) -> dict[str, Any]:
-        """What the result depends on, as plain JSON."""
-        values = dataclasses.asdict(self)
-        del values["max_memory"]  # where activations are kept changes nothing
-        return values
+        """What the result depends on, as plain JSON: where activations are kept changes nothing."""
+        return {"effort": self.effort, "calib": self.calib or "default", "nsamples": self.nsamples, "seqlen": self.seqlen,
+                "seed": self.seed, "switches": dataclasses.asdict(self.method)}
 
 
 METHOD_SETTINGS: Mapping[str, type[NoSettings | QqqSettings | AbqSettings]] = {"qqq": QqqSettings, "abq": AbqSettings}

@@ -107,7 +107,8 @@ class BlockStore:
 
         from safetensors import safe_open
 
-        gains, sites = {}, {}
+        gains: dict[str, np.ndarray] = {}
+        sites: dict[str, dict[str, np.ndarray]] = {}
         with safe_open(str(self._path(index)), "np") as file:
             report = json.loads((file.metadata() or {})["report"])
             for key in file.keys():  # noqa: SIM118  (not a dict)

@@ -124,7 +124,9 @@ class _Walk:
     def linear(self, site: str, arrays: QuantArrays) -> FakeQuantLinear:
         scheme = self.block.schemes[site]
         quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
-        return FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer).to(self.block.rope.cos.device)
+        linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer)
+        linear.to(self.block.rope.cos.device)
+        return linear
 
     def product(self, site: str, linear: FakeQuantLinear) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor] | None]:
         """The site's output in both streams, by window; the inputs kept now stay alive as long as these functions."""
@@ -148,7 +150,7 @@ class _Walk:
                 self.streams.real[index] = self.streams.real[index] + real(index)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(block: WalkBlock, streams: Streams, solve: Solve, measure: bool = True) -> dict[str, QuantArrays]:
     """Quantise the sites in execution order and move both streams past the block, in place.
 

@@ -86,7 +86,7 @@ def site_outputs(site: str, outputs: Tensor, task: BlockTask) -> Tensor:
     return mlp_product(outputs) if site == GATE_UP else outputs
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def adaptive_scales(task: BlockTask, sites: tuple[str, ...]) -> dict[str, Tensor]:
     """Scales of some sites, each by a search over clip thresholds that sees the sites before it smoothed and quantised.
 
