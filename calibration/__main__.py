@@ -31,10 +31,10 @@ def _quantise(args: argparse.Namespace, progress: Progress) -> None:
     from calibration.quantize import STAGE, QuantizeOptions, check_scheme, quant_bytes, quantize_model
 
     checkpoint = open_checkpoint(args.model, args.offline)
-    check_scheme(checkpoint, scheme)
+    check_scheme(checkpoint, scheme, args.format)
     _refuse_other(out / STAGE, checkpoint, scheme)
-    options = QuantizeOptions(args.offline, args.calib, args.nsamples, args.seqlen)
-    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, scheme))
+    options = QuantizeOptions(args.offline, args.calib, args.nsamples, args.seqlen, format=args.format)
+    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, scheme, args.format))
     with locked(out):
         _refuse_exporters(out)  # and again, now that nobody else writes
         _refuse_other(out / STAGE, checkpoint, scheme)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from calibration import formats
 from calibration.methods import method_names
 from calibration.scheme import QuantScheme, parse_wbits
 from calibration.sources import ALIASES, model_slug
@@ -29,6 +30,8 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add("--act-quant", choices=("sym", "asym"), help="activation codes; default: sym for qqq, asym for abq")
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"),
         help="of all that is not integer (default float16)")
+    add("--format", default=formats.OURS, choices=formats.format_names(),
+        help="also write quant/<format>, a folder for other tools (default anybit: ours alone)")
     add("--calib", metavar="FILE|DATASET",
         help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library")
     add("--nsamples", type=whole_number(1), default=128, metavar="N", help="calibration windows (default 128)")
@@ -43,7 +46,7 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
     """The scheme that the arguments ask for.
 
     Raises:
-        InputError: bits out of range, or a combination that does not exist.
+        InputError: bits out of range, a combination that does not exist, or one that --format cannot say.
     """
     wbits, balanced = parse_wbits(args.wbits)
     if args.abits not in (2, 3, 4, 5, 6, 7, 8, 16):
@@ -61,7 +64,9 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
         raise InputError("--group-size", f"got {args.group_size}, expected 0, 64 or 128 for --method qqq",
                          "Use one of these, or --method abq")
     method = args.method if args.method in method_names() else _PLAIN
-    return QuantScheme(op, method, wbits, args.abits, balanced, args.group_size, symmetric and args.abits < 16, args.dtype)
+    scheme = QuantScheme(op, method, wbits, args.abits, balanced, args.group_size, symmetric and args.abits < 16, args.dtype)
+    formats.check(args.format, scheme)
+    return scheme
 
 
 def _auto_layout(args: argparse.Namespace, wbits: int, balanced: bool) -> str:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration import formats
 from calibration.artifact import sha256_file, write_json
 from calibration.data import load_text, tokens_from_text
 from calibration.methods import Method, method
 from calibration.progress import NullProgress
-from calibration.quant_folder import FORMAT, QUANT_JSON
+from calibration.quant_folder import FORMAT, QUANT_JSON, read_quant
 from calibration.safetensors_io import SafetensorsWriter, TensorSpec, numpy_dtype
 from plugins import op_spec
 from plugins.core.errors import InputError
@@ -45,6 +46,7 @@ class QuantizeOptions:
         calib: text file or dataset; checked when given, even if the method does not read it.
         nsamples, seqlen: calibration windows and their tokens.
         shard_bytes: largest weight file.
+        format: one of calibration.formats, written into the quant folder too.
     """
 
     offline: bool = False
@@ -52,6 +54,7 @@ class QuantizeOptions:
     nsamples: int = 128
     seqlen: int = 2048
     shard_bytes: int = SHARD_BYTES
+    format: str = formats.OURS
 
 
 def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: QuantizeOptions, folder: Path,
@@ -62,10 +65,10 @@ def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: Quantiz
         Facts for the manifest: "summary" and the sizes.
 
     Raises:
-        InputError: settings that do not fit this model, NaN in its weights, calibration text that is too short.
+        InputError: settings that do not fit this model or the format, NaN in its weights, calibration text that is too short.
     """
     progress = progress or NullProgress()
-    check_scheme(checkpoint, scheme)
+    check_scheme(checkpoint, scheme, options.format)
     tokenizer = checkpoint.tokenizer()
     if options.calib is not None:
         tokens_from_text(tokenizer, load_text(options.calib, options.offline), options.nsamples, options.seqlen)
@@ -84,6 +87,7 @@ def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: Quantiz
     files |= _save_tokenizer(tokenizer, folder)
     meta = _meta(checkpoint, scheme, items, files)
     write_json(folder / QUANT_JSON, meta)
+    formats.write(options.format, read_quant(folder, verify=False))
     progress.finish()
     sizes = meta["sizes"]
     summary = (f"{sizes['bits_per_weight']:.2f} bits per weight, "
@@ -91,21 +95,23 @@ def quantize_model(checkpoint: Checkpoint, scheme: QuantScheme, options: Quantiz
     return {"summary": summary, **sizes}
 
 
-def quant_bytes(checkpoint: Checkpoint, scheme: QuantScheme) -> int:
+def quant_bytes(checkpoint: Checkpoint, scheme: QuantScheme, format: str = formats.OURS) -> int:
     """Upper estimate of what quantize_model writes, to check the free space first."""
     total = sum(spec.nbytes for item in _plan(checkpoint, scheme) for spec in item.specs)
-    return total + total // 50 + (1 << 24)  # headers and tokenizer
+    total += total // 50 + (1 << 24)  # headers and tokenizer
+    return total if format == formats.OURS else 2 * total  # no format needs more than a byte per code
 
 
 # ---------------------------------------------------------------- settings
 
 
-def check_scheme(checkpoint: Checkpoint, scheme: QuantScheme) -> None:
+def check_scheme(checkpoint: Checkpoint, scheme: QuantScheme, format: str = formats.OURS) -> None:
     """Settings against this model's layers, before any work.
 
     Raises:
-        InputError: bits, group size or op do not fit.
+        InputError: bits, group size, op or output format do not fit.
     """
+    formats.check(format, scheme, checkpoint)
     bits = f"W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}"
     if scheme.op == "QQQGemm" and ((scheme.wbits, scheme.abits, scheme.balanced) != (4, 8, False) or not scheme.act_symmetric):
         raise InputError("QQQGemm", f"got {bits}{'' if scheme.act_symmetric else ' with asymmetric activations'}, "
