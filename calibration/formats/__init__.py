@@ -57,9 +57,12 @@ def write(name: str, quant: QuantModel) -> None:
     """Write a finished quant folder in another format too, into its sub-folder of that name; "anybit" writes nothing.
 
     Raises:
-        InputError: a layer that the format cannot say, or there is no such format.
+        InputError: a layer that the format cannot say, the folder is there already, or there is no such format.
     """
     if name != OURS:
         writer, folder = _format(name), quant.path / name
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            raise InputError(str(folder), "got a folder that is there already, expected none", "Delete it to write it again") from None
         writer.write(quant, folder)

@@ -54,7 +54,7 @@ def _check_rope(config: dict[str, Any], frequencies: np.ndarray, where: str) -> 
     if rope["rope_type"] not in ("default", "linear"):
         return  # made from the config, by transformers
     exponents = -np.arange(len(frequencies)) / len(frequencies)
-    expected = rope["rope_theta"] ** exponents / rope.get("factor", 1.0)
+    expected = rope["rope_theta"] ** exponents / (rope["factor"] if rope["rope_type"] == "linear" else 1.0)
     if not np.allclose(frequencies, expected, rtol=_RTOL, atol=0):
         raise InputError(where, f"got rotary frequencies that do not follow from rope_type {rope['rope_type']}, expected those of "
                          f"config.json for --format {NAME}", f"Give the model as a Hugging Face folder, {_STAY}")

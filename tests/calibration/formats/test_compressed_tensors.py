@@ -243,6 +243,9 @@ def test_registry(tiny_quant: Callable[..., Path], tmp_path: Path) -> None:
     message = "format 'gptq': unknown, expected one of anybit, compressed-tensors. Check the spelling."
     assert _refusal(lambda: formats.check("gptq", quant.scheme)) == message
     assert _refusal(lambda: formats.write("gptq", quant)) == message
+    (quant.path / NAME).mkdir()
+    assert _refusal(lambda: formats.write(NAME, quant)) == (
+        f"{quant.path / NAME}: got a folder that is there already, expected none. Delete it to write it again.")
 
 
 def test_command(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
