@@ -30,11 +30,11 @@ def _quantise(args: argparse.Namespace, progress: Progress) -> None:
     from calibration.quantize import STAGE, QuantizeOptions, quant_bytes, quantize_model
     from calibration.scheme_checks import check_scheme
 
-    options = QuantizeOptions(args.offline, settings, resume=args.resume)
+    options = QuantizeOptions(args.offline, settings, resume=args.resume, format=args.format)
     checkpoint = open_checkpoint(args.model, args.offline)
-    check_scheme(checkpoint, schemes)
+    check_scheme(checkpoint, schemes, args.format)
     _refuse_other(out / STAGE, checkpoint, schemes)
-    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes))
+    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes, args.format))
     with locked(out):
         _refuse_exporters(out)  # and again, now that nobody else writes
         _refuse_other(out / STAGE, checkpoint, schemes)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from calibration import formats
 from calibration.bits import SchemeMap, read_bits_file
 from calibration.methods import method_names
 from calibration.scheme import Bits, QuantScheme, check_abits, parse_wbits, scheme_for
@@ -34,6 +35,8 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'")
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"),
         help="of all that is not integer (default float16)")
+    add("--format", default=formats.OURS, choices=formats.format_names(),
+        help="also write quant/<format>, a folder for other tools (default anybit: ours alone)")
     add("--calib", metavar="FILE|DATASET",
         help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library")
     add("--nsamples", type=whole_number(1), metavar="N", help="calibration windows (default: of --effort)")
@@ -80,10 +83,13 @@ def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
     """That scheme as the base, with the rules of --bits-file over it.
 
     Raises:
-        InputError: as scheme_from_args, or the file is not a bits file.
+        InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot say.
     """
     base = scheme_from_args(args)
-    return SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
+    schemes = SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
+    for scheme in schemes.schemes():
+        formats.check(args.format, scheme)
+    return schemes
 
 
 def settings_from_args(args: argparse.Namespace, scheme: QuantScheme) -> CalibrationSettings:

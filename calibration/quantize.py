@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration import formats
 from calibration.artifact import sha256_file, write_json
 from calibration.bits import SchemeMap, as_map
 from calibration.progress import NullProgress
-from calibration.quant_folder import FORMAT, QUANT_JSON
+from calibration.quant_folder import FORMAT, QUANT_JSON, read_quant
 from calibration.quant_source import QuantSource, open_source
 from calibration.safetensors_io import SafetensorsWriter, TensorSpec, numpy_dtype
 from calibration.scheme import QuantScheme
@@ -45,6 +46,7 @@ class QuantizeOptions:
         work: where finished blocks are kept until all are there; None: beside the folder, under the name WORK.
         resume: go on from the blocks that are there already.
         shard_bytes: largest weight file.
+        format: one of calibration.formats, written into the quant folder too.
     """
 
     offline: bool = False
@@ -52,6 +54,7 @@ class QuantizeOptions:
     work: Path | None = None
     resume: bool = False
     shard_bytes: int = SHARD_BYTES
+    format: str = formats.OURS
 
 
 def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, options: QuantizeOptions, folder: Path,
@@ -68,7 +71,7 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     """
     progress = progress or NullProgress()
     schemes = as_map(schemes)
-    check_scheme(checkpoint, schemes)
+    check_scheme(checkpoint, schemes, options.format)
     tokenizer = checkpoint.tokenizer()
     source = open_source(checkpoint, schemes, replace(options, work=options.work or folder.parent / WORK), tokenizer, progress)
     items = _plan(checkpoint, schemes, source.dims)
@@ -78,6 +81,7 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     files |= _save_tokenizer(tokenizer, folder)
     meta = _meta(checkpoint, schemes, items, files, source)
     write_json(folder / QUANT_JSON, meta)
+    formats.write(options.format, read_quant(folder, verify=False))
     progress.finish()
     source.close()
     sizes = meta["sizes"]
@@ -102,12 +106,13 @@ def _write_shards(checkpoint: Checkpoint, source: QuantSource, shards: list[list
     return files
 
 
-def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap) -> int:
+def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS) -> int:
     """Upper estimate of what quantize_model writes, to check the free space first."""
-    # A method may untie the head. Its finished blocks lie on the disk while the folder is written.
+    # A method may untie the head. Its finished blocks lie on the disk while the folder is written; so may another format.
     dims = replace(checkpoint.dims, tied=False)
     total = sum(spec.nbytes for item in _plan(checkpoint, as_map(schemes), dims) for spec in item.specs)
-    return 2 * total + total // 50 + (1 << 24)  # headers and tokenizer
+    copies = 2 if format_name == formats.OURS else 3
+    return copies * total + total // 50 + (1 << 24)  # headers and tokenizer
 
 
 # ---------------------------------------------------------------- what is written

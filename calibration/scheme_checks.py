@@ -6,6 +6,7 @@ import math
 from functools import reduce
 from typing import TYPE_CHECKING
 
+from calibration import formats
 from calibration.bits import SchemeMap, as_map
 from calibration.scheme import QQQ_GROUPS, QuantScheme
 from plugins import op_spec
@@ -19,14 +20,15 @@ __all__ = ["check_scheme"]
 _MIN_GROUP = 16
 
 
-def check_scheme(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap) -> None:
-    """Settings against this model's layers, before any work.
+def check_scheme(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS) -> None:
+    """Settings, and another format to write, against this model's layers, before any work.
 
     Raises:
-        InputError: bits, group size or op do not fit, or as SchemeMap.nodes.
+        InputError: bits, group size, op or format do not fit, or as SchemeMap.nodes.
     """
     schemes = as_map(schemes)
     for scheme, linears in schemes.linears(checkpoint.family, checkpoint.dims).items():
+        formats.check(format_name, scheme, checkpoint)
         rule = "" if scheme == schemes.base else f"{scheme.label} for {next(iter(linears))}"
         _check_one(scheme, sorted(set(linears.values())), rule)
 

@@ -44,6 +44,7 @@ class ExportRequest:
         eval_text: a text whose perplexity the report shows.
         eval_windows: at most how many windows of it are scored, from the beginning.
         command: the command line, for the manifest and the report.
+        format: one of calibration.formats, in which the quant folder is written too.
     """
 
     model: str
@@ -59,6 +60,7 @@ class ExportRequest:
     eval_text: Path | None = None
     eval_windows: int = 5
     command: tuple[str, ...] = ()
+    format: str = "anybit"
 
     def identity(self) -> dict[str, Any]:
         """What makes an OUT folder belong to this request: another model or setting needs another folder."""
@@ -90,7 +92,7 @@ class Pipeline:
             raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
-        check_scheme(self.checkpoint, request.schemes)
+        check_scheme(self.checkpoint, request.schemes, request.format)
         if request.until == "report":
             check_memory(self.checkpoint.parameter_count, request.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
 
@@ -169,11 +171,11 @@ class Pipeline:
 
         request, checkpoint = self.request, self.checkpoint
         del self.checkpoint  # its mapped pages must not count in later stages' memory
-        options = QuantizeOptions(request.offline, request.settings, request.out / WORK, request.resume)
+        options = QuantizeOptions(request.offline, request.settings, request.out / WORK, request.resume, format=request.format)
         inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), text_digest(request.settings.calib),
-                  code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
+                  request.format, code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
         self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.schemes, options, writer.path, self.progress),
-                   needed_bytes=quant_bytes(checkpoint, request.schemes))
+                   needed_bytes=quant_bytes(checkpoint, request.schemes, request.format))
         if request.eval_text is not None and "report" in self.wanted:
             self.eval = self._eval_request(request.eval_text)
 
