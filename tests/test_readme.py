@@ -136,6 +136,21 @@ def test_sizes_of_llama_7b() -> None:
         assert f"{codes * planes / 8e9:.2f} GB |" in row, label
 
 
+def test_the_bits_file_fits_llama_7b(tmp_path: Path) -> None:
+    from calibration.bits import read_bits_file
+    from calibration.families import family
+    from calibration.scheme import QuantScheme
+
+    block = re.search(r"^```text\n(# bits.txt.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert block
+    (tmp_path / "bits.txt").write_text(block.group(1))
+    base = QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True)
+    labels = {node.removeprefix("model.layers."): scheme.label
+              for node, scheme in read_bits_file(tmp_path / "bits.txt", base).nodes(family("llama"), 32).items()}
+    assert labels["5.mlp.down_proj"] == "w8a8" and labels["0.mlp.down_proj"] == "w8a8-g64" and labels["9.mlp.gate_up_proj"] == "w4a8"
+    assert labels["10.mlp.down_proj"] == labels["19.mlp.gate_up_proj"] == "w2ba8-g128" and labels["31.self_attn.qkv_proj"] == "w4a16"
+
+
 def test_onnx_page_names_every_attribute_and_node(tiny_quant: Callable[..., Path], tmp_path: Path) -> None:
     import onnx
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,14 @@ def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
     record, _ = build(tmp_path)
     assert record["layers"]["PLUGIN_V3"] == 2
     assert record["custom_nodes"] == {"ABQGemm": 2}
+
+
+@needs_rtx
+def test_every_node_of_a_mixed_model_becomes_a_plugin(tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(tiny_export(**mixed) / "onnx", tmp_path, dirs_exist_ok=True)
+    record, _ = build(tmp_path)
+    assert record["layers"]["PLUGIN_V3"] == 8
+    assert record["custom_nodes"] == {"QQQGemm": 3, "ABQGemm": 5}
 
 
 @needs_rtx

@@ -114,6 +114,20 @@ def test_what_is_there_or_not(changes: dict[str, Any], words: str) -> None:
     assert words in read(changed(**changes))[1]
 
 
+def test_mixed_bits_get_their_section() -> None:
+    scheme = {**DATA["scheme"], "label": "w4a8-g64", "nodes": 3, "weights": 3e6}
+    other = {**scheme, "label": "w2a16", "op": "ABQGemm", "abits": 16, "act_symmetric": False, "nodes": 1, "weights": 1e6}
+    layer = {"self_attn.qkv_proj": "w4a8-g64", "mlp.down_proj": "w2a16"}
+    mixed = {"exceptions": 1, "nodes": 4, "schemes": [scheme, other], "layers": [layer, {**layer, "mlp.down_proj": "w4a8-g64"}]}
+    text = read(changed(mixed=mixed))[1]
+    for words in ("Mixed, 4.2 bits per weight on average, scales included: 1 of 4 GEMM nodes differ from 4-bit weights, 8-bit ",
+                  "w4a8-g64 QQQGemm 8 bits, symmetric per token 3 3.00", "w2a16 ABQGemm float16 1 1.00",
+                  "layer self_attn.qkv_proj mlp.down_proj 0 w4a8-g64 w2a16 1 w4a8-g64 w4a8-g64",
+                  "mixed precision 1 nodes differ from the following, see Bits"):
+        assert words in text, words
+    assert 'aria-label="25% of the weights"' in page(changed(mixed=mixed))
+
+
 @pytest.mark.parametrize("limit, remark", [(0.3, "The limit is half a step of the float weights' own range"),
                                            (None, "This method may transform the weights, so their errors are shown and not judged.")])
 def test_weights_get_their_table(limit: float | None, remark: str) -> None:
