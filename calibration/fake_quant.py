@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,13 +17,15 @@ _TINY = 2.0**-118
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def quantize_activation(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(x: Tensor, bits: int, symmetric: bool,
+                        rounding: Callable[[Tensor], Tensor] = torch.round) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token codes, bit-equal to plugins.core.activation.quantize_activation.
 
     Args:
         x: [..., K], any float type; rows are tokens.
         bits: 2..8.
         symmetric: codes around 0 without a zero point.
+        rounding: rounds half to even; training passes one with a straight-through gradient.
 
     Returns:
         codes [..., K], scale [..., 1], zero [..., 1], all fp32; the codes and the zero hold integers.
@@ -32,14 +35,14 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, 
     if symmetric:
         amax = x.abs().amax(-1, keepdim=True)
         scale = amax.clamp(min=_TINY) / top + (amax - amax)  # NaN where the row has Inf or NaN
-        codes = torch.clamp(torch.round(x * (1.0 / scale)), -top, top)
+        codes = torch.clamp(rounding(x * (1.0 / scale)), -top, top)
         return codes, scale, torch.zeros_like(scale)
     low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
     width = high - low
     scale = width.clamp(min=_TINY) / (2**bits - 1) + (width - width)
     reciprocal = 1.0 / scale
-    zero = torch.clamp(torch.round(-low * reciprocal) - (top + 1), -top - 1, top)
-    codes = torch.clamp(torch.round(x * reciprocal) + zero, -top - 1, top)
+    zero = torch.clamp(rounding(-low * reciprocal) - (top + 1), -top - 1, top)
+    codes = torch.clamp(rounding(x * reciprocal) + zero, -top - 1, top)
     return codes, scale, zero
 
 
