@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.artifact import StageWriter, locked, read_json
-from calibration.cli import add_quant_arguments, default_out, schemes_from_args, stand_in_notice
+from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from calibration.progress import Progress, make_progress
 from plugins.core.cli import run_cli
 from plugins.core.errors import InputError
@@ -24,17 +24,17 @@ def _quantise(args: argparse.Namespace, progress: Progress) -> None:
     schemes = schemes_from_args(args)
     out = default_out(args, schemes.base)
     _refuse_exporters(out)
-    if notice := stand_in_notice(args, schemes.base):
-        progress.message(notice)
+    settings = settings_from_args(args, schemes.base)
 
     from calibration.checkpoint import open_checkpoint
-    from calibration.quantize import STAGE, QuantizeOptions, check_scheme, quant_bytes, quantize_model
+    from calibration.quantize import STAGE, QuantizeOptions, quant_bytes, quantize_model
+    from calibration.scheme_checks import check_scheme
 
+    options = QuantizeOptions(args.offline, settings, resume=args.resume, format=args.format)
     checkpoint = open_checkpoint(args.model, args.offline)
-    check_scheme(checkpoint, schemes)
+    check_scheme(checkpoint, schemes, args.format)
     _refuse_other(out / STAGE, checkpoint, schemes)
-    options = QuantizeOptions(args.offline, args.calib, args.nsamples, args.seqlen)
-    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes))
+    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes, args.format))
     with locked(out):
         _refuse_exporters(out)  # and again, now that nobody else writes
         _refuse_other(out / STAGE, checkpoint, schemes)
@@ -77,6 +77,7 @@ def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap) -> N
 def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser("python -m calibration", description="Quantise a model into OUT/quant.")
     add_quant_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the blocks that an interrupted run has finished")
     args = parser.parse_args(argv)
     progress = make_progress(args.progress)
     try:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from calibration import formats
 from calibration.bits import SchemeMap, read_bits_file
 from calibration.methods import method_names
 from calibration.scheme import Bits, QuantScheme, check_abits, parse_wbits, scheme_for
+from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
 from calibration.sources import ALIASES, model_slug
 from plugins.core.cli import whole_number
 from plugins.core.errors import InputError
 
-__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args",
-           "stand_in_notice"]
+__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args", "settings_from_args"]
 
 _LAYOUTS = {"qqq": "QQQGemm", "abq": "ABQGemm"}
-_PLAIN = "rtn"
+_METHODS = {op: method for method, op in _LAYOUTS.items()}
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +35,17 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'")
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"),
         help="of all that is not integer (default float16)")
+    add("--format", default=formats.OURS, choices=formats.format_names(),
+        help="also write quant/<format>, a folder for other tools (default anybit: ours alone)")
     add("--calib", metavar="FILE|DATASET",
         help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library")
-    add("--nsamples", type=whole_number(1), default=128, metavar="N", help="calibration windows (default 128)")
-    add("--seqlen", type=whole_number(2), default=2048, metavar="L", help="tokens per calibration window (default 2048)")
+    add("--nsamples", type=whole_number(1), metavar="N", help="calibration windows (default: of --effort)")
+    add("--seqlen", type=whole_number(2), metavar="L", help="tokens per calibration window (default: of --effort)")
+    add("--effort", default="default", choices=list(EFFORTS), help="how much data and training (default: default; paper: 128 x 2048)")
+    add("--seed", type=whole_number(0), default=0, metavar="S", help="fixes everything random (default 0)")
+    add("--set", action="append", default=[], dest="switches", metavar="NAME=VALUE",
+        help="a switch of the method, such as rotation=none; docs/calibration.md lists them")
+    add("--max-memory", type=_gigabytes, metavar="GB", help="activations beyond this go to the disk (default: no limit)")
     add("--out", type=Path, metavar="DIR", help="artefact folder (default out/<model>-w<W>a<A>)")
     add("--offline", action="store_true", help="never touch the network")
     add("--progress", default="auto", choices=("auto", "rich", "plain", "json", "none"),
@@ -55,8 +64,8 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
         raise InputError("--group-size", f"got {bits.group_size}, expected 0 or a positive number",
                          "Use 0 for one scale per output channel")
     symmetric = None if args.act_quant is None else args.act_quant == "sym"
-    method = args.method if args.method in method_names() else _PLAIN
-    scheme = scheme_for(bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, method, args.dtype)
+    scheme = scheme_for(bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, args.method, args.dtype)
+    scheme = replace(scheme, method=_METHODS[scheme.op] if args.method == "auto" else args.method)
     if args.method == "qqq" and scheme.op != "QQQGemm":
         raise _no_qqq(args, bits, symmetric)
     return scheme
@@ -74,18 +83,33 @@ def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
     """That scheme as the base, with the rules of --bits-file over it.
 
     Raises:
-        InputError: as scheme_from_args, or the file is not a bits file.
+        InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot say.
     """
     base = scheme_from_args(args)
-    return SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
+    schemes = SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
+    for scheme in schemes.schemes():
+        formats.check(args.format, scheme)
+    return schemes
 
 
-def stand_in_notice(args: argparse.Namespace, scheme: QuantScheme) -> str:
-    """One line if the method asked for is not the one that makes the codes, else ""."""
-    wanted = args.method if args.method != "auto" else {op: name for name, op in _LAYOUTS.items()}[scheme.op]
-    if wanted == scheme.method:
-        return ""
-    return f"Method {wanted} is not there yet: plain round-to-nearest ({scheme.method}) stands in, in its layout ({scheme.op})."
+def settings_from_args(args: argparse.Namespace, scheme: QuantScheme) -> CalibrationSettings:
+    """The calibration settings that the arguments ask for.
+
+    Raises:
+        InputError: a switch that the method does not have, or a value that does not fit.
+    """
+    return calibration_settings(scheme.method, args.effort, args.switches, calib=args.calib, nsamples=args.nsamples,
+                                seqlen=args.seqlen, seed=args.seed, max_memory=args.max_memory)
+
+
+def _gigabytes(text: str) -> int:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected gigabytes, such as 8 or 0.5")
+    return int(value * 1e9)
 
 
 def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:

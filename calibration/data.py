@@ -11,7 +11,9 @@ from plugins.core.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["default_text", "load_text", "tokens_from_text", "windows_from_tokens"]
+    from calibration.settings import CalibrationSettings
+
+__all__ = ["calibration_windows", "default_text", "load_text", "tokens_from_text", "windows_from_tokens"]
 
 _DEFAULT = Path(__file__).with_name("default_text.txt")
 _TEXT_FIELDS = ("text", "content")
@@ -22,7 +24,7 @@ def default_text() -> str:
     return _DEFAULT.read_text(encoding="utf-8")
 
 
-def load_text(spec: str | None, offline: bool = False, where: str = "--calib") -> str:
+def load_text(spec: str | None, offline: bool = False, where: str = "--calib", strict: bool = True) -> str:
     """The text behind a specification.
 
     Args:
@@ -30,6 +32,7 @@ def load_text(spec: str | None, offline: bool = False, where: str = "--calib") -
             a name of the `datasets` library as NAME[:CONFIG[:SPLIT]], or None for the default text.
         offline: never touch the network.
         where: the option named in errors.
+        strict: refuse bytes that are not UTF-8; else they become U+FFFD, for calibration takes what it gets.
 
     Raises:
         InputError: it is missing, not text, or empty.
@@ -38,7 +41,7 @@ def load_text(spec: str | None, offline: bool = False, where: str = "--calib") -
         return default_text()
     path = Path(spec).expanduser()
     if path.is_file():
-        text = _read_file(path)
+        text = _read_file(path, strict)
     elif path.exists() or path.suffix in (".txt", ".jsonl", ".json", ".md"):
         kind = "a folder" if path.is_dir() else "no such file"
         raise InputError(where, f"got {kind} {spec}, expected a .txt or .jsonl file or a dataset name", "Check the path")
@@ -49,9 +52,9 @@ def load_text(spec: str | None, offline: bool = False, where: str = "--calib") -
     return text
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path, strict: bool) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="strict" if strict or path.suffix == ".jsonl" else "replace")
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(str(path), f"got a file that is not UTF-8 text ({error})", "Save it as UTF-8") from None
     if path.suffix != ".jsonl":
@@ -117,3 +120,31 @@ def tokens_from_text(tokenizer: Any, text: str, nsamples: int, seqlen: int, wher
         raise InputError(where, f"got a text of {len(tokens)} tokens, expected at least {nsamples * seqlen} "
                          f"({nsamples} windows of {seqlen})", f"Give a longer text, or --nsamples {fits[0]} --seqlen {fits[1]}")
     return windows_from_tokens(tokens, seqlen)[:nsamples]
+
+
+def calibration_windows(tokenizer: Any, settings: CalibrationSettings, longest: int, offline: bool = False) -> tuple[np.ndarray, str]:
+    """Windows of the calibration text: whole, not overlapping, drawn from all of the text by the seed; no BOS is added.
+
+    A text too short for what was asked gives the windows it has; one shorter than a window gives a single shorter one.
+
+    Args:
+        longest: most tokens the model takes.
+
+    Returns:
+        int64 [n, L], and one line on what is less than asked for, or "".
+
+    Raises:
+        InputError: the text is missing, empty or of a single token.
+    """
+    import numpy as np
+
+    text = load_text(settings.calib, offline, strict=False)
+    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    if len(tokens) < 2:
+        raise InputError("--calib", f"got a text of {len(tokens)} tokens, expected at least 2", "Give a longer text")
+    seqlen = min(settings.seqlen, longest, len(tokens))
+    windows = windows_from_tokens(tokens, seqlen)
+    order = np.random.default_rng(settings.seed).permutation(len(windows))[: settings.nsamples]
+    asked, found = (settings.nsamples, settings.seqlen), (len(order), seqlen)
+    note = "" if asked == found else f"Calibrating on {found[0]} windows of {found[1]} tokens; {asked[0]} of {asked[1]} were asked for."
+    return windows[order], note

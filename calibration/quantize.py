@@ -5,141 +5,114 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration import formats
 from calibration.artifact import sha256_file, write_json
 from calibration.bits import SchemeMap, as_map
-from calibration.data import load_text, tokens_from_text
-from calibration.methods import Method, method
 from calibration.progress import NullProgress
-from calibration.quant_folder import FORMAT, QUANT_JSON
+from calibration.quant_folder import FORMAT, QUANT_JSON, read_quant
+from calibration.quant_source import QuantSource, open_source
 from calibration.safetensors_io import SafetensorsWriter, TensorSpec, numpy_dtype
-from calibration.scheme import QQQ_GROUPS, QuantScheme
-from plugins import op_spec
+from calibration.scheme import QuantScheme
+from calibration.scheme_checks import check_scheme
+from calibration.settings import CalibrationSettings
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoint import Checkpoint
+    from calibration.families.base import ModelDims
     from calibration.progress import Progress
-    from plugins.core.op_spec import QuantArrays
 
-__all__ = ["STAGE", "QuantizeOptions", "check_scheme", "quant_bytes", "quantize_model"]
+__all__ = ["STAGE", "WORK", "QuantizeOptions", "quant_bytes", "quantize_model"]
 
 STAGE = "quant"
+WORK = ".calibration"  # beside it: finished blocks of a calibration that is not over
 SHARD_BYTES = 2 * 10**9
-_MIN_GROUP = 16
 _MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Where the model and the calibration text come from, and how the result is cut into files.
+    """How to make a quant folder.
 
     Attributes:
         offline: never touch the network.
-        calib: text file or dataset; checked when given, even if the method does not read it.
-        nsamples, seqlen: calibration windows and their tokens.
+        settings: of the calibration.
+        work: where finished blocks are kept until all are there; None: beside the folder, under the name WORK.
+        resume: go on from the blocks that are there already.
         shard_bytes: largest weight file.
+        format: one of calibration.formats, written into the quant folder too.
     """
 
     offline: bool = False
-    calib: str | None = None
-    nsamples: int = 128
-    seqlen: int = 2048
+    settings: CalibrationSettings = CalibrationSettings()  # noqa: RUF009  (frozen)
+    work: Path | None = None
+    resume: bool = False
     shard_bytes: int = SHARD_BYTES
+    format: str = formats.OURS
 
 
 def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, options: QuantizeOptions, folder: Path,
                    progress: Progress | None = None) -> dict[str, Any]:
     """Quantise a checkpoint into an existing empty folder (OUT/quant, through a StageWriter).
 
+    Of several processes (torchrun) all calibrate, and the first one writes.
+
     Returns:
-        Facts for the manifest: "summary" and the sizes.
+        Facts for the manifest: "summary", the sizes, and how the calibration went.
 
     Raises:
-        InputError: settings that do not fit this model, NaN in its weights, calibration text that is too short.
+        InputError: settings that do not fit this model, NaN in its weights, no calibration text.
     """
     progress = progress or NullProgress()
     schemes = as_map(schemes)
-    check_scheme(checkpoint, schemes)
+    check_scheme(checkpoint, schemes, options.format)
     tokenizer = checkpoint.tokenizer()
-    if options.calib is not None:
-        tokens_from_text(tokenizer, load_text(options.calib, options.offline), options.nsamples, options.seqlen)
-    items = _plan(checkpoint, schemes)
-    shards = _shards(items, options.shard_bytes)
-    progress.start(STAGE, len(items))
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with SafetensorsWriter(folder / name, [spec for item in shard for spec in item.specs]) as file:
-            for item in shard:
-                for array in _arrays(checkpoint, item):
-                    file.write(array)
-                progress.advance(1, item.name)
-        files[name] = file.sha256
+    source = open_source(checkpoint, schemes, replace(options, work=options.work or folder.parent / WORK), tokenizer, progress)
+    items = _plan(checkpoint, schemes, source.dims)
+    if not source.writes:
+        return {}
+    files = _write_shards(checkpoint, source, _shards(items, options.shard_bytes), folder, progress)
     files |= _save_tokenizer(tokenizer, folder)
-    meta = _meta(checkpoint, schemes, items, files)
+    meta = _meta(checkpoint, schemes, items, files, source)
     write_json(folder / QUANT_JSON, meta)
+    formats.write(options.format, read_quant(folder, verify=False))
     progress.finish()
+    source.close()
     sizes = meta["sizes"]
     summary = (f"{sizes['bits_per_weight']:.2f} bits per weight, "
                f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB")
     return {"summary": summary, **sizes}
 
 
-def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap) -> int:
+def _write_shards(checkpoint: Checkpoint, source: QuantSource, shards: list[list[_Item]], folder: Path,
+                  progress: Progress) -> dict[str, str]:
+    """Weight files, one tensor in memory at a time; {name: SHA-256}."""
+    progress.start(STAGE, sum(map(len, shards)))
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with SafetensorsWriter(folder / name, [spec for item in shard for spec in item.specs]) as file:
+            for item in shard:
+                for array in _arrays(checkpoint, source, item):
+                    file.write(array)
+                progress.advance(1, item.name)
+        files[name] = file.sha256
+    return files
+
+
+def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS) -> int:
     """Upper estimate of what quantize_model writes, to check the free space first."""
-    total = sum(spec.nbytes for item in _plan(checkpoint, as_map(schemes)) for spec in item.specs)
-    return total + total // 50 + (1 << 24)  # headers and tokenizer
-
-
-# ---------------------------------------------------------------- settings
-
-
-def check_scheme(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap) -> None:
-    """Settings against this model's layers, before any work.
-
-    Raises:
-        InputError: bits, group size or op do not fit, or as SchemeMap.nodes.
-    """
-    schemes = as_map(schemes)
-    for scheme, linears in schemes.linears(checkpoint.family, checkpoint.dims).items():
-        rule = "" if scheme == schemes.base else f"{scheme.label} for {next(iter(linears))}"
-        _check_one(scheme, sorted(set(linears.values())), rule)
-
-
-def _check_one(scheme: QuantScheme, shapes: list[tuple[int, int]], rule: str) -> None:
-    bits = f"W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}"
-    if scheme.op == "QQQGemm" and ((scheme.wbits, scheme.abits, scheme.balanced) != (4, 8, False) or not scheme.act_symmetric):
-        raise InputError("QQQGemm", f"got {bits}{'' if scheme.act_symmetric else ' with asymmetric activations'}, "
-                         "expected W4A8 with symmetric activations", "Use --wbits 4 --abits 8, or --method abq for other bits")
-    _check_group(scheme, [in_features for _, in_features in shapes], rule)
-    for out_features, in_features in shapes:
-        where = f"a linear layer of {out_features} x {in_features}"
-        op_spec(scheme.op).check(scheme.attributes(out_features, in_features, False), where)
-
-
-def _check_group(scheme: QuantScheme, widths: list[int], rule: str) -> None:
-    """The group size of the command line, or of a rule of a bits file, which is then named."""
-    size, where, option = scheme.group_size, rule or "--group-size", "-g" if rule else "--group-size "
-    common = reduce(math.gcd, widths)
-    qqq = scheme.op == "QQQGemm"
-    fitting = [n for n in range(_MIN_GROUP, common + 1) if common % n == 0 and (not qqq or n in QQQ_GROUPS)]
-    if size == 0 or (size in fitting):
-        return
-    choices = f"Use {option}0 (one scale per output channel){' or ' + ', '.join(map(str, fitting)) if fitting else ''}"
-    if qqq and size not in QQQ_GROUPS:
-        raise InputError(where, f"got {size}, expected 0, 64 or 128 for QQQGemm", f"{choices}; --method abq takes other sizes")
-    if size < _MIN_GROUP:
-        raise InputError(where, f"got {size}, expected 0 or at least {_MIN_GROUP}", choices)
-    bad = ", ".join(str(width) for width in sorted(set(widths)) if width % size)
-    these = "the linear layers it is for" if rule else "this model's linear layers"
-    raise InputError(where, f"got {size}, which does not divide the in_features {bad} of {these}", choices)
+    # A method may untie the head. Its finished blocks lie on the disk while the folder is written; so may another format.
+    dims = replace(checkpoint.dims, tied=False)
+    total = sum(spec.nbytes for item in _plan(checkpoint, as_map(schemes), dims) for spec in item.specs)
+    copies = 2 if format_name == formats.OURS else 3
+    return copies * total + total // 50 + (1 << 24)  # headers and tokenizer
 
 
 # ---------------------------------------------------------------- what is written
@@ -155,8 +128,8 @@ class _Item:
     scheme: QuantScheme  # the base's for what is not a linear: its type
 
 
-def _plan(checkpoint: Checkpoint, schemes: SchemeMap) -> list[_Item]:
-    family, dims, base_scheme = checkpoint.family, checkpoint.dims, schemes.base
+def _plan(checkpoint: Checkpoint, schemes: SchemeMap, dims: ModelDims) -> list[_Item]:
+    family, base_scheme = checkpoint.family, schemes.base
     linears = {f"{family.layer(i)}.{linear.name}": linear for i in range(dims.layers) for linear in family.linears()}
     rest = numpy_dtype(base_scheme.dtype)
     items = []
@@ -198,16 +171,13 @@ def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
     return shards
 
 
-def _arrays(checkpoint: Checkpoint, item: _Item) -> Iterator[np.ndarray]:
+def _arrays(checkpoint: Checkpoint, source: QuantSource, item: _Item) -> Iterator[np.ndarray]:
     if item.kind == "float":
-        yield _cast(f"{checkpoint.source.path}, tensor {item.name}", checkpoint.array(item.name), item.scheme.dtype)
+        yield _cast(f"{checkpoint.source.path}, tensor {item.name}", source.rest(item.name), item.scheme.dtype)
     elif item.kind == "rope":
         yield checkpoint.rope()[0]
     else:
-        has_bias = item.specs[-1].name.endswith(".bias")
-        bias = checkpoint.array(f"{item.name}.bias") if has_bias else None
-        maker: Method = method(item.scheme.method)
-        arrays: QuantArrays = maker.quantize(checkpoint.array(f"{item.name}.weight"), bias, item.scheme)
+        arrays = source.linear(item.name, item.scheme)
         for spec in item.specs:
             yield getattr(arrays, spec.name.rpartition(".")[2])
 
@@ -233,24 +203,27 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- quant.json
 
 
-def _meta(checkpoint: Checkpoint, schemes: SchemeMap, items: list[_Item], files: dict[str, str]) -> dict[str, Any]:
+def _meta(checkpoint: Checkpoint, schemes: SchemeMap, items: list[_Item], files: dict[str, str],
+          quantised: QuantSource) -> dict[str, Any]:
     source, exceptions = checkpoint.source, schemes.exceptions(checkpoint.family, checkpoint.dims.layers)
     layers = {"layers": {node: scheme.as_dict() for node, scheme in exceptions.items()}} if exceptions else {}
     return {
         "format": FORMAT, "family": checkpoint.family.name,
         "source": {"name": checkpoint.name, "kind": source.kind, "hub_id": source.hub_id,
                    "fingerprint": checkpoint.fingerprint},
-        "config": _model_config(checkpoint), "scheme": schemes.base.as_dict(), **layers, "files": files, "sizes": _sizes(items),
+        "config": _model_config(checkpoint, quantised.dims.tied), "scheme": schemes.base.as_dict(), **layers, "files": files,
+        "sizes": _sizes(items), "calibration": quantised.facts,
     }
 
 
-def _model_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _model_config(checkpoint: Checkpoint, tied: bool) -> dict[str, Any]:
     config = checkpoint.config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
              "vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
     values = {name: getattr(config, name) for name in names}
     values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
-    return values | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config()}
+    untied = {} if tied else {"tie_word_embeddings": False}
+    return values | untied | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config() | untied}
 
 
 def _sizes(items: list[_Item]) -> dict[str, Any]:

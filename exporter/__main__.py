@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibration.cli import add_quant_arguments, default_out, schemes_from_args, stand_in_notice
+from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from exporter.pipeline import STAGES, ExportRequest, run_pipeline
 from plugins.core.cli import run_cli, whole_number
 
@@ -57,11 +57,9 @@ def _main(argv: list[str] | None) -> int:
     schemes = schemes_from_args(args)
     out = default_out(args, schemes.base)
     progress = make_progress(args.progress)
-    if notice := stand_in_notice(args, schemes.base):
-        progress.message(notice)
-    request = ExportRequest(args.model, schemes, out, args.calib, args.nsamples, args.seqlen, args.engine, args.max_batch, args.max_seq,
-                            args.until, args.resume, args.offline, args.eval, args.eval_windows,
-                            ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)))
+    request = ExportRequest(args.model, schemes, out, settings_from_args(args, schemes.base), args.engine, args.max_batch,
+                            args.max_seq, args.until, args.resume, args.offline, args.eval, args.eval_windows,
+                            ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)), args.format)
     manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.artifact import read_json
-from exporter.fingerprint import package_versions
+from calibration.fingerprint import package_versions
 from plugins.core.errors import InputError
 
 __all__ = ["FORMAT", "MANIFEST", "STAGES", "installed_versions", "open_manifest", "peak_rss", "read_manifest", "reset_peak_rss"]

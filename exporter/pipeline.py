@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.artifact import StageWriter, file_records, locked, sha256_file, verify_files, write_json
+from calibration.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
 from calibration.progress import Progress
-from exporter.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
+from calibration.settings import CalibrationSettings
 from exporter.manifest import MANIFEST, STAGES, installed_versions, open_manifest, peak_rss, reset_peak_rss
 from plugins.core.errors import CheckError, InputError
 
@@ -34,8 +35,7 @@ class ExportRequest:
         model: alias, hub id, Hugging Face folder or .gguf file.
         schemes: the quantisation settings of every node.
         out: the artefact folder.
-        calib: text file or dataset for calibration and validation; None is the text shipped with the project.
-        nsamples, seqlen: calibration windows and their length in tokens.
+        settings: of the calibration; its text serves the validation too.
         engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
         max_batch, max_seq: largest batch and context of the engine's profiles.
         until: the last stage to run, one of STAGES.
@@ -44,14 +44,13 @@ class ExportRequest:
         eval_text: a text whose perplexity the report shows.
         eval_windows: at most how many windows of it are scored, from the beginning.
         command: the command line, for the manifest and the report.
+        format: one of calibration.formats, in which the quant folder is written too.
     """
 
     model: str
     schemes: SchemeMap
     out: Path
-    calib: str | None = None
-    nsamples: int = 128
-    seqlen: int = 2048
+    settings: CalibrationSettings = CalibrationSettings()  # noqa: RUF009  (frozen)
     engine: str = "auto"
     max_batch: int = 1
     max_seq: int = 2048
@@ -61,11 +60,11 @@ class ExportRequest:
     eval_text: Path | None = None
     eval_windows: int = 5
     command: tuple[str, ...] = ()
+    format: str = "anybit"
 
     def identity(self) -> dict[str, Any]:
         """What makes an OUT folder belong to this request: another model or setting needs another folder."""
-        return {"model": self.model, "scheme": self.schemes.as_dict(), "calib": self.calib or "default",
-                "nsamples": self.nsamples, "seqlen": self.seqlen}
+        return {"model": self.model, "scheme": self.schemes.as_dict(), **self.settings.as_dict()}
 
 
 class Pipeline:
@@ -79,7 +78,7 @@ class Pipeline:
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
         from calibration.checkpoint import open_checkpoint
-        from calibration.quantize import check_scheme
+        from calibration.scheme_checks import check_scheme
         from exporter.validate_memory import check_memory
 
         self.request = request
@@ -93,7 +92,7 @@ class Pipeline:
             raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
-        check_scheme(self.checkpoint, request.schemes)
+        check_scheme(self.checkpoint, request.schemes, request.format)
         if request.until == "report":
             check_memory(self.checkpoint.parameter_count, request.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
 
@@ -168,15 +167,15 @@ class Pipeline:
         return sum(file["bytes"] for file in self.manifest["stages"][name]["files"].values())
 
     def _quant(self) -> None:
-        from calibration.quantize import QuantizeOptions, quant_bytes, quantize_model
+        from calibration.quantize import WORK, QuantizeOptions, quant_bytes, quantize_model
 
         request, checkpoint = self.request, self.checkpoint
         del self.checkpoint  # its mapped pages must not count in later stages' memory
-        options = QuantizeOptions(request.offline, request.calib, request.nsamples, request.seqlen)
-        inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), text_digest(request.calib),
-                  code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
+        options = QuantizeOptions(request.offline, request.settings, request.out / WORK, request.resume, format=request.format)
+        inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), text_digest(request.settings.calib),
+                  request.format, code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
         self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.schemes, options, writer.path, self.progress),
-                   needed_bytes=quant_bytes(checkpoint, request.schemes))
+                   needed_bytes=quant_bytes(checkpoint, request.schemes, request.format))
         if request.eval_text is not None and "report" in self.wanted:
             self.eval = self._eval_request(request.eval_text)
 
@@ -228,7 +227,7 @@ class Pipeline:
         request = self.request
 
         def work(writer: StageWriter) -> dict[str, Any]:
-            options = ValidateOptions(calib=request.calib, offline=request.offline, model=request.model)
+            options = ValidateOptions(calib=request.settings.calib, offline=request.offline, model=request.model)
             result, perplexity = self._perplexity(validate(request.out, options, self.progress))
             write_report(writer.path, report_data(request.out, self.manifest | {"perplexity": perplexity}, result))
             summary = "every layer within tolerance" if result.ok else "a check failed"
@@ -237,7 +236,7 @@ class Pipeline:
             return {"first_failure": result.first_failure, "summary": summary}
 
         scored = [sha256_file(self.eval.text), self.eval.first] if self.eval else []
-        self.stage("report", [scored, text_digest(request.calib), code_digest("exporter/*.py"), package_versions(_RUNTIMES),
+        self.stage("report", [scored, text_digest(request.settings.calib), code_digest("exporter/*.py"), package_versions(_RUNTIMES),
                               gpu_capabilities()], work)
         failure = self.manifest["stages"]["report"].get("facts", {}).get("first_failure")
         if failure:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from calibration.checkpoint import Checkpoint
 
-__all__ = ["DOWN", "GATE_UP", "INPUT_NORM", "OUT", "POST_NORM", "QKV", "SITES", "BlockShape", "BlockWeights", "Linear", "Rope", "attend",
-           "attention_rows", "block_output", "float_linear", "heads_from_qkv", "load_block", "mlp_product", "rms_norm"]
+__all__ = ["DOWN", "GATE_UP", "INPUT_NORM", "OUT", "POST_NORM", "QKV", "SITES", "BlockShape", "BlockWeights", "Heads", "Linear", "Rope",
+           "attend", "attention_rows", "block_output", "float_linear", "heads_from_qkv", "load_block", "mlp_product", "rms_norm"]
 
 QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
 SITES = {  # a site is one GEMM node: the linears that read the same tensor, in stacking order
@@ -103,6 +103,9 @@ def heads_from_qkv(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, 
     return rope.rotate(query), rope.rotate(key), value
 
 
+Heads = Callable[[Tensor, BlockShape, Rope], tuple[Tensor, Tensor, Tensor]]  # heads_from_qkv, or one that does more
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention, [B, heads, L, d] -> [B, L, heads * d]."""
     groups = query.shape[-3] // key.shape[-3]
@@ -126,15 +129,17 @@ def mlp_product(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def block_output(x: Tensor, gains: Mapping[str, Tensor], linear: Linear, shape: BlockShape, rope: Rope) -> Tensor:
+def block_output(x: Tensor, gains: Mapping[str, Tensor], linear: Linear, shape: BlockShape, rope: Rope,
+                 heads: Heads = heads_from_qkv) -> Tensor:
     """The residual stream after the block, [B, L, H] -> [B, L, H].
 
     Args:
         x: residual stream before it.
         gains: "input_layernorm.weight" and "post_attention_layernorm.weight".
         linear: how each site multiplies, float or quantised.
+        heads: how the stacked projections become rotated queries and keys, and values; one that quantises them for a low-bit cache, say.
     """
     qkv = linear(QKV, rms_norm(x, gains[f"{INPUT_NORM}.weight"], shape.epsilon))
-    x = x + linear(OUT, attend(*heads_from_qkv(qkv, shape, rope)))
+    x = x + linear(OUT, attend(*heads(qkv, shape, rope)))
     product = mlp_product(linear(GATE_UP, rms_norm(x, gains[f"{POST_NORM}.weight"], shape.epsilon)))
     return x + linear(DOWN, product)

@@ -1,11 +1,14 @@
-"""The quantisation methods, one file each; the file name is the key; each defines quantize() of the protocol below."""
+"""The quantisation methods, one file or folder each; its name is the key.
+
+A method that looks at weights alone defines quantize(); one that looks at data defines METHOD, see calibration/blocks/driver.py.
+"""
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from plugins.core.errors import InputError
 
@@ -15,11 +18,11 @@ if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
     from plugins.core.op_spec import QuantArrays
 
-__all__ = ["Method", "method", "method_names"]
+__all__ = ["Method", "is_block_method", "method", "method_names"]
 
 
 class Method(Protocol):
-    """What a method's file defines at its top level."""
+    """What the file of a method without data defines at its top level."""
 
     def quantize(self, weight: np.ndarray, bias: np.ndarray | None, scheme: QuantScheme) -> QuantArrays:
         """Integer codes of one linear layer: weight [N, K] of any float type, bias [N] or None."""
@@ -28,16 +31,21 @@ class Method(Protocol):
 @cache
 def method_names() -> tuple[str, ...]:
     """Names of every method, sorted."""
-    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__"))
+    found = [path for path in Path(__file__).parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    return tuple(sorted(path.stem for path in found if path.stem != "__init__"))
 
 
-def method(name: str) -> Method:
-    """The method called `name`.
+def method(name: str) -> Any:
+    """The module of the method called `name`.
 
     Raises:
         InputError: no such method.
     """
     if name not in method_names():
         raise InputError(f"method {name!r}", f"unknown, expected one of {', '.join(method_names())}", "Check the spelling")
-    module: Method = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
-    return module
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def is_block_method(name: str) -> bool:
+    """Whether the method looks at data, block by block."""
+    return hasattr(method(name), "METHOD")

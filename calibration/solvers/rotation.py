@@ -105,10 +105,18 @@ class Rotation:
         """Block `index` of a checkpoint, rotated."""
         return self.block(load_block(checkpoint, index))
 
-    def embedding(self, table: Tensor) -> Tensor:
-        """E Q, fp32 [vocab, hidden]."""
-        return (table.double() @ self.residual).float()
+    unties = True
 
-    def head_table(self, table: Tensor, gain: Tensor) -> Tensor:
-        """The head that reads the rotated stream after a final norm without gain: W diag(gain) Q, fp32 [vocab, hidden]."""
-        return (table.double() * gain.double() @ self.residual).float()
+    def tensor(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """A tensor outside the blocks, fp32: the embedding E Q, a final norm of ones, the head W diag(gain) Q.
+
+        A tied embedding gives both tables, which are no longer the same.
+        """
+        family = checkpoint.family
+        embedding, gain = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+        if name == embedding:
+            return (checkpoint.tensor(name).double() @ self.residual).float()
+        if name == gain:
+            return torch.ones_like(checkpoint.tensor(name))
+        table = checkpoint.tensor(embedding if checkpoint.dims.tied else name)
+        return (table.double() * checkpoint.tensor(gain).double() @ self.residual).float()

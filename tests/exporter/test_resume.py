@@ -125,7 +125,7 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_json(folder / "engine.json", record)
         return record
 
-    monkeypatch.setattr("exporter.fingerprint._ROOT", world.root)
+    monkeypatch.setattr("calibration.fingerprint._ROOT", world.root)
     monkeypatch.setattr("exporter.pipeline.package_versions", lambda names: world.versions)
     monkeypatch.setattr("exporter.edition.gpu_capabilities", lambda: world.gpus)
     monkeypatch.setattr("exporter.engine.select_edition", lambda choice: world.edition)

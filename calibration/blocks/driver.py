@@ -1,0 +1,169 @@
+"""Calibrates a model block by block: one block and the residual streams in memory, every finished block durable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope
+from calibration.blocks.ranks import Ranks, join_ranks
+from calibration.blocks.streams import StreamBudget, Windows
+from calibration.blocks.walk import Streams, WalkBlock, walk
+from calibration.progress import NullProgress, Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from calibration.blocks.store import BlockResult, BlockStore
+    from calibration.checkpoint import Checkpoint
+    from calibration.scheme import QuantScheme
+    from calibration.settings import CalibrationSettings
+
+__all__ = ["Basis", "BlockMethod", "BlockTask", "Calibration", "calibrate"]
+
+
+class Basis(Protocol):
+    """The float model in the coordinates that are quantised."""
+
+    unties: bool  # the head is no longer the embedding
+
+    def load(self, checkpoint: Checkpoint, index: int) -> BlockWeights:
+        """Weights of a block, fp32."""
+
+    def tensor(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """A tensor outside the blocks: embedding, final norm or head, fp32."""
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block for a method to quantise.
+
+    Attributes:
+        index, count: of the block, and how many there are.
+        weights: float weights in the basis.
+        shape, rope: its sizes and its position tables.
+        schemes: how each site is quantised.
+        streams: this process's residual streams before the block.
+        settings: all settings.
+        ranks: the processes that share the windows.
+    """
+
+    index: int
+    count: int
+    weights: BlockWeights
+    shape: BlockShape
+    rope: Rope
+    schemes: Mapping[str, QuantScheme]
+    streams: Streams
+    settings: CalibrationSettings
+    ranks: Ranks
+
+    @property
+    def device(self) -> str:
+        """Where the block is computed."""
+        return str(self.rope.cos.device)
+
+
+class BlockMethod(Protocol):
+    """What the file of a method that looks at data defines as METHOD."""
+
+    def basis(self, checkpoint: Checkpoint, settings: CalibrationSettings) -> Basis:
+        """The coordinates to quantise in."""
+
+    def wants_real(self, settings: CalibrationSettings) -> bool:
+        """Whether it reads the float model's activations."""
+
+    def calibrate(self, task: BlockTask) -> BlockResult:
+        """Quantise a block and move its streams past it, by `walk`."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate.
+
+    Attributes:
+        checkpoint: the float model.
+        method: who quantises the blocks.
+        scheme_of: scheme of a linear or GEMM node by its full name.
+        settings: all settings.
+        windows: token ids int64 [n, L].
+        store: where finished blocks go, and come from.
+    """
+
+    checkpoint: Checkpoint
+    method: BlockMethod
+    scheme_of: Callable[[str], QuantScheme]
+    settings: CalibrationSettings
+    windows: np.ndarray
+    store: BlockStore
+
+
+def calibrate(job: Calibration, progress: Progress | None = None) -> dict[str, Any]:
+    """Quantise every block that the store does not have yet.
+
+    Blocks that it has are walked with their finished codes, which is the same arithmetic on the same numbers: going on gives the
+    bits of a run that was never interrupted.
+
+    Returns:
+        Facts: "blocks" (their reports), "seconds", "peak_stream_bytes", "spilled_bytes".
+    """
+    progress, began = progress or NullProgress(), time.monotonic()
+    ranks, device = join_ranks(), "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint, layers = job.checkpoint, job.checkpoint.dims.layers
+    basis = job.method.basis(checkpoint, job.settings)
+    shape, rope = BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, job.windows.shape[1], device)
+    budget = StreamBudget(job.settings.max_memory, job.store.folder)
+    streams = _embedded(job, basis, budget, ranks, device)
+    finished, reports = job.store.finished(), []
+    progress.start("calibrate", layers)
+    for index in range(layers):
+        if index == finished:
+            fresh = time.monotonic()
+        weights = {name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()}
+        schemes = {site: job.scheme_of(f"{checkpoint.family.layer(index)}.{site}") for site in SITES}
+        if index < finished:
+            result = job.store.load(index)
+            gains = {name: torch.from_numpy(array).to(device) for name, array in result.gains.items()}
+            walk(WalkBlock(weights, shape, rope, schemes, gains), streams, result.lookup, measure=False)
+            note = f"block {index + 1} of {layers}: kept"
+        else:
+            result = job.method.calibrate(BlockTask(index, layers, weights, shape, rope, schemes, streams, job.settings, ranks))
+            if ranks.first:
+                job.store.save(index, result)
+            ranks.wait()
+            left = (time.monotonic() - fresh) / (index + 1 - finished) * (layers - index - 1)
+            note = _line(index, layers, result.report, left)
+        reports.append(result.report)
+        if ranks.first:
+            progress.message(note)
+        progress.advance(1, note)
+    progress.finish()
+    return {"blocks": reports, "seconds": round(time.monotonic() - began, 1), "peak_stream_bytes": budget.peak,
+            "spilled_bytes": budget.spilled}
+
+
+def _line(index: int, layers: int, report: Mapping[str, Any], left: float) -> str:
+    loss = f"loss {report['loss_before']:.3g} -> {report['loss_after']:.3g}"
+    notes = "".join(f"; {note}" for note in report.get("notes", ()))
+    time_left = f", about {left / 60:.1f} min left" if index + 1 < layers else ""
+    return f"block {index + 1} of {layers}: {loss}{time_left}{notes}"
+
+
+def _embedded(job: Calibration, basis: Basis, budget: StreamBudget, ranks: Ranks, device: str) -> Streams:
+    """The residual streams before the first block: embedded tokens."""
+    table = basis.tensor(job.checkpoint, f"{job.checkpoint.family.embedding}.weight")
+    mine = job.windows[list(ranks.share(len(job.windows)))]
+    size = (mine.shape[1], table.shape[1])
+
+    def stream() -> Windows:
+        windows = budget.windows(len(mine), size, device=device)
+        for index, tokens in enumerate(mine):
+            windows[index] = table[torch.from_numpy(tokens)]
+        return windows
+
+    return Streams(stream(), stream() if job.method.wants_real(job.settings) else None, budget)

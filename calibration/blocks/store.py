@@ -1,0 +1,125 @@
+"""Durable results of finished blocks: what a killed calibration goes on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.artifact import read_json, write_json
+from plugins.core.errors import InputError
+from plugins.core.op_spec import QuantArrays
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["BlockResult", "BlockStore"]
+
+_STATE = "state.json"
+_FIELDS = ("codes", "scale", "zero", "scale_group", "bias")
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A quantised block.
+
+    Attributes:
+        sites: stacked codes and scales by site.
+        gains: norm gains by name, fp32.
+        report: what the method has to say of it, plain JSON: "loss_before", "loss_after", "notes", ...
+    """
+
+    sites: dict[str, QuantArrays]
+    gains: dict[str, np.ndarray]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def lookup(self, site: str, moments: object = None) -> QuantArrays:
+        """The finished codes of a site, for `walk`."""
+        return self.sites[site]
+
+
+class BlockStore:
+    """A folder with one file per finished block, each written whole or not at all.
+
+    Args:
+        folder: made if need be.
+        fingerprint: of everything the results depend on; results of another one are thrown away.
+        keep: go on from the results that are there; else they are thrown away too.
+        writes: whether this process may change the folder.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, keep: bool = True, writes: bool = True) -> None:
+        self.folder = folder
+        if not writes:
+            return
+        try:
+            if folder.exists() and not (keep and self._fingerprint() == fingerprint):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(str(folder), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
+        write_json(folder / _STATE, {"fingerprint": fingerprint})
+
+    def _fingerprint(self) -> str:
+        try:
+            return str(read_json(self.folder / _STATE).get("fingerprint"))
+        except InputError:
+            return ""
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def finished(self) -> int:
+        """Blocks that are there from the first one on."""
+        count = 0
+        while self._path(count).is_file():
+            count += 1
+        return count
+
+    def save(self, index: int, result: BlockResult) -> None:
+        """Put a block on the disk.
+
+        Raises:
+            InputError: the disk is full or cannot be written.
+        """
+        import json
+
+        from safetensors.numpy import save_file
+
+        tensors = {f"gain/{name}": array for name, array in result.gains.items()}
+        for site, arrays in result.sites.items():
+            tensors |= {f"site/{site}/{name}": array for name in _FIELDS if (array := getattr(arrays, name)) is not None}
+        temporary = self.folder / ".block.tmp"
+        try:
+            save_file(tensors, str(temporary), {"report": json.dumps(result.report)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(self._path(index))
+        except Exception as error:  # safetensors reports a full disk as an error of its own
+            raise InputError(str(self._path(index)), f"got {error} while writing, expected a writable folder with enough space",
+                             "Check the disk; finished blocks are whole, go on with --resume") from error
+
+    def load(self, index: int) -> BlockResult:
+        """A finished block."""
+        import json
+
+        from safetensors import safe_open
+
+        gains: dict[str, np.ndarray] = {}
+        sites: dict[str, dict[str, np.ndarray]] = {}
+        with safe_open(str(self._path(index)), "np") as file:
+            report = json.loads((file.metadata() or {})["report"])
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                kind, _, rest = key.partition("/")
+                if kind == "gain":
+                    gains[rest] = file.get_tensor(key)
+                else:
+                    site, _, name = rest.partition("/")
+                    sites.setdefault(site, {})[name] = file.get_tensor(key)
+        return BlockResult({site: QuantArrays(**values) for site, values in sites.items()}, gains, report)
+
+    def remove(self) -> None:
+        """When everything is in the quant folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)

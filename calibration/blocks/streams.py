@@ -1,0 +1,118 @@
+"""Activations of all calibration windows: in memory while they fit, in a file beyond that, read and written one window at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.fake_quant import Activation
+
+__all__ = ["ActivationWindows", "StreamBudget", "Windows"]
+
+_NUMPY = {torch.float32: np.float32, torch.int8: np.int8}
+
+
+class StreamBudget:
+    """Hands out room for activations: at most `limit` bytes of memory at a time, the rest in temporary files.
+
+    Args:
+        limit: bytes; None never spills.
+        folder: where the files go; they have no name on the disk and vanish with the process.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._limit, self._folder = limit, folder
+        self.held = self.peak = self.spilled = 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether this much may stay in memory; counted if so."""
+        if self._limit is not None and self.held + nbytes > self._limit:
+            self.spilled += nbytes
+            return False
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
+        return True
+
+    def windows(self, count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Windows:
+        """Room for `count` tensors of one shape."""
+        return Windows(self, (count, *shape), dtype, device)
+
+    def file(self) -> tempfile._TemporaryFileWrapper[bytes]:
+        """An unnamed file on the disk of `folder`."""
+        return tempfile.TemporaryFile(dir=self._folder)  # type: ignore[return-value]
+
+
+class Windows:
+    """A sequence of tensors of one shape that live in memory or in a file; items come to, and leave from, `device`."""
+
+    def __init__(self, budget: StreamBudget, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+        self.shape, self._dtype, self._device, self._budget = shape, dtype, device, budget
+        self._item_bytes = prod(shape[1:]) * dtype.itemsize
+        self._in_memory = budget.take(shape[0] * self._item_bytes)
+        if self._in_memory:
+            self._items: list[Tensor | None] = [None] * shape[0]
+        else:
+            self._file = budget.file()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Window `index` [L, K]; do not change it in place."""
+        if self._in_memory:
+            item = self._items[index]
+            assert item is not None, "read before it was written"
+            return item.to(self._device)
+        self._file.seek(index * self._item_bytes)
+        data = np.frombuffer(bytearray(self._file.read(self._item_bytes)), _NUMPY[self._dtype])
+        return torch.from_numpy(data).reshape(self.shape[1:]).to(self._device)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        value = value.detach().to("cpu", self._dtype)
+        if self._in_memory:
+            self._items[index] = value.contiguous()
+        else:
+            self._file.seek(index * self._item_bytes)
+            self._file.write(memoryview(value.contiguous().numpy()).cast("B"))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def close(self) -> None:
+        """Give the room back."""
+        if self._in_memory:
+            self._budget.held -= self.shape[0] * self._item_bytes if self._items else 0
+            self._items = []
+        else:
+            self._file.close()
+
+
+class ActivationWindows:
+    """Quantised inputs of one site: codes in int8 (A16: floats) as Windows, scales and zeros in memory."""
+
+    def __init__(self, budget: StreamBudget, count: int, shape: tuple[int, int], bits: int, device: str) -> None:
+        self._codes = budget.windows(count, shape, torch.float32 if bits >= 16 else torch.int8, device)
+        self._rest: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * count
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, index: int) -> Activation:
+        return Activation(self._codes[index], *self._rest[index])
+
+    def __setitem__(self, index: int, value: Activation) -> None:
+        self._codes[index] = value.codes
+        self._rest[index] = (value.scale, value.zero)
+
+    def __iter__(self) -> Iterator[Activation]:
+        return (self[index] for index in range(len(self)))
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._codes.close()

@@ -1,0 +1,202 @@
+"""The quantised block in training, the float block it learns from, and the task that both are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks.forward import (
+    INPUT_NORM,
+    QKV,
+    SITES,
+    BlockShape,
+    BlockWeights,
+    Linear,
+    Rope,
+    attention_rows,
+    block_output,
+    float_linear,
+    heads_from_qkv,
+    rms_norm,
+)
+from calibration.methods.abq.quantizer import FLOAT_BITS, WeightQuantizer, quantize_dequantize_activation
+from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
+from calibration.scheme import QuantScheme
+
+__all__ = ["BlockTask", "Statistics", "Student", "Teacher", "keep"]
+
+
+def keep(_: list[Tensor]) -> None:
+    """The all_reduce of one process: the tensors are the average already."""
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One decoder block to be trained, and what it is trained on.
+
+    Attributes:
+        name: of the block, for messages.
+        weights: fp32 float weights; they also say on which device to compute.
+        shape, rope: of the block; the tables are at least as long as a window.
+        schemes: site -> QuantScheme of ABQGemm, for every site.
+        x_fp: windows [L, hidden] fp32 of the float model's stream.
+        x_q: the same windows of the quantised model's stream.
+        compensation: add the rank-1 term to down_proj (the paper: in the first three and last four blocks).
+        kv_bits: of keys and values, asymmetric per token and head; 16 leaves them.
+        q_bits: of queries; 16 leaves them, as a cache of low bits does (the paper: as kv_bits).
+        all_reduce: averages tensors over the processes in place.
+        rank, world: this process and how many there are; window i is trained by process (i % batch) % world.
+        seed: of the order of windows.
+    """
+
+    name: str
+    weights: BlockWeights
+    shape: BlockShape
+    rope: Rope
+    schemes: Mapping[str, QuantScheme]
+    x_fp: Sequence[Tensor]
+    x_q: Sequence[Tensor]
+    compensation: bool = False
+    kv_bits: int = FLOAT_BITS
+    q_bits: int = FLOAT_BITS
+    all_reduce: Callable[[list[Tensor]], None] = keep
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+
+    def window(self, windows: Sequence[Tensor], index: int) -> Tensor:
+        """[1, L, hidden] fp32 on the block's device."""
+        return windows[index].to(self.weights[f"{INPUT_NORM}.weight"])[None]
+
+
+@dataclass
+class Statistics:
+    """Of each site's input channels, [K]: largest magnitude and mean square."""
+
+    absmax: dict[str, Tensor]
+    square: dict[str, Tensor]
+
+
+class Teacher:
+    """The float block: its outputs on both streams, and attention rows on demand.
+
+    Args:
+        windows: the indices that this process trains; two outputs [L, hidden] are kept in memory for each.
+    """
+
+    def __init__(self, task: BlockTask, windows: Sequence[int], both: bool) -> None:
+        self._task, self._linear = task, float_linear(task.weights)
+        self.statistics = Statistics({}, {})
+        self._targets = {index: self._outputs(index, both) for index in windows}
+        self._share()
+
+    def targets(self, index: int) -> list[Tensor]:
+        """Outputs [1, L, hidden] of the float block: on the float stream, and on the quantised one."""
+        return [self._task.window(self._targets[index], part) for part in range(len(self._targets[index]))]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def attention_rows(self, index: int, rows: Tensor) -> Tensor:
+        """Log-probabilities of the float stream, [1, heads, rows, L]."""
+        task = self._task
+        x = rms_norm(task.window(task.x_fp, index), task.weights[f"{INPUT_NORM}.weight"], task.shape.epsilon)
+        query, key, _ = heads_from_qkv(self._linear(QKV, x), task.shape, task.rope)
+        return attention_rows(query, key, rows)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _outputs(self, index: int, both: bool) -> list[Tensor]:
+        task = self._task
+
+        def output(windows: Sequence[Tensor], linear: Linear) -> Tensor:
+            return block_output(task.window(windows, index), task.weights, linear, task.shape, task.rope)[0].cpu()
+
+        quantised = output(task.x_q, self._observed)
+        if task.x_fp is task.x_q:
+            return [quantised, quantised] if both else [quantised]
+        return [output(task.x_fp, self._linear), *([quantised] if both else [])]
+
+    def _observed(self, site: str, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        absmax, square = rows.abs().amax(0), rows.square().mean(0)
+        known = self.statistics
+        known.absmax[site] = torch.maximum(known.absmax[site], absmax) if site in known.absmax else absmax
+        known.square[site] = known.square[site] + square if site in known.square else square
+        return self._linear(site, x)
+
+    def _share(self) -> None:
+        """Statistics over all processes, the same in each: everyone's maxima side by side, brought together by an average."""
+        task, known = self._task, self.statistics
+        for site in SITES:
+            everyone = known.absmax[site].new_zeros(task.world, len(known.absmax[site]))
+            everyone[task.rank] = known.absmax[site] * task.world
+            task.all_reduce([everyone, known.square[site]])
+            known.absmax[site] = everyone.amax(0)
+            known.square[site] *= task.world / len(task.x_q)
+
+
+class Student(nn.Module):  # type: ignore[misc]
+    """The quantised block and everything about it that is learned.
+
+    Args:
+        parts: scales to learn; None for none.
+        alpha: of their start.
+    """
+
+    def __init__(self, task: BlockTask, statistics: Statistics, parts: TransformParts | None, alpha: float) -> None:
+        super().__init__()
+        self._task = task
+        if parts is not None and min(task.kv_bits, task.q_bits) >= FLOAT_BITS:
+            parts = TransformParts(parts.qkv, parts.out, parts.gate_up, parts.down, query_key=False)  # it would follow rounding noise
+        self.transform = None if parts is None else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
+        self.compensation = Compensation(task.weights) if task.compensation else None
+        folded = self.folded()
+        self._names = {name: site for site, names in SITES.items() for name in names}
+        self.quantizers = nn.ModuleList(WeightQuantizer(tuple(folded[f"{name}.weight"].shape), task.schemes[site])
+                                        for name, site in self._names.items()).to(folded[f"{INPUT_NORM}.weight"].device)
+        for name, quantizer in self.by_name().items():
+            quantizer.search(folded[f"{name}.weight"])
+
+    def folded(self) -> BlockWeights:
+        """Float weights, transformed and compensated."""
+        weights = self._task.weights
+        for part in (self.transform, self.compensation):
+            weights = weights if part is None else part.apply_to(weights)
+        return weights
+
+    def forward(self) -> BlockWeights:
+        """The weights that inference uses: folded(), each linear fake quantised."""
+        weights = dict(self.folded())
+        for name, quantizer in self.by_name().items():
+            weights[f"{name}.weight"] = quantizer(weights[f"{name}.weight"])
+        return weights
+
+    def by_name(self) -> dict[str, WeightQuantizer]:
+        """The quantisers by their linear's name."""
+        return dict(zip(self._names, self.quantizers, strict=True))
+
+    def outputs(self, weights: BlockWeights, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The quantised block's output [1, L, hidden], and log-probabilities of some attention rows [1, heads, rows, L].
+
+        Args:
+            weights: of forward().
+            x: [1, L, hidden].
+            rows: query positions; None for no attention rows.
+        """
+        task, multiply = self._task, float_linear(weights)
+        log_p: Tensor | None = None
+
+        def linear(site: str, x: Tensor) -> Tensor:
+            scheme = task.schemes[site]
+            return multiply(site, quantize_dequantize_activation(x, scheme.abits, scheme.act_symmetric))
+
+        def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal log_p
+            query, key, value = heads_from_qkv(qkv, shape, rope)
+            query = quantize_dequantize_activation(query, task.q_bits, False)
+            key, value = (quantize_dequantize_activation(part, task.kv_bits, False) for part in (key, value))
+            log_p = None if rows is None else attention_rows(query, key, rows)
+            return query, key, value
+
+        return block_output(x, weights, linear, task.shape, task.rope, heads), log_p

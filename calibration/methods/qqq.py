@@ -1,0 +1,114 @@
+"""QQQ (arXiv 2406.09904): W4A8 by smoothing or rotation, then GPTQ on inputs as the quantised model sees them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from calibration.blocks.forward import DOWN, INPUT_NORM, POST_NORM, SITES, load_block
+from calibration.blocks.store import BlockResult
+from calibration.blocks.walk import WalkBlock, site_weight, walk
+from calibration.settings import QqqSettings
+from calibration.solvers.gptq import gptq, quadratic_error
+from calibration.solvers.grid import search_grid
+from calibration.solvers.hessian import Moments, corrected_target
+from calibration.solvers.rotation import Rotation
+from calibration.solvers.smoothing import adaptive_scales, fold_scales
+
+if TYPE_CHECKING:
+    from calibration.blocks.driver import Basis, BlockTask
+    from calibration.checkpoint import Checkpoint
+    from calibration.settings import CalibrationSettings
+    from plugins.core.op_spec import QuantArrays
+
+__all__ = ["METHOD", "Plain", "SiteSolver"]
+
+_SMOOTHED = {"none": (), "all": tuple(SITES), "down": (DOWN,)}
+
+
+class Plain:
+    """The checkpoint's own coordinates."""
+
+    unties = False
+
+    def load(self, checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
+        """Weights of a block, fp32."""
+        return load_block(checkpoint, index)
+
+    def tensor(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """A tensor outside the blocks, fp32."""
+        return checkpoint.tensor(name)
+
+
+class SiteSolver:
+    """Codes of a site from its float weight and the moments of its inputs; adds up what rounding costs.
+
+    Args:
+        task: the block.
+        weights: float weights with every fold done; `walk`'s moments are in the same coordinates.
+    """
+
+    def __init__(self, task: BlockTask, weights: dict[str, Tensor]) -> None:
+        self._task, self._weights = task, weights
+        assert isinstance(task.settings.method, QqqSettings)
+        self._settings = task.settings.method
+        self.before = self.after = self.signal = 0.0
+        self.notes: list[str] = []
+
+    def __call__(self, site: str, moments: Moments | None) -> QuantArrays:
+        assert moments is not None
+        settings, scheme = self._settings, self._task.schemes[site]
+        moments.reduce(self._task.ranks)
+        weight, bias = site_weight(self._weights, site)
+        group = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
+        target = corrected_target(weight, moments, settings.correct)
+        grid = search_grid(target, scheme, torch.diagonal(moments.hessian), settings.clip_steps)
+        codes, values = grid.round(target, group)
+        self.signal += quadratic_error(target, torch.zeros_like(target), moments.hessian)
+        self.before += (plain := quadratic_error(target, values, moments.hessian))
+        if settings.gptq:
+            result = gptq(target, moments.hessian, grid, group, settings.damp, settings.act_order)
+            solved = quadratic_error(target, result.values, moments.hessian)
+            if solved <= plain:  # GPTQ is greedy: where it does worse, rounding to nearest stays
+                codes, plain = result.codes, solved
+            if result.note:
+                self.notes.append(f"{site}: {result.note}")
+        self.after += plain
+        return grid.arrays(codes, bias)
+
+    def report(self) -> dict[str, object]:
+        """Squared output errors of all sites before and after GPTQ, as parts of the outputs' squares."""
+        signal = max(self.signal, 1e-300)
+        return {"loss_before": self.before / signal, "loss_after": self.after / signal, "notes": self.notes}
+
+
+class Qqq:
+    """The method's entry points, see BlockMethod."""
+
+    def basis(self, checkpoint: Checkpoint, settings: CalibrationSettings) -> Basis:
+        """Rotated, unless switched off."""
+        assert isinstance(settings.method, QqqSettings)
+        if settings.method.rotation == "none":
+            return Plain()
+        dims, config = checkpoint.dims, checkpoint.config
+        return Rotation.make(settings.method.rotation, dims.hidden, dims.q // int(config.num_attention_heads), settings.seed)
+
+    def wants_real(self, settings: CalibrationSettings) -> bool:
+        """For the correction of earlier errors."""
+        assert isinstance(settings.method, QqqSettings)
+        return settings.method.correct > 0
+
+    def calibrate(self, task: BlockTask) -> BlockResult:
+        """Smooth, then GPTQ site by site."""
+        assert isinstance(task.settings.method, QqqSettings)
+        scales = adaptive_scales(task, _SMOOTHED[task.settings.method.smooth])
+        weights = fold_scales(task.weights, scales, task.shape)
+        gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
+        solver = SiteSolver(task, weights)
+        sites = walk(WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales), task.streams, solver)
+        return BlockResult(sites, {name: gain.cpu().numpy() for name, gain in gains.items()}, solver.report())
+
+
+METHOD = Qqq()

@@ -1,0 +1,93 @@
+"""GPTQ (arXiv 2210.17323): rounds columns one by one and makes up for each error in the columns not yet rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.solvers.grid import Grid
+
+__all__ = ["GptqResult", "gptq", "quadratic_error"]
+
+_BLOCK = 128  # columns updated together
+_MAX_DAMP = 10.0
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Codes [N, K] and what they cost.
+
+    Attributes:
+        codes: integers as fp32.
+        values: the weights they stand for.
+        note: what had to be done to a Hessian that could not be factored, or "".
+    """
+
+    codes: Tensor
+    values: Tensor
+    note: str = ""
+
+
+def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
+    """tr((W - W^) H (W - W^)^T): the squared output error over the calibration data, up to H's normalisation."""
+    difference = (values - weight).double()
+    return float(((difference @ hessian.double()) * difference).sum())
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float = 0.01, act_order: bool = True) -> GptqResult:
+    """Codes on a fixed grid (static groups), in fp64.
+
+    Args:
+        weight: [N, K].
+        hessian: sum of x x^T over calibration inputs as the kernel sees them, [K, K], any scale.
+        grid: of `weight`, in the original column order.
+        group: the grid's group of each column, int64 [K].
+        damp: part of the mean diagonal that is added to it; raised tenfold while the matrix is singular.
+        act_order: columns in descending order of the diagonal instead of from left to right.
+    """
+    hessian = hessian.double().clone()
+    diagonal = torch.diagonal(hessian)  # a view
+    if not torch.isfinite(hessian).all() or diagonal.sum() <= 0:
+        codes, values = grid.round(weight, group)
+        return GptqResult(codes, values, "no usable calibration inputs, rounded to nearest")
+    dead = diagonal <= 0
+    diagonal[dead] = 1.0  # a channel that is always 0: any weight does, so the nearest code to 0
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
+    columns = torch.where(dead, 0.0, weight.double()).T[order].contiguous()  # [K, N]
+    factor, note = _inverse_factor(hessian[order][:, order], damp)
+    codes, values = _rounded(columns, factor, grid, group[order])
+    inverse = torch.argsort(order)
+    return GptqResult(codes[inverse].T.contiguous(), values[inverse].T.contiguous(), note)
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, str]:
+    """Upper Cholesky factor of the damped Hessian's inverse."""
+    mean, used = torch.diagonal(hessian).mean(), damp
+    while True:
+        damped = hessian.clone()
+        torch.diagonal(damped).add_(used * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(factor).all():
+                return factor, "" if used == damp else f"singular Hessian, damped by {used:g} of its mean diagonal"
+        if used >= _MAX_DAMP:
+            return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), "singular Hessian, rounded to nearest"
+        used = max(used, 1e-4) * 10
+
+
+def _rounded(columns: Tensor, factor: Tensor, grid: Grid, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and values [K, N] of columns [K, N], which are consumed."""
+    codes, values = torch.empty_like(columns, dtype=torch.float32), torch.empty_like(columns, dtype=torch.float32)
+    groups, pivots = group.tolist(), torch.diagonal(factor).tolist()
+    for start in range(0, len(columns), _BLOCK):
+        end = min(start + _BLOCK, len(columns))
+        errors = torch.empty_like(columns[start:end])
+        for k in range(start, end):
+            codes[k], values[k] = grid.round(columns[k].float(), groups[k])
+            errors[k - start] = (columns[k] - values[k]) / pivots[k]
+            columns[k + 1 : end].addr_(factor[k, k + 1 : end], errors[k - start], alpha=-1)
+        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return codes, values
