@@ -42,7 +42,34 @@ class QqqSettings:
 
 @dataclass(frozen=True)
 class AbqSettings(QqqSettings):
-    """ABQ-LLM (arXiv 2408.08554): learned transforms and clipping block by block; rounding with GPTQ where it is on."""
+    """ABQ-LLM (arXiv 2408.08554): transforms and clips learned block by block, then the rounding of QqqSettings, then scales.
+
+    Attributes:
+        epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them out.
+        transforms: learn equivalent transforms (LET).
+        compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
+        tune: passes that train weight scales and norm gains once the codes are final; 0 leaves them.
+        batch: windows per step, over all processes.
+        alpha: start of the transforms, SmoothQuant's.
+        transform_rate, clip_rate, compensation_rate, scale_rate, gain_rate: learning rates; 0 keeps a part at its start.
+        loss_error, loss_direction, loss_attention: factors of the squared error, of the distribution correction and of the
+            attention divergence.
+    """
+
+    epochs: int = 5
+    transforms: bool = True
+    compensation: bool = True
+    tune: int = 3
+    batch: int = 1
+    alpha: float = 0.5
+    transform_rate: float = 5e-3
+    clip_rate: float = 1e-2
+    compensation_rate: float = 1e-2
+    scale_rate: float = 1e-3
+    gain_rate: float = 1e-3
+    loss_error: float = 1.0
+    loss_direction: float = 1.0
+    loss_attention: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Windows:
     """A sequence of tensors of one shape that live in memory or in a file; items come to, and leave from, `device`."""
 
     def __init__(self, budget: StreamBudget, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-        self.shape, self._dtype, self._device, self._budget = shape, dtype, device, budget
+        self.shape, self.device, self._dtype, self._budget = shape, device, dtype, budget
         self._item_bytes = prod(shape[1:]) * dtype.itemsize
         self._in_memory = budget.take(shape[0] * self._item_bytes)
         if self._in_memory:
@@ -68,10 +68,10 @@ class Windows:
         if self._in_memory:
             item = self._items[index]
             assert item is not None, "read before it was written"
-            return item.to(self._device)
+            return item.to(self.device)
         self._file.seek(index * self._item_bytes)
         data = np.frombuffer(bytearray(self._file.read(self._item_bytes)), _NUMPY[self._dtype])
-        return torch.from_numpy(data).reshape(self.shape[1:]).to(self._device)
+        return torch.from_numpy(data).reshape(self.shape[1:]).to(self.device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         value = value.detach().to("cpu", self._dtype)

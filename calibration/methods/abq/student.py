@@ -23,10 +23,11 @@ from calibration.blocks.forward import (
     rms_norm,
 )
 from calibration.methods.abq.quantizer import FLOAT_BITS, WeightQuantizer, quantize_dequantize_activation
+from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
 from calibration.scheme import QuantScheme
 
-__all__ = ["BlockTask", "Statistics", "Student", "Teacher", "keep"]
+__all__ = ["BlockTask", "QuantizedBlock", "Statistics", "Student", "Teacher", "keep"]
 
 
 def keep(_: list[Tensor]) -> None:
@@ -136,7 +137,51 @@ class Teacher:
             known.square[site] *= task.world / len(task.x_q)
 
 
-class Student(nn.Module):  # type: ignore[misc]
+class QuantizedBlock(nn.Module):  # type: ignore[misc]
+    """A block in training: forward() gives the weights that inference uses, outputs() what the block makes of a window with them."""
+
+    def __init__(self, task: BlockTask) -> None:
+        super().__init__()
+        self._task = task
+
+    def project(self) -> None:
+        """After each step of the optimiser: back into the bounds of the parameters."""
+
+    def groups(self, settings: TrainSettings, factor: float) -> list[dict[str, object]]:
+        """Parameters with their learning rates times `factor`, for the optimiser."""
+        learned = [(part.requires_grad_(rate > 0), rate) for part, rate in self.parts(settings) if part is not None]
+        return [{"params": list(part.parameters()), "lr": rate * factor} for part, rate in learned if rate]
+
+    def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
+        """What is learned, and how fast."""
+        raise TypeError("a block in training says what it learns")
+
+    def outputs(self, weights: BlockWeights, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The quantised block's output [1, L, hidden], and log-probabilities of some attention rows [1, heads, rows, L].
+
+        Args:
+            weights: of forward().
+            x: [1, L, hidden].
+            rows: query positions; None for no attention rows.
+        """
+        task, multiply = self._task, float_linear(weights)
+        log_p: Tensor | None = None
+
+        def linear(site: str, x: Tensor) -> Tensor:
+            scheme = task.schemes[site]
+            return multiply(site, quantize_dequantize_activation(x, scheme.abits, scheme.act_symmetric))
+
+        def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal log_p
+            query, key, value = heads_from_qkv(qkv, shape, rope)
+            query = quantize_dequantize_activation(query, task.q_bits, False)
+            key, value = (quantize_dequantize_activation(part, task.kv_bits, False) for part in (key, value))
+            log_p = None if rows is None else attention_rows(query, key, rows)
+            return query, key, value
+
+        return block_output(x, weights, linear, task.shape, task.rope, heads), log_p
+
+class Student(QuantizedBlock):
     """The quantised block and everything about it that is learned.
 
     Args:
@@ -145,8 +190,7 @@ class Student(nn.Module):  # type: ignore[misc]
     """
 
     def __init__(self, task: BlockTask, statistics: Statistics, parts: TransformParts | None, alpha: float) -> None:
-        super().__init__()
-        self._task = task
+        super().__init__(task)
         if parts is not None and min(task.kv_bits, task.q_bits) >= FLOAT_BITS:
             parts = TransformParts(parts.qkv, parts.out, parts.gate_up, parts.down, query_key=False)  # it would follow rounding noise
         self.transform = None if parts is None else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
@@ -176,27 +220,12 @@ class Student(nn.Module):  # type: ignore[misc]
         """The quantisers by their linear's name."""
         return dict(zip(self._names, self.quantizers, strict=True))
 
-    def outputs(self, weights: BlockWeights, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The quantised block's output [1, L, hidden], and log-probabilities of some attention rows [1, heads, rows, L].
+    def project(self) -> None:
+        """Keep the scales of the transforms away from 0."""
+        if self.transform is not None:
+            self.transform.project()
 
-        Args:
-            weights: of forward().
-            x: [1, L, hidden].
-            rows: query positions; None for no attention rows.
-        """
-        task, multiply = self._task, float_linear(weights)
-        log_p: Tensor | None = None
-
-        def linear(site: str, x: Tensor) -> Tensor:
-            scheme = task.schemes[site]
-            return multiply(site, quantize_dequantize_activation(x, scheme.abits, scheme.act_symmetric))
-
-        def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-            nonlocal log_p
-            query, key, value = heads_from_qkv(qkv, shape, rope)
-            query = quantize_dequantize_activation(query, task.q_bits, False)
-            key, value = (quantize_dequantize_activation(part, task.kv_bits, False) for part in (key, value))
-            log_p = None if rows is None else attention_rows(query, key, rows)
-            return query, key, value
-
-        return block_output(x, weights, linear, task.shape, task.rope, heads), log_p
+    def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
+        """Scales of the transforms, clips, the rank-1 term."""
+        return [(self.transform, settings.transform_rate), (self.quantizers, settings.clip_rate),
+                (self.compensation, settings.compensation_rate)]

@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibration.blocks.forward import BlockWeights
-from calibration.methods.abq.losses import LossWeights, block_loss, sample_rows
+from calibration.methods.abq.losses import block_loss, sample_rows
 from calibration.methods.abq.quantizer import WeightQuantizer
-from calibration.methods.abq.student import BlockTask, Student, Teacher
-from calibration.methods.abq.transforms import TransformParts
+from calibration.methods.abq.student import BlockTask, QuantizedBlock, Student, Teacher
+from calibration.methods.abq.training import TrainSettings
+from calibration.methods.abq.tuned import TunedStudent
 from plugins.core.errors import InputError
+from plugins.core.op_spec import QuantArrays
 
-__all__ = ["BlockTask", "TrainSettings", "TrainedBlock", "train_block"]
+__all__ = ["BlockTask", "TrainSettings", "TrainedBlock", "TunedBlock", "train_block", "tune_block"]
 
 _RETRY = 0.25  # of the learning rates, after a run that did not help
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How a block is trained; the defaults are ABQ-LLM's.
+class TunedBlock:
+    """A block with trained scales and gains; codes and zero points are those it came with."""
 
-    Attributes:
-        epochs: passes over the windows.
-        batch: windows per step, over all processes.
-        transform_rate, clip_rate, compensation_rate: learning rates of scales, clips and the rank-1 term; 0 keeps one at its start.
-        parts: scales to learn; None leaves the float weights as they are.
-        alpha: start of the scales.
-        loss: factors of the loss terms.
-        both_streams: compare also with the float block on the quantised stream.
-        rows: attention rows per window in the attention term.
-    """
-
-    epochs: int = 20
-    batch: int = 1
-    transform_rate: float = 5e-3
-    clip_rate: float = 1e-2
-    compensation_rate: float = 1e-2
-    parts: TransformParts | None = field(default_factory=TransformParts)
-    alpha: float = 0.5
-    loss: LossWeights = field(default_factory=LossWeights)
-    both_streams: bool = True
-    rows: int = 64
+    arrays: dict[str, QuantArrays]
+    gains: dict[str, Tensor]
+    loss_before: float
+    loss_after: float
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +41,7 @@ class TrainedBlock:
 
     Attributes:
         weights: float weights fp32 with everything learned folded in, not quantised.
+        scales: of sites whose inputs became those of the float block divided by s [K].
         quantizers: linear name -> its clips; arrays(weights[name]) are the codes that were trained.
         loss_before, loss_after: mean loss over the windows; after is never above before.
         losses: after each epoch of the run that was kept.
@@ -62,6 +49,7 @@ class TrainedBlock:
     """
 
     weights: BlockWeights
+    scales: dict[str, Tensor]
     quantizers: dict[str, WeightQuantizer]
     loss_before: float
     loss_after: float
@@ -83,18 +71,35 @@ def train_block(task: BlockTask, settings: TrainSettings) -> TrainedBlock:
         InputError: windows that are missing or not finite, processes that do not divide the batch.
     """
     _check(task, settings)
-    trainer = _Trainer(task, settings)
-    notes = []
-    for factor in (1.0, _RETRY):
-        losses, problem = trainer.run(factor)
-        if not problem:
-            break
-        notes.append(f"{task.name}: at {factor:g} of the learning rates {problem}")
-    else:
-        notes.append(f"{task.name}: kept as it was before training")
-    student = trainer.student.requires_grad_(False)
-    return TrainedBlock({name: tensor.contiguous() for name, tensor in student.folded().items()}, student.by_name(),
-                        trainer.loss_before, min(losses, default=trainer.loss_before), losses, tuple(notes))
+    teacher = Teacher(task, _mine(task, settings), settings.both_streams)
+    student = Student(task, teacher.statistics, settings.parts, settings.alpha)
+    trainer = _Trainer(task, settings, teacher, student)
+    losses, notes = trainer.train()
+    student.requires_grad_(False)
+    scales = {} if student.transform is None else student.transform.columns()
+    return TrainedBlock({name: tensor.contiguous() for name, tensor in student.folded().items()}, scales, student.by_name(),
+                        trainer.loss_before, min(losses, default=trainer.loss_before), losses, notes)
+
+
+def tune_block(task: BlockTask, settings: TrainSettings, arrays: Mapping[str, QuantArrays], gains: Mapping[str, Tensor]) -> TunedBlock:
+    """Train the weight scales and norm gains of a block whose codes are final, against the same float block.
+
+    Args:
+        arrays: codes, scales and zero points by site; only the scales change.
+        gains: norm gains of the quantised block.
+
+    Raises:
+        InputError: as train_block.
+    """
+    _check(task, settings)
+    student = TunedStudent(task, arrays, gains)
+    trainer = _Trainer(task, settings, Teacher(task, _mine(task, settings), settings.both_streams), student)
+    losses, notes = trainer.train()
+    return TunedBlock(student.arrays(), student.norm_gains(), trainer.loss_before, min(losses, default=trainer.loss_before), notes)
+
+
+def _mine(task: BlockTask, settings: TrainSettings) -> list[int]:
+    return [index for index in range(len(task.x_q)) if index % settings.batch % task.world == task.rank]
 
 
 def _check(task: BlockTask, settings: TrainSettings) -> None:
@@ -109,21 +114,29 @@ def _check(task: BlockTask, settings: TrainSettings) -> None:
 class _Trainer:
     """The loop; `student` always holds the best parameters so far between runs."""
 
-    def __init__(self, task: BlockTask, settings: TrainSettings) -> None:
-        self._task, self._settings = task, settings
-        self._mine = [index for index in range(len(task.x_q)) if index % settings.batch % task.world == task.rank]
-        self._teacher = Teacher(task, self._mine, settings.both_streams)
-        self.student = Student(task, self._teacher.statistics, settings.parts, settings.alpha)
+    def __init__(self, task: BlockTask, settings: TrainSettings, teacher: Teacher, student: QuantizedBlock) -> None:
+        self._task, self._settings, self._mine = task, settings, _mine(task, settings)
+        self._teacher, self.student = teacher, student
         self.loss_before = self._measure()
         if not math.isfinite(self.loss_before):
             raise InputError(task.name, f"got a loss of {self.loss_before} before training, expected a finite one",
                              "Look for NaN or inf in the block's weights and in its input")
 
+    def train(self) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        """Losses per epoch of the run that was kept, and notes."""
+        name, notes = self._task.name, list[str]()
+        for factor in (1.0, _RETRY):
+            losses, problem = self.run(factor)
+            if not problem:
+                return losses, tuple(notes)
+            notes.append(f"{name}: at {factor:g} of the learning rates {problem}")
+        return (), (*notes, f"{name}: kept as it was before training")
+
     def run(self, factor: float) -> tuple[tuple[float, ...], str]:
         """Train from the start at `factor` of the learning rates: losses per epoch, and what went wrong or ""."""
         start = best = deepcopy(self.student.state_dict())
         losses: list[float] = []
-        groups = self._groups(factor)
+        groups = self.student.groups(self._settings, factor)
         if not groups:
             return (), ""
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -142,14 +155,6 @@ class _Trainer:
             problem = f"the loss rose from {self.loss_before:.4g} to {losses[-1]:.4g}"
         self.student.load_state_dict(best if not problem else start)
         return tuple(losses) if not problem else (), problem
-
-    def _groups(self, factor: float) -> list[dict[str, object]]:
-        student, settings = self.student, self._settings
-        parts: list[tuple[nn.Module | None, float]] = [(student.transform, settings.transform_rate),
-                                                       (student.quantizers, settings.clip_rate),
-                                                       (student.compensation, settings.compensation_rate)]
-        learned = [(part.requires_grad_(rate > 0), rate) for part, rate in parts if part is not None]
-        return [{"params": list(part.parameters()), "lr": rate * factor} for part, rate in learned if rate]
 
     def _steps(self, generator: torch.Generator) -> Iterator[list[int]]:
         """Batches of windows: one of each of `batch` slots, so that a window belongs to the same process in every epoch."""
@@ -176,8 +181,7 @@ class _Trainer:
                 raise _DivergedError
             parameter.grad = gradient
         optimizer.step()
-        if self.student.transform is not None:
-            self.student.transform.project()
+        self.student.project()
 
     def _loss(self, weights: BlockWeights, index: int) -> Tensor:
         task, settings = self._task, self._settings
