@@ -28,6 +28,7 @@ class QqqSettings:
         damp: part of the Hessian's mean diagonal that is added to it.
         act_order: GPTQ takes columns in descending order of their activations.
         clip_steps: clip ratios tried in the search for scales; 1 takes min and max.
+        refits: how often scales are fitted to GPTQ's codes and the codes made again; where that is no better, the first stay.
         correct: 0 to 1, how far weights make up for what earlier layers and activation codes got wrong.
     """
 
@@ -37,6 +38,7 @@ class QqqSettings:
     damp: float = 0.01
     act_order: bool = True
     clip_steps: int = 40
+    refits: int = 1
     correct: float = 1.0
 
 

@@ -68,15 +68,18 @@ class SiteSolver:
         codes, values = grid.round(target, group)
         self.signal += quadratic_error(target, torch.zeros_like(target), moments.hessian)
         self.before += (plain := quadratic_error(target, values, moments.hessian))
-        if settings.gptq:
+        best = (plain, codes, grid)
+        for _ in range(settings.gptq * (1 + settings.refits)):
             result = gptq(target, moments.hessian, grid, group, settings.damp, settings.act_order)
-            solved = quadratic_error(target, result.values, moments.hessian)
-            if solved <= plain:  # GPTQ is greedy: where it does worse, rounding to nearest stays
-                codes, plain = result.codes, solved
+            best = min(best, (quadratic_error(target, result.values, moments.hessian), result.codes, grid), key=lambda found: found[0])
             if result.note:
                 self.notes.append(f"{site}: {result.note}")
-        self.after += plain
-        return grid.arrays(codes, bias)
+                break
+            grid = grid.refitted(target, result.codes, moments.hessian)
+            refitted = quadratic_error(target, grid.values(result.codes, group), moments.hessian)
+            best = min(best, (refitted, result.codes, grid), key=lambda found: found[0])
+        self.after += best[0]
+        return best[2].arrays(best[1], bias)
 
     def report(self) -> dict[str, object]:
         """Squared output errors of all sites before and after GPTQ, as parts of the outputs' squares."""
