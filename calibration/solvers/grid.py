@@ -115,7 +115,7 @@ def _int8(codes: Tensor, step: Tensor) -> Tensor:
 
 def _least_squares(integers: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
     """s [N, G] of least (w - sum_g s_g u_g) H (w - sum_g s_g u_g)^T for every row, u_g [N, G, size] being integers of group g."""
-    rows, groups, size = integers.shape
+    groups, size = integers.shape[1:]
     wide, found = hessian.double(), []
     step = max(1, _CHUNK // (groups * groups * size))
     for part, target in zip(integers.double().split(step), weight.double().split(step), strict=True):
