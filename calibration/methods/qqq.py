@@ -11,7 +11,7 @@ from calibration.blocks.forward import DOWN, INPUT_NORM, POST_NORM, SITES, load_
 from calibration.blocks.store import BlockResult
 from calibration.blocks.walk import WalkBlock, site_weight, walk
 from calibration.settings import QqqSettings
-from calibration.solvers.gptq import gptq, quadratic_error
+from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import search_grid
 from calibration.solvers.hessian import Moments, corrected_target
 from calibration.solvers.rotation import Rotation
@@ -69,8 +69,9 @@ class SiteSolver:
         self.signal += quadratic_error(target, torch.zeros_like(target), moments.hessian)
         self.before += (plain := quadratic_error(target, values, moments.hessian))
         best = (plain, codes, grid)
+        hessian = factored(moments.hessian, settings.damp, settings.act_order)
         for _ in range(settings.gptq * (1 + settings.refits)):
-            result = gptq(target, moments.hessian, grid, group, settings.damp, settings.act_order)
+            result = gptq(target, hessian, grid, group)
             best = min(best, (quadratic_error(target, result.values, moments.hessian), result.codes, grid), key=lambda found: found[0])
             if result.note:
                 self.notes.append(f"{site}: {result.note}")
