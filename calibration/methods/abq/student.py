@@ -155,8 +155,10 @@ class Student(nn.Module):  # type: ignore[misc]
         self._names = {name: site for site, names in SITES.items() for name in names}
         self.quantizers = nn.ModuleList(WeightQuantizer(tuple(folded[f"{name}.weight"].shape), task.schemes[site])
                                         for name, site in self._names.items()).to(folded[f"{INPUT_NORM}.weight"].device)
-        for name, quantizer in self.by_name().items():
-            quantizer.search(folded[f"{name}.weight"])
+        scales = {} if self.transform is None else self.transform.columns()
+        for (name, site), quantizer in zip(self._names.items(), self.quantizers, strict=True):
+            quantizer.search(folded[f"{name}.weight"], statistics.square[site] / scales[site] ** 2 if site in scales
+                             else statistics.square[site])
 
     def folded(self) -> BlockWeights:
         """Float weights, transformed and compensated."""

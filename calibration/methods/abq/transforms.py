@@ -79,19 +79,24 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
         for s in self.parameters():
             s.copy_(torch.copysign(s.abs().clamp(min=_FLOOR), s))
 
+    def columns(self) -> dict[str, Tensor]:
+        """The scales [K] of each learned site's weight columns; its input is divided by them."""
+        out = None if self.out is None else self._per_query_head(self.out)
+        scales = {QKV: self.qkv, OUT: out, GATE_UP: self.gate_up, DOWN: self.down}
+        return {site: s for site, s in scales.items() if s is not None}
+
     def apply_to(self, weights: BlockWeights) -> BlockWeights:
         """The same function in other weights: scales folded into gains, rows, columns and biases; differentiable."""
         scaled = dict(weights)
-        for site, norm, s in ((QKV, INPUT_NORM, self.qkv), (GATE_UP, POST_NORM, self.gate_up)):
+        for site, s in self.columns().items():
+            for name in SITES[site]:
+                scaled[f"{name}.weight"] = scaled[f"{name}.weight"] * s
+        for norm, s in ((INPUT_NORM, self.qkv), (POST_NORM, self.gate_up)):
             if s is not None:
                 scaled[f"{norm}.weight"] = scaled[f"{norm}.weight"] / s
-                _scale_columns(scaled, site, s)
-        if self.out is not None:
-            _scale_rows(scaled, _VALUE, 1 / self.out)
-            _scale_columns(scaled, OUT, self._per_query_head(self.out))
-        if self.down is not None:
-            _scale_rows(scaled, _UP, 1 / self.down)
-            _scale_columns(scaled, DOWN, self.down)
+        for name, s in ((_VALUE, self.out), (_UP, self.down)):
+            if s is not None:
+                _scale_rows(scaled, name, 1 / s)
         if self.query_key is not None:
             pairs = torch.cat((self.query_key, self.query_key), -1).flatten()  # equal on i and i + d/2, which RoPE mixes
             _scale_rows(scaled, _KEY, pairs)
@@ -101,11 +106,6 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
     def _per_query_head(self, channels: Tensor) -> Tensor:
         """[kv_heads * d] -> [heads * d], each key-value head's scales for all of its query heads."""
         return channels.view(-1, self._shape.head_dim).repeat_interleave(self._shape.groups, 0).flatten()
-
-
-def _scale_columns(weights: BlockWeights, site: str, s: Tensor) -> None:
-    for name in SITES[site]:
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] * s
 
 
 def _scale_rows(weights: BlockWeights, name: str, s: Tensor) -> None:
