@@ -1,7 +1,7 @@
 """Perplexity of the calibrated demo model at each setting, against the floors to pass; or what each ingredient brings.
 
 python benchmarks/calibration.py settings|ablation --calib wiki.valid.detok --text wiki.test.raw [--work DIR] [--only NAME ...]
-    [--first 20] [--nsamples 64] [--seqlen 1024]
+    [--first 20] [--nsamples 32] [--seqlen 1024]
 
 Every row is one run of `python -m calibration` in a process of its own; finished ones in --work are kept, so it can go on. The text
 that is scored is never calibrated on. Prints a table and writes benchmarks/results/calibration-<set>-<date>.json.
@@ -99,7 +99,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--only", nargs="+", metavar="NAME")
     add("--work", type=Path, help="keeps finished rows (default: a temporary folder)")
     add("--first", type=whole_number(1), default=20, help="windows of 2048 tokens that are scored (default 20)")
-    add("--nsamples", type=whole_number(1), default=64)
+    add("--nsamples", type=whole_number(1), default=32)
     add("--seqlen", type=whole_number(2), default=1024)
     args = parser.parse_args(argv)
     asked = {"nsamples": args.nsamples, "seqlen": args.seqlen, "calib": args.calib.name}

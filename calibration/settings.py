@@ -50,7 +50,8 @@ class AbqSettings(QqqSettings):
         epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them out.
         transforms: learn equivalent transforms (LET).
         compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
-        tune: passes that train weight scales and norm gains once the codes are final; 0 leaves them.
+        tune: passes that train weight scales and norm gains once the codes are final, in blocks with weights of at most 4 bits, where
+            it pays; 0 leaves them.
         train_windows: calibration windows that training sees, at most.
         batch: windows per step, over all processes.
         alpha: start of the transforms, SmoothQuant's.
@@ -63,9 +64,9 @@ class AbqSettings(QqqSettings):
     epochs: int = 0
     transforms: bool = True
     compensation: bool = True
-    tune: int = 4
+    tune: int = 1
     train_windows: int = 16
-    batch: int = 4
+    batch: int = 1
     alpha: float = 0.5
     transform_rate: float = 5e-3
     clip_rate: float = 1e-2
@@ -110,7 +111,7 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # effort: {"data" or
     "fast": {"data": {"nsamples": 16, "seqlen": 512}, "abq": {"tune": 0, "refits": 0}},
     "default": {"data": {"nsamples": 64, "seqlen": 1024}},
     "paper": {"data": {"nsamples": 128, "seqlen": 2048}, "qqq": _PAPER | {"smooth": "all"},
-              "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128, "batch": 1}},
+              "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128}},
 }
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHOD"]
 
+_TUNED_LEVELS = 16  # with more, rounding is no longer what is wrong with a block
 _FIRST, _LAST = 3, 4  # blocks at either end whose down_proj is compensated
 
 
@@ -69,7 +70,7 @@ class Abq(Qqq):
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
         solver = SiteSolver(task, weights, grids)
         block = WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales)
-        if not settings.tune:
+        if not settings.tune or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS:
             result = BlockResult(walk(block, task.streams, solver), _numpy(gains), {})
         else:
             sites = walk(block, _copied(task.streams), solver)
@@ -119,9 +120,9 @@ def _train_task(task: BlockTask) -> TrainTask:
 
     most = settings.train_windows
     ends = task.index < _FIRST or task.index >= task.count - _LAST
-    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, _AllWindows(streams.real, ranks, most),
-                     _AllWindows(streams.quant, ranks, most), compensation=settings.compensation and ends, all_reduce=average, rank=ranks.rank,
-                     world=ranks.world, seed=task.settings.seed)
+    windows = [_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant)]
+    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, *windows, all_reduce=average,
+                     compensation=settings.compensation and ends, rank=ranks.rank, world=ranks.world, seed=task.settings.seed)
 
 
 def _train_settings(settings: AbqSettings, epochs: int) -> TrainSettings:
