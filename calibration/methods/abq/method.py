@@ -120,8 +120,8 @@ def _train_task(task: BlockTask) -> TrainTask:
 
     most = settings.train_windows
     ends = task.index < _FIRST or task.index >= task.count - _LAST
-    windows = [_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant)]
-    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, *windows, all_reduce=average,
+    real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
+    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, real, quant, all_reduce=average,
                      compensation=settings.compensation and ends, rank=ranks.rank, world=ranks.world, seed=task.settings.seed)
 
 

@@ -1,6 +1,6 @@
 """Perplexity of the calibrated demo model at each setting, against the floors to pass; or what each ingredient brings.
 
-python benchmarks/calibration.py settings|ablation --calib wiki.valid.detok --text wiki.test.raw [--work DIR] [--only NAME ...]
+python benchmarks/calibration_settings.py settings|ablation --calib wiki.valid.detok --text wiki.test.raw [--work DIR] [--only NAME ...]
     [--first 20] [--nsamples 32] [--seqlen 1024]
 
 Every row is one run of `python -m calibration` in a process of its own; finished ones in --work are kept, so it can go on. The text
