@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calibration.settings import CalibrationSettings
     from plugins.core.op_spec import QuantArrays
 
-__all__ = ["METHOD", "Plain", "SiteSolver"]
+__all__ = ["METHOD", "Plain", "Qqq", "SiteSolver", "smoothed"]
 
 _SMOOTHED = {"none": (), "all": tuple(SITES), "down": (DOWN,)}
 
@@ -41,6 +41,14 @@ class Plain:
     def tensor(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """A tensor outside the blocks, fp32."""
         return checkpoint.tensor(name)
+
+
+def smoothed(task: BlockTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The block with the sites of the switch `smooth` smoothed, and their scales."""
+    assert isinstance(task.settings.method, QqqSettings)
+    sites = _SMOOTHED[task.settings.method.smooth]
+    scales = adaptive_scales(task, sites) if sites else {}
+    return fold_scales(task.weights, scales, task.shape), scales
 
 
 class SiteSolver:
@@ -108,9 +116,7 @@ class Qqq:
 
     def calibrate(self, task: BlockTask) -> BlockResult:
         """Smooth, then GPTQ site by site."""
-        assert isinstance(task.settings.method, QqqSettings)
-        scales = adaptive_scales(task, _SMOOTHED[task.settings.method.smooth])
-        weights = fold_scales(task.weights, scales, task.shape)
+        weights, scales = smoothed(task)
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
         solver = SiteSolver(task, weights)
         sites = walk(WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales), task.streams, solver)

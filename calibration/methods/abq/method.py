@@ -20,7 +20,7 @@ from calibration.methods.abq.student import BlockTask as TrainTask
 from calibration.methods.abq.train import TrainedBlock, train_block, tune_block
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import TransformParts
-from calibration.methods.qqq import Qqq, SiteSolver
+from calibration.methods.qqq import Qqq, SiteSolver, smoothed
 from calibration.settings import AbqSettings
 from calibration.solvers.grid import AbqGrid, Grid
 
@@ -67,6 +67,8 @@ class Abq(Qqq):
             trained = train_block(_train_task(task), _train_settings(settings, settings.epochs))
             weights, scales, grids = trained.weights, trained.scales, _learned_grids(trained, task)
             report = {"train_before": trained.loss_before, "train_after": trained.loss_after, "notes": list(trained.notes)}
+        else:
+            weights, scales = smoothed(task)
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
         solver = SiteSolver(task, weights, grids)
         block = WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales)
