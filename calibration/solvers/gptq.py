@@ -53,8 +53,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float
         codes, values = grid.round(weight, group)
         return GptqResult(codes, values, "no usable calibration inputs, rounded to nearest")
     dead = diagonal <= 0
-    diagonal[dead] = 1.0  # a channel that is always 0: any weight does, so the nearest code to 0
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
+    diagonal[dead] = diagonal[~dead].mean()  # a channel that is always 0: any weight does, so the nearest code to 0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=weight.device)
     columns = torch.where(dead, 0.0, weight.double()).T[order].contiguous()  # [K, N]
     factor, note = _inverse_factor(hessian[order][:, order], damp)
     codes, values = _rounded(columns, factor, grid, group[order])
