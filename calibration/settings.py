@@ -28,6 +28,7 @@ class QqqSettings:
         damp: part of the Hessian's mean diagonal that is added to it.
         act_order: GPTQ takes columns in descending order of their activations.
         clip_steps: clip ratios tried in the search for scales; 1 takes min and max.
+        refits: how often scales are fitted to GPTQ's codes and the codes made again; where that is no better, the first stay.
         correct: 0 to 1, how far weights make up for what earlier layers and activation codes got wrong.
     """
 
@@ -37,6 +38,7 @@ class QqqSettings:
     damp: float = 0.01
     act_order: bool = True
     clip_steps: int = 40
+    refits: int = 0
     correct: float = 1.0
 
 
@@ -48,7 +50,9 @@ class AbqSettings(QqqSettings):
         epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them out.
         transforms: learn equivalent transforms (LET).
         compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
-        tune: passes that train weight scales and norm gains once the codes are final; 0 leaves them.
+        tune: passes that train weight scales and norm gains once the codes are final, in blocks with weights of at most 4 bits, where
+            it pays; 0 leaves them.
+        train_windows: calibration windows that training sees, at most.
         batch: windows per step, over all processes.
         alpha: start of the transforms, SmoothQuant's.
         transform_rate, clip_rate, compensation_rate, scale_rate, gain_rate: learning rates; 0 keeps a part at its start.
@@ -56,17 +60,19 @@ class AbqSettings(QqqSettings):
             attention divergence.
     """
 
-    epochs: int = 5
+    refits: int = 1
+    epochs: int = 0
     transforms: bool = True
     compensation: bool = True
-    tune: int = 3
+    tune: int = 1
+    train_windows: int = 16
     batch: int = 1
     alpha: float = 0.5
     transform_rate: float = 5e-3
     clip_rate: float = 1e-2
     compensation_rate: float = 1e-2
-    scale_rate: float = 1e-3
-    gain_rate: float = 1e-3
+    scale_rate: float = 5e-3
+    gain_rate: float = 5e-3
     loss_error: float = 1.0
     loss_direction: float = 1.0
     loss_attention: float = 1.0
@@ -100,10 +106,12 @@ class CalibrationSettings:
 
 
 METHOD_SETTINGS: Mapping[str, type[NoSettings | QqqSettings | AbqSettings]] = {"qqq": QqqSettings, "abq": AbqSettings}
+_PAPER = {"rotation": "none", "clip_steps": 1, "correct": 0.0}
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # effort: {"data" or a method: its values}
-    "fast": {"data": {"nsamples": 16, "seqlen": 512}},
+    "fast": {"data": {"nsamples": 16, "seqlen": 512}, "abq": {"tune": 0, "refits": 0}},
     "default": {"data": {"nsamples": 64, "seqlen": 1024}},
-    "paper": {"data": {"nsamples": 128, "seqlen": 2048}},
+    "paper": {"data": {"nsamples": 128, "seqlen": 2048}, "qqq": _PAPER | {"smooth": "all"},
+              "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128}},
 }
 
 

@@ -82,72 +82,89 @@ def site_weight(weights: BlockWeights, site: str) -> tuple[Tensor, Tensor | None
     return torch.cat([weights[f"{name}.weight"] for name in SITES[site]]), bias
 
 
-class _Walk:
-    """State between sites: what the next site reads, in both streams."""
+@dataclass
+class _Half:
+    """Half of a block: a norm, a site that reads it, a function in the middle, and a site that writes to the residual stream.
 
-    def __init__(self, block: WalkBlock, streams: Streams, measure: bool) -> None:
-        self.block, self.streams, self.measure = block, streams, measure
-        self.float_linear = float_linear(block.weights)
-        self.seen: ActivationWindows | None = None
-        self.wanted: Windows | None = None
+    The first site's inputs are made anew from the residual stream when they are needed, and the float stream moves on while the second
+    site's inputs are made, so nothing but that site's int8 codes is kept.
+    """
 
-    def inputs(self, site: str, quant: Callable[[int], Tensor], real: Callable[[int], Tensor] | None) -> Moments | None:
-        """Make and keep the inputs of a site from functions of the window's number; their moments if they are wanted."""
-        scheme, count, device = self.block.schemes[site], len(self.streams.quant), str(self.block.rope.cos.device)
-        seen: ActivationWindows | None = None
-        wanted: Windows | None = None
-        moments: Moments | None = None
-        for index in range(count):
-            x = quant(index)
-            activation = Activation.of(x, scheme.abits, scheme.act_symmetric)
-            if seen is None:
-                seen = ActivationWindows(self.streams.budget, count, (x.shape[0], x.shape[1]), scheme.abits, device)
-                if real is not None:
-                    wanted = self.streams.budget.windows(count, tuple(x.shape), device=device)
-                moments = Moments(x.shape[1], real is not None, device) if self.measure else None
-            seen[index] = activation
-            target = None
-            if real is not None and wanted is not None:
-                wanted[index] = target = real(index)
-                target = target / self.block.scales[site] if site in self.block.scales else target
+    block: WalkBlock
+    streams: Streams
+    sites: tuple[str, str]
+    norm: str
+    middle: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        self._real = float_linear(self.block.weights)
+
+    def quant_input(self, index: int) -> Activation:
+        """What the first site reads in the quantised model."""
+        scheme = self.block.schemes[self.sites[0]]
+        return Activation.of(self._normed(self.streams.quant, index, self.block.gains), scheme.abits, scheme.act_symmetric)
+
+    def real_input(self, index: int) -> Tensor | None:
+        """What it reads in the float model."""
+        return None if self.streams.real is None else self._normed(self.streams.real, index, self.block.weights)
+
+    def _normed(self, windows: Windows, index: int, gains: Mapping[str, Tensor]) -> Tensor:
+        return rms_norm(windows[index], gains[f"{self.norm}.weight"], self.block.shape.epsilon)
+
+    def add(self, moments: Moments, site: str, seen: Activation, wanted: Tensor | None) -> None:
+        """A window into the moments of a site."""
+        if wanted is not None and site in self.block.scales:
+            wanted = wanted / self.block.scales[site]
+        moments.add(seen.values(), wanted)
+
+    def moments(self, site: str, measure: bool) -> Moments | None:
+        """An empty sum, if sums are wanted."""
+        device = str(self.block.rope.cos.device)
+        return Moments(self.width(site), self.streams.real is not None, device) if measure else None
+
+    def width(self, site: str) -> int:
+        """K of a site."""
+        return int(self.block.weights[f"{SITES[site][0]}.weight"].shape[1])
+
+    def run(self, solve: Solve, measure: bool) -> dict[str, QuantArrays]:
+        """Both sites, and both streams past them."""
+        first, second = self.sites
+        moments = self.moments(first, measure)
+        if moments is not None:
+            for index in range(len(self.streams.quant)):
+                self.add(moments, first, self.quant_input(index), self.real_input(index))
+        found = {first: solve(first, moments)}
+        seen, moments = self._second_inputs(self._linear(first, found[first]), measure)
+        found[second] = solve(second, moments)
+        linear = self._linear(second, found[second])
+        for index, activation in enumerate(seen):
+            self.streams.quant[index] = self.streams.quant[index] + linear.multiply(activation)
+        seen.close()
+        return found
+
+    def _second_inputs(self, linear: FakeQuantLinear, measure: bool) -> tuple[ActivationWindows, Moments | None]:
+        """Of the quantised model, to be kept, and their moments; the float stream moves on to the end of the half."""
+        first, second = self.sites
+        scheme, quant, real = self.block.schemes[second], self.streams.quant, self.streams.real
+        moments, size = self.moments(second, measure), (quant.shape[1], self.width(second))
+        seen = ActivationWindows(self.streams.budget, len(quant), size, scheme.abits, str(self.block.rope.cos.device))
+        for index in range(len(quant)):
+            seen[index] = activation = Activation.of(self.middle(linear.multiply(self.quant_input(index))), scheme.abits,
+                                                     scheme.act_symmetric)
+            wanted = None
+            if real is not None:
+                wanted = self.middle(self._real(first, self._normed(real, index, self.block.weights)))
+                real[index] = real[index] + self._real(second, wanted)
             if moments is not None:
-                moments.add(activation.values(), target)
-        self._release()
-        self.seen, self.wanted = seen, wanted
-        return moments
+                self.add(moments, second, activation, wanted)
+        return seen, moments
 
-    def _release(self) -> None:
-        for windows in (self.seen, self.wanted):
-            if windows is not None:
-                windows.close()
-
-    def linear(self, site: str, arrays: QuantArrays) -> FakeQuantLinear:
+    def _linear(self, site: str, arrays: QuantArrays) -> FakeQuantLinear:
         scheme = self.block.schemes[site]
         quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
-        linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer)
+        linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer, exact=False)
         linear.to(self.block.rope.cos.device)
         return linear
-
-    def product(self, site: str, linear: FakeQuantLinear) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor] | None]:
-        """The site's output in both streams, by window; the inputs kept now stay alive as long as these functions."""
-        seen, wanted = self.seen, self.wanted
-        assert seen is not None
-        return (lambda index: linear.multiply(seen[index]),
-                None if wanted is None else lambda index: self.float_linear(site, wanted[index]))
-
-    def attention(self, qkv: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        return lambda index: attend(*heads_from_qkv(qkv(index)[None], self.block.shape, self.block.rope))[0]
-
-    def normed(self, norm: str, windows: Windows, gains: Mapping[str, Tensor]) -> Callable[[int], Tensor]:
-        gain = gains[f"{norm}.weight"]
-        return lambda index: rms_norm(windows[index], gain, self.block.shape.epsilon)
-
-    def add(self, quant: Callable[[int], Tensor], real: Callable[[int], Tensor] | None) -> None:
-        """Onto the residual streams."""
-        for index in range(len(self.streams.quant)):
-            self.streams.quant[index] = self.streams.quant[index] + quant(index)
-            if real is not None and self.streams.real is not None:
-                self.streams.real[index] = self.streams.real[index] + real(index)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -164,24 +181,9 @@ def walk(block: WalkBlock, streams: Streams, solve: Solve, measure: bool = True)
     Returns:
         What `solve` gave, by site, members stacked along N.
     """
-    state, found = _Walk(block, streams, measure), {}
 
-    def site(name: str, quant: Callable[[int], Tensor], real: Callable[[int], Tensor] | None,
-             ) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor] | None]:
-        found[name] = solve(name, state.inputs(name, quant, real))
-        return state.product(name, state.linear(name, found[name]))
+    def attention(qkv: Tensor) -> Tensor:
+        return attend(*heads_from_qkv(qkv[None], block.shape, block.rope))[0]
 
-    def normed(norm: str) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor] | None]:
-        return (state.normed(norm, streams.quant, block.gains),
-                None if streams.real is None else state.normed(norm, streams.real, block.weights))
-
-    quant, real = site(QKV, *normed(INPUT_NORM))
-    state.add(*site(OUT, state.attention(quant), real and state.attention(real)))
-    quant, real = site(GATE_UP, *normed(POST_NORM))
-    state.add(*site(DOWN, _then(mlp_product, quant), real and _then(mlp_product, real)))
-    state._release()
-    return found
-
-
-def _then(function: Callable[[Tensor], Tensor], inner: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    return lambda index: function(inner(index))
+    found = _Half(block, streams, (QKV, OUT), INPUT_NORM, attention).run(solve, measure)
+    return found | _Half(block, streams, (GATE_UP, DOWN), POST_NORM, mlp_product).run(solve, measure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,8 @@ from calibration.blocks.forward import DOWN, INPUT_NORM, POST_NORM, SITES, load_
 from calibration.blocks.store import BlockResult
 from calibration.blocks.walk import WalkBlock, site_weight, walk
 from calibration.settings import QqqSettings
-from calibration.solvers.gptq import gptq, quadratic_error
-from calibration.solvers.grid import search_grid
+from calibration.solvers.gptq import factored, gptq, quadratic_error
+from calibration.solvers.grid import Grid, search_grid
 from calibration.solvers.hessian import Moments, corrected_target
 from calibration.solvers.rotation import Rotation
 from calibration.solvers.smoothing import adaptive_scales, fold_scales
@@ -48,10 +49,11 @@ class SiteSolver:
     Args:
         task: the block.
         weights: float weights with every fold done; `walk`'s moments are in the same coordinates.
+        grids: of sites whose grid is known; the others' are searched.
     """
 
-    def __init__(self, task: BlockTask, weights: dict[str, Tensor]) -> None:
-        self._task, self._weights = task, weights
+    def __init__(self, task: BlockTask, weights: dict[str, Tensor], grids: Mapping[str, Grid] | None = None) -> None:
+        self._task, self._weights, self._grids = task, weights, grids or {}
         assert isinstance(task.settings.method, QqqSettings)
         self._settings = task.settings.method
         self.before = self.after = self.signal = 0.0
@@ -66,19 +68,23 @@ class SiteSolver:
         weight, bias = site_weight(self._weights, site)
         group = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
         target = corrected_target(weight, moments, settings.correct)
-        grid = search_grid(target, scheme, torch.diagonal(moments.hessian), settings.clip_steps)
+        grid = self._grids.get(site) or search_grid(target, scheme, torch.diagonal(moments.hessian), settings.clip_steps)
         codes, values = grid.round(target, group)
         self.signal += quadratic_error(target, torch.zeros_like(target), moments.hessian)
         self.before += (plain := quadratic_error(target, values, moments.hessian))
-        if settings.gptq:
-            result = gptq(target, moments.hessian, grid, group, settings.damp, settings.act_order)
-            solved = quadratic_error(target, result.values, moments.hessian)
-            if solved <= plain:  # GPTQ is greedy: where it does worse, rounding to nearest stays
-                codes, plain = result.codes, solved
+        best = (plain, codes, grid)
+        hessian = factored(moments.hessian, settings.damp, settings.act_order)
+        for _ in range(settings.gptq * (1 + settings.refits)):
+            result = gptq(target, hessian, grid, group)
+            best = min(best, (quadratic_error(target, result.values, moments.hessian), result.codes, grid), key=lambda found: found[0])
             if result.note:
                 self.notes.append(f"{site}: {result.note}")
-        self.after += plain
-        return grid.arrays(codes, bias)
+                break
+            grid = grid.refitted(target, result.codes, moments.hessian)
+            refitted = quadratic_error(target, grid.values(result.codes, group), moments.hessian)
+            best = min(best, (refitted, result.codes, grid), key=lambda found: found[0])
+        self.after += best[0]
+        return best[2].arrays(best[1], bias)
 
     def report(self) -> dict[str, object]:
         """Squared output errors of all sites before and after GPTQ, as parts of the outputs' squares."""

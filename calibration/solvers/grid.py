@@ -51,9 +51,10 @@ class AbqGrid:
         """Weights [N, K] that codes [N, K] stand for, as the op defines them."""
         return (codes - self.zero[:, group]) * self.scale[:, group]
 
-    def scaled(self, factor: Tensor) -> AbqGrid:
-        """Scales [N, G] times a factor."""
-        return replace(self, scale=(self.scale * factor).clamp(min=TINY))
+    def refitted(self, weight: Tensor, codes: Tensor, hessian: Tensor) -> AbqGrid:
+        """The same zero points with the scales that suit these codes best, least squares under H over all groups of a row at once."""
+        scale = _least_squares((codes.unflatten(1, (self.scale.shape[1], -1)) - self.zero[..., None]), weight, hessian)
+        return replace(self, scale=torch.where(_near(scale, self.scale), scale, self.scale))
 
     def arrays(self, codes: Tensor, bias: Tensor | None) -> QuantArrays:
         """What the quant folder stores."""
@@ -91,10 +92,12 @@ class QqqGrid:
         """As AbqGrid.values."""
         return codes * self.channel if self.group is None else _int8(codes, self.group[:, group]) * self.channel
 
-    def scaled(self, factor: Tensor) -> QqqGrid:
-        """Channel scales times a factor [N, 1]; with groups, whose values are bound to int8, the factor must be of the channel."""
-        channel = self.channel * factor
-        return replace(self, channel=torch.where(channel < 0, channel.clamp(max=-TINY), channel.clamp(min=TINY)))
+    def refitted(self, weight: Tensor, codes: Tensor, hessian: Tensor) -> QqqGrid:
+        """The channel scales that suit these codes best; group scales, which make int8 weights, stay."""
+        group = torch.arange(codes.shape[1], device=codes.device) // (codes.shape[1] // (1 if self.group is None else self.group.shape[1]))
+        integers = self.values(codes, group) / self.channel
+        channel = _least_squares(integers[:, None], weight, hessian)
+        return replace(self, channel=torch.where(_near(channel, self.channel), channel, self.channel))
 
     def arrays(self, codes: Tensor, bias: Tensor | None) -> QuantArrays:
         """What the quant folder stores."""
@@ -108,6 +111,27 @@ Grid = AbqGrid | QqqGrid
 
 def _int8(codes: Tensor, step: Tensor) -> Tensor:
     return torch.round(codes * step).clamp(-_INT8_MAX, _INT8_MAX)
+
+
+def _least_squares(integers: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
+    """s [N, G] of least (w - sum_g s_g u_g) H (w - sum_g s_g u_g)^T for every row, u_g [N, G, size] being integers of group g."""
+    groups, size = integers.shape[1:]
+    wide = hessian.double().unflatten(0, (groups, size))  # [G, size, K]
+    rows, found = max(1, _CHUNK // (groups * groups * size)), []
+    for part, target in zip(integers.double().split(rows), weight.double().split(rows), strict=True):
+        product = part.transpose(0, 1) @ wide  # u_g H, [G, n, K]
+        normal = (product.unflatten(2, (groups, size)) * part).sum(-1).transpose(0, 1)  # [n, G, G]
+        right = (product * target).sum(-1).T  # [n, G]
+        diagonal = torch.diagonal(normal, dim1=1, dim2=2)
+        diagonal += 1e-6 * diagonal.amax(1, keepdim=True).clamp(min=TINY)
+        found.append(torch.linalg.solve(normal, right))
+    return torch.cat(found).float()
+
+
+def _near(new: Tensor, old: Tensor) -> Tensor:
+    """Scales that a refit may take: of the same sign and size, so that codes keep their meaning."""
+    ratio = new / old
+    return torch.isfinite(ratio) & (ratio > 0.5) & (ratio < 2) & (new.abs() >= TINY)
 
 
 def search_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None = None, steps: int = 40, shrink: float = 0.5) -> Grid:

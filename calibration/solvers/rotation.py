@@ -22,6 +22,7 @@ __all__ = ["Rotation", "fold_gains", "hadamard", "orthogonal"]
 
 _READERS = {"self_attn.q_proj": INPUT_NORM, "self_attn.k_proj": INPUT_NORM, "self_attn.v_proj": INPUT_NORM,
             "mlp.gate_proj": POST_NORM, "mlp.up_proj": POST_NORM}
+_ROWS = 4096  # of a table, in fp64 together
 _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -115,8 +116,15 @@ class Rotation:
         family = checkpoint.family
         embedding, gain = f"{family.embedding}.weight", f"{family.final_norm}.weight"
         if name == embedding:
-            return (checkpoint.tensor(name).double() @ self.residual).float()
+            return _product(checkpoint.tensor(name), None, self.residual)
         if name == gain:
             return torch.ones_like(checkpoint.tensor(name))
-        table = checkpoint.tensor(embedding if checkpoint.dims.tied else name)
-        return (table.double() * checkpoint.tensor(gain).double() @ self.residual).float()
+        return _product(checkpoint.tensor(embedding if checkpoint.dims.tied else name), checkpoint.tensor(gain), self.residual)
+
+
+def _product(table: Tensor, gain: Tensor | None, residual: Tensor) -> Tensor:
+    """table diag(gain) Q in fp64, by chunks of rows and into the table's own memory."""
+    scaled = residual if gain is None else gain.double()[:, None] * residual
+    for rows in table.split(_ROWS):
+        rows.copy_(rows.double() @ scaled)
+    return table

@@ -47,9 +47,10 @@ def test_presets_name_switches_that_exist() -> None:
 
 
 def test_what_is_given_wins_over_the_preset() -> None:
-    settings = calibration_settings("qqq", "paper", ["rotation=none", "smooth=all", "gptq=OFF", "damp=0", "clip_steps=1", "damp=0.5"],
+    settings = calibration_settings("qqq", "paper", ["rotation=none", "smooth=all", "gptq=OFF", "damp=0", "correct=0.25", "damp=0.5"],
                                     nsamples=3, seqlen=None, calib="text.txt", seed=9, max_memory=0)
-    assert settings == CalibrationSettings("paper", "text.txt", 3, 2048, 9, 0, QqqSettings("none", "all", False, 0.5, clip_steps=1))
+    chosen = QqqSettings("none", "all", gptq=False, damp=0.5, correct=0.25, clip_steps=EFFORTS["paper"]["qqq"]["clip_steps"])
+    assert settings == CalibrationSettings("paper", "text.txt", 3, 2048, 9, 0, chosen)
 
 
 @pytest.mark.parametrize(("switch", "message"), [

@@ -62,7 +62,7 @@ def _step_by_step(task: BlockTask, arrays: dict[str, QuantArrays], x: Tensor) ->
         scheme = task.schemes[name]
         seen[name] = Activation.of(inputs, scheme.abits, scheme.act_symmetric).values()
         quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
-        output: Tensor = FakeQuantLinear(QuantLinear(name, scheme, arrays[name]), quantizer)(inputs)
+        output: Tensor = FakeQuantLinear(QuantLinear(name, scheme, arrays[name]), quantizer, exact=False)(inputs)
         return output
 
     gains = (task.weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM))
@@ -135,7 +135,7 @@ def test_without_a_float_stream_there_is_no_cross_moment(tiny_model_dir: Path) -
     assert crosses == [None] * 4 and task.streams.real is None
 
 
-@pytest.mark.parametrize("limit", [0, 100_000])
+@pytest.mark.parametrize("limit", [0, 40_000])
 def test_activations_on_the_disk_are_the_same(tiny_model_dir: Path, tmp_path: Path, limit: int) -> None:
     """Memory for one of the two streams, or for none: everything else goes through files."""
     memory, task = block_task(tiny_model_dir), block_task(tiny_model_dir)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calibration.scheme import QuantScheme
-from calibration.solvers.gptq import gptq, quadratic_error
+from calibration.solvers.gptq import GptqResult, factored, gptq, quadratic_error
 from calibration.solvers.grid import Grid, search_grid
 from calibration.solvers.hessian import Moments
 from tests.calibration.block_cases import QQQ, QQQ_GROUPS
@@ -32,6 +32,10 @@ def _case(scheme: QuantScheme, size: int = 192) -> tuple[Tensor, Tensor, Grid, T
     return weight, x.T @ x, search_grid(weight, scheme, steps=1), torch.arange(size) // (scheme.group_size or size)
 
 
+def _gptq(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float = 0.01, act_order: bool = True) -> GptqResult:
+    return gptq(weight, factored(hessian, damp, act_order), grid, group)
+
+
 def _written_out(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float) -> Tensor:
     """Algorithm 1 of arXiv 2210.17323 in blocks of one column, without reordering: codes [N, K]."""
     size = len(hessian)
@@ -48,7 +52,7 @@ def _written_out(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, dam
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
 def test_codes_are_those_of_the_algorithm_written_out(scheme: QuantScheme) -> None:
     weight, hessian, grid, group = _case(scheme)
-    result = gptq(weight, hessian, grid, group, damp=0.02, act_order=False)
+    result = _gptq(weight, hessian, grid, group, damp=0.02, act_order=False)
     assert torch.equal(result.codes, _written_out(weight, hessian, grid, group, 0.02))
     assert not torch.equal(result.codes, grid.round(weight, group)[0]) and result.note == ""
 
@@ -57,12 +61,12 @@ def test_codes_are_those_of_the_algorithm_written_out(scheme: QuantScheme) -> No
 def test_descending_order_keeps_static_groups(scheme: QuantScheme) -> None:
     """Columns put in order by hand, each with its group, give the same; put back, the groups lie as the op has them."""
     weight, hessian, grid, group = _case(scheme)
-    result = gptq(weight, hessian, grid, group, damp=0.02)
+    result = _gptq(weight, hessian, grid, group, damp=0.02)
     order = torch.argsort(torch.diagonal(hessian), descending=True)
     by_hand = _written_out(weight[:, order], hessian[order][:, order], grid, group[order], 0.02)
     assert torch.equal(result.codes[:, order], by_hand)
     assert torch.equal(grid.values(result.codes, group), result.values)
-    assert not torch.equal(result.codes, gptq(weight, hessian, grid, group, damp=0.02, act_order=False).codes)
+    assert not torch.equal(result.codes, _gptq(weight, hessian, grid, group, damp=0.02, act_order=False).codes)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -72,7 +76,7 @@ def test_output_error_is_below_that_of_nearest_and_is_the_ops_own(scheme: QuantS
     from calibration.scheme import QuantLinear
 
     weight, hessian, grid, group = _case(scheme)
-    result = gptq(weight, hessian, grid, group, act_order=act_order)
+    result = _gptq(weight, hessian, grid, group, act_order=act_order)
     stored = torch.from_numpy(QuantLinear("test", scheme, grid.arrays(result.codes, None)).dequantize())
     assert torch.equal(stored, result.values)
     x, nearest = _inputs(), grid.round(weight, group)[1]
@@ -83,7 +87,7 @@ def test_output_error_is_below_that_of_nearest_and_is_the_ops_own(scheme: QuantS
 
 def test_a_diagonal_hessian_leaves_nothing_to_make_up_for() -> None:
     weight, _, grid, group = _case(QQQ)
-    result = gptq(weight, torch.diag(torch.rand(192) + 0.1), grid, group)
+    result = _gptq(weight, torch.diag(torch.rand(192) + 0.1), grid, group)
     assert torch.equal(result.codes, grid.round(weight, group)[0])
 
 
@@ -94,7 +98,7 @@ def test_no_order_of_the_windows_changes_a_code() -> None:
         moments = Moments(192, cross=False)
         for window in windows:
             moments.add(window)
-        found.append(gptq(weight, moments.hessian, grid, group).codes)
+        found.append(_gptq(weight, moments.hessian, grid, group).codes)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -102,7 +106,7 @@ def test_no_order_of_the_windows_changes_a_code() -> None:
 def test_the_scale_of_the_hessian_does_not_count(scale: float) -> None:
     weight, hessian, grid, group = _case(QQQ)
     hessian[7] = hessian[:, 7] = 0  # nor that a dead channel stands beside
-    assert torch.equal(gptq(weight, hessian * scale, grid, group).codes, gptq(weight, hessian, grid, group).codes)
+    assert torch.equal(_gptq(weight, hessian * scale, grid, group).codes, _gptq(weight, hessian, grid, group).codes)
 
 
 # ---------------------------------------------------------------- Hessians that are not
@@ -112,7 +116,7 @@ def test_the_scale_of_the_hessian_does_not_count(scale: float) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
 def test_a_hessian_that_says_nothing(scheme: QuantScheme, value: float) -> None:
     weight, _, grid, group = _case(scheme)
-    result = gptq(weight, torch.full((192, 192), value), grid, group)
+    result = _gptq(weight, torch.full((192, 192), value), grid, group)
     codes, values = grid.round(weight, group)
     assert torch.equal(result.codes, codes) and torch.equal(result.values, values) and result.note == NEAREST
 
@@ -120,15 +124,15 @@ def test_a_hessian_that_says_nothing(scheme: QuantScheme, value: float) -> None:
 def test_one_nan_in_a_hessian() -> None:
     weight, hessian, grid, group = _case(QQQ)
     hessian[3, 4] = float("nan")
-    assert gptq(weight, hessian, grid, group).note == NEAREST
+    assert _gptq(weight, hessian, grid, group).note == NEAREST
 
 
 def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
     weight, _, grid, group = _case(QQQ)
     x = _inputs(tokens=3).double()
-    usual = gptq(weight, x.T @ x, grid, group)
+    usual = _gptq(weight, x.T @ x, grid, group)
     assert usual.note == ""
-    result = gptq(weight, x.T @ x, grid, group, damp=0.0)
+    result = _gptq(weight, x.T @ x, grid, group, damp=0.0)
     assert result.note == "singular Hessian, damped by 0.001 of its mean diagonal"
     assert torch.isfinite(result.values).all()
     assert quadratic_error(weight, result.values, x.T @ x) < quadratic_error(weight, grid.round(weight, group)[1], x.T @ x)
@@ -137,7 +141,7 @@ def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
 def test_a_hessian_that_no_damping_saves() -> None:
     weight, hessian, grid, group = _case(QQQ)
     hessian[0, 1] = hessian[1, 0] = 1e9 * hessian.abs().max()
-    result = gptq(weight, hessian, grid, group)
+    result = _gptq(weight, hessian, grid, group)
     assert result.note == "singular Hessian, rounded to nearest"
     assert torch.equal(result.codes, grid.round(weight, group)[0])
 
@@ -147,9 +151,9 @@ def test_dead_channels_get_the_code_nearest_to_zero_and_disturb_nobody() -> None
     live = torch.ones(192, dtype=torch.bool)
     live[[0, 50, 191]] = False
     hessian[~live] = hessian[:, ~live] = 0
-    result = gptq(weight, hessian, grid, group, act_order=False)
+    result = _gptq(weight, hessian, grid, group, act_order=False)
     assert torch.equal(result.codes[:, ~live], grid.round(torch.zeros(24, 3), group[~live])[0])
-    alone = gptq(weight[:, live], hessian[live][:, live], grid, group[live], act_order=False)
+    alone = _gptq(weight[:, live], hessian[live][:, live], grid, group[live], act_order=False)
     assert torch.equal(result.codes[:, live], alone.codes) and result.note == ""
 
 
@@ -159,5 +163,5 @@ def test_rows_of_zeros_stay_zero() -> None:
     for scheme in SCHEMES:
         grid = search_grid(weight, scheme)
         group = torch.arange(192) // (scheme.group_size or 192)
-        result = gptq(weight, hessian, grid, group)
+        result = _gptq(weight, hessian, grid, group)
         assert (result.values[5] == 0).all() and torch.isfinite(result.values).all()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration.scheme import QuantLinear, QuantScheme
+from calibration.solvers.gptq import quadratic_error
 from calibration.solvers.grid import AbqGrid, Grid, QqqGrid, search_grid
 from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
@@ -131,18 +132,32 @@ def test_the_odd_level_goes_to_the_wider_side(scheme: QuantScheme) -> None:
         assert (grid.group is None) or (grid.channel > 0).all()
 
 
+def _hessian(columns: int = 128) -> Tensor:
+    x = torch.randn(300, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x[:, 1:] += 0.7 * x[:, :-1]
+    return x.T @ x
+
+
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
-def test_scaled_grids_are_still_the_ops(scheme: QuantScheme) -> None:
+def test_refitted_scales_suit_the_codes_better_and_are_still_the_ops(scheme: QuantScheme) -> None:
+    weight, group, hessian = _weight(scheme), _group(scheme), _hessian()
+    grid = search_grid(weight, scheme, steps=1)
+    codes, values = grid.round(weight, group)
+    refitted = grid.refitted(weight, codes, hessian)
+    fitted = refitted.values(codes, group)
+    assert torch.equal(fitted, _dequantized(refitted.arrays(codes, None), scheme))
+    assert quadratic_error(weight, fitted, hessian) < quadratic_error(weight, values, hessian)
+    old, new = (one.scale if isinstance(one, AbqGrid) else one.channel for one in (grid, refitted))
+    assert ((new / old > 0.5) & (new / old < 2)).all() and torch.equal(new[3], old[3])  # of a row of zeros there is nothing to fit
+
+
+@pytest.mark.parametrize("hessian", [torch.zeros(128, 128), torch.full((128, 128), torch.nan)], ids=["zero", "nan"])
+@pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS, ABQ[4], ABQ[5]], ids=lambda scheme: f"{scheme.op}-{scheme.label}")
+def test_a_hessian_that_says_nothing_fits_nothing(scheme: QuantScheme, hessian: Tensor) -> None:
     weight, group = _weight(scheme), _group(scheme)
-    grid = search_grid(weight, scheme)
-    factor = torch.full((12, 1), 1.5)
-    codes = grid.round(weight, group)[0]
-    scaled = grid.scaled(factor)
-    assert torch.equal(scaled.values(codes, group), _dequantized(scaled.arrays(codes, None), scheme))
-    live = torch.arange(12) != 3  # of the row of zeros the scale is the smallest there is
-    torch.testing.assert_close(scaled.values(codes, group)[live], 1.5 * grid.values(codes, group)[live])
-    gone = grid.scaled(torch.zeros(12, 1))
-    assert all((array.abs() >= 2.0**-126).all() for array in ((gone.scale,) if isinstance(gone, AbqGrid) else (gone.channel,)))
+    grid = search_grid(weight, scheme, steps=1)
+    refitted = grid.refitted(weight, grid.round(weight, group)[0], hessian)
+    assert all(torch.equal(getattr(refitted, name), array) for name, array in vars(grid).items() if isinstance(array, Tensor))
 
 
 def test_chunks_of_rows_do_not_change_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
