@@ -152,8 +152,8 @@ def _parsed(switch: str, kind: type[Any], method: str) -> tuple[str, Any]:
     try:
         return name, _read(text, type(default))
     except ValueError:
-        expected = {bool: "on or off", int: "a whole number", float: "a number"}[type(default)]
-        raise InputError(where, f"got {text!r}, expected {expected} of at least 0", f"The default is {name}={_shown(default)}") from None
+        expected = {bool: "on or off", int: "a whole number of at least 0", float: "a number of at least 0"}[type(default)]
+        raise InputError(where, f"got {text!r}, expected {expected}", f"The default is {name}={_shown(default)}") from None
 
 
 _SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}

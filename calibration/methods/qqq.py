@@ -71,6 +71,8 @@ class SiteSolver:
         assert moments is not None
         settings, scheme = self._settings, self._task.schemes[site]
         moments.reduce(self._task.ranks)
+        if not torch.isfinite(moments.hessian).all():  # an activation overflowed: as if nothing had been seen
+            moments = Moments(len(moments.hessian), cross=False, device=self._task.device)
         weight, bias = site_weight(self._weights, site)
         group = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
         target = corrected_target(weight, moments, settings.correct)
