@@ -80,7 +80,7 @@ def test_windows_keep_no_gradient() -> None:
 @pytest.mark.parametrize(("bits", "symmetric", "width"), [(8, True, 1), (4, False, 1), (16, False, 4)])
 def test_quantised_inputs_take_a_byte_each(tmp_path: Path, limit: int | None, bits: int, symmetric: bool, width: int) -> None:
     budget = StreamBudget(limit, tmp_path)
-    windows = ActivationWindows(budget, 3, (5, 8), bits, "cpu")
+    windows = ActivationWindows(budget, 3, (5, 8), scheme, "cpu")
     wanted = [Activation.of(item, bits, symmetric) for item in _items()]
     for index, activation in enumerate(wanted):
         windows[index] = activation
