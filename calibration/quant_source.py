@@ -16,7 +16,7 @@ from plugins.core.op_spec import QuantArrays
 if TYPE_CHECKING:
     from calibration.bits import SchemeMap
     from calibration.blocks.driver import Basis, BlockMethod, Calibrated, Calibration
-    from calibration.blocks.store import BlockResult, BlockStore
+    from calibration.blocks.store import BlockResult
     from calibration.checkpoint import Checkpoint
     from calibration.families.base import ModelDims
     from calibration.progress import Progress

@@ -95,7 +95,8 @@ def test_killed(model: Path, whole: dict[str, bytes], tmp_path: Path, capsys: py
     """SIGKILL of a real process, behind its first block."""
     command = [sys.executable, "-m", "calibration", str(model), "--wbits", "4", "--abits", "8", "--nsamples", "4", "--seqlen", "32",
                "--out", str(tmp_path), "--offline", "--progress", "json"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["event"] == "progress":
