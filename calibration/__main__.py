@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.artifact import StageWriter, locked, read_json
+from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from calibration.progress import Progress, make_progress
 from plugins.core.cli import run_cli
@@ -20,19 +23,22 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-def _quantise(args: argparse.Namespace, progress: Progress) -> None:
+def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> None:
     schemes = schemes_from_args(args)
     out = default_out(args, schemes.base)
     _refuse_exporters(out)
     settings = settings_from_args(args, schemes.base)
 
     from calibration.checkpoint import open_checkpoint
-    from calibration.quantize import STAGE, QuantizeOptions, quant_bytes, quantize_model
+    from calibration.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
     from calibration.scheme_checks import check_scheme
 
-    options = QuantizeOptions(args.offline, settings, resume=args.resume, format=args.format)
+    options = QuantizeOptions(args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks)
     checkpoint = open_checkpoint(args.model, args.offline)
     check_scheme(checkpoint, schemes, args.format)
+    if not ranks.first:  # calibrates with the first one, which alone locks the folder and writes it
+        quantize_model(checkpoint, schemes, options, out / STAGE, progress)
+        return
     _refuse_other(out / STAGE, checkpoint, schemes)
     writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes, args.format))
     with locked(out):
@@ -78,18 +84,21 @@ def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser("python -m calibration", description="Quantise a model into OUT/quant.")
     add_quant_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the blocks that an interrupted run has finished")
-    args = parser.parse_args(argv)
-    progress = make_progress(args.progress)
-    try:
-        _quantise(args, progress)
-    finally:
-        progress.close()
+    ranks = join_ranks()
+    with ranks.one_voice():
+        with nullcontext() if ranks.first else redirect_stderr(io.StringIO()):  # argparse tells of its errors by itself
+            args = parser.parse_args(argv)
+        progress = make_progress(args.progress if ranks.first else "none")
+        try:
+            _quantise(args, ranks, progress)
+        finally:
+            progress.close()
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_cli(lambda: _main(argv))
+    return run_cli(lambda: _main(argv), "Interrupted; finished blocks are kept. Run the same command with --resume to go on.")
 
 
 if __name__ == "__main__":

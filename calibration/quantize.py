@@ -14,6 +14,7 @@ import numpy as np
 from calibration import formats
 from calibration.artifact import sha256_file, write_json
 from calibration.bits import SchemeMap, as_map
+from calibration.blocks.ranks import ALONE, Ranks
 from calibration.progress import NullProgress
 from calibration.quant_folder import FORMAT, QUANT_JSON, read_quant
 from calibration.quant_source import QuantSource, open_source
@@ -47,6 +48,7 @@ class QuantizeOptions:
         resume: go on from the blocks that are there already.
         shard_bytes: largest weight file.
         format: one of calibration.formats, written into the quant folder too.
+        ranks: the processes that share the work; the first one writes and needs the folder.
     """
 
     offline: bool = False
@@ -55,6 +57,7 @@ class QuantizeOptions:
     resume: bool = False
     shard_bytes: int = SHARD_BYTES
     format: str = formats.OURS
+    ranks: Ranks = ALONE
 
 
 def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, options: QuantizeOptions, folder: Path,
@@ -64,7 +67,7 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     Of several processes (torchrun) all calibrate, and the first one writes.
 
     Returns:
-        Facts for the manifest: "summary", the sizes, and how the calibration went.
+        Facts for the manifest: "summary", the sizes, and what the calibration cost; {} in the processes that do not write.
 
     Raises:
         InputError: settings that do not fit this model, NaN in its weights, no calibration text.
@@ -87,7 +90,7 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     sizes = meta["sizes"]
     summary = (f"{sizes['bits_per_weight']:.2f} bits per weight, "
                f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB")
-    return {"summary": summary, **sizes}
+    return {"summary": summary, **sizes, **source.cost}
 
 
 def _write_shards(checkpoint: Checkpoint, source: QuantSource, shards: list[list[_Item]], folder: Path,
