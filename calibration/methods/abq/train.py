@@ -31,7 +31,8 @@ class TrainSettings:
         batch: windows per step, over all processes.
         transform_rate, clip_rate, compensation_rate: learning rates of scales, clips and the rank-1 term; 0 keeps one at its start.
         parts: scales to learn; None leaves the float weights as they are.
-        alpha: start of the scales.
+        alpha: exponent of the scales' start.
+        powers: of the start; with more than one, each site takes the one with the least loss before training.
         loss: factors of the loss terms.
         both_streams: compare also with the float block on the quantised stream.
         rows: attention rows per window in the attention term.
@@ -44,6 +45,7 @@ class TrainSettings:
     compensation_rate: float = 1e-2
     parts: TransformParts | None = field(default_factory=TransformParts)
     alpha: float = 0.5
+    powers: tuple[float, ...] = (1.0, 0.5, 0.0)
     loss: LossWeights = field(default_factory=LossWeights)
     both_streams: bool = True
     rows: int = 64
@@ -114,10 +116,21 @@ class _Trainer:
         self._mine = [index for index in range(len(task.x_q)) if index % settings.batch % task.world == task.rank]
         self._teacher = Teacher(task, self._mine, settings.both_streams)
         self.student = Student(task, self._teacher.statistics, settings.parts, settings.alpha)
+        self._choose_start()
         self.loss_before = self._measure()
         if not math.isfinite(self.loss_before):
             raise InputError(task.name, f"got a loss of {self.loss_before} before training, expected a finite one",
                              "Look for NaN or inf in the block's weights and in its input")
+
+    def _choose_start(self) -> None:
+        """Give each site, one after another, the power of its scales' start with the least loss of the block."""
+        transform = self.student.transform
+        for site in () if transform is None else transform.sites:
+            losses = {}
+            for power in self._settings.powers:
+                self.student.restart(site, power)
+                losses[power] = self._measure()
+            self.student.restart(site, min(losses, key=losses.__getitem__))
 
     def run(self, factor: float) -> tuple[tuple[float, ...], str]:
         """Train from the start at `factor` of the learning rates: losses per epoch, and what went wrong or ""."""
@@ -187,11 +200,11 @@ class _Trainer:
         attention = None if rows is None or log_p is None else (log_p, self._teacher.attention_rows(index, rows))
         return block_loss(y, self._teacher.targets(index), attention, settings.loss)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _measure(self) -> float:
         """Mean loss over the windows of all processes."""
-        weights = self.student()
-        total = sum((self._loss(weights, index) for index in self._mine), torch.zeros(()))
+        with torch.no_grad():
+            weights = self.student()
+            total = torch.stack([self._loss(weights, index) for index in self._mine]).sum()
         mean = total * (self._task.world / len(self._task.x_q))
         self._task.all_reduce([mean])
         return float(mean)
