@@ -22,6 +22,7 @@ from calibration.safetensors_io import SafetensorsWriter, TensorSpec, numpy_dtyp
 from calibration.scheme import QuantScheme
 from calibration.scheme_checks import check_scheme
 from calibration.settings import CalibrationSettings
+from calibration.sizes import linear_specs, stored_bits
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = ["STAGE", "WORK", "QuantizeOptions", "quant_bytes", "quantize_model"]
 
 STAGE = "quant"
 WORK = ".calibration"  # beside it: finished blocks of a calibration that is not over
+BITS_FILE = "bits.txt"  # the rules, to be used again
 SHARD_BYTES = 2 * 10**9
 _MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
 
@@ -81,6 +83,8 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     if not source.writes:
         return {}
     files = _write_shards(checkpoint, source, _shards(items, options.shard_bytes), folder, progress)
+    if schemes.rules:
+        (folder / BITS_FILE).write_text(schemes.as_text(), encoding="utf-8")
     files |= _save_tokenizer(tokenizer, folder)
     meta = _meta(checkpoint, schemes, items, files, source)
     write_json(folder / QUANT_JSON, meta)
@@ -142,23 +146,10 @@ def _plan(checkpoint: Checkpoint, schemes: SchemeMap, dims: ModelDims) -> list[_
             items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
         elif end == "weight":
             scheme = schemes.of(base, family)
-            specs = _linear_specs(base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme)
+            specs = linear_specs(base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme)
             items.append(_Item("linear", base, tuple(specs), scheme))
     frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
     return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
-
-
-def _linear_specs(name: str, shape: tuple[int, int], has_bias: bool, scheme: QuantScheme) -> Iterator[TensorSpec]:
-    rows, groups = shape[0], scheme.attributes(*shape, has_bias).n_groups
-    qqq, fp32 = scheme.op == "QQQGemm", np.dtype(np.float32)
-    yield TensorSpec(f"{name}.codes", np.dtype(np.int8 if qqq else np.uint8), shape)
-    yield TensorSpec(f"{name}.scale", fp32, (rows, 1 if qqq else groups))
-    if not qqq:
-        yield TensorSpec(f"{name}.zero", np.dtype(np.int32), (rows, groups))
-    elif scheme.group_size:
-        yield TensorSpec(f"{name}.scale_group", np.dtype(np.float16), (rows, groups))
-    if has_bias:
-        yield TensorSpec(f"{name}.bias", fp32, (rows,))
 
 
 def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
@@ -234,16 +225,11 @@ def _sizes(items: list[_Item]) -> dict[str, Any]:
     width = numpy_dtype(items[0].scheme.dtype).itemsize
     weights, bits, rest = 0, 0, 0
     for item in items:
-        scheme = item.scheme
-        code_bits = scheme.attributes(1, 1, False).planes if scheme.op == "ABQGemm" else scheme.wbits
-        for spec in item.specs:
-            if item.kind != "linear":
-                rest += spec.nbytes
-            elif spec.name.endswith(".codes"):
-                weights += math.prod(spec.shape)
-                bits += math.prod(spec.shape) * code_bits
-            else:
-                bits += spec.nbytes * 8
+        if item.kind == "linear":
+            weights += math.prod(item.specs[0].shape)
+            bits += stored_bits(item.specs, item.scheme)
+        else:
+            rest += sum(spec.nbytes for spec in item.specs)
     return {
         "linear_weights": weights, "linear_float_bytes": weights * width, "linear_quant_bits": bits,
         "bits_per_weight": round(bits / weights, 4), "rest_bytes": rest,
