@@ -9,23 +9,25 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from calibration.scheme import QuantLinear
+from calibration.scheme import FLOAT_BITS, QuantLinear
 
-__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "integer_product", "quantize_activation", "round_to"]
+__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "Rounding", "fake_quantize", "integer_product",
+           "quantize_activation", "quantize_cache", "round_to"]
+
+Rounding = Callable[[Tensor], Tensor]  # half to even; training passes one with a straight-through gradient
 
 _TINY = 2.0**-118
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def quantize_activation(x: Tensor, bits: int, symmetric: bool,
-                        rounding: Callable[[Tensor], Tensor] = torch.round) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(x: Tensor, bits: int, symmetric: bool, rounding: Rounding = torch.round) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token codes, bit-equal to plugins.core.activation.quantize_activation.
 
     Args:
         x: [..., K], any float type; rows are tokens.
         bits: 2..8.
         symmetric: codes around 0 without a zero point.
-        rounding: rounds half to even; training passes one with a straight-through gradient.
+        rounding: torch.round, or training's.
 
     Returns:
         codes [..., K], scale [..., 1], zero [..., 1], all fp32; the codes and the zero hold integers.
@@ -44,6 +46,22 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool,
     zero = torch.clamp(rounding(-low * reciprocal) - (top + 1), -top - 1, top)
     codes = torch.clamp(rounding(x * reciprocal) + zero, -top - 1, top)
     return codes, scale, zero
+
+
+def fake_quantize(x: Tensor, bits: int, symmetric: bool, rounding: Rounding = torch.round) -> Tensor:
+    """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; 16 bits return x itself."""
+    if bits >= FLOAT_BITS:
+        return x
+    codes, scale, zero = quantize_activation(x, bits, symmetric, rounding)
+    return (codes - zero) * scale
+
+
+def quantize_cache(x: Tensor, bits: int, rounding: Rounding = torch.round) -> Tensor:
+    """Keys (after RoPE) or values [..., head_dim] as a cache of these bits gives them back: asymmetric codes per token and head.
+
+    The one definition for training, calibration and the torch reference; exporter/nodes.py writes the same into the graph.
+    """
+    return fake_quantize(x, bits, False, rounding)
 
 
 def round_to(x: Tensor, dtype: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from calibration.blocks.forward import INPUT_NORM, POST_NORM
+from calibration.blocks.forward import INPUT_NORM, POST_NORM, QKV
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.store import BlockResult
 from calibration.blocks.streams import Windows
@@ -106,8 +106,8 @@ def _train_task(task: BlockTask) -> TrainTask:
 
     ends = task.index < _FIRST or task.index >= task.count - _LAST
     return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, _AllWindows(streams.real, ranks),
-                     _AllWindows(streams.quant, ranks), compensation=settings.compensation and ends, all_reduce=average, rank=ranks.rank,
-                     world=ranks.world, seed=task.settings.seed)
+                     _AllWindows(streams.quant, ranks), compensation=settings.compensation and ends, kv_bits=task.schemes[QKV].kv_bits,
+                     all_reduce=average, rank=ranks.rank, world=ranks.world, seed=task.settings.seed)
 
 
 def _train_settings(settings: AbqSettings, epochs: int) -> TrainSettings:
