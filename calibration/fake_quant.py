@@ -11,23 +11,22 @@ from torch import Tensor, nn
 
 from calibration.scheme import FLOAT_BITS, QuantLinear
 
-__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "Rounding", "fake_quantize", "integer_product",
+__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "FakeQuantize", "fake_quantize", "integer_product",
            "quantize_activation", "quantize_cache", "round_to"]
-
-Rounding = Callable[[Tensor], Tensor]  # half to even; training passes one with a straight-through gradient
 
 _TINY = 2.0**-118
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def quantize_activation(x: Tensor, bits: int, symmetric: bool, rounding: Rounding = torch.round) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(x: Tensor, bits: int, symmetric: bool,
+                        rounding: Callable[[Tensor], Tensor] = torch.round) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token codes, bit-equal to plugins.core.activation.quantize_activation.
 
     Args:
         x: [..., K], any float type; rows are tokens.
         bits: 2..8.
         symmetric: codes around 0 without a zero point.
-        rounding: torch.round, or training's.
+        rounding: rounds half to even; training passes one with a straight-through gradient.
 
     Returns:
         codes [..., K], scale [..., 1], zero [..., 1], all fp32; the codes and the zero hold integers.
@@ -48,7 +47,7 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool, rounding: Roundin
     return codes, scale, zero
 
 
-def fake_quantize(x: Tensor, bits: int, symmetric: bool, rounding: Rounding = torch.round) -> Tensor:
+def fake_quantize(x: Tensor, bits: int, symmetric: bool, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
     """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; 16 bits return x itself."""
     if bits >= FLOAT_BITS:
         return x
@@ -56,12 +55,15 @@ def fake_quantize(x: Tensor, bits: int, symmetric: bool, rounding: Rounding = to
     return (codes - zero) * scale
 
 
-def quantize_cache(x: Tensor, bits: int, rounding: Rounding = torch.round) -> Tensor:
+FakeQuantize = Callable[[Tensor, int, bool], Tensor]  # fake_quantize, or training's, which has a gradient
+
+
+def quantize_cache(x: Tensor, bits: int, quantize: FakeQuantize = fake_quantize) -> Tensor:
     """Keys (after RoPE) or values [..., head_dim] as a cache of these bits gives them back: asymmetric codes per token and head.
 
     The one definition for training, calibration and the torch reference; exporter/nodes.py writes the same into the graph.
     """
-    return fake_quantize(x, bits, False, rounding)
+    return quantize(x, bits, False)
 
 
 def round_to(x: Tensor, dtype: str) -> Tensor:

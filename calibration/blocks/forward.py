@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibration.fake_quant import Rounding, quantize_cache
+from calibration.fake_quant import FakeQuantize, fake_quantize, quantize_cache
 
 if TYPE_CHECKING:
     from calibration.checkpoint import Checkpoint
@@ -109,12 +109,12 @@ def heads_from_qkv(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, 
 Heads = Callable[[Tensor, BlockShape, Rope], tuple[Tensor, Tensor, Tensor]]  # heads_from_qkv, or one that does more
 
 
-def cached_heads(bits: int, rounding: Rounding = torch.round) -> Heads:
+def cached_heads(bits: int, quantize: FakeQuantize = fake_quantize) -> Heads:
     """heads_from_qkv, but with keys and values as a cache of these bits gives them back; 16 leaves them."""
 
     def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = heads_from_qkv(qkv, shape, rope)
-        return query, quantize_cache(key, bits, rounding), quantize_cache(value, bits, rounding)
+        return query, quantize_cache(key, bits, quantize), quantize_cache(value, bits, quantize)
 
     return heads
 

@@ -14,7 +14,7 @@ from plugins.core.op_spec import QuantArrays
 if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
 
-__all__ = ["WeightQuantizer", "quantize_dequantize_activation", "straight_through_round"]
+__all__ = ["WeightQuantizer", "quantize_dequantize_activation"]
 
 _GAMMA = 4.0  # the paper's start of a clip parameter, sigmoid(4) = 0.982 of the range
 _FLAT = 2.0**-15  # least step as a part of the group's absmax: zero points keep to 16 bits, as in round-to-nearest
@@ -33,8 +33,7 @@ class _Round(torch.autograd.Function):  # type: ignore[misc]
         return gradient
 
 
-def straight_through_round(x: Tensor) -> Tensor:
-    """Half to even; the gradient passes as if nothing happened."""
+def _round(x: Tensor) -> Tensor:
     rounded: Tensor = _Round.apply(x)
     return rounded
 
@@ -46,7 +45,7 @@ def quantize_dequantize_activation(x: Tensor, bits: int, symmetric: bool) -> Ten
         bits: 2..8; 16 returns x itself.
         symmetric: codes around 0 without a zero point.
     """
-    return fake_quantize(x, bits, symmetric, straight_through_round)
+    return fake_quantize(x, bits, symmetric, _round)
 
 
 class WeightQuantizer(nn.Module):  # type: ignore[misc]
@@ -115,5 +114,5 @@ class WeightQuantizer(nn.Module):  # type: ignore[misc]
         floor = (torch.maximum(-low, high).detach() * _FLAT).clamp(min=float(TINY))  # normal in fp32, where 1e-5 would not be small
         low, high = torch.sigmoid(self.gamma_low)[..., None] * low, torch.sigmoid(self.gamma_high)[..., None] * high
         scale = torch.maximum(high / self._top - low / self._top, floor)
-        zero = straight_through_round(-low / scale)
-        return torch.clamp(straight_through_round(groups / scale), -zero, self._top - zero), scale, zero
+        zero = _round(-low / scale)
+        return torch.clamp(_round(groups / scale), -zero, self._top - zero), scale, zero

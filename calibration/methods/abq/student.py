@@ -23,7 +23,7 @@ from calibration.blocks.forward import (
     heads_from_qkv,
     rms_norm,
 )
-from calibration.methods.abq.quantizer import WeightQuantizer, quantize_dequantize_activation, straight_through_round
+from calibration.methods.abq.quantizer import WeightQuantizer, quantize_dequantize_activation
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
 from calibration.scheme import FLOAT_BITS, QuantScheme
@@ -166,7 +166,7 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
             rows: query positions; None for no attention rows.
         """
         task, multiply = self._task, float_linear(weights)
-        cached = cached_heads(task.kv_bits, straight_through_round)
+        cached = cached_heads(task.kv_bits, quantize_dequantize_activation)
         log_p: Tensor | None = None
 
         def linear(site: str, x: Tensor) -> Tensor:
