@@ -100,7 +100,9 @@ def settings_from_args(args: argparse.Namespace, scheme: QuantScheme) -> Calibra
     Raises:
         InputError: a switch that the method does not have, or a value that does not fit.
     """
-    return calibration_settings(scheme.method, args.effort, args.switches, calib=args.calib, nsamples=args.nsamples,
+    longer = args.effort == "paper" and scheme.method == "abq" and (scheme.balanced or (scheme.wbits, scheme.abits) == (8, 8))
+    switches = [*(["epochs=40"] if longer else []), *args.switches]  # as the published scripts, 20 elsewhere
+    return calibration_settings(scheme.method, args.effort, switches, calib=args.calib, nsamples=args.nsamples,
                                 seqlen=args.seqlen, seed=args.seed, max_memory=args.max_memory)
 
 

@@ -144,6 +144,7 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         linear: integer codes and scales.
         quantizer: shared by a model's layers of these activation bits; None for A16.
         dtype: the scheme's, to which the output is rounded; "float32" rounds nothing.
+        exact: False takes one fp32 product where there is a scale per group: the same numbers up to fp32 rounding, several times as fast.
     """
 
     weight: Tensor  # int8 around `offset`, or fp32 for A16 and for ranges beyond int8
@@ -151,12 +152,13 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: QuantLinear, quantizer: ActivationQuantizer | None, dtype: str = "float32") -> None:
+    def __init__(self, linear: QuantLinear, quantizer: ActivationQuantizer | None, dtype: str = "float32", exact: bool = True) -> None:
         super().__init__()
         bias = linear.arrays.bias
         integers, scale = linear.integers()
-        weight, offset = torch.from_numpy(linear.dequantize() if quantizer is None else integers), None
-        if quantizer is not None:
+        self._floats = quantizer is None or not (exact or scale.shape[1] == 1)
+        weight, offset = torch.from_numpy(linear.dequantize() if self._floats else integers), None
+        if not self._floats:
             weight, offset = _int8_and_offset(weight, scale.shape[1])
         self.register_buffer("weight", weight)
         self.register_buffer("offset", offset)
@@ -171,7 +173,8 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
 
     def multiply(self, x: Activation) -> Tensor:
         """The product with an input that is quantised already."""
-        y = x.codes.float() @ self.weight.float().T if x.scale is None else self._quantized(x) * x.scale
+        assert x.scale is not None or self._floats, "float inputs to integer weights"
+        y = x.values() @ self.weight.T if self._floats else self._quantized(x) * x.scale
         return round_to(y if self.bias is None else y + self.bias, self._dtype)
 
     def _quantized(self, x: Activation) -> Tensor:

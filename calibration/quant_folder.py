@@ -36,6 +36,7 @@ class QuantModel:
         source: {"name", "kind", "fingerprint"} of the float model.
         files: {file name: SHA-256}.
         sizes: bytes and bits before and after.
+        calibration: settings and what became of each block; empty for methods without data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +46,7 @@ class QuantModel:
         self.source: dict[str, str] = meta["source"]
         self.files: dict[str, str] = meta["files"]
         self.sizes: dict[str, Any] = meta["sizes"]
+        self.calibration: dict[str, Any] = meta.get("calibration", {})
         self.family: ModelFamily = family(meta["family"])
         self.scheme = _scheme(str(path / QUANT_JSON), meta["scheme"])
         self.exceptions = {node: self._exception(node, fields) for node, fields in meta["layers"].items()}

@@ -38,7 +38,7 @@ class QqqSettings:
     damp: float = 0.01
     act_order: bool = True
     clip_steps: int = 40
-    refits: int = 1
+    refits: int = 0
     correct: float = 1.0
 
 
@@ -50,7 +50,9 @@ class AbqSettings(QqqSettings):
         epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them out.
         transforms: learn equivalent transforms (LET).
         compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
-        tune: passes that train weight scales and norm gains once the codes are final; 0 leaves them.
+        tune: passes that train weight scales and norm gains once the codes are final, in blocks with weights of at most 4 bits, where
+            it pays; 0 leaves them.
+        train_windows: calibration windows that training sees, at most.
         batch: windows per step, over all processes.
         alpha: start of the transforms, SmoothQuant's.
         transform_rate, clip_rate, compensation_rate, scale_rate, gain_rate: learning rates; 0 keeps a part at its start.
@@ -58,17 +60,19 @@ class AbqSettings(QqqSettings):
             attention divergence.
     """
 
-    epochs: int = 5
+    refits: int = 1
+    epochs: int = 0
     transforms: bool = True
     compensation: bool = True
-    tune: int = 3
+    tune: int = 1
+    train_windows: int = 16
     batch: int = 1
     alpha: float = 0.5
     transform_rate: float = 5e-3
     clip_rate: float = 1e-2
     compensation_rate: float = 1e-2
-    scale_rate: float = 1e-3
-    gain_rate: float = 1e-3
+    scale_rate: float = 5e-3
+    gain_rate: float = 5e-3
     loss_error: float = 1.0
     loss_direction: float = 1.0
     loss_attention: float = 1.0
@@ -102,10 +106,12 @@ class CalibrationSettings:
 
 
 METHOD_SETTINGS: Mapping[str, type[NoSettings | QqqSettings | AbqSettings]] = {"qqq": QqqSettings, "abq": AbqSettings}
+_PAPER = {"rotation": "none", "clip_steps": 1, "correct": 0.0}
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # effort: {"data" or a method: its values}
-    "fast": {"data": {"nsamples": 16, "seqlen": 512}},
+    "fast": {"data": {"nsamples": 16, "seqlen": 512}, "abq": {"tune": 0, "refits": 0}},
     "default": {"data": {"nsamples": 64, "seqlen": 1024}},
-    "paper": {"data": {"nsamples": 128, "seqlen": 2048}},
+    "paper": {"data": {"nsamples": 128, "seqlen": 2048}, "qqq": _PAPER | {"smooth": "all"},
+              "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128}},
 }
 
 
@@ -146,8 +152,8 @@ def _parsed(switch: str, kind: type[Any], method: str) -> tuple[str, Any]:
     try:
         return name, _read(text, type(default))
     except ValueError:
-        expected = {bool: "on or off", int: "a whole number", float: "a number"}[type(default)]
-        raise InputError(where, f"got {text!r}, expected {expected} of at least 0", f"The default is {name}={_shown(default)}") from None
+        expected = {bool: "on or off", int: "a whole number of at least 0", float: "a number of at least 0"}[type(default)]
+        raise InputError(where, f"got {text!r}, expected {expected}", f"The default is {name}={_shown(default)}") from None
 
 
 _SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}

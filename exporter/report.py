@@ -44,7 +44,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.label, "scheme": quant.scheme.as_dict(),
         "mixed": _mixed(quant), "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
         "request": dict(manifest.get("request", {})), "command": shlex.join(manifest.get("command", [])), "stages": stages,
-        "engine": engine, "validation": validation,
+        "engine": engine, "validation": validation, "calibration": quant.calibration,
         "perplexity": manifest.get("perplexity"), "environment": environment(manifest.get("versions", {})),
     }
 

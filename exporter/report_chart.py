@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Chart", "Series", "bar", "line_chart"]
+__all__ = ["Chart", "Series", "bar", "line_chart", "table"]
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 74, 16, 16, 50
@@ -138,3 +138,12 @@ def _marker(style: str, x: float, y: float) -> str:
 
 def _cross(x: float, y: float) -> str:
     return f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"/>'
+
+
+def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], label: str) -> str:
+    """Rows are (CSS class, cells); cells are HTML, the first is the row's heading."""
+    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
+    body = "".join(f'<tr class="{style}"><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
+                   for style, cells in rows)
+    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table><thead><tr>{columns}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from calibration.scheme import FLOAT_BITS
-from exporter.report_chart import Chart, Series, bar, line_chart
+from exporter.report_calibration import calibration_section
+from exporter.report_chart import Chart, Series, bar, line_chart, table
 from exporter.report_style import STYLE
 
 __all__ = ["page"]
@@ -24,8 +25,9 @@ _STYLES = {("export", "prefill"): "a", ("export", "decode"): "b", ("quantisation
 def page(data: Data) -> str:
     """The whole document."""
     title = f"{data['model']} {data['label']}"
-    body = "\n".join(part for part in (_header(data), _tiles(data), _operators(data), _accumulated(data), _costs(data), _bits(data),
-                                       _made(data), _tables(data), _environment(data)) if part)
+    parts = (_header(data), _tiles(data), _operators(data), _accumulated(data), _costs(data), _bits(data),
+             calibration_section(data.get("calibration", {})), _made(data), _tables(data), _environment(data))
+    body = "\n".join(part for part in parts if part)
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{escape(title)}: export report</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
@@ -131,20 +133,11 @@ def _list(pairs: Iterable[tuple[str, Any]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs) + "</dl>"
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], label: str) -> str:
-    """Rows are (CSS class, cells); cells are HTML, the first is the row's heading."""
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    body = "".join(f'<tr class="{style}"><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
-                   for style, cells in rows)
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table><thead><tr>{columns}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
 def _costs(data: Data) -> str:
     sizes, stages = data["sizes"], [*data["stages"]]
     rows = [("linear layers", sizes["linear_float_bytes"], sizes["linear_quant_bits"] / 8), ("embedding, norms, head", sizes["rest_bytes"],
             sizes["rest_bytes"]), ("whole model", sizes["model_float_bytes"], sizes["model_quant_bytes"])]
-    size = _table(["", "before, MB", "after, MB", "left"],
+    size = table(["", "before, MB", "after, MB", "left"],
                   [("", [name, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", bar(after / before, f"{after / before:.0%} left")])
                    for name, before, after in rows], "sizes")
     longest = max([stage["seconds"] for stage in stages] + [data["validation"].get("seconds", 0), 1e-9])
@@ -153,7 +146,7 @@ def _costs(data: Data) -> str:
     if "seconds" in data["validation"]:
         seconds = data["validation"]["seconds"]
         lines.append(("", ["validation", f"{seconds:.1f}", bar(seconds / longest, f"{seconds:.1f} seconds"), "", ""]))
-    time = _table(["stage", "seconds", "", "peak MB", "files, MB"], lines, "stages")
+    time = table(["stage", "seconds", "", "peak MB", "files, MB"], lines, "stages")
     return (f'<div class="two"><section><h2>Size</h2><p class="soft">Before in {escape(data["scheme"]["dtype"])}; after with scales and '
             f'zero points.</p>{size}</section><section><h2>Stages</h2><p class="soft">Wall time and peak resident memory.</p>{time}'
             "</section></div>")
@@ -178,8 +171,8 @@ def _bits(data: Data) -> str:
     rows = [("", [escape(scheme["label"]), escape(scheme["op"]), escape(_activations(scheme)), str(scheme["nodes"]),
                   f"{scheme['weights'] / 1e6:.2f}", bar(share := scheme["weights"] / total, f"{share:.0%} of the weights")])
             for scheme in mixed["schemes"]]
-    shares = _table(["bits", "operator", "activations", "nodes", "weights, M", "share"], rows, "bits")
-    grid = _table(["layer", *map(escape, mixed["layers"][0])], [("", [str(index), *map(escape, labels.values())])
+    shares = table(["bits", "operator", "activations", "nodes", "weights, M", "share"], rows, "bits")
+    grid = table(["layer", *map(escape, mixed["layers"][0])], [("", [str(index), *map(escape, labels.values())])
                                                                 for index, labels in enumerate(mixed["layers"])], "bits by layer")
     return f"<section><h2>Bits</h2>{shares}<details><summary>Layer by layer</summary>{grid}</details></section>"
 
@@ -238,7 +231,7 @@ def _tables(data: Data) -> str:
             opened = " open" if first or any(not row["ok"] for row in rows) else ""
             title = ", ".join(word for word in (words, phase) if word)
             parts.append(f'<details{opened}><summary>{escape(title)}</summary><p class="soft">{remark}</p>'
-                         f"{_table(head, lines, ', '.join(word for word in (level, phase) if word))}</details>")
+                         f"{table(head, lines, ', '.join(word for word in (level, phase) if word))}</details>")
     return ('<section class="long"><h2>Layer by layer</h2><p class="soft">Cosine and SNR are taken token by token in fp64. A dash as the '
             "limit means that any accumulated error may be honest at these bit widths; the operators are always judged.</p>"
             f"{''.join(parts)}</section>")

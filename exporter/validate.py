@@ -131,11 +131,12 @@ class _Validator:
         self.notes: list[str] = []
 
     def windows(self) -> np.ndarray:
-        """Three windows of real text, [3, tokens]."""
-        from calibration.data import load_text, tokens_from_text
+        """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration takes it too."""
+        from calibration.data import load_text
 
-        text = load_text(self.options.calib, self.options.offline)
-        return tokens_from_text(self.quant.tokenizer(), text, 3, self.tokens)
+        text = load_text(self.options.calib, self.options.offline, strict=False)
+        tokens = self.quant.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.resize(np.asarray(tokens, np.int64), (3, self.tokens))
 
     def feeds(self, leader: SessionRunner) -> Iterator[dict[str, np.ndarray]]:
         """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the left, and a step on that."""

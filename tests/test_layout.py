@@ -24,7 +24,7 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".svg", ".map", ".yml",
 def files(*suffixes: str, under: str = "") -> Iterator[Path]:
     for folder, names, entries in os.walk(REPOSITORY / under):
         names[:] = sorted(name for name in names if name not in SKIPPED and not name.endswith(("_cache", ".egg-info")))
-        yield from (Path(folder) / entry for entry in sorted(entries) if Path(entry).suffix in suffixes)
+        yield from (Path(folder) / entry for entry in sorted(entries) if Path(entry).suffix in suffixes and entry not in SKIPPED)
 
 
 def short(path: Path) -> str:

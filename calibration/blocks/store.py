@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.artifact import read_json, write_json
+from calibration.artifact import read_json, sha256_file, write_json
 from plugins.core.errors import InputError
 from plugins.core.op_spec import QuantArrays
 
@@ -41,7 +41,7 @@ class BlockResult:
 
 
 class BlockStore:
-    """A folder with one file per finished block, each written whole or not at all.
+    """A folder with one file per finished block, each written whole or not at all, and the files' checksums.
 
     Args:
         folder: made if need be.
@@ -54,32 +54,38 @@ class BlockStore:
         self.folder = folder
         if not writes:
             return
+        state = self._state()
+        fresh = not keep or state.get("fingerprint") != fingerprint
         try:
-            if folder.exists() and not (keep and self._fingerprint() == fingerprint):
+            if fresh and folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(str(folder), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
-        write_json(folder / _STATE, {"fingerprint": fingerprint})
+        if fresh:
+            write_json(folder / _STATE, {"fingerprint": fingerprint, "sha256": []})
 
-    def _fingerprint(self) -> str:
+    def _state(self) -> dict[str, Any]:
         try:
-            return str(read_json(self.folder / _STATE).get("fingerprint"))
+            return read_json(self.folder / _STATE)
         except InputError:
-            return ""
+            return {}
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def finished(self) -> int:
-        """Blocks that are there from the first one on."""
+        """Blocks that are there from the first one on, as they were written: a damaged one counts as missing."""
         count = 0
-        while self._path(count).is_file():
+        for wanted in self._state().get("sha256", ()):
+            path = self._path(count)
+            if not path.is_file() or sha256_file(path) != wanted:
+                break
             count += 1
         return count
 
     def save(self, index: int, result: BlockResult) -> None:
-        """Put a block on the disk.
+        """Put a block on the disk; those after it, if there are any, no longer count.
 
         Raises:
             InputError: the disk is full or cannot be written.
@@ -96,10 +102,13 @@ class BlockStore:
             save_file(tensors, str(temporary), {"report": json.dumps(result.report)})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
+            digest = sha256_file(temporary)
             temporary.replace(self._path(index))
         except Exception as error:  # safetensors reports a full disk as an error of its own
             raise InputError(str(self._path(index)), f"got {error} while writing, expected a writable folder with enough space",
                              "Check the disk; finished blocks are whole, go on with --resume") from error
+        state = self._state()
+        write_json(self.folder / _STATE, {**state, "sha256": [*state["sha256"][:index], digest]})
 
     def load(self, index: int) -> BlockResult:
         """A finished block."""

@@ -56,7 +56,7 @@ class Windows:
         self._item_bytes = prod(shape[1:]) * dtype.itemsize
         self._in_memory = budget.take(shape[0] * self._item_bytes)
         if self._in_memory:
-            self._items: list[Tensor | None] = [None] * shape[0]
+            self._data = torch.empty(shape, dtype=dtype)  # in one piece: single windows between passing tensors would tear the heap
         else:
             self._file = budget.file()
 
@@ -66,9 +66,7 @@ class Windows:
     def __getitem__(self, index: int) -> Tensor:
         """Window `index` [L, K]; do not change it in place."""
         if self._in_memory:
-            item = self._items[index]
-            assert item is not None, "read before it was written"
-            return item.to(self.device)
+            return self._data[index].to(self.device)
         self._file.seek(index * self._item_bytes)
         data = np.frombuffer(bytearray(self._file.read(self._item_bytes)), _NUMPY[self._dtype])
         return torch.from_numpy(data).reshape(self.shape[1:]).to(self.device)
@@ -76,7 +74,7 @@ class Windows:
     def __setitem__(self, index: int, value: Tensor) -> None:
         value = value.detach().to("cpu", self._dtype)
         if self._in_memory:
-            self._items[index] = value.contiguous()
+            self._data[index] = value
         else:
             self._file.seek(index * self._item_bytes)
             self._file.write(memoryview(value.contiguous().numpy()).cast("B"))
@@ -87,8 +85,8 @@ class Windows:
     def close(self) -> None:
         """Give the room back."""
         if self._in_memory:
-            self._budget.held -= self.shape[0] * self._item_bytes if self._items else 0
-            self._items = []
+            self._budget.held -= self._data.nbytes
+            self._data = torch.empty(0, dtype=self._dtype)
         else:
             self._file.close()
 

@@ -167,7 +167,7 @@ class _Half:
     def _linear(self, site: str, arrays: QuantArrays) -> FakeQuantLinear:
         scheme = self.block.schemes[site]
         quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
-        linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer)
+        linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer, exact=False)
         linear.to(self.block.rope.cos.device)
         return linear
 

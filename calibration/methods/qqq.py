@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,8 @@ from calibration.blocks.forward import DOWN, INPUT_NORM, POST_NORM, SITES, load_
 from calibration.blocks.store import BlockResult
 from calibration.blocks.walk import WalkBlock, site_weight, walk
 from calibration.settings import QqqSettings
-from calibration.solvers.gptq import gptq, quadratic_error
-from calibration.solvers.grid import search_grid
+from calibration.solvers.gptq import factored, gptq, quadratic_error
+from calibration.solvers.grid import Grid, search_grid
 from calibration.solvers.hessian import Moments, corrected_target
 from calibration.solvers.rotation import Rotation
 from calibration.solvers.smoothing import adaptive_scales, fold_scales
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from calibration.settings import CalibrationSettings
     from plugins.core.op_spec import QuantArrays
 
-__all__ = ["METHOD", "Plain", "SiteSolver"]
+__all__ = ["METHOD", "Plain", "Qqq", "SiteSolver", "smoothed"]
 
 _SMOOTHED = {"none": (), "all": tuple(SITES), "down": (DOWN,)}
 
@@ -42,16 +43,25 @@ class Plain:
         return checkpoint.tensor(name)
 
 
+def smoothed(task: BlockTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The block with the sites of the switch `smooth` smoothed, and their scales."""
+    assert isinstance(task.settings.method, QqqSettings)
+    sites = _SMOOTHED[task.settings.method.smooth]
+    scales = adaptive_scales(task, sites) if sites else {}
+    return fold_scales(task.weights, scales, task.shape), scales
+
+
 class SiteSolver:
     """Codes of a site from its float weight and the moments of its inputs; adds up what rounding costs.
 
     Args:
         task: the block.
         weights: float weights with every fold done; `walk`'s moments are in the same coordinates.
+        grids: of sites whose grid is known; the others' are searched.
     """
 
-    def __init__(self, task: BlockTask, weights: dict[str, Tensor]) -> None:
-        self._task, self._weights = task, weights
+    def __init__(self, task: BlockTask, weights: dict[str, Tensor], grids: Mapping[str, Grid] | None = None) -> None:
+        self._task, self._weights, self._grids = task, weights, grids or {}
         assert isinstance(task.settings.method, QqqSettings)
         self._settings = task.settings.method
         self.before = self.after = self.signal = 0.0
@@ -61,16 +71,19 @@ class SiteSolver:
         assert moments is not None
         settings, scheme = self._settings, self._task.schemes[site]
         moments.reduce(self._task.ranks)
+        if not torch.isfinite(moments.hessian).all():  # an activation overflowed: as if nothing had been seen
+            moments = Moments(len(moments.hessian), cross=False, device=self._task.device)
         weight, bias = site_weight(self._weights, site)
         group = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
         target = corrected_target(weight, moments, settings.correct)
-        grid = search_grid(target, scheme, torch.diagonal(moments.hessian), settings.clip_steps)
+        grid = self._grids.get(site) or search_grid(target, scheme, torch.diagonal(moments.hessian), settings.clip_steps)
         codes, values = grid.round(target, group)
         self.signal += quadratic_error(target, torch.zeros_like(target), moments.hessian)
         self.before += (plain := quadratic_error(target, values, moments.hessian))
         best = (plain, codes, grid)
+        hessian = factored(moments.hessian, settings.damp, settings.act_order)
         for _ in range(settings.gptq * (1 + settings.refits)):
-            result = gptq(target, moments.hessian, grid, group, settings.damp, settings.act_order)
+            result = gptq(target, hessian, grid, group)
             best = min(best, (quadratic_error(target, result.values, moments.hessian), result.codes, grid), key=lambda found: found[0])
             if result.note:
                 self.notes.append(f"{site}: {result.note}")
@@ -105,9 +118,7 @@ class Qqq:
 
     def calibrate(self, task: BlockTask) -> BlockResult:
         """Smooth, then GPTQ site by site."""
-        assert isinstance(task.settings.method, QqqSettings)
-        scales = adaptive_scales(task, _SMOOTHED[task.settings.method.smooth])
-        weights = fold_scales(task.weights, scales, task.shape)
+        weights, scales = smoothed(task)
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
         solver = SiteSolver(task, weights)
         sites = walk(WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales), task.streams, solver)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calibration.solvers.grid import Grid
 
-__all__ = ["GptqResult", "gptq", "quadratic_error"]
+__all__ = ["Factored", "GptqResult", "factored", "gptq", "quadratic_error"]
 
 _BLOCK = 128  # columns updated together
 _MAX_DAMP = 10.0
@@ -36,30 +36,60 @@ def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
     return float(((difference @ hessian.double()) * difference).sum())
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float = 0.01, act_order: bool = True) -> GptqResult:
-    """Codes on a fixed grid (static groups), in fp64.
+@dataclass(frozen=True)
+class Factored:
+    """A Hessian made ready for any number of GPTQ runs.
+
+    Attributes:
+        order: of the columns.
+        dead: channels that are always 0, [K].
+        factor: upper Cholesky factor of the damped inverse, in that order; None if there is no usable one.
+        note: what had to be done to it, or "".
+    """
+
+    order: Tensor
+    dead: Tensor
+    factor: Tensor | None
+    note: str
+
+
+def factored(hessian: Tensor, damp: float = 0.01, act_order: bool = True) -> Factored:
+    """Ready for gptq().
 
     Args:
-        weight: [N, K].
         hessian: sum of x x^T over calibration inputs as the kernel sees them, [K, K], any scale.
-        grid: of `weight`, in the original column order.
-        group: the grid's group of each column, int64 [K].
         damp: part of the mean diagonal that is added to it; raised tenfold while the matrix is singular.
         act_order: columns in descending order of the diagonal instead of from left to right.
     """
     hessian = hessian.double().clone()
     diagonal = torch.diagonal(hessian)  # a view
+    order = torch.arange(len(diagonal), device=hessian.device)
     if not torch.isfinite(hessian).all() or diagonal.sum() <= 0:
-        codes, values = grid.round(weight, group)
-        return GptqResult(codes, values, "no usable calibration inputs, rounded to nearest")
+        return Factored(order, torch.zeros_like(diagonal, dtype=torch.bool), None, "no usable calibration inputs, rounded to nearest")
     dead = diagonal <= 0
-    diagonal[dead] = 1.0  # a channel that is always 0: any weight does, so the nearest code to 0
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
-    columns = torch.where(dead, 0.0, weight.double()).T[order].contiguous()  # [K, N]
+    diagonal[dead] = diagonal[~dead].mean()  # a channel that is always 0: any weight does, so the nearest code to 0
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
     factor, note = _inverse_factor(hessian[order][:, order], damp)
-    codes, values = _rounded(columns, factor, grid, group[order])
-    inverse = torch.argsort(order)
-    return GptqResult(codes[inverse].T.contiguous(), values[inverse].T.contiguous(), note)
+    return Factored(order, dead, factor, note)
+
+
+def gptq(weight: Tensor, hessian: Factored, grid: Grid, group: Tensor) -> GptqResult:
+    """Codes on a fixed grid (static groups), in fp64.
+
+    Args:
+        weight: [N, K].
+        hessian: of the inputs.
+        grid: of `weight`, in the original column order.
+        group: the grid's group of each column, int64 [K].
+    """
+    if hessian.factor is None:
+        codes, values = grid.round(weight, group)
+        return GptqResult(codes, values, hessian.note)
+    columns = torch.where(hessian.dead, 0.0, weight.double()).T[hessian.order].contiguous()  # [K, N]
+    codes, values = _rounded(columns, hessian.factor, grid, group[hessian.order])
+    inverse = torch.argsort(hessian.order)
+    return GptqResult(codes[inverse].T.contiguous(), values[inverse].T.contiguous(), hessian.note)
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, str]:

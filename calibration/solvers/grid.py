@@ -116,17 +116,15 @@ def _int8(codes: Tensor, step: Tensor) -> Tensor:
 def _least_squares(integers: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
     """s [N, G] of least (w - sum_g s_g u_g) H (w - sum_g s_g u_g)^T for every row, u_g [N, G, size] being integers of group g."""
     groups, size = integers.shape[1:]
-    wide, found = hessian.double(), []
-    step = max(1, _CHUNK // (groups * groups * size))
-    for part, target in zip(integers.double().split(step), weight.double().split(step), strict=True):
-        spread = torch.zeros(len(part), groups, groups, size, dtype=torch.float64, device=part.device)
-        spread[:, range(groups), range(groups)] = part
-        spread = spread.flatten(2)  # [n, G, K], each group's integers in its own columns
-        product = spread @ wide
-        normal = product @ spread.transpose(1, 2)
+    wide = hessian.double().unflatten(0, (groups, size))  # [G, size, K]
+    rows, found = max(1, _CHUNK // (groups * groups * size)), []
+    for part, target in zip(integers.double().split(rows), weight.double().split(rows), strict=True):
+        product = part.transpose(0, 1) @ wide  # u_g H, [G, n, K]
+        normal = (product.unflatten(2, (groups, size)) * part).sum(-1).transpose(0, 1)  # [n, G, G]
+        right = (product * target).sum(-1).T  # [n, G]
         diagonal = torch.diagonal(normal, dim1=1, dim2=2)
         diagonal += 1e-6 * diagonal.amax(1, keepdim=True).clamp(min=TINY)
-        found.append(torch.linalg.solve(normal, (product @ target[..., None]))[..., 0])
+        found.append(torch.linalg.solve(normal, right))
     return torch.cat(found).float()
 
 

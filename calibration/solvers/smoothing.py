@@ -97,17 +97,16 @@ def adaptive_scales(task: BlockTask, sites: tuple[str, ...]) -> dict[str, Tensor
     """Scales of some sites, each by a search over clip thresholds that sees the sites before it smoothed and quantised.
 
     Loss: squared difference of the site's output from the float one's, with activations and weights (round to nearest) quantised.
-    Several processes search on the first one's windows and share the result.
+    Several processes search together on the windows that one alone would take.
     """
-    count = max(1, min(len(task.streams.quant), _TOKENS // task.streams.quant.shape[1]))
+    together = max(1, _TOKENS // task.streams.quant.shape[1])
+    count = min(len(task.streams.quant), len(task.ranks.share(together)))
     state = [task.streams.quant[index] for index in range(count)]
     weights, found = dict(task.weights), {}
 
     def take(site: str, inputs: list[Tensor]) -> Callable[[int], Tensor]:
         if site in sites:
-            scale = _search(site, weights, inputs, task)
-            task.ranks.largest(scale)
-            found[site] = scale
+            found[site] = scale = _search(site, weights, inputs, task)
             weights.update(fold_scales(weights, {site: scale}, task.shape))
             inputs = [x / scale for x in inputs]
         quantised = _quantised(site, weights, task)
@@ -136,9 +135,11 @@ def _quantised(site: str, weights: BlockWeights, task: BlockTask) -> Callable[[T
 
 
 def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockTask) -> Tensor:
-    low, high = (torch.stack([getattr(x, end)(0) for x in inputs]) for end in ("amin", "amax"))
-    low, high = low.amin(0), high.amax(0)
-    reach = float(torch.maximum(high, -low).max())
+    reaches = torch.zeros(2, weights[f"{SITES[site][0]}.weight"].shape[1], device=task.device)  # how far beyond 0, down and up
+    for x in inputs:
+        reaches = torch.maximum(reaches, torch.stack((-x.amin(0), x.amax(0))))
+    task.ranks.largest(reaches)
+    (low, high), reach = (-reaches[0], reaches[1]), float(reaches.max())
     exact = [site_outputs(site, float_linear(weights)(site, x), task) for x in inputs]
     best, found, cached = float("inf"), torch.ones_like(high), cached_heads(task.schemes[QKV].kv_bits)
     for step in range(_STEPS):
@@ -149,8 +150,10 @@ def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockT
         scale = _shared_by_groups(scale, task.shape) if site == OUT else scale
         scaled = {f"{name}.weight": weights[f"{name}.weight"] * scale for name in SITES[site]}
         quantised = _quantised(site, weights | scaled, task)
-        loss = sum(float((site_outputs(site, quantised(x / scale), task, cached) - wanted).square().sum())
-                   for x, wanted in zip(inputs, exact, strict=True))
-        if loss < best:  # False for NaN
-            best, found = loss, scale
+        total = torch.zeros((), dtype=torch.float64, device=task.device)
+        for x, wanted in zip(inputs, exact, strict=True):
+            total += (site_outputs(site, quantised(x / scale), task, cached) - wanted).double().square().sum()
+        task.ranks.sum([total])
+        if total < best:  # False for NaN
+            best, found = float(total), scale
     return found

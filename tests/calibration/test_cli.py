@@ -14,8 +14,9 @@ import pytest
 
 from calibration.__main__ import main
 from calibration.artifact import locked
-from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, schemes_from_args, stand_in_notice
+from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, schemes_from_args, settings_from_args
 from calibration.quant_folder import read_quant
+from calibration.settings import CalibrationSettings, QqqSettings
 from plugins.core.errors import InputError
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -27,23 +28,24 @@ def _args(line: str) -> argparse.Namespace:
     return parser.parse_args(["llama-7b", *line.split()])
 
 
-@pytest.mark.parametrize(("line", "op", "symmetric", "label"), [
-    ("--wbits 4 --abits 8", "QQQGemm", True, "w4a8"),
-    ("--wbits 4 --abits 8 --group-size 64", "QQQGemm", True, "w4a8-g64"),
-    ("--wbits 4 --abits 8 --group-size 32", "ABQGemm", False, "w4a8-g32"),
-    ("--wbits 4 --abits 8 --act-quant asym", "ABQGemm", False, "w4a8"),
-    ("--wbits 4 --abits 8 --method abq", "ABQGemm", False, "w4a8"),
-    ("--wbits 4 --abits 8 --method abq --act-quant sym", "ABQGemm", True, "w4a8"),
-    ("--wbits 4 --abits 8 --method qqq", "QQQGemm", True, "w4a8"),
-    ("--wbits 4 --abits 8 --method rtn", "QQQGemm", True, "w4a8"),
-    ("--wbits 2b --abits 8", "ABQGemm", False, "w2ba8"),
-    ("--wbits 1* --abits 8", "ABQGemm", False, "w1ba8"),
-    ("--wbits 3 --abits 16 --act-quant sym", "ABQGemm", False, "w3a16"),
+@pytest.mark.parametrize(("line", "op", "symmetric", "label", "method"), [
+    ("--wbits 4 --abits 8", "QQQGemm", True, "w4a8", "qqq"),
+    ("--wbits 4 --abits 8 --group-size 64", "QQQGemm", True, "w4a8-g64", "qqq"),
+    ("--wbits 4 --abits 8 --group-size 32", "ABQGemm", False, "w4a8-g32", "abq"),
+    ("--wbits 4 --abits 8 --act-quant asym", "ABQGemm", False, "w4a8", "abq"),
+    ("--wbits 4 --abits 8 --method abq", "ABQGemm", False, "w4a8", "abq"),
+    ("--wbits 4 --abits 8 --method abq --act-quant sym", "ABQGemm", True, "w4a8", "abq"),
+    ("--wbits 4 --abits 8 --method qqq", "QQQGemm", True, "w4a8", "qqq"),
+    ("--wbits 4 --abits 8 --method rtn", "QQQGemm", True, "w4a8", "rtn"),
+    ("--wbits 2b --abits 8", "ABQGemm", False, "w2ba8", "abq"),
+    ("--wbits 2b --abits 8 --method rtn", "ABQGemm", False, "w2ba8", "rtn"),
+    ("--wbits 1* --abits 8", "ABQGemm", False, "w1ba8", "abq"),
+    ("--wbits 3 --abits 16 --act-quant sym", "ABQGemm", False, "w3a16", "abq"),
 ])
-def test_scheme(line: str, op: str, symmetric: bool, label: str) -> None:
+def test_scheme(line: str, op: str, symmetric: bool, label: str, method: str) -> None:
     args = _args(line)
     scheme = scheme_from_args(args)
-    assert (scheme.op, scheme.act_symmetric, scheme.label, scheme.method) == (op, symmetric, label, "rtn")
+    assert (scheme.op, scheme.act_symmetric, scheme.label, scheme.method) == (op, symmetric, label, method)
     assert default_out(args, scheme) == Path("out") / f"llama-7b-{label}"
 
 
@@ -58,16 +60,25 @@ def test_a_bits_file_over_the_base(tmp_path: Path) -> None:
     assert schemes_from_args(_args("--wbits 4 --abits 8")).rules == ()
 
 
-@pytest.mark.parametrize(("line", "notice"), [
-    ("--wbits 4 --abits 8",
-     "Method qqq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (QQQGemm)."),
-    ("--wbits 2 --abits 8 --method abq",
-     "Method abq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (ABQGemm)."),
-    ("--wbits 4 --abits 8 --method rtn", ""),
-])
-def test_the_stand_in_is_named(line: str, notice: str) -> None:
-    args = _args(line)
-    assert stand_in_notice(args, scheme_from_args(args)) == notice
+def test_settings_of_the_method_that_the_scheme_names() -> None:
+    args = _args("--wbits 4 --abits 8 --effort fast --nsamples 3 --seed 7 --max-memory 0.5 --calib text.txt --set gptq=off --set damp=0.1")
+    settings = settings_from_args(args, scheme_from_args(args))
+    assert settings == CalibrationSettings("fast", "text.txt", 3, 512, 7, 500_000_000, QqqSettings(gptq=False, damp=0.1))
+    args = _args("--wbits 4 --abits 8 --method rtn")
+    assert settings_from_args(args, scheme_from_args(args)) == CalibrationSettings()
+
+
+@pytest.mark.parametrize("text", ["-1", "much", "nan", "inf", "1e6", ""])
+def test_memory_that_cannot_be(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        _main("llama-7b", "--wbits", "4", "--abits", "8", f"--max-memory={text}")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: argument --max-memory: got {text!r}, expected gigabytes, such as 8 or 0.5\n")
+
+
+def test_no_memory_at_all_puts_every_activation_on_the_disk() -> None:
+    args = _args("--wbits 4 --abits 8 --max-memory 0")
+    assert settings_from_args(args, scheme_from_args(args)).max_memory == 0
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -104,18 +115,21 @@ def test_help_is_quick_and_imports_nothing_heavy(run_module: Run) -> None:
 
 def test_command_writes_the_quant_folder(tiny_model_dir: Path, tmp_path: Path, run_module: Run) -> None:
     out = tmp_path / "out"
-    done = run_module("calibration", str(tiny_model_dir), "--wbits", "3", "--abits", "8", "--out", str(out), "--offline",
-                      "--progress", "json")
+    done = run_module("calibration", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--nsamples", "4", "--seqlen", "32",
+                      "--out", str(out), "--offline", "--progress", "json")
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert events[0]["text"] == "Method abq is not there yet: plain round-to-nearest (rtn) stands in, in its layout (ABQGemm)."
-    assert events[-1]["event"] == "message" and events[-1]["text"].startswith(f"{out / 'quant'}: ")
+    assert [event["stage"] for event in events if event["event"] == "start"] == ["calibrate", "quant"]
+    told = [event["text"] for event in events if event["event"] == "message"]
+    assert [text.split(":")[0] for text in told] == ["block 1 of 2", "block 2 of 2", str(out / "quant")]
     assert sorted(path.name for path in out.iterdir()) == [".lock", "quant"]
-    assert read_quant(out / "quant").scheme.label == "w3a8"
+    quant = read_quant(out / "quant")
+    assert (quant.scheme.label, quant.scheme.method) == ("w4a8", "qqq")
 
 
 def _main(*arguments: str) -> int:
-    return main([*arguments, "--progress", "none", "--offline"])
+    """The command without a word and without the network; rounded to nearest unless a later --method says otherwise."""
+    return main([arguments[0], "--method", "rtn", *arguments[1:], "--progress", "none", "--offline"])
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -184,7 +198,8 @@ def test_ctrl_c_exits_130_and_gives_the_terminal_back(tiny_model_dir: Path, tmp_
 
     monkeypatch.setattr("calibration.quantize.SafetensorsWriter.write", interrupt)
     out = tmp_path / "out"
-    assert main([str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(out), "--progress", "rich", "--offline"]) == 130
+    command = [str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--method", "rtn", "--out", str(out), "--progress", "rich", "--offline"]
+    assert main(command) == 130
     assert [live.is_started for live in lives] == [False]
     assert [path.name for path in out.iterdir()] == [".lock"]
 

@@ -16,7 +16,7 @@ from calibration.bits import Rule, SchemeMap
 from calibration.checkpoint import open_checkpoint
 from calibration.methods.rtn import quantize
 from calibration.quant_folder import read_quant
-from calibration.quantize import check_scheme
+from calibration.scheme_checks import check_scheme
 from calibration.scheme import QuantScheme
 from plugins.core.errors import InputError
 
@@ -112,7 +112,7 @@ def test_a_base_that_no_linear_has_need_not_fit(tiny_model_dir: Path) -> None:
 
 def test_a_folder_of_other_bits_is_refused_and_kept(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, bits = tmp_path / "out", tmp_path / "bits.txt"
-    command = [str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(out), "--progress", "none", "--offline"]
+    command = [str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--method", "rtn", "--out", str(out), "--progress", "none", "--offline"]
     bits.write_text("layers.1.mlp.down_proj w8a8\n")
     assert main([*command, "--bits-file", str(bits)]) == 0
     before, fix = (out / "quant" / "quant.json").read_bytes(), "Choose another --out, or delete this folder."

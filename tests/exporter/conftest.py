@@ -35,12 +35,12 @@ def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_
 
 @pytest.fixture
 def run(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """run(out, *more) -> (exit code, stdout, stderr) of the exporter on the tiny model, up to the ONNX stage."""
+    """run(out, *more) -> (exit code, stdout, stderr) of the exporter on the tiny model, rounded to nearest, up to the ONNX stage."""
     from exporter.__main__ import main
 
     def call(out: Path, *more: str, model: Path = tiny_model_dir, wbits: str = "4", abits: str = "8") -> tuple[int, str, str]:
-        code = main([str(model), "--wbits", wbits, "--abits", abits, "--out", str(out), "--until", "onnx", "--engine", "none", "--offline",
-                     "--progress", "plain", *more])
+        code = main([str(model), "--wbits", wbits, "--abits", abits, "--method", "rtn", "--out", str(out), "--until", "onnx",
+                     "--engine", "none", "--offline", "--progress", "plain", *more])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -82,8 +82,8 @@ def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(run: Run, tmp_path: 
 
 def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "exporter", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(out), "--engine", "none",
-               "--offline", "--progress", "json"]
+    command = [sys.executable, "-m", "exporter", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--method", "rtn", "--out", str(out),
+               "--engine", "none", "--offline", "--progress", "json"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))

@@ -6,41 +6,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from calibration.blocks.forward import INPUT_NORM, POST_NORM, QKV
+from calibration.blocks.forward import INPUT_NORM, POST_NORM, QKV, SITES
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.store import BlockResult
 from calibration.blocks.streams import Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
 from calibration.methods.abq.losses import LossWeights
 from calibration.methods.abq.student import BlockTask as TrainTask
-from calibration.methods.abq.train import train_block, tune_block
+from calibration.methods.abq.train import TrainedBlock, train_block, tune_block
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import TransformParts
-from calibration.methods.qqq import Qqq, SiteSolver
+from calibration.methods.qqq import Qqq, SiteSolver, smoothed
 from calibration.settings import AbqSettings
+from calibration.solvers.grid import AbqGrid, Grid
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from calibration.blocks.driver import BlockTask
     from calibration.settings import CalibrationSettings
 
 __all__ = ["METHOD"]
 
+_TUNED_LEVELS = 16  # with more, rounding is no longer what is wrong with a block
 _FIRST, _LAST = 3, 4  # blocks at either end whose down_proj is compensated
 
 
 @dataclass(frozen=True)
 class _AllWindows(Sequence[Tensor]):
-    """A process's windows under their numbers among those of all processes."""
+    """A process's first windows under their numbers among those of all processes."""
 
     mine: Windows
     ranks: Ranks
+    most: int
 
     def __len__(self) -> int:
-        return len(self.mine) * self.ranks.world
+        return min(len(self.mine) * self.ranks.world, self.most)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         return self.mine[index // self.ranks.world]
@@ -58,16 +61,18 @@ class Abq(Qqq):
         """Train, walk, tune."""
         settings = task.settings.method
         assert isinstance(settings, AbqSettings)
-        weights, scales = dict(task.weights), dict[str, Tensor]()
+        weights, scales, grids = dict(task.weights), dict[str, Tensor](), dict[str, Grid]()
         report: dict[str, Any] = {}
         if settings.epochs:
             trained = train_block(_train_task(task), _train_settings(settings, settings.epochs))
-            weights, scales = trained.weights, trained.scales
+            weights, scales, grids = trained.weights, trained.scales, _learned_grids(trained, task)
             report = {"train_before": trained.loss_before, "train_after": trained.loss_after, "notes": list(trained.notes)}
+        else:
+            weights, scales = smoothed(task)
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
-        solver = SiteSolver(task, weights)
+        solver = SiteSolver(task, weights, grids)
         block = WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales)
-        if not settings.tune:
+        if not settings.tune or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS:
             result = BlockResult(walk(block, task.streams, solver), _numpy(gains), {})
         else:
             sites = walk(block, _copied(task.streams), solver)
@@ -78,6 +83,17 @@ class Abq(Qqq):
         found = solver.report()
         notes = [*report.pop("notes", ()), *solver.notes]
         return replace(result, report={**result.report, **report, **found, "notes": notes})
+
+
+def _learned_grids(trained: TrainedBlock, task: BlockTask) -> dict[str, Grid]:
+    """Scales and zero points as training left them, members stacked."""
+    grids: dict[str, Grid] = {}
+    for site, names in SITES.items():
+        arrays = [trained.quantizers[name].arrays(trained.weights[f"{name}.weight"]) for name in names]
+        scale, zero = (torch.from_numpy(np.concatenate([getattr(part, key) for part in arrays])).float().to(task.device)
+                       for key in ("scale", "zero"))
+        grids[site] = AbqGrid(scale, zero, task.schemes[site].levels)
+    return grids
 
 
 def _numpy(gains: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -104,10 +120,12 @@ def _train_task(task: BlockTask) -> TrainTask:
         for tensor in tensors:
             tensor /= ranks.world
 
+    most = settings.train_windows
     ends = task.index < _FIRST or task.index >= task.count - _LAST
-    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, _AllWindows(streams.real, ranks),
-                     _AllWindows(streams.quant, ranks), compensation=settings.compensation and ends, kv_bits=task.schemes[QKV].kv_bits,
-                     all_reduce=average, rank=ranks.rank, world=ranks.world, seed=task.settings.seed)
+    real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
+    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, real, quant, all_reduce=average,
+                     compensation=settings.compensation and ends, kv_bits=task.schemes[QKV].kv_bits, rank=ranks.rank, world=ranks.world,
+                     seed=task.settings.seed)
 
 
 def _train_settings(settings: AbqSettings, epochs: int) -> TrainSettings:
