@@ -50,7 +50,7 @@ class AbqSettings(QqqSettings):
         epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them out.
         transforms: learn equivalent transforms (LET).
         compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
-        tune: passes that train weight scales and norm gains once the codes are final, in blocks with weights of at most 4 bits, where
+        tune: passes that train weight scales and norm gains once the codes are final, in blocks with weights of 1 or 2 bits, where
             it pays; 0 leaves them.
         train_windows: calibration windows that training sees, at most.
         batch: windows per step, over all processes.

@@ -54,6 +54,7 @@ class Windows:
     def __init__(self, budget: StreamBudget, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         self.shape, self.device, self._dtype, self._budget = shape, device, dtype, budget
         self._item_bytes = prod(shape[1:]) * dtype.itemsize
+        self._written = bytearray(shape[0])
         self._in_memory = budget.take(shape[0] * self._item_bytes)
         if self._in_memory:
             self._data = torch.empty(shape, dtype=dtype)  # in one piece: single windows between passing tensors would tear the heap
@@ -65,6 +66,7 @@ class Windows:
 
     def __getitem__(self, index: int) -> Tensor:
         """Window `index` [L, K]; do not change it in place."""
+        assert self._written[index], "read before it was written"
         if self._in_memory:
             return self._data[index].to(self.device)
         self._file.seek(index * self._item_bytes)
@@ -73,6 +75,7 @@ class Windows:
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         value = value.detach().to("cpu", self._dtype)
+        self._written[index] = 1
         if self._in_memory:
             self._data[index] = value
         else:

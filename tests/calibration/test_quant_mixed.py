@@ -16,8 +16,8 @@ from calibration.bits import Rule, SchemeMap
 from calibration.checkpoint import open_checkpoint
 from calibration.methods.rtn import quantize
 from calibration.quant_folder import read_quant
-from calibration.scheme_checks import check_scheme
 from calibration.scheme import QuantScheme
+from calibration.scheme_checks import check_scheme
 from plugins.core.errors import InputError
 
 QQQ = QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHOD"]
 
-_TUNED_LEVELS = 16  # with more, rounding is no longer what is wrong with a block
+_TUNED_LEVELS = 5  # with more, rounding is too little of what is wrong with a block to pay for the time
 _FIRST, _LAST = 3, 4  # blocks at either end whose down_proj is compensated
 
 

@@ -38,7 +38,8 @@ def test_block_is_that_of_transformers(tiny_llama: Callable[..., Path], changes:
     before: list[Tensor] = []
     after: list[Tensor] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda module, inputs, output: (before.append(inputs[0]), after.append(output)) and None)
+        layer.register_forward_pre_hook(lambda module, inputs: before.append(inputs[0]))
+        layer.register_forward_hook(lambda module, inputs, output: after.append(output))
     with torch.no_grad():
         model(tokens(2, 48))
     checkpoint = open_checkpoint(str(folder), offline=True)
