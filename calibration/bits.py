@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Rule:
         return _regex(self.pattern).fullmatch(name) is not None
 
     def scheme(self, base: QuantScheme) -> QuantScheme:
-        """What it asks for over a base, whose method, symmetry and type it keeps; W4A8 stays QQQGemm where the base is.
+        """What it asks for over a base, whose method, symmetry, type and cache it keeps; W4A8 stays QQQGemm where the base is.
 
         Raises:
             InputError: not the grammar above, or bits out of range.
@@ -58,7 +58,7 @@ class Rule:
                     base.group_size if group is None else int(group))
         # A16 has no activation codes, so such a base says nothing of their symmetry.
         symmetric = base.act_symmetric if base.abits < 16 else None
-        return scheme_for(bits, base.op, symmetric, base.method, base.dtype)
+        return replace(scheme_for(bits, base.op, symmetric, base.method, base.dtype), kv_bits=base.kv_bits)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class SchemeMap:
     def as_text(self) -> str:
         """The rules as a bits file."""
         width = max((len(rule.pattern) for rule in self.rules), default=0)
-        lines = [f"# Over a base of {self.base.label}; the last line that matches counts.",
+        lines = [f"# Over a base of {self.base.model_label}; the last line that matches counts.",
                  *(f"{rule.pattern:{width}} {rule.bits}" for rule in self.rules)]
         return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from calibration import formats
 from calibration.bits import SchemeMap, read_bits_file
 from calibration.methods import method_names
-from calibration.scheme import Bits, QuantScheme, check_abits, parse_wbits, scheme_for
+from calibration.scheme import FLOAT_BITS, Bits, QuantScheme, check_abits, check_kv_bits, parse_wbits, scheme_for
 from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
 from calibration.sources import ALIASES, model_slug
 from plugins.core.cli import number, whole_number
@@ -30,6 +30,8 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", default="auto", choices=sorted({"auto", *_LAYOUTS, *method_names()}), help="auto: qqq for W4A8, else abq")
     add("--group-size", type=int, default=0, metavar="G",
         help="input channels per weight scale; 0 (default): one scale per output channel")
+    add("--kv-bits", type=int, default=FLOAT_BITS, metavar="B",
+        help="bits of keys and values in the KV cache, 2 to 8; 16 (default): as --dtype says")
     add("--act-quant", choices=("sym", "asym"), help="activation codes; default: sym for qqq, asym for abq")
     mixed = parser.add_mutually_exclusive_group()
     mixed.add_argument("--bits-file", type=Path, metavar="FILE",
@@ -68,7 +70,7 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
                          "Use 0 for one scale per output channel")
     symmetric = None if args.act_quant is None else args.act_quant == "sym"
     scheme = scheme_for(bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, args.method, args.dtype)
-    scheme = replace(scheme, method=_METHODS[scheme.op] if args.method == "auto" else args.method)
+    scheme = replace(scheme, method=_METHODS[scheme.op] if args.method == "auto" else args.method, kv_bits=check_kv_bits(args.kv_bits))
     if args.method == "qqq" and scheme.op != "QQQGemm":
         raise _no_qqq(args, bits, symmetric)
     return scheme
@@ -118,6 +120,6 @@ def _gigabytes(text: str) -> int:
 
 
 def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:
-    """--out, or out/<model>-w<W>a<A>, with -mixed or -b<B> behind it where --bits-file or --budget changes some of the bits."""
+    """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -mixed or -b<B> where a bits file or budget changes bits."""
     mixed = "-mixed" if args.bits_file is not None else "" if args.budget is None else f"-b{args.budget:g}"
-    return args.out if args.out is not None else Path("out") / f"{model_slug(args.model)}-{scheme.label}{mixed}"
+    return args.out if args.out is not None else Path("out") / f"{model_slug(args.model)}-{scheme.model_label}{mixed}"

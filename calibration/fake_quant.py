@@ -9,9 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from calibration.scheme import QuantLinear
+from calibration.scheme import FLOAT_BITS, QuantLinear
 
-__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "integer_product", "quantize_activation", "round_to"]
+__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "FakeQuantize", "fake_quantize", "integer_product",
+           "quantize_activation", "quantize_cache", "round_to"]
 
 _TINY = 2.0**-118
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,6 +45,25 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool,
     zero = torch.clamp(rounding(-low * reciprocal) - (top + 1), -top - 1, top)
     codes = torch.clamp(rounding(x * reciprocal) + zero, -top - 1, top)
     return codes, scale, zero
+
+
+def fake_quantize(x: Tensor, bits: int, symmetric: bool, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+    """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; 16 bits return x itself."""
+    if bits >= FLOAT_BITS:
+        return x
+    codes, scale, zero = quantize_activation(x, bits, symmetric, rounding)
+    return (codes - zero) * scale
+
+
+FakeQuantize = Callable[[Tensor, int, bool], Tensor]  # fake_quantize, or training's, which has a gradient
+
+
+def quantize_cache(x: Tensor, bits: int, quantize: FakeQuantize = fake_quantize) -> Tensor:
+    """Keys (after RoPE) or values [..., head_dim] as a cache of these bits gives them back: asymmetric codes per token and head.
+
+    The one definition for training, calibration and the torch reference; exporter/nodes.py writes the same into the graph.
+    """
+    return quantize(x, bits, False)
 
 
 def round_to(x: Tensor, dtype: str) -> Tensor:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibration.fake_quant import ActivationQuantizer, FakeQuantLinear, round_to
+from calibration.fake_quant import ActivationQuantizer, FakeQuantLinear, quantize_cache, round_to
+from calibration.scheme import FLOAT_BITS
 
 if TYPE_CHECKING:
     from calibration.checkpoint import Checkpoint
     from calibration.quant_folder import QuantModel
 
-__all__ = ["float_model", "quantised_model"]
+__all__ = ["CacheQuantizer", "float_model", "quantised_model"]
 
 
 def float_model(checkpoint: Checkpoint) -> Any:
@@ -26,6 +27,8 @@ def float_model(checkpoint: Checkpoint) -> Any:
 
 def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
     """The transformers model with its linears replaced by FakeQuantLinear, fp32 arithmetic, eval mode.
+
+    A low-bit KV cache is each attention's `cache_quantizer`; the cache then holds what it gives back.
 
     Args:
         quant: the quant folder.
@@ -50,6 +53,10 @@ def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
     state |= {name: value for name, value in model.state_dict().items() if not value.is_meta}
     rope = np.array(quant.tensor("rope.inv_freq")), float(quant.config["rope_attention_scaling"])
     model = _fill(model, state, rope)
+    if quant.scheme.kv_bits < FLOAT_BITS:
+        for layer in model.model.layers:
+            layer.self_attn.cache_quantizer = CacheQuantizer(quant.scheme.kv_bits, dtype)
+        _use_attention(model, dtype, torch.float32)
     if round_activations:
         _round_every_op(model, dtype)
     return model
@@ -106,7 +113,7 @@ def _round_every_op(model: Any, dtype: str) -> None:
         layer.post_attention_layernorm.register_forward_pre_hook(round_residual)
         layer.mlp.down_proj.register_forward_pre_hook(round_input)  # silu(gate) * up
         layer.mlp.act_fn = _RoundedSilu(dtype)
-    _use_rounded_attention(model, dtype)
+    _use_attention(model, dtype, torch.float64)
 
 
 class _RoundedNorm(nn.Module):  # type: ignore[misc]
@@ -153,20 +160,37 @@ class _RoundedSilu(nn.Module):  # type: ignore[misc]
         return round_to(x * round_to(torch.sigmoid(x.double()), self._dtype), self._dtype)
 
 
-def _use_rounded_attention(model: Any, dtype: str) -> None:
-    """Attention in fp64 on rounded rotated queries and keys, its result rounded."""
+class CacheQuantizer(nn.Module):  # type: ignore[misc]
+    """New keys and values as a cache of few bits gives them back, rounded to the model's type."""
+
+    def __init__(self, bits: int, dtype: str) -> None:
+        super().__init__()
+        self._bits, self._dtype = bits, dtype
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, kv_heads, S, head_dim] each, keys after RoPE -> the same."""
+        return round_to(quantize_cache(key, self._bits), self._dtype), round_to(quantize_cache(value, self._bits), self._dtype)
+
+
+def _use_attention(model: Any, dtype: str, wide: torch.dtype) -> None:
+    """Attention in `wide` on rounded rotated queries and keys, its result rounded; a `cache_quantizer` sees new keys and values first."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
                   **options: Any) -> Any:
-        rotated = round_to(query, dtype).double(), round_to(key, dtype).double()
+        if hasattr(module, "cache_quantizer"):
+            # In place: the cache holds these very tensors. What was in it before went through here then.
+            new = key[..., -query.shape[-2]:, :], value[..., -query.shape[-2]:, :]
+            for part, cached in zip(new, module.cache_quantizer(round_to(new[0], dtype), new[1]), strict=True):
+                part.copy_(cached)
+        rotated = round_to(query, dtype).to(wide), round_to(key, dtype).to(wide)
         scale = float(np.float32(scaling))  # as the ONNX attribute holds it
-        context, weights = sdpa_attention_forward(module, *rotated, value.double(), mask, scaling=scale, **options)
+        context, weights = sdpa_attention_forward(module, *rotated, value.to(wide), mask, scaling=scale, **options)
         return round_to(context, dtype), weights
 
-    name = f"anybit_{dtype}"
+    name = f"anybit_{dtype}_{wide}"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)

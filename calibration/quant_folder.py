@@ -59,8 +59,10 @@ class QuantModel:
         if node not in nodes:
             raise InputError(where, f"got {node}, expected GEMM nodes such as {nodes[0]}", _AGAIN)
         scheme = _scheme(f"{where}, {node}", fields)
-        if scheme.dtype != self.scheme.dtype:
-            raise InputError(f"{where}, {node}", f"got dtype {scheme.dtype}, expected the model's {self.scheme.dtype}", _AGAIN)
+        for key in ("dtype", "kv_bits"):
+            got, wanted = getattr(scheme, key), getattr(self.scheme, key)
+            if got != wanted:
+                raise InputError(f"{where}, {node}", f"got {key} {got}, expected the model's {wanted}", _AGAIN)
         return scheme
 
     def _check_present(self) -> None:
@@ -104,7 +106,7 @@ class QuantModel:
     @property
     def label(self) -> str:
         """Of the scheme; w4a8-mixed where some nodes have another."""
-        return f"{self.scheme.label}-mixed" if self.exceptions else self.scheme.label
+        return f"{self.scheme.model_label}-mixed" if self.exceptions else self.scheme.model_label
 
     @property
     def schemes(self) -> tuple[QuantScheme, ...]:

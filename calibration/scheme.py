@@ -11,8 +11,9 @@ from plugins.core.op_spec import GemmAttributes, QuantArrays
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["QQQ_GROUPS", "Bits", "QuantLinear", "QuantScheme", "check_abits", "parse_wbits", "scheme_for"]
+__all__ = ["FLOAT_BITS", "QQQ_GROUPS", "Bits", "QuantLinear", "QuantScheme", "check_abits", "check_kv_bits", "parse_wbits", "scheme_for"]
 
+FLOAT_BITS = 16  # activation or cache bits that mean: left in floating point
 QQQ_GROUPS = (0, 64, 128)  # group sizes of QQQGemm
 BALANCED_LEVELS = {1: 3, 2: 5}  # W1* and W2*, "bit balance" of ABQ-LLM (arXiv 2408.08554)
 
@@ -42,6 +43,17 @@ def check_abits(abits: int, where: str = "--abits") -> int:
     return abits
 
 
+def check_kv_bits(kv_bits: int, where: str = "--kv-bits") -> int:
+    """Bits of cached keys and values, if there is such a width.
+
+    Raises:
+        InputError: not 2..8 or 16.
+    """
+    if kv_bits not in (2, 3, 4, 5, 6, 7, 8, FLOAT_BITS):
+        raise InputError(where, f"got {kv_bits}, expected 2 to 8, or 16 for a KV cache in floating point", "Give one of these")
+    return kv_bits
+
+
 @dataclass(frozen=True)
 class Bits:
     """The widths a user chooses for a linear; see QuantScheme for the fields."""
@@ -69,6 +81,7 @@ class QuantScheme:
         group_size: 0 is per output channel.
         act_symmetric: symmetric per-token activation codes.
         dtype: "float16", "bfloat16" or "float32": everything that is not integer.
+        kv_bits: of keys (after RoPE) and values, asymmetric per token and head; 16 leaves them. One number for the whole model.
     """
 
     op: str
@@ -79,6 +92,7 @@ class QuantScheme:
     group_size: int = 0
     act_symmetric: bool = False
     dtype: str = "float16"
+    kv_bits: int = FLOAT_BITS
 
     @property
     def levels(self) -> int:
@@ -87,9 +101,14 @@ class QuantScheme:
 
     @property
     def label(self) -> str:
-        """Short name, for folders and reports: w4a8, w4a8-g64, w2ba8."""
+        """Short name of a linear's bits, as a bits file has them: w4a8, w4a8-g64, w2ba8."""
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"w{self.wbits}{'b' if self.balanced else ''}a{self.abits}{group}"
+
+    @property
+    def model_label(self) -> str:
+        """Short name of a model with this base, for folders and reports: its label and, of a low-bit cache, -kv4."""
+        return f"{self.label}-kv{self.kv_bits}" if self.kv_bits < FLOAT_BITS else self.label
 
     def attributes(self, out_features: int, in_features: int, has_bias: bool) -> GemmAttributes:
         """The node attributes of a layer of this shape."""

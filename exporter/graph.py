@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.progress import NullProgress, Progress
+from calibration.scheme import FLOAT_BITS
 from exporter.nodes import NodeFactory
 from exporter.weights import ExternalWeights
 from plugins import op_spec
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from calibration.quant_folder import QuantModel
     from calibration.scheme import QuantLinear
 
-__all__ = ["DATA_FILE", "IR_VERSION", "MODEL_FILE", "OPSET", "export_onnx", "layer_output"]
+__all__ = ["DATA_FILE", "IR_VERSION", "MODEL_FILE", "OPSET", "export_onnx", "layer_output", "new_key"]
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -30,6 +31,11 @@ IR_VERSION = 11
 def layer_output(index: int) -> str:
     """Name of the residual stream after decoder layer `index`, [B, S, hidden]."""
     return f"model.layers.{index}.output"
+
+
+def new_key(index: int) -> str:
+    """Name of decoder layer `index`'s new keys after RoPE, [B, kv_heads, S, head_dim]; a low-bit cache quantises them next."""
+    return f"model.layers.{index}.self_attn.key"
 
 
 @dataclass
@@ -137,13 +143,22 @@ class DecoderWriter:
         qkv = self.node("Transpose", [qkv], f"{prefix}.qkv", perm=[0, 2, 1, 3])
         qk, value = self.split(qkv, [heads + kv_heads, kv_heads], 1, [f"{prefix}.qk", f"{prefix}.value"])
         qk = self.node("RotaryEmbedding", [qk, *rope, "position_ids"], f"{prefix}.qk_rotated", interleaved=0)
-        query, key = self.split(qk, [heads, kv_heads], 1, [f"{prefix}.query", f"{prefix}.key"])
+        query, key = self.split(qk, [heads, kv_heads], 1, [f"{prefix}.query", new_key(index)])
+        key, value = self.cached(prefix, key, value)
         present_key = self.node("Concat", [f"past_key_values.{index}.key", key], f"present.{index}.key", axis=2)
         present_value = self.node("Concat", [f"past_key_values.{index}.value", value], f"present.{index}.value", axis=2)
         out = self.node("Attention", [query, present_key, present_value, mask], f"{prefix}.context_heads", scale=head_dim**-0.5)
         out = self.node("Transpose", [out], f"{prefix}.context_rows", perm=[0, 2, 1, 3])
         out = self.node("Reshape", [out, self.ints("shape", [0, 0, heads * head_dim])], f"{prefix}.context")
         return self.gemm(f"{prefix}.o_proj", out)
+
+    def cached(self, prefix: str, key: str, value: str) -> tuple[str, str]:
+        """New keys and values as the cache holds them."""
+        bits, outputs = self.quant.scheme.kv_bits, [f"{prefix}.cached_key", f"{prefix}.cached_value"]
+        if bits == FLOAT_BITS:
+            return key, value
+        self.nodes.append(self.factory.cache(bits, self.quant.config["head_dim"], f"{prefix}.cache", [key, value], outputs))
+        return outputs[0], outputs[1]
 
     def mlp(self, index: int, source: str) -> str:
         """Gated MLP of one layer, silu(gate) * up; [B, S, hidden] -> [B, S, hidden]."""

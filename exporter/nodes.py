@@ -1,4 +1,4 @@
-"""Makes custom GEMM nodes and collects the local functions of standard ops that they need."""
+"""Makes the nodes that have a local function of standard ops, the custom GEMMs and the low-bit KV cache, and collects the functions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from plugins.core.op_spec import DOMAIN, PLUGIN_VERSION, GemmAttributes
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["NodeFactory"]
+__all__ = ["CACHE_DOMAIN", "NodeFactory"]
 
+CACHE_DOMAIN = "anybit_cache"  # not below DOMAIN, whose nodes become plugins: every runtime takes the function
+_CACHE_OP = "QuantizeCache"
 Variant = tuple[str, int, int, int, int, bool, int]
 
 
@@ -29,6 +31,7 @@ class NodeFactory:
     def __init__(self, dtype: int) -> None:
         self._dtype = dtype
         self._functions: dict[Variant, onnx.FunctionProto] = {}
+        self._cache: onnx.FunctionProto | None = None
 
     def gemm(self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str) -> onnx.NodeProto:
         """A node of the custom op `op`.
@@ -51,15 +54,26 @@ class NodeFactory:
         return helper.make_node(op, inputs, [output], name=name, domain=function.domain,
                                 plugin_namespace=DOMAIN, plugin_version=PLUGIN_VERSION, **attrs.as_dict())
 
+    def cache(self, bits: int, head_dim: int, name: str, inputs: list[str], outputs: list[str]) -> onnx.NodeProto:
+        """A node that gives new keys and values [B, kv_heads, S, head_dim] back as a cache of these bits does; one kind in a model.
+
+        Args:
+            inputs, outputs: keys after RoPE, and values.
+        """
+        from onnx import helper
+
+        self._cache = self._cache or _cache_function(bits, head_dim, self._dtype)
+        return helper.make_node(_CACHE_OP, inputs, outputs, name=name, domain=CACHE_DOMAIN)
+
     def functions(self) -> list[onnx.FunctionProto]:
-        """The functions of the nodes made so far, in order of first use."""
-        return list(self._functions.values())
+        """The functions of the nodes made so far: the custom ones in order of first use, then the cache's."""
+        return [*self._functions.values(), *([self._cache] if self._cache else [])]
 
     def opset_imports(self, opset: int) -> list[onnx.OperatorSetIdProto]:
         """What a model of these nodes and standard ones of this opset imports."""
         from onnx import helper
 
-        domains = dict.fromkeys([DOMAIN, *(function.domain for function in self._functions.values())])
+        domains = dict.fromkeys([DOMAIN, *(function.domain for function in self.functions())])
         return [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
 
     def _function(self, op: str, attrs: GemmAttributes) -> onnx.FunctionProto:
@@ -68,3 +82,18 @@ class NodeFactory:
             number = sum(other[0] == op for other in self._functions)
             self._functions[variant] = op_spec(op).function_body(attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN)
         return self._functions[variant]
+
+
+def _cache_function(bits: int, head_dim: int, dtype: int) -> onnx.FunctionProto:
+    """calibration.fake_quant.quantize_cache of keys and values, bit for bit, then rounded to the model's type."""
+    from onnx import helper
+
+    from plugins.core.onnx_body import OPSET, NodeBuilder
+
+    body = NodeBuilder(dtype)
+    both = body.node("Concat", "key", "value", axis=1)  # one pass over both
+    rows = body.fake_quantized(body.reshape(body.float32(both), -1, head_dim), bits)
+    cached = body.node("Reshape", body.saturated(rows), body.node("Shape", both))
+    body.nodes.append(helper.make_node("Split", [cached], ["cached_key", "cached_value"], axis=1, num_outputs=2))
+    return helper.make_function(CACHE_DOMAIN, _CACHE_OP, ["key", "value"], ["cached_key", "cached_value"], body.nodes,
+                                [helper.make_opsetid("", OPSET)])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from calibration.scheme import FLOAT_BITS
 from exporter.report_calibration import calibration_section
 from exporter.report_chart import Chart, Series, bar, line_chart, table
 from exporter.report_style import STYLE
@@ -45,6 +46,7 @@ def _header(data: Data) -> str:
     weights = f"{scheme['wbits']}-bit{' balanced' if scheme['balanced'] else ''} weights"
     acts = f"{scheme['dtype']} activations" if scheme["abits"] == 16 else f"{scheme['abits']}-bit activations"
     groups = f"groups of {scheme['group_size']}" if scheme["group_size"] else "one scale per output channel"
+    groups += f", {scheme['kv_bits']}-bit KV cache" if scheme["kv_bits"] < FLOAT_BITS else ""
     return (f'<header><h1>{escape(data["model"])}</h1><span class="pill{style}">{verdict}</span></header>'
             f'<p class="soft">{differ}{weights}, {acts}, {groups}; {escape(scheme["op"])}, method {escape(scheme["method"])}.</p>{alert}')
 
@@ -156,6 +158,10 @@ def _activations(scheme: Data) -> str:
     return f"{scheme['abits']} bits, {'symmetric' if scheme['act_symmetric'] else 'asymmetric'} per token"
 
 
+def _cache(scheme: Data) -> str:
+    return str(scheme["dtype"]) if scheme["kv_bits"] == FLOAT_BITS else f"{scheme['kv_bits']} bits, asymmetric per token and head"
+
+
 def _bits(data: Data) -> str:
     """Mixed precision: what each scheme holds, and the bits of every node."""
     mixed = data["mixed"]
@@ -177,7 +183,8 @@ def _made(data: Data) -> str:
     settings = [("model", request.get("model", data["model"])), ("fingerprint", data["source"]["fingerprint"][:16]), *others,
                 ("method", scheme["method"]), ("operator", scheme["op"]), ("weights", f"{scheme['wbits']} bits"
                 + (" balanced" if scheme["balanced"] else "")), ("activations", _activations(scheme)),
-                ("group size", scheme["group_size"] or "one group per output channel"), ("type of the rest", scheme["dtype"]),
+                ("group size", scheme["group_size"] or "one group per output channel"), ("KV cache", _cache(scheme)),
+                ("type of the rest", scheme["dtype"]),
                 ("decoder", f"{shape['num_hidden_layers']} layers, width {shape['hidden_size']}, {shape['num_attention_heads']} heads "
                 f"({shape['num_key_value_heads']} key-value), vocabulary {shape['vocab_size']}"),
                 ("calibration", request.get("calib", "default"))]

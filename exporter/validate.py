@@ -27,9 +27,10 @@ import numpy as np
 
 from calibration.artifact import read_json
 from calibration.progress import NullProgress, Progress
+from calibration.scheme import FLOAT_BITS
 from exporter.edition import ENGINE_FILE, captured_log, gpu_capabilities
 from exporter.engine_session import TensorrtSession
-from exporter.graph import layer_output
+from exporter.graph import layer_output, new_key
 from exporter.manifest import MANIFEST
 from exporter.onnx_runner import load_model
 from exporter.sessions import OnnxSession, TorchSession
@@ -123,7 +124,8 @@ class _Validator:
         self.tokens = max(min(options.tokens, context - options.steps), 2)
         self.nodes = gemm_nodes(load_model(out / "onnx"), self.quant.family, self.quant.layers)
         inner = [name for node in self.nodes for name in (node.source, node.result)]
-        self.marked = list(dict.fromkeys([*inner, *map(layer_output, range(self.quant.layers))]))
+        keys = map(new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0))
+        self.marked = list(dict.fromkeys([*inner, *map(layer_output, range(self.quant.layers)), *keys]))
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from exporter.graph import layer_output
+from calibration.scheme import FLOAT_BITS
+from exporter.graph import layer_output, new_key
 from exporter.validate_limits import Limits, coarsest
 from exporter.validate_metrics import TensorError, total_error
 
@@ -73,7 +74,7 @@ class Operator:
 
     name: str
     tensor: str
-    kind: str  # "gemm", "attention" or "pointwise"
+    kind: str  # "gemm", "attention", "cache" or "pointwise"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,14 @@ class Stack:
             found += [Operator(node.source, node.source, "attention" if number == 1 else "pointwise"),
                       Operator(node.name, node.result, "gemm")]
             if not number:
-                found += [Operator(name, name, "pointwise") for name in (f"present.{index}.key", f"present.{index}.value")]
+                found += self._cache(index)
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]
+
+    def _cache(self, index: int) -> list[Operator]:
+        kept = (f"present.{index}.key", f"present.{index}.value")
+        if self.scheme.kv_bits == FLOAT_BITS:
+            return [Operator(name, name, "pointwise") for name in kept]
+        return [Operator(new_key(index), new_key(index), "pointwise"), *(Operator(name, name, "cache") for name in kept)]
 
     def limit(self, level: str, tensor: str) -> float | None:
         """Of the accumulated error of a layer's output, a cache tensor or the logits."""
@@ -111,7 +118,7 @@ def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[f
     """(error, limit) of an operator."""
     if operator.kind == "gemm":
         return error.worst_channel[1], limits.gemm()
-    return error.relative, limits.attention() if operator.kind == "attention" else limits.pointwise()
+    return error.relative, {"attention": limits.attention, "cache": limits.cache, "pointwise": limits.pointwise}[operator.kind]()
 
 
 def judge(errors: Errors, stack: Stack) -> list[LayerReport]:

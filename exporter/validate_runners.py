@@ -13,7 +13,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from exporter.graph import MODEL_FILE, layer_output
+from exporter.graph import MODEL_FILE, layer_output, new_key
 from exporter.sessions import TorchSession
 from plugins.core.errors import CheckError
 from plugins.core.op_spec import is_custom
@@ -147,7 +147,8 @@ class LockstepRunner(SessionRunner):
 
     Args:
         make: opens the torch session.
-        leader: the runner to follow, run just before; its outputs must hold the layers' outputs and the nodes' tensors.
+        leader: the runner to follow, run just before; its outputs must hold the layers' outputs, the nodes' tensors and, with a
+            low-bit cache, the new keys.
         nodes: from gemm_nodes.
     """
 
@@ -169,6 +170,9 @@ class LockstepRunner(SessionRunner):
         swap = _Swap(self._leader.outputs)
         followers = [*model.model.layers[1:], model.model.norm]
         hooks = [module.register_forward_pre_hook(swap.input(layer_output(index))) for index, module in enumerate(followers)]
+        for index, layer in enumerate(model.model.layers):
+            if hasattr(layer.self_attn, "cache_quantizer"):
+                hooks.append(layer.self_attn.cache_quantizer.register_forward_pre_hook(swap.input(new_key(index))))
         for node in self._nodes:
             modules = [model.get_submodule(member) for member in node.members]
             ends = np.cumsum([module.weight.shape[0] for module in modules])

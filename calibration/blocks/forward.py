@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calibration.fake_quant import FakeQuantize, fake_quantize, quantize_cache
+
 if TYPE_CHECKING:
     from calibration.checkpoint import Checkpoint
 
 __all__ = ["DOWN", "GATE_UP", "INPUT_NORM", "OUT", "POST_NORM", "QKV", "SITES", "BlockShape", "BlockWeights", "Heads", "Linear", "Rope",
-           "attend", "attention_rows", "block_output", "float_linear", "heads_from_qkv", "load_block", "mlp_product", "rms_norm"]
+           "attend", "attention_rows", "block_output", "cached_heads", "float_linear", "heads_from_qkv", "load_block", "mlp_product",
+           "rms_norm"]
 
 QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
 SITES = {  # a site is one GEMM node: the linears that read the same tensor, in stacking order
@@ -106,6 +109,16 @@ def heads_from_qkv(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, 
 Heads = Callable[[Tensor, BlockShape, Rope], tuple[Tensor, Tensor, Tensor]]  # heads_from_qkv, or one that does more
 
 
+def cached_heads(bits: int, quantize: FakeQuantize = fake_quantize) -> Heads:
+    """heads_from_qkv, but with keys and values as a cache of these bits gives them back; 16 leaves them."""
+
+    def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = heads_from_qkv(qkv, shape, rope)
+        return query, quantize_cache(key, bits, quantize), quantize_cache(value, bits, quantize)
+
+    return heads
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention, [B, heads, L, d] -> [B, L, heads * d]."""
     groups = query.shape[-3] // key.shape[-3]
@@ -137,7 +150,7 @@ def block_output(x: Tensor, gains: Mapping[str, Tensor], linear: Linear, shape: 
         x: residual stream before it.
         gains: "input_layernorm.weight" and "post_attention_layernorm.weight".
         linear: how each site multiplies, float or quantised.
-        heads: how the stacked projections become rotated queries and keys, and values; one that quantises them for a low-bit cache, say.
+        heads: how the stacked projections become rotated queries and keys, and values; cached_heads for a low-bit cache.
     """
     qkv = linear(QKV, rms_norm(x, gains[f"{INPUT_NORM}.weight"], shape.epsilon))
     x = x + linear(OUT, attend(*heads(qkv, shape, rope)))

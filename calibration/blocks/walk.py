@@ -18,8 +18,10 @@ from calibration.blocks.forward import (
     SITES,
     BlockShape,
     BlockWeights,
+    Heads,
     Rope,
     attend,
+    cached_heads,
     float_linear,
     heads_from_qkv,
     mlp_product,
@@ -57,7 +59,7 @@ class WalkBlock:
     Attributes:
         weights: the float block, on which the float stream runs.
         shape, rope: its sizes and its position tables.
-        schemes: how each site is quantised.
+        schemes: how each site is quantised, and the cache.
         gains: the quantised block's norm gains, by name.
         scales: of sites whose inputs are the float block's divided channel by channel by s [K]; the norm gains and the
             weights of the site before have taken 1 / s in.
@@ -86,6 +88,8 @@ def site_weight(weights: BlockWeights, site: str) -> tuple[Tensor, Tensor | None
 class _Half:
     """Half of a block: a norm, a site that reads it, a function in the middle, and a site that writes to the residual stream.
 
+    The function may differ between the streams: keys and values go through a low-bit cache in the quantised one only.
+
     The first site's inputs are made anew from the residual stream when they are needed, and the float stream moves on while the second
     site's inputs are made, so nothing but that site's int8 codes is kept.
     """
@@ -95,6 +99,7 @@ class _Half:
     sites: tuple[str, str]
     norm: str
     middle: Callable[[Tensor], Tensor]
+    real_middle: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
         self._real = float_linear(self.block.weights)
@@ -153,7 +158,7 @@ class _Half:
                                                      scheme.act_symmetric)
             wanted = None
             if real is not None:
-                wanted = self.middle(self._real(first, self._normed(real, index, self.block.weights)))
+                wanted = self.real_middle(self._real(first, self._normed(real, index, self.block.weights)))
                 real[index] = real[index] + self._real(second, wanted)
             if moments is not None:
                 self.add(moments, second, activation, wanted)
@@ -182,8 +187,9 @@ def walk(block: WalkBlock, streams: Streams, solve: Solve, measure: bool = True)
         What `solve` gave, by site, members stacked along N.
     """
 
-    def attention(qkv: Tensor) -> Tensor:
-        return attend(*heads_from_qkv(qkv[None], block.shape, block.rope))[0]
+    def attention(heads: Heads) -> Callable[[Tensor], Tensor]:
+        return lambda qkv: attend(*heads(qkv[None], block.shape, block.rope))[0]
 
-    found = _Half(block, streams, (QKV, OUT), INPUT_NORM, attention).run(solve, measure)
-    return found | _Half(block, streams, (GATE_UP, DOWN), POST_NORM, mlp_product).run(solve, measure)
+    quantised = cached_heads(block.schemes[QKV].kv_bits)
+    found = _Half(block, streams, (QKV, OUT), INPUT_NORM, attention(quantised), attention(heads_from_qkv)).run(solve, measure)
+    return found | _Half(block, streams, (GATE_UP, DOWN), POST_NORM, mlp_product, mlp_product).run(solve, measure)

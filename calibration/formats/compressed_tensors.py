@@ -18,6 +18,7 @@ import numpy as np
 from calibration.artifact import write_json
 from calibration.quant_folder import QuantModel
 from calibration.safetensors_io import SafetensorsWriter, TensorSpec, read_header
+from calibration.scheme import FLOAT_BITS
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def _check_scheme(scheme: QuantScheme, where: str) -> None:
     if scheme.balanced or scheme.wbits not in _WEIGHT_BITS or scheme.abits not in _ACTIVATION_BITS:
         raise InputError(where, f"got W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}, "
                          "expected W4A8, W8A8, W4A16 or W8A16", f"Use such bits, {_STAY}")
+    if scheme.kv_bits < FLOAT_BITS:
+        raise InputError(where, f"got a KV cache of {scheme.kv_bits} bits, expected {FLOAT_BITS}: the format has no word for ours",
+                         f"Leave out --kv-bits, {_STAY}")
 
 
 def _check_rope(config: dict[str, Any], frequencies: np.ndarray, where: str) -> None:

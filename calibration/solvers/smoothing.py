@@ -22,7 +22,9 @@ from calibration.blocks.forward import (
     SITES,
     BlockShape,
     BlockWeights,
+    Heads,
     attend,
+    cached_heads,
     float_linear,
     heads_from_qkv,
     mlp_product,
@@ -79,10 +81,14 @@ def clip_scales(low: Tensor, high: Tensor, threshold: float) -> Tensor:
     return torch.maximum(high / threshold, -low / threshold).clamp(min=1.0)
 
 
-def site_outputs(site: str, outputs: Tensor, task: BlockTask) -> Tensor:
-    """What the smoothing loss compares: attention of qkv, the product of gate and up, else the linear's own output."""
+def site_outputs(site: str, outputs: Tensor, task: BlockTask, heads: Heads = heads_from_qkv) -> Tensor:
+    """What the smoothing loss compares: attention of qkv, the product of gate and up, else the linear's own output.
+
+    Args:
+        heads: of the quantised block those that go through its cache.
+    """
     if site == QKV:
-        return attend(*heads_from_qkv(outputs[None], task.shape, task.rope))[0]
+        return attend(*heads(outputs[None], task.shape, task.rope))[0]
     return mlp_product(outputs) if site == GATE_UP else outputs
 
 
@@ -110,7 +116,8 @@ def adaptive_scales(task: BlockTask, sites: tuple[str, ...]) -> dict[str, Tensor
         return [rms_norm(x, weights[f"{norm}.weight"], task.shape.epsilon) for x in state]
 
     qkv = take(QKV, normed(INPUT_NORM))
-    out = take(OUT, [site_outputs(QKV, qkv(index), task) for index in range(count)])
+    cached = cached_heads(task.schemes[QKV].kv_bits)
+    out = take(OUT, [site_outputs(QKV, qkv(index), task, cached) for index in range(count)])
     state = [x + out(index) for index, x in enumerate(state)]
     gate_up = take(GATE_UP, normed(POST_NORM))
     take(DOWN, [mlp_product(gate_up(index)) for index in range(count)])
@@ -134,7 +141,7 @@ def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockT
     task.ranks.largest(reaches)
     (low, high), reach = (-reaches[0], reaches[1]), float(reaches.max())
     exact = [site_outputs(site, float_linear(weights)(site, x), task) for x in inputs]
-    best, found = float("inf"), torch.ones_like(high)
+    best, found, cached = float("inf"), torch.ones_like(high), cached_heads(task.schemes[QKV].kv_bits)
     for step in range(_STEPS):
         threshold = reach * (1 - step / _STEPS)
         if threshold < _SMALLEST * reach / _STEPS or reach == 0:
@@ -145,7 +152,7 @@ def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockT
         quantised = _quantised(site, weights | scaled, task)
         total = torch.zeros((), dtype=torch.float64, device=task.device)
         for x, wanted in zip(inputs, exact, strict=True):
-            total += (site_outputs(site, quantised(x / scale), task) - wanted).double().square().sum()
+            total += (site_outputs(site, quantised(x / scale), task, cached) - wanted).double().square().sum()
         task.ranks.sum([total])
         if total < best:  # False for NaN
             best, found = float(total), scale

@@ -14,31 +14,26 @@ from plugins.core.op_spec import GemmAttributes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["CODE_OFFSET", "OPSET", "BodyBuilder"]
+__all__ = ["CODE_OFFSET", "OPSET", "BodyBuilder", "NodeBuilder"]
 
 OPSET = 23
 CODE_OFFSET = 128  # int8 codes travel as uint8 with this zero point: uint8 x uint8 is exact in every MatMulInteger kernel
 _LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895313892515355e38}
 
 
-class BodyBuilder:
+class NodeBuilder:
     """Collects the nodes of one function; every method returns the name of the tensor it made.
 
-    Sizes are read from the calling node's attributes: one function serves every layer of a scheme.
-
     Args:
-        attrs: the scheme; its sizes are not used, but for whether there are groups.
-        dtype: onnx.TensorProto type of X and Y.
+        dtype: onnx.TensorProto type of the function's floats.
         prefix: of the tensor names; a subgraph needs one of its own.
     """
 
-    def __init__(self, attrs: GemmAttributes, dtype: int, prefix: str = "t") -> None:
-        self.attrs = attrs
+    def __init__(self, dtype: int, prefix: str = "t") -> None:
         self.dtype = dtype
         self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._features: dict[str, str] = {}
 
     def node(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """A node with one output."""
@@ -58,15 +53,6 @@ class BodyBuilder:
         """An int64 vector."""
         return self.const(values, np.int64)
 
-    def feature(self, attribute: str) -> str:
-        """An integer attribute of the calling node, int64 [1]."""
-        if attribute not in self._features:
-            scalar = self.node("Constant")
-            value = onnx.AttributeProto(name="value_int", ref_attr_name=attribute, type=onnx.AttributeProto.INT)
-            self.nodes[-1].attribute.append(value)
-            self._features[attribute] = self.node("Reshape", scalar, self.ints(1))
-        return self._features[attribute]
-
     def cast(self, source: str, to: int) -> str:
         """Cast to an onnx.TensorProto type."""
         return self.node("Cast", source, to=to)
@@ -84,28 +70,29 @@ class BodyBuilder:
         shape = self.join(*(self.ints(size) if isinstance(size, int) else size for size in sizes))
         return self.node("Reshape", x, shape, allowzero=int(-1 not in sizes))
 
-    def unpacked_bytes(self, words: str) -> str:
-        """INT32 words [R, C] as uint8 [4, R, C]: bits 8i..8i+7 in slice i."""
-        words = self.node("Unsqueeze", self.cast(words, TensorProto.UINT32), self.ints(0))
-        shifts = self.const(np.array([0, 8, 16, 24]).reshape(4, 1, 1), np.uint32)
-        parts = self.node("BitShift", words, shifts, direction="RIGHT")
-        return self.cast(self.node("BitwiseAnd", parts, self.const(255, np.uint32)), TensorProto.UINT8)
+    def float32(self, x: str) -> str:
+        """x of the function's type as fp32."""
+        return x if self.dtype == TensorProto.FLOAT else self.cast(x, TensorProto.FLOAT)
 
-    def rows(self) -> str:
-        """X as fp32 [M, K]."""
-        x = "X" if self.dtype == TensorProto.FLOAT else self.cast("X", TensorProto.FLOAT)
-        return self.reshape(x, -1, self.feature("in_features"))
+    def saturated(self, y: str) -> str:
+        """fp32 y in the function's type; a finite overflow becomes the largest number."""
+        if self.dtype not in _LARGEST:
+            return y
+        largest = _LARGEST[self.dtype]
+        return self.cast(self.node("Clip", y, self.const(-largest, np.float32), self.const(largest, np.float32)), self.dtype)
 
-    def quantize(self) -> tuple[str, str, str]:
-        """plugins.core.activation.quantize_activation of X, in as few passes over [M, K] as it takes.
+    def steps(self, x: str, bits: int, symmetric: bool) -> tuple[str, str, str]:
+        """plugins.core.activation.quantize_activation, all but the sum with the zero point, in as few passes over [M, K] as it takes.
+
+        Args:
+            x: fp32 [M, K].
 
         Returns:
-            codes + CODE_OFFSET uint8 [M, K], scale fp32 [M, 1], zero fp32 [M, 1] or "" if symmetric.
+            round(x / scale) fp32 [M, K], scale fp32 [M, 1], zero fp32 [M, 1] or "" if symmetric.
         """
-        x = self.rows()
-        extent, low = self._extent(x)
-        high = (1 << (self.attrs.abits - 1)) - 1
-        steps = high if self.attrs.act_symmetric else 2 * high + 1
+        extent, low = self._extent(x, symmetric)
+        high = (1 << (bits - 1)) - 1
+        steps = high if symmetric else 2 * high + 1
         scale = self.node("Div", self.node("Max", extent, self.const(TINY, np.float32)), self.const(steps, np.float32))
         scale = self.node("Add", scale, self.node("Sub", extent, extent))  # NaN where the row has inf, or its range is inf
         loud = self._per_token("ReduceSum", self.node("Mul", x, self.const(0, np.float32)))  # ReduceMax may lose a NaN
@@ -116,19 +103,22 @@ class BodyBuilder:
         # Not QuantizeLinear, though it is faster by half a ms for 2048 x 576: ONNX Runtime 1.23 has none at this opset.
         # A NaN may become any code, since its row's scale is NaN. |x / scale| exceeds its number of steps by rounding only,
         # so that nothing else clamps but the sum with a zero point: both can round up, to one code too many.
-        rounded, offset = self.node("Round", scaled), self.const(CODE_OFFSET, np.float32)
-        if self.attrs.act_symmetric:
-            return self.cast(self.node("Add", rounded, offset), TensorProto.UINT8), scale, ""
+        rounded = self.node("Round", scaled)
+        if symmetric:
+            return rounded, scale, ""
         limits = self.const(-high - 1, np.float32), self.const(high, np.float32)
         zero = self.node("Round", self.node("Mul", self.node("Neg", low), reciprocal))
-        zero = self.node("Clip", self.node("Add", zero, limits[0]), *limits)
-        codes = self.node("Add", rounded, self.node("Add", zero, offset))
-        codes = self.node("Min", codes, self.const(CODE_OFFSET + high, np.float32))
-        return self.cast(codes, TensorProto.UINT8), scale, zero
+        return rounded, scale, self.node("Clip", self.node("Add", zero, limits[0]), *limits)
 
-    def _extent(self, x: str) -> tuple[str, str]:
+    def fake_quantized(self, x: str, bits: int) -> str:
+        """x fp32 [M, K] as its asymmetric codes stand for it: (code - zero) * scale."""
+        rounded, scale, zero = self.steps(x, bits, False)
+        highest = self.node("Sub", self.const((1 << (bits - 1)) - 1, np.float32), zero)
+        return self.node("Mul", self.node("Min", rounded, highest), scale)
+
+    def _extent(self, x: str, symmetric: bool) -> tuple[str, str]:
         """Of each row of x: the range that the codes cover, and for asymmetric ones min(x, 0)."""
-        if self.attrs.act_symmetric:
+        if symmetric:
             return self._per_token("ReduceMax", self.node("Abs", x)), ""
         nothing = self.const(0, np.float32)
         low = self.node("Min", self._per_token("ReduceMin", x), nothing)
@@ -138,14 +128,62 @@ class BodyBuilder:
         """A reduction of [M, K] to [M, 1]; the Reshape is for M = 0, which ONNX Runtime reduces to [0, K]."""
         return self.reshape(self.node(op, x, self.ints(-1)), -1, 1)
 
+
+class BodyBuilder(NodeBuilder):
+    """The function of a GEMM op.
+
+    Sizes are read from the calling node's attributes: one function serves every layer of a scheme.
+
+    Args:
+        attrs: the scheme; its sizes are not used, but for whether there are groups.
+        dtype: onnx.TensorProto type of X and Y.
+        prefix: see NodeBuilder.
+    """
+
+    def __init__(self, attrs: GemmAttributes, dtype: int, prefix: str = "t") -> None:
+        super().__init__(dtype, prefix)
+        self.attrs = attrs
+        self._features: dict[str, str] = {}
+
+    def feature(self, attribute: str) -> str:
+        """An integer attribute of the calling node, int64 [1]."""
+        if attribute not in self._features:
+            scalar = self.node("Constant")
+            value = onnx.AttributeProto(name="value_int", ref_attr_name=attribute, type=onnx.AttributeProto.INT)
+            self.nodes[-1].attribute.append(value)
+            self._features[attribute] = self.node("Reshape", scalar, self.ints(1))
+        return self._features[attribute]
+
+    def unpacked_bytes(self, words: str) -> str:
+        """INT32 words [R, C] as uint8 [4, R, C]: bits 8i..8i+7 in slice i."""
+        words = self.node("Unsqueeze", self.cast(words, TensorProto.UINT32), self.ints(0))
+        shifts = self.const(np.array([0, 8, 16, 24]).reshape(4, 1, 1), np.uint32)
+        parts = self.node("BitShift", words, shifts, direction="RIGHT")
+        return self.cast(self.node("BitwiseAnd", parts, self.const(255, np.uint32)), TensorProto.UINT8)
+
+    def rows(self) -> str:
+        """X as fp32 [M, K]."""
+        return self.reshape(self.float32("X"), -1, self.feature("in_features"))
+
+    def quantize(self) -> tuple[str, str, str]:
+        """plugins.core.activation.quantize_activation of X.
+
+        Returns:
+            codes + CODE_OFFSET uint8 [M, K], scale fp32 [M, 1], zero fp32 [M, 1] or "" if symmetric.
+        """
+        rounded, scale, zero = self.steps(self.rows(), self.attrs.abits, bool(self.attrs.act_symmetric))
+        offset = self.const(CODE_OFFSET, np.float32)
+        if not zero:
+            return self.cast(self.node("Add", rounded, offset), TensorProto.UINT8), scale, ""
+        codes = self.node("Add", rounded, self.node("Add", zero, offset))
+        codes = self.node("Min", codes, self.const(CODE_OFFSET + (1 << (self.attrs.abits - 1)) - 1, np.float32))
+        return self.cast(codes, TensorProto.UINT8), scale, zero
+
     def finish(self, y: str) -> None:
         """Add the bias, saturate and cast to Y's type, restore X's leading dimensions."""
         if self.attrs.has_bias:
             y = self.node("Add", y, "bias")
-        if self.dtype in _LARGEST:
-            largest = _LARGEST[self.dtype]
-            y = self.node("Clip", y, self.const(-largest, np.float32), self.const(largest, np.float32))
-            y = self.cast(y, self.dtype)
+        y = self.saturated(y)
         shape = self.join(self.node("Shape", "X", start=0, end=-1), self.feature("out_features"))
         self.node("Reshape", y, shape, output="Y", allowzero=1)
 

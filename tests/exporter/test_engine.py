@@ -127,6 +127,19 @@ def test_every_node_of_a_mixed_model_becomes_a_plugin(tiny_export: Callable[...,
 
 
 @needs_rtx
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_low_bit_cache_is_built_from_standard_ops(tiny_export: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    layers = {}
+    for bits in (16, 4):
+        folder = tmp_path / str(bits)
+        shutil.copytree(tiny_export(kv_bits=bits, dtype=dtype) / "onnx", folder)
+        record, _ = build(folder)
+        assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+        layers[bits] = record["layers"]
+    assert layers[4]["REDUCE"] == layers[16]["REDUCE"] + 3 * 2  # smallest, largest and NaN, of keys and values of each layer at once
+
+
+@needs_rtx
 def test_builds_twice_in_one_process(tmp_path: Path) -> None:
     two_gemms(tmp_path)
     record, _ = build(tmp_path, times=2)

@@ -25,6 +25,8 @@ SCHEMES = {
     "w8a8": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32"),
     "w2ba8-g32": QuantScheme("ABQGemm", "rtn", 2, 8, balanced=True, group_size=32, dtype="float32"),
     "w3a16": QuantScheme("ABQGemm", "rtn", 3, 16, dtype="float32"),
+    "w8a8-kv4": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32", kv_bits=4),
+    "qqq-kv8": QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32", kv_bits=8),
     "mixed": SchemeMap(QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
                        (Rule("down_proj", "w8a8"), Rule("layers.0.mlp.gate_up_proj", "w2ba8-g16"), Rule("layers.1.self_attn.*", "w4a16"))),
 }
@@ -97,8 +99,9 @@ def test_logits_equal_the_torch_reference(exported: Callable[[str], Path], name:
     assert error < 2e-3, error  # both fp32: only a code on the edge of two roundings may differ
 
 
-def test_decoding_with_the_cache_equals_one_prefill(exported: Callable[[str], Path]) -> None:
-    decoder = Decoder(exported("w8a8"))
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-kv4"])
+def test_decoding_with_the_cache_equals_one_prefill(exported: Callable[[str], Path], name: str) -> None:
+    decoder = Decoder(exported(name))
     whole, _ = decoder(feeds(IDS, decoder.empty()))
     logits, past = decoder(feeds(IDS[:, :4], decoder.empty()))
     steps = [logits]

@@ -25,7 +25,7 @@ PROFILE = {"name": "decode", "inputs": {"input_ids": {"min": [1, 1], "opt": [1, 
 DATA: dict[str, Any] = {
     "model": "tiny", "label": "w4a8", "source": {"fingerprint": "0123456789abcdef0123"}, "command": "python -m exporter 'a & b'",
     "scheme": {"op": "QQQGemm", "method": "rtn", "wbits": 4, "abits": 8, "balanced": False, "group_size": 64, "act_symmetric": True,
-               "dtype": "float16"},
+               "dtype": "float16", "kv_bits": 16},
     "shape": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
     "mixed": None, "sizes": {"bits_per_weight": 4.25, "model_float_bytes": 2e6, "model_quant_bytes": 1e6, "linear_float_bytes": 1.5e6,
               "linear_quant_bits": 4e6, "rest_bytes": 5e5},
@@ -109,6 +109,9 @@ def test_a_failure_is_on_top_and_marked() -> None:
     ({"stages": []}, "validation 3.0"),
     ({"scheme": {**DATA["scheme"], "abits": 16, "balanced": True, "wbits": 2, "group_size": 0, "op": "ABQGemm"}},
      "2-bit balanced weights, float16 activations, one scale per output channel; ABQGemm, method rtn."),
+    ({}, "KV cache float16"),
+    ({"scheme": {**DATA["scheme"], "kv_bits": 4}}, "8-bit activations, groups of 64, 4-bit KV cache; QQQGemm, method rtn."),
+    ({"scheme": {**DATA["scheme"], "kv_bits": 4}}, "KV cache 4 bits, asymmetric per token and head"),
 ])
 def test_what_is_there_or_not(changes: dict[str, Any], words: str) -> None:
     assert words in read(changed(**changes))[1]

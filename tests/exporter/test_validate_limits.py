@@ -11,8 +11,8 @@ from calibration.scheme import QuantScheme
 from exporter.validate_limits import Limits, coarsest
 
 
-def limits(wbits: int = 4, abits: int = 8, dtype: str = "float16") -> Limits:
-    return Limits(QuantScheme("ABQGemm", "rtn", wbits, abits, dtype=dtype))
+def limits(wbits: int = 4, abits: int = 8, dtype: str = "float16", kv_bits: int = 16) -> Limits:
+    return Limits(QuantScheme("ABQGemm", "rtn", wbits, abits, dtype=dtype, kv_bits=kv_bits))
 
 
 def accumulated(layers: int, **scheme: object) -> float:
@@ -54,6 +54,16 @@ def test_quantisation_limit_follows_both_widths() -> None:
     six, weight_only = limits(6, 8).quantisation(1), limits(8, 16).quantisation(1)
     assert six is not None and weight_only is not None and weight_only < eight < six
     assert limits(2, 8).quantisation(30) is None
+
+
+def test_a_low_bit_cache_flips_codes_and_makes_noise() -> None:
+    assert accumulated(1, wbits=8, kv_bits=4) == pytest.approx(
+        8 * math.hypot(2 * (math.sqrt(3 * 2**-11 / 127) + 2**-10), math.sqrt(3 * 2**-11 / 7)) + 2**-16)
+    assert accumulated(1) < accumulated(1, kv_bits=8) < accumulated(1, kv_bits=4) < accumulated(1, kv_bits=2)
+    assert limits(8, 8, kv_bits=4).noise() == pytest.approx(math.hypot(8 / 255, 20 / 255, 8 / 15) / math.sqrt(12))
+    assert limits(8, 16).noise() < limits(8, 16, kv_bits=8).noise() < limits(8, 16, kv_bits=4).noise()
+    assert limits(8, 8, kv_bits=2).accumulated(8) is None
+    assert limits(kv_bits=4, dtype="bfloat16").cache() == 2**-16  # the same numbers, in every type
 
 
 def test_the_coarsest_of_several_schemes_bounds_their_noise() -> None:

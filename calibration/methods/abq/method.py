@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import INPUT_NORM, POST_NORM, SITES
+from calibration.blocks.forward import INPUT_NORM, POST_NORM, QKV, SITES
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.store import BlockResult
 from calibration.blocks.streams import Windows
@@ -124,7 +124,8 @@ def _train_task(task: BlockTask) -> TrainTask:
     ends = task.index < _FIRST or task.index >= task.count - _LAST
     real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
     return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, real, quant, all_reduce=average,
-                     compensation=settings.compensation and ends, rank=ranks.rank, world=ranks.world, seed=task.settings.seed)
+                     compensation=settings.compensation and ends, kv_bits=task.schemes[QKV].kv_bits, rank=ranks.rank, world=ranks.world,
+                     seed=task.settings.seed)
 
 
 def _train_settings(settings: AbqSettings, epochs: int) -> TrainSettings:

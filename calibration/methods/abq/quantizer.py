@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from calibration.fake_quant import quantize_activation
+from calibration.fake_quant import fake_quantize
 from calibration.methods.rtn import TINY
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
 
-__all__ = ["FLOAT_BITS", "WeightQuantizer", "quantize_dequantize_activation"]
+__all__ = ["WeightQuantizer", "quantize_dequantize_activation"]
 
-FLOAT_BITS = 16  # activation or cache bits that mean: left in floating point
 _GAMMA = 4.0  # the paper's start of a clip parameter, sigmoid(4) = 0.982 of the range
 _FLAT = 2.0**-15  # least step as a part of the group's absmax: zero points keep to 16 bits, as in round-to-nearest
 _RATIO, _TRIALS = 0.9, 22  # tried clips: 0.982 * 0.9^k down to 0.097, where two levels of a long Gaussian row have their best
@@ -46,10 +45,7 @@ def quantize_dequantize_activation(x: Tensor, bits: int, symmetric: bool) -> Ten
         bits: 2..8; 16 returns x itself.
         symmetric: codes around 0 without a zero point.
     """
-    if bits >= FLOAT_BITS:
-        return x
-    codes, scale, zero = quantize_activation(x, bits, symmetric, _round)
-    return (codes - zero) * scale
+    return fake_quantize(x, bits, symmetric, _round)
 
 
 class WeightQuantizer(nn.Module):  # type: ignore[misc]

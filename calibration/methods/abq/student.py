@@ -18,14 +18,15 @@ from calibration.blocks.forward import (
     Rope,
     attention_rows,
     block_output,
+    cached_heads,
     float_linear,
     heads_from_qkv,
     rms_norm,
 )
-from calibration.methods.abq.quantizer import FLOAT_BITS, WeightQuantizer, quantize_dequantize_activation
+from calibration.methods.abq.quantizer import WeightQuantizer, quantize_dequantize_activation
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
-from calibration.scheme import QuantScheme
+from calibration.scheme import FLOAT_BITS, QuantScheme
 
 __all__ = ["BlockTask", "QuantizedBlock", "Statistics", "Student", "Teacher", "keep"]
 
@@ -165,6 +166,7 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
             rows: query positions; None for no attention rows.
         """
         task, multiply = self._task, float_linear(weights)
+        cached = cached_heads(task.kv_bits, quantize_dequantize_activation)
         log_p: Tensor | None = None
 
         def linear(site: str, x: Tensor) -> Tensor:
@@ -173,9 +175,8 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
 
         def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal log_p
-            query, key, value = heads_from_qkv(qkv, shape, rope)
+            query, key, value = cached(qkv, shape, rope)
             query = quantize_dequantize_activation(query, task.q_bits, False)
-            key, value = (quantize_dequantize_activation(part, task.kv_bits, False) for part in (key, value))
             log_p = None if rows is None else attention_rows(query, key, rows)
             return query, key, value
 
