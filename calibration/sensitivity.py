@@ -231,8 +231,9 @@ class _Model:
         stacked = {site: site_weight(weights, site)[0] for site in SITES}
         sums = {site: _Sums.of(weight) for site, weight in stacked.items()}
         for number, x in enumerate(inputs):
-            gradients[number], sites = site_gradients(x, gradients[number], weights, self.shape, self.rope)
+            before, sites = site_gradients(x, gradients[number], weights, self.shape, self.rope)
             for site, (value, gradient) in sites.items():
                 sums[site].add(value, gradient, stacked[site], scheme)
+            gradients[number] = before  # last: the gradient of down_proj is the window that it replaces
         inputs.close()
         return sums

@@ -69,7 +69,7 @@ class Windows:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
-        """Window `index` [L, K]; do not change it in place."""
+        """Window `index` [L, K]; it may be the memory itself: do not change it in place, and not use it after writing another there."""
         assert self._written[index], "read before it was written"
         if self._in_memory:
             return self._data[index].to(self.device)
