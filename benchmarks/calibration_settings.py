@@ -51,8 +51,8 @@ ROWS = {"settings": {name: options for name, (options, _) in FLOORS.items()}, "a
 
 def calibrate(out: Path, options: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: its seconds and the size of its codes. A finished folder is kept."""
-    record = out / "row.json"
-    if not record.is_file():
+    record, asked = out / "row.json", [options, args.nsamples, args.seqlen, args.calib.name, args.model]
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")).get("asked") != asked:
         command = [sys.executable, "-m", "calibration", args.model, *options.split(), "--calib", str(args.calib), "--dtype", "float32",
                    "--offline", "--progress", "none", "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--out", str(out)]
         began = time.monotonic()
@@ -60,7 +60,7 @@ def calibrate(out: Path, options: str, args: argparse.Namespace) -> dict[str, An
         if done.returncode:
             raise CheckError(f"python -m calibration {options}", f"got exit code {done.returncode} ({done.stderr.strip()})", "See there")
         meta = json.loads((out / "quant" / "quant.json").read_text(encoding="utf-8"))
-        row = {"options": options, "seconds": round(time.monotonic() - began, 1), "bits": meta["sizes"]["bits_per_weight"]}
+        row = {"asked": asked, "options": options, "seconds": round(time.monotonic() - began, 1), "bits": meta["sizes"]["bits_per_weight"]}
         record.write_text(json.dumps(row) + "\n", encoding="utf-8")
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     if "ppl" not in found:

@@ -54,13 +54,15 @@ def quantise(args: argparse.Namespace) -> None:
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from calibration.data import load_text, tokens_from_text
+    from calibration.data import calibration_windows
+    from calibration.settings import CalibrationSettings
 
     watch.lap("import")
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, local_files_only=True)
     watch.lap("load")
-    windows = tokens_from_text(tokenizer, load_text(args.calib, offline=True), args.nsamples, args.seqlen).tolist()
+    settings = CalibrationSettings(calib=str(args.calib), nsamples=args.nsamples, seqlen=args.seqlen)
+    windows = calibration_windows(tokenizer, settings, args.seqlen, offline=True)[0].tolist()
     recipe = [SmoothQuantModifier(smoothing_strength=SMOOTHING),
               GPTQModifier(config_groups=w4a8_groups(args.group_size), ignore=["lm_head"])]
     dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * args.seqlen for _ in windows]})

@@ -139,6 +139,8 @@ def open_source(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOpt
             load_text(settings.calib, options.offline, strict=False)
         return _PlainSource(checkpoint, options.ranks.first)
 
+    import torch
+
     from calibration.blocks.driver import Calibration, calibrate
     from calibration.blocks.store import BlockStore
 
@@ -147,7 +149,8 @@ def open_source(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOpt
     if note:
         progress.message(note)
     stamp = digest(checkpoint.fingerprint, file_stamps(checkpoint.input_files()), schemes.as_dict(), settings.as_dict(),
-                   hashlib.sha256(windows.tobytes()).hexdigest(), code_digest(*_CODE), package_versions(("torch", "numpy")))
+                   hashlib.sha256(windows.tobytes()).hexdigest(), code_digest(*_CODE), package_versions(("torch", "numpy")),
+                   options.ranks.world, torch.cuda.is_available())
     assert options.work is not None
     store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
     options.ranks.wait()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from exporter.pipeline import STAGES, ExportRequest, run_pipeline
 from plugins.core.cli import run_cli, whole_number
+from plugins.core.errors import InputError
 
 __all__ = ["build_parser", "main"]
 
@@ -52,6 +54,9 @@ def print_summary(out: Path, manifest: dict[str, object]) -> None:
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun", f"got {os.environ['WORLD_SIZE']} processes, expected one: only calibration is shared among several",
+                         "Run python -m exporter alone, or torchrun -m calibration")
     from calibration.progress import make_progress
 
     schemes = schemes_from_args(args)

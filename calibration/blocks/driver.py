@@ -52,6 +52,7 @@ class BlockTask:
         streams: this process's residual streams before the block.
         settings: all settings.
         ranks: the processes that share the windows.
+        windows: how many all of them have.
     """
 
     index: int
@@ -63,6 +64,7 @@ class BlockTask:
     streams: Streams
     settings: CalibrationSettings
     ranks: Ranks
+    windows: int
 
     @property
     def device(self) -> str:
@@ -151,7 +153,8 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             walk(WalkBlock(weights, shape, rope, schemes, gains), streams, result.lookup, measure=False)
             note = f"block {index + 1} of {layers}: kept"
         else:
-            result = job.method.calibrate(BlockTask(index, layers, weights, shape, rope, schemes, streams, job.settings, ranks))
+            result = job.method.calibrate(BlockTask(index, layers, weights, shape, rope, schemes, streams, job.settings, ranks,
+                                                    len(job.windows)))
             if ranks.first:
                 job.store.save(index, result)
             ranks.wait()

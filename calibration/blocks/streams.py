@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calibration.fake_quant import Activation
+from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
@@ -83,8 +84,14 @@ class Windows:
         if self._in_memory:
             self._data[index] = value
         else:
-            self._file.seek(index * self._item_bytes)
-            self._file.write(memoryview(value.contiguous().numpy()).cast("B"))
+            try:
+                self._file.seek(index * self._item_bytes)
+                self._file.write(memoryview(value.contiguous().numpy()).cast("B"))
+                self._file.flush()
+            except OSError as error:
+                needed = f"expected room for {self.shape[0] * self._item_bytes} bytes"
+                raise InputError("activations on the disk", f"got {error.strerror}, {needed}",
+                                 "Free some space or raise --max-memory, and go on with --resume") from error
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

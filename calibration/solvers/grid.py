@@ -157,7 +157,8 @@ def search_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None =
         return QqqGrid(scale, None)
     # int8 weights: |code * group| <= 127 for the farthest code of each group's sign, so that nothing is clipped.
     channel = (scale.abs() * -_QQQ_LOW).amax(1, keepdim=True).clamp(min=TINY) / _INT8_MAX
-    return QqqGrid(channel, (scale / channel).half().float())
+    group = (scale / channel).half().float()
+    return QqqGrid(channel, torch.where(group == 0, 1.0, group))  # a group far below the row's others: its codes are 0 with any scale
 
 
 def _search_abq(groups: Tensor, weights: Tensor, scheme: QuantScheme, ratios: list[float]) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["adaptive_scales", "clip_scales", "fold_scales", "site_outputs"]
 
 _SOURCES = {QKV: INPUT_NORM, OUT: "self_attn.v_proj", GATE_UP: POST_NORM, DOWN: "mlp.up_proj"}
-_SMALLEST = 0.1  # lowest clip threshold
 _STEPS = 40
 _TOKENS = 4096  # of the calibration windows, for the search
 
@@ -144,7 +143,7 @@ def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockT
     best, found, cached = float("inf"), torch.ones_like(high), cached_heads(task.schemes[QKV].kv_bits)
     for step in range(_STEPS):
         threshold = reach * (1 - step / _STEPS)
-        if threshold < _SMALLEST * reach / _STEPS or reach == 0:
+        if reach == 0:
             break
         scale = clip_scales(low, high, threshold)
         scale = _shared_by_groups(scale, task.shape) if site == OUT else scale

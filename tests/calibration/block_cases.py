@@ -59,7 +59,8 @@ def block_task(model: Path, method: QqqSettings | None = None, scheme: QuantSche
     table = checkpoint.tensor("model.embed_tokens.weight")
     settings = CalibrationSettings(nsamples=4, seqlen=32, method=method or QqqSettings())
     return BlockTask(index, checkpoint.dims.layers, weights or load_block(checkpoint, index), BlockShape.from_config(checkpoint.config),
-                     Rope.of(checkpoint, 32), dict.fromkeys(SITES, scheme), streams([table[row] for row in tokens()]), settings, ALONE)
+                     Rope.of(checkpoint, 32), dict.fromkeys(SITES, scheme), streams([table[row] for row in tokens()]), settings, ALONE,
+                     len(tokens()))
 
 
 def calibrate_tiny(model: Path, out: Path, *more: str) -> int:

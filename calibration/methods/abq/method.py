@@ -40,10 +40,10 @@ class _AllWindows(Sequence[Tensor]):
 
     mine: Windows
     ranks: Ranks
-    most: int
+    total: int  # of all processes
 
     def __len__(self) -> int:
-        return min(len(self.mine) * self.ranks.world, self.most)
+        return self.total
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         return self.mine[index // self.ranks.world]
@@ -64,7 +64,7 @@ class Abq(Qqq):
         weights, scales, grids = dict(task.weights), dict[str, Tensor](), dict[str, Grid]()
         report: dict[str, Any] = {}
         if settings.epochs:
-            trained = train_block(_train_task(task), _train_settings(settings, settings.epochs))
+            trained = train_block(_train_task(task), _train_settings(task, settings.epochs))
             weights, scales, grids = trained.weights, trained.scales, _learned_grids(trained, task)
             report = {"train_before": trained.loss_before, "train_after": trained.loss_after, "notes": list(trained.notes)}
         else:
@@ -75,8 +75,14 @@ class Abq(Qqq):
         if not settings.tune or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS:
             result = BlockResult(walk(block, task.streams, solver), _numpy(gains), {})
         else:
-            sites = walk(block, _copied(task.streams), solver)
-            tuned = tune_block(_train_task(task), _train_settings(settings, settings.tune), sites, gains)
+            copied = _copied(task.streams)
+            try:
+                sites = walk(block, copied, solver)
+            finally:
+                for windows in (copied.quant, copied.real):
+                    if windows is not None:
+                        windows.close()
+            tuned = tune_block(_train_task(task), _train_settings(task, settings.tune), sites, gains)
             result = BlockResult(tuned.arrays, _numpy(tuned.gains), {"tune_before": tuned.loss_before, "tune_after": tuned.loss_after})
             report["notes"] = [*report.get("notes", ()), *tuned.notes]
             walk(replace(block, gains=tuned.gains, scales={}), task.streams, result.lookup, measure=False)
@@ -120,7 +126,7 @@ def _train_task(task: BlockTask) -> TrainTask:
         for tensor in tensors:
             tensor /= ranks.world
 
-    most = settings.train_windows
+    most = min(task.windows, max(settings.train_windows, ranks.world))
     ends = task.index < _FIRST or task.index >= task.count - _LAST
     real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
     return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, real, quant, all_reduce=average,
@@ -128,11 +134,15 @@ def _train_task(task: BlockTask) -> TrainTask:
                      seed=task.settings.seed)
 
 
-def _train_settings(settings: AbqSettings, epochs: int) -> TrainSettings:
+def _train_settings(task: BlockTask, epochs: int) -> TrainSettings:
+    """With as many windows per step as were asked for, or the next number that the processes can share."""
+    settings, world = task.settings.method, task.ranks.world
+    assert isinstance(settings, AbqSettings)
     parts = None
     if settings.transforms:
         parts = TransformParts()
-    return TrainSettings(epochs=epochs, batch=settings.batch, transform_rate=settings.transform_rate, clip_rate=settings.clip_rate,
+    return TrainSettings(epochs=epochs, batch=max(1, -(-settings.batch // world)) * world,
+                         transform_rate=settings.transform_rate, clip_rate=settings.clip_rate,
                          compensation_rate=settings.compensation_rate, parts=parts, alpha=settings.alpha,
                          loss=LossWeights(settings.loss_error, settings.loss_direction, settings.loss_attention),
                          scale_rate=settings.scale_rate, gain_rate=settings.gain_rate)

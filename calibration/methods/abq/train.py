@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibration.blocks.forward import BlockWeights
 from calibration.methods.abq.losses import block_loss, sample_rows
@@ -127,7 +129,8 @@ class _Trainer:
         """Losses per epoch of the run that was kept, and notes."""
         name, notes = self._task.name, list[str]()
         for factor in (1.0, _RETRY):
-            losses, problem = self.run(factor)
+            with sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext():  # the same gradients every time on a GPU
+                losses, problem = self.run(factor)
             if not problem:
                 return losses, tuple(notes)
             notes.append(f"{name}: at {factor:g} of the learning rates {problem}")
@@ -185,10 +188,13 @@ class _Trainer:
         leaves = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in weights.items()}
         for index in filter(self._mine.__contains__, windows):
             (self._loss(leaves, index) * (self._task.world / len(windows))).backward()
-        reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
-        torch.autograd.backward([weights[name] for name in reached], [leaves[name].grad for name in reached])
+        # Averaged here, where a window's gradient is a term of a sum: what follows is then the same arithmetic in every process, and
+        # two processes take the step of one. Averages of the parameters' gradients differ in their last bits, which move codes.
+        reached = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        sums = [torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad for name in reached]
+        self._task.all_reduce(sums)
+        torch.autograd.backward([weights[name] for name in reached], sums)
         gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
-        self._task.all_reduce(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise _DivergedError
