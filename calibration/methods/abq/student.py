@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ class Student(nn.Module):  # type: ignore[misc]
         super().__init__()
         self._task = task
         if parts is not None and min(task.kv_bits, task.q_bits) >= FLOAT_BITS:
-            parts = TransformParts(parts.qkv, parts.out, parts.gate_up, parts.down, query_key=False)  # it would follow rounding noise
+            parts = replace(parts, query_key=False)  # it would follow rounding noise
         self.transform = None if parts is None else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
         self.compensation = Compensation(task.weights) if task.compensation else None
         self._statistics = statistics

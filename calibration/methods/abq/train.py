@@ -162,7 +162,8 @@ class _Trainer:
                                                        (student.quantizers, settings.clip_rate),
                                                        (student.compensation, settings.compensation_rate)]
         learned = [(part.requires_grad_(rate > 0), rate) for part, rate in parts if part is not None]
-        return [{"params": list(part.parameters()), "lr": rate * factor} for part, rate in learned if rate]
+        groups = [{"params": list(part.parameters()), "lr": rate * factor} for part, rate in learned if rate]
+        return [group for group in groups if group["params"]]
 
     def _steps(self, generator: torch.Generator) -> Iterator[list[int]]:
         """Batches of windows: one of each of `batch` slots, so that a window belongs to the same process in every epoch."""
