@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
     def groups(self, settings: TrainSettings, factor: float) -> list[dict[str, object]]:
         """Parameters with their learning rates times `factor`, for the optimiser."""
         learned = [(part.requires_grad_(rate > 0), rate) for part, rate in self.parts(settings) if part is not None]
-        return [{"params": list(part.parameters()), "lr": rate * factor} for part, rate in learned if rate]
+        return [{"params": found, "lr": rate * factor} for part, rate in learned if rate and (found := list(part.parameters()))]
 
     def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
         """What is learned, and how fast."""
@@ -193,7 +193,7 @@ class Student(QuantizedBlock):
     def __init__(self, task: BlockTask, statistics: Statistics, parts: TransformParts | None, alpha: float) -> None:
         super().__init__(task)
         if parts is not None and min(task.kv_bits, task.q_bits) >= FLOAT_BITS:
-            parts = TransformParts(parts.qkv, parts.out, parts.gate_up, parts.down, query_key=False)  # it would follow rounding noise
+            parts = replace(parts, query_key=False)  # it would follow rounding noise
         self.transform = None if parts is None else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
         self.compensation = Compensation(task.weights) if task.compensation else None
         self._statistics = statistics
