@@ -4,7 +4,8 @@ python benchmarks/calibration_settings.py settings|ablation --calib wiki.valid.d
     [--first 20] [--nsamples 32] [--seqlen 1024]
 
 Every row is one run of `python -m calibration` in a process of its own; finished ones in --work are kept, so it can go on. The text
-that is scored is never calibrated on. Prints a table and writes benchmarks/results/calibration-<set>-<date>.json.
+that is scored is never calibrated on. benchmarks/quality.py adds agreement and divergence to any of the folders.
+Prints a table and writes benchmarks/results/calibration-<set>-<date>.json.
 """
 
 from __future__ import annotations
@@ -62,17 +63,32 @@ def calibrate(out: Path, options: str, args: argparse.Namespace) -> dict[str, An
         row = {"options": options, "seconds": round(time.monotonic() - began, 1), "bits": meta["sizes"]["bits_per_weight"]}
         record.write_text(json.dumps(row) + "\n", encoding="utf-8")
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    if "ppl" not in found:
+        found["ppl"] = perplexity(out, args)
+        record.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
+
+
+def perplexity(out: Path, args: argparse.Namespace) -> float:
+    """Of the quantised model in fp32 arithmetic, with its activation quantisation."""
+    from calibration.model import quantised_model
+    from calibration.quant_folder import read_quant
+    from exporter.perplexity import EvalRequest, score
+    from exporter.sessions import TorchSession
+
+    quant = read_quant(out / "quant")
+    with TorchSession(quantised_model(quant, round_activations=False)) as session:
+        return float(score(session, quant, EvalRequest(args.text, first=args.first, runner="torch"))["ppl"])
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """One line for each row."""
     width = max(map(len, rows))
-    lines = [f"{'':<{width}}  {'bits':>6}  {'perplexity':>12}  {'floor':>6}  {'top-1':>7}  {'KL, nats':>9}  {'seconds':>8}"]
+    lines = [f"{'':<{width}}  {'bits':>6}  {'perplexity':>12}  {'floor':>6}  {'seconds':>8}"]
     for name, row in rows.items():
         forms = {"bits": ".3f", "floor": ".1f", "seconds": ".0f"}
         bits, floor, seconds = (format(row[key], form) if key in row else "" for key, form in forms.items())
-        lines.append(f"{name:<{width}}  {bits:>6}  {row['ppl']:12,.3f}  {floor:>6}  {row['top1']:7.2%}  {row['kl']:9.5f}  {seconds:>8}")
+        lines.append(f"{name:<{width}}  {bits:>6}  {row['ppl']:12,.3f}  {floor:>6}  {seconds:>8}")
     return "\n".join(lines)
 
 
@@ -80,13 +96,10 @@ def _run(args: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name in args.only or ROWS[args.set]:
         rows[name] = calibrate(work / name, ROWS[args.set][name], args)
-        print(f"{name}: {rows[name]['seconds']} s", flush=True)
-    file = work / "quality.json"
-    subprocess.run([sys.executable, str(HERE / "quality.py"), *(str(work / name) for name in rows), "--text", str(args.text), "--model",
-                    args.model, "--first", str(args.first), "--json", str(file)], check=True)
-    quality = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    floors = {name: {"floor": floor} for name, (_, floor) in FLOORS.items()} if args.set == "settings" else {}
-    return {name: {**rows.get(name, {}), **floors.get(name, {}), **values} for name, values in quality.items()}
+        print(f"{name}: perplexity {rows[name]['ppl']:.3f}, {rows[name]['seconds']} s", flush=True)
+    for name in rows if args.set == "settings" else ():
+        rows[name]["floor"] = FLOORS[name][1]
+    return rows
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.artifact import StageWriter, locked, read_json
+from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from calibration.progress import Progress, make_progress
 from plugins.core.cli import run_cli
@@ -20,23 +23,34 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-def _quantise(args: argparse.Namespace, progress: Progress) -> None:
+def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> None:
     schemes = schemes_from_args(args)
     out = default_out(args, schemes.base)
     _refuse_exporters(out)
     settings = settings_from_args(args, schemes.base)
 
+    from calibration.budget import CACHE, Budget, bits_within, schemes_within
     from calibration.checkpoint import open_checkpoint
-    from calibration.quantize import STAGE, QuantizeOptions, quant_bytes, quantize_model
+    from calibration.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
     from calibration.scheme_checks import check_scheme
 
-    options = QuantizeOptions(args.offline, settings, resume=args.resume, format=args.format)
+    options = QuantizeOptions(args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks)
     checkpoint = open_checkpoint(args.model, args.offline)
     check_scheme(checkpoint, schemes, args.format)
-    _refuse_other(out / STAGE, checkpoint, schemes)
+    budget = None if args.budget is None else Budget(
+        args.budget, schemes.base, settings, args.format, args.offline, out / CACHE, args.resume, ranks)
+    if budget is not None:
+        bits_within(checkpoint, budget)
+    if not ranks.first:  # calibrates with the first one, which alone locks the folder and writes it
+        schemes = schemes if budget is None else schemes_within(checkpoint, budget, progress)
+        quantize_model(checkpoint, schemes, options, out / STAGE, progress)
+        return
+    _refuse_other(out / STAGE, checkpoint, schemes, nodes=budget is None)
     writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes, args.format))
     with locked(out):
         _refuse_exporters(out)  # and again, now that nobody else writes
+        if budget is not None:
+            schemes = schemes_within(checkpoint, budget, progress)
         _refuse_other(out / STAGE, checkpoint, schemes)
         with writer:
             facts = quantize_model(checkpoint, schemes, options, writer.path, progress)
@@ -49,8 +63,8 @@ def _refuse_exporters(out: Path) -> None:
                          "Choose another --out, or run python -m exporter with --until quant")
 
 
-def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap) -> None:
-    """An existing quant folder is replaced only by the same model in the same setting."""
+def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap, nodes: bool = True) -> None:
+    """An existing quant folder is replaced only by the same model in the same setting, of each node too where these are known."""
     if not folder.exists():
         return
     from calibration.quant_folder import QUANT_JSON
@@ -64,8 +78,8 @@ def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap) -> N
     if source.get("fingerprint") != checkpoint.fingerprint:
         raise InputError(str(folder), f"got a model quantised from other weights (of {source.get('name')}), "
                          f"expected those of {checkpoint.name}", fix)
-    nodes = schemes.nodes(checkpoint.family, checkpoint.dims.layers)
-    for place, scheme in (("", schemes.base), *((f" in {node}", scheme) for node, scheme in nodes.items())):
+    known = schemes.nodes(checkpoint.family, checkpoint.dims.layers) if nodes else {}
+    for place, scheme in (("", schemes.base), *((f" in {node}", scheme) for node, scheme in known.items())):
         own = layers.get(place.removeprefix(" in "))
         fields, wanted = own if isinstance(own, dict) else found, scheme.as_dict()
         different = [key for key, value in wanted.items() if fields.get(key) != value]
@@ -78,18 +92,21 @@ def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser("python -m calibration", description="Quantise a model into OUT/quant.")
     add_quant_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the blocks that an interrupted run has finished")
-    args = parser.parse_args(argv)
-    progress = make_progress(args.progress)
-    try:
-        _quantise(args, progress)
-    finally:
-        progress.close()
+    ranks = join_ranks()
+    with ranks.one_voice():
+        with nullcontext() if ranks.first else redirect_stderr(io.StringIO()):  # argparse tells of its errors by itself
+            args = parser.parse_args(argv)
+        progress = make_progress(args.progress if ranks.first else "none")
+        try:
+            _quantise(args, ranks, progress)
+        finally:
+            progress.close()
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_cli(lambda: _main(argv))
+    return run_cli(lambda: _main(argv), "Interrupted; finished blocks are kept. Run the same command with --resume to go on.")
 
 
 if __name__ == "__main__":

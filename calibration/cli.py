@@ -12,7 +12,7 @@ from calibration.methods import method_names
 from calibration.scheme import FLOAT_BITS, Bits, QuantScheme, check_abits, check_kv_bits, parse_wbits, scheme_for
 from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
 from calibration.sources import ALIASES, model_slug
-from plugins.core.cli import whole_number
+from plugins.core.cli import number, whole_number
 from plugins.core.errors import InputError
 
 __all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args", "settings_from_args"]
@@ -33,8 +33,11 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-bits", type=int, default=FLOAT_BITS, metavar="B",
         help="bits of keys and values in the KV cache, 2 to 8; 16 (default): as --dtype says")
     add("--act-quant", choices=("sym", "asym"), help="activation codes; default: sym for qqq, asym for abq")
-    add("--bits-file", type=Path, metavar="FILE",
-        help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'")
+    mixed = parser.add_mutually_exclusive_group()
+    mixed.add_argument("--bits-file", type=Path, metavar="FILE",
+                       help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'")
+    mixed.add_argument("--budget", type=number(0), metavar="B",
+                       help="weight bits of each GEMM node by its measured sensitivity, on average at most B with scales and zero points")
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"),
         help="of all that is not integer (default float16)")
     add("--format", default=formats.OURS, choices=formats.format_names(),
@@ -55,7 +58,7 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
-    """The scheme that the arguments ask for, of every node that --bits-file does not name.
+    """The scheme that the arguments ask for, of every node that --bits-file does not name or --budget does not change.
 
     Raises:
         InputError: bits out of range, or a combination that does not exist.
@@ -82,7 +85,7 @@ def _no_qqq(args: argparse.Namespace, bits: Bits, symmetric: bool | None) -> Inp
 
 
 def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
-    """That scheme as the base, with the rules of --bits-file over it.
+    """That scheme as the base, with the rules of --bits-file over it; those of --budget take a measurement, calibration/budget.py.
 
     Raises:
         InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot say.
@@ -117,6 +120,6 @@ def _gigabytes(text: str) -> int:
 
 
 def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:
-    """--out, or out/<model>-w<W>a<A>, with -kv<B> behind it for a low-bit cache, and -mixed where --bits-file changes some of the bits."""
-    mixed = "" if args.bits_file is None else "-mixed"
+    """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -mixed or -b<B> where a bits file or budget changes bits."""
+    mixed = "-mixed" if args.bits_file is not None else "" if args.budget is None else f"-b{args.budget:g}"
     return args.out if args.out is not None else Path("out") / f"{model_slug(args.model)}-{scheme.model_label}{mixed}"

@@ -15,8 +15,8 @@ from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
     from calibration.bits import SchemeMap
-    from calibration.blocks.driver import Basis, BlockMethod
-    from calibration.blocks.store import BlockResult, BlockStore
+    from calibration.blocks.driver import Basis, BlockMethod, Calibrated, Calibration
+    from calibration.blocks.store import BlockResult
     from calibration.checkpoint import Checkpoint
     from calibration.families.base import ModelDims
     from calibration.progress import Progress
@@ -33,12 +33,14 @@ class QuantSource(Protocol):
 
     Attributes:
         dims: sizes of the result: a method may untie the head from the embedding.
-        facts: how it was made, for quant.json.
+        facts: how it was made, for quant.json; the same input gives the same.
+        cost: time and memory that it took.
         writes: whether this process writes the folder.
     """
 
     dims: ModelDims
     facts: dict[str, Any]
+    cost: dict[str, float]
     writes: bool
 
     def rest(self, name: str) -> np.ndarray:
@@ -54,11 +56,10 @@ class QuantSource(Protocol):
 class _PlainSource:
     """Each linear by itself, when it is written."""
 
-    writes = True
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint, self.dims = checkpoint, checkpoint.dims
+    def __init__(self, checkpoint: Checkpoint, writes: bool) -> None:
+        self._checkpoint, self.dims, self.writes = checkpoint, checkpoint.dims, writes
         self.facts: dict[str, Any] = {}
+        self.cost: dict[str, float] = {}
 
     def rest(self, name: str) -> np.ndarray:
         return self._checkpoint.array(name)
@@ -77,8 +78,10 @@ class _PlainSource:
 class _CalibratedSource:
     """The blocks of a store and, in the method's basis, what is outside the blocks."""
 
-    def __init__(self, checkpoint: Checkpoint, basis: Basis, store: BlockStore, facts: dict[str, Any], writes: bool) -> None:
-        self._checkpoint, self._basis, self._store, self.facts, self.writes = checkpoint, basis, store, facts, writes
+    def __init__(self, job: Calibration, basis: Basis, done: Calibrated) -> None:
+        checkpoint = job.checkpoint
+        self._checkpoint, self._basis, self._store, self.cost, self.writes = checkpoint, basis, job.store, done.cost, job.ranks.first
+        self.facts = {"settings": job.settings.as_dict(), "windows": list(job.windows.shape), "blocks": done.reports}
         self.dims = replace(checkpoint.dims, tied=checkpoint.dims.tied and not basis.unties)
         self._block: tuple[int, BlockResult] | None = None
 
@@ -134,22 +137,20 @@ def open_source(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOpt
     if not is_block_method(name):
         if settings.calib is not None:
             load_text(settings.calib, options.offline, strict=False)
-        return _PlainSource(checkpoint)
+        return _PlainSource(checkpoint, options.ranks.first)
 
     from calibration.blocks.driver import Calibration, calibrate
-    from calibration.blocks.ranks import join_ranks
     from calibration.blocks.store import BlockStore
 
     maker: BlockMethod = method(name).METHOD
     windows, note = calibration_windows(tokenizer, settings, int(checkpoint.config.max_position_embeddings), options.offline)
-    ranks = join_ranks()
-    if ranks.first and note:
+    if note:
         progress.message(note)
     stamp = digest(checkpoint.fingerprint, file_stamps(checkpoint.input_files()), schemes.as_dict(), settings.as_dict(),
                    hashlib.sha256(windows.tobytes()).hexdigest(), code_digest(*_CODE), package_versions(("torch", "numpy")))
     assert options.work is not None
-    store = BlockStore(options.work, stamp, keep=options.resume, writes=ranks.first)
-    ranks.wait()
-    job = Calibration(checkpoint, maker, schemes.of, settings, windows, store)
-    facts = calibrate(job, progress) | {"settings": settings.as_dict(), "windows": list(windows.shape)}
-    return _CalibratedSource(checkpoint, maker.basis(checkpoint, settings), store, facts, ranks.first)
+    store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
+    options.ranks.wait()
+    job = Calibration(checkpoint, maker, schemes.of, settings, windows, store, options.ranks)
+    done = calibrate(job, progress)
+    return _CalibratedSource(job, maker.basis(checkpoint, settings), done)

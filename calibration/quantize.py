@@ -14,6 +14,7 @@ import numpy as np
 from calibration import formats
 from calibration.artifact import sha256_file, write_json
 from calibration.bits import SchemeMap, as_map
+from calibration.blocks.ranks import ALONE, Ranks
 from calibration.progress import NullProgress
 from calibration.quant_folder import FORMAT, QUANT_JSON, read_quant
 from calibration.quant_source import QuantSource, open_source
@@ -21,6 +22,7 @@ from calibration.safetensors_io import SafetensorsWriter, TensorSpec, numpy_dtyp
 from calibration.scheme import QuantScheme
 from calibration.scheme_checks import check_scheme
 from calibration.settings import CalibrationSettings
+from calibration.sizes import linear_specs, stored_bits
 from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = ["STAGE", "WORK", "QuantizeOptions", "quant_bytes", "quantize_model"]
 
 STAGE = "quant"
 WORK = ".calibration"  # beside it: finished blocks of a calibration that is not over
+BITS_FILE = "bits.txt"  # the rules, to be used again
 SHARD_BYTES = 2 * 10**9
 _MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
 
@@ -47,6 +50,7 @@ class QuantizeOptions:
         resume: go on from the blocks that are there already.
         shard_bytes: largest weight file.
         format: one of calibration.formats, written into the quant folder too.
+        ranks: the processes that share the work; the first one writes and needs the folder.
     """
 
     offline: bool = False
@@ -55,6 +59,7 @@ class QuantizeOptions:
     resume: bool = False
     shard_bytes: int = SHARD_BYTES
     format: str = formats.OURS
+    ranks: Ranks = ALONE
 
 
 def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, options: QuantizeOptions, folder: Path,
@@ -64,7 +69,7 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     Of several processes (torchrun) all calibrate, and the first one writes.
 
     Returns:
-        Facts for the manifest: "summary", the sizes, and how the calibration went.
+        Facts for the manifest: "summary", the sizes, and what the calibration cost; {} in the processes that do not write.
 
     Raises:
         InputError: settings that do not fit this model, NaN in its weights, no calibration text.
@@ -78,6 +83,8 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     if not source.writes:
         return {}
     files = _write_shards(checkpoint, source, _shards(items, options.shard_bytes), folder, progress)
+    if schemes.rules:
+        (folder / BITS_FILE).write_text(schemes.as_text(), encoding="utf-8")
     files |= _save_tokenizer(tokenizer, folder)
     meta = _meta(checkpoint, schemes, items, files, source)
     write_json(folder / QUANT_JSON, meta)
@@ -87,7 +94,7 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     sizes = meta["sizes"]
     summary = (f"{sizes['bits_per_weight']:.2f} bits per weight, "
                f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB")
-    return {"summary": summary, **sizes}
+    return {"summary": summary, **sizes, **source.cost}
 
 
 def _write_shards(checkpoint: Checkpoint, source: QuantSource, shards: list[list[_Item]], folder: Path,
@@ -139,23 +146,10 @@ def _plan(checkpoint: Checkpoint, schemes: SchemeMap, dims: ModelDims) -> list[_
             items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
         elif end == "weight":
             scheme = schemes.of(base, family)
-            specs = _linear_specs(base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme)
+            specs = linear_specs(base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme)
             items.append(_Item("linear", base, tuple(specs), scheme))
     frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
     return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
-
-
-def _linear_specs(name: str, shape: tuple[int, int], has_bias: bool, scheme: QuantScheme) -> Iterator[TensorSpec]:
-    rows, groups = shape[0], scheme.attributes(*shape, has_bias).n_groups
-    qqq, fp32 = scheme.op == "QQQGemm", np.dtype(np.float32)
-    yield TensorSpec(f"{name}.codes", np.dtype(np.int8 if qqq else np.uint8), shape)
-    yield TensorSpec(f"{name}.scale", fp32, (rows, 1 if qqq else groups))
-    if not qqq:
-        yield TensorSpec(f"{name}.zero", np.dtype(np.int32), (rows, groups))
-    elif scheme.group_size:
-        yield TensorSpec(f"{name}.scale_group", np.dtype(np.float16), (rows, groups))
-    if has_bias:
-        yield TensorSpec(f"{name}.bias", fp32, (rows,))
 
 
 def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
@@ -231,16 +225,11 @@ def _sizes(items: list[_Item]) -> dict[str, Any]:
     width = numpy_dtype(items[0].scheme.dtype).itemsize
     weights, bits, rest = 0, 0, 0
     for item in items:
-        scheme = item.scheme
-        code_bits = scheme.attributes(1, 1, False).planes if scheme.op == "ABQGemm" else scheme.wbits
-        for spec in item.specs:
-            if item.kind != "linear":
-                rest += spec.nbytes
-            elif spec.name.endswith(".codes"):
-                weights += math.prod(spec.shape)
-                bits += math.prod(spec.shape) * code_bits
-            else:
-                bits += spec.nbytes * 8
+        if item.kind == "linear":
+            weights += math.prod(item.specs[0].shape)
+            bits += stored_bits(item.specs, item.scheme)
+        else:
+            rest += sum(spec.nbytes for spec in item.specs)
     return {
         "linear_weights": weights, "linear_float_bytes": weights * width, "linear_quant_bits": bits,
         "bits_per_weight": round(bits / weights, 4), "rest_bytes": rest,

@@ -59,7 +59,7 @@ def _main(argv: list[str] | None) -> int:
     progress = make_progress(args.progress)
     request = ExportRequest(args.model, schemes, out, settings_from_args(args, schemes.base), args.engine, args.max_batch,
                             args.max_seq, args.until, args.resume, args.offline, args.eval, args.eval_windows,
-                            ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)), args.format)
+                            ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)), args.format, args.budget)
     manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)

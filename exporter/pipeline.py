@@ -18,6 +18,7 @@ from plugins.core.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from calibration.bits import SchemeMap
+    from calibration.budget import Budget
     from exporter.edition import Edition
     from exporter.perplexity import EvalRequest
     from exporter.validate import ValidationResult
@@ -33,7 +34,7 @@ class ExportRequest:
 
     Attributes:
         model: alias, hub id, Hugging Face folder or .gguf file.
-        schemes: the quantisation settings of every node.
+        schemes: the quantisation settings of every node; with a budget its base.
         out: the artefact folder.
         settings: of the calibration; its text serves the validation too.
         engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
@@ -45,6 +46,7 @@ class ExportRequest:
         eval_windows: at most how many windows of it are scored, from the beginning.
         command: the command line, for the manifest and the report.
         format: one of calibration.formats, in which the quant folder is written too.
+        budget: average weight bits within which each node's are picked by its sensitivity; None leaves the schemes.
     """
 
     model: str
@@ -61,10 +63,11 @@ class ExportRequest:
     eval_windows: int = 5
     command: tuple[str, ...] = ()
     format: str = "anybit"
+    budget: float | None = None
 
     def identity(self) -> dict[str, Any]:
         """What makes an OUT folder belong to this request: another model or setting needs another folder."""
-        return {"model": self.model, "scheme": self.schemes.as_dict(), **self.settings.as_dict()}
+        return {"model": self.model, "scheme": self.schemes.as_dict(), "budget": self.budget, **self.settings.as_dict()}
 
 
 class Pipeline:
@@ -77,9 +80,9 @@ class Pipeline:
     """
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
+        from calibration.budget import CACHE, Budget, bits_within
         from calibration.checkpoint import open_checkpoint
         from calibration.scheme_checks import check_scheme
-        from exporter.validate_memory import check_memory
 
         self.request = request
         self.progress = progress
@@ -93,8 +96,12 @@ class Pipeline:
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
         check_scheme(self.checkpoint, request.schemes, request.format)
-        if request.until == "report":
-            check_memory(self.checkpoint.parameter_count, request.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
+        self.schemes = request.schemes
+        self.budget = None if request.budget is None else Budget(
+            request.budget, request.schemes.base, request.settings, request.format, request.offline, request.out / CACHE, request.resume)
+        if self.budget is not None:
+            bits_within(self.checkpoint, self.budget)
+        self._check_memory()
 
     def _edition(self) -> Edition | None:
         if "engine" not in self.wanted or self.request.engine == "none":
@@ -102,6 +109,12 @@ class Pipeline:
         from exporter.engine import select_edition
 
         return select_edition(self.request.engine)
+
+    def _check_memory(self) -> None:
+        from exporter.validate_memory import check_memory
+
+        if self.request.until == "report":
+            check_memory(self.checkpoint.parameter_count, self.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
 
     def run(self) -> dict[str, Any]:
         """Run every stage up to request.until; returns the manifest.
@@ -114,9 +127,17 @@ class Pipeline:
             self.manifest = open_manifest(self.request.out, self.request.identity())  # now that nobody else writes it
             if not self.manifest["stages"]:
                 self._save()
+            if self.budget is not None:
+                self._spend(self.budget)
             for name in self.wanted:
                 steps[name]()
         return self.manifest
+
+    def _spend(self, budget: Budget) -> None:
+        from calibration.budget import schemes_within
+
+        self.schemes = schemes_within(self.checkpoint, budget, self.progress)
+        self._check_memory()  # nodes of more bits take more
 
     def _save(self) -> None:
         self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}
@@ -169,13 +190,14 @@ class Pipeline:
     def _quant(self) -> None:
         from calibration.quantize import WORK, QuantizeOptions, quant_bytes, quantize_model
 
-        request, checkpoint = self.request, self.checkpoint
+        request, schemes, checkpoint = self.request, self.schemes, self.checkpoint
         del self.checkpoint  # its mapped pages must not count in later stages' memory
         options = QuantizeOptions(request.offline, request.settings, request.out / WORK, request.resume, format=request.format)
-        inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), text_digest(request.settings.calib),
-                  request.format, code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
-        self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, request.schemes, options, writer.path, self.progress),
-                   needed_bytes=quant_bytes(checkpoint, request.schemes, request.format))
+        inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), schemes.as_dict(),
+                  text_digest(request.settings.calib), request.format,
+                  code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
+        self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, schemes, options, writer.path, self.progress),
+                   needed_bytes=quant_bytes(checkpoint, schemes, request.format))
         if request.eval_text is not None and "report" in self.wanted:
             self.eval = self._eval_request(request.eval_text)
 

@@ -71,6 +71,8 @@ def test_commands_are_ones_we_have(page: Path, parse: Callable[[list[str]], argp
     makefile = (REPOSITORY / "Makefile").read_text()
     made = set()
     for words in shell_lines(page):
+        if words[0] == "torchrun":  # several processes of one of our commands
+            words = ["python", *words[words.index("-m"):]]
         if words[:2] == ["python", "-m"] and words[2] in OURS:
             arguments = parse(words[2:])
             if words[2] == "exporter":
@@ -186,3 +188,15 @@ def test_quant_page_names_every_tensor_and_key(tiny_quant: Callable[..., Path], 
     for name in names:
         short = re.sub(r"layers\.\d+\.", "layers.{i}.", name)
         assert f"`{re.sub(r'.*_proj', 'L', short)}`" in text, name
+
+
+def test_every_switch_of_the_methods_is_documented_with_its_default() -> None:
+    from calibration.settings import METHOD_SETTINGS
+
+    def shown(value: Any) -> str:
+        return ("off", "on")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+    defaults = {name: {item.name: shown(getattr(kind(), item.name)) for item in fields(kind)} for name, kind in METHOD_SETTINGS.items()}
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| ", (REPOSITORY / "docs/calibration.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name: qqq.strip("`") for name, qqq, _ in rows if qqq.strip()} == defaults["qqq"]
+    assert {name: abq.strip("`") for name, _, abq in rows if abq.strip()} == defaults["abq"]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope
-from calibration.blocks.ranks import Ranks, join_ranks
+from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
 from calibration.progress import NullProgress, Progress
+from plugins.core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from calibration.scheme import QuantScheme
     from calibration.settings import CalibrationSettings
 
-__all__ = ["Basis", "BlockMethod", "BlockTask", "Calibration", "calibrate"]
+__all__ = ["Basis", "BlockMethod", "BlockTask", "Calibrated", "Calibration", "calibrate"]
 
 
 class Basis(Protocol):
@@ -93,6 +94,7 @@ class Calibration:
         settings: all settings.
         windows: token ids int64 [n, L].
         store: where finished blocks go, and come from.
+        ranks: the processes that share the windows.
     """
 
     checkpoint: Checkpoint
@@ -101,19 +103,36 @@ class Calibration:
     settings: CalibrationSettings
     windows: np.ndarray
     store: BlockStore
+    ranks: Ranks = ALONE
 
 
-def calibrate(job: Calibration, progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Calibrated:
+    """How it went.
+
+    Attributes:
+        reports: of the blocks; the same however often the run was interrupted.
+        cost: of this very run: "seconds", "peak_stream_bytes", "spilled_bytes".
+    """
+
+    reports: list[dict[str, Any]]
+    cost: dict[str, float]
+
+
+def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     """Quantise every block that the store does not have yet.
 
     Blocks that it has are walked with their finished codes, which is the same arithmetic on the same numbers: going on gives the
     bits of a run that was never interrupted.
 
-    Returns:
-        Facts: "blocks" (their reports), "seconds", "peak_stream_bytes", "spilled_bytes".
+    Raises:
+        InputError: fewer windows than processes, NaN in the model, or a full disk.
     """
     progress, began = progress or NullProgress(), time.monotonic()
-    ranks, device = join_ranks(), "cuda" if torch.cuda.is_available() else "cpu"
+    ranks, device = job.ranks, "cuda" if torch.cuda.is_available() else "cpu"
+    if len(job.windows) < ranks.world:
+        raise InputError("--nsamples", f"got {len(job.windows)} calibration windows for {ranks.world} processes, expected one each or more",
+                         "Give more windows or a longer text, or start fewer processes")
     checkpoint, layers = job.checkpoint, job.checkpoint.dims.layers
     basis = job.method.basis(checkpoint, job.settings)
     shape, rope = BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, job.windows.shape[1], device)
@@ -139,12 +158,11 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> dict[str, A
             left = (time.monotonic() - fresh) / (index + 1 - finished) * (layers - index - 1)
             note = _line(index, layers, result.report, left)
         reports.append(result.report)
-        if ranks.first:
-            progress.message(note)
+        progress.message(note)
         progress.advance(1, note)
     progress.finish()
-    return {"blocks": reports, "seconds": round(time.monotonic() - began, 1), "peak_stream_bytes": budget.peak,
-            "spilled_bytes": budget.spilled}
+    cost = {"seconds": round(time.monotonic() - began, 1), "peak_stream_bytes": budget.peak, "spilled_bytes": budget.spilled}
+    return Calibrated(reports, cost)
 
 
 def _line(index: int, layers: int, report: Mapping[str, Any], left: float) -> str:

@@ -6,12 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calibration.fake_quant import Activation
+
+if TYPE_CHECKING:
+    from calibration.scheme import QuantScheme
 
 __all__ = ["ActivationWindows", "StreamBudget", "Windows"]
 
@@ -65,7 +69,7 @@ class Windows:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
-        """Window `index` [L, K]; do not change it in place."""
+        """Window `index` [L, K]; it may be the memory itself: do not change it in place, and not use it after writing another there."""
         assert self._written[index], "read before it was written"
         if self._in_memory:
             return self._data[index].to(self.device)
@@ -95,25 +99,35 @@ class Windows:
 
 
 class ActivationWindows:
-    """Quantised inputs of one site: codes in int8 (A16: floats) as Windows, scales and zeros in memory."""
+    """Quantised inputs of one site: codes in int8 (A16: floats), with scales and zeros, each as Windows.
 
-    def __init__(self, budget: StreamBudget, count: int, shape: tuple[int, int], bits: int, device: str) -> None:
-        self._codes = budget.windows(count, shape, torch.float32 if bits >= 16 else torch.int8, device)
-        self._rest: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * count
+    Args:
+        shape: [L, K] of a window.
+        scheme: how the site's activations are quantised.
+    """
+
+    def __init__(self, budget: StreamBudget, count: int, shape: tuple[int, int], scheme: QuantScheme, device: str) -> None:
+        quantised = scheme.abits < 16
+        parts = {"codes": True, "scale": quantised, "zero": quantised and not scheme.act_symmetric}
+        self._count = count
+        self._parts = {name: budget.windows(count, shape if name == "codes" else (shape[0], 1),
+                                            torch.int8 if name == "codes" and quantised else torch.float32, device)
+                       for name, there in parts.items() if there}
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return self._count
 
     def __getitem__(self, index: int) -> Activation:
-        return Activation(self._codes[index], *self._rest[index])
+        return Activation(**{name: windows[index] for name, windows in self._parts.items()})
 
     def __setitem__(self, index: int, value: Activation) -> None:
-        self._codes[index] = value.codes
-        self._rest[index] = (value.scale, value.zero)
+        for name, windows in self._parts.items():
+            windows[index] = getattr(value, name)
 
     def __iter__(self) -> Iterator[Activation]:
         return (self[index] for index in range(len(self)))
 
     def close(self) -> None:
         """Give the room back."""
-        self._codes.close()
+        for windows in self._parts.values():
+            windows.close()

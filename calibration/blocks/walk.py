@@ -152,7 +152,7 @@ class _Half:
         first, second = self.sites
         scheme, quant, real = self.block.schemes[second], self.streams.quant, self.streams.real
         moments, size = self.moments(second, measure), (quant.shape[1], self.width(second))
-        seen = ActivationWindows(self.streams.budget, len(quant), size, scheme.abits, str(self.block.rope.cos.device))
+        seen = ActivationWindows(self.streams.budget, len(quant), size, scheme, str(self.block.rope.cos.device))
         for index in range(len(quant)):
             seen[index] = activation = Activation.of(self.middle(linear.multiply(self.quant_input(index))), scheme.abits,
                                                      scheme.act_symmetric)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.data import default_text, load_text, tokens_from_text, windows_from_tokens
+from calibration.data import calibration_windows, default_text, load_text, tokens_from_text, windows_from_tokens
+from calibration.settings import CalibrationSettings
 from plugins.core.errors import InputError
 
 
@@ -124,3 +125,66 @@ def test_counts_that_make_no_sense(nsamples: int, seqlen: int) -> None:
         tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
     assert str(caught.value) == (f"--nsamples, --seqlen: got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2. "
                                  "Give larger numbers.")
+
+
+# ---------------------------------------------------------------- calibration windows
+
+
+def _windows(path: Path, text: str | bytes, longest: int = 2048, **settings: int) -> tuple[np.ndarray, str]:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return calibration_windows(WordTokenizer(), CalibrationSettings(calib=str(path), **settings), longest)
+
+
+def _numbers(count: int) -> str:
+    """Words whose lengths, the tokens, are 1, 2, ... count."""
+    return " ".join("x" * (index + 1) for index in range(count))
+
+
+def test_calibration_windows_are_whole_and_drawn_from_all_of_the_text_by_the_seed(tmp_path: Path) -> None:
+    """The loader of the evaluation cuts the same windows (no BOS, no overlap); calibration draws from its own text alone."""
+    text, drawn = _numbers(400), []
+    for seed in range(20):
+        windows, note = _windows(tmp_path / "a.txt", text, nsamples=5, seqlen=8, seed=seed)
+        assert windows.shape == (5, 8) and windows.dtype == np.int64 and note == ""
+        starts = windows[:, 0] - 1
+        assert (windows == starts[:, None] + 1 + np.arange(8)).all() and (starts % 8 == 0).all() and len(set(starts)) == 5
+        drawn.append(tuple(starts))
+    again, _ = _windows(tmp_path / "a.txt", text, nsamples=5, seqlen=8, seed=7)
+    assert tuple(again[:, 0] - 1) == drawn[7]
+    assert len(set(drawn)) == 20 and max(max(starts) for starts in drawn) > 360  # not the beginning alone
+
+
+@pytest.mark.parametrize(("words", "asked", "longest", "found"), [
+    (64, (8, 8), 99, (8, 8)),
+    (63, (8, 8), 99, (7, 8)),  # the end that fills no window is left out
+    (12, (8, 8), 99, (1, 8)),
+    (7, (8, 8), 99, (1, 7)),  # shorter than a window
+    (2, (1, 2), 99, (1, 2)),
+    (64, (4, 32), 16, (4, 16)),  # longer than the model takes
+])
+def test_a_short_text_gives_what_it_has(tmp_path: Path, words: int, asked: tuple[int, int], longest: int, found: tuple[int, int]) -> None:
+    windows, note = _windows(tmp_path / "a.txt", _numbers(words), longest, nsamples=asked[0], seqlen=asked[1])
+    assert windows.shape == found
+    assert note == ("" if asked == found else f"Calibrating on {found[0]} windows of {found[1]} tokens; "
+                    f"{asked[0]} of {asked[1]} were asked for.")
+
+
+def test_the_default_text_is_too_short_for_the_papers_and_says_so() -> None:
+    settings = CalibrationSettings(nsamples=128, seqlen=2048)
+    windows, note = calibration_windows(WordTokenizer(), settings, 4096)
+    assert windows.shape[1] == 2048 and 1 <= len(windows) < 128
+    assert note == f"Calibrating on {len(windows)} windows of 2048 tokens; 128 of 2048 were asked for."
+
+
+def test_calibration_takes_bytes_that_are_not_text(tmp_path: Path) -> None:
+    windows, _ = _windows(tmp_path / "a.txt", b"one \xff\xfe three", nsamples=1, seqlen=2)
+    assert windows.tolist() == [[3, 2]]  # a character that cannot be read counts as one
+    with pytest.raises(InputError, match="got a file that is not UTF-8 text"):
+        load_text(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("words", ["one", "one\n"])
+def test_one_token_is_too_few(tmp_path: Path, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _windows(tmp_path / "a.txt", words)
+    assert str(caught.value) == "--calib: got a text of 1 tokens, expected at least 2. Give a longer text."

@@ -127,3 +127,25 @@ def test_bad_rules_are_refused_before_any_work(run: Run, refused: Callable[[tupl
     refused(run(out, "--bits-file", str(tmp_path / "none")),
             f"--bits-file: got No such file or directory for {tmp_path / 'none'}, expected a text file. Check the path.")
     assert not out.exists()
+
+
+def test_a_budget_flows_to_the_graph_and_is_part_of_out(run: Run, refused: Callable[[tuple[int, str, str], str], None], tmp_path: Path,
+                                                        snapshot: Callable[[Path], dict[str, bytes]]) -> None:
+    out, data = tmp_path / "out", ("--nsamples", "4", "--seqlen", "64", "--method", "rtn")
+    code, _, err = run(out, "--budget", "5.5", *data)
+    quant, facts = read_quant(out / "quant"), read_json(out / "manifest.json")["stages"]["onnx"]["facts"]
+    assert code == 0 and quant.label == "w4a8-mixed" and quant.sizes["bits_per_weight"] <= 5.5
+    abq = sum(scheme.op == "ABQGemm" for scheme in quant.exceptions.values())
+    assert abq == len(quant.exceptions) > 0 and f"{abq} ABQGemm" in facts["summary"]
+    assert f"; {abq} of 8 nodes differ from w4a8, which everywhere would be 4.444 bits per weight, expected rise in loss 0.0" in err
+    assert report_data(out, {}, ValidationResult((), "", ()))["sizes"]["bits_per_weight"] == quant.sizes["bits_per_weight"]
+    before, end = snapshot(out), "Choose another --out, or delete this folder."
+    code, _, err = run(out, "--budget", "5.5", "--resume", *data)
+    assert code == 0 and "budget: measured before, nothing changed\n" in err and "onnx: kept, nothing changed\n" in err
+    refused(run(out, "--resume", *data), f"{out}: got an artefact with budget 5.5, expected null. {end}")
+    refused(run(out, "--budget", "6", "--resume", *data), f"{out}: got an artefact with budget 5.5, expected 6.0. {end}")
+    assert snapshot(out) == before
+    new = tmp_path / "new"
+    refused(run(new, "--budget", "2", *data), "--budget: got 2 bits per weight, expected 2.89 to 8.89 for this model, scales and zero "
+            "points included. Choose a budget in between.")
+    assert not new.exists()

@@ -54,13 +54,17 @@ def abq_arrays(attrs: GemmAttributes, seed: int = 0) -> QuantArrays:
 
 
 def qqq_arrays(attrs: GemmAttributes, seed: int = 0) -> QuantArrays:
-    """Random weights; some group scales are so large that the int8 weight clamps at +-127."""
+    """Random weights; some group scales are so large that the int8 weight clamps at +-127, and half of the finest scales are negative."""
     rng = np.random.default_rng(seed)
-    n, low = attrs.out_features, -8 if attrs.group_size else -7
+    n = attrs.out_features
+    scale = rng.uniform(0.0001, 0.002, (n, 1)).astype(np.float32)
+    group = rng.uniform(2, 22, (n, attrs.n_groups)).astype(np.float16) if attrs.group_size else None
+    finest = scale if group is None else group
+    finest *= rng.choice(np.array([-1, 1], finest.dtype), finest.shape)
     return QuantArrays(
-        codes=rng.integers(low, 8, (n, attrs.in_features), dtype=np.int8),
-        scale=rng.uniform(0.0001, 0.002, (n, 1)).astype(np.float32),
-        scale_group=rng.uniform(2, 22, (n, attrs.n_groups)).astype(np.float16) if attrs.group_size else None,
+        codes=rng.integers(-8, 8, (n, attrs.in_features), dtype=np.int8),
+        scale=scale,
+        scale_group=group,
         bias=rng.normal(0, 3, n).astype(np.float32) if attrs.has_bias else None,
     )
 

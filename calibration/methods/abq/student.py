@@ -196,14 +196,27 @@ class Student(QuantizedBlock):
             parts = TransformParts(parts.qkv, parts.out, parts.gate_up, parts.down, query_key=False)  # it would follow rounding noise
         self.transform = None if parts is None else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
         self.compensation = Compensation(task.weights) if task.compensation else None
-        folded = self.folded()
+        self._statistics = statistics
         self._names = {name: site for site, names in SITES.items() for name in names}
-        self.quantizers = nn.ModuleList(WeightQuantizer(tuple(folded[f"{name}.weight"].shape), task.schemes[site])
-                                        for name, site in self._names.items()).to(folded[f"{INPUT_NORM}.weight"].device)
+        self.quantizers = nn.ModuleList(WeightQuantizer(tuple(task.weights[f"{name}.weight"].shape), task.schemes[site])
+                                        for name, site in self._names.items()).to(task.weights[f"{INPUT_NORM}.weight"].device)
+        for site in SITES:
+            self._search(site)
+
+    def restart(self, site: str, power: float) -> None:
+        """Put the scales of a site's input at a power of their start, and its clips at their best for that."""
+        assert self.transform is not None
+        self.transform.restart(site, power)
+        self._search(site)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _search(self, site: str) -> None:
+        folded, importance = self.folded(), self._statistics.square[site]
         scales = {} if self.transform is None else self.transform.columns()
-        for (name, site), quantizer in zip(self._names.items(), self.quantizers, strict=True):
-            quantizer.search(folded[f"{name}.weight"], statistics.square[site] / scales[site] ** 2 if site in scales
-                             else statistics.square[site])
+        if site in scales:
+            importance = importance / scales[site] ** 2
+        for name in SITES[site]:
+            self.by_name()[name].search(folded[f"{name}.weight"], importance)
 
     def folded(self) -> BlockWeights:
         """Float weights, transformed and compensated."""

@@ -117,6 +117,7 @@ class _Trainer:
     def __init__(self, task: BlockTask, settings: TrainSettings, teacher: Teacher, student: QuantizedBlock) -> None:
         self._task, self._settings, self._mine = task, settings, _mine(task, settings)
         self._teacher, self.student = teacher, student
+        self._choose_start()
         self.loss_before = self._measure()
         if not math.isfinite(self.loss_before):
             raise InputError(task.name, f"got a loss of {self.loss_before} before training, expected a finite one",
@@ -131,6 +132,18 @@ class _Trainer:
                 return losses, tuple(notes)
             notes.append(f"{name}: at {factor:g} of the learning rates {problem}")
         return (), (*notes, f"{name}: kept as it was before training")
+
+    def _choose_start(self) -> None:
+        """Give each site, one after another, the power of its scales' start with the least loss of the block."""
+        student = self.student
+        if not isinstance(student, Student) or student.transform is None:
+            return
+        for site in student.transform.sites:
+            losses = {}
+            for power in self._settings.powers:
+                student.restart(site, power)
+                losses[power] = self._measure()
+            student.restart(site, min(losses, key=losses.__getitem__))
 
     def run(self, factor: float) -> tuple[tuple[float, ...], str]:
         """Train from the start at `factor` of the learning rates: losses per epoch, and what went wrong or ""."""
@@ -191,11 +204,11 @@ class _Trainer:
         attention = None if rows is None or log_p is None else (log_p, self._teacher.attention_rows(index, rows))
         return block_loss(y, self._teacher.targets(index), attention, settings.loss)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _measure(self) -> float:
         """Mean loss over the windows of all processes."""
-        weights = self.student()
-        total = sum((self._loss(weights, index) for index in self._mine), torch.zeros(()))
+        with torch.no_grad():
+            weights = self.student()
+            total = torch.stack([self._loss(weights, index) for index in self._mine]).sum()
         mean = total * (self._task.world / len(self._task.x_q))
         self._task.all_reduce([mean])
         return float(mean)

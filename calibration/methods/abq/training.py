@@ -19,7 +19,8 @@ class TrainSettings:
         batch: windows per step, over all processes.
         transform_rate, clip_rate, compensation_rate: learning rates of scales, clips and the rank-1 term; 0 keeps one at its start.
         parts: scales to learn; None leaves the float weights as they are.
-        alpha: start of the scales.
+        alpha: exponent of the scales' start.
+        powers: of the start; with more than one, each site takes the one with the least loss before training.
         loss: factors of the loss terms.
         both_streams: compare also with the float block on the quantised stream.
         rows: attention rows per window in the attention term.
@@ -33,6 +34,7 @@ class TrainSettings:
     compensation_rate: float = 1e-2
     parts: TransformParts | None = field(default_factory=TransformParts)
     alpha: float = 0.5
+    powers: tuple[float, ...] = (1.0, 0.5, 0.0)
     loss: LossWeights = field(default_factory=LossWeights)
     both_streams: bool = True
     rows: int = 64

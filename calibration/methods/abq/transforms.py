@@ -16,6 +16,7 @@ _FLOOR = 1e-2  # least |s|; keeps 1 / s from running away
 _LEAST = 1e-5  # of the ranges that the start divides and takes roots of
 _QUERY, _KEY, _VALUE = SITES[QKV]
 _UP = SITES[GATE_UP][1]
+_PARTS = {QKV: "qkv", OUT: "out", GATE_UP: "gate_up", DOWN: "down"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class TransformParts:
 class EquivalentTransform(nn.Module):  # type: ignore[misc]
     """Learnable equivalent transforms (LET): scales s that cancel in the float block and change what its quantised form rounds.
 
-    They start as SmoothQuant's s = A^alpha / W^(1 - alpha) (arXiv 2211.10438): A the largest input of a channel, W the largest weight of
-    its column over all linears that read it; query_key starts at 1.
+    They start as a power of SmoothQuant's s = A^alpha / W^(1 - alpha) (arXiv 2211.10438), with A the largest input of a channel and W
+    the largest weight of its column over all linears that read it. Their geometric mean is 1: a common factor changes nothing that is
+    rounded, and learning rates then mean the same in every block. query_key starts at 1.
 
     Args:
         weights: of the float block.
@@ -59,7 +61,8 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
         def start(site: str, groups: int = 1) -> nn.Parameter:
             columns = torch.cat([weights[f"{name}.weight"] for name in SITES[site]]).abs().amax(0)
             ranges = [self._shared(x, groups).amax(1).flatten().clamp(min=_LEAST) for x in (absmax[site], columns)]
-            return nn.Parameter(ranges[0] ** alpha / ranges[1] ** (1 - alpha))
+            s = ranges[0] ** alpha / ranges[1] ** (1 - alpha)
+            return nn.Parameter(s / s.log().mean().exp())
 
         gain = weights[f"{INPUT_NORM}.weight"]
         self.qkv = start(QKV) if parts.qkv else None
@@ -67,6 +70,18 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
         self.gate_up = start(GATE_UP) if parts.gate_up else None
         self.down = start(DOWN) if parts.down else None
         self.query_key = nn.Parameter(gain.new_ones(shape.kv_heads, shape.head_dim // 2)) if parts.query_key else None
+        self._start = {site: getattr(self, name).detach().clone() for site, name in _PARTS.items() if getattr(self, name) is not None}
+        self.project()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites whose inputs are scaled."""
+        return tuple(self._start)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def restart(self, site: str, power: float) -> None:
+        """Put the scales of a site's input at a power of their start; 0 is none, 1 the paper's."""
+        getattr(self, _PARTS[site]).copy_(self._start[site] ** power)
         self.project()
 
     def _shared(self, channels: Tensor, groups: int) -> Tensor:

@@ -37,9 +37,13 @@ def test_block_is_that_of_transformers(tiny_llama: Callable[..., Path], changes:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before: list[Tensor] = []
     after: list[Tensor] = []
+
+    def keep(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        before.append(inputs[0])
+        after.append(output)
+
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda module, inputs: before.append(inputs[0]))
-        layer.register_forward_hook(lambda module, inputs, output: after.append(output))
+        layer.register_forward_hook(keep)
     with torch.no_grad():
         model(tokens(2, 48))
     checkpoint = open_checkpoint(str(folder), offline=True)

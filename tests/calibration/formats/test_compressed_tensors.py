@@ -21,6 +21,7 @@ from calibration.quant_folder import QuantModel, read_quant
 from calibration.quantize import QuantizeOptions, quant_bytes, quantize_model
 from calibration.scheme import QuantLinear, QuantScheme
 from plugins.core.errors import InputError
+from tests.calibration.block_cases import calibrate_tiny
 
 TOKENS = torch.arange(48)[None] * 7 % 500
 SCHEMES: list[dict[str, Any]] = [
@@ -108,6 +109,19 @@ def test_untied_head_biases_shards_and_tokenizer(tiny_llama: Callable[..., Path]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert sum(path.stat().st_size for path in (tmp_path / "quant").rglob("*") if path.is_file()) < quant_bytes(checkpoint, scheme, NAME)
+
+
+@pytest.mark.parametrize("group_size", ["0", "64"])
+def test_a_calibrated_model_with_its_negative_scales_and_its_own_head(tiny_model_dir: Path, tmp_path: Path, group_size: str) -> None:
+    assert calibrate_tiny(tiny_model_dir, tmp_path, "--format", NAME, "--dtype", "float32", "--group-size", group_size) == 0
+    quant = read_quant(tmp_path / "quant")
+    arrays = quant.linear("model.layers.0.self_attn.o_proj").arrays
+    assert ((arrays.scale if arrays.scale_group is None else arrays.scale_group) < 0).any()
+    model = _opened(tmp_path / "quant" / NAME)
+    theirs, ours = _logits(model), _logits(quantised_model(quant, round_activations=False))
+    _assert_same_weights(model, quant)
+    assert np.linalg.norm(theirs - ours) < 0.1 * np.linalg.norm(ours)  # their activation codes are others
+    assert not np.array_equal(model.lm_head.weight.numpy(), model.model.embed_tokens.weight.numpy())
 
 
 def _mix(quant: QuantModel, other: QuantModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibration.methods import method, method_names
+from calibration.methods import is_block_method, method, method_names
 from calibration.methods.rtn import quantize
 from calibration.scheme import QuantLinear, QuantScheme
 from plugins.core.errors import InputError
@@ -26,8 +26,9 @@ def _dequantized(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
 
 
 def test_registry() -> None:
-    assert "rtn" in method_names()
+    assert set(method_names()) >= {"abq", "qqq", "rtn"}
     assert method("rtn").quantize is quantize
+    assert [name for name in method_names() if is_block_method(name)] == [name for name in method_names() if name != "rtn"]
     with pytest.raises(InputError) as caught:
         method("magic")
     assert str(caught.value) == f"method 'magic': unknown, expected one of {', '.join(method_names())}. Check the spelling."

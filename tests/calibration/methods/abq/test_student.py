@@ -22,6 +22,7 @@ from calibration.blocks.forward import (
 )
 from calibration.fake_quant import quantize_activation
 from calibration.methods.abq import student as module
+from calibration.methods.abq.quantizer import WeightQuantizer
 from calibration.methods.abq.student import BlockTask, Student, Teacher
 from calibration.methods.abq.transforms import TransformParts
 from tests.calibration.methods.abq.blocks import HEAD_DIM, block, rope, scheme, streams
@@ -104,6 +105,30 @@ def test_student_weights_are_the_codes_of_the_folded_ones() -> None:
     for name, quantizer in student.by_name().items():
         torch.testing.assert_close(hat[f"{name}.weight"], quantizer(folded[f"{name}.weight"]), rtol=0, atol=0)
         assert torch.equal(hat[f"{name}.bias"], folded[f"{name}.bias"])
+
+
+@pytest.mark.parametrize("parts", [None, TransformParts()], ids=["no scales", "scales"])
+def test_clips_start_at_the_best_for_the_inputs_of_the_folded_block(parts: TransformParts | None) -> None:
+    task = make_task(schemes=scheme(2, 8))
+    student = make_student(task, parts)
+    folded = {name: tensor.detach() for name, tensor in student.folded().items()}
+    squares: dict[str, Tensor] = {site: torch.zeros(()) for site in SITES}
+    linear = float_linear(folded)
+
+    def watched(site: str, x: Tensor) -> Tensor:
+        squares[site] = squares[site] + x[0].square().mean(0) / 3
+        return linear(site, x)
+
+    for x in task.x_q:
+        block_output(x[None], folded, watched, task.shape, task.rope)
+    for site, names in SITES.items():
+        for name in names:
+            weight, trained = folded[f"{name}.weight"], student.by_name()[name]
+            searched = WeightQuantizer(tuple(weight.shape), task.schemes[site])
+            searched.search(weight, squares[site])
+            same = (trained.gamma_high - searched.gamma_high).abs() < 1e-4  # rounding may decide between two clips that are as good
+            assert same.float().mean() > 0.98, name
+            assert (trained.gamma_high < 3.9).float().mean() > 0.6
 
 
 def test_teacher_outputs_and_statistics() -> None:

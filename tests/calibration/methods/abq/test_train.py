@@ -16,11 +16,12 @@ from calibration.fake_quant import ActivationQuantizer, FakeQuantLinear
 from calibration.methods.abq import train
 from calibration.methods.abq.losses import LossWeights, output_error
 from calibration.methods.abq.train import BlockTask, TrainedBlock, TrainSettings, train_block
+from calibration.methods.abq.transforms import EquivalentTransform
 from calibration.scheme import QuantLinear, QuantScheme
 from plugins.core.errors import InputError
 from tests.calibration.methods.abq.blocks import block, rope, scheme, streams
 
-SHORT = TrainSettings(epochs=3, transform_rate=3e-2, alpha=0.0, rows=8)  # a start that leaves the large input channels to training
+SHORT = TrainSettings(epochs=3, transform_rate=3e-2, powers=(0.0,), rows=8)  # leaves the large input channels to training
 ERROR_ONLY = LossWeights(1, 0, 0)
 
 
@@ -128,6 +129,16 @@ def test_parts_of_the_method_switch_off() -> None:
     assert 0 < one.loss_before < both.loss_before
 
 
+def test_each_site_starts_at_its_best_power() -> None:
+    task = make_task(schemes={**scheme(8, 4), DOWN: scheme(2, 16)[DOWN], OUT: scheme(2, 16)[OUT]})
+    alone = dataclasses.replace(SHORT, epochs=0)
+    fixed = [train_block(task, dataclasses.replace(alone, powers=(power,))) for power in (0.0, 0.5, 1.0)]
+    chosen = train_block(task, dataclasses.replace(alone, powers=(0.0, 0.5, 1.0)))
+    assert chosen.loss_before < 0.97 * min(start.loss_before for start in fixed)
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        assert sum(torch.equal(chosen.weights[norm], start.weights[norm]) for start in fixed) == 1
+
+
 def test_a_run_that_makes_it_worse_is_repeated_slower_and_then_given_up() -> None:
     task = make_task()
     start = train_block(task, dataclasses.replace(SHORT, epochs=0))
@@ -200,7 +211,7 @@ class Processes:
 
 @pytest.mark.parametrize("count", [8, 7])
 def test_two_processes_train_what_one_does(count: int) -> None:
-    settings = dataclasses.replace(SHORT, batch=4)
+    settings = dataclasses.replace(SHORT, batch=4, powers=(1.0, 0.5))
     alone = train_block(make_task(count, compensation=True), settings)
     first, second = Processes(2).run(settings, count=count, compensation=True)
     assert first is not None and second is not None
@@ -227,7 +238,21 @@ def test_weights_are_quantised_once_per_step(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(train.Student, "forward", counted)
     train_block(make_task(8), dataclasses.replace(SHORT, epochs=2, batch=4))
-    assert calls == 2 * 2 + 3  # 2 steps per epoch, 3 measurements
+    assert calls == 2 * 2 + 7  # 2 steps per epoch; measured at the start of each of 4 sites, as a whole, and after each epoch
+
+
+def test_scales_are_floored_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    project = EquivalentTransform.project
+
+    def counted(self: EquivalentTransform) -> None:
+        nonlocal calls
+        calls += 1
+        project(self)
+
+    monkeypatch.setattr(EquivalentTransform, "project", counted)
+    train_block(make_task(), SHORT)
+    assert calls == 9 + 3 * 4  # the start, twice per site to try it and take it, 3 epochs of 4 steps
 
 
 def test_bad_tasks_are_refused() -> None:

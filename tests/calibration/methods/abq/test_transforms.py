@@ -32,6 +32,11 @@ def absmax(weights: BlockWeights) -> dict[str, Tensor]:
     return {site: torch.rand(weights[f"{SITES[site][0]}.weight"].shape[1], generator=generator) * 9 + 0.1 for site in SITES}
 
 
+def unit_mean(s: Tensor) -> Tensor:
+    """s over its geometric mean."""
+    return s / s.log().mean().exp()
+
+
 def randomised(weights: BlockWeights, shape: BlockShape, parts: TransformParts) -> EquivalentTransform:
     """fp64, every scale away from its start, some negative."""
     transform = EquivalentTransform(weights, shape, absmax(weights), parts).double()
@@ -112,9 +117,9 @@ def test_start_is_from_all_readers() -> None:
     transform = EquivalentTransform(weights, shape, ranges, TransformParts(), 0.5)
     for site, s in ((QKV, transform.qkv), (GATE_UP, transform.gate_up)):
         assert s is not None
-        torch.testing.assert_close(s[7].detach(), (ranges[site][7] / 50.0).sqrt())
         largest = torch.stack([weights[f"{name}.weight"].abs().amax(0) for name in SITES[site]]).amax(0)
-        torch.testing.assert_close(s.detach(), (ranges[site] / largest).sqrt())
+        assert largest[7] == 50.0
+        torch.testing.assert_close(s.detach(), unit_mean((ranges[site] / largest).sqrt()))
     assert transform.query_key is not None and transform.query_key.eq(1).all()
 
 
@@ -125,11 +130,26 @@ def test_start_of_value_scales_covers_the_query_heads_that_share_them() -> None:
     transform = EquivalentTransform(weights, shape, ranges, TransformParts(), 0.25)
     assert transform.out is not None and transform.out.shape == (2 * HEAD_DIM,)
     columns = weights["self_attn.o_proj.weight"].abs().amax(0)
+    expected = torch.empty(2 * HEAD_DIM)
     for kv_head in range(2):
         for channel in range(HEAD_DIM):
             reads = [head * HEAD_DIM + channel for head in (2 * kv_head, 2 * kv_head + 1)]
-            expected = ranges[OUT][reads].max() ** 0.25 / columns[reads].max() ** 0.75
-            torch.testing.assert_close(transform.out[kv_head * HEAD_DIM + channel].detach(), expected)
+            expected[kv_head * HEAD_DIM + channel] = ranges[OUT][reads].max() ** 0.25 / columns[reads].max() ** 0.75
+    torch.testing.assert_close(transform.out.detach(), unit_mean(expected))
+
+
+def test_restart_is_a_power_of_the_start() -> None:
+    weights, shape = block()
+    transform = EquivalentTransform(weights, shape, absmax(weights), TransformParts(query_key=False, out=False))
+    assert transform.sites == (QKV, GATE_UP, DOWN) and transform.down is not None and transform.qkv is not None
+    start = {name: s.detach().clone() for name, s in transform.named_parameters()}
+    transform.restart(DOWN, 0.5)
+    torch.testing.assert_close(transform.down.detach(), start["down"].sqrt())
+    assert torch.equal(transform.qkv, start["qkv"])
+    transform.restart(DOWN, 0.0)
+    assert transform.down.eq(1).all()
+    transform.restart(DOWN, 1.0)
+    assert torch.equal(transform.down, start["down"])
 
 
 def test_columns_say_what_inputs_are_divided_by() -> None:
