@@ -85,7 +85,7 @@ class NodeFactory:
 
 
 def _cache_function(bits: int, head_dim: int, dtype: int) -> onnx.FunctionProto:
-    """calibration.fake_quant.quantize_cache of keys and values, bit for bit, then rounded to the model's type."""
+    """calibration.fake_quant.quantize_cache of keys and values, the very same numbers, rounded to the model's type."""
     from onnx import helper
 
     from plugins.core.onnx_body import OPSET, NodeBuilder
