@@ -88,12 +88,12 @@ def test_an_earlier_exports_engine_is_not_run(tiny_export: Callable[..., Path], 
 
 
 def flip_a_norm(folder: Path) -> None:
-    """Change the sign of one norm weight in the data file."""
+    """Change the sign of some norm weights in the data file."""
     tensor = next(item for item in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
                   if item.name == "model.layers.1.post_attention_layernorm.weight")
     offset = next(int(item.value) for item in tensor.external_data if item.key == "offset")
     array = np.memmap(folder / "model.onnx.data", np.float16, "r+", offset, tuple(tensor.dims))
-    array[4] = -array[4]
+    array[4:12] = -array[4:12]
     array.flush()
 
 
