@@ -11,6 +11,7 @@ import numpy as np
 from calibration.data import calibration_windows, load_text
 from calibration.fingerprint import code_digest, digest, file_stamps, package_versions
 from calibration.methods import Method, is_block_method, method
+from calibration.settings import AbqSettings
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def open_source(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOpt
         progress.message(note)
     stamp = digest(checkpoint.fingerprint, file_stamps(checkpoint.input_files()), schemes.as_dict(), settings.as_dict(),
                    hashlib.sha256(windows.tobytes()).hexdigest(), code_digest(*_CODE), package_versions(("torch", "numpy")),
-                   options.ranks.world, torch.cuda.is_available())
+                   torch.cuda.is_available(), options.ranks.world if isinstance(settings.method, AbqSettings) else 0)  # order of sums
     assert options.work is not None
     store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
     options.ranks.wait()
