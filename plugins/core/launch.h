@@ -14,13 +14,26 @@ namespace anybit {
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool overlap = false;  // may start before the launch before it has ended (programmatic dependent launch, sm_90 and later)
 };
 
 #ifdef __CUDACC__
 
+constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
+
 template <class... Params, class... Args>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Params...), Args&&... args) {
+  if (shape.shared_bytes > kSharedWithoutOptIn) {
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlap ? 1 : 0;
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <numeric>
 #include <random>
@@ -38,11 +39,22 @@ constexpr unsigned char kPoison = 0xCB;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+// What one lane shows the others in a warp collective.
+struct Registers {
+  uint32_t word[8];
+};
+// cp.async of one thread that nothing has waited for yet: the bytes arrive when a wait covers the copy's group, never before.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int bytes, from_bytes;  // bytes beyond from_bytes arrive as 0
+};
+
 struct Fiber;
 struct Warp {
   std::vector<Fiber*> lanes;
-  uint32_t slots[2][32];  // one register per lane, double-buffered so that one barrier per exchange is enough
-  int phase[32] = {};     // which buffer each lane used last
+  Registers slots[2][32];  // a few registers per lane, double-buffered so that one barrier per exchange is enough
+  int phase[32] = {};      // which buffer each lane used last
 };
 struct Block {
   uint3 idx;
@@ -58,6 +70,8 @@ struct Fiber {
   int lane;
   Block* block;
   Warp* warp;
+  std::vector<std::vector<AsyncCopy>> groups;  // committed groups, the oldest first
+  std::vector<AsyncCopy> open_group;
 };
 
 inline thread_local Fiber* me = nullptr;
@@ -136,14 +150,34 @@ inline void sync_block() { wait_as(State::at_block_barrier); }
 inline void sync_warp() { wait_as(State::at_warp_barrier); }
 inline void* shared_memory() { return me->block->shared.data(); }
 
-// Every lane of a full warp publishes `value`; returns all 32 of them, valid until the lane's next exchange but one.
-inline const uint32_t* exchange(uint32_t value) {
+// Every lane of a full warp publishes `mine`; returns those of all 32 lanes, valid until the lane's next exchange but one.
+inline const Registers* exchange(const Registers& mine) {
   Warp& warp = *me->warp;
-  uint32_t* slots = warp.slots[warp.phase[me->lane] ^= 1];
-  slots[me->lane] = value;
+  Registers* slots = warp.slots[warp.phase[me->lane] ^= 1];
+  slots[me->lane] = mine;
   if (warp.lanes.size() != 32) throw std::runtime_error("simt: warp collective in a warp of fewer than 32 threads");
   sync_warp();
   return slots;
+}
+
+// ---- cp.async ----
+inline void copy_async(void* to, const void* from, int bytes, int from_bytes) {
+  me->open_group.push_back({to, from, bytes, from_bytes});
+}
+inline void commit_copies() {
+  me->groups.push_back(std::move(me->open_group));
+  me->open_group.clear();
+}
+// Let all groups but the `pending` youngest arrive.
+inline void wait_for_copies(size_t pending) {
+  std::vector<std::vector<AsyncCopy>>& groups = me->groups;
+  while (groups.size() > pending) {
+    for (const AsyncCopy& copy : groups.front()) {
+      std::memset(copy.to, 0, size_t(copy.bytes));
+      if (copy.from_bytes) std::memcpy(copy.to, copy.from, size_t(copy.from_bytes));
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 inline std::string text(const uint3& v) {
@@ -216,6 +250,7 @@ inline std::vector<Fiber*> assign_fibers(std::vector<Block>& blocks, std::vector
       fiber.state = State::ready;
       fiber.tid = {t % block_dim.x, t / block_dim.x % block_dim.y, t / (block_dim.x * block_dim.y)};
       fiber.lane = int(t % 32);
+      fiber.groups.clear(), fiber.open_group.clear();
       fiber.block = &block;
       fiber.warp = &block.warps[t / 32];
       fiber.warp->lanes.push_back(&fiber);
@@ -231,11 +266,11 @@ inline void check_guard(const Block& block, size_t shared_bytes) {
                                std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
-// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory without opting in to more.
+// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory of sm_90 (smaller chips: config.h).
 inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 &&
-         grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 && shared_bytes <= 48 << 10;
+         grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 && shared_bytes <= 227 << 10;
 }
 
 // Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other seeds shuffle blocks and
@@ -273,6 +308,9 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, st
 #define blockDim (simt::block_dim)
 #define gridDim (simt::grid_dim)
 #define __syncthreads simt::sync_block
+#define __syncwarp simt::sync_warp
+inline void __threadfence() {}
+inline int atomicAdd(int* to, int v) { return std::exchange(*to, *to + v); }  // threads take turns: every step is atomic
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -1,0 +1,148 @@
+// The frame of the fast GEMM kernels: a block multiplies kRows weight rows with kTokens tokens over its share of K.
+//
+// Weights are operand A of the tensor core (16 rows), tokens operand B (8 columns): with few tokens nothing is wasted. Both come
+// through a ring of kStages slots of shared memory, filled by cp.async; an Op says what a slot holds and what is done with it.
+// Grid: x weight tiles, y token tiles, z shares of K. Blocks of one tile leave partial sums in the workspace; the last one to
+// finish adds them up in order of z, so the result is the same every time. Nobody waits for another block.
+#pragma once
+#include "core/numeric.cuh"
+#include "core/tiles.cuh"
+
+namespace anybit {
+
+struct GemmArgs {
+  int m, n;
+  int stages;        // slots that all of K fills, one after the other
+  Tokens tokens;
+  const float* bias;  // [n] or null
+  void* y;            // [m, n]
+  int32_t dtype;      // DType of y
+  void* partials;     // [tile][share of K][accumulator][thread] 32-bit words; unused with one share
+};
+
+// Warps along the weight rows, m16 tiles per warp, n8 tiles per warp, 128-k chunks per slot, slots.
+template <int kWarps_, int kRowTiles_, int kTokenTiles_, int kChunks_, int kStages_>
+struct TileShape {
+  static constexpr int kWarps = kWarps_, kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_, kChunks = kChunks_, kStages = kStages_;
+  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles;
+};
+
+// Copy kTokens rows of chunks [first, first + kChunks), those below `end` only, to shared memory [chunk][token][128].
+template <class Shape>
+__device__ void copy_tokens(char* to, const Tokens& tokens, int first_token, int first, int end) {
+  constexpr int kParts = Shape::kTokens * kChunkBytes / 16;
+  ANYBIT_UNROLL
+  for (int c = 0; c < Shape::kChunks; ++c) {
+    if (first + c >= end) return;
+    const uint8_t* from = tokens.rows + token_offset(tokens.row_count, first + c, first_token, 0);
+    const uint8_t* aligned = from;  // first_token is a multiple of 8: its swizzle starts over
+    for (int i = threadIdx.x; i < kParts; i += Shape::kThreads) copy_async16(to + (c * kParts + i) * 16, aligned + i * 16);
+  }
+}
+
+// b[0..1], b[2..3]: the B fragments of k steps 2 * pair and 2 * pair + 1 of a chunk [token][128] for tokens 8 * tile.. .
+__device__ inline void load_token_fragments(uint32_t (&b)[4], const char* chunk, int tile, int pair) {
+  const int lane = threadIdx.x % 32, token = 8 * tile + lane % 8, part = 4 * pair + lane / 8;
+  load_matrices(b, chunk + token * kChunkBytes + (part ^ lane % 8) * 16);
+}
+
+// Adds up the partial accumulators of all blocks of this tile; true for the one block that then holds the sum.
+template <class Value, int kCount>
+__device__ bool sum_over_k(Value (&acc)[kCount], const GemmArgs& p, char* shared) {
+  const int shares = gridDim.z;
+  if (shares == 1) return true;
+  const size_t tile = size_t(blockIdx.y) * gridDim.x + blockIdx.x, share_words = size_t(kCount) * blockDim.x;
+  Value* partials = static_cast<Value*>(p.partials) + tile * shares * share_words + threadIdx.x;
+  ANYBIT_UNROLL
+  for (int i = 0; i < kCount; ++i) partials[blockIdx.z * share_words + i * blockDim.x] = acc[i];
+  __threadfence();
+  __syncthreads();
+  int* finished_sh = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 0) *finished_sh = atomicAdd(p.tokens.counters + tile, 1);
+  __syncthreads();
+  if (*finished_sh != shares - 1) return false;
+  __threadfence();
+  ANYBIT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    Value sum = 0;
+    for (int z = 0; z < shares; ++z) sum += __ldcg(partials + z * share_words + i * blockDim.x);
+    acc[i] = sum;
+  }
+  __syncthreads();  // before `shared` is used again
+  return true;
+}
+
+template <class T>
+__device__ void store_staged(const float* staged, const GemmArgs& p, int n0, int m0, int rows, int tokens) {
+  T* y = static_cast<T*>(p.y);
+  for (int i = threadIdx.x; i < rows * tokens; i += blockDim.x) {
+    const int n = n0 + i % rows, m = m0 + i / rows;
+    if (n >= p.n || m >= p.m) continue;
+    float v = staged[i / rows * (rows + 1) + i % rows];
+    if (p.bias) v = __fadd_rn(v, p.bias[n]);
+    store_saturated(y + size_t(m) * p.n + n, v);
+  }
+}
+
+// Writes the block's outputs, value(row_tile, token_tile, i) being accumulator i of the lane's fragment, through shared memory.
+template <class Shape, class F>
+__device__ void store_tile(const GemmArgs& p, char* shared, F value) {
+  constexpr int kPitch = Shape::kRows + 1;
+  float* staged = reinterpret_cast<float*>(shared);  // [kTokens][kPitch]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  ANYBIT_UNROLL
+  for (int r = 0; r < Shape::kRowTiles; ++r)
+    ANYBIT_UNROLL
+    for (int t = 0; t < Shape::kTokenTiles; ++t)
+      ANYBIT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
+        staged[token * kPitch + row] = value(r, t, i);
+      }
+  __syncthreads();
+  const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
+  if (p.dtype == kFloat16) store_staged<__half>(staged, p, n0, m0, Shape::kRows, Shape::kTokens);
+  else if (p.dtype == kBFloat16) store_staged<__nv_bfloat16>(staged, p, n0, m0, Shape::kRows, Shape::kTokens);
+  else store_staged<float>(staged, p, n0, m0, Shape::kRows, Shape::kTokens);
+}
+
+// Bytes of shared memory: the ring, or the staged outputs if they are larger.
+template <class Op>
+constexpr size_t gemm_shared_bytes() {
+  using Shape = typename Op::Shape;
+  const size_t ring = size_t(Op::kSlotBytes) * Shape::kStages, staged = sizeof(float) * Shape::kTokens * (Shape::kRows + 1);
+  return ring > staged ? ring : staged;
+}
+
+// Op: Args (a GemmArgs with more), Shape, kSlotBytes, kBlocksPerSm; Op(args); load_weights(slot, stage),
+// load_tokens(slot, stage), multiply(slot, stage), finish(shared).
+template <class Op>
+__global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
+  constexpr int kStages = Op::Shape::kStages;
+  char* ring = dynamic_shared<char>();
+  const int first = int(int64_t(p.stages) * blockIdx.z / gridDim.z), end = int(int64_t(p.stages) * (blockIdx.z + 1) / gridDim.z);
+  Op op(p);
+  const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
+  for (int s = first; s < first + kStages - 1 && s < end; ++s) op.load_weights(slot(s), s);
+  wait_for_earlier_launch();  // only weights are read before: they never change
+  for (int s = first; s < first + kStages - 1; ++s) {
+    if (s < end) op.load_tokens(slot(s), s);
+    commit_copies();
+  }
+  for (int s = first; s < end; ++s) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // slot s has arrived for all threads, and all have left slot s - 1
+    const int next = s + kStages - 1;
+    if (next < end) {
+      op.load_weights(slot(next), next);
+      op.load_tokens(slot(next), next);
+    }
+    commit_copies();
+    op.multiply(slot(s), s);
+  }
+  wait_for_copies<0>();
+  __syncthreads();  // the ring is free for the results
+  op.finish(ring);
+}
+
+}  // namespace anybit
