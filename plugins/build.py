@@ -145,7 +145,7 @@ def build_library(arch: str = "all") -> Path:
     include = [f"-I{folder}" for folder in flags["include"]]
     nvcc = [str(cuda.nvcc), *flags["nvcc"], *_gencode(architectures), *include, f"-I{cuda.include}"]
     host = [cxx, *flags["cxx"], *include, "-isystem", str(cuda.include)]
-    compiles = dict.fromkeys(_sources("*/launch.cu"), nvcc)
+    compiles = dict.fromkeys(_sources("*/*.cu"), nvcc)
     compiles |= dict.fromkeys(_sources("*/plugin.cpp", "core/*.cpp", "core/trt/*.cpp"), host)
     link = [cxx, "-shared", *flags["link"], "{}", f"-L{cuda.lib}", *flags["libraries"]]
     record = {"architectures": architectures, "nvcc": str(cuda.nvcc), "nvcc_version": cuda.version()}
@@ -161,7 +161,7 @@ def build_sim() -> Path:
     """
     flags, cxx = _flags(), find_program("g++", "g++")
     compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
-    compiles = dict.fromkeys(_sources("*/launch.cu"), compiler)
+    compiles = dict.fromkeys(_sources("*/*.cu"), compiler)
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
     return _build(build_folder() / SIM_LIBRARY, {"compiler": version}, compiles, [cxx, "-shared", "-Wl,--no-undefined", "{}"])
 

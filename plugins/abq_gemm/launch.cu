@@ -1,6 +1,8 @@
 // ABQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
+#include "abq_gemm/config.h"
+#include "abq_gemm/families.h"
 #include "abq_gemm/kernel.cuh"
-#include "core/launch.h"
+#include "core/frame.h"
 
 namespace anybit {
 namespace {
@@ -23,47 +25,109 @@ bool supported(const GemmShape& s) {
   return s.abits >= 2 && s.abits <= 8 && 128 * (s.levels - 1) * group_len < int64_t(1) << 31;
 }
 
-AbqArgs args_from(const GemmShape& s) {
+AbqArgs simple_args(const GemmShape& s) {
   AbqArgs p = {};
   p.m = s.m, p.n = s.n, p.k = s.k;
-  p.group_len = s.group_size ? s.group_size : s.k;
-  p.n_groups = s.k / p.group_len;
-  p.group_words = ceil_div(p.group_len, 32);
-  p.row_words = round_up(p.n_groups * p.group_words, 4);
+  p.group_len = abq_group_len(s);
+  p.n_groups = abq_n_groups(s);
+  p.group_words = abq_group_words(s);
+  p.row_words = abq_row_words(s);
   p.planes = s.planes, p.abits = s.abits, p.act_symmetric = s.act_symmetric != 0;
   return p;
 }
 
-size_t planes_offset(const AbqArgs& p) { return round_up(size_t(p.m) * (sizeof(float) + sizeof(int32_t)), size_t(16)); }
+size_t carve_simple(AbqArgs& p, void* workspace) {
+  Carver carver(workspace);
+  if (p.abits == 16) return 0;
+  p.token_scale = carver.take<float>(p.m);
+  p.token_zero = carver.take<int32_t>(p.m);
+  p.token_planes = carver.take<uint32_t>(size_t(p.abits) * p.m * p.row_words);
+  return carver.used();
+}
 
 template <class T>
-cudaError_t run(const AbqArgs& p, cudaStream_t stream) {
+cudaError_t run_simple(const AbqArgs& p, cudaStream_t stream) {
   const dim3 outputs(ceil_div(p.n, kAbqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
   if (p.abits == 16) return launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm_float<T>, p);
   const cudaError_t error = launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, abq_quantize<T>, p);
   return error != cudaSuccess ? error : launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm<T>, p);
 }
 
+AbqGemmArgs fast_args(const GemmShape& s) {
+  AbqGemmArgs p = {};
+  p.m = s.m, p.n = s.n, p.dtype = s.dtype;
+  p.group_len = abq_group_len(s);
+  p.n_groups = abq_n_groups(s);
+  p.group_words = abq_group_words(s);
+  p.row_words = abq_row_words(s);
+  p.planes = s.planes, p.asymmetric = s.act_symmetric == 0;
+  // |P| and |z Q| stay below 128 (levels - 1) L, |zero A| and |z L zero| below 128 L |zero|
+  const int64_t limit = ((int64_t{1} << 31) - 1) / (int64_t{256} * p.group_len) - (s.levels - 1);
+  p.zero_limit = limit < 0 ? -1 : int32_t(limit);
+  return p;
+}
+
+// Lays out the workspace; with none only counts its bytes.
+size_t carve_fast(AbqGemmArgs& p, const Plan& plan, const Device& device, void* workspace) {
+  Carver carver(workspace);
+  carve_partials(carver, p, plan, device);
+  carve_tokens(carver, p.tokens, p.m, p.m, p.row_words / 4, p.n_groups);
+  return carver.used();
+}
+
+size_t workspace_of(int kernel, const GemmShape& s, const Device& device) {
+  if (kernel == kAbqSimple) {
+    AbqArgs p = simple_args(s);
+    return carve_simple(p, nullptr);
+  }
+  AbqGemmArgs p = fast_args(s);
+  return carve_fast(p, abq_plan(kernel, s, device), device, nullptr);
+}
+
+constexpr KernelTable kTable = {kAbqKernels, kAbqKernelNames, supported, abq_plan, abq_choose, workspace_of};
+
+cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
+  AbqArgs p = simple_args(s);
+  carve_simple(p, b.workspace);
+  p.x = b.x, p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
+}
+
+cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
+  const Plan plan = abq_plan(config.kernel, s, device);
+  AbqGemmArgs p = fast_args(s);
+  carve_fast(p, plan, device, b.workspace);
+  p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  p.stages = ceil_div(p.row_words, 4 * plan.tile.chunks);
+  const cudaError_t error = prepare_words(s, b.x, abq_form(s).words, config.shares > 1 ? int(plan.tiles(s)) : 0, p.tokens, stream);
+  if (error != cudaSuccess) return error;
+  return abq_int8(p, abq_form(s), config.kernel - kAbqInt8T8, {config.shares, device, stream});
+}
+
 }  // namespace
 }  // namespace anybit
 
-size_t anybit_abq_gemm_workspace(const GemmShape* shape) {
-  if (!anybit::supported(*shape) || shape->abits == 16) return 0;
-  const anybit::AbqArgs p = anybit::args_from(*shape);
-  return anybit::planes_offset(p) + size_t(p.abits) * p.m * p.row_words * sizeof(uint32_t);
+size_t anybit_abq_gemm_workspace(const GemmShape* shape) { return anybit::workspace_bytes(anybit::kTable, shape); }
+
+int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
+  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
 }
+
+const char* anybit_abq_gemm_kernel(int32_t tactic) { return anybit::kernel_name(anybit::kTable, tactic); }
 
 int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
   using namespace anybit;
   if (!supported(*shape)) return cudaErrorInvalidValue;
   if (shape->m == 0) return cudaSuccess;
   if (!b->x || !b->weight || !b->scale || !b->zero || !b->y) return cudaErrorInvalidValue;
-  if (anybit_abq_gemm_workspace(shape) && !b->workspace) return cudaErrorInvalidValue;
-  AbqArgs p = args_from(*shape);
-  p.x = b->x, p.scale = b->scale, p.zero = b->zero, p.bias = b->bias, p.y = b->y;
-  p.weight = reinterpret_cast<const uint32_t*>(b->weight);
-  p.token_scale = static_cast<float*>(b->workspace);
-  p.token_zero = reinterpret_cast<int32_t*>(p.token_scale + p.m);
-  p.token_planes = reinterpret_cast<uint32_t*>(static_cast<char*>(b->workspace) + planes_offset(p));
-  return with_dtype(shape->dtype, [&](auto t) { return run<decltype(t)>(p, static_cast<cudaStream_t>(cuda_stream)); });
+  Device device;
+  Config config;
+  cudaError_t error = query_device(device);
+  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
+  if (error != cudaSuccess) return error;
+  if (!b->workspace && workspace_of(config.kernel, *shape, device)) return cudaErrorInvalidValue;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  return config.kernel == kAbqSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
 }

@@ -20,7 +20,9 @@ struct GemmShape {
   int32_t abits;          // activation bits 2..8, or 16 = activations stay floating point
   int32_t act_symmetric;  // 1 = symmetric activation codes
   int32_t dtype;          // DType of x and y
+  int32_t tactic;         // one that anybit_*_tactics lists; 0 = choose; for the workspace also kAnyTactic
 };
+constexpr int32_t kAnyTactic = -1;  // as much workspace as the hungriest tactic needs
 
 // Device pointers (host pointers in the simulation); what an op does not use is null.
 struct GemmBuffers {
@@ -38,6 +40,14 @@ struct GemmBuffers {
 // the largest size serves many calls on one stream.
 ANYBIT_API size_t anybit_abq_gemm_workspace(const GemmShape* shape);
 ANYBIT_API size_t anybit_qqq_gemm_workspace(const GemmShape* shape);
+
+// Fills in the tactics that can run this shape on the current GPU, the default choice first, at most `capacity`; returns how many
+// there are. A tactic that can run a shape can run it with any number of tokens.
+ANYBIT_API int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
+ANYBIT_API int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
+// Name of a tactic's kernel, such as "int8 64x8" (weight rows x tokens of a tile); "?" for a number that is none.
+ANYBIT_API const char* anybit_abq_gemm_kernel(int32_t tactic);
+ANYBIT_API const char* anybit_qqq_gemm_kernel(int32_t tactic);
 
 // Enqueue the GEMM on `cuda_stream` (a cudaStream_t). No allocation, no synchronisation, no state kept between calls.
 // Returns a cudaError_t: 0, cudaErrorInvalidValue (1) for a refused shape or a missing buffer, or a launch error.

@@ -27,7 +27,7 @@ struct TileShape {
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles;
 };
 
-// Copy kTokens rows of chunks [first, first + kChunks), those below `end` only, to shared memory [chunk][token][128].
+// Copy kTokens rows (from a multiple of 8, where the swizzle starts over) of chunks [first, first + kChunks), those below `end` only, to shared memory [chunk][token][128].
 template <class Shape>
 __device__ void copy_tokens(char* to, const Tokens& tokens, int first_token, int first, int end) {
   constexpr int kParts = Shape::kTokens * kChunkBytes / 16;
@@ -35,8 +35,7 @@ __device__ void copy_tokens(char* to, const Tokens& tokens, int first_token, int
   for (int c = 0; c < Shape::kChunks; ++c) {
     if (first + c >= end) return;
     const uint8_t* from = tokens.rows + token_offset(tokens.row_count, first + c, first_token, 0);
-    const uint8_t* aligned = from;  // first_token is a multiple of 8: its swizzle starts over
-    for (int i = threadIdx.x; i < kParts; i += Shape::kThreads) copy_async16(to + (c * kParts + i) * 16, aligned + i * 16);
+    for (int i = threadIdx.x; i < kParts; i += Shape::kThreads) copy_async16(to + (c * kParts + i) * 16, from + i * 16);
   }
 }
 
@@ -46,29 +45,32 @@ __device__ inline void load_token_fragments(uint32_t (&b)[4], const char* chunk,
   load_matrices(b, chunk + token * kChunkBytes + (part ^ lane % 8) * 16);
 }
 
-// Adds up the partial accumulators of all blocks of this tile; true for the one block that then holds the sum.
-template <class Value, int kCount>
-__device__ bool sum_over_k(Value (&acc)[kCount], const GemmArgs& p, char* shared) {
+// Adds up the accumulators of all blocks of this tile, share by share; true for the one block that then holds the sum.
+template <class Value, int kRowTiles, int kTokenTiles>
+__device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmArgs& p, char* shared) {
+  constexpr int kCount = kRowTiles * kTokenTiles * 4;
   const int shares = gridDim.z;
   if (shares == 1) return true;
   const size_t tile = size_t(blockIdx.y) * gridDim.x + blockIdx.x, share_words = size_t(kCount) * blockDim.x;
   Value* partials = static_cast<Value*>(p.partials) + tile * shares * share_words + threadIdx.x;
+  Value* mine = partials + blockIdx.z * share_words;
   ANYBIT_UNROLL
-  for (int i = 0; i < kCount; ++i) partials[blockIdx.z * share_words + i * blockDim.x] = acc[i];
+  for (int i = 0; i < kCount; ++i) mine[i * blockDim.x] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
   __threadfence();
   __syncthreads();
   int* finished_sh = reinterpret_cast<int*>(shared);
   if (threadIdx.x == 0) *finished_sh = atomicAdd(p.tokens.counters + tile, 1);
   __syncthreads();
-  if (*finished_sh != shares - 1) return false;
+  const bool last = *finished_sh == shares - 1;
+  __syncthreads();  // before `shared` is used again
+  if (!last) return false;
   __threadfence();
   ANYBIT_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    Value sum = 0;
-    for (int z = 0; z < shares; ++z) sum += __ldcg(partials + z * share_words + i * blockDim.x);
-    acc[i] = sum;
+    Value sum = __ldcg(partials + i * blockDim.x);
+    for (int z = 1; z < shares; ++z) sum += __ldcg(partials + z * share_words + i * blockDim.x);
+    acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4] = sum;
   }
-  __syncthreads();  // before `shared` is used again
   return true;
 }
 

@@ -8,9 +8,11 @@
 #include <type_traits>
 #ifdef __CUDACC__
 #define ANYBIT_UNROLL _Pragma("unroll")
+#define ANYBIT_ROLLED _Pragma("unroll 1")  // keeps code small where unrolling gains nothing
 #else
 #include "core/simt.h"
 #define ANYBIT_UNROLL
+#define ANYBIT_ROLLED
 #endif
 
 namespace anybit {

@@ -21,10 +21,12 @@
 #include <string>
 #include <utility>
 #include <vector>
+#undef __launch_bounds__
 #undef __global__
 #undef __device__
 #undef __host__
 #define __global__
+#define __launch_bounds__(...)
 #define __device__
 #define __host__
 
@@ -310,6 +312,10 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, st
 #define __syncthreads simt::sync_block
 #define __syncwarp simt::sync_warp
 inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
 inline int atomicAdd(int* to, int v) { return std::exchange(*to, *to + v); }  // threads take turns: every step is atomic
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off

@@ -1,0 +1,87 @@
+// Choice of kernel, tile and shares of K: pure functions of the shape and the GPU, so that they are tested without one.
+//
+// A tactic is what TensorRT may time and pass to setTactic(): kTacticKernel * kernel + shares; 0 leaves the choice to us.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+#include "core/params.h"
+
+namespace anybit {
+
+// What the choice needs to know about a GPU.
+struct Device {
+  int sm;                // compute capability: 80, 89, 90, ...
+  int multiprocessors;
+  int shared_per_block;  // bytes that a block may have after opting in
+  int shared_per_sm;     // bytes of all blocks of a multiprocessor
+};
+
+// One row of a kernel table. A block covers 16 * warps * row_tiles weight rows and 8 * token_tiles tokens and walks K in slots of
+// chunks * 128 elements, `stages` of which are in shared memory.
+struct Tile {
+  int warps, row_tiles, token_tiles, chunks, stages;
+
+  constexpr int rows() const { return 16 * warps * row_tiles; }
+  constexpr int tokens() const { return 8 * token_tiles; }
+  constexpr int threads() const { return 32 * warps; }
+  constexpr int outputs_per_thread() const { return 4 * row_tiles * token_tiles; }
+};
+
+template <class T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+template <class T>
+constexpr T round_up(T a, T b) {
+  return ceil_div(a, b) * b;
+}
+
+// A kernel of an op's table and the number of blocks that share the K of one tile.
+struct Config {
+  int kernel;
+  int shares;
+};
+
+constexpr int kTacticKernel = 64;
+constexpr int kMostShares = kTacticKernel - 1;
+
+constexpr int32_t tactic_from_config(Config c) { return kTacticKernel * (c.kernel + 1) + c.shares; }
+constexpr Config config_from_tactic(int32_t tactic) { return {tactic / kTacticKernel - 1, tactic % kTacticKernel}; }
+
+constexpr int64_t kMostGridY = 65535;
+
+// How one kernel of an op's table would run a shape. Kernel 0 of every op is the simple one: it runs everything, and has no tile.
+struct Plan {
+  bool runs = false;
+  Tile tile = {};
+  size_t shared_bytes = 0;
+  int most_shares = 1;  // shares of K that are whole slots and whole groups
+
+  int64_t tiles(const GemmShape& s) const { return ceil_div<int64_t>(s.n, tile.rows()) * ceil_div<int64_t>(s.m, tile.tokens()); }
+  // Blocks that run at the same time on the whole GPU, as far as shared memory and threads decide.
+  int resident_blocks(const Device& device) const {
+    const int by_shared = int(device.shared_per_sm / (shared_bytes + 1024)), by_threads = 1024 / tile.threads();
+    const int per_sm = by_shared < by_threads ? by_shared : by_threads;
+    return device.multiprocessors * (per_sm < 1 ? 1 : per_sm);
+  }
+  // Partial sums have room for this many blocks, whatever the number of tokens; K of more tiles is never shared.
+  int most_split_blocks(const Device& device) const { return 2 * resident_blocks(device); }
+};
+using Planner = Plan (*)(int kernel, const GemmShape& shape, const Device& device);
+
+// At most `wanted` shares, and no more than K and the room for partial sums allow.
+inline int limited_shares(const Plan& plan, int64_t wanted, const GemmShape& s, const Device& device) {
+  if (plan.most_shares == 1) return 1;
+  const int64_t room = plan.most_split_blocks(device) / plan.tiles(s);
+  for (const int64_t most : {room, int64_t(plan.most_shares), int64_t(kMostShares)}) wanted = wanted < most ? wanted : most;
+  return wanted < 1 ? 1 : int(wanted);
+}
+
+// The kernel with the shares of K that fill the GPU once: all multiprocessors then read weights at the same time.
+inline Config filling_config(int kernel, const Plan& plan, const GemmShape& s, const Device& device) {
+  return {kernel, plan.most_shares == 1 ? 1 : limited_shares(plan, plan.resident_blocks(device) / plan.tiles(s), s, device)};
+}
+
+}  // namespace anybit

@@ -1,0 +1,167 @@
+// Host side of every op: where the parts of the workspace lie, which GPU this is, and how a table index becomes a template.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "core/config.h"
+#include "core/launch.h"
+#include "core/pipeline.cuh"
+
+namespace anybit {
+
+// Hands out aligned parts of one buffer; with no buffer it only counts.
+class Carver {
+ public:
+  explicit Carver(void* buffer) : at_(static_cast<char*>(buffer)) {}
+  template <class T>
+  T* take(size_t count) {
+    used_ = round_up(used_, size_t(128));
+    T* part = at_ ? reinterpret_cast<T*>(at_ + used_) : nullptr;
+    used_ += count * sizeof(T);
+    return part;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* at_;
+  size_t used_ = 0;
+};
+
+// Lays out prepared tokens (row_count rows of `chunks` chunks) and partial sums for tiles x shares.
+inline void carve_tokens(Carver& carver, Tokens& tokens, int m, int row_count, int chunks, int n_groups) {
+  tokens.row_count = round_up(row_count, kTokenRowsMultiple);
+  tokens.rows = carver.take<uint8_t>(size_t(chunks) * tokens.row_count * kChunkBytes);
+  tokens.scale = carver.take<float>(m);
+  tokens.zero = carver.take<int32_t>(m);
+  tokens.sum_pitch = m;
+  tokens.sums = carver.take<int32_t>(size_t(n_groups) * m);
+}
+
+// Counters and partial sums for any shares of K that may be asked for, whatever the number of tokens.
+inline void carve_partials(Carver& carver, GemmArgs& p, const Plan& plan, const Device& device) {
+  const size_t blocks = plan.most_shares > 1 ? plan.most_split_blocks(device) : 0;
+  p.tokens.counters = carver.take<int32_t>(blocks);
+  p.partials = carver.take<int32_t>(blocks * plan.tile.outputs_per_thread() * plan.tile.threads());
+}
+
+#ifdef __CUDACC__
+inline cudaError_t query_device(Device& device) {
+  int ordinal = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
+  };
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  read(device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  device.sm = 10 * major + minor;
+  return error;
+}
+#else
+inline Device sim_device{90, 4, 227 << 10, 228 << 10};  // few multiprocessors, so that small shapes are not split to pieces
+inline cudaError_t query_device(Device& device) {
+  device = sim_device;
+  return cudaSuccess;
+}
+#endif
+
+// What differs between the ops.
+struct KernelTable {
+  int count;
+  const char* const* names;
+  bool (*supported)(const GemmShape& shape);
+  Planner plan;
+  int (*choose)(const GemmShape& shape, const Device& device);
+  size_t (*workspace)(int kernel, const GemmShape& shape, const Device& device);
+};
+
+// The shape's tactic with its plan, or the default choice. A tactic's shares are an upper limit: fewer tokens may allow fewer.
+inline cudaError_t config_of(const KernelTable& table, const GemmShape& s, const Device& device, Config& config) {
+  config = s.tactic ? config_from_tactic(s.tactic) : Config{table.choose(s, device), 0};
+  if (config.kernel < 0 || config.kernel >= table.count || (s.tactic && config.shares < 1)) return cudaErrorInvalidValue;
+  const Plan plan = table.plan(config.kernel, s, device);
+  if (!plan.runs) return cudaErrorInvalidValue;
+  config.shares = s.tactic ? limited_shares(plan, config.shares, s, device) : filling_config(config.kernel, plan, s, device).shares;
+  return cudaSuccess;
+}
+
+// anybit_*_tactics
+inline int list_tactics(const KernelTable& table, const GemmShape* shape, int32_t* tactics, int capacity) {
+  Device device;
+  if (!table.supported(*shape) || query_device(device) != cudaSuccess) return 0;
+  int count = 0;
+  const auto add = [&](int kernel) {
+    const Plan plan = table.plan(kernel, *shape, device);
+    if (!plan.runs) return;
+    if (count < capacity) tactics[count] = tactic_from_config(filling_config(kernel, plan, *shape, device));
+    ++count;
+  };
+  const int chosen = table.choose(*shape, device);
+  add(chosen);
+  for (int kernel = 0; kernel < table.count; ++kernel)
+    if (kernel != chosen) add(kernel);
+  return count;
+}
+
+// anybit_*_kernel
+inline const char* kernel_name(const KernelTable& table, int32_t tactic) {
+  const int kernel = config_from_tactic(tactic).kernel;
+  return tactic > 0 && kernel >= 0 && kernel < table.count ? table.names[kernel] : "?";
+}
+
+// anybit_*_workspace
+inline size_t workspace_bytes(const KernelTable& table, const GemmShape* shape) {
+  Device device;
+  if (!table.supported(*shape) || query_device(device) != cudaSuccess) return 0;
+  size_t most = 0;
+  for (int kernel = 0; kernel < table.count; ++kernel) {
+    if (shape->tactic != kAnyTactic) {
+      Config config;
+      if (config_of(table, *shape, device, config) != cudaSuccess) return 0;
+      if (config.kernel != kernel) continue;
+    }
+    if (!table.plan(kernel, *shape, device).runs) continue;
+    const size_t bytes = table.workspace(kernel, *shape, device);
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+// f(std::integral_constant<int, index>()) for a run-time index below kCount.
+template <int kCount, int kFirst = 0, class F>
+auto with_index(int index, F&& f) {
+  if constexpr (kFirst + 1 < kCount) {
+    if (index != kFirst) return with_index<kCount, kFirst + 1>(index, std::forward<F>(f));
+  }
+  return f(std::integral_constant<int, kFirst>());
+}
+
+// How a GEMM is started.
+struct Split {
+  int shares;  // of K
+  const Device& device;
+  cudaStream_t stream;
+};
+
+// Start gemm<Op> over all tiles of p.
+template <class Op>
+cudaError_t launch_gemm(const typename Op::Args& p, const Split& split) {
+  using Shape = typename Op::Shape;
+  LaunchShape shape;
+  shape.grid = dim3(ceil_div(p.n, Shape::kRows), ceil_div(p.m, Shape::kTokens), split.shares);
+  shape.block = dim3(Shape::kThreads);
+  shape.shared_bytes = gemm_shared_bytes<Op>();
+  shape.overlap = split.device.sm >= 90;
+  return launch(shape, split.stream, gemm<Op>, p);
+}
+
+}  // namespace anybit
+
+#ifndef __CUDACC__
+// The simulation's GPU, for the choice of kernels.
+ANYBIT_API inline __attribute__((used)) void anybit_sim_set_device(int sm, int multiprocessors, int shared_per_block) {
+  anybit::sim_device = {sm, multiprocessors, shared_per_block, shared_per_block + 1024};
+}
+#endif
