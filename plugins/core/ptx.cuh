@@ -30,6 +30,26 @@ __device__ inline T* dynamic_shared() {
 #endif
 }
 
+// min and max in which NaN wins over every number (fminf and fmaxf drop it). PTX min.NaN.f32 and max.NaN.f32, sm_80 and later.
+__device__ inline float min_nan(float a, float b) {
+#ifdef __CUDACC__
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a != a || a < b ? a : b;
+#endif
+}
+__device__ inline float max_nan(float a, float b) {
+#ifdef __CUDACC__
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a != a || a > b ? a : b;
+#endif
+}
+
 // `value` of lane (own lane ^ lane_mask). All 32 lanes must call it. PTX shfl.sync.bfly.b32.
 __device__ inline float shuffle_xor(float value, int lane_mask) {
 #ifdef __CUDACC__
