@@ -67,21 +67,28 @@ AbqGemmArgs fast_args(const GemmShape& s) {
   return p;
 }
 
+PrepareShape prepare_shape(const GemmShape& s) {
+  PrepareShape p = {};
+  p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
+  p.order = kSlotCodes, p.unit_words = abq_form(s).words;
+  return p;
+}
+
 // Lays out the workspace; with none only counts its bytes.
-size_t carve_fast(AbqGemmArgs& p, const Plan& plan, const Device& device, void* workspace) {
+size_t carve_fast(AbqGemmArgs& p, const Plan& plan, const GemmShape& s, void* workspace) {
   Carver carver(workspace);
-  carve_partials(carver, p, plan, device);
-  carve_tokens(carver, p.tokens, p.m, p.m, p.row_words / 4, p.n_groups);
+  carve_partials(carver, p, plan);
+  carve_tokens(carver, p.tokens, prepare_shape(s), p.n_groups);
   return carver.used();
 }
 
-size_t workspace_of(int kernel, const GemmShape& s, const Device& device) {
+size_t workspace_of(int kernel, const GemmShape& s) {
   if (kernel == kAbqSimple) {
     AbqArgs p = simple_args(s);
     return carve_simple(p, nullptr);
   }
   AbqGemmArgs p = fast_args(s);
-  return carve_fast(p, abq_plan(kernel, s, device), device, nullptr);
+  return carve_fast(p, abq_plan(kernel, s, {}), s, nullptr);
 }
 
 constexpr KernelTable kTable = {kAbqKernels, kAbqKernelNames, supported, abq_plan, abq_choose, workspace_of};
@@ -97,11 +104,13 @@ cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream
 cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
   const Plan plan = abq_plan(config.kernel, s, device);
   AbqGemmArgs p = fast_args(s);
-  carve_fast(p, plan, device, b.workspace);
+  carve_fast(p, plan, s, b.workspace);
   p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
   p.weight = reinterpret_cast<const uint32_t*>(b.weight);
   p.stages = ceil_div(p.row_words, 4 * plan.tile.chunks);
-  const cudaError_t error = prepare_words(s, b.x, abq_form(s).words, config.shares > 1 ? int(plan.tiles(s)) : 0, p.tokens, stream);
+  PrepareShape prepare = prepare_shape(s);
+  prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
+  const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
   if (error != cudaSuccess) return error;
   return abq_int8(p, abq_form(s), config.kernel - kAbqInt8T8, {config.shares, device, stream});
 }
@@ -127,7 +136,7 @@ int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_str
   cudaError_t error = query_device(device);
   if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
   if (error != cudaSuccess) return error;
-  if (!b->workspace && workspace_of(config.kernel, *shape, device)) return cudaErrorInvalidValue;
+  if (!b->workspace && workspace_of(config.kernel, *shape)) return cudaErrorInvalidValue;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   return config.kernel == kAbqSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
 }

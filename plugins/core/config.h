@@ -51,6 +51,7 @@ constexpr int32_t tactic_from_config(Config c) { return kTacticKernel * (c.kerne
 constexpr Config config_from_tactic(int32_t tactic) { return {tactic / kTacticKernel - 1, tactic % kTacticKernel}; }
 
 constexpr int64_t kMostGridY = 65535;
+constexpr size_t kPartialBytes = 4 << 20;  // of partial sums: the workspace must be known where an engine is built, maybe without a GPU
 
 // How one kernel of an op's table would run a shape. Kernel 0 of every op is the simple one: it runs everything, and has no tile.
 struct Plan {
@@ -66,22 +67,22 @@ struct Plan {
     const int per_sm = by_shared < by_threads ? by_shared : by_threads;
     return device.multiprocessors * (per_sm < 1 ? 1 : per_sm);
   }
-  // Partial sums have room for this many blocks, whatever the number of tokens; K of more tiles is never shared.
-  int most_split_blocks(const Device& device) const { return 2 * resident_blocks(device); }
+  // Partial sums have room for this many blocks, whatever the number of tokens and the GPU; K of more tiles is never shared.
+  int most_split_blocks() const { return int(kPartialBytes / (sizeof(int32_t) * tile.rows() * tile.tokens())); }
 };
 using Planner = Plan (*)(int kernel, const GemmShape& shape, const Device& device);
 
 // At most `wanted` shares, and no more than K and the room for partial sums allow.
-inline int limited_shares(const Plan& plan, int64_t wanted, const GemmShape& s, const Device& device) {
+inline int limited_shares(const Plan& plan, int64_t wanted, const GemmShape& s) {
   if (plan.most_shares == 1) return 1;
-  const int64_t room = plan.most_split_blocks(device) / plan.tiles(s);
+  const int64_t room = plan.most_split_blocks() / plan.tiles(s);
   for (const int64_t most : {room, int64_t(plan.most_shares), int64_t(kMostShares)}) wanted = wanted < most ? wanted : most;
   return wanted < 1 ? 1 : int(wanted);
 }
 
 // The kernel with the shares of K that fill the GPU once: all multiprocessors then read weights at the same time.
 inline Config filling_config(int kernel, const Plan& plan, const GemmShape& s, const Device& device) {
-  return {kernel, plan.most_shares == 1 ? 1 : limited_shares(plan, plan.resident_blocks(device) / plan.tiles(s), s, device)};
+  return {kernel, plan.most_shares == 1 ? 1 : limited_shares(plan, plan.resident_blocks(device) / plan.tiles(s), s)};
 }
 
 }  // namespace anybit

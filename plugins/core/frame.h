@@ -6,6 +6,7 @@
 #include "core/config.h"
 #include "core/launch.h"
 #include "core/pipeline.cuh"
+#include "core/prepare.h"
 
 namespace anybit {
 
@@ -27,19 +28,19 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Lays out prepared tokens (row_count rows of `chunks` chunks) and partial sums for tiles x shares.
-inline void carve_tokens(Carver& carver, Tokens& tokens, int m, int row_count, int chunks, int n_groups) {
-  tokens.row_count = round_up(row_count, kTokenRowsMultiple);
-  tokens.rows = carver.take<uint8_t>(size_t(chunks) * tokens.row_count * kChunkBytes);
-  tokens.scale = carver.take<float>(m);
-  tokens.zero = carver.take<int32_t>(m);
-  tokens.sum_pitch = m;
-  tokens.sums = carver.take<int32_t>(size_t(n_groups) * m);
+// Lays out what the token kernel of `shape` writes; n_groups 0: no sums.
+inline void carve_tokens(Carver& carver, Tokens& tokens, const PrepareShape& shape, int n_groups) {
+  tokens.row_count = token_row_count(shape);
+  tokens.rows = carver.take<uint8_t>(size_t(token_chunks(shape)) * tokens.row_count * kChunkBytes);
+  tokens.scale = carver.take<float>(shape.m);
+  tokens.zero = carver.take<int32_t>(shape.m);
+  tokens.sum_pitch = shape.m;
+  tokens.sums = carver.take<int32_t>(size_t(n_groups) * shape.m);
 }
 
 // Counters and partial sums for any shares of K that may be asked for, whatever the number of tokens.
-inline void carve_partials(Carver& carver, GemmArgs& p, const Plan& plan, const Device& device) {
-  const size_t blocks = plan.most_shares > 1 ? plan.most_split_blocks(device) : 0;
+inline void carve_partials(Carver& carver, GemmArgs& p, const Plan& plan) {
+  const size_t blocks = plan.most_shares > 1 ? plan.most_split_blocks() : 0;
   p.tokens.counters = carver.take<int32_t>(blocks);
   p.partials = carver.take<int32_t>(blocks * plan.tile.outputs_per_thread() * plan.tile.threads());
 }
@@ -74,7 +75,7 @@ struct KernelTable {
   bool (*supported)(const GemmShape& shape);
   Planner plan;
   int (*choose)(const GemmShape& shape, const Device& device);
-  size_t (*workspace)(int kernel, const GemmShape& shape, const Device& device);
+  size_t (*workspace)(int kernel, const GemmShape& shape);  // the same for every GPU
 };
 
 // The shape's tactic with its plan, or the default choice. A tactic's shares are an upper limit: fewer tokens may allow fewer.
@@ -83,7 +84,7 @@ inline cudaError_t config_of(const KernelTable& table, const GemmShape& s, const
   if (config.kernel < 0 || config.kernel >= table.count || (s.tactic && config.shares < 1)) return cudaErrorInvalidValue;
   const Plan plan = table.plan(config.kernel, s, device);
   if (!plan.runs) return cudaErrorInvalidValue;
-  config.shares = s.tactic ? limited_shares(plan, config.shares, s, device) : filling_config(config.kernel, plan, s, device).shares;
+  config.shares = s.tactic ? limited_shares(plan, config.shares, s) : filling_config(config.kernel, plan, s, device).shares;
   return cudaSuccess;
 }
 
@@ -113,17 +114,15 @@ inline const char* kernel_name(const KernelTable& table, int32_t tactic) {
 
 // anybit_*_workspace
 inline size_t workspace_bytes(const KernelTable& table, const GemmShape* shape) {
+  if (!table.supported(*shape)) return 0;
   Device device;
-  if (!table.supported(*shape) || query_device(device) != cudaSuccess) return 0;
-  size_t most = 0;
+  Config config;
+  if (shape->tactic != kAnyTactic && query_device(device) == cudaSuccess) {
+    return config_of(table, *shape, device, config) == cudaSuccess ? table.workspace(config.kernel, *shape) : 0;
+  }
+  size_t most = 0;  // for any tactic; or a choice that a GPU must make that is not here
   for (int kernel = 0; kernel < table.count; ++kernel) {
-    if (shape->tactic != kAnyTactic) {
-      Config config;
-      if (config_of(table, *shape, device, config) != cudaSuccess) return 0;
-      if (config.kernel != kernel) continue;
-    }
-    if (!table.plan(kernel, *shape, device).runs) continue;
-    const size_t bytes = table.workspace(kernel, *shape, device);
+    const size_t bytes = table.workspace(kernel, *shape);
     most = bytes > most ? bytes : most;
   }
   return most;
