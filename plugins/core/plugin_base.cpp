@@ -187,6 +187,8 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     return 0;
   }
 
+  // Timings of tactics may be kept for layers of the same attributes.
+  const char* getTimingCacheID() noexcept override { return metadata_.c_str(); }
   const char* getMetadataString() noexcept override { return metadata_.c_str(); }
 
   // ---- run time ----
