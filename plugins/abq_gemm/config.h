@@ -39,11 +39,6 @@ constexpr size_t abq_slot_bytes(const Tile& tile, int planes) {
   return size_t(planes) * tile.rows() * tile.chunks * 16 + size_t(tile.chunks) * tile.tokens() * 128;
 }
 
-constexpr size_t gemm_shared_bytes(const Tile& tile, size_t slot_bytes) {
-  const size_t ring = slot_bytes * tile.stages, staged = sizeof(float) * tile.tokens() * (tile.rows() + 1);
-  return ring > staged ? ring : staged;
-}
-
 // How kernel `kernel` would run a shape that the op takes.
 inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
   Plan plan;

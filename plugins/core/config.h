@@ -29,6 +29,12 @@ struct Tile {
   constexpr int outputs_per_thread() const { return 4 * row_tiles * token_tiles; }
 };
 
+// Bytes of shared memory: the ring of slots, or the staged outputs if they are larger.
+constexpr size_t gemm_shared_bytes(const Tile& tile, size_t slot_bytes) {
+  const size_t ring = slot_bytes * tile.stages, staged = sizeof(float) * tile.tokens() * (tile.rows() + 1);
+  return ring > staged ? ring : staged;
+}
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;

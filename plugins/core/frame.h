@@ -35,7 +35,7 @@ inline void carve_tokens(Carver& carver, Tokens& tokens, const PrepareShape& sha
   tokens.scale = carver.take<float>(shape.m);
   tokens.zero = carver.take<int32_t>(shape.m);
   tokens.sum_pitch = shape.m;
-  tokens.sums = carver.take<int32_t>(size_t(n_groups) * shape.m);
+  tokens.sums = n_groups ? carver.take<int32_t>(size_t(n_groups) * shape.m) : nullptr;
 }
 
 // Counters and partial sums for any shares of K that may be asked for, whatever the number of tokens.

@@ -82,6 +82,44 @@ __device__ inline uint32_t ballot(bool predicate) {
 #endif
 }
 
+// ---- two fp16 numbers in a register ----
+
+// a * b + c, rounded once, half to even. PTX fma.rn.f16x2.
+__device__ inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  const auto wide = [](uint32_t bits) { return double(__half2float(__ushort_as_half(static_cast<unsigned short>(bits)))); };
+  const auto fma = [&](int shift) {  // exact in double up to the one rounding
+    return uint32_t(__half_as_ushort(__double2half(wide(a >> shift) * wide(b >> shift) + wide(c >> shift)))) << shift;
+  };
+  return fma(0) | fma(16);
+#endif
+}
+
+// v limited to [lo, hi]; no NaN. PTX max.f16x2, min.f16x2.
+__device__ inline uint32_t half2_limited(uint32_t v, uint32_t lo, uint32_t hi) {
+#ifdef __CUDACC__
+  asm("max.f16x2 %0, %0, %1;" : "+r"(v) : "r"(lo));
+  asm("min.f16x2 %0, %0, %1;" : "+r"(v) : "r"(hi));
+  return v;
+#else
+  const auto limit = [&](int shift) {
+    const auto wide = [&](uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> shift))); };
+    return (wide(v) < wide(lo) ? lo : wide(v) > wide(hi) ? hi : v) >> shift & 0xffff;
+  };
+  return limit(0) | limit(16) << 16;
+#endif
+}
+
+// v twice.
+__device__ inline uint32_t pair_of(__half v) {
+  const uint32_t bits = __half_as_ushort(v);
+  return bits | bits << 16;
+}
+
 // ---- asynchronous copies, global to shared memory ----
 
 // 16 bytes; past the first `from_bytes` (0 or 16) zeros arrive instead and `from` is not read. Both 16-byte aligned.

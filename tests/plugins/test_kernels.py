@@ -254,7 +254,7 @@ def test_trap_24_workspace_needs_no_clearing(runner: KernelRunner, scratch: int)
         x = tokens(5, 192, F16)
         y = check(runner, attrs, arrays, x)
         spec = op_spec(op_of(arrays))
-        assert_same_bits(runner.gemm(spec.name, attrs, x, spec.pack(arrays, attrs, "test"), scratch), y)
+        assert_same_bits(runner.gemm(spec.name, attrs, x, spec.pack(arrays, attrs, "test"), scratch=scratch), y)
 
 
 @pytest.mark.parametrize(

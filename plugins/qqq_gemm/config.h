@@ -1,0 +1,48 @@
+// The kernels of QQQGemm, which of them can run a shape, and which one should.
+#pragma once
+#include "core/config.h"
+
+namespace anybit {
+
+// In the order of kQqqInt8Tiles, behind the simple kernel; names appear in benchmarks and in the self-test.
+enum QqqKernel : int { kQqqSimple, kQqqInt8T8, kQqqInt8T16, kQqqInt8T64, kQqqKernels };
+constexpr const char* kQqqKernelNames[kQqqKernels] = {"simple", "int8 64x8", "int8 64x16", "int8 256x64"};
+
+constexpr Tile kQqqInt8Tiles[] = {{4, 1, 1, 4, 3}, {4, 1, 2, 4, 3}, {4, 4, 8, 1, 4}};
+constexpr int kQqqInt8TileCount = sizeof(kQqqInt8Tiles) / sizeof(Tile);
+
+inline int qqq_k_pad(const GemmShape& s) { return round_up(s.k, 16); }
+inline int qqq_n_pad(const GemmShape& s) { return round_up(s.n, 64); }
+inline int qqq_chunks(const GemmShape& s) { return ceil_div(s.k, 128); }
+
+constexpr size_t qqq_slot_bytes(const Tile& tile) { return size_t(tile.chunks) * (tile.rows() * 64 + tile.tokens() * 128); }
+
+// How kernel `kernel` would run a shape that the op takes.
+inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
+  Plan plan;
+  if (kernel == kQqqSimple) {
+    plan.runs = true;
+    return plan;
+  }
+  plan.tile = kQqqInt8Tiles[kernel - kQqqInt8T8];
+  plan.shared_bytes = gemm_shared_bytes(plan.tile, qqq_slot_bytes(plan.tile));
+  plan.most_shares = ceil_div(qqq_chunks(s), plan.tile.chunks);
+  plan.runs = device.sm >= 80 && plan.shared_bytes <= size_t(device.shared_per_block) &&
+              ceil_div<int64_t>(s.m, plan.tile.tokens()) <= kMostGridY &&
+              (s.group_size || int64_t{16 * 8 * 127} * s.k < int64_t{1} << 31);  // per channel the sums are 16 times as large
+  return plan;
+}
+
+// The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest.
+inline int qqq_choose(const GemmShape& s, const Device& device) {
+  int best = kQqqSimple;
+  for (int kernel = kQqqInt8T8; kernel < kQqqKernels; ++kernel) {
+    const Plan plan = qqq_plan(kernel, s, device);
+    if (!plan.runs) continue;
+    best = kernel;
+    if (plan.tile.tokens() >= s.m) break;
+  }
+  return best;
+}
+
+}  // namespace anybit
