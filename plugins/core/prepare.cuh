@@ -36,23 +36,6 @@ struct PrepareArgs {
   int n_counters;
 };
 
-// 32 values of a row.
-template <class T>
-struct Word {
-  static constexpr int kRegs = 8 * sizeof(T);
-  uint32_t raw[kRegs];
-
-  __device__ uint32_t bits(int i) const {
-    if constexpr (sizeof(T) == 4) return raw[i];
-    else return raw[i / 2] >> i % 2 * 16 & 0xffff;
-  }
-  __device__ float operator[](int i) const {
-    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits(i))));
-    else if constexpr (sizeof(T) == 2) return __uint_as_float(bits(i) << 16);
-    else return __uint_as_float(bits(i));
-  }
-};
-
 __device__ inline uint32_t bits_of(float v) { return __float_as_uint(v); }
 __device__ inline uint32_t bits_of(__half v) { return __half_as_ushort(v); }
 __device__ inline uint32_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
@@ -64,17 +47,40 @@ __device__ T rounded_to(float v) {
   else return v;
 }
 
-// The word of value(0), ..., value(31), each a T.
-template <class T, class F>
-__device__ Word<T> word_of(F value) {
-  Word<T> w;
-  ANYBIT_UNROLL
-  for (int i = 0; i < Word<T>::kRegs; ++i) {
-    if constexpr (sizeof(T) == 4) w.raw[i] = bits_of(value(i));
-    else w.raw[i] = bits_of(value(2 * i)) | bits_of(value(2 * i + 1)) << 16;
+// Values of a row, kRegs registers of them.
+template <class T, int kRegs_>
+struct Values {
+  static constexpr int kRegs = kRegs_, kCount = kRegs * 4 / sizeof(T);
+  uint32_t raw[kRegs];
+
+  template <class F>
+  __device__ void set(F value) {  // to the T values value(0), ..., value(kCount - 1)
+    ANYBIT_UNROLL
+    for (int i = 0; i < kRegs; ++i) {
+      if constexpr (sizeof(T) == 4) raw[i] = bits_of(value(i));
+      else raw[i] = bits_of(value(2 * i)) | bits_of(value(2 * i + 1)) << 16;
+    }
   }
-  return w;
-}
+  __device__ uint32_t bits(int i) const {
+    if constexpr (sizeof(T) == 4) return raw[i];
+    else return raw[i / 2] >> i % 2 * 16 & 0xffff;
+  }
+  __device__ float operator[](int i) const {
+    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits(i))));
+    else if constexpr (sizeof(T) == 2) return __uint_as_float(bits(i) << 16);
+    else return __uint_as_float(bits(i));
+  }
+};
+template <class T>
+using Part = Values<T, 4>;  // 16 bytes
+template <class T>
+struct Word {  // 32 elements
+  static constexpr int kParts = 2 * sizeof(T), kPartCount = Part<T>::kCount;
+  Part<T> part[kParts];
+
+  __device__ uint32_t bits(int i) const { return part[i / kPartCount].bits(i % kPartCount); }
+  __device__ float operator[](int i) const { return part[i / kPartCount][i % kPartCount]; }
+};
 
 // Which elements of a row a word holds; the rest of it are pads.
 struct Span {
@@ -86,32 +92,41 @@ __device__ inline Span span_of(const PrepareArgs& p, int word) {
   return {group * p.group_len + begin, p.group_len - begin < 32 ? p.group_len - begin : 32};
 }
 
-template <class T>
-__device__ Word<T> load_word(const T* row, Span span, bool vectors) {
-  if (!vectors) return word_of<T>([&](int i) { return i < span.count ? row[span.first + i] : rounded_to<T>(0.0f); });
-  constexpr int kPart = 16 / sizeof(T);
-  Word<T> w;
+// f(i, part i of the word at `span` of `row`) for all its parts; pads are 0.
+template <bool kVectors, class T, class F>
+__device__ void for_each_part(const T* row, Span span, F f) {
   ANYBIT_UNROLL
-  for (int i = 0; i < 32 / kPart; ++i) {
-    uint4 part = {0, 0, 0, 0};
-    if (i * kPart < span.count) part = *reinterpret_cast<const uint4*>(row + span.first + i * kPart);
-    w.raw[4 * i] = part.x, w.raw[4 * i + 1] = part.y, w.raw[4 * i + 2] = part.z, w.raw[4 * i + 3] = part.w;
+  for (int i = 0; i < Word<T>::kParts; ++i) {
+    Part<T> part = {};
+    const int first = i * part.kCount;
+    if constexpr (!kVectors) {
+      part.set([&](int j) { return first + j < span.count ? row[span.first + first + j] : rounded_to<T>(0.0f); });
+    } else if (first < span.count) {
+      const uint4 from = *reinterpret_cast<const uint4*>(row + span.first + first);
+      part = {{from.x, from.y, from.z, from.w}};
+    }
+    f(i, part);
   }
-  return w;
+}
+template <class T, class F>
+__device__ void for_each_part(const T* row, Span span, bool vectors, F f) {
+  if (vectors) for_each_part<true>(row, span, f);
+  else for_each_part<false>(row, span, f);
 }
 
 template <class T>
 __device__ void store_word(T* row, Span span, bool vectors, const Word<T>& w) {
-  constexpr int kPart = 16 / sizeof(T);
-  if (vectors) {
-    ANYBIT_UNROLL
-    for (int i = 0; i < 32 / kPart; ++i)
-      if (i * kPart < span.count)
-        *reinterpret_cast<uint4*>(row + span.first + i * kPart) = {w.raw[4 * i], w.raw[4 * i + 1], w.raw[4 * i + 2], w.raw[4 * i + 3]};
-  } else {
-    ANYBIT_UNROLL
-    for (int i = 0; i < 32; ++i)
-      if (i < span.count) row[span.first + i] = rounded_to<T>(w[i]);  // already a T
+  ANYBIT_UNROLL
+  for (int i = 0; i < Word<T>::kParts; ++i) {
+    const Part<T>& part = w.part[i];
+    const int first = i * part.kCount;
+    if (!vectors) {
+      ANYBIT_UNROLL
+      for (int j = 0; j < part.kCount; ++j)
+        if (first + j < span.count) row[span.first + first + j] = rounded_to<T>(part[j]);  // already a T
+    } else if (first < span.count) {
+      *reinterpret_cast<uint4*>(row + span.first + first) = {part.raw[0], part.raw[1], part.raw[2], part.raw[3]};
+    }
   }
 }
 
@@ -315,15 +330,20 @@ struct TokenInput {
   }
   __device__ Word<T> sum(int word) const {
     const Span span = span_of(p, word);
-    const Word<T> v = load_word(x, span, p.vectors);
+    Word<T> v;
+    for_each_part(x, span, p.vectors, [&](int i, const Part<T>& part) { v.part[i] = part; });
     if (!kNorm || !residual) return v;
-    const Word<T> r = load_word(residual, span, p.vectors);
-    return word_of<T>([&](int i) { return rounded_to<T>(__fadd_rn(v[i], r[i])); });
+    for_each_part(residual, span, p.vectors, [&](int i, const Part<T>& part) {
+      v.part[i].set([&](int j) { return rounded_to<T>(__fadd_rn(v.part[i][j], part[j])); });
+    });
+    return v;
   }
-  __device__ Word<T> normed(const Word<T>& v, int word) const {
+  __device__ Word<T> normed(Word<T> v, int word) const {
     if (!kNorm) return v;
-    const Word<T> g = load_word(gamma, span_of(p, word), p.vectors);
-    return word_of<T>([&](int i) { return rounded_to<T>(__fmul_rn(__fmul_rn(v[i], inverse_rms), g[i])); });
+    for_each_part(gamma, span_of(p, word), p.vectors, [&](int i, const Part<T>& part) {
+      v.part[i].set([&](int j) { return rounded_to<T>(__fmul_rn(__fmul_rn(v.part[i][j], inverse_rms), part[j])); });
+    });
+    return v;
   }
   __device__ Word<T> operator()(int word) const { return normed(sum(word), word); }
 };
