@@ -4,29 +4,51 @@
 
 namespace anybit {
 
-// In the order of kAbqTiles, behind the simple kernel; names appear in benchmarks and in the self-test.
-enum AbqKernel : int { kAbqSimple, kAbqInt8T8, kAbqInt8T16, kAbqInt8T64, kAbqInt8Large, kAbqKernels };
-constexpr const char* kAbqKernelNames[kAbqKernels] = {"simple", "int8 64x8", "int8 64x16", "int8 128x64", "int8 256x64"};
-
-constexpr Tile kAbqInt8Tiles[] = {{4, 1, 1, 4, 3}, {4, 1, 2, 4, 3}, {8, 1, 8, 2, 3}, {8, 2, 8, 2, 2}};
-constexpr int kAbqInt8TileCount = sizeof(kAbqInt8Tiles) / sizeof(Tile);
-constexpr int kAbqMostGroupedOutputs = 32;  // per thread, because groups need fp32 and integer accumulators in registers
-
-// How a shape's planes and groups pick a template: planes 2, 4 or 8 in registers, units of planes.cuh, one scale per row or several.
-struct AbqForm {
-  int planes;
-  int words;
-  bool grouped;
+enum class AbqFamily {
+  kSimple,      // kernel.cuh: the oracle, and what no other runs
+  kInt8,        // int8.cuh: A2..A8
+  kWeightOnly,  // weight_only.cuh: A16 in fp16 or bf16
 };
+struct AbqKernel {
+  AbqFamily family;
+  const char* name;  // for benchmarks and the self-test: family, weight rows x tokens of a tile
+  Tile tile;
+};
+
+// Every kernel: launch.cu lists them by number, the families' .cu files instantiate the templates from the same rows.
+constexpr AbqKernel kAbqKernels[] = {
+    {AbqFamily::kSimple, "simple", {}},
+    {AbqFamily::kInt8, "int8 64x8", {4, 1, 1, 4, 3}},
+    {AbqFamily::kInt8, "int8 64x16", {4, 1, 2, 4, 3}},
+    {AbqFamily::kInt8, "int8 128x64", {8, 1, 8, 2, 3}},
+    {AbqFamily::kInt8, "int8 256x64", {8, 2, 8, 2, 2}},
+    {AbqFamily::kWeightOnly, "a16 64x8", {4, 1, 1, 4, 3}},
+    {AbqFamily::kWeightOnly, "a16 64x16", {4, 1, 2, 4, 3}},
+    {AbqFamily::kWeightOnly, "a16 128x64", {8, 1, 8, 2, 2}},
+};
+constexpr int kAbqKernelCount = sizeof(kAbqKernels) / sizeof(AbqKernel);
+constexpr int kAbqMostGroupedOutputs = 32;  // per thread, because groups need two sets of accumulators in registers
 
 inline int abq_group_len(const GemmShape& s) { return s.group_size ? s.group_size : s.k; }
 inline int abq_group_words(const GemmShape& s) { return ceil_div(abq_group_len(s), 32); }
 inline int abq_n_groups(const GemmShape& s) { return s.k / abq_group_len(s); }
 inline int abq_row_words(const GemmShape& s) { return round_up(abq_n_groups(s) * abq_group_words(s), 4); }
 
-inline AbqForm abq_form(const GemmShape& s) {
+// How a shape's planes and groups pick a template: planes in registers, unit of planes.cuh, one scale per row or several.
+struct AbqForm {
+  int planes;
+  int words;
+  bool grouped;
+};
+
+inline AbqForm abq_form(AbqFamily family, const GemmShape& s) {
   const int words = abq_group_words(s), groups = abq_n_groups(s);
-  return {s.planes <= 2 ? 2 : s.planes <= 4 ? 4 : 8, groups == 1 || words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1, groups > 1};
+  AbqForm form = {s.planes <= 2 ? 2 : s.planes <= 4 ? 4 : 8, groups == 1 || words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1, groups > 1};
+  if (family == AbqFamily::kWeightOnly) {  // fewer instances, where conversions to 16 bits cost more than planes do
+    if (form.planes == 2) form.planes = 4;
+    if (form.words == 2) form.words = 1;
+  }
+  return form;
 }
 
 // The tile with slots that stay small: 8 planes take half as much of K.
@@ -35,37 +57,42 @@ constexpr Tile abq_tile(Tile tile, int planes) {
   return tile;
 }
 
-constexpr size_t abq_slot_bytes(const Tile& tile, int planes) {
-  return size_t(planes) * tile.rows() * tile.chunks * 16 + size_t(tile.chunks) * tile.tokens() * 128;
+constexpr size_t abq_slot_bytes(AbqFamily family, const Tile& tile, int planes) {
+  const int token_bytes = family == AbqFamily::kWeightOnly ? 2 : 1;
+  return size_t(planes) * tile.rows() * tile.chunks * 16 + size_t(tile.chunks) * tile.tokens() * 128 * token_bytes;
 }
 
 // How kernel `kernel` would run a shape that the op takes.
 inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
+  const auto [family, name, tile] = kAbqKernels[kernel];
   Plan plan;
-  if (kernel == kAbqSimple) {
+  if (family == AbqFamily::kSimple) {
     plan.runs = true;
     return plan;
   }
-  const AbqForm form = abq_form(s);
-  plan.tile = abq_tile(kAbqInt8Tiles[kernel - kAbqInt8T8], form.planes);
-  plan.shared_bytes = gemm_shared_bytes(plan.tile, abq_slot_bytes(plan.tile, form.planes));
+  const AbqForm form = abq_form(family, s);
+  plan.tile = abq_tile(tile, form.planes);
+  plan.shared_bytes = gemm_shared_bytes(plan.tile, abq_slot_bytes(family, plan.tile, form.planes));
   const bool whole_groups = !form.grouped || 4 * plan.tile.chunks % abq_group_words(s) == 0;
   plan.most_shares = whole_groups ? ceil_div(abq_row_words(s), 4 * plan.tile.chunks) : 1;
-  plan.runs = s.abits <= 8 && device.sm >= 80 && plan.shared_bytes <= size_t(device.shared_per_block) &&
+  // P - z * Q of a group fits 32 bits
+  const bool arithmetic = family == AbqFamily::kWeightOnly
+                              ? s.abits == 16 && s.dtype != kFloat32
+                              : s.abits <= 8 && int64_t{256} * (s.levels - 1) * abq_group_len(s) < int64_t{1} << 31;
+  plan.runs = arithmetic && device.sm >= 80 && plan.shared_bytes <= size_t(device.shared_per_block) &&
               ceil_div<int64_t>(s.m, plan.tile.tokens()) <= kMostGridY &&
-              !(form.grouped && plan.tile.outputs_per_thread() > kAbqMostGroupedOutputs) &&
-              int64_t{256} * (s.levels - 1) * abq_group_len(s) < int64_t{1} << 31;  // P - z * Q of a group fits 32 bits
+              !(form.grouped && plan.tile.outputs_per_thread() > kAbqMostGroupedOutputs);
   return plan;
 }
 
-// The choice where nothing has been measured: the smallest tile that holds all tokens; the largest only if it fills the GPU.
+// The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest that fills the GPU.
 inline int abq_choose(const GemmShape& s, const Device& device) {
-  int best = kAbqSimple;
-  for (int kernel = kAbqInt8T8; kernel < kAbqKernels; ++kernel) {
+  int best = 0, best_tokens = 0;
+  for (int kernel = 1; kernel < kAbqKernelCount; ++kernel) {
     const Plan plan = abq_plan(kernel, s, device);
-    if (!plan.runs || (kernel == kAbqInt8Large && plan.tiles(s) < device.multiprocessors)) continue;
-    best = kernel;
-    if (plan.tile.tokens() >= s.m) break;
+    if (!plan.runs || (best_tokens == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors)) continue;
+    best = kernel, best_tokens = plan.tile.tokens();
+    if (s.m <= best_tokens) break;
   }
   return best;
 }

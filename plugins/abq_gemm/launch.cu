@@ -7,7 +7,7 @@
 namespace anybit {
 namespace {
 
-constexpr int kMaxGridY = 65535;
+constexpr int kMaxGridY = 65535, kWeightOnly = 16;
 
 bool levels_ok(const GemmShape& s) {
   const bool balanced = (s.wbits == 2 && s.levels == 5) || (s.wbits == 1 && s.levels == 3);
@@ -67,31 +67,35 @@ AbqGemmArgs fast_args(const GemmShape& s) {
   return p;
 }
 
-PrepareShape prepare_shape(const GemmShape& s) {
+PrepareShape prepare_shape(AbqFamily family, const GemmShape& s) {
   PrepareShape p = {};
   p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
-  p.order = kSlotCodes, p.unit_words = abq_form(s).words;
+  p.order = family == AbqFamily::kWeightOnly ? kSlotFloats : kSlotCodes;
+  p.unit_words = abq_form(family, s).words;
   return p;
 }
 
 // Lays out the workspace; with none only counts its bytes.
-size_t carve_fast(AbqGemmArgs& p, const Plan& plan, const GemmShape& s, void* workspace) {
+size_t carve_fast(AbqGemmArgs& p, int kernel, const GemmShape& s, void* workspace) {
   Carver carver(workspace);
-  carve_partials(carver, p, plan);
-  carve_tokens(carver, p.tokens, prepare_shape(s), p.n_groups);
+  carve_partials(carver, p, abq_plan(kernel, s, {}));
+  carve_tokens(carver, p.tokens, prepare_shape(kAbqKernels[kernel].family, s), s.abits == kWeightOnly ? 0 : p.n_groups);
   return carver.used();
 }
 
 size_t workspace_of(int kernel, const GemmShape& s) {
-  if (kernel == kAbqSimple) {
+  if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kWeightOnly) && kernel != kSimple) return 0;
+  if (kernel == kSimple) {
     AbqArgs p = simple_args(s);
     return carve_simple(p, nullptr);
   }
   AbqGemmArgs p = fast_args(s);
-  return carve_fast(p, abq_plan(kernel, s, {}), s, nullptr);
+  return carve_fast(p, kernel, s, nullptr);
 }
 
-constexpr KernelTable kTable = {kAbqKernels, kAbqKernelNames, supported, abq_plan, abq_choose, workspace_of};
+const char* name_of(int kernel) { return kAbqKernels[kernel].name; }
+
+constexpr KernelTable kTable = {kAbqKernelCount, name_of, supported, abq_plan, abq_choose, workspace_of};
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   AbqArgs p = simple_args(s);
@@ -104,15 +108,18 @@ cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream
 cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
   const Plan plan = abq_plan(config.kernel, s, device);
   AbqGemmArgs p = fast_args(s);
-  carve_fast(p, plan, s, b.workspace);
+  carve_fast(p, config.kernel, s, b.workspace);
   p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
   p.weight = reinterpret_cast<const uint32_t*>(b.weight);
   p.stages = ceil_div(p.row_words, 4 * plan.tile.chunks);
-  PrepareShape prepare = prepare_shape(s);
+  const AbqFamily family = kAbqKernels[config.kernel].family;
+  const AbqForm form = abq_form(family, s);
+  PrepareShape prepare = prepare_shape(family, s);
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
   const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
   if (error != cudaSuccess) return error;
-  return abq_int8(p, abq_form(s), config.kernel - kAbqInt8T8, {config.shares, device, stream});
+  const auto run = family == AbqFamily::kWeightOnly ? abq_weight_only : abq_int8;
+  return run(config.kernel, p, form, {config.shares, device, stream});
 }
 
 }  // namespace
@@ -138,5 +145,5 @@ int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_str
   if (error != cudaSuccess) return error;
   if (!b->workspace && workspace_of(config.kernel, *shape)) return cudaErrorInvalidValue;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  return config.kernel == kAbqSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
+  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
 }

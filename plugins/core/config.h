@@ -56,10 +56,11 @@ constexpr int kMostShares = kTacticKernel - 1;
 constexpr int32_t tactic_from_config(Config c) { return kTacticKernel * (c.kernel + 1) + c.shares; }
 constexpr Config config_from_tactic(int32_t tactic) { return {tactic / kTacticKernel - 1, tactic % kTacticKernel}; }
 
+constexpr int kSimple = 0;  // the simple kernel of every op
 constexpr int64_t kMostGridY = 65535;
 constexpr size_t kPartialBytes = 4 << 20;  // of partial sums: the workspace must be known where an engine is built, maybe without a GPU
 
-// How one kernel of an op's table would run a shape. Kernel 0 of every op is the simple one: it runs everything, and has no tile.
+// How one kernel of an op's table would run a shape. The simple one runs everything, and has no tile.
 struct Plan {
   bool runs = false;
   Tile tile = {};

@@ -71,7 +71,7 @@ inline cudaError_t query_device(Device& device) {
 // What differs between the ops.
 struct KernelTable {
   int count;
-  const char* const* names;
+  const char* (*name)(int kernel);
   bool (*supported)(const GemmShape& shape);
   Planner plan;
   int (*choose)(const GemmShape& shape, const Device& device);
@@ -109,7 +109,7 @@ inline int list_tactics(const KernelTable& table, const GemmShape* shape, int32_
 // anybit_*_kernel
 inline const char* kernel_name(const KernelTable& table, int32_t tactic) {
   const int kernel = config_from_tactic(tactic).kernel;
-  return tactic > 0 && kernel >= 0 && kernel < table.count ? table.names[kernel] : "?";
+  return tactic > 0 && kernel >= 0 && kernel < table.count ? table.name(kernel) : "?";
 }
 
 // anybit_*_workspace

@@ -82,7 +82,7 @@ __device__ inline uint32_t ballot(bool predicate) {
 #endif
 }
 
-// ---- two fp16 numbers in a register ----
+// ---- two fp16 or bf16 numbers in a register ----
 
 // a * b + c, rounded once, half to even. PTX fma.rn.f16x2.
 __device__ inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
@@ -114,11 +114,24 @@ __device__ inline uint32_t half2_limited(uint32_t v, uint32_t lo, uint32_t hi) {
 #endif
 }
 
-// v twice.
-__device__ inline uint32_t pair_of(__half v) {
-  const uint32_t bits = __half_as_ushort(v);
-  return bits | bits << 16;
+// a * b + c of bf16 numbers, rounded once, half to even. PTX fma.rn.bf16x2, sm_80 and later.
+__device__ inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  const auto wide = [](uint32_t bits) { return double(__bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits)))); };
+  const auto fma = [&](int shift) {
+    return uint32_t(__bfloat16_as_ushort(__double2bfloat16(wide(a >> shift) * wide(b >> shift) + wide(c >> shift)))) << shift;
+  };
+  return fma(0) | fma(16);
+#endif
 }
+
+// v twice.
+__device__ inline uint32_t pair_of(__half v) { return __half_as_ushort(v) * 0x10001u; }
+__device__ inline uint32_t pair_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v) * 0x10001u; }
 
 // ---- asynchronous copies, global to shared memory ----
 
@@ -275,12 +288,12 @@ __device__ inline void mma_float(float (&c)[4], const uint32_t (&a)[4], const ui
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  mma_on_host(c, a, b, [](uint32_t x, uint32_t y) {
-    T xs[2], ys[2];
-    std::memcpy(xs, &x, 4);
-    std::memcpy(ys, &y, 4);
-    return float(xs[0]) * float(ys[0]) + float(xs[1]) * float(ys[1]);
-  });
+  const auto wide = [](uint32_t bits) {
+    const auto half = static_cast<unsigned short>(bits);
+    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(half));
+    else return __bfloat162float(__ushort_as_bfloat16(half));
+  };
+  mma_on_host(c, a, b, [&](uint32_t x, uint32_t y) { return wide(x) * wide(y) + wide(x >> 16) * wide(y >> 16); });
 #endif
 }
 

@@ -4,12 +4,19 @@
 
 namespace anybit {
 
-// In the order of kQqqInt8Tiles, behind the simple kernel; names appear in benchmarks and in the self-test.
-enum QqqKernel : int { kQqqSimple, kQqqInt8T8, kQqqInt8T16, kQqqInt8T64, kQqqKernels };
-constexpr const char* kQqqKernelNames[kQqqKernels] = {"simple", "int8 64x8", "int8 64x16", "int8 256x64"};
+struct QqqKernel {
+  const char* name;  // for benchmarks and the self-test: family, weight rows x tokens of a tile
+  Tile tile;
+};
 
-constexpr Tile kQqqInt8Tiles[] = {{4, 1, 1, 4, 3}, {4, 1, 2, 4, 3}, {4, 4, 8, 1, 4}};
-constexpr int kQqqInt8TileCount = sizeof(kQqqInt8Tiles) / sizeof(Tile);
+// Every kernel: launch.cu lists them by number, int8.cu instantiates the templates from the same rows.
+constexpr QqqKernel kQqqKernels[] = {
+    {"simple", {}},
+    {"int8 64x8", {4, 1, 1, 4, 3}},
+    {"int8 64x16", {4, 1, 2, 4, 3}},
+    {"int8 256x64", {4, 4, 8, 1, 4}},
+};
+constexpr int kQqqKernelCount = sizeof(kQqqKernels) / sizeof(QqqKernel);
 
 inline int qqq_k_pad(const GemmShape& s) { return round_up(s.k, 16); }
 inline int qqq_n_pad(const GemmShape& s) { return round_up(s.n, 64); }
@@ -20,11 +27,11 @@ constexpr size_t qqq_slot_bytes(const Tile& tile) { return size_t(tile.chunks) *
 // How kernel `kernel` would run a shape that the op takes.
 inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
   Plan plan;
-  if (kernel == kQqqSimple) {
+  if (kernel == kSimple) {
     plan.runs = true;
     return plan;
   }
-  plan.tile = kQqqInt8Tiles[kernel - kQqqInt8T8];
+  plan.tile = kQqqKernels[kernel].tile;
   plan.shared_bytes = gemm_shared_bytes(plan.tile, qqq_slot_bytes(plan.tile));
   plan.most_shares = ceil_div(qqq_chunks(s), plan.tile.chunks);
   plan.runs = device.sm >= 80 && plan.shared_bytes <= size_t(device.shared_per_block) &&
@@ -35,8 +42,8 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
 
 // The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest.
 inline int qqq_choose(const GemmShape& s, const Device& device) {
-  int best = kQqqSimple;
-  for (int kernel = kQqqInt8T8; kernel < kQqqKernels; ++kernel) {
+  int best = kSimple;
+  for (int kernel = 1; kernel < kQqqKernelCount; ++kernel) {
     const Plan plan = qqq_plan(kernel, s, device);
     if (!plan.runs) continue;
     best = kernel;

@@ -6,7 +6,7 @@
 
 namespace anybit {
 
-// Row `tile` of kQqqInt8Tiles on prepared tokens.
-cudaError_t qqq_int8(const QqqGemmArgs& p, int tile, const Split& split);
+// Kernel `kernel` of kQqqKernels on prepared tokens.
+cudaError_t qqq_int8(int kernel, const QqqGemmArgs& p, const Split& split);
 
 }  // namespace anybit

@@ -3,13 +3,17 @@
 
 namespace anybit {
 
-cudaError_t qqq_int8(const QqqGemmArgs& p, int tile, const Split& split) {
-  return with_index<kQqqInt8TileCount>(tile, [&](auto index) {
-    constexpr Tile t = kQqqInt8Tiles[index.value];
-    constexpr bool kSplitSteps = t.rows() == 64;
-    using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
-    return p.group_size ? launch_gemm<QqqInt8<GroupWeights, kSplitSteps, Shape>>(p, split)
-                        : launch_gemm<QqqInt8<ChannelWeights, kSplitSteps, Shape>>(p, split);
+cudaError_t qqq_int8(int kernel, const QqqGemmArgs& p, const Split& split) {
+  return with_index<kQqqKernelCount>(kernel, [&](auto index) {
+    if constexpr (index.value == kSimple) {
+      return cudaErrorInvalidValue;
+    } else {
+      constexpr Tile t = kQqqKernels[index.value].tile;
+      constexpr bool kSplitSteps = t.rows() == 64;
+      using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
+      return p.group_size ? launch_gemm<QqqInt8<GroupWeights, kSplitSteps, Shape>>(p, split)
+                          : launch_gemm<QqqInt8<ChannelWeights, kSplitSteps, Shape>>(p, split);
+    }
   });
 }
 

@@ -63,7 +63,7 @@ size_t carve_fast(QqqGemmArgs& p, const Plan& plan, const GemmShape& s, void* wo
 }
 
 size_t workspace_of(int kernel, const GemmShape& s) {
-  if (kernel == kQqqSimple) {
+  if (kernel == kSimple) {
     QqqArgs p = simple_args(s);
     return carve_simple(p, nullptr);
   }
@@ -71,7 +71,9 @@ size_t workspace_of(int kernel, const GemmShape& s) {
   return carve_fast(p, qqq_plan(kernel, s, {}), s, nullptr);
 }
 
-constexpr KernelTable kTable = {kQqqKernels, kQqqKernelNames, supported, qqq_plan, qqq_choose, workspace_of};
+const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
+
+constexpr KernelTable kTable = {kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose, workspace_of};
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   QqqArgs p = simple_args(s);
@@ -93,7 +95,7 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   PrepareShape prepare = prepare_shape(s);
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
   const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
-  return error != cudaSuccess ? error : qqq_int8(p, config.kernel - kQqqInt8T8, {config.shares, device, stream});
+  return error != cudaSuccess ? error : qqq_int8(config.kernel, p, {config.shares, device, stream});
 }
 
 }  // namespace
@@ -119,5 +121,5 @@ int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_str
   if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
   if (error != cudaSuccess) return error;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  return config.kernel == kQqqSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
+  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
 }

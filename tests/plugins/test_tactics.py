@@ -64,6 +64,27 @@ def test_abq_groups(runner: KernelRunner, g: int) -> None:
         check(runner, attrs, tokens(9, g * groups, F16), arrays=abq_arrays(attrs), order=g)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("w", LEVELS, ids=lambda w: f"w{w[0]}l{w[1]}")
+def test_abq_weight_only(runner: KernelRunner, w: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    for k, g, m in ((1, 0, 2), (129, 0, 9), (640, 0, 1), (160, 32, 3), (192, 96, 2), (640, 128, 17), (99, 33, 1)):
+        attrs = abq(67, k, w=w, a=16, g=g, bias=1)
+        names = check(runner, attrs, tokens(m, k, dtype), arrays=abq_arrays(attrs), order=k)
+        assert names == {"simple", "a16 64x8", "a16 64x16", "a16 128x64"}
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_weight_only_zero_points_far_and_near(runner: KernelRunner, dtype: np.dtype[Any]) -> None:
+    """At the borders of what 16-bit numbers hold exactly, and anywhere in int32."""
+    borders = [-1025, -1024, 1024, 1025, -129, -128, 128, 129, -1, 0, 256, 257, 10**6, -(2**31), 2**31 - 1]
+    for w, g in itertools.product(((4, 16), (8, 256)), (0, 64)):
+        attrs = abq(40, 256, w=w, a=16, g=g)
+        arrays = abq_arrays(attrs)
+        zero = np.resize(np.array(borders, np.int32), arrays.scale.shape)
+        check(runner, attrs, tokens(3, 256, dtype), arrays=replace(arrays, zero=zero))
+        check(runner, attrs, tokens(3, 256, dtype), arrays=replace(arrays, zero=np.full_like(zero, borders[g % 7])))
+
+
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 16, 17, 63, 64, 65])
 def test_tokens_around_tiles(runner: KernelRunner, m: int) -> None:
     for n, k in ((63, 130), (257, 129)):
