@@ -12,6 +12,7 @@ namespace anybit {
 
 struct GemmArgs {
   int m, n;
+  int columns_per_token;  // rows of prepared tokens that one token has: 1, or its bit planes
   int stages;        // slots that all of K fills, one after the other
   Tokens tokens;
   const float* bias;  // [n] or null
@@ -74,6 +75,15 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   return true;
 }
 
+// One output, with the bias.
+__device__ inline void store_output(const GemmArgs& p, int m, int n, float v) {
+  if (p.bias) v = __fadd_rn(v, p.bias[n]);
+  const size_t at = size_t(m) * p.n + n;
+  if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
+  else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
+  else store_saturated(static_cast<float*>(p.y) + at, v);
+}
+
 template <class T>
 __device__ void store_staged(const float* staged, const GemmArgs& p, int n0, int m0, int rows, int tokens) {
   T* y = static_cast<T*>(p.y);
@@ -122,7 +132,8 @@ template <class Op>
 __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
   constexpr int kStages = Op::Shape::kStages;
   char* ring = dynamic_shared<char>();
-  const int first = int(int64_t(p.stages) * blockIdx.z / gridDim.z), end = int(int64_t(p.stages) * (blockIdx.z + 1) / gridDim.z);
+  const auto share = [&](unsigned z) { return int(unsigned(p.stages) * z / gridDim.z); };  // far below 2^32: at most 64 * 2^20
+  const int first = share(blockIdx.z), end = share(blockIdx.z + 1);
   Op op(p);
   const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
   for (int s = first; s < first + kStages - 1 && s < end; ++s) op.load_weights(slot(s), s);
