@@ -14,7 +14,7 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
   using Args = AbqGemmArgs;
   using Shape = Shape_;
   using Base = AbqPlanes<kPlanes, 4, false, Shape>;
-  using Base::p, Base::q, Base::n0, Base::lane, Base::warp, Base::chunks, Base::terms, Base::kChunks, Base::kWeightBytes;
+  using Base::p, Base::q, Base::n0, Base::lane, Base::warp, Base::chunks, Base::kChunks, Base::kWeightBytes;
   static constexpr int kTokenTiles = Shape::kTokenTiles;
   static constexpr int kSlotBytes = kWeightBytes + Shape::kTokens * kChunkBytes;
   static constexpr int kBlocksPerSm = 1, kParts = kChunkBytes / 16;  // a chunk of tokens is kParts chunks of weights
@@ -103,13 +103,12 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
     int32_t acc[1][kTokenTiles][4];
     combine(acc);
     if (!sum_over_k(acc, p, shared)) return;
-    this->load_terms(0);
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t)
       ANYBIT_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int n = n0 + 16 * warp + lane / 4 + 8 * half, m = token_of(t);
-        if (leads() && n < p.n && m < p.m) store_output(p, m, n, this->scaled(acc[0][t][2 * half], 0, half, m));
+        if (leads() && n < p.n && m < p.m) store_output(p, m, n, this->scaled(acc[0][t][2 * half], m, n));
       }
   }
 };

@@ -27,10 +27,15 @@ constexpr AbqKernel kAbqKernels[] = {
     {AbqFamily::kBinary, "b1 64x16", {4, 1, 2, 8, 2}},
     {AbqFamily::kWeightOnly, "a16 64x8", {4, 1, 1, 4, 3}},
     {AbqFamily::kWeightOnly, "a16 64x16", {4, 1, 2, 4, 3}},
+    {AbqFamily::kWeightOnly, "a16 128x32", {8, 1, 4, 2, 3}},
     {AbqFamily::kWeightOnly, "a16 128x64", {8, 1, 8, 2, 2}},
 };
 constexpr int kAbqKernelCount = sizeof(kAbqKernels) / sizeof(AbqKernel);
-constexpr int kAbqMostGroupedOutputs = 32;  // per thread, because groups need two sets of accumulators in registers
+
+// Most outputs of a thread where rows have groups: those need a second set of accumulators in registers, A16 even a third.
+constexpr int abq_most_grouped_outputs(AbqFamily family) {
+  return family == AbqFamily::kInt8 ? 32 : family == AbqFamily::kWeightOnly ? 16 : 0;
+}
 
 inline int abq_group_len(const GemmShape& s) { return s.group_size ? s.group_size : s.k; }
 inline int abq_group_words(const GemmShape& s) { return ceil_div(abq_group_len(s), 32); }
@@ -71,9 +76,8 @@ inline int abq_columns(AbqFamily family, const GemmShape& s) {
 }
 
 // Whether the family's arithmetic covers the shape.
-inline bool abq_covers(AbqFamily family, const AbqForm& form, const GemmShape& s) {
+inline bool abq_covers(AbqFamily family, const GemmShape& s) {
   if (family == AbqFamily::kWeightOnly) return s.abits == 16 && s.dtype != kFloat32;
-  if (family == AbqFamily::kBinary && form.grouped) return false;
   return s.abits <= 8 && int64_t{256} * (s.levels - 1) * abq_group_len(s) < int64_t{1} << 31;  // P - z * Q of a group fits 32 bits
 }
 
@@ -91,8 +95,8 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
   plan.shared_bytes = gemm_shared_bytes(plan.tile, abq_slot_bytes(family, plan.tile, form.planes));
   const bool whole_groups = !form.grouped || 4 * plan.tile.chunks % abq_group_words(s) == 0;
   plan.most_shares = whole_groups ? ceil_div(abq_row_words(s), 4 * plan.tile.chunks) : 1;
-  plan.runs = abq_covers(family, form, s) && plan.fits(s, device) &&
-              !(form.grouped && plan.tile.outputs_per_thread() > kAbqMostGroupedOutputs);
+  plan.runs = abq_covers(family, s) && plan.fits(s, device) &&
+              !(form.grouped && plan.tile.outputs_per_thread() > abq_most_grouped_outputs(family));
   return plan;
 }
 

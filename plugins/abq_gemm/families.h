@@ -26,7 +26,7 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
         constexpr Tile t = abq_tile(row.tile, kPlanes);
         using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
         constexpr bool kHasPlanes = kFamily != AbqFamily::kWeightOnly || kPlanes > 2;
-        constexpr bool kHasGroups = kFamily != AbqFamily::kBinary && t.outputs_per_thread() <= kAbqMostGroupedOutputs;
+        constexpr bool kHasGroups = t.outputs_per_thread() <= abq_most_grouped_outputs(kFamily);
         if constexpr (!kHasPlanes) {
           return cudaErrorInvalidValue;
         } else {

@@ -121,11 +121,9 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
         }
     }
     if (!sum_over_k(acc, p, shared)) return;
-    if constexpr (!kGrouped) this->load_terms(0);
-    store_tile<Shape>(p, shared, [&](int r, int t, int i) {
-      const int m = this->token_of(t, i);
-      if constexpr (kGrouped) return __fmul_rn(acc[r][t][i], p.tokens.scale[m]);
-      else return this->scaled(acc[r][t][i], r, i / 2, m);
+    store_tile<Shape>(p, shared, acc, [&](Acc v, int m, int n) {
+      if constexpr (kGrouped) return __fmul_rn(v, p.tokens.scale[m]);
+      else return this->scaled(v, m, n);
     });
   }
 };

@@ -115,11 +115,11 @@ struct AbqPlanes {
     return m < p.m ? m : p.m - 1;
   }
 
-  // Output of row g + 8 * half of tile r and token m from P - z * Q of the whole row, without the bias; terms are those of group 0.
-  __device__ float scaled(int32_t product, int r, int half, int m) const {
-    const int64_t zero = terms.zero[r][half], a_sum = p.tokens.sums[m], z = p.asymmetric ? p.tokens.zero[m] : 0;
+  // Output of channel n and token m from P - z * Q of the whole row, without the bias.
+  __device__ float scaled(int32_t product, int m, int n) const {
+    const int64_t zero = p.zero[n], a_sum = p.tokens.sums[m], z = p.asymmetric ? p.tokens.zero[m] : 0;
     const int64_t d = product - zero * a_sum + z * p.group_len * zero;
-    const float v = __fadd_rn(0.0f, __fmul_rn(__ll2float_rn(d), terms.scale[r][half]));  // as the sum of one group: never -0
+    const float v = __fadd_rn(0.0f, __fmul_rn(__ll2float_rn(d), p.scale[n]));  // as the sum of one group: never -0
     return __fmul_rn(v, p.tokens.scale[m]);
   }
 

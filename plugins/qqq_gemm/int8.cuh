@@ -209,10 +209,8 @@ struct QqqInt8 {
   template <int kRowTiles>
   __device__ void store(int32_t (&acc)[kRowTiles][kTokenTiles][4], char* shared) const {
     if (!sum_over_k(acc, p, shared)) return;
-    store_tile<Shape>(p, shared, [&](int r, int t, int i) {
-      const int n = n0 + 16 * (warp * kRowTiles + r) + lane / 4 + 8 * (i / 2), m = m0 + 8 * t + 2 * (lane % 4) + i % 2;
-      if (n >= p.n || m >= p.m) return 0.0f;
-      const int32_t sum = Weights::kGrouped ? acc[r][t][i] : acc[r][t][i] >> 4;  // a multiple of 16
+    store_tile<Shape>(p, shared, acc, [&](int32_t v, int m, int n) {
+      const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
       return __fmul_rn(__fmul_rn(__int2float_rn(sum), p.scale[n]), p.tokens.scale[m]);
     });
   }

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
 
-from tests.plugins.kernel_cases import BF16, F16, F32, tokens
+from tests.plugins.kernel_cases import F16, tokens
 from tests.plugins.kernel_runner import KernelRunner, cuda_missing
 from tests.plugins.prepare_runner import FLOATS, NATURAL, PLANES, SLOTS, Case, check
 

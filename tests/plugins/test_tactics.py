@@ -71,7 +71,7 @@ def test_abq_weight_only(runner: KernelRunner, w: tuple[int, int], dtype: np.dty
     for k, g, m in ((1, 0, 2), (129, 0, 9), (640, 0, 1), (160, 32, 3), (192, 96, 2), (640, 128, 17), (99, 33, 1)):
         attrs = abq(67, k, w=w, a=16, g=g, bias=1)
         names = check(runner, attrs, tokens(m, k, dtype), arrays=abq_arrays(attrs), order=k)
-        assert names == {"simple", "a16 64x8", "a16 64x16", "a16 128x64"}
+        assert names == {"simple", "a16 64x8", "a16 64x16", "a16 128x32"} | (set() if g else {"a16 128x64"})
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
