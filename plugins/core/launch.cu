@@ -37,7 +37,9 @@ PrepareArgs args_from(const PrepareShape& s, const void* x, const NormBuffers& n
 }
 
 template <class T, TokenOrder kOrder>
-cudaError_t run(const PrepareArgs& p, const LaunchShape& shape, cudaStream_t stream) {
+cudaError_t run(const PrepareArgs& p, LaunchShape shape, cudaStream_t stream) {
+  const int threads = round_up(p.words, 32);
+  shape.block = dim3(threads < kMaxPrepareThreads<T> ? threads : kMaxPrepareThreads<T>);
   return p.norm.gamma ? launch(shape, stream, prepare_kernel<T, kOrder, true>, p)
                       : launch(shape, stream, prepare_kernel<T, kOrder, false>, p);
 }
@@ -78,14 +80,14 @@ cudaError_t prepare_tokens(const PrepareShape& s, const void* x, const NormBuffe
   if (!preparable(s)) return cudaErrorInvalidValue;
   if (s.m == 0) return cudaSuccess;
   const bool floats = s.order == kSlotFloats;
-  if (!x || !tokens.rows || (!floats && (!tokens.scale || !tokens.zero)) || (s.n_counters && !tokens.counters)) return cudaErrorInvalidValue;
+  const bool scales = floats || (tokens.scale && tokens.zero);
+  if (!x || !tokens.rows || !scales || (s.n_counters && !tokens.counters)) return cudaErrorInvalidValue;
   if ((norm.residual != nullptr) != (norm.residual_out != nullptr) || (norm.residual && !norm.gamma)) return cudaErrorInvalidValue;
   const PrepareArgs p = args_from(s, x, norm, tokens);
-  const int warps = ceil_div(p.words, 32), threads = 32 * warps < kMaxPrepareThreads ? 32 * warps : kMaxPrepareThreads;
-  int shares = ceil_div(warps, kWarpsOfAShare);
+  int shares = ceil_div(p.words, 32 * kWarpsOfAShare);
   if (shares > kSpreadBlocks / s.m) shares = kSpreadBlocks / s.m;
   if (shares < 1 || (tokens.sums && p.group_words > p.sum_lanes)) shares = 1;  // one block zeroes a sum, then adds to it
-  LaunchShape shape{dim3(s.m, shares), dim3(threads), kPrepareShared, overlap};
+  const LaunchShape shape{dim3(s.m, shares), dim3(), kPrepareShared, overlap};
   return with_dtype(s.dtype, [&](auto t) { return run_order<decltype(t)>(s.order, p, shape, stream); });
 }
 

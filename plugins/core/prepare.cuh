@@ -1,7 +1,7 @@
 // The token kernels: x [m, k] becomes prepared tokens (tiles.cuh), quantised per token as in quantize.cuh, with RMSNorm before it if asked.
 //
 // A row is taken as 32-element words, a thread to a word: groups are padded to whole words, rows to whole 128-byte chunks, pads are
-// code 0. The word stays in registers from the only read of x to the stores; a row of more than kMaxPrepareThreads words is read
+// code 0. The word stays in registers from the only read of x to the stores; a longer row is read
 // again in each pass. What a thread has at the end are 8 registers of 4 codes (16 of 2 fp16 or bf16 values); a 16-byte part of
 // the output takes registers of up to 4 words, so neighbouring lanes swap registers until each has whole parts and the lanes of
 // one store fill whole 32-byte sectors.
@@ -18,7 +18,9 @@
 
 namespace anybit {
 
-constexpr int kMaxPrepareThreads = 1024;
+// A row of up to 64 KiB stays in registers; fp32 words take twice as many of them.
+template <class T>
+constexpr int kMaxPrepareThreads = sizeof(T) == 4 ? 512 : 1024;
 constexpr size_t kPrepareShared = 3 * 32 * sizeof(float);  // bytes: of each warp, the sum of squares and both ends of the range
 
 struct PrepareArgs {
@@ -350,7 +352,7 @@ struct TokenInput {
 
 // Grid: x tokens, y shares of a token. Every block of a token finds its range; warps of words take turns between them.
 template <class T, TokenOrder kOrder, bool kNorm>
-__global__ void __launch_bounds__(kMaxPrepareThreads) prepare_kernel(PrepareArgs p) {
+__global__ void __launch_bounds__(kMaxPrepareThreads<T>) prepare_kernel(PrepareArgs p) {
   wait_for_earlier_launch();  // for x, and until nobody reads the tokens that this overwrites
   let_next_launch_start();    // which waits in turn before it reads tokens
   const int m = blockIdx.x;
