@@ -1,11 +1,12 @@
 """Speed of the low-bit GEMM kernels against cuBLAS, on the GPU of this machine; every result is checked before it is timed.
 
-python -m benchmarks.gemm [--quick] [--shapes NAME ...] [--tokens M ...] [--schemes NAME ...] [--tactics] [--seconds 420]
+python -m benchmarks.gemm [--quick] [--shapes NAME ...] [--tokens M ...] [--schemes NAME ...] [--tactics [--table FILE]] [--seconds 420]
 python -m benchmarks.gemm --check-only [--sim]
 
 Needs PyTorch, numpy, ml_dtypes and nvcc; neither TensorRT nor a network. Kernel time with the quantisation of the activations
 included, weights cold in the second-level cache, launches in a CUDA graph, median of its replays. Peers in the same run: cuBLAS in
-fp16 and int8, and each kernel's own simple form. --tactics times every kernel that can run a shape, not only the one that is chosen.
+fp16 and int8, and each kernel's own simple form. --tactics times every kernel that can run a shape, not only the one that is chosen; with --table FILE the fastest of them become rows for
+plugins/core/measured.inc, which the library consults before its own rules.
 --check-only compares with numpy and times nothing; with --sim on the CPU, at small shapes. Prints a table of the targets last; writes
 benchmarks/results/gemm-<device>-<date>.json after each shape and a plot beside it. Exit code 3: a wrong result or a missed target.
 """
@@ -31,7 +32,7 @@ from benchmarks.gemm_plot import plot
 from plugins.core.cli import run_cli, whole_number
 from plugins.core.errors import EXIT_CHECK, InputError
 
-__all__ = ["main", "target_table"]
+__all__ = ["main", "measured_rows", "target_table"]
 
 HERE = Path(__file__).resolve().parent
 _SIM_SHAPES, _SIM_TOKENS = {"sim": (130, 256), "sim wide": (64, 640)}, [1, 3, 17]
@@ -138,6 +139,22 @@ def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCH
     return "\n".join(lines), missed
 
 
+def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> str:
+    """Rows of plugins/core/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median."""
+    lines = [f"// {result['device']}, {result['date']}, python -m benchmarks.gemm --tactics; rows of kMeasured (core/measured.h)"]
+    sm = result["capability"].replace(".", "")
+    for scheme in schemes:
+        best: dict[tuple[int, int, int], dict[str, Any]] = {}
+        for row in result["rows"]:
+            place = row["n"], row["k"], row["m"]
+            if row["scheme"] == scheme.name and (place not in best or row["median"] < best[place]["median"]):
+                best[place] = row
+        for (n, k, m), row in sorted(best.items()):
+            numbers = ", ".join(map(str, (scheme.wbits, scheme.levels, scheme.abits, scheme.group_size, n, k, m)))
+            lines.append(f'{{{sm}, {result["multiprocessors"]}, "{scheme.op}", {numbers}, "{row["kernel"]}", {row["tactic"] % 64}}},')
+    return "\n".join(lines) + "\n"
+
+
 def _library(args: argparse.Namespace) -> str:
     from plugins.build import build_library, build_sim
 
@@ -158,6 +175,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--tokens", nargs="+", type=whole_number(1), metavar="M")
     add("--schemes", nargs="+", choices=[scheme.name for scheme in SCHEMES], metavar="NAME", help=", ".join(s.name for s in SCHEMES))
     add("--tactics", action="store_true", help="time every kernel, not only the chosen one")
+    add("--table", type=Path, metavar="FILE", help="with --tactics: write the fastest kernels as rows of plugins/core/measured.inc")
     add("--seconds", type=whole_number(1), default=420, help="of timing, about (default 420; --quick 90)")
     add("--check-only", action="store_true")
     add("--sim", action="store_true", help="with --check-only: the kernels on the CPU, small shapes")
@@ -165,6 +183,8 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.sim and not args.check_only:
         raise InputError("--sim", "got it without --check-only, expected both: the simulation has no speed", "Add --check-only")
+    if args.table and not args.tactics:
+        raise InputError("--table", "got it without --tactics, expected both: one kernel of each shape says nothing", "Add --tactics")
     library = _library(args)
     if args.quick:
         args.seconds = min(args.seconds, 90)
@@ -179,6 +199,8 @@ def _main(argv: Sequence[str] | None) -> int:
     run.measure()
     text, missed = target_table(run.rows, run.schemes)
     plot(run.result, run.path.with_suffix(".svg"))
+    if args.table:
+        args.table.write_text(measured_rows(run.result, run.schemes), encoding="utf-8")
     print(f"\n{text}\nwritten to {run.path} and {run.path.with_suffix('.svg').name}")
     return EXIT_CHECK if missed else 0
 

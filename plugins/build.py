@@ -27,7 +27,7 @@ SIM_LIBRARY = "libanybit_kernels_sim.so"
 SELFTEST = "anybit-selftest"
 
 _SOURCES = Path(__file__).parent
-_SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".map", ".json"}
+_SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".inc", ".map", ".json"}
 _COMPILER_OUTPUT_LINES = 40
 
 Command = list[str]

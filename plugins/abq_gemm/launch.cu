@@ -95,7 +95,7 @@ size_t workspace_of(int kernel, const GemmShape& s) {
 
 const char* name_of(int kernel) { return kAbqKernels[kernel].name; }
 
-constexpr KernelTable kTable = {kAbqKernelCount, name_of, supported, abq_plan, abq_choose, workspace_of};
+constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan, abq_choose, workspace_of};
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   AbqArgs p = simple_args(s);

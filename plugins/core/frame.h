@@ -5,6 +5,7 @@
 
 #include "core/config.h"
 #include "core/launch.h"
+#include "core/measured.h"
 #include "core/pipeline.cuh"
 #include "core/prepare.h"
 
@@ -70,6 +71,7 @@ inline cudaError_t query_device(Device& device) {
 
 // What differs between the ops.
 struct KernelTable {
+  const char* op;
   int count;
   const char* (*name)(int kernel);
   bool (*supported)(const GemmShape& shape);
@@ -78,13 +80,29 @@ struct KernelTable {
   size_t (*workspace)(int kernel, const GemmShape& shape);  // the same for every GPU
 };
 
+// The kernel and shares for a shape without a tactic: what was measured, else the op's rule.
+inline Config default_config(const KernelTable& table, const GemmShape& s, const Device& device) {
+  if (const Measured* row = find_measured(kMeasured, table.op, s, device)) {
+    for (int kernel = 0; kernel < table.count; ++kernel) {
+      const Plan plan = table.plan(kernel, s, device);
+      if (plan.runs && std::strcmp(table.name(kernel), row->kernel) == 0) return {kernel, limited_shares(plan, row->shares, s)};
+    }
+  }
+  const int kernel = table.choose(s, device);
+  return filling_config(kernel, table.plan(kernel, s, device), s, device);
+}
+
 // The shape's tactic with its plan, or the default choice. A tactic's shares are an upper limit: fewer tokens may allow fewer.
 inline cudaError_t config_of(const KernelTable& table, const GemmShape& s, const Device& device, Config& config) {
-  config = s.tactic ? config_from_tactic(s.tactic) : Config{table.choose(s, device), 0};
-  if (config.kernel < 0 || config.kernel >= table.count || (s.tactic && config.shares < 1)) return cudaErrorInvalidValue;
+  if (!s.tactic) {
+    config = default_config(table, s, device);
+    return cudaSuccess;
+  }
+  config = config_from_tactic(s.tactic);
+  if (config.kernel < 0 || config.kernel >= table.count || config.shares < 1) return cudaErrorInvalidValue;
   const Plan plan = table.plan(config.kernel, s, device);
   if (!plan.runs) return cudaErrorInvalidValue;
-  config.shares = s.tactic ? limited_shares(plan, config.shares, s) : filling_config(config.kernel, plan, s, device).shares;
+  config.shares = limited_shares(plan, config.shares, s);
   return cudaSuccess;
 }
 
@@ -93,16 +111,16 @@ inline int list_tactics(const KernelTable& table, const GemmShape* shape, int32_
   Device device;
   if (!table.supported(*shape) || query_device(device) != cudaSuccess) return 0;
   int count = 0;
-  const auto add = [&](int kernel) {
-    const Plan plan = table.plan(kernel, *shape, device);
-    if (!plan.runs) return;
-    if (count < capacity) tactics[count] = tactic_from_config(filling_config(kernel, plan, *shape, device));
+  const auto add = [&](Config config) {
+    if (count < capacity) tactics[count] = tactic_from_config(config);
     ++count;
   };
-  const int chosen = table.choose(*shape, device);
+  const Config chosen = default_config(table, *shape, device);
   add(chosen);
-  for (int kernel = 0; kernel < table.count; ++kernel)
-    if (kernel != chosen) add(kernel);
+  for (int kernel = 0; kernel < table.count; ++kernel) {
+    const Plan plan = table.plan(kernel, *shape, device);
+    if (plan.runs && kernel != chosen.kernel) add(filling_config(kernel, plan, *shape, device));
+  }
   return count;
 }
 

@@ -73,7 +73,7 @@ size_t workspace_of(int kernel, const GemmShape& s) {
 
 const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
 
-constexpr KernelTable kTable = {kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose, workspace_of};
+constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose, workspace_of};
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   QqqArgs p = simple_args(s);
