@@ -25,13 +25,16 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
 
   using Base::Base;
 
-  // Only the parts of the slot, at their places in the chunk.
+  // Only the parts of the slot, at their places in the chunk; rows that no token has are left out.
   __device__ void load_tokens(char* slot, int stage) {
+    constexpr int kAll = Shape::kTokens * kChunks;
     const int first = stage * kChunks % kParts, chunk = stage * kChunks / kParts, row0 = blockIdx.y * Shape::kTokens;
-    for (int i = threadIdx.x; i < Shape::kTokens * kChunks; i += Shape::kThreads) {
-      const int row = i / kChunks, byte = 16 * (first + i % kChunks);
-      copy_async16(slot + kWeightBytes + token_offset(Shape::kTokens, 0, row, byte),
-                   p.tokens.rows + token_offset(p.tokens.row_count, chunk, row0 + row, byte));
+    const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, chunk, row0, 0);
+    ANYBIT_UNROLL
+    for (int i = 0; i < kAll; i += Shape::kThreads) {
+      const int at = i + threadIdx.x, row = at / kChunks;
+      const size_t offset = token_offset(Shape::kTokens, 0, row, 16 * (first + at % kChunks));
+      if (at < kAll && row < p.m * p.columns_per_token - row0) copy_async16(slot + kWeightBytes + offset, from + offset);
     }
   }
 

@@ -21,6 +21,7 @@ constexpr AbqKernel kAbqKernels[] = {
     {AbqFamily::kSimple, "simple", {}},
     {AbqFamily::kInt8, "int8 64x8", {4, 1, 1, 4, 3}},
     {AbqFamily::kInt8, "int8 64x16", {4, 1, 2, 4, 3}},
+    {AbqFamily::kInt8, "int8 128x32", {8, 1, 4, 2, 3}},
     {AbqFamily::kInt8, "int8 128x64", {8, 1, 8, 2, 3}},
     {AbqFamily::kInt8, "int8 256x64", {8, 2, 8, 2, 2}},
     {AbqFamily::kBinary, "b1 64x8", {4, 1, 1, 8, 2}},  // columns are planes of tokens

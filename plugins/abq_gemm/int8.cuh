@@ -14,7 +14,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   using Args = AbqGemmArgs;
   using Shape = Shape_;
   using Base = AbqPlanes<kPlanes, kWords, kGrouped, Shape>;
-  using Base::p, Base::q, Base::m0, Base::chunks, Base::terms, Base::group, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
+  using Base::p, Base::q, Base::chunks, Base::terms, Base::group, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
   static constexpr int kTokenTiles = Shape::kTokenTiles;
   static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
   static constexpr int kBlocksPerSm = 1;
@@ -27,7 +27,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   using Base::Base;
 
   __device__ void load_tokens(char* slot, int stage) {
-    copy_tokens<Shape>(slot + kWeightBytes, p.tokens, m0, stage * kChunks, chunks);
+    copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, chunks);
   }
 
   // A fragment of k step `step` of a unit from the codes of rows g and g + 8.
@@ -40,6 +40,22 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   // End of a group: its integers become one fp32 term of every output.
   __device__ void close_group() {
+    bool far = false;
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r)
+      ANYBIT_UNROLL
+      for (int half = 0; half < 2; ++half) far |= terms.zero[r][half] > p.zero_limit || terms.zero[r][half] < -p.zero_limit;
+    if (ballot(far)) add_terms<int64_t>();
+    else add_terms<int32_t>();
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r)
+      ANYBIT_UNROLL
+      for (int i = 0; i < 4; ++i) code_sum[r][i] = 0;
+  }
+
+  // Int: wide enough for D.
+  template <class Int>
+  __device__ void add_terms() {
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
       int32_t a_sum[2], z[2];
@@ -52,22 +68,13 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
       for (int r = 0; r < kRowTiles; ++r)
         ANYBIT_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int32_t zero = terms.zero[r][i / 2], codes = code_sum[r][i];
-          float d;
-          if (zero <= p.zero_limit && zero >= -p.zero_limit) {
-            d = __int2float_rn(product[r][t][i] - zero * a_sum[i % 2] - z[i % 2] * (codes - p.group_len * zero));
-          } else {
-            const int64_t wide = zero;
-            d = __ll2float_rn(product[r][t][i] - wide * a_sum[i % 2] - z[i % 2] * (codes - p.group_len * wide));
-          }
-          acc[r][t][i] = __fadd_rn(acc[r][t][i], __fmul_rn(d, terms.scale[r][i / 2]));
+          const Int zero = terms.zero[r][i / 2];
+          const Int d = product[r][t][i] - zero * a_sum[i % 2] - z[i % 2] * (code_sum[r][i] - p.group_len * zero);
+          const float term = sizeof(Int) == 4 ? __int2float_rn(int(d)) : __ll2float_rn(d);
+          acc[r][t][i] = __fadd_rn(acc[r][t][i], __fmul_rn(term, terms.scale[r][i / 2]));
           product[r][t][i] = 0;
         }
     }
-    ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r)
-      ANYBIT_UNROLL
-      for (int i = 0; i < 4; ++i) code_sum[r][i] = 0;
   }
 
   __device__ void sum_codes(const uint32_t (&codes)[kRowTiles][2][8]) {

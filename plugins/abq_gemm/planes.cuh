@@ -25,9 +25,6 @@ __host__ __device__ inline int k_of_slot(int slot, int words) {
   return 32 * (unit * words + word) + 8 * byte + bit;
 }
 
-// Bits of `a` where mask is 1, of `b` elsewhere; one LOP3.
-__device__ inline uint32_t pick(uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); }
-
 // Codes of up to kPlanes bits: byte i of out[s] = the code whose bits are bit 8i + s of each plane's word. kPlanes 2, 4 or 8.
 template <int kPlanes>
 __device__ inline void codes_from_planes(const uint32_t (&plane)[kPlanes], uint32_t (&out)[8]) {

@@ -74,13 +74,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   __device__ static bool far(int32_t zero) { return zero < Number::kLeastZero || zero > Number::kMostZero; }
 
   __device__ void load_tokens(char* slot, int stage) {
-    for (int c = 0; c < 2 * kChunks; ++c) {
-      const int chunk = stage * 2 * kChunks + c;
-      if (chunk >= 2 * chunks) return;
-      const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, chunk, m0, 0);
-      for (int i = threadIdx.x; i < kTokenBytes / 16; i += Shape::kThreads)
-        copy_async16(slot + kWeightBytes + c * kTokenBytes + i * 16, from + i * 16);
-    }
+    copy_tokens<2 * kChunks, Shape>(slot + kWeightBytes, p, stage * 2 * kChunks, 2 * chunks);
   }
 
   __device__ void look_for_far_zeros() {
@@ -104,7 +98,6 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
           ANYBIT_UNROLL
           for (int part = 0; part < 2; ++part) a[r][step][2 * part + half] = number(codes[r][half][2 * pair + step], part);
       }
-    const uint32_t ones[4] = {Number::kOnes, Number::kOnes, Number::kOnes, Number::kOnes};
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
       uint32_t b[4];
@@ -114,8 +107,20 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
         const uint32_t b_step[2] = {b[2 * step], b[2 * step + 1]};
         ANYBIT_UNROLL
         for (int r = 0; r < kRowTiles; ++r) mma_float<T>(product[r][t], a[r][step], b_step);
-        if (any_far) mma_float<T>(x_sum[t], ones, b_step);
       }
+    }
+    if (any_far) sum_x(tokens, token_pair);
+  }
+
+  // Rare, and therefore a second way over the tokens.
+  __device__ void sum_x(const char* tokens, int token_pair) {
+    const uint32_t ones[4] = {Number::kOnes, Number::kOnes, Number::kOnes, Number::kOnes};
+    ANYBIT_UNROLL
+    for (int t = 0; t < kTokenTiles; ++t) {
+      uint32_t b[4];
+      load_token_fragments(b, tokens, t, token_pair);
+      mma_float<T>(x_sum[t], ones, {b[0], b[1]});
+      mma_float<T>(x_sum[t], ones, {b[2], b[3]});
     }
   }
 

@@ -137,17 +137,17 @@ struct AbqPlanes {
       if (chunk >= chunks) return;
       if constexpr (!kGrouped) {
         multiply(c, 0);
-        continue;
-      }
-      ANYBIT_ROLLED
-      for (int unit = 0; unit < 4 / kWords; ++unit) {
-        if (group < 0) open_group((chunk * kChunkWords + unit * kWords) / p.group_words);  // a share of K begins with a group
-        if (group >= p.n_groups) return;  // the padding of the row
-        multiply(c, unit);
-        group_word += kWords;
-        if (group_word < p.group_words) continue;
-        close();
-        open_group(group + 1);
+      } else {
+        ANYBIT_ROLLED
+        for (int unit = 0; unit < 4 / kWords; ++unit) {
+          if (group < 0) open_group((chunk * kChunkWords + unit * kWords) / p.group_words);  // a share of K begins with a group
+          if (group >= p.n_groups) return;  // the padding of the row
+          multiply(c, unit);
+          group_word += kWords;
+          if (group_word < p.group_words) continue;
+          close();
+          open_group(group + 1);
+        }
       }
     }
   }

@@ -27,11 +27,13 @@ struct Tile {
   constexpr int tokens() const { return 8 * token_tiles; }
   constexpr int threads() const { return 32 * warps; }
   constexpr int outputs_per_thread() const { return 4 * row_tiles * token_tiles; }
+  constexpr int registers() const { return outputs_per_thread() <= 8 ? 104 : 232; }  // of a thread, about (python -m plugins sass)
+  constexpr int pitch() const { return rows() + 4; }  // of staged outputs, so that a warp's stores meet different banks
 };
 
 // Bytes of shared memory: the ring of slots, or the staged outputs if they are larger.
 constexpr size_t gemm_shared_bytes(const Tile& tile, size_t slot_bytes) {
-  const size_t ring = slot_bytes * tile.stages, staged = sizeof(float) * tile.tokens() * (tile.rows() + 1);
+  const size_t ring = slot_bytes * tile.stages, staged = sizeof(float) * tile.tokens() * tile.pitch();
   return ring > staged ? ring : staged;
 }
 
@@ -69,15 +71,18 @@ struct Plan {
   int most_shares = 1;  // shares of K that are whole slots and whole groups
 
   int64_t token_tiles(const GemmShape& s) const { return ceil_div(int64_t{columns_per_token} * s.m, int64_t{tile.tokens()}); }
-  int64_t tiles(const GemmShape& s) const { return ceil_div<int64_t>(s.n, tile.rows()) * token_tiles(s); }
+  int64_t tiles(const GemmShape& s) const {  // at least 1, also without tokens
+    const int64_t count = token_tiles(s);
+    return ceil_div<int64_t>(s.n, tile.rows()) * (count ? count : 1);
+  }
   // Whether the GPU has the instructions and the shared memory, and the launch the size.
   bool fits(const GemmShape& s, const Device& device) const {
     return device.sm >= 80 && shared_bytes <= size_t(device.shared_per_block) && token_tiles(s) <= kMostGridY;
   }
-  // Blocks that run at the same time on the whole GPU, as far as shared memory and threads decide.
+  // Blocks that run at the same time on the whole GPU, as shared memory and (roughly known) registers decide.
   int resident_blocks(const Device& device) const {
-    const int by_shared = int(device.shared_per_sm / (shared_bytes + 1024)), by_threads = 1024 / tile.threads();
-    const int per_sm = by_shared < by_threads ? by_shared : by_threads;
+    const int by_shared = int(device.shared_per_sm / (shared_bytes + 1024)), by_registers = 65536 / (tile.threads() * tile.registers());
+    const int per_sm = by_shared < by_registers ? by_shared : by_registers;
     return device.multiprocessors * (per_sm < 1 ? 1 : per_sm);
   }
   // Partial sums have room for this many blocks, whatever the number of tokens and the GPU; K of more tiles is never shared.

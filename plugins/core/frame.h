@@ -170,7 +170,7 @@ cudaError_t launch_gemm(const typename Op::Args& p, const Split& split) {
   shape.grid = dim3(ceil_div(p.n, Shape::kRows), ceil_div(p.m * p.columns_per_token, Shape::kTokens), split.shares);
   shape.block = dim3(Shape::kThreads);
   shape.shared_bytes = gemm_shared_bytes<Op>();
-  shape.overlap = split.device.sm >= 90;
+  shape.overlap = split.device.sm >= 90 && waits_for_earlier_launch(gemm<Op>);
   return launch(shape, split.stream, gemm<Op>, p);
 }
 

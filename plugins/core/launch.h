@@ -19,6 +19,14 @@ struct LaunchShape {
 
 #ifdef __CUDACC__
 
+// Whether the kernel's code has the instructions of programmatic dependent launch: code for less than sm_90, which the driver may
+// have translated for a later GPU, must not overlap.
+template <class... Params>
+bool waits_for_earlier_launch(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
 
 template <class... Params, class... Args>
@@ -42,6 +50,11 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
 }
 
 #else
+
+template <class... Params>
+bool waits_for_earlier_launch(void (*)(Params...)) {
+  return true;
+}
 
 inline unsigned sim_seed = 0;
 inline thread_local std::string sim_error;

@@ -42,7 +42,7 @@ ANYBIT_API size_t anybit_abq_gemm_workspace(const GemmShape* shape);
 ANYBIT_API size_t anybit_qqq_gemm_workspace(const GemmShape* shape);
 
 // Fills in the tactics that can run this shape on the current GPU, the default choice first, at most `capacity`; returns how many
-// there are. A tactic that can run a shape can run it with any number of tokens.
+// there are. With fewer tokens a tactic runs as well; with many more it may not.
 ANYBIT_API int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
 ANYBIT_API int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
 // Name of a tactic's kernel, such as "int8 64x8" (weight rows x tokens of a tile); "?" for a number that is none.

@@ -25,19 +25,21 @@ struct GemmArgs {
 template <int kWarps_, int kRowTiles_, int kTokenTiles_, int kChunks_, int kStages_>
 struct TileShape {
   static constexpr int kWarps = kWarps_, kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_, kChunks = kChunks_, kStages = kStages_;
-  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles;
+  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = kRows + 4;
 };
 
-// Copy kTokens rows (from a multiple of 8, where the swizzle starts over) of chunks [first, first + kChunks), those below `end`
-// only, to shared memory [chunk][token][128].
-template <class Shape>
-__device__ void copy_tokens(char* to, const Tokens& tokens, int first_token, int first, int end) {
-  constexpr int kParts = Shape::kTokens * kChunkBytes / 16;
+// Copy the rows of a tile, kTokens from a multiple of 8 on (where the swizzle starts over), of token chunks [first, first + kChunks)
+// below `end`, to shared memory [chunk][row][128]. Rows that no token has are left out: they are columns that are not stored.
+template <int kChunks, class Shape>
+__device__ void copy_tokens(char* to, const GemmArgs& p, int first, int end) {
+  constexpr int kParts = Shape::kTokens * kChunkBytes / 16, kAll = kChunks * kParts;
+  const int first_row = blockIdx.y * Shape::kTokens, rows = p.m * p.columns_per_token - first_row;
+  const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, first, first_row, 0);
+  const size_t chunk_bytes = size_t(p.tokens.row_count) * kChunkBytes;
   ANYBIT_UNROLL
-  for (int c = 0; c < Shape::kChunks; ++c) {
-    if (first + c >= end) return;
-    const uint8_t* from = tokens.rows + token_offset(tokens.row_count, first + c, first_token, 0);
-    for (int i = threadIdx.x; i < kParts; i += Shape::kThreads) copy_async16(to + (c * kParts + i) * 16, from + i * 16);
+  for (int i = 0; i < kAll; i += Shape::kThreads) {
+    const int at = i + threadIdx.x, c = at / kParts, part = at % kParts;
+    if (at < kAll && first + c < end && part / (kChunkBytes / 16) < rows) copy_async16(to + at * 16, from + c * chunk_bytes + part * 16);
   }
 }
 
@@ -93,7 +95,7 @@ __device__ inline void store_output(const GemmArgs& p, int m, int n, float v) {
 // writes neighbours in n, and the arithmetic is there once and not for each of a thread's accumulators.
 template <class Shape, class Value, class F>
 __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], F value) {
-  constexpr int kRows = Shape::kRows, kPitch = kRows + 1;
+  constexpr int kRows = Shape::kRows, kPitch = Shape::kPitch;
   Value* staged = reinterpret_cast<Value*>(shared);  // [kTokens][kPitch]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   ANYBIT_UNROLL
@@ -118,7 +120,7 @@ __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[S
 template <class Op>
 constexpr size_t gemm_shared_bytes() {
   using Shape = typename Op::Shape;
-  const size_t ring = size_t(Op::kSlotBytes) * Shape::kStages, staged = sizeof(float) * Shape::kTokens * (Shape::kRows + 1);
+  const size_t ring = size_t(Op::kSlotBytes) * Shape::kStages, staged = sizeof(float) * Shape::kTokens * Shape::kPitch;
   return ring > staged ? ring : staged;
 }
 

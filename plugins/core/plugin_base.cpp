@@ -6,6 +6,7 @@
 
 #include "core/config.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <memory>
@@ -255,9 +256,18 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     };
     tactics_.clear();
     if (kernel(x.min) != kernel(x.max)) return;
-    const GemmShape shape = shape_of(tokens_of(x.opt), x.desc.type, 0);
-    tactics_.resize(static_cast<size_t>(op_.tactics(&shape, nullptr, 0)));
-    op_.tactics(&shape, tactics_.data(), getNbTactics());
+    const std::vector<int32_t> most = tactics_for(x.max, x.desc.type);
+    for (const int32_t tactic : tactics_for(x.opt, x.desc.type)) {
+      const auto same = [&](int32_t other) { return config_from_tactic(other).kernel == config_from_tactic(tactic).kernel; };
+      if (std::any_of(most.begin(), most.end(), same)) tactics_.push_back(tactic);
+    }
+  }
+
+  std::vector<int32_t> tactics_for(const Dims& dims, DataType type) const {
+    const GemmShape shape = shape_of(tokens_of(dims), type, 0);
+    std::vector<int32_t> tactics(static_cast<size_t>(op_.tactics(&shape, nullptr, 0)));
+    op_.tactics(&shape, tactics.data(), static_cast<int>(tactics.size()));
+    return tactics;
   }
 
   GemmShape shape_of(int64_t tokens, DataType type, int32_t tactic) const {

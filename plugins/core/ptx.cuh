@@ -133,6 +133,17 @@ __device__ inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
 __device__ inline uint32_t pair_of(__half v) { return __half_as_ushort(v) * 0x10001u; }
 __device__ inline uint32_t pair_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v) * 0x10001u; }
 
+// Bits of `a` where mask is 1, of `b` elsewhere. PTX lop3.b32; the compiler makes two instructions of the same in C.
+__device__ inline uint32_t pick(uint32_t a, uint32_t b, uint32_t mask) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
 // ---- asynchronous copies, global to shared memory ----
 
 // 16 bytes; past the first `from_bytes` (0 or 16) zeros arrive instead and `from` is not read. Both 16-byte aligned.

@@ -99,7 +99,7 @@ struct QqqInt8 {
   }
 
   __device__ void load_tokens(char* slot, int stage) {
-    copy_tokens<Shape>(slot + kWeightBytes, p.tokens, m0, stage * kChunks, p.chunks);
+    copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks);
   }
 
   __device__ void load_scales(int chunk) {

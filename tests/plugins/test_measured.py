@@ -1,4 +1,4 @@
-"""Kernels that were measured take the place of the rules: which row serves which number of tokens, and the rows that the benchmark writes."""
+"""Measured kernels take the place of the rules: which row serves which number of tokens, and the rows that the benchmark writes."""
 
 from __future__ import annotations
 

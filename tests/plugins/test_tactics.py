@@ -55,7 +55,7 @@ def test_abq_bit_widths(runner: KernelRunner, w: tuple[int, int]) -> None:
     for abits, m in ((2, 9), (3, 1), (4, 4), (5, 2), (8, 3), (8, 17)):
         attrs = abq(66, 640, w=w, a=abits, sym=abits % 2)
         names = check(runner, attrs, tokens(m, 640, F16), arrays=abq_arrays(attrs), order=abits)
-        assert names == {"simple", "b1 64x8", "b1 64x16", "int8 64x8", "int8 64x16", "int8 128x64", "int8 256x64"}
+        assert names == {"simple", "b1 64x8", "b1 64x16", "int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
 
 
 @pytest.mark.parametrize("g", [32, 40, 64, 96, 128, 192, 256, 512, 33])
@@ -182,7 +182,9 @@ def test_choice_of_kernel(runner: KernelRunner, op: str) -> None:
 
     if runner.kind == "sim":
         runner.set_device(90, MANY)
-    assert [chosen(m)[0] for m in (1, 8, 9, 16, 17, 64)] == [8, 8, 16, 16, 64, 64]
+    middle = 32 if op == "ABQGemm" else 64
+    assert [chosen(m)[0] for m in (1, 8, 9, 16, 17, 33, 64)] == [8, 8, 16, 16, middle, 64, 64]
+    assert [chosen(0)[0], len(runner.tactics(op, attrs, 0, F16)) > 1] == [8, True]
     assert chosen(1)[1] > 1
     assert chosen(4096) == (64, 1)
 
