@@ -104,7 +104,7 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
 // The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest that fills the GPU.
 // Counting bits comes first where one tile of it is enough, on GPUs whose binary tensor cores are known to be fast.
 inline int abq_choose(const GemmShape& s, const Device& device) {
-  int best = kSimple, best_tokens = 0;
+  int best = kSimple, best_tokens = -1;
   for (int kernel = 1; kernel < kAbqKernelCount; ++kernel) {
     const Plan plan = abq_plan(kernel, s, device);
     if (!plan.runs) continue;

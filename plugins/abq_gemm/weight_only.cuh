@@ -73,6 +73,15 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   __device__ static bool far(int32_t zero) { return zero < Number::kLeastZero || zero > Number::kMostZero; }
 
+  __device__ void begin(int stage) {
+    if constexpr (kGrouped) {
+      Base::begin(stage);
+    } else {
+      this->open_group(0);
+      look_for_far_zeros();
+    }
+  }
+
   __device__ void load_tokens(char* slot, int stage) {
     copy_tokens<2 * kChunks, Shape>(slot + kWeightBytes, p, stage * 2 * kChunks, 2 * chunks);
   }
@@ -160,12 +169,6 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   }
 
   __device__ void multiply(const char* slot, int stage) {
-    if constexpr (!kGrouped) {
-      if (this->group < 0) {
-        this->open_group(0);
-        look_for_far_zeros();
-      }
-    }
     this->walk(stage, [&](int c, int unit) {
       if constexpr (kGrouped) {
         if (this->group_word == 0) look_for_far_zeros();

@@ -35,7 +35,7 @@ struct AbqPlanes {
   const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = threadIdx.x % 4;
   const int chunks = p.row_words / kChunkWords;
-  int group = -1, group_word = 0;
+  int group = 0, group_word = 0;
   RowTerms<kRowTiles> terms;  // of the current group
 
   // What this thread copies of every plane of every slot: 16-byte part threadIdx.x % kChunks of a few rows.
@@ -128,6 +128,11 @@ struct AbqPlanes {
     if (group < p.n_groups) load_terms(group);
   }
 
+  // A share of K begins with a group.
+  __device__ void begin(int stage) {
+    if constexpr (kGrouped) open_group(stage * kChunks * kChunkWords / p.group_words);
+  }
+
   // multiply(chunk of the slot, unit) for the units of a slot, close() at the end of every group but with one group per row.
   template <class Multiply, class Close>
   __device__ void walk(int stage, Multiply multiply, Close close) {
@@ -140,7 +145,6 @@ struct AbqPlanes {
       } else {
         ANYBIT_ROLLED
         for (int unit = 0; unit < 4 / kWords; ++unit) {
-          if (group < 0) open_group((chunk * kChunkWords + unit * kWords) / p.group_words);  // a share of K begins with a group
           if (group >= p.n_groups) return;  // the padding of the row
           multiply(c, unit);
           group_word += kWords;

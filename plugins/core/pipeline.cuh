@@ -124,8 +124,8 @@ constexpr size_t gemm_shared_bytes() {
   return ring > staged ? ring : staged;
 }
 
-// Op: Args (a GemmArgs with more), Shape, kSlotBytes, kBlocksPerSm; Op(args); load_weights(slot, stage),
-// load_tokens(slot, stage), multiply(slot, stage), finish(shared).
+// Op: Args (a GemmArgs with more), Shape, kSlotBytes, kBlocksPerSm; Op(args); begin(stage), which reads no tokens,
+// load_weights(slot, stage), load_tokens(slot, stage), multiply(slot, stage), finish(shared).
 template <class Op>
 __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
   constexpr int kStages = Op::Shape::kStages;
@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(ty
   const auto share = [&](unsigned z) { return int(unsigned(p.stages) * z / gridDim.z); };  // far below 2^32: at most 64 * 2^20
   const int first = share(blockIdx.z), end = share(blockIdx.z + 1);
   Op op(p);
+  op.begin(first);
   const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
   for (int s = first; s < first + kStages - 1 && s < end; ++s) op.load_weights(slot(s), s);
   wait_for_earlier_launch();  // only weights are read before: they never change

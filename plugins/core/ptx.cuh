@@ -144,6 +144,17 @@ __device__ inline uint32_t pick(uint32_t a, uint32_t b, uint32_t mask) {
 #endif
 }
 
+// (v & mask) | bits. PTX lop3.b32, one instruction where the compiler makes two.
+__device__ inline uint32_t masked_or(uint32_t v, uint32_t mask, uint32_t bits) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+  return d;
+#else
+  return (v & mask) | bits;
+#endif
+}
+
 // ---- asynchronous copies, global to shared memory ----
 
 // 16 bytes; past the first `from_bytes` (0 or 16) zeros arrive instead and `from` is not read. Both 16-byte aligned.

@@ -47,11 +47,16 @@ enum class State { ready, at_block_barrier, at_warp_barrier, done };
 struct Registers {
   uint32_t word[8];
 };
-// cp.async of one thread that nothing has waited for yet: the bytes arrive when a wait covers the copy's group, never before.
+// cp.async of one thread that nothing has waited for yet: the bytes arrive when a wait covers the copy's group, or (eager) at once.
 struct AsyncCopy {
   void* to;
   const void* from;
   int bytes, from_bytes;  // bytes beyond from_bytes arrive as 0
+
+  void arrive() const {
+    std::memset(to, 0, size_t(bytes));
+    if (from_bytes) std::memcpy(to, from, size_t(from_bytes));
+  }
 };
 
 struct Fiber;
@@ -82,6 +87,7 @@ inline thread_local Fiber* me = nullptr;
 inline thread_local void* scheduler_registers[5];
 inline thread_local dim3 grid_dim, block_dim;
 inline thread_local std::function<void()> body;
+inline thread_local bool eager = false;   // asynchronous copies arrive at once, and one warp runs as far ahead as it can
 inline thread_local std::string failure;  // first exception thrown inside a kernel
 
 [[gnu::noinline]] inline void jump(void** to) { __builtin_longjmp(to, 1); }
@@ -167,6 +173,7 @@ inline const Registers* exchange(const Registers& mine) {
 // ---- cp.async ----
 inline void copy_async(void* to, const void* from, int bytes, int from_bytes) {
   me->open_group.push_back({to, from, bytes, from_bytes});
+  if (eager) me->open_group.back().arrive();
 }
 inline void commit_copies() {
   me->groups.push_back(std::move(me->open_group));
@@ -177,8 +184,7 @@ inline void wait_for_copies(size_t pending) {
   std::vector<std::vector<AsyncCopy>>& groups = me->groups;
   while (groups.size() > pending) {
     for (const AsyncCopy& copy : groups.front()) {
-      std::memset(copy.to, 0, size_t(copy.bytes));
-      if (copy.from_bytes) std::memcpy(copy.to, copy.from, size_t(copy.from_bytes));
+      if (!eager) copy.arrive();
     }
     groups.erase(groups.begin());
   }
@@ -216,10 +222,13 @@ inline bool release_barriers(std::vector<Block>& blocks) {
 // Run resident blocks to their end, `order` being the order in which threads take turns.
 inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, std::mt19937* random) {
   for (;;) {
-    if (random) std::shuffle(order.begin(), order.end(), *random);  // any order must give the same answer
+    // Any order must give the same answer. An eager run keeps its order for a while, so that warps get far apart.
+    if (random && (!eager || (*random)() % 64 == 0)) std::shuffle(order.begin(), order.end(), *random);
     bool ran = false;
+    Warp* only = nullptr;
     for (Fiber* fiber : order) {
-      if (fiber->state != State::ready) continue;
+      if (fiber->state != State::ready || (eager && only && fiber->warp != only)) continue;
+      only = fiber->warp;
       ran = true;
       to_fiber(fiber);
     }
@@ -278,7 +287,7 @@ inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
 }
 
 // Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other seeds shuffle blocks and
-// threads. Throws std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
+// threads; even ones let copies arrive early and warps run ahead, to catch memory that is used again too soon. Throws std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, std::function<void()> kernel_call) {
   const size_t block_threads = size_t(block.x) * block.y * block.z, n_blocks = size_t(grid.x) * grid.y * grid.z;
   const size_t resident = std::min(n_blocks, std::max<size_t>(1, kResidentThreads / block_threads));
@@ -288,6 +297,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, st
   if (seed) std::shuffle(block_order.begin(), block_order.end(), random);
   grid_dim = grid, block_dim = block, body = std::move(kernel_call);
   failure.clear();
+  eager = seed && seed % 2 == 0;
   std::vector<Fiber>& fibers = pool.fibers(resident * block_threads);
   try {
     for (size_t first = 0; first < n_blocks; first += resident) {

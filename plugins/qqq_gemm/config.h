@@ -14,6 +14,8 @@ constexpr QqqKernel kQqqKernels[] = {
     {"simple", {}},
     {"int8 64x8", {4, 1, 1, 4, 3}},
     {"int8 64x16", {4, 1, 2, 4, 3}},
+    {"int8 64x32", {4, 1, 4, 4, 3}},
+    {"int8 64x64", {4, 1, 8, 2, 3}},
     {"int8 256x64", {4, 4, 8, 1, 4}},
 };
 constexpr int kQqqKernelCount = sizeof(kQqqKernels) / sizeof(QqqKernel);
@@ -39,14 +41,16 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
   return plan;
 }
 
-// The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest.
+// The choice where nothing has been measured: the smallest tile that holds all tokens; for more than it holds the largest, if it
+// fills the GPU.
 inline int qqq_choose(const GemmShape& s, const Device& device) {
   int best = kSimple;
   for (int kernel = 1; kernel < kQqqKernelCount; ++kernel) {
     const Plan plan = qqq_plan(kernel, s, device);
     if (!plan.runs) continue;
+    if (best != kSimple && kQqqKernels[best].tile.tokens() == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors) continue;
     best = kernel;
-    if (plan.tile.tokens() >= s.m) break;
+    if (plan.tile.tokens() >= s.m && plan.tile.rows() == 64) break;
   }
   return best;
 }

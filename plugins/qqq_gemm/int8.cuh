@@ -15,7 +15,7 @@ struct QqqGemmArgs : GemmArgs {
   int group_size;             // 0 = per channel
   const uint32_t* weight;     // [packed_rows, blocks, 128]
   const float* scale;         // [n]
-  const __half* scale_group;  // [k / group_size, n] or null
+  const uint16_t* scale_group;  // fp16 [k / group_size, n] or null
 };
 
 // Per channel: 16 * q as int8, because the nibble of row g is the high half of its byte. 3 instructions for 8 weights.
@@ -33,13 +33,12 @@ struct ChannelWeights {
 // outside (infinities too) is outside the limits. One lane holds rows g (lower) and g + 8 (upper) of a tile, each with its own scale.
 struct GroupWeights {
   static constexpr bool kGrouped = true;
-  static constexpr float kMostScale = 15.875f;  // 127 / 8
+  static constexpr uint32_t kMostScale = 0x4bf0;  // 127 / 8, bits of the fp16 number
 
   template <bool kLimit>
-  __device__ static uint32_t four(uint32_t nibbles, __half row_scale) {
-    const uint32_t scale = pair_of(row_scale);
+  __device__ static uint32_t four(uint32_t nibbles, uint32_t scale) {
     // 1024 + q of k 4q, 4q + 1, and 1024 + 16 q of the next two
-    uint32_t first = (nibbles & 0x000f000fu) | 0x64006400u, last = (nibbles & 0x00f000f0u) | 0x64006400u;
+    uint32_t first = masked_or(nibbles, 0x000f000fu, 0x64006400u), last = masked_or(nibbles, 0x00f000f0u, 0x64006400u);
     first = half2_fma(first, kOne, kMinus1032);
     last = half2_fma(last, kSixteenth, kMinus72);
     first = half2_fma(first, scale, k1536);
@@ -51,7 +50,7 @@ struct GroupWeights {
     return __byte_perm(first, last, 0x6420);
   }
   template <bool kLimit>
-  __device__ static void expand(uint32_t word, const __half (&scale)[2], uint32_t& lower, uint32_t& upper) {
+  __device__ static void expand(uint32_t word, const uint32_t (&scale)[2], uint32_t& lower, uint32_t& upper) {
     lower = four<kLimit>(word, scale[0]);
     upper = four<kLimit>(word >> 8, scale[1]);
   }
@@ -73,6 +72,7 @@ struct QqqInt8 {
   static constexpr int kWeightBytes = kChunks * 8 * kBlocks * kRowBytes;  // [chunk][packed row][column block][512]
   static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
   static constexpr int kBlocksPerSm = 1;
+  static_assert(!kSplitSteps || kSlotBytes * Shape::kStages >= kTokenTiles * 8192, "sum_over_warps has 64 rows of 4 warps in the ring");
   static_assert(kSplitSteps ? Shape::kWarps == 4 && kBlocks == 1 : Shape::kWarps == kBlocks, "warps share K or the rows");
 
   const Args& p;
@@ -82,8 +82,7 @@ struct QqqInt8 {
   int32_t product[kTiles][kTokenTiles][4] = {};
   // Scales of this warp's rows for both halves of a chunk (one, if it takes one step), of the chunk that comes next.
   static constexpr int kHalves = kSplitSteps ? 1 : 2;
-  __half next_scale[kHalves][kTiles][2];
-  int scales_of = -1;  // chunk of next_scale
+  uint16_t next_scale[kHalves][kTiles][2];
 
   __device__ explicit QqqInt8(const Args& args) : p(args) {}
 
@@ -102,20 +101,25 @@ struct QqqInt8 {
     copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks);
   }
 
+  __device__ void begin(int stage) {
+    if constexpr (Weights::kGrouped) load_scales(stage * kChunks);
+  }
+
+  // Of a chunk; what lies past the end repeats the last group or row.
   __device__ void load_scales(int chunk) {
+    const int shift = p.group_size == 64 ? 6 : 7, last = (p.packed_rows * 16 >> shift) - 1;
     ANYBIT_UNROLL
     for (int h = 0; h < kHalves; ++h) {
-      const int half = kSplitSteps ? warp / 2 : h, group = (128 * chunk + 64 * half) / p.group_size;
-      const bool there = group * p.group_size < p.packed_rows * 16;
+      const int group = (128 * chunk + 64 * (kSplitSteps ? warp / 2 : h)) >> shift;
+      const uint16_t* from = p.scale_group + size_t(group < last ? group : last) * p.n;
       ANYBIT_UNROLL
       for (int j = 0; j < kTiles; ++j)
         ANYBIT_UNROLL
         for (int b = 0; b < 2; ++b) {
           const int n = n0 + 64 * block + 16 * j + 8 * b + lane / 4;
-          next_scale[h][j][b] = there && n < p.n ? p.scale_group[size_t(group) * p.n + n] : __half(__float2half_rn(0.0f));
+          next_scale[h][j][b] = from[n < p.n ? n : p.n - 1];
         }
     }
-    scales_of = chunk;
   }
 
   // b of k step `step` for two token tiles, 8 * t and 8 * (t + 1); with one tile the second is the first again.
@@ -151,7 +155,7 @@ struct QqqInt8 {
 
   // The steps of half a chunk, which has one group: all its 64 k, or this warp's 32 of them.
   template <bool kLimit>
-  __device__ void multiply_half(const char* slot, int c, int half, const __half (&scale)[kTiles][2]) {
+  __device__ void multiply_half(const char* slot, int c, int half, const uint32_t (&scale)[kTiles][2]) {
     const int first = kSplitSteps ? warp : 2 * half, count = kSplitSteps ? 1 : 2;
     ANYBIT_ROLLED
     for (int step = first; step < first + count; ++step)
@@ -166,15 +170,14 @@ struct QqqInt8 {
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = stage * kChunks + c;
       if (chunk >= p.chunks) return;
-      __half scale[kHalves][kTiles][2];
+      uint32_t scale[kHalves][kTiles][2];  // each number twice
       bool limit = false;
       if constexpr (Weights::kGrouped) {
-        if (scales_of != chunk) load_scales(chunk);  // the first of this share of K
         ANYBIT_UNROLL
         for (int i = 0; i < kHalves * kTiles * 2; ++i) {
-          const __half next = next_scale[i / 2 / kTiles][i / 2 % kTiles][i % 2];
-          scale[i / 2 / kTiles][i / 2 % kTiles][i % 2] = next;
-          limit |= fabsf(__half2float(next)) > Weights::kMostScale;
+          const uint32_t next = next_scale[i / 2 / kTiles][i / 2 % kTiles][i % 2];
+          scale[i / 2 / kTiles][i / 2 % kTiles][i % 2] = next * 0x10001u;
+          limit |= (next & 0x7fff) > Weights::kMostScale;
         }
         load_scales(chunk + 1);
         limit = ballot(limit) != 0;  // the whole warp takes one way

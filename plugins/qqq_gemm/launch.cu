@@ -89,7 +89,7 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   QqqGemmArgs p = fast_args(s);
   carve_fast(p, plan, s, b.workspace);
   p.scale = b.scale, p.bias = b.bias, p.y = b.y;
-  p.scale_group = static_cast<const __half*>(b.scale_group);
+  p.scale_group = static_cast<const uint16_t*>(b.scale_group);
   p.weight = reinterpret_cast<const uint32_t*>(b.weight);
   p.stages = ceil_div(p.chunks, plan.tile.chunks);
   PrepareShape prepare = prepare_shape(s);
