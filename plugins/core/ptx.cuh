@@ -202,6 +202,8 @@ __device__ inline void wait_for_copies() {
 __device__ inline void prefetch(const void* from) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  static_cast<void>(from);
 #endif
 }
 

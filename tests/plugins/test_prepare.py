@@ -116,6 +116,11 @@ def test_floats_are_kept_bit_for_bit(runner: KernelRunner) -> None:
         check(runner, case_of(FLOATS, x.shape[1]), x)
 
 
+def test_more_counters_than_threads(runner: KernelRunner) -> None:
+    for m in (1, 3):
+        check(runner, case_of(SLOTS, 40, n_counters=1000), tokens(m, 40, F16))
+
+
 def test_no_tokens(runner: KernelRunner) -> None:
     prepare(runner, case_of(SLOTS, 64, n_counters=0), tokens(0, 64, F16))
 
@@ -153,7 +158,7 @@ def normed_by_kernel(runner: KernelRunner, case: Case, x: np.ndarray, **inputs: 
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_norm(runner: KernelRunner, dtype: np.dtype[Any], with_residual: bool) -> None:
     """v is exact; y is the wide result rounded once, but for near ties; codes, scales and zeros are exactly those of y."""
-    for m, k, g in ((3, 72, 0), (2, 129, 43), (1, 8320, 0)):
+    for m, k, g in ((3, 72, 0), (2, 129, 43), (1, 8320, 0), (1, 33_001, 0)):
         x, gamma = tokens(m, k, dtype), tokens(1, k, dtype, seed=1)[0]
         inputs = {"gamma": gamma, "residual": tokens(m, k, dtype, seed=2)} if with_residual else {"gamma": gamma}
         case = case_of(SLOTS, k, group_size=g)
