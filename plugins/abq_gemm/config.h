@@ -7,6 +7,7 @@ namespace anybit {
 enum class AbqFamily {
   kSimple,      // kernel.cuh: the oracle, and what no other runs
   kInt8,        // int8.cuh: A2..A8
+  kBinary,      // binary.cuh: A2..A8, few tokens, one scale per row
   kWeightOnly,  // weight_only.cuh: A16 in fp16 or bf16
 };
 struct AbqKernel {
@@ -22,12 +23,19 @@ constexpr AbqKernel kAbqKernels[] = {
     {AbqFamily::kInt8, "int8 64x16", {4, 1, 2, 4, 3}},
     {AbqFamily::kInt8, "int8 128x64", {8, 1, 8, 2, 3}},
     {AbqFamily::kInt8, "int8 256x64", {8, 2, 8, 2, 2}},
+    {AbqFamily::kBinary, "b1 64x8", {4, 1, 1, 8, 2}},  // columns are planes of tokens
+    {AbqFamily::kBinary, "b1 64x16", {4, 1, 2, 8, 2}},
     {AbqFamily::kWeightOnly, "a16 64x8", {4, 1, 1, 4, 3}},
     {AbqFamily::kWeightOnly, "a16 64x16", {4, 1, 2, 4, 3}},
+    {AbqFamily::kWeightOnly, "a16 128x32", {8, 1, 4, 2, 3}},
     {AbqFamily::kWeightOnly, "a16 128x64", {8, 1, 8, 2, 2}},
 };
 constexpr int kAbqKernelCount = sizeof(kAbqKernels) / sizeof(AbqKernel);
-constexpr int kAbqMostGroupedOutputs = 32;  // per thread, because groups need two sets of accumulators in registers
+
+// Most outputs of a thread where rows have groups: those need a second set of accumulators in registers, A16 even a third.
+constexpr int abq_most_grouped_outputs(AbqFamily family) {
+  return family == AbqFamily::kInt8 ? 32 : family == AbqFamily::kWeightOnly ? 16 : 0;
+}
 
 inline int abq_group_len(const GemmShape& s) { return s.group_size ? s.group_size : s.k; }
 inline int abq_group_words(const GemmShape& s) { return ceil_div(abq_group_len(s), 32); }
@@ -58,8 +66,19 @@ constexpr Tile abq_tile(Tile tile, int planes) {
 }
 
 constexpr size_t abq_slot_bytes(AbqFamily family, const Tile& tile, int planes) {
-  const int token_bytes = family == AbqFamily::kWeightOnly ? 2 : 1;
-  return size_t(planes) * tile.rows() * tile.chunks * 16 + size_t(tile.chunks) * tile.tokens() * 128 * token_bytes;
+  const size_t token_chunks = family == AbqFamily::kBinary ? 1 : family == AbqFamily::kWeightOnly ? 2 * tile.chunks : tile.chunks;
+  return size_t(planes) * tile.rows() * tile.chunks * 16 + token_chunks * tile.tokens() * 128;
+}
+
+// Rows of prepared tokens that one token has.
+inline int abq_columns(AbqFamily family, const GemmShape& s) {
+  return family != AbqFamily::kBinary ? 1 : s.abits <= 2 ? 2 : s.abits <= 4 ? 4 : 8;
+}
+
+// Whether the family's arithmetic covers the shape.
+inline bool abq_covers(AbqFamily family, const GemmShape& s) {
+  if (family == AbqFamily::kWeightOnly) return s.abits == 16 && s.dtype != kFloat32;
+  return s.abits <= 8 && int64_t{256} * (s.levels - 1) * abq_group_len(s) < int64_t{1} << 31;  // P - z * Q of a group fits 32 bits
 }
 
 // How kernel `kernel` would run a shape that the op takes.
@@ -72,27 +91,28 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
   }
   const AbqForm form = abq_form(family, s);
   plan.tile = abq_tile(tile, form.planes);
+  plan.columns_per_token = abq_columns(family, s);
   plan.shared_bytes = gemm_shared_bytes(plan.tile, abq_slot_bytes(family, plan.tile, form.planes));
   const bool whole_groups = !form.grouped || 4 * plan.tile.chunks % abq_group_words(s) == 0;
   plan.most_shares = whole_groups ? ceil_div(abq_row_words(s), 4 * plan.tile.chunks) : 1;
-  // P - z * Q of a group fits 32 bits
-  const bool arithmetic = family == AbqFamily::kWeightOnly
-                              ? s.abits == 16 && s.dtype != kFloat32
-                              : s.abits <= 8 && int64_t{256} * (s.levels - 1) * abq_group_len(s) < int64_t{1} << 31;
-  plan.runs = arithmetic && device.sm >= 80 && plan.shared_bytes <= size_t(device.shared_per_block) &&
-              ceil_div<int64_t>(s.m, plan.tile.tokens()) <= kMostGridY &&
-              !(form.grouped && plan.tile.outputs_per_thread() > kAbqMostGroupedOutputs);
+  plan.runs = abq_covers(family, s) && plan.fits(s, device) &&
+              !(form.grouped && plan.tile.outputs_per_thread() > abq_most_grouped_outputs(family));
   return plan;
 }
 
 // The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest that fills the GPU.
+// Counting bits comes first where one tile of it is enough, on GPUs whose binary tensor cores are known to be fast.
 inline int abq_choose(const GemmShape& s, const Device& device) {
-  int best = 0, best_tokens = 0;
+  int best = kSimple, best_tokens = 0;
   for (int kernel = 1; kernel < kAbqKernelCount; ++kernel) {
     const Plan plan = abq_plan(kernel, s, device);
-    if (!plan.runs || (best_tokens == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors)) continue;
+    if (!plan.runs) continue;
+    if (kAbqKernels[kernel].family == AbqFamily::kBinary) {
+      if (device.sm < 90 && plan.token_tiles(s) == 1 && plan.tile.token_tiles == 1) return kernel;
+      continue;
+    }
+    if (s.m <= best_tokens || (best_tokens == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors)) continue;
     best = kernel, best_tokens = plan.tile.tokens();
-    if (s.m <= best_tokens) break;
   }
   return best;
 }

@@ -1,5 +1,6 @@
 // The families of fast ABQGemm kernels, each in a .cu file of its own, so that they compile side by side.
 #pragma once
+#include "abq_gemm/binary.cuh"
 #include "abq_gemm/config.h"
 #include "abq_gemm/int8.cuh"
 #include "abq_gemm/weight_only.cuh"
@@ -9,6 +10,7 @@ namespace anybit {
 
 // Kernel `kernel` of kAbqKernels on prepared tokens.
 cudaError_t abq_int8(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
+cudaError_t abq_binary(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 cudaError_t abq_weight_only(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 
 // Calls f.run<kPlanes, kWords, kGrouped, Shape>() for the row of kAbqKernels and the form, if the row is of this family and has it.
@@ -24,7 +26,7 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
         constexpr Tile t = abq_tile(row.tile, kPlanes);
         using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
         constexpr bool kHasPlanes = kFamily != AbqFamily::kWeightOnly || kPlanes > 2;
-        constexpr bool kHasGroups = t.outputs_per_thread() <= kAbqMostGroupedOutputs;
+        constexpr bool kHasGroups = t.outputs_per_thread() <= abq_most_grouped_outputs(kFamily);
         if constexpr (!kHasPlanes) {
           return cudaErrorInvalidValue;
         } else {

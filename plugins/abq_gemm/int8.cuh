@@ -121,18 +121,9 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
         }
     }
     if (!sum_over_k(acc, p, shared)) return;
-    if constexpr (!kGrouped) this->load_terms(0);
-    store_tile<Shape>(p, shared, [&](int r, int t, int i) {
-      const int m = this->token_of(t, i);
-      float v;
-      if constexpr (kGrouped) {
-        v = acc[r][t][i];
-      } else {
-        const int64_t zero = terms.zero[r][i / 2], a_sum = p.tokens.sums[m], z = p.asymmetric ? p.tokens.zero[m] : 0;
-        const int64_t d = acc[r][t][i] - zero * a_sum + z * p.group_len * zero;
-        v = __fadd_rn(0.0f, __fmul_rn(__ll2float_rn(d), terms.scale[r][i / 2]));  // as the sum of one group: never -0
-      }
-      return __fmul_rn(v, p.tokens.scale[m]);
+    store_tile<Shape>(p, shared, acc, [&](Acc v, int m, int n) {
+      if constexpr (kGrouped) return __fmul_rn(v, p.tokens.scale[m]);
+      else return this->scaled(v, m, n);
     });
   }
 };

@@ -60,7 +60,7 @@ AbqGemmArgs fast_args(const GemmShape& s) {
   p.n_groups = abq_n_groups(s);
   p.group_words = abq_group_words(s);
   p.row_words = abq_row_words(s);
-  p.planes = s.planes, p.asymmetric = s.act_symmetric == 0;
+  p.planes = s.planes, p.abits = s.abits, p.asymmetric = s.act_symmetric == 0;
   // |P| and |z Q| stay below 128 (levels - 1) L, |zero A| and |z L zero| below 128 L |zero|
   const int64_t limit = ((int64_t{1} << 31) - 1) / (int64_t{256} * p.group_len) - (s.levels - 1);
   p.zero_limit = limit < 0 ? -1 : int32_t(limit);
@@ -70,7 +70,7 @@ AbqGemmArgs fast_args(const GemmShape& s) {
 PrepareShape prepare_shape(AbqFamily family, const GemmShape& s) {
   PrepareShape p = {};
   p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
-  p.order = family == AbqFamily::kWeightOnly ? kSlotFloats : kSlotCodes;
+  p.order = family == AbqFamily::kWeightOnly ? kSlotFloats : family == AbqFamily::kBinary ? kBitPlanes : kSlotCodes;
   p.unit_words = abq_form(family, s).words;
   return p;
 }
@@ -118,7 +118,8 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
   const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
   if (error != cudaSuccess) return error;
-  const auto run = family == AbqFamily::kWeightOnly ? abq_weight_only : abq_int8;
+  p.columns_per_token = plan.columns_per_token;
+  const auto run = family == AbqFamily::kWeightOnly ? abq_weight_only : family == AbqFamily::kBinary ? abq_binary : abq_int8;
   return run(config.kernel, p, form, {config.shares, device, stream});
 }
 

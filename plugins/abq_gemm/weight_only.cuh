@@ -18,7 +18,7 @@ struct Numbers<__half, kBytes> {
   static constexpr uint32_t kOnes = 0x3c003c00;                   // 1, twice
   uint32_t offset;                                                // -(1024 + zero), twice
 
-  __device__ explicit Numbers(int32_t zero) : offset(pair_of(__float2half_rn(-1024.0f - __int2float_rn(zero)))) {}
+  __device__ explicit Numbers(int32_t zero) : offset(pair_of(__float2half_rn(-1024.0f - static_cast<float>(zero)))) {}
   // q - zero of bytes 2 * half and 2 * half + 1.
   __device__ uint32_t operator()(uint32_t codes, int half) const {
     return half2_fma(__byte_perm(codes, 0x64646464u, half ? 0x4342 : 0x4140), kOnes, offset);
@@ -31,7 +31,7 @@ struct Numbers<__nv_bfloat16, false> {  // codes of up to 4 bits, though 7 would
   static constexpr uint32_t kOnes = 0x3f803f80;
   uint32_t offset;  // -(128 + zero), twice
 
-  __device__ explicit Numbers(int32_t zero) : offset(pair_of(__float2bfloat16_rn(-128.0f - __int2float_rn(zero)))) {}
+  __device__ explicit Numbers(int32_t zero) : offset(pair_of(__float2bfloat16_rn(-128.0f - static_cast<float>(zero)))) {}
   __device__ uint32_t operator()(uint32_t codes, int half) const {
     return bfloat2_fma(__byte_perm(codes, 0x43434343u, half ? 0x4342 : 0x4140), kOnes, offset);
   }
@@ -43,7 +43,7 @@ struct Numbers<__nv_bfloat16, true> {  // 8 bits and a zero point among them: by
   static constexpr uint32_t kOnes = 0x3f803f80;
   float offset;
 
-  __device__ explicit Numbers(int32_t zero) : offset(-8388608.0f - __int2float_rn(zero)) {}
+  __device__ explicit Numbers(int32_t zero) : offset(-8388608.0f - static_cast<float>(zero)) {}
   __device__ uint32_t operator()(uint32_t codes, int half) const {
     const float low = __uint_as_float(__byte_perm(codes, 0x4b000000u, half ? 0x7442 : 0x7440));
     const float high = __uint_as_float(__byte_perm(codes, 0x4b000000u, half ? 0x7443 : 0x7441));
@@ -172,7 +172,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   __device__ void finish(char* shared) {
     if constexpr (!kGrouped) close_group();
     if (!sum_over_k(total, p, shared)) return;
-    store_tile<Shape>(p, shared, [&](int r, int t, int i) { return total[r][t][i]; });
+    store_tile<Shape>(p, shared, total, [](float v, int, int) { return v; });
   }
 };
 

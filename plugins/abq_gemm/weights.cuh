@@ -7,7 +7,7 @@ namespace anybit {
 
 struct AbqGemmArgs : GemmArgs {
   int n_groups, group_len, group_words, row_words;  // as AbqArgs
-  int planes;
+  int planes, abits;
   bool asymmetric;           // whether any token zero point may differ from 0
   int32_t zero_limit;        // up to this |zero|, D fits 32 bits
   const uint32_t* weight;    // [planes, n, row_words]
@@ -38,22 +38,34 @@ struct AbqPlanes {
   int group = -1, group_word = 0;
   RowTerms<kRowTiles> terms;  // of the current group
 
-  __device__ explicit AbqPlanes(const AbqGemmArgs& args) : p(args) {}
+  // What this thread copies of every plane of every slot: 16-byte part threadIdx.x % kChunks of a few rows.
+  static constexpr int kRowsAtOnce = Shape::kThreads / kChunks < Shape::kRows ? Shape::kThreads / kChunks : Shape::kRows;
+  static constexpr int kCopies = Shape::kRows / kRowsAtOnce;
+  const uint32_t* copy_from[kCopies];
+  int copy_to[kCopies];
+
+  __device__ explicit AbqPlanes(const AbqGemmArgs& args) : p(args) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = threadIdx.x / kChunks + i * kRowsAtOnce, c = threadIdx.x % kChunks;
+      const int n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last repeat it and are not stored
+      copy_from[i] = p.weight + size_t(n) * p.row_words + c * kChunkWords;
+      copy_to[i] = part_offset(row, c);
+    }
+  }
 
   // Place of 16-byte part `chunk` of a row: 8 rows that one ldmatrix reads lie in different banks.
   __device__ static int part_offset(int row, int chunk) { return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16; }
 
   __device__ void load_weights(char* slot, int stage) {
-    constexpr int kParts = Shape::kRows * kChunks;
+    if (int(threadIdx.x) >= kRowsAtOnce * kChunks) return;
+    const int from_bytes = stage * kChunks + int(threadIdx.x) % kChunks < chunks ? 16 : 0;  // zeros behind the row
     const size_t plane_words = size_t(p.n) * p.row_words;
-    for (int j = 0; j < p.planes; ++j) {
-      for (int i = threadIdx.x; i < kParts; i += Shape::kThreads) {
-        const int row = i / kChunks, c = i % kChunks, chunk = stage * kChunks + c;
-        if (chunk >= chunks) continue;
-        const int n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last repeat it and are not stored
-        copy_async16(slot + j * kPlaneBytes + part_offset(row, c), p.weight + j * plane_words + size_t(n) * p.row_words + chunk * kChunkWords);
-      }
-    }
+    ANYBIT_ROLLED
+    for (int j = 0; j < p.planes; ++j)
+      ANYBIT_UNROLL
+      for (int i = 0; i < kCopies; ++i)
+        copy_async16(slot + j * kPlaneBytes + copy_to[i], copy_from[i] + j * plane_words + stage * kChunks * kChunkWords, from_bytes);
   }
 
   // plane[half][j]: this lane's word of plane j, of row g + 8 * half of tile r, its first bit of unit `unit` of chunk c lowest.
@@ -101,6 +113,14 @@ struct AbqPlanes {
   __device__ int token_of(int t, int i) const {
     const int m = m0 + 8 * t + 2 * q + i % 2;
     return m < p.m ? m : p.m - 1;
+  }
+
+  // Output of channel n and token m from P - z * Q of the whole row, without the bias.
+  __device__ float scaled(int32_t product, int m, int n) const {
+    const int64_t zero = p.zero[n], a_sum = p.tokens.sums[m], z = p.asymmetric ? p.tokens.zero[m] : 0;
+    const int64_t d = product - zero * a_sum + z * p.group_len * zero;
+    const float v = __fadd_rn(0.0f, __fmul_rn(__ll2float_rn(d), p.scale[n]));  // as the sum of one group: never -0
+    return __fmul_rn(v, p.tokens.scale[m]);
   }
 
   __device__ void open_group(int next) {

@@ -64,10 +64,16 @@ constexpr size_t kPartialBytes = 4 << 20;  // of partial sums: the workspace mus
 struct Plan {
   bool runs = false;
   Tile tile = {};
+  int columns_per_token = 1;  // of the tile's: its bit planes where those are multiplied
   size_t shared_bytes = 0;
   int most_shares = 1;  // shares of K that are whole slots and whole groups
 
-  int64_t tiles(const GemmShape& s) const { return ceil_div<int64_t>(s.n, tile.rows()) * ceil_div<int64_t>(s.m, tile.tokens()); }
+  int64_t token_tiles(const GemmShape& s) const { return ceil_div(int64_t{columns_per_token} * s.m, int64_t{tile.tokens()}); }
+  int64_t tiles(const GemmShape& s) const { return ceil_div<int64_t>(s.n, tile.rows()) * token_tiles(s); }
+  // Whether the GPU has the instructions and the shared memory, and the launch the size.
+  bool fits(const GemmShape& s, const Device& device) const {
+    return device.sm >= 80 && shared_bytes <= size_t(device.shared_per_block) && token_tiles(s) <= kMostGridY;
+  }
   // Blocks that run at the same time on the whole GPU, as far as shared memory and threads decide.
   int resident_blocks(const Device& device) const {
     const int by_shared = int(device.shared_per_sm / (shared_bytes + 1024)), by_threads = 1024 / tile.threads();

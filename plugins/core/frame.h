@@ -149,7 +149,7 @@ template <class Op>
 cudaError_t launch_gemm(const typename Op::Args& p, const Split& split) {
   using Shape = typename Op::Shape;
   LaunchShape shape;
-  shape.grid = dim3(ceil_div(p.n, Shape::kRows), ceil_div(p.m, Shape::kTokens), split.shares);
+  shape.grid = dim3(ceil_div(p.n, Shape::kRows), ceil_div(p.m * p.columns_per_token, Shape::kTokens), split.shares);
   shape.block = dim3(Shape::kThreads);
   shape.shared_bytes = gemm_shared_bytes<Op>();
   shape.overlap = split.device.sm >= 90;

@@ -12,6 +12,7 @@ namespace anybit {
 
 struct GemmArgs {
   int m, n;
+  int columns_per_token;  // rows of prepared tokens that one token has: 1, or its bit planes
   int stages;        // slots that all of K fills, one after the other
   Tokens tokens;
   const float* bias;  // [n] or null
@@ -65,32 +66,34 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   __syncthreads();  // before `shared` is used again
   if (!last) return false;
   __threadfence();
-  ANYBIT_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    Value sum = __ldcg(partials + i * blockDim.x);
-    for (int z = 1; z < shares; ++z) sum += __ldcg(partials + z * share_words + i * blockDim.x);
-    acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4] = sum;
+  ANYBIT_ROLLED
+  for (int z = 0; z < shares; ++z) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      Value& sum = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+      const Value part = __ldcg(partials + i * blockDim.x);
+      sum = z ? sum + part : part;
+    }
+    partials += share_words;
   }
   return true;
 }
 
-template <class T>
-__device__ void store_staged(const float* staged, const GemmArgs& p, int n0, int m0, int rows, int tokens) {
-  T* y = static_cast<T*>(p.y);
-  for (int i = threadIdx.x; i < rows * tokens; i += blockDim.x) {
-    const int n = n0 + i % rows, m = m0 + i / rows;
-    if (n >= p.n || m >= p.m) continue;
-    float v = staged[i / rows * (rows + 1) + i % rows];
-    if (p.bias) v = __fadd_rn(v, p.bias[n]);
-    store_saturated(y + size_t(m) * p.n + n, v);
-  }
+// One output, with the bias.
+__device__ inline void store_output(const GemmArgs& p, int m, int n, float v) {
+  if (p.bias) v = __fadd_rn(v, p.bias[n]);
+  const size_t at = size_t(m) * p.n + n;
+  if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
+  else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
+  else store_saturated(static_cast<float*>(p.y) + at, v);
 }
 
-// Writes the block's outputs, value(row_tile, token_tile, i) being accumulator i of the lane's fragment, through shared memory.
-template <class Shape, class F>
-__device__ void store_tile(const GemmArgs& p, char* shared, F value) {
-  constexpr int kPitch = Shape::kRows + 1;
-  float* staged = reinterpret_cast<float*>(shared);  // [kTokens][kPitch]
+// Writes the block's outputs: value(accumulator, m, n) without the bias. The accumulators go through shared memory, so that a warp
+// writes neighbours in n, and the arithmetic is there once and not for each of a thread's accumulators.
+template <class Shape, class Value, class F>
+__device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], F value) {
+  constexpr int kRows = Shape::kRows, kPitch = kRows + 1;
+  Value* staged = reinterpret_cast<Value*>(shared);  // [kTokens][kPitch]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   ANYBIT_UNROLL
   for (int r = 0; r < Shape::kRowTiles; ++r)
@@ -99,13 +102,14 @@ __device__ void store_tile(const GemmArgs& p, char* shared, F value) {
       ANYBIT_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
-        staged[token * kPitch + row] = value(r, t, i);
+        staged[token * kPitch + row] = acc[r][t][i];
       }
   __syncthreads();
-  const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
-  if (p.dtype == kFloat16) store_staged<__half>(staged, p, n0, m0, Shape::kRows, Shape::kTokens);
-  else if (p.dtype == kBFloat16) store_staged<__nv_bfloat16>(staged, p, n0, m0, Shape::kRows, Shape::kTokens);
-  else store_staged<float>(staged, p, n0, m0, Shape::kRows, Shape::kTokens);
+  const int n0 = blockIdx.x * kRows, m0 = blockIdx.y * Shape::kTokens;
+  for (int i = threadIdx.x; i < kRows * Shape::kTokens; i += Shape::kThreads) {
+    const int row = i % kRows, token = i / kRows;
+    if (n0 + row < p.n && m0 + token < p.m) store_output(p, m0 + token, n0 + row, value(staged[token * kPitch + row], m0 + token, n0 + row));
+  }
 }
 
 // Bytes of shared memory: the ring, or the staged outputs if they are larger.
@@ -122,7 +126,8 @@ template <class Op>
 __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
   constexpr int kStages = Op::Shape::kStages;
   char* ring = dynamic_shared<char>();
-  const int first = int(int64_t(p.stages) * blockIdx.z / gridDim.z), end = int(int64_t(p.stages) * (blockIdx.z + 1) / gridDim.z);
+  const auto share = [&](unsigned z) { return int(unsigned(p.stages) * z / gridDim.z); };  // far below 2^32: at most 64 * 2^20
+  const int first = share(blockIdx.z), end = share(blockIdx.z + 1);
   Op op(p);
   const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
   for (int s = first; s < first + kStages - 1 && s < end; ++s) op.load_weights(slot(s), s);

@@ -225,30 +225,26 @@ __device__ void store_floats(const PrepareArgs& p, int m, int word, const Word<T
 template <class T, bool kNorm>
 struct TokenInput {
   const PrepareArgs& p;
-  const T *x, *residual, *gamma;
-  T* residual_out;
+  size_t first;  // element of the token in x
   float inverse_rms = 0.0f;
 
-  __device__ TokenInput(const PrepareArgs& args, int m) : p(args) {
-    const size_t first = size_t(m) * p.k;
-    x = static_cast<const T*>(p.x) + first;
-    residual = p.norm.residual ? static_cast<const T*>(p.norm.residual) + first : nullptr;
-    residual_out = static_cast<T*>(p.norm.residual_out) + (residual ? first : 0);
-    gamma = static_cast<const T*>(p.norm.gamma);
-  }
+  __device__ TokenInput(const PrepareArgs& args, int m) : p(args), first(size_t(m) * args.k) {}
   __device__ Word<T> sum(int word) const {
     const Span span = span_of(p.row, word);
     Word<T> v;
-    for_each_part(x, span, p.vectors, [&](int i, const Part<T>& part) { v.part[i] = part; });
-    if (!kNorm || !residual) return v;
-    for_each_part(residual, span, p.vectors, [&](int i, const Part<T>& part) {
+    for_each_part(static_cast<const T*>(p.x) + first, span, p.vectors, [&](int i, const Part<T>& part) { v.part[i] = part; });
+    if (!kNorm || !p.norm.residual) return v;
+    for_each_part(static_cast<const T*>(p.norm.residual) + first, span, p.vectors, [&](int i, const Part<T>& part) {
       v.part[i].set([&](int j) { return rounded_to<T>(__fadd_rn(v.part[i][j], part[j])); });
     });
     return v;
   }
+  __device__ void store_sum(int word, const Word<T>& v) const {
+    store_word(static_cast<T*>(p.norm.residual_out) + first, span_of(p.row, word), p.vectors, v);
+  }
   __device__ Word<T> normed(Word<T> v, int word) const {
     if (!kNorm) return v;
-    for_each_part(gamma, span_of(p.row, word), p.vectors, [&](int i, const Part<T>& part) {
+    for_each_part(static_cast<const T*>(p.norm.gamma), span_of(p.row, word), p.vectors, [&](int i, const Part<T>& part) {
       v.part[i].set([&](int j) { return rounded_to<T>(__fmul_rn(__fmul_rn(v.part[i][j], inverse_rms), part[j])); });
     });
     return v;
@@ -279,7 +275,7 @@ __global__ void __launch_bounds__(kMaxPrepareThreads<T>) prepare_kernel(PrepareA
     for_each_word(p.words, w, [&](int word) { return input.sum(word); }, [&](int word, const Word<T>& v) {
       ANYBIT_UNROLL
       for (int i = 0; i < 32; ++i) squares[0] += v[i] * v[i];
-      if (input.residual && mine(word)) store_word(input.residual_out, span_of(p.row, word), p.vectors, v);
+      if (p.norm.residual && mine(word)) input.store_sum(word, v);
     });
     reduce_block(squares, shared, [](float a, float b) { return a + b; });
     input.inverse_rms = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(squares[0], float(p.k)), p.epsilon)));

@@ -34,8 +34,7 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
   plan.tile = kQqqKernels[kernel].tile;
   plan.shared_bytes = gemm_shared_bytes(plan.tile, qqq_slot_bytes(plan.tile));
   plan.most_shares = ceil_div(qqq_chunks(s), plan.tile.chunks);
-  plan.runs = device.sm >= 80 && plan.shared_bytes <= size_t(device.shared_per_block) &&
-              ceil_div<int64_t>(s.m, plan.tile.tokens()) <= kMostGridY &&
+  plan.runs = plan.fits(s, device) &&
               (s.group_size || int64_t{16 * 8 * 127} * s.k < int64_t{1} << 31);  // per channel the sums are 16 times as large
   return plan;
 }

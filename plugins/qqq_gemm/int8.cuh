@@ -29,32 +29,31 @@ struct ChannelWeights {
 
 // Per group: clamp(rint(q * scale), -127, 127). An fp16 of 1024 + q is put together from the nibble; (q * scale) + 1536 rounded to
 // fp16 is a whole number, half to even as 1536 is even, whose low byte is the int8 weight. 15 instructions for 8 weights. Where
-// |scale| > 127 / 8 the sum is limited to 1536 +- 127 as well: fp16 keeps whole numbers apart from 1024 to 2048, what lies outside
-// (infinities too) is outside the limits. One lane holds rows g (lower) and g + 8 (upper) of a tile, each with its own scale.
+// |scale| > 127 / 8 (kLimit) the sum is limited to 1536 +- 127 as well: fp16 keeps whole numbers apart from 1024 to 2048, what lies
+// outside (infinities too) is outside the limits. One lane holds rows g (lower) and g + 8 (upper) of a tile, each with its own scale.
 struct GroupWeights {
   static constexpr bool kGrouped = true;
-  uint32_t scale[2];  // both halves the same
-  bool limit;
+  static constexpr float kMostScale = 15.875f;  // 127 / 8
 
-  __device__ GroupWeights(__half lower, __half upper) : scale{pair_of(lower), pair_of(upper)} {
-    limit = fabsf(__half2float(lower)) > 15.875f || fabsf(__half2float(upper)) > 15.875f;
-  }
-  __device__ uint32_t four(uint32_t nibbles, uint32_t row_scale) const {
+  template <bool kLimit>
+  __device__ static uint32_t four(uint32_t nibbles, __half row_scale) {
+    const uint32_t scale = pair_of(row_scale);
     // 1024 + q of k 4q, 4q + 1, and 1024 + 16 q of the next two
     uint32_t first = (nibbles & 0x000f000fu) | 0x64006400u, last = (nibbles & 0x00f000f0u) | 0x64006400u;
     first = half2_fma(first, kOne, kMinus1032);
     last = half2_fma(last, kSixteenth, kMinus72);
-    first = half2_fma(first, row_scale, k1536);
-    last = half2_fma(last, row_scale, k1536);
-    if (limit) {
+    first = half2_fma(first, scale, k1536);
+    last = half2_fma(last, scale, k1536);
+    if (kLimit) {
       first = half2_limited(first, k1409, k1663);
       last = half2_limited(last, k1409, k1663);
     }
     return __byte_perm(first, last, 0x6420);
   }
-  __device__ void expand(uint32_t word, uint32_t& lower, uint32_t& upper) const {
-    lower = four(word, scale[0]);
-    upper = four(word >> 8, scale[1]);
+  template <bool kLimit>
+  __device__ static void expand(uint32_t word, const __half (&scale)[2], uint32_t& lower, uint32_t& upper) {
+    lower = four<kLimit>(word, scale[0]);
+    upper = four<kLimit>(word >> 8, scale[1]);
   }
 
  private:
@@ -150,29 +149,40 @@ struct QqqInt8 {
     }
   }
 
+  // The steps of half a chunk, which has one group: all its 64 k, or this warp's 32 of them.
+  template <bool kLimit>
+  __device__ void multiply_half(const char* slot, int c, int half, const __half (&scale)[kTiles][2]) {
+    const int first = kSplitSteps ? warp : 2 * half, count = kSplitSteps ? 1 : 2;
+    ANYBIT_ROLLED
+    for (int step = first; step < first + count; ++step)
+      multiply_step(slot, c, step, [&](int j, uint32_t word, uint32_t& lower, uint32_t& upper) {
+        if constexpr (Weights::kGrouped) Weights::template expand<kLimit>(word, scale[j], lower, upper);
+        else Weights::expand(word, lower, upper);
+      });
+  }
+
   __device__ void multiply(const char* slot, int stage) {
     ANYBIT_ROLLED
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = stage * kChunks + c;
       if (chunk >= p.chunks) return;
       __half scale[kHalves][kTiles][2];
+      bool limit = false;
       if constexpr (Weights::kGrouped) {
         if (scales_of != chunk) load_scales(chunk);  // the first of this share of K
         ANYBIT_UNROLL
-        for (int i = 0; i < kHalves * kTiles * 2; ++i) scale[i / 2 / kTiles][i / 2 % kTiles][i % 2] = next_scale[i / 2 / kTiles][i / 2 % kTiles][i % 2];
+        for (int i = 0; i < kHalves * kTiles * 2; ++i) {
+          const __half next = next_scale[i / 2 / kTiles][i / 2 % kTiles][i % 2];
+          scale[i / 2 / kTiles][i / 2 % kTiles][i % 2] = next;
+          limit |= fabsf(__half2float(next)) > Weights::kMostScale;
+        }
         load_scales(chunk + 1);
+        limit = ballot(limit) != 0;  // the whole warp takes one way
       }
-      const auto take = [&](int step, int half) {
-        multiply_step(slot, c, step, [&](int j, uint32_t word, uint32_t& lower, uint32_t& upper) {
-          if constexpr (Weights::kGrouped) Weights(scale[half][j][0], scale[half][j][1]).expand(word, lower, upper);
-          else Weights::expand(word, lower, upper);
-        });
-      };
-      if constexpr (kSplitSteps) {
-        take(warp, 0);
-      } else {
-        ANYBIT_UNROLL
-        for (int step = 0; step < 4; ++step) take(step, step / 2);
+      ANYBIT_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        if (limit) multiply_half<true>(slot, c, half, scale[half]);
+        else multiply_half<false>(slot, c, half, scale[half]);
       }
     }
   }
@@ -199,10 +209,8 @@ struct QqqInt8 {
   template <int kRowTiles>
   __device__ void store(int32_t (&acc)[kRowTiles][kTokenTiles][4], char* shared) const {
     if (!sum_over_k(acc, p, shared)) return;
-    store_tile<Shape>(p, shared, [&](int r, int t, int i) {
-      const int n = n0 + 16 * (warp * kRowTiles + r) + lane / 4 + 8 * (i / 2), m = m0 + 8 * t + 2 * (lane % 4) + i % 2;
-      if (n >= p.n || m >= p.m) return 0.0f;
-      const int32_t sum = Weights::kGrouped ? acc[r][t][i] : acc[r][t][i] >> 4;  // a multiple of 16
+    store_tile<Shape>(p, shared, acc, [&](int32_t v, int m, int n) {
+      const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
       return __fmul_rn(__fmul_rn(__int2float_rn(sum), p.scale[n]), p.tokens.scale[m]);
     });
   }

@@ -49,7 +49,7 @@ PrepareShape prepare_shape(const GemmShape& s) {
 
 QqqGemmArgs fast_args(const GemmShape& s) {
   QqqGemmArgs p = {};
-  p.m = s.m, p.n = s.n, p.dtype = s.dtype, p.group_size = s.group_size;
+  p.m = s.m, p.n = s.n, p.columns_per_token = 1, p.dtype = s.dtype, p.group_size = s.group_size;
   p.chunks = qqq_chunks(s), p.packed_rows = qqq_k_pad(s) / 16, p.blocks = qqq_n_pad(s) / 64;
   return p;
 }
