@@ -95,8 +95,9 @@ def predict(gpu: Gpu, scheme: Scheme, shape: tuple[int, int, int], kernel: str) 
     # one binary operation is an eighth of an int8 one on tensor cores that have them
     work = n * k * padded * per_token * (scheme.levels - 1).bit_length() / 8 if family == "b1" else n * k * padded * (1 + extra)
     cycles = gpu.multiprocessors * gpu.clock * 1e9
-    shared = tiles * (n * k * scheme.weight_bits(k) / 8 + n / (64 if rows == "256" and scheme.op == "QQQGemm" else 16 if rows != "256" else 32)
-                      * k * int(columns) * (2 if family == "a16" else 1))
+    # weights once for each tile of tokens, tokens once for each warp: a warp has so many rows
+    warp_rows = (64 if scheme.op == "QQQGemm" else 32) if rows == "256" else 16
+    shared = tiles * (n * k * scheme.weight_bits(k) / 8 + n / warp_rows * k * int(columns) * (2 if family == "a16" else 1))
     times = {"memory": moved / gpu.bandwidth / 1e3, "tensor cores": 2 * work / rate * 1e6,
              "instructions": tiles * n * k / 4 * _instructions(scheme, family) / _LANES / cycles * 1e6,
              "shared memory": shared / _SHARED_BYTES / cycles * 1e6}
@@ -128,12 +129,13 @@ def _main(argv: Sequence[str] | None) -> int:
             target = scheme.target(m)
             rows.append({"scheme": scheme.name, "m": m, "target": target, **row})
             if target is not None or m == 32:
-                print(f"{scheme.name:<12} {m:>5} {kernel:<12} {row['memory']:>8.1f} {row['tensor cores']:>8.1f} {row['instructions']:>8.1f} "
-                      f"{row['shared memory']:>8.1f} {row['speedup']:>9.2f} {target or '':>7}  {row['binding']}")
+                times = " ".join(f"{row[name]:>8.1f}" for name in ("memory", "tensor cores", "instructions", "shared memory"))
+                print(f"{scheme.name:<12} {m:>5} {kernel:<12} {times} {row['speedup']:>9.2f} {target or '':>7}  {row['binding']}")
     date = datetime.date.today().isoformat()
     path = args.results / f"gemm-model-{args.gpu}-{date}.json"
     note = "a model: nothing in this file was measured"
-    path.write_text(json.dumps({"note": note, "date": date, "gpu": asdict(gpu), "shape": args.shape, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    result = {"note": note, "date": date, "gpu": asdict(gpu), "shape": args.shape, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
 

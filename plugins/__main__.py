@@ -1,12 +1,13 @@
-"""Command line of the plugins package: python -m plugins build | sim | sass."""
+"""Command line of the plugins package: python -m plugins build | sim | sass | selftest."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
-from plugins.build import build_library, build_sim
+from plugins.build import build_library, build_selftest, build_sim
 from plugins.core.cli import run_cli
 from plugins.core.errors import EXIT_CHECK
 from plugins.sass import failures, inspect, table
@@ -23,9 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
     sass = commands.add_parser("sass", help="table and check of the machine code: tensor cores, 16-byte copies, no local memory")
     sass.add_argument("library", nargs="?", type=Path, help="default: the plugin library, built if it is not")
-    options = parser.parse_args(arguments)
+    selftest = commands.add_parser("selftest", help="check every kernel against a CPU computation; takes the options of anybit-selftest")
+    selftest.add_argument("--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "selftest":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def run() -> int:
+        if options.command == "selftest":
+            library = build_sim() if options.sim else build_library()
+            return subprocess.run([str(build_selftest()), str(library), *rest], check=False).returncode
         if options.command == "sass":
             return _inspect(options.library or build_library())
         print(build_library(options.arch) if options.command == "build" else build_sim())

@@ -28,7 +28,8 @@ struct TileShape {
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles;
 };
 
-// Copy kTokens rows (from a multiple of 8, where the swizzle starts over) of chunks [first, first + kChunks), those below `end` only, to shared memory [chunk][token][128].
+// Copy kTokens rows (from a multiple of 8, where the swizzle starts over) of chunks [first, first + kChunks), those below `end`
+// only, to shared memory [chunk][token][128].
 template <class Shape>
 __device__ void copy_tokens(char* to, const Tokens& tokens, int first_token, int first, int end) {
   constexpr int kParts = Shape::kTokens * kChunkBytes / 16;
@@ -108,7 +109,8 @@ __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[S
   const int n0 = blockIdx.x * kRows, m0 = blockIdx.y * Shape::kTokens;
   for (int i = threadIdx.x; i < kRows * Shape::kTokens; i += Shape::kThreads) {
     const int row = i % kRows, token = i / kRows;
-    if (n0 + row < p.n && m0 + token < p.m) store_output(p, m0 + token, n0 + row, value(staged[token * kPitch + row], m0 + token, n0 + row));
+    const int n = n0 + row, m = m0 + token;
+    if (n < p.n && m < p.m) store_output(p, m, n, value(staged[token * kPitch + row], m, n));
   }
 }
 
