@@ -61,15 +61,16 @@ __device__ inline uint32_t min_or_max_nan2(uint32_t a, uint32_t b) {
   else asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 #else
-  T as[2], bs[2];
-  std::memcpy(as, &a, 4);
-  std::memcpy(bs, &b, 4);
-  for (int i = 0; i < 2; ++i) {
-    const float x = float(as[i]), y = float(bs[i]);
-    if (x == x && (y != y || (kMax ? y > x : y < x))) as[i] = bs[i];
-  }
-  std::memcpy(&a, as, 4);
-  return a;
+  const auto wide = [](uint32_t bits) {
+    const auto half = static_cast<unsigned short>(bits);
+    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(half));
+    else return __bfloat162float(__ushort_as_bfloat16(half));
+  };
+  const auto pick = [&](int shift) {
+    const float x = wide(a >> shift), y = wide(b >> shift);
+    return (x != x || (kMax ? x > y : x < y) ? a : b) >> shift & 0xffff;
+  };
+  return pick(0) | pick(16) << 16;
 #endif
 }
 
