@@ -4,9 +4,9 @@
 namespace anybit {
 namespace {
 
-constexpr int kMaxSize = 1 << 27;         // of m and k, so that row and word numbers fit 32 bits
-constexpr int kSpreadBlocks = 64;         // so few tokens that several blocks share one
-constexpr int kWarpsOfAShare = 4;         // one for each scheduler of a multiprocessor
+constexpr int kMaxSize = 1 << 27;  // of m and k, so that row and word numbers fit 32 bits
+constexpr int kSpreadBlocks = 64;  // up to half as many tokens are shared out to several blocks each
+constexpr int kWarpsOfAShare = 4;  // one for each scheduler of a multiprocessor
 
 int group_len(const PrepareShape& s) { return s.group_size ? s.group_size : s.k; }
 int group_words(const PrepareShape& s) { return ceil_div(group_len(s), 32); }
@@ -26,11 +26,11 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 PrepareArgs args_from(const PrepareShape& s, const void* x, const NormBuffers& norm, const Tokens& tokens) {
   PrepareArgs p = {};
   p.x = x, p.norm = norm, p.epsilon = s.epsilon, p.k = s.k;
-  p.group_len = group_len(s), p.n_groups = s.k / p.group_len, p.group_words = group_words(s);
+  p.row = {s.k / group_len(s), group_len(s), group_words(s)};
   p.words = token_chunks(s) * words_per_chunk(s);
   p.unit_words = s.unit_words, p.abits = s.abits, p.rows_per_token = rows_per_token(s);
   p.sum_lanes = sum_lanes(s), p.symmetric = s.act_symmetric != 0;
-  p.vectors = size_t(p.group_len) * (s.dtype == kFloat32 ? 4 : 2) % 16 == 0 && aligned(x) && aligned(norm.gamma) &&
+  p.vectors = size_t(p.row.group_len) * (s.dtype == kFloat32 ? 4 : 2) % 16 == 0 && aligned(x) && aligned(norm.gamma) &&
               aligned(norm.residual) && aligned(norm.residual_out);
   p.tokens = tokens, p.n_counters = s.n_counters;
   return p;
@@ -79,14 +79,13 @@ cudaError_t prepare_tokens(const PrepareShape& s, const void* x, const NormBuffe
                            cudaStream_t stream) {
   if (!preparable(s)) return cudaErrorInvalidValue;
   if (s.m == 0) return cudaSuccess;
-  const bool floats = s.order == kSlotFloats;
-  const bool scales = floats || (tokens.scale && tokens.zero);
-  if (!x || !tokens.rows || !scales || (s.n_counters && !tokens.counters)) return cudaErrorInvalidValue;
+  if (!x || !tokens.rows || (s.n_counters && !tokens.counters)) return cudaErrorInvalidValue;
+  if (s.order != kSlotFloats && (!tokens.scale || !tokens.zero)) return cudaErrorInvalidValue;
   if ((norm.residual != nullptr) != (norm.residual_out != nullptr) || (norm.residual && !norm.gamma)) return cudaErrorInvalidValue;
   const PrepareArgs p = args_from(s, x, norm, tokens);
   int shares = ceil_div(p.words, 32 * kWarpsOfAShare);
   if (shares > kSpreadBlocks / s.m) shares = kSpreadBlocks / s.m;
-  if (shares < 1 || (tokens.sums && p.group_words > p.sum_lanes)) shares = 1;  // one block zeroes a sum, then adds to it
+  if (shares < 1 || (tokens.sums && p.row.group_words > p.sum_lanes)) shares = 1;  // one block zeroes a sum, then adds to it
   const LaunchShape shape{dim3(s.m, shares), dim3(), kPrepareShared, overlap};
   return with_dtype(s.dtype, [&](auto t) { return run_order<decltype(t)>(s.order, p, shape, stream); });
 }

@@ -1,10 +1,10 @@
 // The token kernels: x [m, k] becomes prepared tokens (tiles.cuh), quantised per token as in quantize.cuh, with RMSNorm before it if asked.
 //
 // A row is taken as 32-element words, a thread to a word: groups are padded to whole words, rows to whole 128-byte chunks, pads are
-// code 0. The word stays in registers from the only read of x to the stores; a longer row is read
-// again in each pass. What a thread has at the end are 8 registers of 4 codes (16 of 2 fp16 or bf16 values); a 16-byte part of
-// the output takes registers of up to 4 words, so neighbouring lanes swap registers until each has whole parts and the lanes of
-// one store fill whole 32-byte sectors.
+// code 0. The word stays in registers from the only read of x to the stores; a row of more than 64 KiB is read again in each pass.
+// What a thread has at the end are 8 registers of 4 codes (16 of 2 fp16 or bf16 values); a 16-byte part of the output takes
+// registers of up to 4 words, so neighbouring lanes swap registers until each has whole parts and the lanes of one store fill
+// whole 32-byte sectors.
 //
 // Bit-exact with activation.py and with each other in all orders: codes, zero points, scales and sums. With RMSNorm, as the exported
 // graph means it (Add rounds to T; the norm is computed wide, from the rounded sum, and rounded to T once):
@@ -15,12 +15,12 @@
 #pragma once
 #include "core/prepare.h"
 #include "core/quantize.cuh"
+#include "core/words.cuh"
 
 namespace anybit {
 
-// A row of up to 64 KiB stays in registers; fp32 words take twice as many of them.
 template <class T>
-constexpr int kMaxPrepareThreads = sizeof(T) == 4 ? 512 : 1024;
+constexpr int kMaxPrepareThreads = 2048 / sizeof(T);  // with their words: 64 KiB of registers
 constexpr size_t kPrepareShared = 3 * 32 * sizeof(float);  // bytes: of each warp, the sum of squares and both ends of the range
 
 struct PrepareArgs {
@@ -28,7 +28,7 @@ struct PrepareArgs {
   NormBuffers norm;
   float epsilon;
   int k;
-  int n_groups, group_len, group_words;     // group_words: 32-element words of a group
+  RowShape row;
   int words;                                // of a padded row
   int unit_words, abits;
   int rows_per_token;                       // 1, or for bit planes 2, 4 or 8
@@ -37,100 +37,6 @@ struct PrepareArgs {
   Tokens tokens;
   int n_counters;
 };
-
-__device__ inline uint32_t bits_of(float v) { return __float_as_uint(v); }
-__device__ inline uint32_t bits_of(__half v) { return __half_as_ushort(v); }
-__device__ inline uint32_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
-// v as T. Overflow is an infinity, as in the graph's own operators.
-template <class T>
-__device__ T rounded_to(float v) {
-  if constexpr (std::is_same<T, __half>::value) return __float2half_rn(v);
-  else if constexpr (sizeof(T) == 2) return __float2bfloat16_rn(v);
-  else return v;
-}
-
-// Values of a row, kRegs registers of them.
-template <class T, int kRegs_>
-struct Values {
-  static constexpr int kRegs = kRegs_, kCount = kRegs * 4 / sizeof(T);
-  uint32_t raw[kRegs];
-
-  template <class F>
-  __device__ void set(F value) {  // to the T values value(0), ..., value(kCount - 1)
-    ANYBIT_UNROLL
-    for (int i = 0; i < kRegs; ++i) {
-      if constexpr (sizeof(T) == 4) raw[i] = bits_of(value(i));
-      else raw[i] = bits_of(value(2 * i)) | bits_of(value(2 * i + 1)) << 16;
-    }
-  }
-  __device__ uint32_t bits(int i) const {
-    if constexpr (sizeof(T) == 4) return raw[i];
-    else return raw[i / 2] >> i % 2 * 16 & 0xffff;
-  }
-  __device__ float operator[](int i) const {
-    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits(i))));
-    else if constexpr (sizeof(T) == 2) return __uint_as_float(bits(i) << 16);
-    else return __uint_as_float(bits(i));
-  }
-};
-template <class T>
-using Part = Values<T, 4>;  // 16 bytes
-template <class T>
-struct Word {  // 32 elements
-  static constexpr int kParts = 2 * sizeof(T), kPartCount = Part<T>::kCount;
-  Part<T> part[kParts];
-
-  __device__ uint32_t bits(int i) const { return part[i / kPartCount].bits(i % kPartCount); }
-  __device__ float operator[](int i) const { return part[i / kPartCount][i % kPartCount]; }
-};
-
-// Which elements of a row a word holds; the rest of it are pads.
-struct Span {
-  int first, count;
-};
-__device__ inline Span span_of(const PrepareArgs& p, int word) {
-  const int group = word / p.group_words, begin = (word - group * p.group_words) * 32;
-  if (group >= p.n_groups) return {0, 0};
-  return {group * p.group_len + begin, p.group_len - begin < 32 ? p.group_len - begin : 32};
-}
-
-// f(i, part i of the word at `span` of `row`) for all its parts; pads are 0.
-template <bool kVectors, class T, class F>
-__device__ void for_each_part(const T* row, Span span, F f) {
-  ANYBIT_UNROLL
-  for (int i = 0; i < Word<T>::kParts; ++i) {
-    Part<T> part = {};
-    const int first = i * part.kCount;
-    if constexpr (!kVectors) {
-      part.set([&](int j) { return first + j < span.count ? row[span.first + first + j] : rounded_to<T>(0.0f); });
-    } else if (first < span.count) {
-      const uint4 from = *reinterpret_cast<const uint4*>(row + span.first + first);
-      part = {{from.x, from.y, from.z, from.w}};
-    }
-    f(i, part);
-  }
-}
-template <class T, class F>
-__device__ void for_each_part(const T* row, Span span, bool vectors, F f) {
-  if (vectors) for_each_part<true>(row, span, f);
-  else for_each_part<false>(row, span, f);
-}
-
-template <class T>
-__device__ void store_word(T* row, Span span, bool vectors, const Word<T>& w) {
-  ANYBIT_UNROLL
-  for (int i = 0; i < Word<T>::kParts; ++i) {
-    const Part<T>& part = w.part[i];
-    const int first = i * part.kCount;
-    if (!vectors) {
-      ANYBIT_UNROLL
-      for (int j = 0; j < part.kCount; ++j)
-        if (first + j < span.count) row[span.first + first + j] = rounded_to<T>(part[j]);  // already a T
-    } else if (first < span.count) {
-      *reinterpret_cast<uint4*>(row + span.first + first) = {part.raw[0], part.raw[1], part.raw[2], part.raw[3]};
-    }
-  }
-}
 
 // Calls f(word, value) for the words of this thread: `value` for the first, load(word) for the others. Warps stay together.
 template <class T, class Load, class F>
@@ -258,10 +164,10 @@ __device__ inline void add_to_sums(const PrepareArgs& p, const uint32_t (&r)[8],
   ANYBIT_UNROLL
   for (int i = 0; i < 8; ++i) sum = __dp4a(int(r[i]), 0x01010101, sum);
   for (int lane_mask = p.sum_lanes / 2; lane_mask > 0; lane_mask /= 2) sum += shuffle_xor(sum, lane_mask);
-  const int group = word / p.group_words;
-  if (word % p.sum_lanes || group >= p.n_groups) return;
+  const int group = word / p.row.group_words;
+  if (word % p.sum_lanes || group >= p.row.n_groups) return;
   int32_t* to = p.tokens.sums + size_t(group) * p.tokens.sum_pitch + m;
-  if (p.group_words <= p.sum_lanes) *to = sum;
+  if (p.row.group_words <= p.sum_lanes) *to = sum;
   else atomicAdd(to, sum);  // zeroed by this block before
 }
 
@@ -272,7 +178,7 @@ __device__ void store_codes(const PrepareArgs& p, const Coder& coder, int m, int
   const auto store = [&](int part, uint4 bytes) {
     if (word < p.words) store_part(p.tokens, m, part, bytes);
   };
-  const int count = span_of(p, word).count;
+  const int count = span_of(p.row, word).count;
   if constexpr (kOrder == kNaturalCodes) {
     codes_of_word(r, w, coder, count, [](int i, int j) { return 4 * i + j; });
     if (p.tokens.sums) add_to_sums(p, r, m, word);
@@ -319,30 +225,26 @@ __device__ void store_floats(const PrepareArgs& p, int m, int word, const Word<T
 template <class T, bool kNorm>
 struct TokenInput {
   const PrepareArgs& p;
-  const T *x, *residual, *gamma;
-  T* residual_out;
+  size_t first;  // element of the token in x
   float inverse_rms = 0.0f;
 
-  __device__ TokenInput(const PrepareArgs& args, int m) : p(args) {
-    const size_t first = size_t(m) * p.k;
-    x = static_cast<const T*>(p.x) + first;
-    residual = p.norm.residual ? static_cast<const T*>(p.norm.residual) + first : nullptr;
-    residual_out = static_cast<T*>(p.norm.residual_out) + (residual ? first : 0);
-    gamma = static_cast<const T*>(p.norm.gamma);
-  }
+  __device__ TokenInput(const PrepareArgs& args, int m) : p(args), first(size_t(m) * args.k) {}
   __device__ Word<T> sum(int word) const {
-    const Span span = span_of(p, word);
+    const Span span = span_of(p.row, word);
     Word<T> v;
-    for_each_part(x, span, p.vectors, [&](int i, const Part<T>& part) { v.part[i] = part; });
-    if (!kNorm || !residual) return v;
-    for_each_part(residual, span, p.vectors, [&](int i, const Part<T>& part) {
+    for_each_part(static_cast<const T*>(p.x) + first, span, p.vectors, [&](int i, const Part<T>& part) { v.part[i] = part; });
+    if (!kNorm || !p.norm.residual) return v;
+    for_each_part(static_cast<const T*>(p.norm.residual) + first, span, p.vectors, [&](int i, const Part<T>& part) {
       v.part[i].set([&](int j) { return rounded_to<T>(__fadd_rn(v.part[i][j], part[j])); });
     });
     return v;
   }
+  __device__ void store_sum(int word, const Word<T>& v) const {
+    store_word(static_cast<T*>(p.norm.residual_out) + first, span_of(p.row, word), p.vectors, v);
+  }
   __device__ Word<T> normed(Word<T> v, int word) const {
     if (!kNorm) return v;
-    for_each_part(gamma, span_of(p, word), p.vectors, [&](int i, const Part<T>& part) {
+    for_each_part(static_cast<const T*>(p.norm.gamma), span_of(p.row, word), p.vectors, [&](int i, const Part<T>& part) {
       v.part[i].set([&](int j) { return rounded_to<T>(__fmul_rn(__fmul_rn(v.part[i][j], inverse_rms), part[j])); });
     });
     return v;
@@ -353,23 +255,27 @@ struct TokenInput {
 // Grid: x tokens, y shares of a token. Every block of a token finds its range; warps of words take turns between them.
 template <class T, TokenOrder kOrder, bool kNorm>
 __global__ void __launch_bounds__(kMaxPrepareThreads<T>) prepare_kernel(PrepareArgs p) {
+  if (kNorm) {
+    const Span span = span_of(p.row, threadIdx.x);  // gamma is used late, and never changes
+    if (span.count) prefetch(static_cast<const T*>(p.norm.gamma) + span.first);
+  }
   wait_for_earlier_launch();  // for x, and until nobody reads the tokens that this overwrites
   let_next_launch_start();    // which waits in turn before it reads tokens
   const int m = blockIdx.x;
   const auto mine = [](int word) { return word / 32 % gridDim.y == blockIdx.y; };
-  for (int i = (blockIdx.y * gridDim.x + m) * blockDim.x + threadIdx.x; i < p.n_counters; i += gridDim.x * gridDim.y * blockDim.x)
-    p.tokens.counters[i] = 0;
+  const size_t block = blockIdx.y * size_t(gridDim.x) + m, step = size_t(gridDim.x) * gridDim.y * blockDim.x;
+  for (size_t i = block * blockDim.x + threadIdx.x; i < size_t(p.n_counters); i += step) p.tokens.counters[i] = 0;
 
   float* shared = dynamic_shared<float>();
   TokenInput<T, kNorm> input(p, m);
   Word<T> w = input.sum(threadIdx.x);
-  const bool again = p.words > int(blockDim.x);  // w does not outlast a pass
+  const bool again = p.words > int(blockDim.x);  // after a pass, w is the thread's last word
   if constexpr (kNorm) {
     float squares[1] = {0.0f};
     for_each_word(p.words, w, [&](int word) { return input.sum(word); }, [&](int word, const Word<T>& v) {
       ANYBIT_UNROLL
       for (int i = 0; i < 32; ++i) squares[0] += v[i] * v[i];
-      if (input.residual && mine(word)) store_word(input.residual_out, span_of(p, word), p.vectors, v);
+      if (p.norm.residual && mine(word)) input.store_sum(word, v);
     });
     reduce_block(squares, shared, [](float a, float b) { return a + b; });
     input.inverse_rms = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(squares[0], float(p.k)), p.epsilon)));
@@ -380,13 +286,10 @@ __global__ void __launch_bounds__(kMaxPrepareThreads<T>) prepare_kernel(PrepareA
       if (mine(word)) store_floats(p, m, word, v);
     });
   } else {
-    if (p.tokens.sums && p.group_words > p.sum_lanes)
-      for (int g = threadIdx.x; g < p.n_groups; g += blockDim.x) p.tokens.sums[size_t(g) * p.tokens.sum_pitch + m] = 0;
+    if (p.tokens.sums && p.row.group_words > p.sum_lanes)
+      for (int g = threadIdx.x; g < p.row.n_groups; g += blockDim.x) p.tokens.sums[size_t(g) * p.tokens.sum_pitch + m] = 0;
     float ends[2] = {0.0f, 0.0f};  // -min and max
-    for_each_word(p.words, w, input, [&](int, const Word<T>& v) {
-      ANYBIT_UNROLL
-      for (int i = 0; i < 32; ++i) ends[0] = max_nan(ends[0], -v[i]), ends[1] = max_nan(ends[1], v[i]);
-    });
+    for_each_word(p.words, w, input, [&](int, const Word<T>& v) { widen(ends, v); });
     reduce_block(ends, shared + 32, [](float a, float b) { return max_nan(a, b); });
     const TokenQuant quant = token_quant({-ends[0], ends[1]}, p.abits, p.symmetric);
     if (threadIdx.x == 0 && blockIdx.y == 0) p.tokens.scale[m] = quant.scale, p.tokens.zero[m] = quant.zero;

@@ -50,6 +50,30 @@ __device__ inline float max_nan(float a, float b) {
 #endif
 }
 
+// The same on two 16-bit values per register, T = __half or __nv_bfloat16. PTX min.NaN and max.NaN on .f16x2 or .bf16x2.
+template <class T, bool kMax>
+__device__ inline uint32_t min_or_max_nan2(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t result;
+  if constexpr (std::is_same<T, __half>::value && kMax) asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  else if constexpr (std::is_same<T, __half>::value) asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  else if constexpr (kMax) asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  else asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  const auto wide = [](uint32_t bits) {
+    const auto half = static_cast<unsigned short>(bits);
+    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(half));
+    else return __bfloat162float(__ushort_as_bfloat16(half));
+  };
+  const auto pick = [&](int shift) {
+    const float x = wide(a >> shift), y = wide(b >> shift);
+    return (x != x || (kMax ? x > y : x < y) ? a : b) >> shift & 0xffff;
+  };
+  return pick(0) | pick(16) << 16;
+#endif
+}
+
 // `value` of lane (own lane ^ lane_mask). All 32 lanes must call it. PTX shfl.sync.bfly.b32.
 __device__ inline float shuffle_xor(float value, int lane_mask) {
 #ifdef __CUDACC__
@@ -194,6 +218,15 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
   simt::wait_for_copies(kPending);
+#endif
+}
+
+// A hint that `from` will be read soon. PTX prefetch.global.L2.
+__device__ inline void prefetch(const void* from) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  static_cast<void>(from);
 #endif
 }
 

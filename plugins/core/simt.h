@@ -25,10 +25,8 @@
 #undef __global__
 #undef __device__
 #undef __host__
-#undef __launch_bounds__
 #define __launch_bounds__(...)
 #define __global__
-#define __launch_bounds__(...)
 #define __device__
 #define __host__
 

@@ -12,7 +12,7 @@ from plugins.core.activation import quantize_activation
 from tests.plugins.kernel_cases import F32, assert_same_bits
 from tests.plugins.kernel_runner import DTYPES, POISON, KernelError, KernelRunner, Memory
 
-__all__ = ["FLOATS", "NATURAL", "PLANES", "SLOTS", "Case", "Prepared", "PrepareShape", "check", "prepare", "rms_norm"]
+__all__ = ["FLOATS", "NATURAL", "PLANES", "SLOTS", "Case", "Prepared", "PrepareShape", "check", "prepare", "rms_norm", "slot_order"]
 
 NATURAL, SLOTS, PLANES, FLOATS = range(4)
 
@@ -128,9 +128,11 @@ def prepare(runner: KernelRunner, case: Case, x: np.ndarray, *, offset: int = 0,
         return np.frombuffer(memory[name].payload.tobytes(), dtype) if name in memory else np.empty(0, dtype)
 
     n_rows = m * case.rows_per_token
-    tiles = output_of("rows", np.uint8).reshape(-1, -(-n_rows // 128) * 128, 8, 16)
-    rows = np.stack([tiles[:, row, np.arange(8) ^ row % 8] for row in range(n_rows)]).reshape(n_rows, -1)
-    return Prepared(rows, output_of("scale", F32), output_of("zero", np.int32), output_of("sums", np.int32).reshape(-1, m),
+    row_count = -(-n_rows // 128) * 128 or 128
+    tiles = output_of("rows", np.uint8).reshape(-1, row_count, 8, 16)  # [chunk, row, part, byte]
+    rows = np.array([tiles[:, row, np.arange(8) ^ row % 8] for row in range(n_rows)], np.uint8)
+    sums = output_of("sums", np.int32).reshape(case.n_groups, m)
+    return Prepared(rows.reshape(n_rows, len(tiles) * 128), output_of("scale", F32), output_of("zero", np.int32), sums,
                     output_of("counters", np.int32), output_of("residual_out", x.dtype).reshape(-1, case.k))
 
 
@@ -180,7 +182,7 @@ def check(runner: KernelRunner, case: Case, x: np.ndarray, *, order: int = 1, y:
     got, y = prepare(runner, case, x, **inputs), x if y is None else y
     np.testing.assert_array_equal(got.counters, np.zeros(case.n_counters, np.int32))
     if case.order == FLOATS:
-        np.testing.assert_array_equal(got.rows, expected_rows(case, y))
+        np.testing.assert_array_equal(got.rows, expected_rows(case, y))  # bytes: NaNs too
         return got
     codes, scale, zero = quantize_activation(y, case.abits, bool(case.symmetric))
     assert_same_bits(got.scale, scale[:, 0])

@@ -155,3 +155,18 @@ def test_pairs_of_16_bit_numbers(wrappers: Wrappers) -> None:
     np.testing.assert_array_equal(got[:, 3:4].view(np.uint8), np.concatenate([a[:, ::2], b[:, ::2]], 1))
     dot = (a.view(np.int8).astype(np.int64) * b.view(np.int8)).sum(1) + 7
     np.testing.assert_array_equal(got[:, 4].view(np.int32), dot)
+
+
+def test_min_and_max_in_which_nan_wins(wrappers: Wrappers) -> None:
+    rng = np.random.default_rng(3)
+    special = np.array([np.nan, np.inf, -np.inf, 1e-7, 1.0], np.float32)
+    columns, want = [], []
+    for dtype, per_word in ((np.float32, 1), (np.float16, 2), (ml_dtypes.bfloat16, 2)):
+        a, b = (np.where(rng.random((32, per_word)) < 0.4, rng.choice(special, (32, per_word)), rng.normal(0, 1, (32, per_word)))
+                .astype(dtype) for _ in range(2))
+        columns += [a.view(np.uint32), b.view(np.uint32)]
+        want += [pick(a.astype(np.float32), b.astype(np.float32)) for pick in (np.minimum, np.maximum)]
+    got = wrappers.run("extremes", np.concatenate(columns, 1), 6)
+    for column, expected in enumerate(want):
+        dtype = (np.float32, np.float16, ml_dtypes.bfloat16)[column // 2]
+        np.testing.assert_array_equal(got[:, column : column + 1].copy().view(dtype).astype(np.float32), expected)

@@ -95,6 +95,16 @@ __global__ void run_pairs(Words w) {
   w.result(4) = uint32_t(__dp4a(int(w(8)), int(w(9)), 7));
 }
 
+__global__ void run_extremes(Words w) {
+  const float low = min_nan(__uint_as_float(w(0)), __uint_as_float(w(1))), high = max_nan(__uint_as_float(w(0)), __uint_as_float(w(1)));
+  w.result(0) = __float_as_uint(low);
+  w.result(1) = __float_as_uint(high);
+  w.result(2) = min_or_max_nan2<__half, false>(w(2), w(3));
+  w.result(3) = min_or_max_nan2<__half, true>(w(2), w(3));
+  w.result(4) = min_or_max_nan2<__nv_bfloat16, false>(w(4), w(5));
+  w.result(5) = min_or_max_nan2<__nv_bfloat16, true>(w(4), w(5));
+}
+
 using Kernel = void (*)(Words);
 struct Named {
   const char* name;
@@ -104,6 +114,7 @@ const Named kKernels[] = {
     {"mma_u8_s8", run_mma_u8_s8}, {"mma_s8_s8", run_mma_s8_s8}, {"mma_b1", run_mma_b1}, {"mma_fp16", run_mma_float<__half>},
     {"mma_bf16", run_mma_float<__nv_bfloat16>}, {"load_matrices", run_load_matrices}, {"copies", run_copies},
     {"copy_without_wait", run_copy_without_wait}, {"lanes", run_lanes}, {"pairs", run_pairs},
+    {"extremes", run_extremes},
 };
 
 }  // namespace
