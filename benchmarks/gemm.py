@@ -5,8 +5,8 @@ python -m benchmarks.gemm --check-only [--sim]
 
 Needs PyTorch, numpy, ml_dtypes and nvcc; neither TensorRT nor a network. Kernel time with the quantisation of the activations
 included, weights cold in the second-level cache, launches in a CUDA graph, median of its replays. Peers in the same run: cuBLAS in
-fp16 and int8, and each kernel's own simple form. --tactics times every kernel that can run a shape, not only the one that is chosen; with --table FILE the fastest of them become rows
-for plugins/core/measured.inc, which the library consults before its own rules.
+fp16 and int8, and each kernel's own simple form. --tactics times every kernel that can run a shape, not only the one that is chosen;
+with --table FILE the fastest become rows for plugins/core/measured.inc, which the library consults before its own rules.
 --check-only compares with numpy and times nothing; with --sim on the CPU, at small shapes. Prints a table of the targets last; writes
 benchmarks/results/gemm-<device>-<date>.json after each shape and a plot beside it. Exit code 3: a wrong result or a missed target.
 """

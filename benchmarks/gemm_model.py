@@ -96,7 +96,7 @@ def predict(gpu: Gpu, scheme: Scheme, shape: tuple[int, int, int], kernel: str) 
     work = n * k * padded * per_token * (scheme.levels - 1).bit_length() / 8 if family == "b1" else n * k * padded * (1 + extra)
     cycles = gpu.multiprocessors * gpu.clock * 1e9
     # weights once for each tile of tokens, tokens once for each warp: a warp has so many rows
-    warp_rows = (64 if scheme.op == "QQQGemm" else 32) if rows == "256" else 16
+    warp_rows = 64 if scheme.op == "QQQGemm" else 32 if rows == "256" else 16
     shared = tiles * (n * k * scheme.weight_bits(k) / 8 + n / warp_rows * k * int(columns) * (2 if family == "a16" else 1))
     times = {"memory": moved / gpu.bandwidth / 1e3, "tensor cores": 2 * work / rate * 1e6,
              "instructions": tiles * n * k / 4 * _instructions(scheme, family) / _LANES / cycles * 1e6,
