@@ -1,30 +1,54 @@
-"""Command line of the plugins package: python -m plugins build | sim."""
+"""Command line of the plugins package: python -m plugins build | sim | sass | selftest."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+from pathlib import Path
 
-from plugins.build import build_library, build_sim
+from plugins.build import build_library, build_selftest, build_sim
 from plugins.core.cli import run_cli
+from plugins.core.errors import EXIT_CHECK
+from plugins.sass import failures, inspect, table
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m plugins", description="Compile the custom ops.")
+    parser = argparse.ArgumentParser(prog="python -m plugins", description="Compile and inspect the custom ops.")
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="the TensorRT plugin library, with nvcc")
     build.add_argument("--arch", default="all", help='"all" or compute capabilities such as "80;90" (default: all)')
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
-    options = parser.parse_args(arguments)
+    sass = commands.add_parser("sass", help="table and check of the machine code: tensor cores, 16-byte copies, no local memory")
+    sass.add_argument("library", nargs="?", type=Path, help="default: the plugin library, built if it is not")
+    selftest = commands.add_parser("selftest", help="check every kernel against a CPU computation; takes the options of anybit-selftest")
+    selftest.add_argument("--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "selftest":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def run() -> int:
+        if options.command == "selftest":
+            library = build_sim() if options.sim else build_library()
+            return subprocess.run([str(build_selftest()), str(library), *rest], check=False).returncode
+        if options.command == "sass":
+            return _inspect(options.library or build_library())
         print(build_library(options.arch) if options.command == "build" else build_sim())
         return 0
 
     return run_cli(run)
+
+
+def _inspect(library: Path) -> int:
+    kernels = inspect(library)
+    print(table(kernels))
+    found, size = failures(kernels, library.stat().st_size), library.stat().st_size / 1e6
+    print(f"\n{len(kernels)} kernels, {size:.1f} MB: " + (f"{len(found)} failures" if found else "all checks passed"))
+    print("\n".join(found))
+    return EXIT_CHECK if found else 0
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from typing import Any
 from plugins.core.errors import InputError, UserError
 from plugins.toolkit import find_cuda, find_cuda_include, find_program
 
-__all__ = ["PLUGIN_LIBRARY", "SIM_LIBRARY", "build_folder", "build_library", "build_sim", "build_soname"]
+__all__ = ["PLUGIN_LIBRARY", "SELFTEST", "SIM_LIBRARY", "build_folder", "build_library", "build_selftest", "build_sim", "build_soname"]
 
 PLUGIN_LIBRARY = "libanybit_plugins.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
+SELFTEST = "anybit-selftest"
 
 _SOURCES = Path(__file__).parent
-_SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".map", ".json"}
+_SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".inc", ".map", ".json"}
 _COMPILER_OUTPUT_LINES = 40
 
 Command = list[str]
@@ -145,7 +146,7 @@ def build_library(arch: str = "all") -> Path:
     include = [f"-I{folder}" for folder in flags["include"]]
     nvcc = [str(cuda.nvcc), *flags["nvcc"], *_gencode(architectures), *include, f"-I{cuda.include}"]
     host = [cxx, *flags["cxx"], *include, "-isystem", str(cuda.include)]
-    compiles = dict.fromkeys(_sources("*/launch.cu"), nvcc)
+    compiles = dict.fromkeys(_sources("*/*.cu"), nvcc)
     compiles |= dict.fromkeys(_sources("*/plugin.cpp", "core/*.cpp", "core/trt/*.cpp"), host)
     link = [cxx, "-shared", *flags["link"], "{}", f"-L{cuda.lib}", *flags["libraries"]]
     record = {"architectures": architectures, "nvcc": str(cuda.nvcc), "nvcc_version": cuda.version()}
@@ -161,9 +162,21 @@ def build_sim() -> Path:
     """
     flags, cxx = _flags(), find_program("g++", "g++")
     compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
-    compiles = dict.fromkeys(_sources("*/launch.cu"), compiler)
+    compiles = dict.fromkeys(_sources("*/*.cu"), compiler)
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
     return _build(build_folder() / SIM_LIBRARY, {"compiler": version}, compiles, [cxx, "-shared", "-Wl,--no-undefined", "{}"])
+
+
+def build_selftest() -> Path:
+    """The program anybit-selftest, which loads either library; needs g++ only.
+
+    Raises:
+        InputError: no g++.
+        UserError: the compiler failed; the message holds its output.
+    """
+    cxx = find_program("g++", "g++")
+    compiler = [cxx, *_flags()["selftest"], "-I."]
+    return _build(build_folder() / SELFTEST, {}, dict.fromkeys(_sources("selftest/*.cpp"), compiler), [cxx, "{}", "-ldl"])
 
 
 def build_soname(library: Path, soname: str) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plugins.core.errors import InputError
 
-__all__ = ["CudaToolkit", "find_cuda", "find_cuda_include", "find_program"]
+__all__ = ["CudaToolkit", "find_cuda", "find_cuda_include", "find_program", "wheel_program"]
 
 WHEELS = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
 INSTALL = f"Install the project's requirements (pip install {WHEELS}) or set CUDA_HOME to a CUDA toolkit"
@@ -94,6 +94,12 @@ def find_cuda_include() -> Path:
     if wheels := _wheel_root():
         return wheels / "include"
     return find_cuda().include
+
+
+def wheel_program(name: str) -> Path | None:
+    """A program of the CUDA wheels, such as cuobjdump; None if its wheel is not installed."""
+    root = _wheel_root()
+    return root / "bin" / name if root is not None and (root / "bin" / name).is_file() else None
 
 
 def find_program(name: str, package: str) -> str:

@@ -1,11 +1,13 @@
 // ABQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
+#include "abq_gemm/config.h"
+#include "abq_gemm/families.h"
 #include "abq_gemm/kernel.cuh"
-#include "core/launch.h"
+#include "core/frame.h"
 
 namespace anybit {
 namespace {
 
-constexpr int kMaxGridY = 65535;
+constexpr int kMaxGridY = 65535, kWeightOnly = 16;
 
 bool levels_ok(const GemmShape& s) {
   const bool balanced = (s.wbits == 2 && s.levels == 5) || (s.wbits == 1 && s.levels == 3);
@@ -23,47 +25,126 @@ bool supported(const GemmShape& s) {
   return s.abits >= 2 && s.abits <= 8 && 128 * (s.levels - 1) * group_len < int64_t(1) << 31;
 }
 
-AbqArgs args_from(const GemmShape& s) {
+AbqArgs simple_args(const GemmShape& s) {
   AbqArgs p = {};
   p.m = s.m, p.n = s.n, p.k = s.k;
-  p.group_len = s.group_size ? s.group_size : s.k;
-  p.n_groups = s.k / p.group_len;
-  p.group_words = ceil_div(p.group_len, 32);
-  p.row_words = round_up(p.n_groups * p.group_words, 4);
+  p.group_len = abq_group_len(s);
+  p.n_groups = abq_n_groups(s);
+  p.group_words = abq_group_words(s);
+  p.row_words = abq_row_words(s);
   p.planes = s.planes, p.abits = s.abits, p.act_symmetric = s.act_symmetric != 0;
   return p;
 }
 
-size_t planes_offset(const AbqArgs& p) { return round_up(size_t(p.m) * (sizeof(float) + sizeof(int32_t)), size_t(16)); }
+size_t carve_simple(AbqArgs& p, void* workspace) {
+  Carver carver(workspace);
+  if (p.abits == 16) return 0;
+  p.token_scale = carver.take<float>(p.m);
+  p.token_zero = carver.take<int32_t>(p.m);
+  p.token_planes = carver.take<uint32_t>(size_t(p.abits) * p.m * p.row_words);
+  return carver.used();
+}
 
 template <class T>
-cudaError_t run(const AbqArgs& p, cudaStream_t stream) {
+cudaError_t run_simple(const AbqArgs& p, cudaStream_t stream) {
   const dim3 outputs(ceil_div(p.n, kAbqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
   if (p.abits == 16) return launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm_float<T>, p);
   const cudaError_t error = launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, abq_quantize<T>, p);
   return error != cudaSuccess ? error : launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm<T>, p);
 }
 
+AbqGemmArgs fast_args(const GemmShape& s) {
+  AbqGemmArgs p = {};
+  p.m = s.m, p.n = s.n, p.dtype = s.dtype;
+  p.group_len = abq_group_len(s);
+  p.n_groups = abq_n_groups(s);
+  p.group_words = abq_group_words(s);
+  p.row_words = abq_row_words(s);
+  p.planes = s.planes, p.abits = s.abits, p.asymmetric = s.act_symmetric == 0;
+  // |P| and |z Q| stay below 128 (levels - 1) L, |zero A| and |z L zero| below 128 L |zero|
+  const int64_t limit = ((int64_t{1} << 31) - 1) / (int64_t{256} * p.group_len) - (s.levels - 1);
+  p.zero_limit = limit < 0 ? -1 : int32_t(limit);
+  return p;
+}
+
+PrepareShape prepare_shape(AbqFamily family, const GemmShape& s) {
+  PrepareShape p = {};
+  p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
+  p.order = family == AbqFamily::kWeightOnly ? kSlotFloats : family == AbqFamily::kBinary ? kBitPlanes : kSlotCodes;
+  p.unit_words = abq_form(family, s).words;
+  return p;
+}
+
+// Lays out the workspace; with none only counts its bytes.
+size_t carve_fast(AbqGemmArgs& p, int kernel, const GemmShape& s, void* workspace) {
+  Carver carver(workspace);
+  carve_partials(carver, p, abq_plan(kernel, s, {}));
+  carve_tokens(carver, p.tokens, prepare_shape(kAbqKernels[kernel].family, s), s.abits == kWeightOnly ? 0 : p.n_groups);
+  return carver.used();
+}
+
+size_t workspace_of(int kernel, const GemmShape& s) {
+  if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kWeightOnly) && kernel != kSimple) return 0;
+  if (kernel == kSimple) {
+    AbqArgs p = simple_args(s);
+    return carve_simple(p, nullptr);
+  }
+  AbqGemmArgs p = fast_args(s);
+  return carve_fast(p, kernel, s, nullptr);
+}
+
+const char* name_of(int kernel) { return kAbqKernels[kernel].name; }
+
+constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan, abq_choose, workspace_of};
+
+cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
+  AbqArgs p = simple_args(s);
+  carve_simple(p, b.workspace);
+  p.x = b.x, p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
+}
+
+cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
+  const Plan plan = abq_plan(config.kernel, s, device);
+  AbqGemmArgs p = fast_args(s);
+  carve_fast(p, config.kernel, s, b.workspace);
+  p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  p.stages = ceil_div(p.row_words, 4 * plan.tile.chunks);
+  const AbqFamily family = kAbqKernels[config.kernel].family;
+  const AbqForm form = abq_form(family, s);
+  PrepareShape prepare = prepare_shape(family, s);
+  prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
+  const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
+  if (error != cudaSuccess) return error;
+  p.columns_per_token = plan.columns_per_token;
+  const auto run = family == AbqFamily::kWeightOnly ? abq_weight_only : family == AbqFamily::kBinary ? abq_binary : abq_int8;
+  return run(config.kernel, p, form, {config.shares, device, stream});
+}
+
 }  // namespace
 }  // namespace anybit
 
-size_t anybit_abq_gemm_workspace(const GemmShape* shape) {
-  if (!anybit::supported(*shape) || shape->abits == 16) return 0;
-  const anybit::AbqArgs p = anybit::args_from(*shape);
-  return anybit::planes_offset(p) + size_t(p.abits) * p.m * p.row_words * sizeof(uint32_t);
+size_t anybit_abq_gemm_workspace(const GemmShape* shape) { return anybit::workspace_bytes(anybit::kTable, shape); }
+
+int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
+  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
 }
+
+const char* anybit_abq_gemm_kernel(int32_t tactic) { return anybit::kernel_name(anybit::kTable, tactic); }
 
 int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
   using namespace anybit;
   if (!supported(*shape)) return cudaErrorInvalidValue;
   if (shape->m == 0) return cudaSuccess;
   if (!b->x || !b->weight || !b->scale || !b->zero || !b->y) return cudaErrorInvalidValue;
-  if (anybit_abq_gemm_workspace(shape) && !b->workspace) return cudaErrorInvalidValue;
-  AbqArgs p = args_from(*shape);
-  p.x = b->x, p.scale = b->scale, p.zero = b->zero, p.bias = b->bias, p.y = b->y;
-  p.weight = reinterpret_cast<const uint32_t*>(b->weight);
-  p.token_scale = static_cast<float*>(b->workspace);
-  p.token_zero = reinterpret_cast<int32_t*>(p.token_scale + p.m);
-  p.token_planes = reinterpret_cast<uint32_t*>(static_cast<char*>(b->workspace) + planes_offset(p));
-  return with_dtype(shape->dtype, [&](auto t) { return run<decltype(t)>(p, static_cast<cudaStream_t>(cuda_stream)); });
+  Device device;
+  Config config;
+  cudaError_t error = query_device(device);
+  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
+  if (error != cudaSuccess) return error;
+  if (!b->workspace && workspace_of(config.kernel, *shape)) return cudaErrorInvalidValue;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
 }

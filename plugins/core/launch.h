@@ -14,13 +14,34 @@ namespace anybit {
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool overlap = false;  // may start before the launch before it has ended (programmatic dependent launch, sm_90 and later)
 };
 
 #ifdef __CUDACC__
 
+// Whether the kernel's code has the instructions of programmatic dependent launch: code for less than sm_90, which the driver may
+// have translated for a later GPU, must not overlap.
+template <class... Params>
+bool waits_for_earlier_launch(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
+constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
+
 template <class... Params, class... Args>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Params...), Args&&... args) {
+  if (shape.shared_bytes > kSharedWithoutOptIn) {
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlap ? 1 : 0;
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
@@ -29,6 +50,11 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
 }
 
 #else
+
+template <class... Params>
+bool waits_for_earlier_launch(void (*)(Params...)) {
+  return true;
+}
 
 inline unsigned sim_seed = 0;
 inline thread_local std::string sim_error;

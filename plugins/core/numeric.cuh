@@ -1,5 +1,6 @@
 // Element types of x and y: loads to fp32, saturating stores, and float-to-integer rounding without undefined cases.
 #pragma once
+#include "core/config.h"
 #include "core/params.h"
 #include "core/ptx.cuh"
 
@@ -35,15 +36,6 @@ auto with_dtype(int32_t dtype, F&& f) {
   if (dtype == kFloat16) return f(__half{});
   if (dtype == kBFloat16) return f(__nv_bfloat16{});
   return f(float{});
-}
-
-template <class T>
-constexpr __host__ __device__ T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
-template <class T>
-constexpr __host__ __device__ T round_up(T a, T b) {
-  return ceil_div(a, b) * b;
 }
 
 }  // namespace anybit

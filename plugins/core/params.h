@@ -20,7 +20,9 @@ struct GemmShape {
   int32_t abits;          // activation bits 2..8, or 16 = activations stay floating point
   int32_t act_symmetric;  // 1 = symmetric activation codes
   int32_t dtype;          // DType of x and y
+  int32_t tactic;         // one that anybit_*_tactics lists; 0 = choose; for the workspace also kAnyTactic
 };
+constexpr int32_t kAnyTactic = -1;  // as much workspace as the hungriest tactic needs
 
 // Device pointers (host pointers in the simulation); what an op does not use is null.
 struct GemmBuffers {
@@ -39,7 +41,55 @@ struct GemmBuffers {
 ANYBIT_API size_t anybit_abq_gemm_workspace(const GemmShape* shape);
 ANYBIT_API size_t anybit_qqq_gemm_workspace(const GemmShape* shape);
 
+// Fills in the tactics that can run this shape on the current GPU, the default choice first, at most `capacity`; returns how many
+// there are. With fewer tokens a tactic runs as well; with many more it may not.
+ANYBIT_API int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
+ANYBIT_API int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
+// Name of a tactic's kernel, such as "int8 64x8" (weight rows x tokens of a tile); "?" for a number that is none.
+ANYBIT_API const char* anybit_abq_gemm_kernel(int32_t tactic);
+ANYBIT_API const char* anybit_qqq_gemm_kernel(int32_t tactic);
+
 // Enqueue the GEMM on `cuda_stream` (a cudaStream_t). No allocation, no synchronisation, no state kept between calls.
 // Returns a cudaError_t: 0, cudaErrorInvalidValue (1) for a refused shape or a missing buffer, or a launch error.
 ANYBIT_API int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* cuda_stream);
 ANYBIT_API int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* cuda_stream);
+
+// Orders of prepared tokens, the operand of the fast GEMM kernels (tiles.cuh says how rows lie in memory, prepare.cuh how k does).
+enum TokenOrder : int32_t {
+  kNaturalCodes = 0,  // int8 codes, k in order
+  kSlotCodes = 1,     // int8 codes in the order of k_of_slot (abq_gemm/planes.cuh)
+  kBitPlanes = 2,     // a row for each bit of the codes
+  kSlotFloats = 3,    // fp16 or bf16 activations as they are, in slot order
+};
+
+// One preparation of x[m, k] as tokens.
+struct PrepareShape {
+  int32_t m;              // tokens; 0 is allowed and does nothing
+  int32_t k;              // features
+  int32_t group_size;     // features that share a weight scale, each group padded to whole 32-feature words; 0 = the whole row
+  int32_t order;          // TokenOrder; kNaturalCodes has no groups
+  int32_t unit_words;     // words of a unit of the slot orders: 4, 2 or 1; with several groups a divisor of their words
+  int32_t abits;          // 2..8; 16 with kSlotFloats
+  int32_t act_symmetric;  // 1 = symmetric activation codes
+  int32_t dtype;          // DType of x
+  int32_t n_counters;     // counters to set to 0
+  float epsilon;          // of the RMSNorm, if there is one
+};
+
+// Device pointers (host pointers in the simulation); what a shape does not use is null.
+struct PrepareBuffers {
+  const void* x;         // [m, k] dtype
+  const void* gamma;     // [k] dtype, or null: no norm
+  const void* residual;  // [m, k] dtype, or null
+  void* residual_out;    // [m, k] dtype, with residual
+  void* rows;            // anybit_prepare_rows(shape) bytes, 128-byte aligned
+  float* scale;          // [m]
+  int32_t* zero;         // [m]
+  int32_t* sums;         // [n_groups, m] or null
+  int32_t* counters;     // [n_counters]
+};
+
+// The first step of every fast GEMM on its own, for tests and benchmarks. Bytes of the rows (0 for a refused shape), and the call
+// itself, which returns a cudaError_t like the GEMMs.
+ANYBIT_API size_t anybit_prepare_rows(const PrepareShape* shape);
+ANYBIT_API int anybit_prepare_tokens(const PrepareShape* shape, const PrepareBuffers* buffers, void* cuda_stream);

@@ -4,6 +4,9 @@
 // flattens the leading dimensions of X into M tokens.
 #include "core/plugin_base.h"
 
+#include "core/config.h"
+
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <memory>
@@ -106,7 +109,10 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   }
   nvinfer1::IPluginV3* clone() noexcept override {
     try {
-      return new GemmPlugin(op_, attributes_, where_);
+      auto* copy = new GemmPlugin(op_, attributes_, where_);
+      copy->tactics_ = tactics_;
+      copy->tactic_ = tactic_;
+      return copy;
     } catch (const std::exception&) {
       return nullptr;
     }
@@ -164,18 +170,34 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
            "The weights do not fit the node's attributes: export the model again");
       return kError;
     }
+    list_tactics(in[0]);
     return 0;
   }
 
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t, const DynamicPluginTensorDesc*,
                           int32_t) const noexcept override {
-    const GemmShape shape = shape_of(tokens_of(in[0].max), in[0].desc.type);
+    const GemmShape shape = shape_of(tokens_of(in[0].max), in[0].desc.type, kAnyTactic);
     return op_.workspace(&shape);
   }
 
+  // TensorRT times these on the GPU it builds for, at the profile's optimal shape. Without a GPU there are none, and the kernel is
+  // chosen at run time.
+  int32_t getNbTactics() noexcept override { return static_cast<int32_t>(tactics_.size()); }
+  int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override {
+    for (int32_t i = 0; i < count && i < getNbTactics(); ++i) tactics[i] = tactics_[i];
+    return 0;
+  }
+
+  // Timings of tactics may be kept for layers of the same attributes.
+  const char* getTimingCacheID() noexcept override { return metadata_.c_str(); }
   const char* getMetadataString() noexcept override { return metadata_.c_str(); }
 
   // ---- run time ----
+  int32_t setTactic(int32_t tactic) noexcept override {
+    tactic_ = tactic;
+    return 0;
+  }
+
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t, const PluginTensorDesc*, int32_t) noexcept override {
     return check_x(in[0].dims) ? 0 : kError;
   }
@@ -184,7 +206,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
                   void* workspace, cudaStream_t stream) noexcept override {
     const int64_t tokens = tokens_of(in_desc[0].dims);
     if (tokens == kTooMany) return kError;  // beyond every profile that configurePlugin took
-    const GemmShape shape = shape_of(tokens, in_desc[0].type);
+    const GemmShape shape = shape_of(tokens, in_desc[0].type, tactic_);
     GemmBuffers buffers{};
     buffers.x = in[0];
     buffers.y = out[0];
@@ -223,11 +245,37 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
                 "Lower the batch or the sequence length");
   }
 
-  GemmShape shape_of(int64_t tokens, DataType type) const {
+  // A tactic stays for every number of tokens of the profile. Where the smallest and the largest would choose different kernels,
+  // a choice at each run is better than any of them, and none is offered.
+  void list_tactics(const DynamicPluginTensorDesc& x) {
+    const auto kernel = [&](const Dims& dims) {
+      const GemmShape shape = shape_of(tokens_of(dims), x.desc.type, 0);
+      int32_t first = 0;
+      op_.tactics(&shape, &first, 1);
+      return config_from_tactic(first).kernel;
+    };
+    tactics_.clear();
+    if (kernel(x.min) != kernel(x.max)) return;
+    const std::vector<int32_t> most = tactics_for(x.max, x.desc.type);
+    for (const int32_t tactic : tactics_for(x.opt, x.desc.type)) {
+      const auto same = [&](int32_t other) { return config_from_tactic(other).kernel == config_from_tactic(tactic).kernel; };
+      if (std::any_of(most.begin(), most.end(), same)) tactics_.push_back(tactic);
+    }
+  }
+
+  std::vector<int32_t> tactics_for(const Dims& dims, DataType type) const {
+    const GemmShape shape = shape_of(tokens_of(dims), type, 0);
+    std::vector<int32_t> tactics(static_cast<size_t>(op_.tactics(&shape, nullptr, 0)));
+    op_.tactics(&shape, tactics.data(), static_cast<int>(tactics.size()));
+    return tactics;
+  }
+
+  GemmShape shape_of(int64_t tokens, DataType type, int32_t tactic) const {
     const GemmAttributes& a = attributes_;
     const int32_t m = tokens == kTooMany ? 0 : static_cast<int32_t>(tokens);
     return {m,        a.out_features, a.in_features, a.group_size,    a.planes(),
-            a.wbits,  a.levels,       a.abits,       a.act_symmetric, dtype_of(type)};
+            a.wbits,  a.levels,       a.abits,       a.act_symmetric, dtype_of(type),
+            tactic};
   }
 
   static void bind(GemmBuffers& buffers, Slot slot, const void* data) {
@@ -245,6 +293,8 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   std::vector<InputSpec> inputs_;  // behind X, in the node's order
   std::string where_;
   std::string metadata_;
+  std::vector<int32_t> tactics_;  // as of the last configurePlugin
+  int32_t tactic_ = 0;            // 0: the kernel is chosen at run time
   std::array<PluginField, kAttributes.size()> serialized_;
   PluginFieldCollection collection_{};
 };

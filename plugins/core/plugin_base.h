@@ -42,6 +42,7 @@ struct GemmOp {
   bool (*check)(const GemmAttributes& attributes, const std::string& where);
   std::vector<InputSpec> (*inputs)(const GemmAttributes& attributes);  // without X and bias, which every op has
   size_t (*workspace)(const GemmShape* shape);
+  int (*tactics)(const GemmShape* shape, int32_t* tactics, int capacity);
   int (*run)(const GemmShape* shape, const GemmBuffers* buffers, void* stream);
 };
 

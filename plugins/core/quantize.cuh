@@ -25,10 +25,6 @@ struct TokenQuant {
   int lo, hi;  // code limits
 };
 
-// min and max in which NaN wins over every number (fminf and fmaxf drop it).
-__device__ inline float min_nan(float a, float b) { return a != a || a < b ? a : b; }
-__device__ inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
-
 // Range of one row x [k], found by all threads of the block together and returned to all of them.
 template <class T>
 __device__ RowRange row_range(const T* x, int k) {

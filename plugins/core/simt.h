@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <numeric>
 #include <random>
@@ -20,9 +21,11 @@
 #include <string>
 #include <utility>
 #include <vector>
+#undef __launch_bounds__
 #undef __global__
 #undef __device__
 #undef __host__
+#define __launch_bounds__(...)
 #define __global__
 #define __device__
 #define __host__
@@ -38,11 +41,27 @@ constexpr unsigned char kPoison = 0xCB;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+// What one lane shows the others in a warp collective.
+struct Registers {
+  uint32_t word[8];
+};
+// cp.async of one thread that nothing has waited for yet: the bytes arrive when a wait covers the copy's group, or (eager) at once.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int bytes, from_bytes;  // bytes beyond from_bytes arrive as 0
+
+  void arrive() const {
+    std::memset(to, 0, size_t(bytes));
+    if (from_bytes) std::memcpy(to, from, size_t(from_bytes));
+  }
+};
+
 struct Fiber;
 struct Warp {
   std::vector<Fiber*> lanes;
-  uint32_t slots[2][32];  // one register per lane, double-buffered so that one barrier per exchange is enough
-  int phase[32] = {};     // which buffer each lane used last
+  Registers slots[2][32];  // a few registers per lane, double-buffered so that one barrier per exchange is enough
+  int phase[32] = {};      // which buffer each lane used last
 };
 struct Block {
   uint3 idx;
@@ -58,12 +77,15 @@ struct Fiber {
   int lane;
   Block* block;
   Warp* warp;
+  std::vector<std::vector<AsyncCopy>> groups;  // committed groups, the oldest first
+  std::vector<AsyncCopy> open_group;
 };
 
 inline thread_local Fiber* me = nullptr;
 inline thread_local void* scheduler_registers[5];
 inline thread_local dim3 grid_dim, block_dim;
 inline thread_local std::function<void()> body;
+inline thread_local bool eager = false;   // asynchronous copies arrive at once, and one warp runs as far ahead as it can
 inline thread_local std::string failure;  // first exception thrown inside a kernel
 
 [[gnu::noinline]] inline void jump(void** to) { __builtin_longjmp(to, 1); }
@@ -136,14 +158,34 @@ inline void sync_block() { wait_as(State::at_block_barrier); }
 inline void sync_warp() { wait_as(State::at_warp_barrier); }
 inline void* shared_memory() { return me->block->shared.data(); }
 
-// Every lane of a full warp publishes `value`; returns all 32 of them, valid until the lane's next exchange but one.
-inline const uint32_t* exchange(uint32_t value) {
+// Every lane of a full warp publishes `mine`; returns those of all 32 lanes, valid until the lane's next exchange but one.
+inline const Registers* exchange(const Registers& mine) {
   Warp& warp = *me->warp;
-  uint32_t* slots = warp.slots[warp.phase[me->lane] ^= 1];
-  slots[me->lane] = value;
+  Registers* slots = warp.slots[warp.phase[me->lane] ^= 1];
+  slots[me->lane] = mine;
   if (warp.lanes.size() != 32) throw std::runtime_error("simt: warp collective in a warp of fewer than 32 threads");
   sync_warp();
   return slots;
+}
+
+// ---- cp.async ----
+inline void copy_async(void* to, const void* from, int bytes, int from_bytes) {
+  me->open_group.push_back({to, from, bytes, from_bytes});
+  if (eager) me->open_group.back().arrive();
+}
+inline void commit_copies() {
+  me->groups.push_back(std::move(me->open_group));
+  me->open_group.clear();
+}
+// Let all groups but the `pending` youngest arrive.
+inline void wait_for_copies(size_t pending) {
+  std::vector<std::vector<AsyncCopy>>& groups = me->groups;
+  while (groups.size() > pending) {
+    for (const AsyncCopy& copy : groups.front()) {
+      if (!eager) copy.arrive();
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 inline std::string text(const uint3& v) {
@@ -178,10 +220,13 @@ inline bool release_barriers(std::vector<Block>& blocks) {
 // Run resident blocks to their end, `order` being the order in which threads take turns.
 inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, std::mt19937* random) {
   for (;;) {
-    if (random) std::shuffle(order.begin(), order.end(), *random);  // any order must give the same answer
+    // Any order must give the same answer. An eager run keeps its order for a while, so that warps get far apart.
+    if (random && (!eager || (*random)() % 64 == 0)) std::shuffle(order.begin(), order.end(), *random);
     bool ran = false;
+    Warp* only = nullptr;
     for (Fiber* fiber : order) {
-      if (fiber->state != State::ready) continue;
+      if (fiber->state != State::ready || (eager && only && fiber->warp != only)) continue;
+      only = fiber->warp;
       ran = true;
       to_fiber(fiber);
     }
@@ -216,6 +261,7 @@ inline std::vector<Fiber*> assign_fibers(std::vector<Block>& blocks, std::vector
       fiber.state = State::ready;
       fiber.tid = {t % block_dim.x, t / block_dim.x % block_dim.y, t / (block_dim.x * block_dim.y)};
       fiber.lane = int(t % 32);
+      fiber.groups.clear(), fiber.open_group.clear();
       fiber.block = &block;
       fiber.warp = &block.warps[t / 32];
       fiber.warp->lanes.push_back(&fiber);
@@ -231,15 +277,15 @@ inline void check_guard(const Block& block, size_t shared_bytes) {
                                std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
-// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory without opting in to more.
+// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory of sm_90 (smaller chips: config.h).
 inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 &&
-         grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 && shared_bytes <= 48 << 10;
+         grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 && shared_bytes <= 227 << 10;
 }
 
 // Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other seeds shuffle blocks and
-// threads. Throws std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
+// threads; even ones let copies arrive early and warps run ahead, to catch memory that is used again too soon. Throws std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, std::function<void()> kernel_call) {
   const size_t block_threads = size_t(block.x) * block.y * block.z, n_blocks = size_t(grid.x) * grid.y * grid.z;
   const size_t resident = std::min(n_blocks, std::max<size_t>(1, kResidentThreads / block_threads));
@@ -249,6 +295,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, st
   if (seed) std::shuffle(block_order.begin(), block_order.end(), random);
   grid_dim = grid, block_dim = block, body = std::move(kernel_call);
   failure.clear();
+  eager = seed && seed % 2 == 0;
   std::vector<Fiber>& fibers = pool.fibers(resident * block_threads);
   try {
     for (size_t first = 0; first < n_blocks; first += resident) {
@@ -273,10 +320,40 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, st
 #define blockDim (simt::block_dim)
 #define gridDim (simt::grid_dim)
 #define __syncthreads simt::sync_block
+#define __syncwarp simt::sync_warp
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+inline int atomicAdd(int* to, int v) { return std::exchange(*to, *to + v); }  // threads take turns: every step is atomic
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline float __uint_as_float(uint32_t v) {
+  float as_float;
+  std::memcpy(&as_float, &v, 4);
+  return as_float;
+}
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+// Byte i of the result is the byte of {b, a} that nibble i of `selector` (0..7) names. PTX prmt.b32.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+// sum + the dot product of the four signed bytes of a and b. PTX dp4a.s32.s32.
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += int8_t(uint32_t(a) >> i) * int8_t(uint32_t(b) >> i);
+  return sum;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __ll2float_rn(long long v) { return static_cast<float>(v); }
 inline float __int2float_rn(int v) { return static_cast<float>(v); }

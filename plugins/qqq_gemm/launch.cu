@@ -1,5 +1,7 @@
 // QQQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
-#include "core/launch.h"
+#include "core/frame.h"
+#include "qqq_gemm/config.h"
+#include "qqq_gemm/families.h"
 #include "qqq_gemm/kernel.cuh"
 
 namespace anybit {
@@ -16,31 +18,96 @@ bool supported(const GemmShape& s) {
   return 127 * 127 * int64_t(s.k) < int64_t(1) << 31;  // int32 sums must not overflow
 }
 
-QqqArgs args_from(const GemmShape& s) {
+QqqArgs simple_args(const GemmShape& s) {
   QqqArgs p = {};
   p.m = s.m, p.n = s.n, p.k = s.k, p.group_size = s.group_size;
-  p.k_pad = round_up(s.k, 16), p.n_pad = round_up(s.n, 64);
+  p.k_pad = qqq_k_pad(s), p.n_pad = qqq_n_pad(s);
   return p;
 }
 
-size_t codes_offset(const QqqArgs& p) { return round_up(size_t(p.m) * sizeof(float), size_t(16)); }
+size_t carve_simple(QqqArgs& p, void* workspace) {
+  Carver carver(workspace);
+  p.token_scale = carver.take<float>(p.m);
+  p.token_codes = carver.take<int8_t>(size_t(p.m) * p.k_pad);
+  return carver.used();
+}
 
 template <class T>
-cudaError_t run(const QqqArgs& p, cudaStream_t stream) {
+cudaError_t run_simple(const QqqArgs& p, cudaStream_t stream) {
   const cudaError_t error = launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, qqq_quantize<T>, p);
   if (error != cudaSuccess) return error;
   const dim3 outputs(ceil_div(p.n, kQqqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
   return launch({outputs, dim3(kQqqThreads)}, stream, qqq_gemm<T>, p);
 }
 
+PrepareShape prepare_shape(const GemmShape& s) {
+  PrepareShape p = {};
+  p.m = s.m, p.k = s.k, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
+  p.order = kNaturalCodes;
+  return p;
+}
+
+QqqGemmArgs fast_args(const GemmShape& s) {
+  QqqGemmArgs p = {};
+  p.m = s.m, p.n = s.n, p.columns_per_token = 1, p.dtype = s.dtype, p.group_size = s.group_size;
+  p.chunks = qqq_chunks(s), p.packed_rows = qqq_k_pad(s) / 16, p.blocks = qqq_n_pad(s) / 64;
+  return p;
+}
+
+// Lays out the workspace; with none only counts its bytes.
+size_t carve_fast(QqqGemmArgs& p, const Plan& plan, const GemmShape& s, void* workspace) {
+  Carver carver(workspace);
+  carve_partials(carver, p, plan);
+  carve_tokens(carver, p.tokens, prepare_shape(s), 0);
+  return carver.used();
+}
+
+size_t workspace_of(int kernel, const GemmShape& s) {
+  if (kernel == kSimple) {
+    QqqArgs p = simple_args(s);
+    return carve_simple(p, nullptr);
+  }
+  QqqGemmArgs p = fast_args(s);
+  return carve_fast(p, qqq_plan(kernel, s, {}), s, nullptr);
+}
+
+const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
+
+constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose, workspace_of};
+
+cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
+  QqqArgs p = simple_args(s);
+  carve_simple(p, b.workspace);
+  p.x = b.x, p.scale = b.scale, p.bias = b.bias, p.y = b.y;
+  p.scale_group = static_cast<const __half*>(b.scale_group);
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
+}
+
+cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
+  const Plan plan = qqq_plan(config.kernel, s, device);
+  QqqGemmArgs p = fast_args(s);
+  carve_fast(p, plan, s, b.workspace);
+  p.scale = b.scale, p.bias = b.bias, p.y = b.y;
+  p.scale_group = static_cast<const uint16_t*>(b.scale_group);
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  p.stages = ceil_div(p.chunks, plan.tile.chunks);
+  PrepareShape prepare = prepare_shape(s);
+  prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
+  const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
+  return error != cudaSuccess ? error : qqq_int8(config.kernel, p, {config.shares, device, stream});
+}
+
 }  // namespace
 }  // namespace anybit
 
-size_t anybit_qqq_gemm_workspace(const GemmShape* shape) {
-  if (!anybit::supported(*shape)) return 0;
-  const anybit::QqqArgs p = anybit::args_from(*shape);
-  return anybit::codes_offset(p) + size_t(p.m) * p.k_pad;
+size_t anybit_qqq_gemm_workspace(const GemmShape* shape) { return anybit::workspace_bytes(anybit::kTable, shape); }
+
+int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
+  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
 }
+
+const char* anybit_qqq_gemm_kernel(int32_t tactic) { return anybit::kernel_name(anybit::kTable, tactic); }
 
 int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
   using namespace anybit;
@@ -48,11 +115,11 @@ int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_str
   if (shape->m == 0) return cudaSuccess;
   if (!b->x || !b->weight || !b->scale || !b->y || !b->workspace) return cudaErrorInvalidValue;
   if (shape->group_size && !b->scale_group) return cudaErrorInvalidValue;
-  QqqArgs p = args_from(*shape);
-  p.x = b->x, p.scale = b->scale, p.bias = b->bias, p.y = b->y;
-  p.scale_group = static_cast<const __half*>(b->scale_group);
-  p.weight = reinterpret_cast<const uint32_t*>(b->weight);
-  p.token_scale = static_cast<float*>(b->workspace);
-  p.token_codes = static_cast<int8_t*>(b->workspace) + codes_offset(p);
-  return with_dtype(shape->dtype, [&](auto t) { return run<decltype(t)>(p, static_cast<cudaStream_t>(cuda_stream)); });
+  Device device;
+  Config config;
+  cudaError_t error = query_device(device);
+  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
+  if (error != cudaSuccess) return error;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
 }

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LEVELS",
     "abq",
     "abq_arrays",
+    "assert_close",
     "assert_same_bits",
     "both_ops",
     "op_of",
@@ -83,6 +85,23 @@ def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_array_equal(got_nan, want_nan)
     word = np.uint16 if got.itemsize == 2 else np.uint32
     np.testing.assert_array_equal(np.where(got_nan, 0, got.view(word)), np.where(want_nan, 0, want.view(word)))
+
+
+def assert_close(
+    got: np.ndarray, want: np.ndarray, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray, reordered: bool = False
+) -> None:
+    """Equal to the last bit; with A16, or fp32 terms of groups added in another order, within their rounding."""
+    assert want.dtype == got.dtype == x.dtype
+    if attrs.abits < 16 and not reordered:
+        assert_same_bits(got, want)
+        return
+    np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), np.isnan(want.astype(np.float32)))
+    weight = op_spec(op_of(arrays)).dequantize(arrays, attrs).astype(np.float64)
+    # [M, N] sum of |terms|, to which the rounding error is proportional
+    size = np.abs(x.astype(np.float64)) @ np.abs(weight).T + 3
+    error = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    rounding = float(ml_dtypes.finfo(x.dtype).eps) * np.abs(want.astype(np.float64))
+    assert not (error > 1e-5 * size + rounding).any(), error.max()
 
 
 def both_ops(k: int = 192) -> Sequence[tuple[GemmAttributes, QuantArrays]]:

@@ -11,9 +11,12 @@ import numpy as np
 
 from plugins.core.op_spec import GemmAttributes
 
-__all__ = ["GUARD_BYTES", "KernelError", "KernelRunner", "cuda_missing"]
+__all__ = ["ANY_TACTIC", "GUARD_BYTES", "SIMPLE", "KernelError", "KernelRunner", "cuda_missing"]
 
 GUARD_BYTES = 256
+ANY_TACTIC, KERNEL_STEP = -1, 64  # kAnyTactic and kTacticKernel of plugins/core
+SIMPLE = KERNEL_STEP + 1  # the tactic of every op's simple kernel
+MOST_TACTICS = 64
 POISON = 0xCB
 DTYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float32): 2}
 FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
@@ -24,7 +27,7 @@ class GemmShape(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype")
+        for name in ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype", "tactic")
     ]
 
 
@@ -107,6 +110,7 @@ class KernelRunner:
         self.library = ctypes.CDLL(str(build_sim() if kind == "sim" else build_library()))
         for function in FUNCTIONS.values():
             getattr(self.library, function + "_workspace").restype = ctypes.c_size_t
+            getattr(self.library, function + "_kernel").restype = ctypes.c_char_p
         if kind == "sim":
             self.library.anybit_sim_last_error.restype = ctypes.c_char_p
 
@@ -115,15 +119,26 @@ class KernelRunner:
         if self.kind == "sim":
             self.library.anybit_sim_set_seed(ctypes.c_uint(seed))
 
+    def set_device(self, sm: int, multiprocessors: int, shared_per_block: int = 227 << 10) -> None:
+        """The GPU for which the simulation chooses kernels from now on."""
+        if self.kind == "sim":
+            self.library.anybit_sim_set_device(sm, multiprocessors, shared_per_block)
+
+    def tactics(self, op: str, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]) -> dict[int, str]:
+        """Kernel names by tactic, the default choice first."""
+        listed, shape = (ctypes.c_int32 * MOST_TACTICS)(), self.shape(attrs, tokens, dtype)
+        count = getattr(self.library, FUNCTIONS[op] + "_tactics")(ctypes.byref(shape), listed, MOST_TACTICS)
+        return {tactic: getattr(self.library, FUNCTIONS[op] + "_kernel")(tactic).decode() for tactic in listed[:count]}
+
     def workspace_bytes(self, op: str, shape: GemmShape) -> int:
         """Scratch bytes that the op asks for; 0 for a refused shape."""
         return int(getattr(self.library, FUNCTIONS[op] + "_workspace")(ctypes.byref(shape)))
 
-    def shape(self, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]) -> GemmShape:
-        """The C struct for one call."""
+    def shape(self, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any], tactic: int = 0) -> GemmShape:
+        """The C struct for one call; tactic 0 leaves the choice of kernel to the library."""
         a = attrs
         sizes = (tokens, a.out_features, a.in_features, a.group_size)
-        return GemmShape(*sizes, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, DTYPES[np.dtype(dtype)])
+        return GemmShape(*sizes, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, DTYPES[np.dtype(dtype)], tactic)
 
     def call(self, op: str, shape: GemmShape, pointers: Mapping[str, int]) -> None:
         """Call the op's C function.
@@ -141,14 +156,15 @@ class KernelRunner:
             torch.cuda.synchronize()
 
     def gemm(
-        self, op: str, attrs: GemmAttributes, x: np.ndarray, tensors: Mapping[str, np.ndarray], scratch: int = POISON
+        self, op: str, attrs: GemmAttributes, x: np.ndarray, tensors: Mapping[str, np.ndarray], *, scratch: int = POISON, tactic: int = 0
     ) -> np.ndarray:
         """Y [M, N] from x [M, K] and packed tensors; checks that nothing but y and the workspace was written.
 
         Args:
             scratch: the byte that fills the workspace before the call.
+            tactic: which kernel, 0 for the library's choice.
         """
-        shape = self.shape(attrs, len(x), x.dtype)
+        shape = self.shape(attrs, len(x), x.dtype, tactic)
         y = np.full(len(x) * attrs.out_features * x.itemsize, POISON, np.uint8)
         workspace = np.full(self.workspace_bytes(op, shape), scratch, np.uint8)
         arrays = {"x": x, **tensors, "y": y, "workspace": workspace}

@@ -20,6 +20,7 @@ from tests.plugins.kernel_cases import (
     LEVELS,
     abq,
     abq_arrays,
+    assert_close,
     assert_same_bits,
     both_ops,
     op_of,
@@ -27,7 +28,7 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import KernelError, KernelRunner, cuda_missing
+from tests.plugins.kernel_runner import ANY_TACTIC, SIMPLE, KernelError, KernelRunner, cuda_missing
 
 
 @pytest.fixture(scope="module", params=["sim", "cuda"])
@@ -37,22 +38,15 @@ def runner(request: pytest.FixtureRequest) -> KernelRunner:
     return KernelRunner(request.param)
 
 
-def check(runner: KernelRunner, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray, order: int = 1) -> np.ndarray:
+def check(
+    runner: KernelRunner, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray, order: int = 1, tactic: int = 0
+) -> np.ndarray:
     """Run the kernel and compare it with reference(); returns y."""
     spec = op_spec(op_of(arrays))
     tensors = spec.pack(arrays, attrs, "test")
     runner.set_order(order)
-    y = runner.gemm(spec.name, attrs, x, tensors)
-    want = spec.reference(x, tensors, attrs)
-    assert want.dtype == x.dtype
-    if attrs.abits < 16:
-        assert_same_bits(y, want)
-    else:  # fp32 sums in another order
-        # [M, N] sum of |terms|, to which the rounding error is proportional
-        size = np.abs(x.astype(np.float64)) @ np.abs(spec.dequantize(arrays, attrs).astype(np.float64)).T + 3
-        error = np.abs(y.astype(np.float64) - want.astype(np.float64))
-        rounding = float(ml_dtypes.finfo(x.dtype).eps) * np.abs(want.astype(np.float64))
-        assert (error <= 1e-5 * size + rounding).all(), error.max()
+    y = runner.gemm(spec.name, attrs, x, tensors, tactic=tactic)
+    assert_close(y, spec.reference(x, tensors, attrs), attrs, arrays, x)
     return y
 
 
@@ -209,11 +203,13 @@ def test_more_tokens_than_the_grid_is_high(runner: KernelRunner) -> None:
 
 
 def quantised_by_kernel(runner: KernelRunner, attrs: GemmAttributes, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token scales [m], zero points [m] and codes [m, row] with all padding, as the last call left them in its workspace."""
-    scale, rest = runner.workspace[: 4 * m].view(np.float32), runner.workspace[4 * m :]
+    """Token scales [m], zero points [m] and codes [m, row] with all padding, as the last call of a simple kernel left them in its
+    workspace, whose parts begin at multiples of 128 bytes."""
+    assert 4 * m <= 128
+    scale, rest = runner.workspace[: 4 * m].view(np.float32), runner.workspace[128:]
     if attrs.wbits == 4:  # QQQGemm
-        return scale, np.zeros(m, np.int32), runner.workspace[-(-4 * m // 16) * 16 :].view(np.int8).reshape(m, -1)
-    words = runner.workspace[-(-8 * m // 16) * 16 :].view(np.uint8).reshape(attrs.abits, m, -1)
+        return scale, np.zeros(m, np.int32), rest.view(np.int8).reshape(m, -1)
+    words = rest[128:].view(np.uint8).reshape(attrs.abits, m, -1)
     bits = np.unpackbits(words, axis=-1, bitorder="little").astype(np.int32)
     weights = 2 ** np.arange(attrs.abits)
     weights[-1] *= -1
@@ -229,7 +225,7 @@ def test_quantised_tokens(runner: KernelRunner, attrs: GemmAttributes) -> None:
     x = tokens(4, 90, F32)
     x[1] = 0
     arrays = qqq_arrays(attrs) if attrs.wbits == 4 else abq_arrays(attrs)
-    check(runner, attrs, arrays, x)
+    check(runner, attrs, arrays, x, tactic=SIMPLE)
     scale, zero, codes = quantised_by_kernel(runner, attrs, 4)
     want_codes, want_scale, want_zero = quantize_activation(x, attrs.abits, bool(attrs.act_symmetric))
     assert_same_bits(scale, want_scale[:, 0])
@@ -240,7 +236,7 @@ def test_quantised_tokens(runner: KernelRunner, attrs: GemmAttributes) -> None:
         padded[:, g * group_row :][:, : attrs.group_len] = want_codes[:, g * attrs.group_len :][:, : attrs.group_len]
     np.testing.assert_array_equal(codes, padded)
     x[2, 7] = np.nan
-    check(runner, attrs, arrays, x)
+    check(runner, attrs, arrays, x, tactic=SIMPLE)
     scale, zero, codes = quantised_by_kernel(runner, attrs, 4)
     assert np.isnan(scale[2])
     assert zero[2] == 0
@@ -254,7 +250,7 @@ def test_trap_24_workspace_needs_no_clearing(runner: KernelRunner, scratch: int)
         x = tokens(5, 192, F16)
         y = check(runner, attrs, arrays, x)
         spec = op_spec(op_of(arrays))
-        assert_same_bits(runner.gemm(spec.name, attrs, x, spec.pack(arrays, attrs, "test"), scratch), y)
+        assert_same_bits(runner.gemm(spec.name, attrs, x, spec.pack(arrays, attrs, "test"), scratch=scratch), y)
 
 
 @pytest.mark.parametrize(
@@ -291,5 +287,8 @@ def test_missing_buffers_are_refused(runner: KernelRunner) -> None:
 
 def test_workspace_size_counts_in_64_bits(runner: KernelRunner) -> None:
     m, k = 1 << 20, 8192
-    assert runner.workspace_bytes("ABQGemm", runner.shape(abq(8, k), m, F16)) == m * 8 + 8 * m * (k // 8)
-    assert runner.workspace_bytes("QQQGemm", runner.shape(qqq(8, k), m, F16)) == m * 4 + m * k
+    assert runner.workspace_bytes("ABQGemm", runner.shape(abq(8, k), m, F16, SIMPLE)) == m * 8 + 8 * m * (k // 8)
+    assert runner.workspace_bytes("QQQGemm", runner.shape(qqq(8, k), m, F16, SIMPLE)) == m * 4 + m * k
+    for op, attrs in (("ABQGemm", abq(8, k)), ("QQQGemm", qqq(8, k))):
+        codes = m * (k + (12 if op == "ABQGemm" else 8))
+        assert codes < runner.workspace_bytes(op, runner.shape(attrs, m, F16, ANY_TACTIC)) < codes + (5 << 20)

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/config.h"
 #include "core/params.h"
 
 using namespace nvinfer1;
@@ -19,16 +20,33 @@ extern "C" void setLoggerFinder(void* finder);
 namespace {
 
 size_t print_workspace(const char* op, const GemmShape* s) {
-  std::printf("%s workspace m %d n %d k %d group %d planes %d dtype %d\n", op, s->m, s->n, s->k, s->group_size, s->planes, s->dtype);
+  std::printf("%s workspace m %d n %d k %d group %d planes %d dtype %d tactic %d\n", op, s->m, s->n, s->k, s->group_size, s->planes,
+              s->dtype, s->tactic);
   return 100 + static_cast<size_t>(s->m);
+}
+
+// Kernel 2 for up to 16 tokens, kernel 3 for more; each could run what the other is chosen for.
+int list_tactics(const GemmShape* s, int32_t* tactics, int capacity) {
+  const int32_t small = anybit::tactic_from_config({2, 5}), large = anybit::tactic_from_config({3, 1});
+  const int32_t list[] = {s->m <= 16 ? small : large, s->m <= 16 ? large : small};
+  for (int i = 0; i < 2 && i < capacity; ++i) tactics[i] = list[i];
+  return 2;
+}
+
+void print_tactics(IPluginV3OneBuild* build) {
+  std::vector<int32_t> tactics(static_cast<size_t>(build->getNbTactics()));
+  std::printf("valid tactics %d", build->getValidTactics(tactics.data(), build->getNbTactics()));
+  for (const int32_t tactic : tactics) std::printf(" %d", tactic);
+  std::printf("\n");
 }
 
 int print_run(const char* op, const GemmShape* s, const GemmBuffers* b, void* stream) {
   const auto id = [](const void* pointer) { return static_cast<int>(reinterpret_cast<intptr_t>(pointer)); };
   std::printf("%s run m %d n %d k %d w%d levels %d a%d symmetric %d dtype %d", op, s->m, s->n, s->k, s->wbits, s->levels, s->abits,
               s->act_symmetric, s->dtype);
-  std::printf(" x %d weight %d scale %d zero %d scale_group %d bias %d y %d workspace %d stream %d\n", id(b->x), id(b->weight),
+  std::printf(" x %d weight %d scale %d zero %d scale_group %d bias %d y %d workspace %d stream %d", id(b->x), id(b->weight),
               id(b->scale), id(b->zero), id(b->scale_group), id(b->bias), id(b->y), id(b->workspace), id(stream));
+  std::printf(s->tactic ? " tactic %d\n" : "\n", s->tactic);
   return s->m == 13 ? 999 : 0;
 }
 
@@ -40,10 +58,11 @@ Dims dims(std::initializer_list<int64_t> sizes) {
 
 PluginTensorDesc tensor(DataType type, std::initializer_list<int64_t> sizes) { return {dims(sizes), type, TensorFormat::kLINEAR, 1.0f}; }
 
-DynamicPluginTensorDesc dynamic(DataType type, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> most) {
-  return {tensor(type, sizes), dims(sizes), dims(most), dims(most)};
+using Sizes = std::initializer_list<int64_t>;
+DynamicPluginTensorDesc dynamic(DataType type, Sizes sizes, Sizes least, Sizes most) {
+  return {tensor(type, sizes), dims(least), dims(most), dims(most)};
 }
-DynamicPluginTensorDesc fixed(DataType type, std::initializer_list<int64_t> sizes) { return dynamic(type, sizes, sizes); }
+DynamicPluginTensorDesc fixed(DataType type, Sizes sizes) { return dynamic(type, sizes, sizes, sizes); }
 
 IPluginCreatorV3One* creator(const char* name) {
   int32_t count = 0;
@@ -85,8 +104,8 @@ void abq() {
   IPluginV3* plugin = make("ABQGemm", {2, 5, 8, 0, 40, 120, 8, 1});
   auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
   std::vector<DynamicPluginTensorDesc> io{
-      dynamic(DataType::kBF16, {-1, -1, 120}, {4, 16, 120}), fixed(DataType::kINT32, {3, 8, 8}), fixed(DataType::kFLOAT, {8, 3}),
-      fixed(DataType::kINT32, {8, 3}), fixed(DataType::kFLOAT, {8}), dynamic(DataType::kBF16, {-1, -1, 8}, {4, 16, 8})};
+      dynamic(DataType::kBF16, {-1, -1, 120}, {1, 1, 120}, {4, 16, 120}), fixed(DataType::kINT32, {3, 8, 8}), fixed(DataType::kFLOAT, {8, 3}),
+      fixed(DataType::kINT32, {8, 3}), fixed(DataType::kFLOAT, {8}), dynamic(DataType::kBF16, {-1, -1, 8}, {1, 1, 8}, {4, 16, 8})};
   for (int32_t i = 0; i < 6; ++i) std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 5, 1));
   io[5].desc.type = DataType::kHALF;
   std::printf("other output type %d\n", build->supportsFormatCombination(5, io.data(), 5, 1));
@@ -94,6 +113,7 @@ void abq() {
   std::printf("int8 activations %d\n", build->supportsFormatCombination(0, io.data(), 5, 1));
   io[0].desc.type = DataType::kFLOAT;
   std::printf("configure %d\n", build->configurePlugin(io.data(), 5, &io[5], 1));
+  print_tactics(build);  // the profile's smallest and largest shape want different kernels
   std::printf("workspace %zu\n", build->getWorkspaceSize(io.data(), 5, &io[5], 1));
   std::printf("metadata %s\n", build->getMetadataString());
   io[1].desc.dims = dims({3, 8, 7});
@@ -122,11 +142,14 @@ void qqq() {
   IPluginV3* plugin = creator("QQQGemm")->createPlugin("layer0", fields, TensorRTPhase::kRUNTIME);
   auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
   std::vector<DynamicPluginTensorDesc> io{
-      dynamic(DataType::kHALF, {-1, 128}, {9, 128}), fixed(DataType::kINT32, {8, 256}), fixed(DataType::kFLOAT, {70, 1}),
-      fixed(DataType::kHALF, {2, 70}), dynamic(DataType::kHALF, {-1, 70}, {9, 70})};
+      dynamic(DataType::kHALF, {-1, 128}, {1, 128}, {9, 128}), fixed(DataType::kINT32, {8, 256}), fixed(DataType::kFLOAT, {70, 1}),
+      fixed(DataType::kHALF, {2, 70}), dynamic(DataType::kHALF, {-1, 70}, {1, 70}, {9, 70})};
   for (int32_t i = 0; i < 5; ++i) std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 4, 1));
   std::printf("configure %d\n", build->configurePlugin(io.data(), 4, &io[4], 1));
+  print_tactics(build);
   std::printf("workspace %zu\n", build->getWorkspaceSize(io.data(), 4, &io[4], 1));
+  std::printf("set tactic %d\n", part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->setTactic(197));
+  plugin = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
   enqueue(plugin, tensor(DataType::kHALF, {5, 128}), 4);
   auto* core = part<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
   std::printf("plugin %s %s %s outputs %d tactics %d\n", core->getPluginName(), core->getPluginVersion(), core->getPluginNamespace(),
@@ -148,6 +171,8 @@ void qqq() {
 
 size_t anybit_abq_gemm_workspace(const GemmShape* shape) { return print_workspace("abq", shape); }
 size_t anybit_qqq_gemm_workspace(const GemmShape* shape) { return print_workspace("qqq", shape); }
+int anybit_abq_gemm_tactics(const GemmShape* s, int32_t* tactics, int capacity) { return list_tactics(s, tactics, capacity); }
+int anybit_qqq_gemm_tactics(const GemmShape* s, int32_t* tactics, int capacity) { return list_tactics(s, tactics, capacity); }
 int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* stream) { return print_run("abq", shape, buffers, stream); }
 int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* stream) { return print_run("qqq", shape, buffers, stream); }
 

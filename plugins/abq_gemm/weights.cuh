@@ -1,0 +1,160 @@
+// The weight side of every fast ABQGemm kernel: bit planes on their way from device memory to a lane's registers.
+#pragma once
+#include "abq_gemm/planes.cuh"
+#include "core/pipeline.cuh"
+
+namespace anybit {
+
+struct AbqGemmArgs : GemmArgs {
+  int n_groups, group_len, group_words, row_words;  // as AbqArgs
+  int planes, abits;
+  bool asymmetric;           // whether any token zero point may differ from 0
+  int32_t zero_limit;        // up to this |zero|, D fits 32 bits
+  const uint32_t* weight;    // [planes, n, row_words]
+  const float* scale;        // [n, n_groups]
+  const int32_t* zero;       // [n, n_groups]
+};
+
+constexpr int kChunkWords = 4;  // 32-bit words of a chunk's 128 k in one plane
+
+// What a fragment's lane adds to its outputs: weight rows g and g + 8 of each tile.
+template <int kRowTiles>
+struct RowTerms {
+  float scale[kRowTiles][2];
+  int32_t zero[kRowTiles][2];
+};
+
+// kPlanes: 2, 4 or 8, of which p.planes are there. kWords: unit of planes.cuh. kGrouped: several scales per row.
+template <int kPlanes, int kWords, bool kGrouped, class Shape>
+struct AbqPlanes {
+  static constexpr int kRowTiles = Shape::kRowTiles, kChunks = Shape::kChunks;
+  static constexpr int kPlaneBytes = Shape::kRows * kChunks * 16;  // one plane of a slot: [row][chunk][16 bytes], swizzled
+  static constexpr int kWeightBytes = kPlanes * kPlaneBytes;
+
+  const AbqGemmArgs& p;
+  const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = threadIdx.x % 4;
+  const int chunks = p.row_words / kChunkWords;
+  int group = 0, group_word = 0;
+  RowTerms<kRowTiles> terms;  // of the current group
+
+  // What this thread copies of every plane of every slot: 16-byte part threadIdx.x % kChunks of a few rows.
+  static constexpr int kRowsAtOnce = Shape::kThreads / kChunks < Shape::kRows ? Shape::kThreads / kChunks : Shape::kRows;
+  static constexpr int kCopies = Shape::kRows / kRowsAtOnce;
+  const uint32_t* copy_from[kCopies];
+  int copy_to[kCopies];
+
+  __device__ explicit AbqPlanes(const AbqGemmArgs& args) : p(args) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = threadIdx.x / kChunks + i * kRowsAtOnce, c = threadIdx.x % kChunks;
+      const int n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last repeat it and are not stored
+      copy_from[i] = p.weight + size_t(n) * p.row_words + c * kChunkWords;
+      copy_to[i] = part_offset(row, c);
+    }
+  }
+
+  // Place of 16-byte part `chunk` of a row: 8 rows that one ldmatrix reads lie in different banks.
+  __device__ static int part_offset(int row, int chunk) { return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16; }
+
+  __device__ void load_weights(char* slot, int stage) {
+    if (int(threadIdx.x) >= kRowsAtOnce * kChunks) return;
+    const int from_bytes = stage * kChunks + int(threadIdx.x) % kChunks < chunks ? 16 : 0;  // zeros behind the row
+    const size_t plane_words = size_t(p.n) * p.row_words;
+    ANYBIT_ROLLED
+    for (int j = 0; j < p.planes; ++j)
+      ANYBIT_UNROLL
+      for (int i = 0; i < kCopies; ++i)
+        copy_async16(slot + j * kPlaneBytes + copy_to[i], copy_from[i] + j * plane_words + stage * kChunks * kChunkWords, from_bytes);
+  }
+
+  // plane[half][j]: this lane's word of plane j, of row g + 8 * half of tile r, its first bit of unit `unit` of chunk c lowest.
+  __device__ void load_planes(uint32_t (&plane)[2][kPlanes], const char* slot, int r, int c, int unit) const {
+    const int row = 16 * (warp * kRowTiles + r);
+    if constexpr (kWords == 4) {  // word q of every row: two planes of both halves at a time
+      const char* from = slot + part_offset(row + lane % 16, c) + lane / 16 * kPlaneBytes;
+      ANYBIT_UNROLL
+      for (int j = 0; j < kPlanes; j += 2) {
+        uint32_t words[4] = {};
+        if (j < p.planes) load_matrices(words, from + j * kPlaneBytes);
+        ANYBIT_UNROLL
+        for (int i = 0; i < 4; ++i) plane[i % 2][j + i / 2] = j + i / 2 < p.planes ? words[i] : 0;
+      }
+    } else {
+      constexpr int kLanes = 4 / kWords;  // that share a word
+      ANYBIT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const char* from = slot + part_offset(row + lane / 4 + 8 * half, c) + 4 * (unit * kWords + q / kLanes);
+        ANYBIT_UNROLL
+        for (int j = 0; j < kPlanes; ++j) {
+          const uint32_t word = j < p.planes ? *reinterpret_cast<const uint32_t*>(from + j * kPlaneBytes) : 0;
+          plane[half][j] = word >> q % kLanes * 2 * kWords;
+        }
+      }
+    }
+  }
+
+  __device__ int row_of(int r, int half) const {
+    const int n = n0 + 16 * (warp * kRowTiles + r) + lane / 4 + 8 * half;
+    return n < p.n ? n : p.n - 1;
+  }
+
+  __device__ void load_terms(int of_group) {
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r)
+      ANYBIT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const size_t at = size_t(row_of(r, half)) * p.n_groups + of_group;
+        terms.scale[r][half] = p.scale[at];
+        terms.zero[r][half] = p.zero[at];
+      }
+  }
+
+  __device__ int token_of(int t, int i) const {
+    const int m = m0 + 8 * t + 2 * q + i % 2;
+    return m < p.m ? m : p.m - 1;
+  }
+
+  // Output of channel n and token m from P - z * Q of the whole row, without the bias.
+  __device__ float scaled(int32_t product, int m, int n) const {
+    const int64_t zero = p.zero[n], a_sum = p.tokens.sums[m], z = p.asymmetric ? p.tokens.zero[m] : 0;
+    const int64_t d = product - zero * a_sum + z * p.group_len * zero;
+    const float v = __fadd_rn(0.0f, __fmul_rn(__ll2float_rn(d), p.scale[n]));  // as the sum of one group: never -0
+    return __fmul_rn(v, p.tokens.scale[m]);
+  }
+
+  __device__ void open_group(int next) {
+    group = next, group_word = 0;
+    if (group < p.n_groups) load_terms(group);
+  }
+
+  // A share of K begins with a group.
+  __device__ void begin(int stage) {
+    if constexpr (kGrouped) open_group(stage * kChunks * kChunkWords / p.group_words);
+  }
+
+  // multiply(chunk of the slot, unit) for the units of a slot, close() at the end of every group but with one group per row.
+  template <class Multiply, class Close>
+  __device__ void walk(int stage, Multiply multiply, Close close) {
+    ANYBIT_ROLLED
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = stage * kChunks + c;
+      if (chunk >= chunks) return;
+      if constexpr (!kGrouped) {
+        multiply(c, 0);
+      } else {
+        ANYBIT_ROLLED
+        for (int unit = 0; unit < 4 / kWords; ++unit) {
+          if (group >= p.n_groups) return;  // the padding of the row
+          multiply(c, unit);
+          group_word += kWords;
+          if (group_word < p.group_words) continue;
+          close();
+          open_group(group + 1);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace anybit

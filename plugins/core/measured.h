@@ -1,0 +1,36 @@
+// Kernels that were measured to be fastest on a GPU, in the place of the rules of config.h.
+#pragma once
+#include <cstring>
+
+#include "core/config.h"
+
+namespace anybit {
+
+struct Measured {
+  int sm, multiprocessors;  // of the GPU
+  const char* op;
+  int wbits, levels, abits, group_size, n, k;
+  int m;                    // tokens that were timed; the row serves down to the next smaller one, the largest everything above
+  const char* kernel;
+  int shares;
+};
+
+constexpr Measured kMeasured[] = {
+#include "core/measured.inc"
+    {},  // ends the list
+};
+
+// The row for this shape and GPU, or null.
+inline const Measured* find_measured(const Measured* rows, const char* op, const GemmShape& s, const Device& device) {
+  const Measured* best = nullptr;
+  for (const Measured* row = rows; row->op; ++row) {
+    const bool same = row->sm == device.sm && row->multiprocessors == device.multiprocessors && row->n == s.n && row->k == s.k &&
+                      row->wbits == s.wbits && row->levels == s.levels && row->abits == s.abits && row->group_size == s.group_size;
+    if (!same || std::strcmp(row->op, op) != 0) continue;
+    const bool holds = row->m >= s.m;
+    if (!best || (holds ? best->m < s.m || row->m < best->m : best->m < s.m && row->m > best->m)) best = row;
+  }
+  return best;
+}
+
+}  // namespace anybit

@@ -1,0 +1,160 @@
+// The frame of the fast GEMM kernels: a block multiplies kRows weight rows with kTokens tokens over its share of K.
+//
+// Weights are operand A of the tensor core (16 rows), tokens operand B (8 columns): with few tokens nothing is wasted. Both come
+// through a ring of kStages slots of shared memory, filled by cp.async; an Op says what a slot holds and what is done with it.
+// Grid: x weight tiles, y token tiles, z shares of K. Blocks of one tile leave partial sums in the workspace; the last one to
+// finish adds them up in order of z, so the result is the same every time. Nobody waits for another block.
+#pragma once
+#include "core/numeric.cuh"
+#include "core/tiles.cuh"
+
+namespace anybit {
+
+struct GemmArgs {
+  int m, n;
+  int columns_per_token;  // rows of prepared tokens that one token has: 1, or its bit planes
+  int stages;        // slots that all of K fills, one after the other
+  Tokens tokens;
+  const float* bias;  // [n] or null
+  void* y;            // [m, n]
+  int32_t dtype;      // DType of y
+  void* partials;     // [tile][share of K][accumulator][thread] 32-bit words; unused with one share
+};
+
+// Warps along the weight rows, m16 tiles per warp, n8 tiles per warp, 128-k chunks per slot, slots.
+template <int kWarps_, int kRowTiles_, int kTokenTiles_, int kChunks_, int kStages_>
+struct TileShape {
+  static constexpr int kWarps = kWarps_, kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_, kChunks = kChunks_, kStages = kStages_;
+  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = kRows + 4;
+};
+
+// Copy the rows of a tile, kTokens from a multiple of 8 on (where the swizzle starts over), of token chunks [first, first + kChunks)
+// below `end`, to shared memory [chunk][row][128]. Rows that no token has are left out: they are columns that are not stored.
+template <int kChunks, class Shape>
+__device__ void copy_tokens(char* to, const GemmArgs& p, int first, int end) {
+  constexpr int kParts = Shape::kTokens * kChunkBytes / 16, kAll = kChunks * kParts;
+  const int first_row = blockIdx.y * Shape::kTokens, rows = p.m * p.columns_per_token - first_row;
+  const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, first, first_row, 0);
+  const size_t chunk_bytes = size_t(p.tokens.row_count) * kChunkBytes;
+  ANYBIT_UNROLL
+  for (int i = 0; i < kAll; i += Shape::kThreads) {
+    const int at = i + threadIdx.x, c = at / kParts, part = at % kParts;
+    if (at < kAll && first + c < end && part / (kChunkBytes / 16) < rows) copy_async16(to + at * 16, from + c * chunk_bytes + part * 16);
+  }
+}
+
+// b[0..1], b[2..3]: the B fragments of k steps 2 * pair and 2 * pair + 1 of a chunk [token][128] for tokens 8 * tile.. .
+__device__ inline void load_token_fragments(uint32_t (&b)[4], const char* chunk, int tile, int pair) {
+  const int lane = threadIdx.x % 32, token = 8 * tile + lane % 8, part = 4 * pair + lane / 8;
+  load_matrices(b, chunk + token * kChunkBytes + (part ^ lane % 8) * 16);
+}
+
+// Adds up the accumulators of all blocks of this tile, share by share; true for the one block that then holds the sum.
+template <class Value, int kRowTiles, int kTokenTiles>
+__device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmArgs& p, char* shared) {
+  constexpr int kCount = kRowTiles * kTokenTiles * 4;
+  const int shares = gridDim.z;
+  if (shares == 1) return true;
+  const size_t tile = size_t(blockIdx.y) * gridDim.x + blockIdx.x, share_words = size_t(kCount) * blockDim.x;
+  Value* partials = static_cast<Value*>(p.partials) + tile * shares * share_words + threadIdx.x;
+  Value* mine = partials + blockIdx.z * share_words;
+  ANYBIT_UNROLL
+  for (int i = 0; i < kCount; ++i) mine[i * blockDim.x] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+  __threadfence();
+  __syncthreads();
+  int* finished_sh = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 0) *finished_sh = atomicAdd(p.tokens.counters + tile, 1);
+  __syncthreads();
+  const bool last = *finished_sh == shares - 1;
+  __syncthreads();  // before `shared` is used again
+  if (!last) return false;
+  __threadfence();
+  ANYBIT_ROLLED
+  for (int z = 0; z < shares; ++z) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      Value& sum = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+      const Value part = __ldcg(partials + i * blockDim.x);
+      sum = z ? sum + part : part;
+    }
+    partials += share_words;
+  }
+  return true;
+}
+
+// One output, with the bias.
+__device__ inline void store_output(const GemmArgs& p, int m, int n, float v) {
+  if (p.bias) v = __fadd_rn(v, p.bias[n]);
+  const size_t at = size_t(m) * p.n + n;
+  if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
+  else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
+  else store_saturated(static_cast<float*>(p.y) + at, v);
+}
+
+// Writes the block's outputs: value(accumulator, m, n) without the bias. The accumulators go through shared memory, so that a warp
+// writes neighbours in n, and the arithmetic is there once and not for each of a thread's accumulators.
+template <class Shape, class Value, class F>
+__device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], F value) {
+  constexpr int kRows = Shape::kRows, kPitch = Shape::kPitch;
+  Value* staged = reinterpret_cast<Value*>(shared);  // [kTokens][kPitch]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  ANYBIT_UNROLL
+  for (int r = 0; r < Shape::kRowTiles; ++r)
+    ANYBIT_UNROLL
+    for (int t = 0; t < Shape::kTokenTiles; ++t)
+      ANYBIT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
+        staged[token * kPitch + row] = acc[r][t][i];
+      }
+  __syncthreads();
+  const int n0 = blockIdx.x * kRows, m0 = blockIdx.y * Shape::kTokens;
+  for (int i = threadIdx.x; i < kRows * Shape::kTokens; i += Shape::kThreads) {
+    const int row = i % kRows, token = i / kRows;
+    const int n = n0 + row, m = m0 + token;
+    if (n < p.n && m < p.m) store_output(p, m, n, value(staged[token * kPitch + row], m, n));
+  }
+}
+
+// Bytes of shared memory: the ring, or the staged outputs if they are larger.
+template <class Op>
+constexpr size_t gemm_shared_bytes() {
+  using Shape = typename Op::Shape;
+  const size_t ring = size_t(Op::kSlotBytes) * Shape::kStages, staged = sizeof(float) * Shape::kTokens * Shape::kPitch;
+  return ring > staged ? ring : staged;
+}
+
+// Op: Args (a GemmArgs with more), Shape, kSlotBytes, kBlocksPerSm; Op(args); begin(stage), which reads no tokens,
+// load_weights(slot, stage), load_tokens(slot, stage), multiply(slot, stage), finish(shared).
+template <class Op>
+__global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
+  constexpr int kStages = Op::Shape::kStages;
+  char* ring = dynamic_shared<char>();
+  const auto share = [&](unsigned z) { return int(unsigned(p.stages) * z / gridDim.z); };  // far below 2^32: at most 64 * 2^20
+  const int first = share(blockIdx.z), end = share(blockIdx.z + 1);
+  Op op(p);
+  op.begin(first);
+  const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
+  for (int s = first; s < first + kStages - 1 && s < end; ++s) op.load_weights(slot(s), s);
+  wait_for_earlier_launch();  // only weights are read before: they never change
+  for (int s = first; s < first + kStages - 1; ++s) {
+    if (s < end) op.load_tokens(slot(s), s);
+    commit_copies();
+  }
+  for (int s = first; s < end; ++s) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // slot s has arrived for all threads, and all have left slot s - 1
+    const int next = s + kStages - 1;
+    if (next < end) {
+      op.load_weights(slot(next), next);
+      op.load_tokens(slot(next), next);
+    }
+    commit_copies();
+    op.multiply(slot(s), s);
+  }
+  wait_for_copies<0>();
+  __syncthreads();  // the ring is free for the results
+  op.finish(ring);
+}
+
+}  // namespace anybit

@@ -1,0 +1,70 @@
+"""The machine code of the plugin library that the install built: what every kernel is for is in it, and nothing that it must not have."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from plugins import __main__ as command
+from plugins.build import build_library
+from plugins.core.errors import InputError
+from plugins.sass import FAMILIES, Kernel, failures, inspect, table
+from plugins.toolkit import find_cuda
+
+SPILLING = """
+extern "C" __global__ void gemm(int *out, int n) {  // an array with run-time indices lies in local memory
+  int kept[64];
+  for (int i = 0; i < 64; ++i) kept[i] = out[i] * n;
+  for (int i = 0; i < n; ++i) kept[kept[i] & 63] += i;
+  for (int i = 0; i < 64; ++i) out[i] = kept[(i * n) & 63];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    return inspect(build_library())
+
+
+def test_library_passes(kernels: list[Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert failures(kernels, build_library().stat().st_size) == []
+    assert command.main(["sass"]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+
+
+def test_every_family_is_there_for_every_architecture(kernels: list[Kernel]) -> None:
+    assert {(kernel.arch, kernel.family) for kernel in kernels} >= {(arch, family) for arch in ("sm_80", "sm_90a") for family in FAMILIES}
+    assert len(table(kernels).splitlines()) == len(kernels) + 1
+
+
+def test_faults_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, library = tmp_path / "spill.cu", tmp_path / "spill.o"
+    source.write_text(SPILLING)
+    cuda = find_cuda()
+    target = ["-gencode=arch=compute_80,code=sm_80", f"-I{cuda.include}"]
+    subprocess.run([str(cuda.nvcc), *target, "-c", str(source), "-o", str(library)], check=True)
+    [kernel] = inspect(library)
+    assert (kernel.arch, kernel.name) == ("sm_80", "gemm")
+    assert kernel.counts["LDL"] > 0
+    assert kernel.counts["STL"] > 0
+    assert any("bytes of stack" in line for line in failures([kernel]))
+    assert command.main(["sass", str(library)]) == 3
+    assert "sm_80: got no kernel of family abq int8, expected some" in capsys.readouterr().out
+
+
+def test_missing_instructions_and_sizes_are_found() -> None:
+    name = "gemm<AbqInt8<2, 4, false, TileShape<8, 1, 8, 2, 3> > >"
+    kernel = Kernel("sm_80", name, registers=300, counts=Counter({"LDGSTS.128": 1, "LDSM": 1}))
+    found = failures([kernel], 61 << 20)
+    assert "library: got 63963136 bytes, expected at most 62914560" in found
+    assert f"sm_80 {name}: got no IMMA, expected int8 tensor cores" in found
+    assert f"sm_80 {name}: got 300 registers x 256 threads, expected at most 65536" in found
+
+
+def test_no_such_library() -> None:
+    with pytest.raises(InputError) as error:
+        inspect(Path("nowhere.so"))
+    assert str(error.value) == "nowhere.so: got no such file, expected a kernel library. Build it: python -m plugins build."
