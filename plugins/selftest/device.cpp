@@ -5,20 +5,29 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace selftest {
 namespace {
 
+constexpr int kComputeCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+
 class Host final : public Device {
  public:
+  explicit Host(std::function<void(unsigned)> set_order) : set_order_(std::move(set_order)) {}
   std::string name() const override { return "CPU simulation"; }
   void* allocate(size_t bytes) override { return std::aligned_alloc(256, (bytes + 511) / 256 * 256); }
   void release(void* memory) override { std::free(memory); }
   void upload(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void download(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
-  void run_on_two_streams(const std::function<void(int, void*)>& work) override { work(0, nullptr), work(1, nullptr); }
-  void run_as_graph(const std::function<void(void*)>& work) override { work(nullptr); }
+  void run_on_two_streams(const std::function<void(int, void*)>& work) override {
+    for (const int i : {0, 1}) set_order_(unsigned(i)), work(i, nullptr);
+  }
+  void run_as_graph(const std::function<void(void*)>& work) override { set_order_(2), work(nullptr), work(nullptr); }
   void synchronize() override {}
+
+ private:
+  std::function<void(unsigned)> set_order_;
 };
 
 // The driver's own interface (CUDA Driver API), as no CUDA runtime need be installed: results are 0 for success.
@@ -28,11 +37,13 @@ class Gpu final : public Device {
     driver_ = dlopen("libcuda.so.1", RTLD_NOW);
     if (!driver_) throw std::runtime_error("no CUDA driver (libcuda.so.1)");
     check(call<int(unsigned)>("cuInit")(0), "cuInit");
-    int device = 0;
+    int device = 0, major = 0;
     check(call<int(int*, int)>("cuDeviceGet")(&device, 0), "cuDeviceGet");
     char text[256] = {};
     check(call<int(char*, int, int)>("cuDeviceGetName")(text, sizeof text, device), "cuDeviceGetName");
     name_ = text;
+    check(call<int(int*, int, int)>("cuDeviceGetAttribute")(&major, kComputeCapabilityMajor, device), "cuDeviceGetAttribute");
+    if (major < 8) throw std::runtime_error(name_ + " of compute capability " + std::to_string(major) + ".x");
     void* context = nullptr;
     check(call<int(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device), "cuDevicePrimaryCtxRetain");
     check(call<int(void*)>("cuCtxSetCurrent")(context), "cuCtxSetCurrent");
@@ -62,7 +73,7 @@ class Gpu final : public Device {
     work(streams_[0]);
     check(call<int(void*, void**)>("cuStreamEndCapture")(streams_[0], &graph), "cuStreamEndCapture");
     check(call<int(void**, void*, unsigned long long)>("cuGraphInstantiateWithFlags")(&ready, graph, 0), "cuGraphInstantiate");
-    check(call<int(void*, void*)>("cuGraphLaunch")(ready, streams_[0]), "cuGraphLaunch");
+    for (int i = 0; i < 2; ++i) check(call<int(void*, void*)>("cuGraphLaunch")(ready, streams_[0]), "cuGraphLaunch");
     synchronize();
     call<int(void*)>("cuGraphExecDestroy")(ready);
     call<int(void*)>("cuGraphDestroy")(graph);
@@ -89,6 +100,6 @@ class Gpu final : public Device {
 }  // namespace
 
 std::unique_ptr<Device> make_gpu() { return std::make_unique<Gpu>(); }
-std::unique_ptr<Device> make_host() { return std::make_unique<Host>(); }
+std::unique_ptr<Device> make_host(std::function<void(unsigned)> set_order) { return std::make_unique<Host>(std::move(set_order)); }
 
 }  // namespace selftest

@@ -1,15 +1,14 @@
 // anybit-selftest: every op, bit pair, kernel and edge shape against a plain CPU computation, on this machine's GPU.
 //
-//   anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list]
-//
-// LIBRARY is libanybit_plugins.so, or libanybit_kernels_sim.so for the CPU simulation. Exit code 0: all equal; 3: a mismatch;
-// 2: bad arguments, or nothing to run on.
+// kHelp below says how to call it.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <set>
 #include <stdexcept>
 
 #include "core/config.h"
@@ -21,12 +20,22 @@ namespace {
 
 constexpr unsigned char kPoison = 0xcb;
 constexpr size_t kGuard = 256;
-constexpr int kMostTactics = 64;
+constexpr int kMostTactics = 64, kMostLines = 20;
 const char* const kBuild = "Build it: python -m plugins build";
+const std::string kUsage = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list] [--help]";
+const char* const kHelp = R"(
+LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it), or libanybit_kernels_sim.so for the CPU simulation.
+  --quick        fewer sizes
+  --op           only this op
+  --kernel NAME  only this kernel, such as "int8 64x8"
+  --seed N       of the random layers (1)
+  --list         print the cases, run nothing
+Exit code 0: all right; 3: a mismatch; 2: bad arguments, or no GPU that can run the kernels; 1: anything else.
+)";
 
 struct Options {
   std::string library, op, kernel;
-  bool quick = false, list = false;
+  bool quick = false, list = false, help = false;
   unsigned seed = 1;
 };
 
@@ -76,6 +85,11 @@ class Buffer {
     device_.download(host_.data(), memory_, host_.size());
     return {host_.begin() + kGuard, host_.begin() + long(kGuard + bytes_)};
   }
+  bool unchanged() const {
+    std::vector<uint8_t> now(host_.size());
+    device_.download(now.data(), memory_, now.size());
+    return now == host_;
+  }
   bool guards_hold() const {  // after fetch()
     for (size_t i = 0; i < kGuard; ++i)
       if (host_[i] != kPoison || host_[kGuard + bytes_ + i] != kPoison) return false;
@@ -101,6 +115,9 @@ class Inputs {
     if (!layer.bias.empty()) buffers_.bias = static_cast<const float*>(put(device, layer.bias.data(), layer.bias.size() * 4));
   }
   const GemmBuffers& buffers() const { return buffers_; }
+  bool unchanged() const {
+    return std::all_of(kept_.begin(), kept_.end(), [](const auto& buffer) { return buffer->unchanged(); });
+  }
 
  private:
   const void* put(Device& device, const void* content, size_t bytes) {
@@ -118,15 +135,20 @@ struct Target {
       : y(device, nullptr, size_t(c.m) * c.n * (c.dtype == kFloat32 ? 4 : 2)), workspace(device, nullptr, workspace_bytes) {}
 };
 
-// The largest difference over what is allowed (at most 1 is right), infinite where one is NaN and the other not.
-double distance(const std::vector<uint8_t>& y, const Layer& layer, const Case& c, bool reordered) {
-  double worst = 0;
+// Where y is farthest from what it must be, over what is allowed: up to 1 is right, infinite where one is NaN and the other not.
+struct Distance {
+  double over = 0;
+  size_t at = 0;
+};
+
+Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case& c, bool reordered) {
+  Distance worst;
   for (size_t i = 0; i < layer.want.size(); ++i) {
     const float got = load(y, i, c.dtype), want = layer.want[i];
-    if ((got != got) != (want != want)) return INFINITY;
-    if (got != got || got == want) continue;
+    if (got == want || (std::isnan(got) && std::isnan(want))) continue;
     const double allowed = reordered ? 1e-5 * layer.size[i] + epsilon_of(c.dtype) * std::fabs(want) : 0;
-    worst = std::max(worst, allowed > 0 ? std::fabs(double(got) - want) / allowed : INFINITY);
+    const double over = allowed > 0 && !std::isnan(got) && !std::isnan(want) ? std::fabs(double(got) - want) / allowed : INFINITY;
+    if (over > worst.over) worst = {over, i};
   }
   return worst;
 }
@@ -135,51 +157,73 @@ class SelfTest {
  public:
   SelfTest(const Options& options, Device& device, std::vector<Op> ops) : options_(options), device_(device), ops_(std::move(ops)) {}
 
-  void run(const Case& c) {
+  // Returns whether the device still works.
+  bool run(const Case& c) {
     const Op& op = ops_[c.qqq];
-    if (!options_.op.empty() && options_.op != op.name) return;
-    GemmShape shape = shape_of(c);
-    int32_t tactics[kMostTactics];
-    const int count = op.tactics(&shape, tactics, kMostTactics);
-    if (!count) return fail(op, "?", c, "got no tactic, expected at least the simple kernel");
-    const Layer layer(c, options_.seed);
-    const Inputs inputs(device_, layer);
-    for (int i = 0; i < count && i < kMostTactics; ++i) {
-      const std::string kernel = op.kernel(tactics[i]);
-      if (!options_.kernel.empty() && options_.kernel != kernel) continue;
-      ++tallies_[{op.name, kernel}].shapes;
-      std::vector<int> shares = {anybit::config_from_tactic(tactics[i]).shares};
-      if (shares[0] > 1) shares.push_back(1);  // K whole as well
-      for (const int s : shares) {
-        shape.tactic = anybit::tactic_from_config({anybit::config_from_tactic(tactics[i]).kernel, s});
-        check_call(op, kernel, shape, c, layer, inputs.buffers());
-      }
+    if (!options_.op.empty() && options_.op != op.name) return true;
+    std::string kernel = "?";
+    try {
+      run_tactics(op, c, kernel);
+    } catch (const std::runtime_error& error) {  // after an illegal access, say, every later call fails too
+      fail(op, kernel, c, std::string("got ") + error.what() + ", expected success; the cases after it were not run");
+      return false;
     }
+    return true;
   }
 
   int report() const {
     int failed = 0, calls = 0;
+    for (const auto& [key, tally] : tallies_) failed += tally.failed, calls += tally.calls;
+    if (!calls && !failed) {
+      std::string known;
+      for (const std::string& kernel : kernels_) known += (known.empty() ? "" : ", ") + kernel;
+      throw std::invalid_argument("--kernel: got " + options_.kernel + ", expected one that runs here: " + known + ". " + kUsage);
+    }
+    if (failed > kMostLines) std::printf("(%d failures more)\n", failed - kMostLines);
     std::printf("\n%-8s %-12s %7s %7s %7s  %s\n", "op", "kernel", "shapes", "calls", "failed", "worst (of what is allowed)");
-    for (const auto& [key, tally] : tallies_) {
+    for (const auto& [key, tally] : tallies_)
       std::printf("%-8s %-12s %7d %7d %7d  %.2f\n", key.first.c_str(), key.second.c_str(), tally.shapes, tally.calls, tally.failed,
                   tally.worst);
-      failed += tally.failed, calls += tally.calls;
-    }
-    if (!calls) return std::printf("nothing was checked: no kernel fits the options\n"), 2;
-    std::printf("%s: %d calls, %s\n", device_.name().c_str(), calls, failed ? "MISMATCHES" : "all right");
+    const std::string verdict = failed ? std::to_string(failed) + " MISMATCHES; do not use these kernels here, report the lines above"
+                                       : std::string("all right");
+    std::printf("%s: %d calls, %s\n", device_.name().c_str(), calls, verdict.c_str());
     return failed ? 3 : 0;
   }
 
  private:
   void fail(const Op& op, const std::string& kernel, const Case& c, const std::string& problem) {
     ++tallies_[{op.name, kernel}].failed;
-    std::printf("%s %s %s: %s\n", op.name, kernel.c_str(), text_of(c).c_str(), problem.c_str());
+    if (lines_++ < kMostLines) std::printf("%s %s %s: %s\n", op.name, kernel.c_str(), text_of(c).c_str(), problem.c_str());
+  }
+
+  // Every kernel that can run the case, on whole and on shared K; `kernel` is the one at work.
+  void run_tactics(const Op& op, const Case& c, std::string& kernel) {
+    GemmShape shape = shape_of(c);
+    int32_t tactics[kMostTactics];
+    const int count = op.tactics(&shape, tactics, kMostTactics);
+    if (!count) return fail(op, kernel, c, "got no tactic, expected at least the simple kernel");
+    const Layer layer(c, options_.seed);
+    const Inputs inputs(device_, layer);
+    for (int i = 0; i < count && i < kMostTactics; ++i) {
+      kernel = op.kernel(tactics[i]);
+      kernels_.insert(kernel);
+      if (!options_.kernel.empty() && options_.kernel != kernel) continue;
+      ++tallies_[{op.name, kernel}].shapes;
+      const anybit::Config config = anybit::config_from_tactic(tactics[i]);
+      for (int shares = config.shares;; shares = 1) {
+        shape.tactic = anybit::tactic_from_config({config.kernel, shares});
+        check_call(op, kernel, shape, c, layer, inputs.buffers());
+        if (shares == 1) break;
+      }
+      if (!inputs.unchanged()) fail(op, kernel, c, "got inputs that changed, expected them as they were");
+    }
   }
 
   // Alone, on two streams at once, and as a graph.
   void check_call(const Op& op, const std::string& kernel, const GemmShape& shape, const Case& c, const Layer& layer,
                   const GemmBuffers& in) {
-    Target first(device_, c, op.workspace(&shape)), second(device_, c, op.workspace(&shape)), graph(device_, c, op.workspace(&shape));
+    const size_t bytes = op.workspace(&shape);
+    Target first(device_, c, bytes), second(device_, c, bytes), graph(device_, c, bytes);
     int status = 0;
     const auto call = [&](Target& target, void* stream) {
       GemmBuffers buffers = in;
@@ -193,22 +237,31 @@ class SelfTest {
     const bool reordered = c.abits == 16 || (!c.qqq && c.group_size && anybit::config_from_tactic(shape.tactic).shares > 1);
     Tally& tally = tallies_[{op.name, kernel}];
     for (Target* target : {&first, &second, &graph}) {
-      const double found = distance(target->y.fetch(), layer, c, reordered);
+      const std::vector<uint8_t> y = target->y.fetch();
+      const Distance found = distance(y, layer, c, reordered);
       target->workspace.fetch();
       ++tally.calls;
-      if (reordered) tally.worst = std::max(tally.worst, found);
-      const bool guards = target->y.guards_hold() && target->workspace.guards_hold();
-      if (found <= 1 && guards) continue;
+      tally.worst = std::max(tally.worst, found.over);
       const char* where = target == &first ? "" : target == &second ? " on a second stream" : " in a graph";
-      fail(op, kernel, c, guards ? std::string("got outputs that differ") + where + ", expected those of the CPU" :
-                                   std::string("wrote past its buffers") + where);
+      if (!target->y.guards_hold() || !target->workspace.guards_hold())
+        fail(op, kernel, c, std::string("got writes past the buffers") + where + ", expected none");
+      else if (found.over > 1)
+        fail(op, kernel, c, difference(found.at, y, layer, c) + where);
     }
+  }
+
+  static std::string difference(size_t i, const std::vector<uint8_t>& y, const Layer& layer, const Case& c) {
+    char text[128];
+    std::snprintf(text, sizeof text, "got y[%zu, %zu] = %.9g, expected %.9g", i / c.n, i % c.n, load(y, i, c.dtype), layer.want[i]);
+    return text;
   }
 
   const Options& options_;
   Device& device_;
   std::vector<Op> ops_;  // [qqq]
   std::map<std::pair<std::string, std::string>, Tally> tallies_;
+  std::set<std::string> kernels_;  // of all cases
+  int lines_ = 0;
 };
 
 std::vector<Case> cases(bool quick) {
@@ -247,47 +300,59 @@ std::vector<Case> cases(bool quick) {
   return list;
 }
 
+unsigned number(const std::string& option, const std::string& text) {
+  if (text.empty() || text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos)
+    throw std::invalid_argument(option + ": got " + text + ", expected a whole number of at most 9 digits. " + kUsage);
+  return unsigned(std::stoul(text));
+}
+
 Options parse(int argc, char** argv) {
   Options options;
-  const std::string usage = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list]";
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     const auto value = [&] {
-      if (i + 1 == argc) throw std::invalid_argument(word + ": got no value, expected one. " + usage);
+      if (i + 1 == argc) throw std::invalid_argument(word + ": got no value, expected one. " + kUsage);
       return std::string(argv[++i]);
     };
     if (word == "--quick") options.quick = true;
     else if (word == "--list") options.list = true;
+    else if (word == "--help" || word == "-h") options.help = true;
     else if (word == "--op") options.op = value();
     else if (word == "--kernel") options.kernel = value();
-    else if (word == "--seed") options.seed = unsigned(std::stoul(value()));
+    else if (word == "--seed") options.seed = number(word, value());
     else if (word[0] != '-' && options.library.empty()) options.library = word;
-    else throw std::invalid_argument(word + ": got this argument, expected none such. " + usage);
+    else throw std::invalid_argument(word + ": got this argument, expected none such. " + kUsage);
   }
-  if (options.library.empty()) throw std::invalid_argument("LIBRARY: got none, expected a kernel library. " + usage);
+  if (!options.op.empty() && options.op != "ABQGemm" && options.op != "QQQGemm")
+    throw std::invalid_argument("--op: got " + options.op + ", expected ABQGemm or QQQGemm. " + kUsage);
+  if (options.library.empty() && !options.help)
+    throw std::invalid_argument("LIBRARY: got none, expected a kernel library. " + kUsage);
   return options;
 }
 
 int run(int argc, char** argv) {
   const Options options = parse(argc, argv);
+  if (options.help) return std::printf("%s\n%s", kUsage.c_str(), kHelp), 0;
   void* library = dlopen(options.library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::invalid_argument(std::string("LIBRARY: got ") + dlerror() + ", expected a kernel library. " + kBuild);
   std::vector<Op> ops = {load_op(library, "ABQGemm", "anybit_abq_gemm"), load_op(library, "QQQGemm", "anybit_qqq_gemm")};
   const std::vector<Case> list = cases(options.quick);
   if (options.list) {
-    for (const Case& c : list) std::printf("%s %s\n", ops[c.qqq].name, text_of(c).c_str());
+    for (const Case& c : list)
+      if (options.op.empty() || options.op == ops[c.qqq].name) std::printf("%s %s\n", ops[c.qqq].name, text_of(c).c_str());
     return 0;
   }
-  const bool simulated = dlsym(library, "anybit_sim_set_seed") != nullptr;
+  const auto set_order = reinterpret_cast<void (*)(unsigned)>(dlsym(library, "anybit_sim_set_seed"));
   std::unique_ptr<Device> device;
   try {
-    device = simulated ? make_host() : make_gpu();
+    device = set_order ? make_host(set_order) : make_gpu();
   } catch (const std::runtime_error& error) {
-    const std::string problem = std::string("GPU: got ") + error.what() + ", expected one that runs. ";
+    const std::string problem = std::string("GPU: got ") + error.what() + ", expected one of compute capability 8.0 or later. ";
     throw std::invalid_argument(problem + "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim)");
   }
   SelfTest test(options, *device, ops);
-  for (const Case& c : list) test.run(c);
+  for (const Case& c : list)
+    if (!test.run(c)) break;
   return test.report();
 }
 
@@ -301,7 +366,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s.\n", error.what());
     return 2;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "anybit-selftest: got %s, expected none. Report it with the output of --list.\n", error.what());
-    return 3;
+    std::fprintf(stderr, "anybit-selftest: got %s, expected none. Report it with the command.\n", error.what());
+    return 1;
   }
 }

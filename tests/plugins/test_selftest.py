@@ -1,21 +1,27 @@
-"""anybit-selftest in the CPU simulation: all right there, exit code 3 for a library with one wrong output, 2 for what cannot run."""
+"""anybit-selftest in the CPU simulation: all right there, exit code 3 for a library that goes wrong once, 2 for what cannot run."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from plugins.build import build_library, build_selftest, build_sim
-from tests.plugins.kernel_runner import cuda_missing
+from plugins.toolkit import find_cuda_include
+from tests.plugins.kernel_runner import GemmShape, cuda_missing
 
-# A library that passes every call on, and then changes the last byte of y in calls with 7 tokens.
+PLUGINS = Path(__file__).parents[2] / "plugins"
+USAGE = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list] [--help]"
+
+# A library that passes every call on to the simulation, and then does CHANGE in calls with 7 tokens.
 SHIM = """
 #include <dlfcn.h>
+#include <cmath>
 #include "core/params.h"
-static void* library() { static void* opened = dlopen(REAL, RTLD_NOW); return opened; }
+static void* library() { static void* opened = dlopen("REAL", RTLD_NOW); return opened; }
 template <class F> static F* real(const char* name) { return reinterpret_cast<F*>(dlsym(library(), name)); }
 #define OP(name) \\
   ANYBIT_API size_t name##_workspace(const GemmShape* s) { return real<size_t(const GemmShape*)>(#name "_workspace")(s); } \\
@@ -23,26 +29,66 @@ template <class F> static F* real(const char* name) { return reinterpret_cast<F*
     return real<int(const GemmShape*, int32_t*, int)>(#name "_tactics")(s, t, n); } \\
   ANYBIT_API const char* name##_kernel(int32_t t) { return real<const char*(int32_t)>(#name "_kernel")(t); } \\
   ANYBIT_API int name(const GemmShape* s, const GemmBuffers* b, void* stream) { \\
-    const int code = real<int(const GemmShape*, const GemmBuffers*, void*)>(#name)(s, b, stream); \\
-    if (s->m == 7) static_cast<unsigned char*>(b->y)[size_t(s->m) * s->n * 2 - 1 + PAST] ^= 0x40; \\
+    int code = real<int(const GemmShape*, const GemmBuffers*, void*)>(#name)(s, b, stream); \\
+    unsigned char* y = static_cast<unsigned char*>(b->y); \\
+    const size_t y_bytes = size_t(s->m) * s->n * 2; \\
+    if (s->m == 7 && y_bytes) { CHANGE; } \\
     return code; }
 OP(anybit_abq_gemm)
 OP(anybit_qqq_gemm)
-ANYBIT_API void anybit_sim_set_seed(unsigned) {}
+"""
+SIMULATED = "ANYBIT_API void anybit_sim_set_seed(unsigned) {}\n"  # what tells the simulation from the library for GPUs
+
+# The CUDA driver on host memory; the real header holds the names and types to those of the real one.
+DRIVER = """
+#include <cuda.h>
+#include <cstdlib>
+#include <cstring>
+#define FAKE extern "C" CUresult CUDAAPI
+static int setting(const char* name) { const char* text = std::getenv(name); return text ? std::atoi(text) : 0; }
+static int syncs = 0, captured = 0;
+FAKE cuInit(unsigned) { return CUresult(setting("FAKE_INIT")); }
+FAKE cuDeviceGet(CUdevice* device, int) { return *device = 0, CUDA_SUCCESS; }
+FAKE cuDeviceGetName(char* name, int, CUdevice) { return std::strcpy(name, "Fake GPU"), CUDA_SUCCESS; }
+FAKE cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+  if (attribute != CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) return CUDA_ERROR_INVALID_VALUE;
+  return *value = setting("FAKE_CAPABILITY"), CUDA_SUCCESS;
+}
+FAKE cuDevicePrimaryCtxRetain(CUcontext*, CUdevice) { return CUDA_SUCCESS; }
+FAKE cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
+FAKE cuCtxSynchronize() { return ++syncs == setting("FAKE_FAULT") ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS; }
+FAKE cuStreamCreate(CUstream*, unsigned flags) { return flags == CU_STREAM_NON_BLOCKING ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
+static void* host(CUdeviceptr memory) { return reinterpret_cast<void*>(memory); }
+FAKE cuMemAlloc(CUdeviceptr* memory, size_t bytes) {
+  return *memory = CUdeviceptr(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), CUDA_SUCCESS;
+}
+FAKE cuMemFree(CUdeviceptr memory) { return std::free(host(memory)), CUDA_SUCCESS; }
+FAKE cuMemcpyHtoD(CUdeviceptr to, const void* from, size_t bytes) { return std::memcpy(host(to), from, bytes), CUDA_SUCCESS; }
+FAKE cuMemcpyDtoH(void* to, CUdeviceptr from, size_t bytes) { return std::memcpy(to, host(from), bytes), CUDA_SUCCESS; }
+FAKE cuStreamBeginCapture(CUstream, CUstreamCaptureMode) { return captured = 1, CUDA_SUCCESS; }
+FAKE cuStreamEndCapture(CUstream, CUgraph*) { return captured ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
+FAKE cuGraphInstantiateWithFlags(CUgraphExec*, CUgraph, unsigned long long flags) { return flags ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS; }
+FAKE cuGraphLaunch(CUgraphExec, CUstream) { return CUDA_SUCCESS; }
+FAKE cuGraphExecDestroy(CUgraphExec) { return CUDA_SUCCESS; }
+FAKE cuGraphDestroy(CUgraph) { return CUDA_SUCCESS; }
 """
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(build_selftest()), *map(str, arguments)], capture_output=True, text=True, check=False)
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(build_selftest()), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
-def shim(folder: Path, past: int) -> Path:
-    source, library = folder / "shim.cpp", folder / "libshim.so"
-    source.write_text(SHIM)
-    plugins = Path(__file__).parents[2] / "plugins"
-    defines = [f'-DREAL="{build_sim()}"', f"-DPAST={past}"]
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", *defines, f"-I{plugins}", str(source), "-ldl", "-o", str(library)], check=True)
+def compiled(folder: Path, name: str, text: str, include: Path = PLUGINS) -> Path:
+    source, library = folder / f"{name}.cpp", folder / name
+    source.write_text(text)
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{include}", str(source), "-ldl", "-o", str(library)], check=True)
     return library
+
+
+def shim(folder: Path, change: str, simulated: bool = True) -> Path:
+    text = SHIM.replace("REAL", str(build_sim())).replace("CHANGE", change) + (SIMULATED if simulated else "")
+    return compiled(folder, "libshim.so", text)
 
 
 def test_every_kernel_is_right() -> None:
@@ -54,50 +100,106 @@ def test_every_kernel_is_right() -> None:
         assert f"\n{kernel} " in done.stdout
 
 
-def test_a_wrong_output_is_a_mismatch(tmp_path: Path) -> None:
-    done = run(shim(tmp_path, 0), "--quick", "--kernel", "int8 64x8")
-    assert done.returncode == 3
-    assert "QQQGemm int8 64x8 W4A8 sym g64 7x66x256 fp16: got outputs that differ, expected those of the CPU" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("MISMATCHES")
-
-
-def test_a_write_past_the_output_is_a_mismatch(tmp_path: Path) -> None:
-    done = run(shim(tmp_path, 1), "--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
-    assert done.returncode == 3
-    assert "QQQGemm int8 64x8 W4A8 sym g64 7x66x256 fp16: wrote past its buffers" in done.stdout
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("y[y_bytes - 1] ^= 0x40", "got y[6, 65] = "),
+        ("__builtin_memset(y, 0xff, 2)", "got y[0, 0] = "),  # a NaN
+        ("y[y_bytes] = 0", "got writes past the buffers, expected none"),
+        ("static_cast<unsigned char*>(b->workspace)[-1] = 0", "got writes past the buffers in a graph, expected none"),
+        ("const_cast<float*>(b->scale)[s->n - 1] += 1", "got inputs that changed, expected them as they were"),
+        ("code = 98", "got CUDA error 98, expected success"),
+    ],
+    ids=["value", "nan", "past y", "before workspace", "input", "error"],
+)
+def test_what_goes_wrong_once_is_a_mismatch(tmp_path: Path, change: str, problem: str) -> None:
+    done = run(shim(tmp_path, change), "--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert f"QQQGemm int8 64x8 W4A8 sym g64 7x66x256 fp16: {problem}" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith(" MISMATCHES; do not use these kernels here, report the lines above")
     assert "ABQGemm" not in done.stdout
 
 
+def test_many_failures_are_counted(tmp_path: Path) -> None:
+    done = run(shim(tmp_path, "} y[0] ^= 0x40; {"), "--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+    assert done.returncode == 3
+    assert done.stdout.count("\nQQQGemm int8 64x8 W4A8") == 19  # the first line has no line before it
+    assert " failures more)\n" in done.stdout
+
+
 def test_errors(tmp_path: Path) -> None:
-    usage = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list]."
-    assert run().stderr == f"LIBRARY: got none, expected a kernel library. {usage}\n"
-    assert run("--fast").stderr == f"--fast: got this argument, expected none such. {usage}\n"
-    assert run("library", "--op").stderr == f"--op: got no value, expected one. {usage}\n"
+    for arguments, message in (
+        ([], f"LIBRARY: got none, expected a kernel library. {USAGE}."),
+        (["--fast"], f"--fast: got this argument, expected none such. {USAGE}."),
+        (["library", "--op"], f"--op: got no value, expected one. {USAGE}."),
+        (["library", "--op", "Gemm"], f"--op: got Gemm, expected ABQGemm or QQQGemm. {USAGE}."),
+        (["library", "--seed", "x1"], f"--seed: got x1, expected a whole number of at most 9 digits. {USAGE}."),
+        (["library", "--seed", "-1"], f"--seed: got -1, expected a whole number of at most 9 digits. {USAGE}."),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
     missing = run(tmp_path / "none.so")
     assert missing.returncode == 2
     assert missing.stderr.endswith("expected a kernel library. Build it: python -m plugins build.\n")
-    nothing = run(build_sim(), "--quick", "--kernel", "int9")
-    assert (nothing.returncode, nothing.stdout.splitlines()[-1]) == (2, "nothing was checked: no kernel fits the options")
+    other = run(compiled(tmp_path, "other.so", "int answer = 42;"))
+    assert (other.returncode, other.stderr) == (
+        2, "LIBRARY: got one without anybit_abq_gemm_workspace, expected a kernel library of this version. "
+           "Build it: python -m plugins build.\n")
+    nothing = run(build_sim(), "--quick", "--op", "QQQGemm", "--kernel", "int9")
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    assert nothing.stderr.startswith("--kernel: got int9, expected one that runs here: int8 256x64, int8 64x16, ")
+    assert nothing.stderr.endswith(f", simple. {USAGE}.\n")
+
+
+def test_help() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{USAGE}\n")
+    assert "Exit code 0: all right; 3: a mismatch; 2: " in done.stdout
 
 
 def test_without_a_gpu() -> None:
     if not cuda_missing():
         pytest.skip("there is one")
     done = run(build_library(), "--quick")
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("GPU: got ")
-    assert done.stderr.endswith("Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim).\n")
+    assert done.stderr.endswith(", expected one of compute capability 8.0 or later. Without a GPU give the library of the CPU "
+                                "simulation (python -m plugins selftest --sim).\n")
+
+
+def test_gpu_through_a_driver_on_host_memory(tmp_path: Path) -> None:
+    """Names, types and order of the driver's calls, without a GPU: a driver too old, none usable, a fault in mid-run."""
+    compiled(tmp_path, "libcuda.so.1", DRIVER, find_cuda_include())
+    library, few = shim(tmp_path, "", simulated=False), ("--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+
+    def on_gpu(**settings: str) -> subprocess.CompletedProcess[str]:
+        return run(library, *few, LD_LIBRARY_PATH=str(tmp_path), **settings)
+
+    right = on_gpu(FAKE_CAPABILITY="9")
+    assert (right.returncode, right.stderr) == (0, "")
+    assert right.stdout.splitlines()[-1].startswith("Fake GPU: ")
+    fix = "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim).\n"
+    old = on_gpu(FAKE_CAPABILITY="7")
+    assert (old.returncode, old.stderr) == (
+        2, f"GPU: got Fake GPU of compute capability 7.x, expected one of compute capability 8.0 or later. {fix}")
+    none = on_gpu(FAKE_INIT="100")
+    assert (none.returncode, none.stderr) == (2, f"GPU: got error 100 from cuInit, expected one of compute capability 8.0 or later. {fix}")
+    fault = on_gpu(FAKE_CAPABILITY="9", FAKE_FAULT="5")
+    assert (fault.returncode, fault.stderr) == (3, "")
+    first = fault.stdout.splitlines()[0]
+    assert first.startswith("QQQGemm int8 64x8 W4A8 sym g0 ")
+    assert first.endswith(": got error 700 from cuCtxSynchronize, expected success; the cases after it were not run")
 
 
 def test_list_and_seed() -> None:
     listed = run(build_sim(), "--list").stdout.splitlines()
     assert "ABQGemm W2*A8 g0 9x70x320 fp16" in listed
     assert len(listed) > len(run(build_sim(), "--list", "--quick").stdout.splitlines()) > 100
+    assert {line.split()[0] for line in run(build_sim(), "--list", "--op", "QQQGemm").stdout.splitlines()} == {"QQQGemm"}
     assert run(build_sim(), "--quick", "--op", "QQQGemm", "--seed", "5").returncode == 0
 
 
 def test_struct_of_the_tests_is_that_of_the_library() -> None:
     """ctypes and C++ agree on GemmShape: 11 integers."""
-    from tests.plugins.kernel_runner import GemmShape
-
     assert ctypes.sizeof(GemmShape) == 44
