@@ -34,6 +34,7 @@ from exporter.graph import layer_output, new_key
 from exporter.manifest import MANIFEST
 from exporter.onnx_runner import load_model
 from exporter.sessions import OnnxSession, TorchSession
+from exporter.validate_basis import RotatedRunner, recorded_rotation
 from exporter.validate_judge import LayerReport, Stack, first_failure, judge
 from exporter.validate_memory import check_memory
 from exporter.validate_metrics import CompareTensors, TensorError
@@ -209,7 +210,8 @@ class _Validator:
 
         from calibration.model import float_model
 
-        runners = [SessionRunner(FLOAT, lambda: TorchSession(float_model(checkpoint), watch_layers=True)), ReplayRunner(TORCH, references)]
+        runners = [RotatedRunner(FLOAT, lambda: TorchSession(float_model(checkpoint), watch_layers=True), recorded_rotation(self.quant)),
+                   ReplayRunner(TORCH, references)]
         self.compare(Comparator.run(runners, self.replayed(), streaming=True), {"quantisation": (0, 1)})
 
     def replayed(self) -> list[dict[str, np.ndarray]]:

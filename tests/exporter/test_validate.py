@@ -148,3 +148,15 @@ def test_progress_reaches_its_total(tiny_export: Callable[..., Path], tiny_model
     counter: Any = Counter()
     validate(tiny_export(), ValidateOptions(tokens=8, steps=1, model=str(tiny_model_dir) if with_float else None), counter)
     assert counter.done == counter.total == total
+
+
+def test_rotation_is_no_quantisation_error(run: Callable[..., tuple[int, str, str]], tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Calibration rotates the residual stream and the values; the float model is compared in the same coordinates."""
+    out = tmp_path / "out"
+    code, _, error = run(out, "--method", "abq", "--wbits", "8", "--abits", "8", "--nsamples", "2", "--seqlen", "32", "--dtype", "float32")
+    assert code == 0, error
+    assert json.loads((out / "quant" / "quant.json").read_text())["calibration"]["settings"]["switches"]["rotation"] == "hadamard"
+    result = validate(out, ValidateOptions(tokens=24, steps=2, model=str(tiny_model_dir)))
+    errors = [row.relative for row in result.rows if row.level == "quantisation"]
+    assert result.ok and len(errors) >= 9
+    assert max(error for error in errors if error is not None) < 0.05
