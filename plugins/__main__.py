@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from plugins.build import build_library, build_selftest, build_sim
-from plugins.core.cli import run_cli
+from plugins.core.cli import run_cli, whole_number
 from plugins.core.errors import EXIT_CHECK
 from plugins.sass import failures, inspect, table
 
@@ -24,22 +24,33 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
     sass = commands.add_parser("sass", help="table and check of the machine code: tensor cores, 16-byte copies, no local memory")
     sass.add_argument("library", nargs="?", type=Path, help="default: the plugin library, built if it is not")
-    selftest = commands.add_parser("selftest", help="check every kernel against a CPU computation; takes the options of anybit-selftest")
+    selftest = commands.add_parser("selftest", help="check every kernel against a plain CPU computation")
     selftest.add_argument("--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU")
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "selftest":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    selftest.add_argument("--quick", action="store_true", help="fewer shapes")
+    selftest.add_argument("--list", action="store_true", help="only list what would be checked")
+    selftest.add_argument("--op", choices=["ABQGemm", "QQQGemm"])
+    selftest.add_argument("--kernel", metavar="NAME", help='such as "int8 64x8"')
+    selftest.add_argument("--seed", type=whole_number(0), metavar="N")
+    options = parser.parse_args(arguments)
 
     def run() -> int:
         if options.command == "selftest":
-            library = build_sim() if options.sim else build_library()
-            return subprocess.run([str(build_selftest()), str(library), *rest], check=False).returncode
+            return _selftest(options)
         if options.command == "sass":
             return _inspect(options.library or build_library())
         print(build_library(options.arch) if options.command == "build" else build_sim())
         return 0
 
     return run_cli(run)
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    words = [f"--{name}" for name in ("quick", "list") if getattr(options, name)]
+    for name in ("op", "kernel", "seed"):
+        if getattr(options, name) is not None:
+            words += [f"--{name}", str(getattr(options, name))]
+    library = build_sim() if options.sim else build_library()
+    return subprocess.run([str(build_selftest()), str(library), *words], check=False).returncode
 
 
 def _inspect(library: Path) -> int:

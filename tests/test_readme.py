@@ -40,7 +40,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], argparse.Nam
 
     def parsed(words: list[str]) -> argparse.Namespace:
         with pytest.raises(Parsed) as caught:
-            importlib.import_module(f"{words[0]}.__main__").main(words[1:])
+            importlib.import_module(words[0] if "." in words[0] else f"{words[0]}.__main__").main(words[1:])
         return caught.value.arguments
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
@@ -73,7 +73,7 @@ def test_commands_are_ones_we_have(page: Path, parse: Callable[[list[str]], argp
     for words in shell_lines(page):
         if words[0] == "torchrun":  # several processes of one of our commands
             words = ["python", *words[words.index("-m"):]]
-        if words[:2] == ["python", "-m"] and words[2] in OURS:
+        if words[:2] == ["python", "-m"] and words[2].split(".")[0] in (*OURS, "benchmarks"):
             arguments = parse(words[2:])
             if words[2] == "exporter":
                 assert arguments.model in ALIASES, words
@@ -82,6 +82,10 @@ def test_commands_are_ones_we_have(page: Path, parse: Callable[[list[str]], argp
                 assert arguments.out in made, f"{words}: no command above makes this OUT"
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+        elif words[:3] == ["python", "-m", "pytest"]:
+            assert (REPOSITORY / words[3]).exists(), words
+        elif words[0] == "compute-sanitizer":
+            assert "build/anybit-selftest build/libanybit_plugins.so" in " ".join(words), words
         else:
             assert words[:4] == ["python", "-m", "pip", "install"], words
             assert words[-1] in makefile, f"{words}: the Makefile pins something else"
@@ -98,7 +102,8 @@ def test_named_files_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["exporter"], ["calibration"], ["deploy"], ["deploy", "generate"], ["deploy", "eval"],
-                                   ["deploy", "trtexec"], ["plugins"], ["plugins", "build"], ["plugins", "sim"]], ids=" ".join)
+                                   ["deploy", "trtexec"], ["plugins"], ["plugins", "build"], ["plugins", "sim"], ["plugins", "sass"],
+                                   ["plugins", "selftest"]], ids=" ".join)
 def test_help_answers(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"{words[0]}.__main__").main([*words[1:], "--help"])
