@@ -32,10 +32,12 @@ from benchmarks.gemm_plot import plot
 from plugins.core.cli import run_cli, whole_number
 from plugins.core.errors import EXIT_CHECK, InputError
 
-__all__ = ["main", "measured_rows", "target_table"]
+__all__ = ["main", "measured_rows", "merged_table", "target_table"]
 
 HERE = Path(__file__).resolve().parent
 _SIM_SHAPES, _SIM_TOKENS = {"sim": (130, 256), "sim wide": (64, 640)}, [1, 3, 17]
+_TABLE_HEADER = ("// Rows of kMeasured (core/measured.h), written by: "
+                 "python -m benchmarks.gemm --tactics --table plugins/core/measured.inc")
 _MOST_SIMPLE_WORK = 1 << 33  # multiplications of the simple kernels, which are slow
 
 
@@ -139,10 +141,9 @@ def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCH
     return "\n".join(lines), missed
 
 
-def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> str:
+def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> list[str]:
     """Rows of plugins/core/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median."""
-    lines = [f"// {result['device']}, {result['date']}, python -m benchmarks.gemm --tactics; rows of kMeasured (core/measured.h)"]
-    sm = result["capability"].replace(".", "")
+    lines, gpu = [], f"{result['capability'].replace('.', '')}, {result['multiprocessors']}"
     for scheme in schemes:
         best: dict[tuple[int, int, int], dict[str, Any]] = {}
         for row in result["rows"]:
@@ -151,8 +152,16 @@ def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> str:
                 best[place] = row
         for (n, k, m), row in sorted(best.items()):
             numbers = ", ".join(map(str, (scheme.wbits, scheme.levels, scheme.abits, scheme.group_size, n, k, m)))
-            lines.append(f'{{{sm}, {result["multiprocessors"]}, "{scheme.op}", {numbers}, "{row["kernel"]}", {row["tactic"] % 64}}},')
-    return "\n".join(lines) + "\n"
+            lines.append(f'{{{gpu}, "{scheme.op}", {numbers}, "{row["kernel"]}", {row["tactic"] % 64}}},'
+                         f"  // {result['device']}, {result['date']}")
+    return lines
+
+
+def merged_table(old: str, rows: Sequence[str]) -> str:
+    """The table `old` with `rows` in place of those for the same GPU, weights and tokens; what was measured elsewhere stays."""
+    known = [line for line in old.splitlines() if line.startswith("{")]
+    merged = {line.partition("  //")[0].rsplit(", ", 2)[0]: line for line in [*known, *rows]}  # by all but kernel and shares
+    return "\n".join([_TABLE_HEADER, *merged.values()]) + "\n"
 
 
 def _library(args: argparse.Namespace) -> str:
@@ -175,7 +184,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--tokens", nargs="+", type=whole_number(1), metavar="M")
     add("--schemes", nargs="+", choices=[scheme.name for scheme in SCHEMES], metavar="NAME", help=", ".join(s.name for s in SCHEMES))
     add("--tactics", action="store_true", help="time every kernel, not only the chosen one")
-    add("--table", type=Path, metavar="FILE", help="with --tactics: write the fastest kernels as rows of plugins/core/measured.inc")
+    add("--table", type=Path, metavar="FILE", help="with --tactics: put the fastest kernels into this plugins/core/measured.inc")
     add("--seconds", type=whole_number(1), default=420, help="of timing, about (default 420; --quick 90)")
     add("--check-only", action="store_true")
     add("--sim", action="store_true", help="with --check-only: the kernels on the CPU, small shapes")
@@ -200,7 +209,8 @@ def _main(argv: Sequence[str] | None) -> int:
     text, missed = target_table(run.rows, run.schemes)
     plot(run.result, run.path.with_suffix(".svg"))
     if args.table:
-        args.table.write_text(measured_rows(run.result, run.schemes), encoding="utf-8")
+        old = args.table.read_text(encoding="utf-8") if args.table.exists() else ""
+        args.table.write_text(merged_table(old, measured_rows(run.result, run.schemes)), encoding="utf-8")
     print(f"\n{text}\nwritten to {run.path} and {run.path.with_suffix('.svg').name}")
     return EXIT_CHECK if missed else 0
 

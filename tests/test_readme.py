@@ -71,7 +71,7 @@ def test_commands_are_ones_we_have(page: Path, parse: Callable[[list[str]], argp
     makefile = (REPOSITORY / "Makefile").read_text()
     made = set()
     for words in shell_lines(page):
-        if words[0] == "torchrun":  # several processes of one of our commands
+        if words[0] in ("torchrun", "ncu"):  # runs one of our commands
             words = ["python", *words[words.index("-m"):]]
         if words[:2] == ["python", "-m"] and words[2].split(".")[0] in (*OURS, "benchmarks"):
             arguments = parse(words[2:])

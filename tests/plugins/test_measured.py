@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from benchmarks.gemm import measured_rows
+from benchmarks.gemm import measured_rows, merged_table
 from benchmarks.gemm_cases import SCHEMES
+from plugins.toolkit import find_cuda_include
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-PROGRAM = """
+LOOKUP = """
 #include <cstdio>
 #include <initializer_list>
 #include "core/measured.h"
@@ -33,6 +34,38 @@ int main() {
 }
 """
 
+# The default choice of QQQGemm for 4 tokens, on GPUs with and without room for the measured kernel.
+CHOICE = """
+#include <cstdio>
+#include "core/frame.h"
+#include "qqq_gemm/config.h"
+using namespace anybit;
+const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
+const KernelTable table = {"QQQGemm", kQqqKernelCount, name_of, nullptr, qqq_plan, qqq_choose, nullptr};
+int main() {
+  for (const int n : {4096, 4097, 4098})
+    for (const int room : {227 << 10, 64 << 10}) {
+      const Device gpu{90, 132, room, room + 1024};
+      GemmShape shape{4, n, 4096, 0, 4, 4, 16, 8, 1, 0, 0};
+      Config measured, asked;
+      if (config_of(table, shape, gpu, measured)) return 1;
+      shape.tactic = tactic_from_config(measured);
+      if (config_of(table, shape, gpu, asked) || asked.kernel != measured.kernel || asked.shares != measured.shares) return 2;
+      const bool rule = measured.kernel == qqq_choose(shape, gpu);
+      std::printf("%d %d: %s %s\\n", n, room >> 10, table.name(measured.kernel), rule ? "by rule" : measured.shares == 3 ? "3" : "?");
+    }
+}
+"""
+
+
+def output_of(folder: Path, text: str) -> list[str]:
+    """Lines that a C++ program prints; headers of `folder` come before those of plugins/."""
+    source, program = folder / "main.cpp", folder / "program"
+    source.write_text(text)
+    include = [f"-I{folder}", f"-I{PLUGINS}", "-isystem", str(find_cuda_include())]
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *include, str(source), "-o", str(program)], check=True)
+    return subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+
 
 def test_rows_that_the_benchmark_writes_are_found(tmp_path: Path) -> None:
     w4 = SCHEMES[0]
@@ -42,13 +75,28 @@ def test_rows_that_the_benchmark_writes_are_found(tmp_path: Path) -> None:
 
     rows = [row(1, "int8 64x16", 4, 9.0), row(1, "int8 64x8", 5, 8.0), row(16, "int8 64x16", 3, 9.0), row(64, "int8 256x64", 2, 20.0)]
     rows.append({**row(1, "cuBLAS", 0, 1.0), "scheme": "fp16"})
-    text = measured_rows({"device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132, "rows": rows}, [w4])
-    assert text.splitlines()[1] == '{90, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, 1, "int8 64x8", 5},'
-    (tmp_path / "rows.inc").write_text(text)
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    program = tmp_path / "program"
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{PLUGINS}", f"-I{tmp_path}", str(tmp_path / "main.cpp"), "-o"]
-    subprocess.run([*command, str(program)], check=True)
-    lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["1: int8 64x8 5", "2: int8 64x16 3", "8: int8 64x16 3", "16: int8 64x16 3", "17: int8 256x64 2",
+    lines = measured_rows({"device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132, "rows": rows}, [w4])
+    assert lines[0] == '{90, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, 1, "int8 64x8", 5},  // GPU, today'
+    (tmp_path / "rows.inc").write_text(merged_table("", lines))
+    assert output_of(tmp_path, LOOKUP) == ["1: int8 64x8 5", "2: int8 64x16 3", "8: int8 64x16 3", "16: int8 64x16 3", "17: int8 256x64 2",
                      "5000: int8 256x64 2", "000"]
+
+
+def test_the_library_takes_measured_kernels_where_they_run(tmp_path: Path) -> None:
+    """A row that fits is taken, and named by a tactic too; one whose kernel the GPU lacks room for, or that is gone, is not."""
+    (tmp_path / "core").mkdir()
+    rows = [f'{{90, 132, "QQQGemm", 4, 16, 8, 0, {n}, 4096, 8, "{kernel}", 3}},' for n, kernel in ((4096, "int8 256x64"), (4097, "gone"))]
+    (tmp_path / "core" / "measured.inc").write_text(merged_table("", rows))
+    assert output_of(tmp_path, CHOICE) == [
+        "4096 227: int8 256x64 3", "4096 64: int8 64x8 by rule", "4097 227: int8 64x8 by rule", "4097 64: int8 64x8 by rule",
+        "4098 227: int8 64x8 by rule", "4098 64: int8 64x8 by rule"]
+
+
+def test_what_was_measured_elsewhere_stays() -> None:
+    def row(sm: int, m: int, kernel: str) -> str:
+        return f'{{{sm}, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, {m}, "{kernel}", 5}},  // GPU, today'
+
+    first = merged_table((PLUGINS / "core" / "measured.inc").read_text(), [row(80, 1, "a"), row(90, 1, "a"), row(90, 16, "b")])
+    second = merged_table(first, [row(90, 1, "c"), row(90, 2, "d")])
+    assert second.splitlines()[1:] == [row(80, 1, "a"), row(90, 1, "c"), row(90, 16, "b"), row(90, 2, "d")]
+    assert first.splitlines()[0] == second.splitlines()[0] == (PLUGINS / "core" / "measured.inc").read_text().splitlines()[0]
