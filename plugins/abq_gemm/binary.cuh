@@ -105,13 +105,14 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
   __device__ void finish(char* shared) {
     int32_t acc[1][kTokenTiles][4];
     combine(acc);
-    if (!sum_over_k(acc, p, shared)) return;
+    if (!sum_over_k<Shape>(acc, p, shared)) return;
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t)
       ANYBIT_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int n = n0 + 16 * warp + lane / 4 + 8 * half, m = token_of(t);
-        if (leads() && n < p.n && m < p.m) store_output(p, m, n, this->scaled(acc[0][t][2 * half], m, n));
+        if (leads() && n < p.n && m < p.m)
+          store_output(p, p.bias ? p.bias + n : nullptr, m, n, this->outputs_of(n)(acc[0][t][2 * half], m));
       }
   }
 };

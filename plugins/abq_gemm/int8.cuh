@@ -1,8 +1,8 @@
 // ABQGemm on int8 tensor cores: codes of any bits are put together from their planes in registers (planes.cuh).
 //
-// With P = sum a q, A = sum a, Q = sum q over a group of L elements, token zero point z and weight zero point zero:
-//   D = sum (a - z)(q - zero) = P - zero * A - z * (Q - L * zero)                                            exact
-// P comes from the tensor core, A from the token kernel, Q from the tensor core too, with a fragment of ones as tokens.
+// With P = sum a q, Q = sum q and S = sum (a - z) over a group, token zero point z and weight zero point zero:
+//   D = sum (a - z)(q - zero) = (P - z * Q) - zero * S                                                       exact
+// P comes from the tensor core, S from the token kernel, Q from the tensor core too, with a fragment of ones as tokens.
 #pragma once
 #include "abq_gemm/weights.cuh"
 
@@ -58,10 +58,10 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   __device__ void add_terms() {
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
-      int32_t a_sum[2], z[2];
+      int32_t sum[2], z[2];
       ANYBIT_UNROLL
       for (int i = 0; i < 2; ++i) {
-        a_sum[i] = p.tokens.sums[size_t(group) * p.tokens.sum_pitch + this->token_of(t, i)];
+        sum[i] = p.tokens.sums[size_t(group) * p.tokens.sum_pitch + this->token_of(t, i)];
         z[i] = p.asymmetric ? p.tokens.zero[this->token_of(t, i)] : 0;
       }
       ANYBIT_UNROLL
@@ -69,7 +69,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
         ANYBIT_UNROLL
         for (int i = 0; i < 4; ++i) {
           const Int zero = terms.zero[r][i / 2];
-          const Int d = product[r][t][i] - zero * a_sum[i % 2] - z[i % 2] * (code_sum[r][i] - p.group_len * zero);
+          const Int d = product[r][t][i] - z[i % 2] * code_sum[r][i] - zero * sum[i % 2];
           const float term = sizeof(Int) == 4 ? __int2float_rn(int(d)) : __ll2float_rn(d);
           acc[r][t][i] = __fadd_rn(acc[r][t][i], __fmul_rn(term, terms.scale[r][i / 2]));
           product[r][t][i] = 0;
@@ -127,10 +127,10 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
           for (int r = 0; r < kRowTiles; ++r) acc[r][t][i] = product[r][t][i] - z * code_sum[r][i];
         }
     }
-    if (!sum_over_k(acc, p, shared)) return;
-    store_tile<Shape>(p, shared, acc, [&](Acc v, int m, int n) {
-      if constexpr (kGrouped) return __fmul_rn(v, p.tokens.scale[m]);
-      else return this->scaled(v, m, n);
+    if (!sum_over_k<Shape>(acc, p, shared)) return;
+    store_tile<Shape>(p, shared, acc, [&](int n) {
+      if constexpr (kGrouped) return [this](float v, int m) { return __fmul_rn(v, p.tokens.scale[m]); };
+      else return this->outputs_of(n);
     });
   }
 };

@@ -179,8 +179,8 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   __device__ void finish(char* shared) {
     if constexpr (!kGrouped) close_group();
-    if (!sum_over_k(total, p, shared)) return;
-    store_tile<Shape>(p, shared, total, [](float v, int, int) { return v; });
+    if (!sum_over_k<Shape>(total, p, shared)) return;
+    store_tile<Shape>(p, shared, total, [](int) { return [](float v, int) { return v; }; });
   }
 };
 

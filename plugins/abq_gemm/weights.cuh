@@ -115,12 +115,19 @@ struct AbqPlanes {
     return m < p.m ? m : p.m - 1;
   }
 
-  // Output of channel n and token m from P - z * Q of the whole row, without the bias.
-  __device__ float scaled(int32_t product, int m, int n) const {
-    const int64_t zero = p.zero[n], a_sum = p.tokens.sums[m], z = p.asymmetric ? p.tokens.zero[m] : 0;
-    const int64_t d = product - zero * a_sum + z * p.group_len * zero;
-    const float v = __fadd_rn(0.0f, __fmul_rn(__ll2float_rn(d), p.scale[n]));  // as the sum of one group: never -0
-    return __fmul_rn(v, p.tokens.scale[m]);
+  // D = centred - zero * sum (int8.cuh) as a float, in 64 bits only where it may need them.
+  __device__ float difference(int32_t centred, int32_t zero, int32_t sum) const {
+    if (zero > p.zero_limit || zero < -p.zero_limit) return __ll2float_rn(centred - int64_t{zero} * sum);
+    return __int2float_rn(centred - zero * sum);
+  }
+
+  // Outputs of channel n, one scale per row: f(P - z * Q of the whole row, m), without the bias.
+  __device__ auto outputs_of(int n) const {
+    return [this, zero = p.zero[n], scale = p.scale[n]](int32_t centred, int m) {
+      const float d = difference(centred, zero, p.tokens.sums[m]);
+      const float v = __fadd_rn(0.0f, __fmul_rn(d, scale));  // as the sum of one group: never -0
+      return __fmul_rn(v, p.tokens.scale[m]);
+    };
   }
 
   __device__ void open_group(int next) {

@@ -85,7 +85,7 @@ struct PrepareBuffers {
   void* rows;            // anybit_prepare_rows(shape) bytes, 128-byte aligned
   float* scale;          // [m]
   int32_t* zero;         // [m]
-  int32_t* sums;         // [n_groups, m] or null
+  int32_t* sums;         // [n_groups, m] of (code - zero) over a group, or null
   int32_t* counters;     // [n_counters]
 };
 

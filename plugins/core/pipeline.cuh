@@ -50,16 +50,19 @@ __device__ inline void load_token_fragments(uint32_t (&b)[4], const char* chunk,
 }
 
 // Adds up the accumulators of all blocks of this tile, share by share; true for the one block that then holds the sum.
-template <class Value, int kRowTiles, int kTokenTiles>
+template <class Shape, class Value, int kRowTiles, int kTokenTiles>
 __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmArgs& p, char* shared) {
-  constexpr int kCount = kRowTiles * kTokenTiles * 4;
+  constexpr int kCount = kRowTiles * kTokenTiles * 4, kThreads = Shape::kThreads, kShareWords = kCount * kThreads;
   const int shares = gridDim.z;
   if (shares == 1) return true;
-  const size_t tile = size_t(blockIdx.y) * gridDim.x + blockIdx.x, share_words = size_t(kCount) * blockDim.x;
-  Value* partials = static_cast<Value*>(p.partials) + tile * shares * share_words + threadIdx.x;
-  Value* mine = partials + blockIdx.z * share_words;
-  ANYBIT_UNROLL
-  for (int i = 0; i < kCount; ++i) mine[i * blockDim.x] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+  const bool computes = threadIdx.x < kThreads;
+  const size_t tile = size_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  Value* partials = static_cast<Value*>(p.partials) + tile * shares * kShareWords + threadIdx.x;
+  if (computes) {
+    Value* mine = partials + size_t(blockIdx.z) * kShareWords;
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCount; ++i) mine[i * kThreads] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+  }
   __threadfence();
   __syncthreads();
   int* finished_sh = reinterpret_cast<int*>(shared);
@@ -69,50 +72,68 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   __syncthreads();  // before `shared` is used again
   if (!last) return false;
   __threadfence();
+  const auto add = [&](int z, int i, Value part) {
+    Value& sum = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+    sum = z ? sum + part : part;
+  };
+  constexpr int kAtOnce = kCount > 16 ? 1 : 16 / kCount;  // shares that are on their way together, so that few wait for each other
   ANYBIT_ROLLED
-  for (int z = 0; z < shares; ++z) {
+  for (int z = 0; computes && z < shares; z += kAtOnce) {
+    Value part[kAtOnce][kCount];
     ANYBIT_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      Value& sum = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
-      const Value part = __ldcg(partials + i * blockDim.x);
-      sum = z ? sum + part : part;
-    }
-    partials += share_words;
+    for (int j = 0; j < kAtOnce; ++j)
+      ANYBIT_UNROLL
+      for (int i = 0; i < kCount; ++i)
+        if (z + j < shares) part[j][i] = __ldcg(partials + (size_t(z) + j) * kShareWords + i * kThreads);
+    ANYBIT_UNROLL
+    for (int j = 0; j < kAtOnce; ++j)
+      ANYBIT_UNROLL
+      for (int i = 0; i < kCount; ++i)
+        if (z + j < shares) add(z + j, i, part[j][i]);
   }
   return true;
 }
 
-// One output, with the bias.
-__device__ inline void store_output(const GemmArgs& p, int m, int n, float v) {
-  if (p.bias) v = __fadd_rn(v, p.bias[n]);
+// One output; `bias` null for none.
+__device__ inline void store_output(const GemmArgs& p, const float* bias, int m, int n, float v) {
+  if (bias) v = __fadd_rn(v, *bias);
   const size_t at = size_t(m) * p.n + n;
   if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
   else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
   else store_saturated(static_cast<float*>(p.y) + at, v);
 }
 
-// Writes the block's outputs: value(accumulator, m, n) without the bias. The accumulators go through shared memory, so that a warp
-// writes neighbours in n, and the arithmetic is there once and not for each of a thread's accumulators.
+// Writes the block's outputs. of_row(n) reads what a weight row needs and gives value(accumulator, m), without the bias. The
+// accumulators go through shared memory, so that a warp writes neighbours in n, a thread keeps to its row as long as it can, and the
+// arithmetic is there once and not for each of a thread's accumulators.
 template <class Shape, class Value, class F>
-__device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], F value) {
-  constexpr int kRows = Shape::kRows, kPitch = Shape::kPitch;
+__device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], F of_row) {
+  constexpr int kRows = Shape::kRows, kPitch = Shape::kPitch, kThreads = Shape::kThreads;
+  constexpr int kTogether = kRows < kThreads ? kThreads / kRows : 1;  // threads that share a row
+  static_assert(kRows % kThreads == 0 || kThreads % kRows == 0, "whole rows to a thread, or whole threads to a row");
   Value* staged = reinterpret_cast<Value*>(shared);  // [kTokens][kPitch]
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  ANYBIT_UNROLL
-  for (int r = 0; r < Shape::kRowTiles; ++r)
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  if (thread < kThreads) {
     ANYBIT_UNROLL
-    for (int t = 0; t < Shape::kTokenTiles; ++t)
+    for (int r = 0; r < Shape::kRowTiles; ++r)
       ANYBIT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
-        staged[token * kPitch + row] = acc[r][t][i];
-      }
+      for (int t = 0; t < Shape::kTokenTiles; ++t)
+        ANYBIT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
+          staged[token * kPitch + row] = acc[r][t][i];
+        }
+  }
   __syncthreads();
-  const int n0 = blockIdx.x * kRows, m0 = blockIdx.y * Shape::kTokens;
-  for (int i = threadIdx.x; i < kRows * Shape::kTokens; i += Shape::kThreads) {
-    const int row = i % kRows, token = i / kRows;
-    const int n = n0 + row, m = m0 + token;
-    if (n < p.n && m < p.m) store_output(p, m, n, value(staged[token * kPitch + row], m, n));
+  if (thread >= kThreads) return;
+  const int m0 = blockIdx.y * Shape::kTokens, tokens = p.m - m0 < Shape::kTokens ? p.m - m0 : Shape::kTokens;
+  for (int row = thread % kRows; row < kRows; row += kThreads) {
+    const int n = blockIdx.x * kRows + row;
+    if (n >= p.n) return;
+    const auto value = of_row(n);
+    const float bias = p.bias ? p.bias[n] : 0.0f;
+    for (int token = thread / kRows % kTogether; token < tokens; token += kTogether)
+      store_output(p, p.bias ? &bias : nullptr, m0 + token, n, value(staged[token * kPitch + row], m0 + token));
   }
 }
 

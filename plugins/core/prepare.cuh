@@ -158,9 +158,9 @@ __device__ inline void store_part(const Tokens& tokens, int row, int part, uint4
   *reinterpret_cast<uint4*>(tokens.rows + token_offset(tokens.row_count, part / 8, row, part % 8 * 16)) = bytes;
 }
 
-// Adds the codes in r to the sum of the word's group.
-__device__ inline void add_to_sums(const PrepareArgs& p, const uint32_t (&r)[8], int m, int word) {
-  int sum = 0;
+// Adds the codes in r, of which the pads are 0, less `centre` for the whole word, to the sum of the word's group.
+__device__ inline void add_to_sums(const PrepareArgs& p, const uint32_t (&r)[8], int m, int word, int centre) {
+  int sum = -centre;
   ANYBIT_UNROLL
   for (int i = 0; i < 8; ++i) sum = __dp4a(int(r[i]), 0x01010101, sum);
   for (int lane_mask = p.sum_lanes / 2; lane_mask > 0; lane_mask /= 2) sum += shuffle_xor(sum, lane_mask);
@@ -173,7 +173,7 @@ __device__ inline void add_to_sums(const PrepareArgs& p, const uint32_t (&r)[8],
 
 // Quantises a word and stores its codes or bit planes. All lanes of the warp call it; pads past the row are not stored.
 template <class T, TokenOrder kOrder>
-__device__ void store_codes(const PrepareArgs& p, const Coder& coder, int m, int word, const Word<T>& w) {
+__device__ void store_codes(const PrepareArgs& p, const Coder& coder, int zero, int m, int word, const Word<T>& w) {
   uint32_t r[8];
   const auto store = [&](int part, uint4 bytes) {
     if (word < p.words) store_part(p.tokens, m, part, bytes);
@@ -181,14 +181,14 @@ __device__ void store_codes(const PrepareArgs& p, const Coder& coder, int m, int
   const int count = span_of(p.row, word).count;
   if constexpr (kOrder == kNaturalCodes) {
     codes_of_word(r, w, coder, count, [](int i, int j) { return 4 * i + j; });
-    if (p.tokens.sums) add_to_sums(p, r, m, word);
+    if (p.tokens.sums) add_to_sums(p, r, m, word, zero * count);
     swap_with_lanes<4>(r, 1);
     store(word / 2 * 4 + word % 2, uint4{r[0], r[1], r[2], r[3]});
     store(word / 2 * 4 + word % 2 + 2, uint4{r[4], r[5], r[6], r[7]});
     return;
   }
   codes_of_word(r, w, coder, count, [](int i, int j) { return i + 8 * j; });
-  if (p.tokens.sums) add_to_sums(p, r, m, word);
+  if (p.tokens.sums) add_to_sums(p, r, m, word, zero * count);
   if constexpr (kOrder == kSlotCodes) {
     store_slots(r, p.unit_words, word, store);
   } else {
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kMaxPrepareThreads<T>) prepare_kernel(PrepareA
     const Coder coder(quant);
     if (again) w = input(threadIdx.x);
     for_each_word(p.words, w, input, [&](int word, const Word<T>& v) {
-      if (mine(word)) store_codes<T, kOrder>(p, coder, m, word, v);
+      if (mine(word)) store_codes<T, kOrder>(p, coder, quant.zero, m, word, v);
     });
   }
 }

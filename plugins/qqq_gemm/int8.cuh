@@ -211,10 +211,12 @@ struct QqqInt8 {
 
   template <int kRowTiles>
   __device__ void store(int32_t (&acc)[kRowTiles][kTokenTiles][4], char* shared) const {
-    if (!sum_over_k(acc, p, shared)) return;
-    store_tile<Shape>(p, shared, acc, [&](int32_t v, int m, int n) {
-      const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
-      return __fmul_rn(__fmul_rn(__int2float_rn(sum), p.scale[n]), p.tokens.scale[m]);
+    if (!sum_over_k<Shape>(acc, p, shared)) return;
+    store_tile<Shape>(p, shared, acc, [&](int n) {
+      return [this, scale = p.scale[n]](int32_t v, int m) {
+        const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
+        return __fmul_rn(__fmul_rn(__int2float_rn(sum), scale), p.tokens.scale[m]);
+      };
     });
   }
 

@@ -188,7 +188,7 @@ def check(runner: KernelRunner, case: Case, x: np.ndarray, *, order: int = 1, y:
     assert_same_bits(got.scale, scale[:, 0])
     np.testing.assert_array_equal(got.zero, zero[:, 0])
     np.testing.assert_array_equal(got.rows, expected_rows(case, codes))
-    sums = codes.reshape(len(x), case.n_groups, case.group_len).sum(-1, dtype=np.int32).T
+    sums = (codes.astype(np.int32) - zero).reshape(len(x), case.n_groups, case.group_len).sum(-1, dtype=np.int32).T
     poison = np.full(sums.shape, int.from_bytes([POISON] * 4, "little", signed=True), np.int32)
     np.testing.assert_array_equal(got.sums, sums if case.with_sums else poison)
     return got
