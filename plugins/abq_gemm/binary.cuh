@@ -14,7 +14,7 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
   using Args = AbqGemmArgs;
   using Shape = Shape_;
   using Base = AbqPlanes<kPlanes, 4, false, Shape>;
-  using Base::p, Base::q, Base::n0, Base::lane, Base::warp, Base::chunks, Base::kChunks, Base::kWeightBytes;
+  using Base::p, Base::q, Base::n0, Base::lane, Base::warp, Base::kChunks, Base::kWeightBytes;
   static constexpr int kTokenTiles = Shape::kTokenTiles;
   static constexpr int kSlotBytes = kWeightBytes + Shape::kTokens * kChunkBytes;
   static constexpr int kBlocksPerSm = 1, kParts = kChunkBytes / 16;  // a chunk of tokens is kParts chunks of weights
@@ -25,18 +25,22 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
 
   using Base::Base;
 
-  // Only the parts of the slot, at their places in the chunk; rows that no token has are left out.
-  __device__ void load_tokens(char* slot, int stage) {
-    constexpr int kAll = Shape::kTokens * kChunks;
-    const int first = stage * kChunks % kParts, chunk = stage * kChunks / kParts, row0 = blockIdx.y * Shape::kTokens;
-    const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, chunk, row0, 0);
-    ANYBIT_UNROLL
-    for (int i = 0; i < kAll; i += Shape::kThreads) {
-      const int at = i + threadIdx.x, row = at / kChunks;
-      const size_t offset = token_offset(Shape::kTokens, 0, row, 16 * (first + at % kChunks));
-      if (at < kAll && row < p.m * p.columns_per_token - row0) copy_async16(slot + kWeightBytes + offset, from + offset);
+  struct Copies : AbqCopies<kPlanes, Shape> {
+    using AbqCopies<kPlanes, Shape>::AbqCopies;
+    // Only the parts of the slot, at their places in the chunk; rows that no token has are left out.
+    __device__ void load_tokens(char* slot, int stage) const {
+      constexpr int kAll = Shape::kTokens * kChunks;
+      const AbqGemmArgs& p = this->p;
+      const int first = stage * kChunks % kParts, chunk = stage * kChunks / kParts, row0 = blockIdx.y * Shape::kTokens;
+      const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, chunk, row0, 0);
+      ANYBIT_UNROLL
+      for (int i = 0; i < kAll; i += Shape::kThreads) {
+        const int at = i + this->thread, row = at / kChunks;
+        const size_t offset = token_offset(Shape::kTokens, 0, row, 16 * (first + at % kChunks));
+        if (at < kAll && row < p.m * p.columns_per_token - row0) copy_async16(slot + kWeightBytes + offset, from + offset);
+      }
     }
-  }
+  };
 
   // k256 step `step` of a slot: chunks 2 * step and 2 * step + 1.
   __device__ void multiply_step(const char* slot, int step, const uint32_t (&b)[kTokenTiles][2]) {

@@ -9,6 +9,7 @@ enum class AbqFamily {
   kInt8,        // int8.cuh: A2..A8
   kBinary,      // binary.cuh: A2..A8, few tokens, one scale per row
   kWeightOnly,  // weight_only.cuh: A16 in fp16 or bf16
+  kWarpgroup,   // warpgroup.cuh: A2..A8, many tokens, compute capability 9.0
 };
 struct AbqKernel {
   AbqFamily family;
@@ -30,12 +31,15 @@ constexpr AbqKernel kAbqKernels[] = {
     {AbqFamily::kWeightOnly, "a16 64x16", {4, 1, 2, 4, 3}},
     {AbqFamily::kWeightOnly, "a16 128x32", {8, 1, 4, 2, 3}},
     {AbqFamily::kWeightOnly, "a16 128x64", {8, 1, 8, 2, 2}},
+    {AbqFamily::kWarpgroup, "wgmma 128x64", {8, 1, 8, 4, 4}},
+    {AbqFamily::kWarpgroup, "wgmma 128x128", {8, 1, 16, 2, 4}},
+    {AbqFamily::kWarpgroup, "wgmma 256x128", {8, 2, 16, 2, 4}},
 };
 constexpr int kAbqKernelCount = sizeof(kAbqKernels) / sizeof(AbqKernel);
 
 // Most outputs of a thread where rows have groups: those need a second set of accumulators in registers, A16 even a third.
 constexpr int abq_most_grouped_outputs(AbqFamily family) {
-  return family == AbqFamily::kInt8 ? 32 : family == AbqFamily::kWeightOnly ? 16 : 0;
+  return family == AbqFamily::kInt8 ? 32 : family == AbqFamily::kWeightOnly ? 16 : family == AbqFamily::kWarpgroup ? 64 : 0;
 }
 
 inline int abq_group_len(const GemmShape& s) { return s.group_size ? s.group_size : s.k; }
@@ -60,15 +64,16 @@ inline AbqForm abq_form(AbqFamily family, const GemmShape& s) {
   return form;
 }
 
-// The tile with slots that stay small: 8 planes take half as much of K.
-constexpr Tile abq_tile(Tile tile, int planes) {
-  if (planes == 8) tile.chunks /= 2;
-  return tile;
-}
-
 constexpr size_t abq_slot_bytes(AbqFamily family, const Tile& tile, int planes) {
   const size_t token_chunks = family == AbqFamily::kBinary ? 1 : family == AbqFamily::kWeightOnly ? 2 * tile.chunks : tile.chunks;
   return size_t(planes) * tile.rows() * tile.chunks * 16 + token_chunks * tile.tokens() * 128;
+}
+
+// The tile with a ring that stays small: 8 planes take half as much of K, or fewer slots.
+constexpr Tile abq_tile(AbqFamily family, Tile tile, int planes) {
+  if (family == AbqFamily::kWarpgroup) return warpgroup_tile(tile, abq_slot_bytes(family, tile, planes));
+  if (planes == 8) tile.chunks /= 2;
+  return tile;
 }
 
 // Rows of prepared tokens that one token has.
@@ -79,6 +84,7 @@ inline int abq_columns(AbqFamily family, const GemmShape& s) {
 // Whether the family's arithmetic covers the shape.
 inline bool abq_covers(AbqFamily family, const GemmShape& s) {
   if (family == AbqFamily::kWeightOnly) return s.abits == 16 && s.dtype != kFloat32;
+  if (family == AbqFamily::kWarpgroup && abq_form(family, s).words != 4) return false;  // groups of whole chunks
   return s.abits <= 8 && int64_t{256} * (s.levels - 1) * abq_group_len(s) < int64_t{1} << 31;  // P - z * Q of a group fits 32 bits
 }
 
@@ -91,23 +97,31 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
     return plan;
   }
   const AbqForm form = abq_form(family, s);
-  plan.tile = abq_tile(tile, form.planes);
+  plan.tile = abq_tile(family, tile, form.planes);
   plan.columns_per_token = abq_columns(family, s);
   plan.shared_bytes = gemm_shared_bytes(plan.tile, abq_slot_bytes(family, plan.tile, form.planes));
+  if (family == AbqFamily::kWarpgroup) plan.shared_bytes += kWarpgroupBarriers;
   const bool whole_groups = !form.grouped || 4 * plan.tile.chunks % abq_group_words(s) == 0;
   plan.most_shares = whole_groups ? ceil_div(abq_row_words(s), 4 * plan.tile.chunks) : 1;
-  plan.runs = abq_covers(family, s) && plan.fits(s, device) &&
+  plan.runs = abq_covers(family, s) && plan.fits(s, device) && (family != AbqFamily::kWarpgroup || device.sm == 90) &&
               !(form.grouped && plan.tile.outputs_per_thread() > abq_most_grouped_outputs(family));
   return plan;
 }
 
 // The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest that fills the GPU.
-// Counting bits comes first where one tile of it is enough, on GPUs whose binary tensor cores are known to be fast.
+// Counting bits comes first where one tile of it is enough, on GPUs whose binary tensor cores are known to be fast. For many tokens
+// the tile of warpgroup.cuh, where it runs, that needs the fewest waves.
 inline int abq_choose(const GemmShape& s, const Device& device) {
   int best = kSimple, best_tokens = -1;
+  int64_t best_cost = INT64_MAX;
   for (int kernel = 1; kernel < kAbqKernelCount; ++kernel) {
     const Plan plan = abq_plan(kernel, s, device);
     if (!plan.runs) continue;
+    if (kAbqKernels[kernel].family == AbqFamily::kWarpgroup) {
+      if (s.m < kManyTokens || waves_cost(plan, s, device) > best_cost) continue;
+      best = kernel, best_cost = waves_cost(plan, s, device);
+      continue;
+    }
     if (kAbqKernels[kernel].family == AbqFamily::kBinary) {
       if (device.sm < 90 && plan.token_tiles(s) == 1 && plan.tile.token_tiles == 1) return kernel;
       continue;

@@ -3,6 +3,7 @@
 #include "abq_gemm/binary.cuh"
 #include "abq_gemm/config.h"
 #include "abq_gemm/int8.cuh"
+#include "abq_gemm/warpgroup.cuh"
 #include "abq_gemm/weight_only.cuh"
 #include "core/frame.h"
 
@@ -11,6 +12,7 @@ namespace anybit {
 // Kernel `kernel` of kAbqKernels on prepared tokens.
 cudaError_t abq_int8(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 cudaError_t abq_binary(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
+cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 cudaError_t abq_weight_only(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 
 // Calls f.run<kPlanes, kWords, kGrouped, Shape>() for the row of kAbqKernels and the form, if the row is of this family and has it.
@@ -23,7 +25,7 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
     } else {
       return with_index<3>(form.planes == 2 ? 0 : form.planes == 4 ? 1 : 2, [&](auto p) {
         constexpr int kPlanes = 2 << p.value;
-        constexpr Tile t = abq_tile(row.tile, kPlanes);
+        constexpr Tile t = abq_tile(kFamily, row.tile, kPlanes);
         using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
         constexpr bool kHasPlanes = kFamily != AbqFamily::kWeightOnly || kPlanes > 2;
         constexpr bool kHasGroups = t.outputs_per_thread() <= abq_most_grouped_outputs(kFamily);
@@ -33,7 +35,9 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
           if (!form.grouped) return f.template run<kPlanes, 4, false, Shape>();
           if constexpr (kHasGroups) {
             if (form.words == 4) return f.template run<kPlanes, 4, true, Shape>();
-            if (form.words == 1) return f.template run<kPlanes, 1, true, Shape>();
+            if constexpr (kFamily != AbqFamily::kWarpgroup) {
+              if (form.words == 1) return f.template run<kPlanes, 1, true, Shape>();
+            }
             if constexpr (kFamily == AbqFamily::kInt8) return f.template run<kPlanes, 2, true, Shape>();
           }
           return cudaErrorInvalidValue;

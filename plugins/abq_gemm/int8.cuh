@@ -14,7 +14,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   using Args = AbqGemmArgs;
   using Shape = Shape_;
   using Base = AbqPlanes<kPlanes, kWords, kGrouped, Shape>;
-  using Base::p, Base::q, Base::chunks, Base::terms, Base::group, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
+  using Base::p, Base::terms, Base::group, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
   static constexpr int kTokenTiles = Shape::kTokenTiles;
   static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
   static constexpr int kBlocksPerSm = 1;
@@ -26,9 +26,12 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   using Base::Base;
 
-  __device__ void load_tokens(char* slot, int stage) {
-    copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, chunks);
-  }
+  struct Copies : AbqCopies<kPlanes, Shape> {
+    using AbqCopies<kPlanes, Shape>::AbqCopies;
+    __device__ void load_tokens(char* slot, int stage) const {
+      copy_tokens<kChunks, Shape>(slot + kWeightBytes, this->p, stage * kChunks, this->chunks);
+    }
+  };
 
   // A fragment of k step `step` of a unit from the codes of rows g and g + 8.
   struct Fragment {
@@ -87,13 +90,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   __device__ void multiply_unit(const char* slot, const char* tokens, int c, int unit) {
     uint32_t codes[kRowTiles][2][8];
-    ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) {
-      uint32_t plane[2][kPlanes];
-      this->load_planes(plane, slot, r, c, unit);
-      codes_from_planes<kPlanes>(plane[0], codes[r][0]);
-      codes_from_planes<kPlanes>(plane[1], codes[r][1]);
-    }
+    this->load_codes(codes, slot, c, unit);
     if (p.asymmetric) sum_codes(codes);
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t)

@@ -119,7 +119,10 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
   if (error != cudaSuccess) return error;
   p.columns_per_token = plan.columns_per_token;
-  const auto run = family == AbqFamily::kWeightOnly ? abq_weight_only : family == AbqFamily::kBinary ? abq_binary : abq_int8;
+  const auto run = family == AbqFamily::kWeightOnly  ? abq_weight_only
+                   : family == AbqFamily::kBinary    ? abq_binary
+                   : family == AbqFamily::kWarpgroup ? abq_warpgroup
+                                                     : abq_int8;
   return run(config.kernel, p, form, {config.shares, device, stream});
 }
 

@@ -58,7 +58,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   using Args = AbqGemmArgs;
   using Shape = Shape_;
   using Base = AbqPlanes<kPlanes, kWords, kGrouped, Shape>;
-  using Base::p, Base::m0, Base::chunks, Base::terms, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
+  using Base::p, Base::terms, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
   using Number = Numbers<T, (kPlanes > 4)>;
   static constexpr int kTokenTiles = Shape::kTokenTiles, kTokenBytes = Shape::kTokens * kChunkBytes;
   static constexpr int kSlotBytes = kWeightBytes + 2 * kChunks * kTokenBytes;  // 128 k are two chunks of tokens
@@ -82,9 +82,12 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
     }
   }
 
-  __device__ void load_tokens(char* slot, int stage) {
-    copy_tokens<2 * kChunks, Shape>(slot + kWeightBytes, p, stage * 2 * kChunks, 2 * chunks);
-  }
+  struct Copies : AbqCopies<kPlanes, Shape> {
+    using AbqCopies<kPlanes, Shape>::AbqCopies;
+    __device__ void load_tokens(char* slot, int stage) const {
+      copy_tokens<2 * kChunks, Shape>(slot + kWeightBytes, this->p, stage * 2 * kChunks, 2 * this->chunks);
+    }
+  };
 
   __device__ void look_for_far_zeros() {
     bool found = false;
@@ -135,13 +138,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   __device__ void multiply_unit(const char* slot, int c, int unit) {
     uint32_t codes[kRowTiles][2][8];
-    ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) {
-      uint32_t plane[2][kPlanes];
-      this->load_planes(plane, slot, r, c, unit);
-      codes_from_planes<kPlanes>(plane[0], codes[r][0]);
-      codes_from_planes<kPlanes>(plane[1], codes[r][1]);
-    }
+    this->load_codes(codes, slot, c, unit);
     ANYBIT_UNROLL
     for (int pair = 0; pair < kWords; ++pair) {
       const int of_chunk = unit * kWords + pair;  // 4 pairs of steps in 128 k, 2 in a chunk of tokens

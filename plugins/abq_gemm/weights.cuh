@@ -24,12 +24,56 @@ struct RowTerms {
   int32_t zero[kRowTiles][2];
 };
 
+// A slot's bit planes: [plane][row][chunk][16 bytes], swizzled.
+template <int kPlanes, class Shape>
+struct AbqSlot {
+  static constexpr int kChunks = Shape::kChunks, kPlaneBytes = Shape::kRows * kChunks * 16, kWeightBytes = kPlanes * kPlaneBytes;
+
+  // Place of 16-byte part `chunk` of a row: 8 rows that one ldmatrix reads lie in different banks.
+  __device__ static int part_offset(int row, int chunk) { return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16; }
+};
+
+// What one of kThreads threads copies of every plane of every slot: 16-byte part thread % kChunks of a few rows.
+template <int kPlanes, class Shape, int kThreads = Shape::kThreads>
+struct AbqCopies {
+  using Slot = AbqSlot<kPlanes, Shape>;
+  static constexpr int kChunks = Shape::kChunks;
+  static constexpr int kRowsAtOnce = kThreads / kChunks < Shape::kRows ? kThreads / kChunks : Shape::kRows;
+  static constexpr int kCopies = Shape::kRows / kRowsAtOnce;
+
+  const AbqGemmArgs& p;
+  const int thread, chunks = p.row_words / kChunkWords;
+  const uint32_t* from[kCopies];
+  int to[kCopies];
+
+  __device__ AbqCopies(const AbqGemmArgs& args, int thread_) : p(args), thread(thread_) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = thread / kChunks + i * kRowsAtOnce, c = thread % kChunks, n0 = blockIdx.x * Shape::kRows;
+      const int n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last repeat it and are not stored
+      from[i] = p.weight + size_t(n) * p.row_words + c * kChunkWords;
+      to[i] = Slot::part_offset(row, c);
+    }
+  }
+
+  __device__ void load_weights(char* slot, int stage) const {
+    if (thread >= kRowsAtOnce * kChunks) return;
+    const int from_bytes = stage * kChunks + thread % kChunks < chunks ? 16 : 0;  // zeros behind the row
+    const size_t plane_words = size_t(p.n) * p.row_words;
+    ANYBIT_ROLLED
+    for (int j = 0; j < p.planes; ++j)
+      ANYBIT_UNROLL
+      for (int i = 0; i < kCopies; ++i)
+        copy_async16(slot + j * Slot::kPlaneBytes + to[i], from[i] + j * plane_words + stage * kChunks * kChunkWords, from_bytes);
+  }
+};
+
 // kPlanes: 2, 4 or 8, of which p.planes are there. kWords: unit of planes.cuh. kGrouped: several scales per row.
 template <int kPlanes, int kWords, bool kGrouped, class Shape>
-struct AbqPlanes {
-  static constexpr int kRowTiles = Shape::kRowTiles, kChunks = Shape::kChunks;
-  static constexpr int kPlaneBytes = Shape::kRows * kChunks * 16;  // one plane of a slot: [row][chunk][16 bytes], swizzled
-  static constexpr int kWeightBytes = kPlanes * kPlaneBytes;
+struct AbqPlanes : AbqSlot<kPlanes, Shape> {
+  using Slot = AbqSlot<kPlanes, Shape>;
+  using Slot::kChunks, Slot::kPlaneBytes, Slot::kWeightBytes, Slot::part_offset;
+  static constexpr int kRowTiles = Shape::kRowTiles;
 
   const AbqGemmArgs& p;
   const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
@@ -38,35 +82,7 @@ struct AbqPlanes {
   int group = 0, group_word = 0;
   RowTerms<kRowTiles> terms;  // of the current group
 
-  // What this thread copies of every plane of every slot: 16-byte part threadIdx.x % kChunks of a few rows.
-  static constexpr int kRowsAtOnce = Shape::kThreads / kChunks < Shape::kRows ? Shape::kThreads / kChunks : Shape::kRows;
-  static constexpr int kCopies = Shape::kRows / kRowsAtOnce;
-  const uint32_t* copy_from[kCopies];
-  int copy_to[kCopies];
-
-  __device__ explicit AbqPlanes(const AbqGemmArgs& args) : p(args) {
-    ANYBIT_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      const int row = threadIdx.x / kChunks + i * kRowsAtOnce, c = threadIdx.x % kChunks;
-      const int n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last repeat it and are not stored
-      copy_from[i] = p.weight + size_t(n) * p.row_words + c * kChunkWords;
-      copy_to[i] = part_offset(row, c);
-    }
-  }
-
-  // Place of 16-byte part `chunk` of a row: 8 rows that one ldmatrix reads lie in different banks.
-  __device__ static int part_offset(int row, int chunk) { return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16; }
-
-  __device__ void load_weights(char* slot, int stage) {
-    if (int(threadIdx.x) >= kRowsAtOnce * kChunks) return;
-    const int from_bytes = stage * kChunks + int(threadIdx.x) % kChunks < chunks ? 16 : 0;  // zeros behind the row
-    const size_t plane_words = size_t(p.n) * p.row_words;
-    ANYBIT_ROLLED
-    for (int j = 0; j < p.planes; ++j)
-      ANYBIT_UNROLL
-      for (int i = 0; i < kCopies; ++i)
-        copy_async16(slot + j * kPlaneBytes + copy_to[i], copy_from[i] + j * plane_words + stage * kChunks * kChunkWords, from_bytes);
-  }
+  __device__ explicit AbqPlanes(const AbqGemmArgs& args) : p(args) {}
 
   // plane[half][j]: this lane's word of plane j, of row g + 8 * half of tile r, its first bit of unit `unit` of chunk c lowest.
   __device__ void load_planes(uint32_t (&plane)[2][kPlanes], const char* slot, int r, int c, int unit) const {
@@ -91,6 +107,17 @@ struct AbqPlanes {
           plane[half][j] = word >> q % kLanes * 2 * kWords;
         }
       }
+    }
+  }
+
+  // codes[r][half]: of rows g + 8 * half of tile r, all k of the unit.
+  __device__ void load_codes(uint32_t (&codes)[kRowTiles][2][8], const char* slot, int c, int unit) const {
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      uint32_t plane[2][kPlanes];
+      load_planes(plane, slot, r, c, unit);
+      codes_from_planes<kPlanes>(plane[0], codes[r][0]);
+      codes_from_planes<kPlanes>(plane[1], codes[r][1]);
     }
   }
 

@@ -37,6 +37,14 @@ constexpr size_t gemm_shared_bytes(const Tile& tile, size_t slot_bytes) {
   return ring > staged ? ring : staged;
 }
 
+// Kernels of warpgroup.cuh: as many slots as fit a multiprocessor of compute capability 9.0, and room for their barriers.
+constexpr size_t kWarpgroupRing = 200 << 10, kWarpgroupBarriers = 128;
+constexpr int kManyTokens = 33;  // from here on they are chosen
+constexpr Tile warpgroup_tile(Tile tile, size_t slot_bytes) {
+  if (tile.stages * slot_bytes > kWarpgroupRing) tile.stages = int(kWarpgroupRing / slot_bytes);
+  return tile;
+}
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
@@ -60,7 +68,7 @@ constexpr Config config_from_tactic(int32_t tactic) { return {tactic / kTacticKe
 
 constexpr int kSimple = 0;  // the simple kernel of every op
 constexpr int64_t kMostGridY = 65535;
-constexpr size_t kPartialBytes = 4 << 20;  // of partial sums: the workspace must be known where an engine is built, maybe without a GPU
+constexpr size_t kPartialBytes = 8 << 20;  // of partial sums: the workspace must be known where an engine is built, maybe without a GPU
 
 // How one kernel of an op's table would run a shape. The simple one runs everything, and has no tile.
 struct Plan {
@@ -88,6 +96,12 @@ struct Plan {
   // Partial sums have room for this many blocks, whatever the number of tokens and the GPU; K of more tiles is never shared.
   int most_split_blocks() const { return int(kPartialBytes / (sizeof(int32_t) * tile.rows() * tile.tokens())); }
 };
+// What tiles cost that come in whole waves over the multiprocessors: the outputs of one tile, wave by wave. For tiles whose time is
+// that of the tensor cores.
+inline int64_t waves_cost(const Plan& plan, const GemmShape& s, const Device& device) {
+  return ceil_div(plan.tiles(s), int64_t{device.multiprocessors}) * plan.tile.rows() * plan.tile.tokens();
+}
+
 using Planner = Plan (*)(int kernel, const GemmShape& shape, const Device& device);
 
 // At most `wanted` shares, and no more than K and the room for partial sums allow.

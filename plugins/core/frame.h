@@ -8,6 +8,7 @@
 #include "core/measured.h"
 #include "core/pipeline.cuh"
 #include "core/prepare.h"
+#include "core/warpgroup.cuh"
 
 namespace anybit {
 
@@ -162,16 +163,24 @@ struct Split {
   cudaStream_t stream;
 };
 
-// Start gemm<Op> over all tiles of p.
-template <class Op>
-cudaError_t launch_gemm(const typename Op::Args& p, const Split& split) {
-  using Shape = typename Op::Shape;
+// Start a kernel of this tile over all tiles of p.
+template <class Shape, class Args>
+cudaError_t launch_tiles(void (*kernel)(Args), int threads, size_t shared_bytes, const Args& p, const Split& split) {
   LaunchShape shape;
   shape.grid = dim3(ceil_div(p.n, Shape::kRows), ceil_div(p.m * p.columns_per_token, Shape::kTokens), split.shares);
-  shape.block = dim3(Shape::kThreads);
-  shape.shared_bytes = gemm_shared_bytes<Op>();
-  shape.overlap = split.device.sm >= 90 && waits_for_earlier_launch(gemm<Op>);
-  return launch(shape, split.stream, gemm<Op>, p);
+  shape.block = dim3(threads);
+  shape.shared_bytes = shared_bytes;
+  shape.overlap = split.device.sm >= 90 && waits_for_earlier_launch(kernel);
+  return launch(shape, split.stream, kernel, p);
+}
+template <class Op>
+cudaError_t launch_gemm(const typename Op::Args& p, const Split& split) {
+  return launch_tiles<typename Op::Shape>(gemm<Op>, Op::Shape::kThreads, gemm_shared_bytes<Op>(), p, split);
+}
+template <class Op>
+cudaError_t launch_warpgroups(const typename Op::Args& p, const Split& split) {
+  const int threads = Op::Shape::kThreads + kCopyingThreads;
+  return launch_tiles<typename Op::Shape>(gemm_warpgroups<Op>, threads, warpgroup_shared_bytes<Op>(), p, split);
 }
 
 }  // namespace anybit

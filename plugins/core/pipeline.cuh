@@ -1,7 +1,7 @@
 // The frame of the fast GEMM kernels: a block multiplies kRows weight rows with kTokens tokens over its share of K.
 //
 // Weights are operand A of the tensor core (16 rows), tokens operand B (8 columns): with few tokens nothing is wasted. Both come
-// through a ring of kStages slots of shared memory, filled by cp.async; an Op says what a slot holds and what is done with it.
+// through a ring of kStages slots of shared memory, filled by cp.async; Op::Copies says what a slot holds, Op what is done with it.
 // Grid: x weight tiles, y token tiles, z shares of K. Blocks of one tile leave partial sums in the workspace; the last one to
 // finish adds them up in order of z, so the result is the same every time. Nobody waits for another block.
 #pragma once
@@ -145,21 +145,24 @@ constexpr size_t gemm_shared_bytes() {
   return ring > staged ? ring : staged;
 }
 
+// First stage of share z of K; its end is the next share's.
+__device__ inline int share_of_k(int stages, unsigned z) { return int(unsigned(stages) * z / gridDim.z); }  // at most 64 * 2^20
+
 // Op: Args (a GemmArgs with more), Shape, kSlotBytes, kBlocksPerSm; Op(args); begin(stage), which reads no tokens,
-// load_weights(slot, stage), load_tokens(slot, stage), multiply(slot, stage), finish(shared).
+// multiply(slot, stage), finish(shared). Op::Copies(args, thread): load_weights(slot, stage), load_tokens(slot, stage).
 template <class Op>
 __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
   constexpr int kStages = Op::Shape::kStages;
   char* ring = dynamic_shared<char>();
-  const auto share = [&](unsigned z) { return int(unsigned(p.stages) * z / gridDim.z); };  // far below 2^32: at most 64 * 2^20
-  const int first = share(blockIdx.z), end = share(blockIdx.z + 1);
+  const int first = share_of_k(p.stages, blockIdx.z), end = share_of_k(p.stages, blockIdx.z + 1);
   Op op(p);
+  typename Op::Copies copies(p, threadIdx.x);
   op.begin(first);
   const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
-  for (int s = first; s < first + kStages - 1 && s < end; ++s) op.load_weights(slot(s), s);
+  for (int s = first; s < first + kStages - 1 && s < end; ++s) copies.load_weights(slot(s), s);
   wait_for_earlier_launch();  // only weights are read before: they never change
   for (int s = first; s < first + kStages - 1; ++s) {
-    if (s < end) op.load_tokens(slot(s), s);
+    if (s < end) copies.load_tokens(slot(s), s);
     commit_copies();
   }
   for (int s = first; s < end; ++s) {
@@ -167,8 +170,8 @@ __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(ty
     __syncthreads();  // slot s has arrived for all threads, and all have left slot s - 1
     const int next = s + kStages - 1;
     if (next < end) {
-      op.load_weights(slot(next), next);
-      op.load_tokens(slot(next), next);
+      copies.load_weights(slot(next), next);
+      copies.load_tokens(slot(next), next);
     }
     commit_copies();
     op.multiply(slot(s), s);

@@ -19,11 +19,11 @@ namespace anybit {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
-// The block's dynamic shared memory, 16-byte aligned; its size is set at launch.
+// The block's dynamic shared memory, 1024-byte aligned (what swizzles of 128 bytes need); its size is set at launch.
 template <class T>
 __device__ inline T* dynamic_shared() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(16) unsigned char raw_shared[];
+  extern __shared__ __align__(1024) unsigned char raw_shared[];
   return reinterpret_cast<T*>(raw_shared);
 #else
   return static_cast<T*>(simt::shared_memory());

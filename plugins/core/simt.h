@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, one fiber per CUDA thread: deterministic for a seed, and strict where hardware is lenient.
 //
 // What it catches: results that depend on the thread order (run several seeds), reads of unwritten shared memory (it is
-// poisoned), writes past it (guard bytes), and barriers or warp collectives that some thread does not reach.
+// poisoned), writes past it (guard bytes), and barriers, mbarriers or warp collectives that some thread does not reach.
 // What it does not do: partial warp masks, static __shared__ arrays, timing, memory reordering within a thread.
 #pragma once
 #include <cuda_bf16.h>  // CUDA's headers come before the macros below, which would break them
@@ -36,10 +36,10 @@ namespace simt {
 // A kernel whose blocks wait for each other needs a grid that fits.
 constexpr int kResidentThreads = 2048;
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kGuardBytes = 64;
+constexpr size_t kGuardBytes = 64, kSharedAlignment = 1024;
 constexpr unsigned char kPoison = 0xCB;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_mbarrier, done };
 
 // What one lane shows the others in a warp collective.
 struct Registers {
@@ -57,6 +57,19 @@ struct AsyncCopy {
   }
 };
 
+// An mbarrier object, in its 8 bytes of shared memory: a phase ends when all arrivals and all announced bytes have come.
+struct MBarrier {
+  int16_t expected, pending;  // arrivals of a phase, and those still to come
+  int32_t bytes : 31;         // announced and not arrived, or (negative) the other way round
+  uint32_t phase : 1;
+};
+// Copies that end by telling an mbarrier: with so many bytes (cp.async.bulk), or with an arrival (0 bytes; cp.async).
+struct Flight {
+  std::vector<AsyncCopy> copies;
+  MBarrier* barrier;
+  int bytes;
+};
+
 struct Fiber;
 struct Warp {
   std::vector<Fiber*> lanes;
@@ -65,8 +78,10 @@ struct Warp {
 };
 struct Block {
   uint3 idx;
-  std::vector<unsigned char> shared;  // dynamic shared memory and a guard zone behind it
+  std::vector<unsigned char> store;
+  unsigned char* shared;  // dynamic shared memory, kSharedAlignment, and a guard zone behind it
   std::vector<Warp> warps;
+  std::vector<Flight> flights;  // that have not landed
 };
 struct Fiber {
   void* registers[5];  // __builtin_setjmp buffer: several times faster than swapcontext, which calls the kernel
@@ -79,6 +94,9 @@ struct Fiber {
   Warp* warp;
   std::vector<std::vector<AsyncCopy>> groups;  // committed groups, the oldest first
   std::vector<AsyncCopy> open_group;
+  std::vector<std::vector<std::function<void()>>> products;  // wgmma that nothing has waited for: groups, the open one last
+  const MBarrier* barrier;  // at_mbarrier: waits for the end of this phase of it
+  uint32_t phase;
 };
 
 inline thread_local Fiber* me = nullptr;
@@ -156,7 +174,7 @@ inline void wait_as(State state) {
 }
 inline void sync_block() { wait_as(State::at_block_barrier); }
 inline void sync_warp() { wait_as(State::at_warp_barrier); }
-inline void* shared_memory() { return me->block->shared.data(); }
+inline void* shared_memory() { return me->block->shared; }
 
 // Every lane of a full warp publishes `mine`; returns those of all 32 lanes, valid until the lane's next exchange but one.
 inline const Registers* exchange(const Registers& mine) {
@@ -188,6 +206,59 @@ inline void wait_for_copies(size_t pending) {
   }
 }
 
+// ---- mbarriers, and copies that they wait for ----
+inline void settle(MBarrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
+  barrier.phase ^= 1, barrier.pending = barrier.expected;
+}
+inline void arrive(MBarrier& barrier) {
+  if (barrier.pending <= 0) throw std::runtime_error("simt: more arrivals at an mbarrier than it was told to expect");
+  --barrier.pending;
+  settle(barrier);
+}
+inline void land(const Flight& flight) {
+  for (const AsyncCopy& copy : flight.copies) copy.arrive();
+  if (!flight.bytes) return arrive(*flight.barrier);
+  flight.barrier->bytes -= flight.bytes;
+  settle(*flight.barrier);
+}
+// An eager copy lands at once, any other when no thread can go on without it.
+inline void take_off(Flight flight) {
+  if (eager) land(flight);
+  else me->block->flights.push_back(std::move(flight));
+}
+inline void copy_bulk(void* to, const void* from, int bytes, MBarrier* barrier) {
+  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error("simt: cp.async.bulk of " + std::to_string(bytes) + " bytes: size and addresses must be multiples of 16");
+  take_off({{{to, from, bytes, bytes}}, barrier, bytes});
+}
+// All copies that this thread has begun end with one arrival.
+inline void arrive_after_copies(MBarrier* barrier) {
+  commit_copies();
+  Flight flight{{}, barrier, 0};
+  for (const std::vector<AsyncCopy>& group : me->groups)
+    if (!eager) flight.copies.insert(flight.copies.end(), group.begin(), group.end());
+  me->groups.clear();
+  take_off(std::move(flight));
+}
+inline void wait_for_phase(const MBarrier* barrier, uint32_t phase) {
+  if (barrier->phase != phase) return;
+  me->barrier = barrier, me->phase = phase;
+  wait_as(State::at_mbarrier);
+}
+// Let the copy arrive that was begun first, or any. Returns whether there was one.
+inline bool land_one(std::vector<Block>& blocks, std::mt19937* random) {
+  for (Block& block : blocks) {
+    if (block.flights.empty()) continue;
+    const size_t i = random ? (*random)() % block.flights.size() : 0;
+    const Flight flight = std::move(block.flights[i]);
+    block.flights.erase(block.flights.begin() + long(i));
+    land(flight);
+    return true;
+  }
+  return false;
+}
+
 inline std::string text(const uint3& v) {
   return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
 }
@@ -204,7 +275,11 @@ inline bool release_barriers(std::vector<Block>& blocks) {
     size_t threads = 0, at_barrier = 0;
     for (Warp& warp : block.warps) {
       size_t at_warp_barrier = 0;
-      for (const Fiber* fiber : warp.lanes) {
+      for (Fiber* fiber : warp.lanes) {
+        if (fiber->state == State::at_mbarrier && fiber->barrier->phase != fiber->phase) {
+          fiber->state = State::ready;
+          released = true;
+        }
         at_warp_barrier += fiber->state == State::at_warp_barrier;
         at_barrier += fiber->state == State::at_block_barrier;
       }
@@ -232,10 +307,12 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, s
     }
     if (!failure.empty()) throw std::runtime_error(std::exchange(failure, {}));
     bool released = release_barriers(blocks);
-    if (ran || released) continue;
+    if (ran || released || land_one(blocks, random)) continue;
     for (Fiber* fiber : order) {
       if (fiber->state == State::done) continue;
-      const char* place = fiber->state == State::at_block_barrier ? "__syncthreads" : "a warp collective";
+      const char* place = fiber->state == State::at_block_barrier ? "__syncthreads"
+                          : fiber->state == State::at_mbarrier  ? "an mbarrier"
+                                                                : "a warp collective";
       throw std::runtime_error("simt: deadlock, block " + text(fiber->block->idx) + " thread " + text(fiber->tid) +
                                " waits at " + place + " that another thread never reaches");
     }
@@ -247,7 +324,8 @@ inline Block make_block(size_t index, size_t shared_bytes) {
   Block block;
   const size_t x = index % grid_dim.x, y = index / grid_dim.x % grid_dim.y, z = index / grid_dim.x / grid_dim.y;
   block.idx = {unsigned(x), unsigned(y), unsigned(z)};
-  block.shared.assign(shared_bytes + kGuardBytes, kPoison);
+  block.store.assign(kSharedAlignment + shared_bytes + kGuardBytes, kPoison);
+  block.shared = block.store.data() + -reinterpret_cast<uintptr_t>(block.store.data()) % kSharedAlignment;
   block.warps.resize((size_t(block_dim.x) * block_dim.y * block_dim.z + 31) / 32);
   return block;
 }
@@ -261,7 +339,7 @@ inline std::vector<Fiber*> assign_fibers(std::vector<Block>& blocks, std::vector
       fiber.state = State::ready;
       fiber.tid = {t % block_dim.x, t / block_dim.x % block_dim.y, t / (block_dim.x * block_dim.y)};
       fiber.lane = int(t % 32);
-      fiber.groups.clear(), fiber.open_group.clear();
+      fiber.groups.clear(), fiber.open_group.clear(), fiber.products.clear();
       fiber.block = &block;
       fiber.warp = &block.warps[t / 32];
       fiber.warp->lanes.push_back(&fiber);
@@ -271,7 +349,7 @@ inline std::vector<Fiber*> assign_fibers(std::vector<Block>& blocks, std::vector
 }
 
 inline void check_guard(const Block& block, size_t shared_bytes) {
-  for (size_t i = shared_bytes; i < block.shared.size(); ++i)
+  for (size_t i = shared_bytes; i < shared_bytes + kGuardBytes; ++i)
     if (block.shared[i] != kPoison)
       throw std::runtime_error("simt: a thread of block " + text(block.idx) + " wrote past its " +
                                std::to_string(shared_bytes) + " bytes of shared memory");
@@ -314,46 +392,4 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, st
 
 }  // namespace simt
 
-// CUDA's built-in variables and the intrinsics that our kernels use, with the results that the hardware gives.
-#define threadIdx (simt::me->tid)
-#define blockIdx (simt::me->block->idx)
-#define blockDim (simt::block_dim)
-#define gridDim (simt::grid_dim)
-#define __syncthreads simt::sync_block
-#define __syncwarp simt::sync_warp
-inline void __threadfence() {}
-template <class T>
-T __ldcg(const T* from) {
-  return *from;
-}
-inline int atomicAdd(int* to, int v) { return std::exchange(*to, *to + v); }  // threads take turns: every step is atomic
-inline int __popc(uint32_t v) { return __builtin_popcount(v); }
-inline float __uint_as_float(uint32_t v) {
-  float as_float;
-  std::memcpy(&as_float, &v, 4);
-  return as_float;
-}
-inline uint32_t __float_as_uint(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits;
-}
-// Byte i of the result is the byte of {b, a} that nibble i of `selector` (0..7) names. PTX prmt.b32.
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = uint64_t(b) << 32 | a;
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
-  return result;
-}
-// sum + the dot product of the four signed bytes of a and b. PTX dp4a.s32.s32.
-inline int __dp4a(int a, int b, int sum) {
-  for (int i = 0; i < 32; i += 8) sum += int8_t(uint32_t(a) >> i) * int8_t(uint32_t(b) >> i);
-  return sum;
-}
-inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __ll2float_rn(long long v) { return static_cast<float>(v); }
-inline float __int2float_rn(int v) { return static_cast<float>(v); }
+#include "core/simt_builtins.h"

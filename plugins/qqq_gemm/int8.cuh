@@ -86,20 +86,37 @@ struct QqqInt8 {
 
   __device__ explicit QqqInt8(const Args& args) : p(args) {}
 
-  __device__ void load_weights(char* slot, int stage) {
-    constexpr int kParts = kRowBytes / 16, kAll = kChunks * 8 * kBlocks * kParts;
-    for (int i = threadIdx.x; i < kAll; i += Shape::kThreads) {
-      const int part = i % kParts, b = i / kParts % kBlocks, row = stage * kChunks * 8 + i / kParts / kBlocks;
-      if (row >= p.chunks * 8) return;
-      // What lies past the end repeats the last row or block: it meets codes that are 0, or is not stored.
-      const int from_row = row < p.packed_rows ? row : p.packed_rows - 1, from_block = n0 / 64 + b < p.blocks ? n0 / 64 + b : p.blocks - 1;
-      copy_async16(slot + i * 16, p.weight + (size_t(from_row) * p.blocks + from_block) * 128 + part * 4);
-    }
-  }
+  // A thread copies one place of every kRowsAtOnce-th packed row.
+  struct Copies {
+    static constexpr int kParts = kBlocks * kRowBytes / 16, kRowsAtOnce = Shape::kThreads / kParts;
+    static_assert(Shape::kThreads % kParts == 0 && kChunks * 8 % kRowsAtOnce == 0, "whole rows");
+    const Args& p;
+    const int row, to;
+    const uint32_t* from;
 
-  __device__ void load_tokens(char* slot, int stage) {
-    copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks);
-  }
+    __device__ Copies(const Args& args, int thread) : p(args), row(thread / kParts), to(thread * 16) {
+      const int block = blockIdx.x * kBlocks + thread % kParts / 32;  // past the last repeats it, and is not stored
+      from = p.weight + size_t(block < p.blocks ? block : p.blocks - 1) * 128 + thread % 32 * 4;
+    }
+
+    // Rows past the end are left out: what the slot holds there meets codes that are 0.
+    __device__ void load_weights(char* slot, int stage) const {
+      const int first = stage * kChunks * 8 + row;
+      const size_t row_words = size_t(p.blocks) * 128;
+      const uint32_t* at = from + first * row_words;
+      if ((stage + 1) * kChunks * 8 <= p.packed_rows) {
+        ANYBIT_UNROLL
+        for (int i = 0; i < kChunks * 8; i += kRowsAtOnce, at += kRowsAtOnce * row_words) copy_async16(slot + to + i * kBlocks * kRowBytes, at);
+      } else {
+        for (int i = 0; first + i < p.packed_rows; i += kRowsAtOnce, at += kRowsAtOnce * row_words)
+          copy_async16(slot + to + i * kBlocks * kRowBytes, at);
+      }
+    }
+
+    __device__ void load_tokens(char* slot, int stage) const {
+      copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks);
+    }
+  };
 
   __device__ void begin(int stage) {
     if constexpr (Weights::kGrouped) load_scales(stage * kChunks);

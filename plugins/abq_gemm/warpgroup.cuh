@@ -1,0 +1,52 @@
+// ABQGemm on the int8 tensor cores of compute capability 9.0 (wgmma): codes made of planes in registers are operand A, as in int8.cuh.
+#pragma once
+#include "abq_gemm/int8.cuh"
+#include "core/warpgroup.cuh"
+
+namespace anybit {
+
+// kPlanes: 2, 4 or 8, of which p.planes are there. kGrouped: several scales per row, of multiples of 128 k.
+template <int kPlanes, bool kGrouped, class Shape_>
+struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
+  using Shape = Shape_;
+  using Base = AbqInt8<kPlanes, 4, kGrouped, Shape>;
+  using Base::p, Base::product, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
+  static constexpr int kSteps = 4;  // of 32 k in a chunk
+
+  using Base::Base;
+
+  struct Copies : AbqCopies<kPlanes, Shape, kCopyingThreads> {
+    using Base = AbqCopies<kPlanes, Shape, kCopyingThreads>;
+    using Base::Base;
+    __device__ void load_weights(char* slot, int stage, uint64_t*) const { Base::load_weights(slot, stage); }
+    __device__ void load_tokens(char* slot, int stage, uint64_t* barrier) const {
+      copy_tokens_bulk<kChunks, Shape>(slot + kWeightBytes, this->p, stage * kChunks, this->chunks, 0, barrier);
+    }
+  };
+
+  // All k of a chunk; the products are there when it returns.
+  __device__ void multiply_chunk(const char* slot, int c) {
+    uint32_t codes[kRowTiles][2][8], a[kRowTiles][kSteps][4];
+    this->load_codes(codes, slot, c, 0);
+    if (p.asymmetric) this->sum_codes(codes);
+    ANYBIT_UNROLL
+    for (int i = 0; i < kRowTiles * kSteps * 4; ++i)
+      a[i / 4 / kSteps][i / 4 % kSteps][i % 4] = this->fragment(codes[i / 4 / kSteps], i / 4 % kSteps).a[i % 4];
+    const SwizzledRows tokens(slot + kWeightBytes + c * Shape::kTokens * kChunkBytes);
+    fence_products();
+    ANYBIT_UNROLL
+    for (int step = 0; step < kSteps; ++step)
+      ANYBIT_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) wgmma<true>(product[r], a[r][step], tokens.part(32 * step), true);
+    commit_products();
+    wait_for_products<0>();
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) settle_products(product[r]);
+  }
+
+  __device__ void multiply(const char* slot, int stage) {
+    this->walk(stage, [&](int c, int) { multiply_chunk(slot, c); }, [&] { this->close_group(); });
+  }
+};
+
+}  // namespace anybit

@@ -1,0 +1,106 @@
+// The frame of the GEMM kernels for compute capability 9.0: one warp copies, groups of four warps multiply (wgmma).
+//
+// Tiles, slots, shares of K and results are those of pipeline.cuh. The copying warp fills a slot as soon as all multiplying warps have
+// left it; no __syncthreads in the loop. Two mbarriers for each slot: `full` (weights and tokens are there) and `empty`. Tokens of a
+// tile are one piece of memory for each chunk (tiles.cuh), so that one thread's bulk copies bring them. While one group of warps makes
+// int8 codes of its weights, the tensor cores work for the other.
+#pragma once
+#include "core/pipeline.cuh"
+#include "core/ptx_sm90.cuh"
+
+namespace anybit {
+
+constexpr int kCopyingThreads = 32;
+
+// Bytes of shared memory in front of the barriers, and with them.
+template <class Op>
+constexpr size_t warpgroup_barrier_offset() {
+  return gemm_shared_bytes<Op>() / 8 * 8 + 8;
+}
+template <class Op>
+constexpr size_t warpgroup_shared_bytes() {
+  return warpgroup_barrier_offset<Op>() + 2 * Op::Shape::kStages * sizeof(uint64_t);
+}
+
+// Where in the ring of kStages slots a stage is, and the parity of that slot's phase.
+template <int kStages>
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++slot == kStages) slot = 0, parity ^= 1;
+  }
+};
+
+// Bulk copies of token chunks [first, first + kChunks) below `end` as copy_tokens() has them, told to the barrier with `more` other bytes.
+template <int kChunks, class Shape>
+__device__ void copy_tokens_bulk(char* to, const GemmArgs& p, int first, int end, int more, uint64_t* barrier) {
+  const int first_row = blockIdx.y * Shape::kTokens, rows = p.m - first_row < Shape::kTokens ? p.m - first_row : Shape::kTokens;
+  const int bytes = rows * kChunkBytes, chunks = end - first < kChunks ? end - first : kChunks;
+  arrive_and_expect(barrier, chunks * bytes + more);
+  for (int c = 0; c < chunks; ++c)
+    copy_bulk(to + c * Shape::kTokens * kChunkBytes, p.tokens.rows + token_offset(p.tokens.row_count, first + c, first_row, 0), bytes, barrier);
+}
+
+// The copying warp. Op::Copies(args, lane): load_weights(slot, stage, barrier) by all lanes, with copy_async or, told to the barrier,
+// copy_bulk; load_tokens(slot, stage, barrier) by one, which announces all bulk copies of the stage.
+template <class Op>
+__device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* full, uint64_t* empty, int first, int end) {
+  constexpr int kStages = Op::Shape::kStages;
+  const int lane = threadIdx.x % 32, ahead = end - first < kStages ? end : first + kStages;
+  typename Op::Copies copies(p, lane);
+  const auto load_weights = [&](int i, int s) { copies.load_weights(ring + i * Op::kSlotBytes, s, full + i); };
+  const auto load_tokens = [&](int i, int s) {
+    if (lane == 0) copies.load_tokens(ring + i * Op::kSlotBytes, s, full + i);
+    arrive_after_copies(full + i);
+  };
+  for (int s = first; s < ahead; ++s) load_weights(s - first, s);
+  wait_for_earlier_launch();  // only weights are read before: they never change
+  for (int s = first; s < ahead; ++s) load_tokens(s - first, s);
+  RingPlace<kStages> place;
+  for (int s = ahead; s < end; ++s, place.advance()) {
+    wait_for_phase(empty + place.slot, place.parity);
+    load_weights(place.slot, s);
+    load_tokens(place.slot, s);
+  }
+}
+
+// As gemm() of pipeline.cuh, with Op::multiply() done with the slot when it returns, and Op::Copies as above. Only sm_90a code has it.
+template <class Op>
+__global__ void __launch_bounds__(Op::Shape::kThreads + kCopyingThreads, 1) gemm_warpgroups(typename Op::Args p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kStages = Op::Shape::kStages, kThreads = Op::Shape::kThreads;
+  char* ring = dynamic_shared<char>();
+  uint64_t* full = reinterpret_cast<uint64_t*>(ring + warpgroup_barrier_offset<Op>());
+  uint64_t* empty = full + kStages;
+  const int first = share_of_k(p.stages, blockIdx.z), end = share_of_k(p.stages, blockIdx.z + 1);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(full + i, kCopyingThreads + 1);
+      init_barrier(empty + i, kThreads / 32);
+    }
+    fence_barriers();
+  }
+  __syncthreads();
+  Op op(p);
+  if (threadIdx.x >= kThreads) {
+    copy_stages<Op>(p, ring, full, empty, first, end);
+  } else {
+    op.begin(first);
+    wait_for_earlier_launch();  // for the tokens' scales and zero points
+    RingPlace<kStages> place;
+    for (int s = first; s < end; ++s, place.advance()) {
+      wait_for_phase(full + place.slot, place.parity);
+      op.multiply(ring + place.slot * Op::kSlotBytes, s);
+      if (threadIdx.x % 32 == 0) arrive(empty + place.slot);
+    }
+  }
+  __syncthreads();  // the ring is free for the results
+  op.finish(ring);
+#else
+  __trap();  // the host chooses these kernels for 9.0 only
+#endif
+}
+
+}  // namespace anybit
