@@ -116,7 +116,7 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
       for (int half = 0; half < 2; ++half) {
         const int n = n0 + 16 * warp + lane / 4 + 8 * half, m = token_of(t);
         if (leads() && n < p.n && m < p.m)
-          store_output(p, p.bias ? p.bias + n : nullptr, m, n, this->outputs_of(n)(acc[0][t][2 * half], m));
+          store_output(p, p.bias ? p.bias[n] : 0.0f, m, n, this->outputs_of(n)(acc[0][t][2 * half], m));
       }
   }
 };

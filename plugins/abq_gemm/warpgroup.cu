@@ -11,7 +11,7 @@ struct Warpgroup {
   template <int kPlanes, int kWords, bool kGrouped, class Shape>
   cudaError_t run() const {
     static_assert(kWords == 4, "units are whole chunks");
-    return launch_warpgroups<AbqWarpgroup<kPlanes, kGrouped, Shape>>(p, split);
+    return launch_warpgroups<AbqWarpgroup<kPlanes, kGrouped, WarpgroupShape<Shape>>>(p, split);
   }
 };
 

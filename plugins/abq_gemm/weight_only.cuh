@@ -54,10 +54,10 @@ struct Numbers<__nv_bfloat16, true> {  // 8 bits and a zero point among them: by
 
 // T: of x; prepared tokens hold it in slot order, 64 values a chunk. The rest as in AbqInt8.
 template <class T, int kPlanes, int kWords, bool kGrouped, class Shape_>
-struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
+struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8 ? 5 : 1> {
   using Args = AbqGemmArgs;
   using Shape = Shape_;
-  using Base = AbqPlanes<kPlanes, kWords, kGrouped, Shape>;
+  using Base = AbqPlanes<kPlanes, kWords, kGrouped, Shape, kPlanes == 8 ? 5 : 1>;  // 4 planes stand for 1 and 2 as well
   using Base::p, Base::terms, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
   using Number = Numbers<T, (kPlanes > 4)>;
   static constexpr int kTokenTiles = Shape::kTokenTiles, kTokenBytes = Shape::kTokens * kChunkBytes;

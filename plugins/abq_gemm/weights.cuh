@@ -68,8 +68,8 @@ struct AbqCopies {
   }
 };
 
-// kPlanes: 2, 4 or 8, of which p.planes are there. kWords: unit of planes.cuh. kGrouped: several scales per row.
-template <int kPlanes, int kWords, bool kGrouped, class Shape>
+// kPlanes: 2, 4 or 8, of which p.planes are there, at least kSure. kWords: unit of planes.cuh. kGrouped: several scales per row.
+template <int kPlanes, int kWords, bool kGrouped, class Shape, int kSure = kPlanes == 2 ? 1 : kPlanes / 2 + 1>
 struct AbqPlanes : AbqSlot<kPlanes, Shape> {
   using Slot = AbqSlot<kPlanes, Shape>;
   using Slot::kChunks, Slot::kPlaneBytes, Slot::kWeightBytes, Slot::part_offset;
@@ -84,6 +84,8 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
 
   __device__ explicit AbqPlanes(const AbqGemmArgs& args) : p(args) {}
 
+  __device__ bool is_there(int plane) const { return plane < kSure || plane < p.planes; }
+
   // plane[half][j]: this lane's word of plane j, of row g + 8 * half of tile r, its first bit of unit `unit` of chunk c lowest.
   __device__ void load_planes(uint32_t (&plane)[2][kPlanes], const char* slot, int r, int c, int unit) const {
     const int row = 16 * (warp * kRowTiles + r);
@@ -91,10 +93,10 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
       const char* from = slot + part_offset(row + lane % 16, c) + lane / 16 * kPlaneBytes;
       ANYBIT_UNROLL
       for (int j = 0; j < kPlanes; j += 2) {
-        uint32_t words[4] = {};
-        if (j < p.planes) load_matrices(words, from + j * kPlaneBytes);
+        uint32_t words[4];  // planes that are not there are anything
+        load_matrices(words, from + j * kPlaneBytes);
         ANYBIT_UNROLL
-        for (int i = 0; i < 4; ++i) plane[i % 2][j + i / 2] = j + i / 2 < p.planes ? words[i] : 0;
+        for (int i = 0; i < 4; ++i) plane[i % 2][j + i / 2] = is_there(j + i / 2) ? words[i] : 0;
       }
     } else {
       constexpr int kLanes = 4 / kWords;  // that share a word
@@ -103,7 +105,7 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
         const char* from = slot + part_offset(row + lane / 4 + 8 * half, c) + 4 * (unit * kWords + q / kLanes);
         ANYBIT_UNROLL
         for (int j = 0; j < kPlanes; ++j) {
-          const uint32_t word = j < p.planes ? *reinterpret_cast<const uint32_t*>(from + j * kPlaneBytes) : 0;
+          const uint32_t word = is_there(j) ? *reinterpret_cast<const uint32_t*>(from + j * kPlaneBytes) : 0;
           plane[half][j] = word >> q % kLanes * 2 * kWords;
         }
       }

@@ -26,6 +26,8 @@ template <int kWarps_, int kRowTiles_, int kTokenTiles_, int kChunks_, int kStag
 struct TileShape {
   static constexpr int kWarps = kWarps_, kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_, kChunks = kChunks_, kStages = kStages_;
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = kRows + 4;
+
+  __device__ static void sync() { __syncthreads(); }  // of the kThreads that multiply
 };
 
 // Copy the rows of a tile, kTokens from a multiple of 8 on (where the swizzle starts over), of token chunks [first, first + kChunks)
@@ -55,21 +57,18 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   constexpr int kCount = kRowTiles * kTokenTiles * 4, kThreads = Shape::kThreads, kShareWords = kCount * kThreads;
   const int shares = gridDim.z;
   if (shares == 1) return true;
-  const bool computes = threadIdx.x < kThreads;
   const size_t tile = size_t(blockIdx.y) * gridDim.x + blockIdx.x;
   Value* partials = static_cast<Value*>(p.partials) + tile * shares * kShareWords + threadIdx.x;
-  if (computes) {
-    Value* mine = partials + size_t(blockIdx.z) * kShareWords;
-    ANYBIT_UNROLL
-    for (int i = 0; i < kCount; ++i) mine[i * kThreads] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
-  }
+  Value* mine = partials + size_t(blockIdx.z) * kShareWords;
+  ANYBIT_UNROLL
+  for (int i = 0; i < kCount; ++i) mine[i * kThreads] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
   __threadfence();
-  __syncthreads();
+  Shape::sync();
   int* finished_sh = reinterpret_cast<int*>(shared);
   if (threadIdx.x == 0) *finished_sh = atomicAdd(p.tokens.counters + tile, 1);
-  __syncthreads();
+  Shape::sync();
   const bool last = *finished_sh == shares - 1;
-  __syncthreads();  // before `shared` is used again
+  Shape::sync();  // before `shared` is used again
   if (!last) return false;
   __threadfence();
   const auto add = [&](int z, int i, Value part) {
@@ -78,7 +77,7 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   };
   constexpr int kAtOnce = kCount > 16 ? 1 : 16 / kCount;  // shares that are on their way together, so that few wait for each other
   ANYBIT_ROLLED
-  for (int z = 0; computes && z < shares; z += kAtOnce) {
+  for (int z = 0; z < shares; z += kAtOnce) {
     Value part[kAtOnce][kCount];
     ANYBIT_UNROLL
     for (int j = 0; j < kAtOnce; ++j)
@@ -94,9 +93,9 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   return true;
 }
 
-// One output; `bias` null for none.
-__device__ inline void store_output(const GemmArgs& p, const float* bias, int m, int n, float v) {
-  if (bias) v = __fadd_rn(v, *bias);
+// One output; `bias` is the row's, 0 where there is none.
+__device__ inline void store_output(const GemmArgs& p, float bias, int m, int n, float v) {
+  if (p.bias) v = __fadd_rn(v, bias);  // + 0 would change -0
   const size_t at = size_t(m) * p.n + n;
   if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
   else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
@@ -113,19 +112,16 @@ __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[S
   static_assert(kRows % kThreads == 0 || kThreads % kRows == 0, "whole rows to a thread, or whole threads to a row");
   Value* staged = reinterpret_cast<Value*>(shared);  // [kTokens][kPitch]
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  if (thread < kThreads) {
+  ANYBIT_UNROLL
+  for (int r = 0; r < Shape::kRowTiles; ++r)
     ANYBIT_UNROLL
-    for (int r = 0; r < Shape::kRowTiles; ++r)
+    for (int t = 0; t < Shape::kTokenTiles; ++t)
       ANYBIT_UNROLL
-      for (int t = 0; t < Shape::kTokenTiles; ++t)
-        ANYBIT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
-          staged[token * kPitch + row] = acc[r][t][i];
-        }
-  }
-  __syncthreads();
-  if (thread >= kThreads) return;
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
+        staged[token * kPitch + row] = acc[r][t][i];
+      }
+  Shape::sync();
   const int m0 = blockIdx.y * Shape::kTokens, tokens = p.m - m0 < Shape::kTokens ? p.m - m0 : Shape::kTokens;
   for (int row = thread % kRows; row < kRows; row += kThreads) {
     const int n = blockIdx.x * kRows + row;
@@ -133,7 +129,7 @@ __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[S
     const auto value = of_row(n);
     const float bias = p.bias ? p.bias[n] : 0.0f;
     for (int token = thread / kRows % kTogether; token < tokens; token += kTogether)
-      store_output(p, p.bias ? &bias : nullptr, m0 + token, n, value(staged[token * kPitch + row], m0 + token));
+      store_output(p, bias, m0 + token, n, value(staged[token * kPitch + row], m0 + token));
   }
 }
 

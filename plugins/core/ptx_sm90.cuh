@@ -5,6 +5,28 @@
 
 namespace anybit {
 
+// ---- warps of different work in one block ----
+
+// As __syncthreads() for the threads of kThreads / 32 whole warps, the same ones every time. PTX barrier.sync, barrier 1.
+template <int kThreads>
+__device__ inline void sync_part() {
+#ifdef __CUDACC__
+  asm volatile("barrier.sync 1, %0;" ::"n"(kThreads) : "memory");
+#else
+  simt::sync_part(kThreads);
+#endif
+}
+
+// Registers of each thread from here on, for all threads of four whole warps: kMore gets them from those that other warps gave back.
+// PTX setmaxnreg.sync.aligned.
+template <bool kMore, int kRegisters>
+__device__ inline void set_registers() {
+#ifdef __CUDACC__
+  if constexpr (kMore) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
 // ---- mbarriers: 8 bytes of shared memory, on which threads wait for arrivals and for bytes that copies bring ----
 
 #ifdef __CUDACC__

@@ -39,7 +39,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kGuardBytes = 64, kSharedAlignment = 1024;
 constexpr unsigned char kPoison = 0xCB;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, at_mbarrier, done };
+enum class State { ready, at_block_barrier, at_part_barrier, at_warp_barrier, at_mbarrier, done };
 
 // What one lane shows the others in a warp collective.
 struct Registers {
@@ -97,6 +97,7 @@ struct Fiber {
   std::vector<std::vector<std::function<void()>>> products;  // wgmma that nothing has waited for: groups, the open one last
   const MBarrier* barrier;  // at_mbarrier: waits for the end of this phase of it
   uint32_t phase;
+  size_t part;  // at_part_barrier: of so many threads
 };
 
 inline thread_local Fiber* me = nullptr;
@@ -173,6 +174,10 @@ inline void wait_as(State state) {
   to_scheduler();
 }
 inline void sync_block() { wait_as(State::at_block_barrier); }
+inline void sync_part(size_t threads) {
+  me->part = threads;
+  wait_as(State::at_part_barrier);
+}
 inline void sync_warp() { wait_as(State::at_warp_barrier); }
 inline void* shared_memory() { return me->block->shared; }
 
@@ -272,7 +277,7 @@ inline bool release_barriers(std::vector<Block>& blocks) {
     released = true;
   };
   for (Block& block : blocks) {
-    size_t threads = 0, at_barrier = 0;
+    size_t threads = 0, at_barrier = 0, at_part = 0, part = 0;
     for (Warp& warp : block.warps) {
       size_t at_warp_barrier = 0;
       for (Fiber* fiber : warp.lanes) {
@@ -282,12 +287,15 @@ inline bool release_barriers(std::vector<Block>& blocks) {
         }
         at_warp_barrier += fiber->state == State::at_warp_barrier;
         at_barrier += fiber->state == State::at_block_barrier;
+        if (fiber->state == State::at_part_barrier) ++at_part, part = fiber->part;
       }
       if (at_warp_barrier == warp.lanes.size()) release(warp, State::at_warp_barrier);
       threads += warp.lanes.size();
     }
     if (at_barrier == threads)
       for (Warp& warp : block.warps) release(warp, State::at_block_barrier);
+    if (at_part && at_part == part)
+      for (Warp& warp : block.warps) release(warp, State::at_part_barrier);
   }
   return released;
 }
@@ -311,8 +319,8 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, s
     for (Fiber* fiber : order) {
       if (fiber->state == State::done) continue;
       const char* place = fiber->state == State::at_block_barrier ? "__syncthreads"
-                          : fiber->state == State::at_mbarrier  ? "an mbarrier"
-                                                                : "a warp collective";
+                          : fiber->state == State::at_part_barrier ? "barrier.sync"
+                          : fiber->state == State::at_mbarrier ? "an mbarrier" : "a warp collective";
       throw std::runtime_error("simt: deadlock, block " + text(fiber->block->idx) + " thread " + text(fiber->tid) +
                                " waits at " + place + " that another thread never reaches");
     }

@@ -1,16 +1,22 @@
-// The frame of the GEMM kernels for compute capability 9.0: one warp copies, groups of four warps multiply (wgmma).
+// The frame of the GEMM kernels for compute capability 9.0: four warps copy, groups of four warps multiply (wgmma).
 //
-// Tiles, slots, shares of K and results are those of pipeline.cuh. The copying warp fills a slot as soon as all multiplying warps have
+// Tiles, slots, shares of K and results are those of pipeline.cuh. The copying warps fill a slot as soon as all multiplying warps have
 // left it; no __syncthreads in the loop. Two mbarriers for each slot: `full` (weights and tokens are there) and `empty`. Tokens of a
 // tile are one piece of memory for each chunk (tiles.cuh), so that one thread's bulk copies bring them. While one group of warps makes
-// int8 codes of its weights, the tensor cores work for the other.
+// int8 codes of its weights, the tensor cores work for the other. Multiplying warps take over most registers of the copying ones.
 #pragma once
 #include "core/pipeline.cuh"
 #include "core/ptx_sm90.cuh"
 
 namespace anybit {
 
-constexpr int kCopyingThreads = 32;
+constexpr int kCopyingThreads = 128, kCopyingRegisters = 40, kMultiplyingRegisters = 232;  // 65536 registers for 384 threads
+
+template <class Tile>
+struct WarpgroupShape : Tile {
+  static_assert(Tile::kThreads == 256, "registers are shared out for two groups of four warps");
+  __device__ static void sync() { sync_part<Tile::kThreads>(); }
+};
 
 // Bytes of shared memory in front of the barriers, and with them.
 template <class Op>
@@ -43,16 +49,16 @@ __device__ void copy_tokens_bulk(char* to, const GemmArgs& p, int first, int end
     copy_bulk(to + c * Shape::kTokens * kChunkBytes, p.tokens.rows + token_offset(p.tokens.row_count, first + c, first_row, 0), bytes, barrier);
 }
 
-// The copying warp. Op::Copies(args, lane): load_weights(slot, stage, barrier) by all lanes, with copy_async or, told to the barrier,
-// copy_bulk; load_tokens(slot, stage, barrier) by one, which announces all bulk copies of the stage.
+// The copying warps. Op::Copies(args, thread): load_weights(slot, stage, barrier) by all threads, with copy_async or, told to the
+// barrier, copy_bulk; load_tokens(slot, stage, barrier) by one, which announces all bulk copies of the stage.
 template <class Op>
 __device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* full, uint64_t* empty, int first, int end) {
   constexpr int kStages = Op::Shape::kStages;
-  const int lane = threadIdx.x % 32, ahead = end - first < kStages ? end : first + kStages;
-  typename Op::Copies copies(p, lane);
+  const int thread = threadIdx.x - Op::Shape::kThreads, ahead = end - first < kStages ? end : first + kStages;
+  const typename Op::Copies copies(p, thread);
   const auto load_weights = [&](int i, int s) { copies.load_weights(ring + i * Op::kSlotBytes, s, full + i); };
   const auto load_tokens = [&](int i, int s) {
-    if (lane == 0) copies.load_tokens(ring + i * Op::kSlotBytes, s, full + i);
+    if (thread == 0) copies.load_tokens(ring + i * Op::kSlotBytes, s, full + i);
     arrive_after_copies(full + i);
   };
   for (int s = first; s < ahead; ++s) load_weights(s - first, s);
@@ -83,20 +89,22 @@ __global__ void __launch_bounds__(Op::Shape::kThreads + kCopyingThreads, 1) gemm
     fence_barriers();
   }
   __syncthreads();
-  Op op(p);
   if (threadIdx.x >= kThreads) {
+    set_registers<false, kCopyingRegisters>();
     copy_stages<Op>(p, ring, full, empty, first, end);
-  } else {
-    op.begin(first);
-    wait_for_earlier_launch();  // for the tokens' scales and zero points
-    RingPlace<kStages> place;
-    for (int s = first; s < end; ++s, place.advance()) {
-      wait_for_phase(full + place.slot, place.parity);
-      op.multiply(ring + place.slot * Op::kSlotBytes, s);
-      if (threadIdx.x % 32 == 0) arrive(empty + place.slot);
-    }
+    return;
   }
-  __syncthreads();  // the ring is free for the results
+  set_registers<true, kMultiplyingRegisters>();
+  Op op(p);
+  op.begin(first);
+  wait_for_earlier_launch();  // for the tokens' scales and zero points
+  RingPlace<kStages> place;
+  for (int s = first; s < end; ++s, place.advance()) {
+    wait_for_phase(full + place.slot, place.parity);
+    op.multiply(ring + place.slot * Op::kSlotBytes, s);
+    if (threadIdx.x % 32 == 0) arrive(empty + place.slot);
+  }
+  Op::Shape::sync();  // the ring is free for the results
   op.finish(ring);
 #else
   __trap();  // the host chooses these kernels for 9.0 only

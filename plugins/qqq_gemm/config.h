@@ -4,19 +4,27 @@
 
 namespace anybit {
 
+enum class QqqFamily {
+  kSimple,     // kernel.cuh: the oracle, and what no other runs
+  kInt8,       // int8.cuh
+  kWarpgroup,  // warpgroup.cuh: many tokens, compute capability 9.0
+};
 struct QqqKernel {
+  QqqFamily family;
   const char* name;  // for benchmarks and the self-test: family, weight rows x tokens of a tile
   Tile tile;
 };
 
-// Every kernel: launch.cu lists them by number, int8.cu instantiates the templates from the same rows.
+// Every kernel: launch.cu lists them by number, the families' .cu files instantiate the templates from the same rows.
 constexpr QqqKernel kQqqKernels[] = {
-    {"simple", {}},
-    {"int8 64x8", {4, 1, 1, 4, 3}},
-    {"int8 64x16", {4, 1, 2, 4, 3}},
-    {"int8 64x32", {4, 1, 4, 4, 3}},
-    {"int8 64x64", {4, 1, 8, 2, 3}},
-    {"int8 256x64", {4, 4, 8, 1, 4}},
+    {QqqFamily::kSimple, "simple", {}},
+    {QqqFamily::kInt8, "int8 64x8", {4, 1, 1, 4, 3}},
+    {QqqFamily::kInt8, "int8 64x16", {4, 1, 2, 4, 3}},
+    {QqqFamily::kInt8, "int8 64x32", {4, 1, 4, 4, 3}},
+    {QqqFamily::kInt8, "int8 64x64", {4, 1, 8, 2, 3}},
+    {QqqFamily::kInt8, "int8 256x64", {4, 4, 8, 1, 4}},
+    {QqqFamily::kWarpgroup, "wgmma 256x64", {8, 2, 8, 2, 4}},
+    {QqqFamily::kWarpgroup, "wgmma 256x128", {8, 2, 16, 2, 4}},
 };
 constexpr int kQqqKernelCount = sizeof(kQqqKernels) / sizeof(QqqKernel);
 
@@ -26,6 +34,11 @@ inline int qqq_chunks(const GemmShape& s) { return ceil_div(s.k, 128); }
 
 constexpr size_t qqq_slot_bytes(const Tile& tile) { return size_t(tile.chunks) * (tile.rows() * 64 + tile.tokens() * 128); }
 
+// The tile as it is instantiated.
+constexpr Tile qqq_tile(const QqqKernel& kernel) {
+  return kernel.family == QqqFamily::kWarpgroup ? warpgroup_tile(kernel.tile, qqq_slot_bytes(kernel.tile)) : kernel.tile;
+}
+
 // How kernel `kernel` would run a shape that the op takes.
 inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
   Plan plan;
@@ -33,24 +46,31 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
     plan.runs = true;
     return plan;
   }
-  plan.tile = kQqqKernels[kernel].tile;
-  plan.shared_bytes = gemm_shared_bytes(plan.tile, qqq_slot_bytes(plan.tile));
+  const bool warpgroup = kQqqKernels[kernel].family == QqqFamily::kWarpgroup;
+  plan.tile = qqq_tile(kQqqKernels[kernel]);
+  plan.shared_bytes = gemm_shared_bytes(plan.tile, qqq_slot_bytes(plan.tile)) + (warpgroup ? kWarpgroupBarriers : 0);
   plan.most_shares = ceil_div(qqq_chunks(s), plan.tile.chunks);
-  plan.runs = plan.fits(s, device) &&
+  plan.runs = plan.fits(s, device) && (!warpgroup || device.sm == 90) &&
               (s.group_size || int64_t{16 * 8 * 127} * s.k < int64_t{1} << 31);  // per channel the sums are 16 times as large
   return plan;
 }
 
 // The choice where nothing has been measured: the smallest tile that holds all tokens; for more than it holds the largest, if it
-// fills the GPU.
+// fills the GPU. For many tokens the tile of warpgroup.cuh, where it runs, that needs the fewest waves.
 inline int qqq_choose(const GemmShape& s, const Device& device) {
   int best = kSimple;
+  int64_t best_cost = INT64_MAX;
   for (int kernel = 1; kernel < kQqqKernelCount; ++kernel) {
     const Plan plan = qqq_plan(kernel, s, device);
     if (!plan.runs) continue;
+    if (kQqqKernels[kernel].family == QqqFamily::kWarpgroup) {
+      if (s.m < kManyTokens || waves_cost(plan, s, device) > best_cost) continue;
+      best = kernel, best_cost = waves_cost(plan, s, device);
+      continue;
+    }
     if (best != kSimple && kQqqKernels[best].tile.tokens() == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors) continue;
+    if (best != kSimple && kQqqKernels[best].tile.tokens() >= s.m && kQqqKernels[best].tile.rows() == 64) continue;
     best = kernel;
-    if (plan.tile.tokens() >= s.m && plan.tile.rows() == 64) break;
   }
   return best;
 }

@@ -3,10 +3,26 @@
 #include "core/frame.h"
 #include "qqq_gemm/config.h"
 #include "qqq_gemm/int8.cuh"
+#include "qqq_gemm/warpgroup.cuh"
 
 namespace anybit {
 
 // Kernel `kernel` of kQqqKernels on prepared tokens.
 cudaError_t qqq_int8(int kernel, const QqqGemmArgs& p, const Split& split);
+cudaError_t qqq_warpgroup(int kernel, const QqqGemmArgs& p, const Split& split);
+
+// Calls f.run<Weights, Shape>() for the row of kQqqKernels, if it is of this family.
+template <QqqFamily kFamily, class F>
+cudaError_t with_qqq_kernel(int kernel, bool grouped, F f) {
+  return with_index<kQqqKernelCount>(kernel, [&](auto k) {
+    if constexpr (kQqqKernels[k.value].family != kFamily) {
+      return cudaErrorInvalidValue;
+    } else {
+      constexpr Tile t = qqq_tile(kQqqKernels[k.value]);
+      using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
+      return grouped ? f.template run<GroupWeights, Shape>() : f.template run<ChannelWeights, Shape>();
+    }
+  });
+}
 
 }  // namespace anybit

@@ -1,20 +1,23 @@
-// Instances of the int8 kernels of QQQGemm: per channel or per group x tile, from the table in config.h.
+// Instances of the int8 kernels of QQQGemm.
 #include "qqq_gemm/families.h"
 
 namespace anybit {
+namespace {
+
+struct Int8 {
+  const QqqGemmArgs& p;
+  const Split& split;
+
+  template <class Weights, class Shape>
+  cudaError_t run() const {
+    return launch_gemm<QqqInt8<Weights, Shape::kRows == 64, Shape>>(p, split);
+  }
+};
+
+}  // namespace
 
 cudaError_t qqq_int8(int kernel, const QqqGemmArgs& p, const Split& split) {
-  return with_index<kQqqKernelCount>(kernel, [&](auto index) {
-    if constexpr (index.value == kSimple) {
-      return cudaErrorInvalidValue;
-    } else {
-      constexpr Tile t = kQqqKernels[index.value].tile;
-      constexpr bool kSplitSteps = t.rows() == 64;
-      using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
-      return p.group_size ? launch_gemm<QqqInt8<GroupWeights, kSplitSteps, Shape>>(p, split)
-                          : launch_gemm<QqqInt8<ChannelWeights, kSplitSteps, Shape>>(p, split);
-    }
-  });
+  return with_qqq_kernel<QqqFamily::kInt8>(kernel, p.group_size != 0, Int8{p, split});
 }
 
 }  // namespace anybit

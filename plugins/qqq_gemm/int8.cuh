@@ -61,6 +61,55 @@ struct GroupWeights {
   static constexpr uint32_t k1536 = 0x66006600, k1409 = 0x65816581, k1663 = 0x667f667f;
 };
 
+// Scales of a lane's rows (g and g + 8 of kTiles m16 tiles from row n on) for kHalves halves of a chunk, the first of which is half
+// `half`; fetched a chunk ahead.
+template <int kHalves, int kTiles>
+class GroupScales {
+ public:
+  // Of a chunk; what lies past the end repeats the last group or row.
+  __device__ void load(const QqqGemmArgs& p, int chunk, int half, int n0) {
+    const int shift = p.group_size == 64 ? 6 : 7, last = (p.packed_rows * 16 >> shift) - 1;
+    ANYBIT_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      const int group = (128 * chunk + 64 * (half + h)) >> shift;
+      const uint16_t* from = p.scale_group + size_t(group < last ? group : last) * p.n;
+      ANYBIT_UNROLL
+      for (int j = 0; j < kTiles; ++j)
+        ANYBIT_UNROLL
+        for (int b = 0; b < 2; ++b) {
+          const int n = n0 + 16 * j + 8 * b + int(threadIdx.x) % 32 / 4;
+          next_[h][j][b] = from[n < p.n ? n : p.n - 1];
+        }
+    }
+  }
+  // What load() has fetched, each number twice. True if a scale of the warp needs the limits: the whole warp takes one way.
+  __device__ bool take(uint32_t (&scale)[kHalves][kTiles][2]) const {
+    bool limit = false;
+    ANYBIT_UNROLL
+    for (int i = 0; i < kHalves * kTiles * 2; ++i) {
+      const uint32_t next = next_[i / 2 / kTiles][i / 2 % kTiles][i % 2];
+      scale[i / 2 / kTiles][i / 2 % kTiles][i % 2] = next * 0x10001u;
+      limit |= (next & 0x7fff) > GroupWeights::kMostScale;
+    }
+    return ballot(limit) != 0;
+  }
+
+ private:
+  uint16_t next_[kHalves][kTiles][2];
+};
+
+// Adds up the shares of K and writes the outputs.
+template <class Weights, class Shape>
+__device__ void store_products(const QqqGemmArgs& p, int32_t (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], char* shared) {
+  if (!sum_over_k<Shape>(acc, p, shared)) return;
+  store_tile<Shape>(p, shared, acc, [&](int n) {
+    return [&p, scale = p.scale[n]](int32_t v, int m) {
+      const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
+      return __fmul_rn(__fmul_rn(__int2float_rn(sum), scale), p.tokens.scale[m]);
+    };
+  });
+}
+
 // kSplitSteps: the block is one column block of 64 rows, and each of 4 warps takes one k step of every chunk; their sums meet in
 // finish(). Otherwise each warp has a column block of its own and takes all steps.
 template <class Weights, bool kSplitSteps, class Shape_>
@@ -80,9 +129,8 @@ struct QqqInt8 {
   const int block = kSplitSteps ? 0 : warp;                    // this warp's, of the tile's column blocks
   const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
   int32_t product[kTiles][kTokenTiles][4] = {};
-  // Scales of this warp's rows for both halves of a chunk (one, if it takes one step), of the chunk that comes next.
-  static constexpr int kHalves = kSplitSteps ? 1 : 2;
-  uint16_t next_scale[kHalves][kTiles][2];
+  static constexpr int kHalves = kSplitSteps ? 1 : 2;  // of a chunk, that a warp takes
+  GroupScales<kHalves, kTiles> scales;
 
   __device__ explicit QqqInt8(const Args& args) : p(args) {}
 
@@ -118,25 +166,10 @@ struct QqqInt8 {
     }
   };
 
+  __device__ void load_scales(int chunk) { scales.load(p, chunk, kSplitSteps ? warp / 2 : 0, n0 + 64 * block); }
+
   __device__ void begin(int stage) {
     if constexpr (Weights::kGrouped) load_scales(stage * kChunks);
-  }
-
-  // Of a chunk; what lies past the end repeats the last group or row.
-  __device__ void load_scales(int chunk) {
-    const int shift = p.group_size == 64 ? 6 : 7, last = (p.packed_rows * 16 >> shift) - 1;
-    ANYBIT_UNROLL
-    for (int h = 0; h < kHalves; ++h) {
-      const int group = (128 * chunk + 64 * (kSplitSteps ? warp / 2 : h)) >> shift;
-      const uint16_t* from = p.scale_group + size_t(group < last ? group : last) * p.n;
-      ANYBIT_UNROLL
-      for (int j = 0; j < kTiles; ++j)
-        ANYBIT_UNROLL
-        for (int b = 0; b < 2; ++b) {
-          const int n = n0 + 64 * block + 16 * j + 8 * b + lane / 4;
-          next_scale[h][j][b] = from[n < p.n ? n : p.n - 1];
-        }
-    }
   }
 
   // b of k step `step` for two token tiles, 8 * t and 8 * (t + 1); with one tile the second is the first again.
@@ -190,14 +223,8 @@ struct QqqInt8 {
       uint32_t scale[kHalves][kTiles][2];  // each number twice
       bool limit = false;
       if constexpr (Weights::kGrouped) {
-        ANYBIT_UNROLL
-        for (int i = 0; i < kHalves * kTiles * 2; ++i) {
-          const uint32_t next = next_scale[i / 2 / kTiles][i / 2 % kTiles][i % 2];
-          scale[i / 2 / kTiles][i / 2 % kTiles][i % 2] = next * 0x10001u;
-          limit |= (next & 0x7fff) > Weights::kMostScale;
-        }
+        limit = scales.take(scale);
         load_scales(chunk + 1);
-        limit = ballot(limit) != 0;  // the whole warp takes one way
       }
       ANYBIT_UNROLL
       for (int half = 0; half < kHalves; ++half) {
@@ -226,24 +253,13 @@ struct QqqInt8 {
     __syncthreads();
   }
 
-  template <int kRowTiles>
-  __device__ void store(int32_t (&acc)[kRowTiles][kTokenTiles][4], char* shared) const {
-    if (!sum_over_k<Shape>(acc, p, shared)) return;
-    store_tile<Shape>(p, shared, acc, [&](int n) {
-      return [this, scale = p.scale[n]](int32_t v, int m) {
-        const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
-        return __fmul_rn(__fmul_rn(__int2float_rn(sum), scale), p.tokens.scale[m]);
-      };
-    });
-  }
-
   __device__ void finish(char* shared) {
     if constexpr (kSplitSteps) {
       int32_t acc[1][kTokenTiles][4];
       sum_over_warps(acc, reinterpret_cast<int32_t*>(shared));
-      store<1>(acc, shared);
+      store_products<Weights, Shape>(p, acc, shared);
     } else {
-      store<kTiles>(product, shared);
+      store_products<Weights, Shape>(p, product, shared);
     }
   }
 };

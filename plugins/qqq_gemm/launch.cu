@@ -95,7 +95,9 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   PrepareShape prepare = prepare_shape(s);
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
   const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
-  return error != cudaSuccess ? error : qqq_int8(config.kernel, p, {config.shares, device, stream});
+  if (error != cudaSuccess) return error;
+  const auto run = kQqqKernels[config.kernel].family == QqqFamily::kWarpgroup ? qqq_warpgroup : qqq_int8;
+  return run(config.kernel, p, {config.shares, device, stream});
 }
 
 }  // namespace

@@ -1,0 +1,108 @@
+// QQQGemm on the int8 tensor cores of compute capability 9.0 (wgmma): packed words become operand A in registers, as in int8.cuh.
+#pragma once
+#include "core/warpgroup.cuh"
+#include "qqq_gemm/int8.cuh"
+
+namespace anybit {
+
+// A column block of 64 rows is 4 m16 tiles; a warp takes kRowTiles (2) of them, one word each of the 16 bytes that a lane has there.
+template <class Weights, class Shape_>
+struct QqqWarpgroup {
+  using Args = QqqGemmArgs;
+  using Shape = Shape_;
+  static constexpr int kTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles, kChunks = Shape::kChunks, kSteps = 4;
+  static constexpr int kBlocks = Shape::kRows / 64, kRowBytes = 512;
+  static constexpr int kWeightBytes = kChunks * 8 * kBlocks * kRowBytes;  // [chunk][packed row][column block][512]
+  static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
+  static_assert(kTiles == 2, "words are read in pairs");
+
+  const Args& p;
+  const int lane = threadIdx.x % 32, tile = threadIdx.x / 32 * kTiles;  // this warp's first
+  const int n0 = blockIdx.x * Shape::kRows;
+  int32_t product[kTiles][kTokenTiles][4] = {};
+  GroupScales<2, kTiles> scales;
+
+  __device__ explicit QqqWarpgroup(const Args& args) : p(args) {}
+
+  struct Copies {
+    const Args& p;
+    const int thread;
+    __device__ Copies(const Args& args, int thread_) : p(args), thread(thread_) {}
+
+    // What there is of the slot's packed rows and of a row's column blocks; what is left out meets codes that are 0, or is not stored.
+    __device__ int rows(int stage) const {
+      const int rows = p.packed_rows - stage * kChunks * 8;
+      return rows < kChunks * 8 ? rows : kChunks * 8;
+    }
+    __device__ int row_bytes() const {
+      const int blocks = p.blocks - int(blockIdx.x) * kBlocks;
+      return (blocks < kBlocks ? blocks : kBlocks) * kRowBytes;
+    }
+
+    __device__ void load_weights(char* slot, int stage, uint64_t* barrier) const {
+      if (thread) return;
+      const size_t row_words = size_t(p.blocks) * 128;
+      const uint32_t* from = p.weight + stage * kChunks * 8 * row_words + size_t(blockIdx.x) * kBlocks * 128;
+      const int count = rows(stage), bytes = row_bytes();
+      ANYBIT_ROLLED
+      for (int i = 0; i < count; ++i, from += row_words) copy_bulk(slot + i * kBlocks * kRowBytes, from, bytes, barrier);
+    }
+    __device__ void load_tokens(char* slot, int stage, uint64_t* barrier) const {
+      copy_tokens_bulk<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks, rows(stage) * row_bytes(), barrier);
+    }
+  };
+
+  __device__ void load_scales(int chunk) { scales.load(p, chunk, 0, n0 + 16 * tile); }
+
+  __device__ void begin(int stage) {
+    if constexpr (Weights::kGrouped) load_scales(stage * kChunks);
+  }
+
+  // a[step][tile]: the fragments of a chunk.
+  template <bool kLimit>
+  __device__ void load_fragments(uint32_t (&a)[kSteps][kTiles][4], const char* slot, int c, const uint32_t (&scale)[2][kTiles][2]) const {
+    ANYBIT_UNROLL
+    for (int row = 0; row < 2 * kSteps; ++row) {  // packed
+      const char* from = slot + ((c * 8 + row) * kBlocks + tile / 4) * kRowBytes + lane * 16 + tile % 4 * 4;
+      const uint2 words = *reinterpret_cast<const uint2*>(from);
+      ANYBIT_UNROLL
+      for (int j = 0; j < kTiles; ++j) {
+        const int step = row / 2, upper = row % 2;
+        const uint32_t word = j ? words.y : words.x;
+        if constexpr (Weights::kGrouped) Weights::template expand<kLimit>(word, scale[step / 2][j], a[step][j][2 * upper], a[step][j][2 * upper + 1]);
+        else Weights::expand(word, a[step][j][2 * upper], a[step][j][2 * upper + 1]);
+      }
+    }
+  }
+
+  // All k of a chunk; the products are there when it returns.
+  __device__ void multiply_chunk(const char* slot, int c, int chunk) {
+    uint32_t a[kSteps][kTiles][4], scale[2][kTiles][2];
+    bool limit = false;
+    if constexpr (Weights::kGrouped) {
+      limit = scales.take(scale);
+      load_scales(chunk + 1);
+    }
+    if (limit) load_fragments<true>(a, slot, c, scale);
+    else load_fragments<false>(a, slot, c, scale);
+    const SwizzledRows tokens(slot + kWeightBytes + c * Shape::kTokens * kChunkBytes);
+    fence_products();
+    ANYBIT_UNROLL
+    for (int step = 0; step < kSteps; ++step)
+      ANYBIT_UNROLL
+      for (int j = 0; j < kTiles; ++j) wgmma<false>(product[j], a[step][j], tokens.part(32 * step), true);
+    commit_products();
+    wait_for_products<0>();
+    ANYBIT_UNROLL
+    for (int j = 0; j < kTiles; ++j) settle_products(product[j]);
+  }
+
+  __device__ void multiply(const char* slot, int stage) {
+    ANYBIT_ROLLED
+    for (int c = 0; c < kChunks && stage * kChunks + c < p.chunks; ++c) multiply_chunk(slot, c, stage * kChunks + c);
+  }
+
+  __device__ void finish(char* shared) { store_products<Weights, Shape>(p, product, shared); }
+};
+
+}  // namespace anybit
