@@ -6,6 +6,8 @@
 
 namespace anybit {
 
+// Symmetric activations and the type of x are no part of it: the bytes of the weights, which decide, are the same, and symmetric codes
+// only save a little arithmetic. A kernel that cannot run a type (A16 in fp32) is not taken.
 struct Measured {
   int sm, multiprocessors;  // of the GPU
   const char* op;
