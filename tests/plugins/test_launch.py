@@ -27,7 +27,9 @@ inline int device = 0, asked = 0, told = 0, started = 0;
 inline std::map<std::pair<const void*, int>, int> granted;
 inline cudaError_t cudaGetDevice(int* d) { return *d = device, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-template <class F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F*) { return ++asked, a->ptxVersion = device ? 80 : 90, cudaSuccess; }
+template <class F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F*) {
+  return ++asked, a->ptxVersion = device ? 80 : 90, cudaSuccess;
+}
 template <class F> cudaError_t cudaFuncSetAttribute(F* f, cudaFuncAttribute, int bytes) {
   if (bytes > 227 << 10) return cudaErrorInvalidValue;
   return ++told, granted[{reinterpret_cast<const void*>(f), device}] = bytes, cudaSuccess;
