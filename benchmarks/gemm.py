@@ -8,65 +8,81 @@ included, weights cold in the second-level cache, launches in a CUDA graph, medi
 fp16 and int8, and each kernel's own simple form. --tactics times every kernel that can run a shape, not only the one that is chosen;
 with --table FILE the fastest become rows for plugins/core/measured.inc, which the library consults before its own rules.
 --check-only compares with numpy and times nothing; with --sim on the CPU, at small shapes. Prints a table of the targets last; writes
-benchmarks/results/gemm-<device>-<date>.json after each shape and a plot beside it. Exit code 3: a wrong result or a missed target.
+benchmarks/results/gemm-<device>-<date>.json (-2, -3 ... for later runs of a day) after each layer and a plot beside it. A failure is noted
+and the rest goes on. Exit code 3: a wrong result or a missed target.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.gemm_cases import QUICK_SHAPES, QUICK_TOKENS, SCHEMES, SHAPES, TARGET_SHAPE, TOKENS, Scheme
+from benchmarks.gemm_cases import QUICK_SHAPES, QUICK_TOKENS, SCHEMES, SHAPES, TARGET_SHAPE, TOKENS
 from benchmarks.gemm_kernels import SIMPLE, Kernels, Layer, check
 from benchmarks.gemm_plot import plot
+from benchmarks.gemm_tables import measured_rows, merged_table, target_table
 from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import EXIT_CHECK, InputError
+from plugins.core.errors import EXIT_CHECK, CheckError, InputError
 
-__all__ = ["main", "measured_rows", "merged_table", "target_table"]
+__all__ = ["Run", "main", "new_path", "other_shares"]
 
 HERE = Path(__file__).resolve().parent
 _SIM_SHAPES, _SIM_TOKENS = {"sim": (130, 256), "sim wide": (64, 640)}, [1, 3, 17]
-_TABLE_HEADER = ("// Rows of kMeasured (core/measured.h), written by: "
-                 "python -m benchmarks.gemm --tactics --table plugins/core/measured.inc")
 _MOST_SIMPLE_WORK = 1 << 33  # multiplications of the simple kernels, which are slow
 
 
+_Result = TypeVar("_Result")
+
+
+class _DeviceLostError(Exception):
+    """The GPU refuses every further call, as after an illegal access."""
+
+
 class Run:
-    """One run: its kernels, its time budget, and the result file, brought up to date after each shape."""
+    """One run: its kernels, the time that is left, and the result file, brought up to date after each layer."""
 
     def __init__(self, args: argparse.Namespace, kernels: Kernels, shapes: dict[str, tuple[int, int]], tokens: list[int]) -> None:
-        self.args, self.kernels, self.shapes, self.tokens = args, kernels, shapes, tokens
+        self.args, self.kernels, self.tokens = args, kernels, tokens
+        self.shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: name != TARGET_SHAPE)}  # the target first
         self.schemes = [scheme for scheme in SCHEMES if not args.schemes or scheme.name in args.schemes]
-        self.budget = args.seconds / (len(shapes) * len(tokens) * (len(self.schemes) + 2) * 3)  # set-up and checks take the rest
+        self.left = len(shapes) * len(tokens) * (len(self.schemes) + 2)  # cases that are still to be timed; a peer counts as one
+        self.deadline = time.monotonic() + args.seconds
         self.rows: list[dict[str, Any]] = []
+        self.failures: list[str] = []
         self.result: dict[str, Any] = {}
 
     def start(self) -> None:
         """Measure the device's own limits first."""
         from benchmarks.gemm_timing import copy_bandwidth, matmul_rate
 
+        gc.freeze()  # older versions of torch collect garbage before each of thousands of graphs
+        self.deadline = time.monotonic() + self.args.seconds
         properties, date = torch.cuda.get_device_properties(0), datetime.date.today().isoformat()
         device = re.sub(r"\W+", "-", properties.name.lower())
         self.result = {"date": date, "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
                        "multiprocessors": properties.multi_processor_count, "torch": torch.__version__, "cuda": torch.version.cuda,
-                       "copy_gb_per_s": round(copy_bandwidth(), 1), "fp16_tflops": round(matmul_rate(), 1), "rows": self.rows}
-        self.path: Path = self.args.results / f"gemm-{device}-{date}.json"
+                       "command": sys.argv[1:], "copy_gb_per_s": round(copy_bandwidth(), 1), "fp16_tflops": round(matmul_rate(), 1),
+                       "not_timed": 0, "failures": self.failures, "rows": self.rows}
+        self.path = new_path(self.args.results, f"gemm-{device}-{date}")
         copies, matmul = self.result["copy_gb_per_s"], self.result["fp16_tflops"]
         print(f"{properties.name}: copies at {copies} GB/s, fp16 matmul at {matmul} TFLOP/s", flush=True)
 
     def check(self) -> int:
         """Compare every tactic with numpy; returns how many were."""
-        count = 0
+        compared = 0
         for name, (n, k) in self.shapes.items():
             for scheme in self.schemes:
                 layer = Layer(self.kernels, scheme, n, k, 1)
@@ -74,27 +90,62 @@ class Run:
                     x = layer.tokens(m)
                     for tactic in self.kernels.tactics(scheme.op, layer.attrs, m):
                         if tactic != SIMPLE or m * n * k <= _MOST_SIMPLE_WORK:
-                            check(layer, x, tactic)
-                            count += 1
-            print(f"{name}: right", flush=True)
-        return count
+                            self._guarded(partial(check, layer, x, tactic))
+                            compared += 1
+            print(f"{name}: compared", flush=True)
+        return compared
 
     def measure(self) -> None:
-        """Time everything, shape by shape."""
-        for name, (n, k) in self.shapes.items():
-            began = time.monotonic()
-            self._measure_shape(name, n, k)
-            self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+        """Time everything, shape by shape; what a failure or the end of the time leaves out is counted, and the rest is kept."""
+        try:
+            for name, (n, k) in self.shapes.items():
+                began = time.monotonic()
+                self._measure_shape(name, n, k)
+                print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+        except _DeviceLostError as lost:
+            print(f"stopped: {lost}", flush=True)
+        finally:
+            self.save()
+
+    def save(self) -> None:
+        """Write what there is."""
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+    def _guarded(self, work: Callable[[], _Result]) -> _Result | None:
+        """The work's result; None after a failure, which is noted. A GPU that has failed ends the run."""
+        try:
+            return work()
+        except (CheckError, RuntimeError) as error:
+            self.failures.append(str(error))
+            print(f"FAILED {error}", flush=True)
+        if self.kernels.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise _DeviceLostError(str(error)) from None
+        return None
+
+    def _share(self, cases: int = 1) -> float:
+        """Seconds for one of the cases that are left, half of them for the timed part; 0 when the time is over."""
+        left = self.deadline - time.monotonic()
+        share = max(left, 0) / self.left / 2
+        self.left = max(self.left - cases, 1)
+        if left <= 0:
+            self.result["not_timed"] += cases
+        return share
 
     def _measure_shape(self, name: str, n: int, k: int) -> None:
         from benchmarks.gemm_timing import Peers, copies_for
 
-        peers = Peers(n, k)
-        fp16 = {}
+        if time.monotonic() > self.deadline:
+            self.result["not_timed"] += len(self.tokens) * (len(self.schemes) + 2)
+            return
+        peers, fp16 = Peers(n, k), {}
         for m in self.tokens:
-            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-            for peer, took in peers.times(x, self.budget).items():
+            if not (share := self._share(2)):
+                continue
+            x = torch.randn(m, k, dtype=torch.float16, device=self.kernels.device)
+            for peer, took in (self._guarded(partial(peers.times, x, share)) or {}).items():
                 self.rows.append({"shape": name, "n": n, "k": k, "m": m, "scheme": peer, "kernel": "cuBLAS", **asdict(took)})
                 if peer == "fp16":
                     fp16[m] = took.median
@@ -103,65 +154,76 @@ class Run:
         for scheme in self.schemes:
             layer = Layer(self.kernels, scheme, n, k, copies_for(int(n * k * scheme.weight_bits(k) / 8)))
             for m in self.tokens:
-                self._measure_layer(name, layer, m, fp16[m])
+                if (share := self._share()) and m in fp16:
+                    self._measure_layer(name, layer, m, (fp16[m], share))
             del layer
             torch.cuda.empty_cache()
+            self.save()
 
-    def _measure_layer(self, name: str, layer: Layer, m: int, fp16: float) -> None:
+    def _measure_layer(self, name: str, layer: Layer, m: int, fp16_and_share: tuple[float, float]) -> None:
+        scheme, n, k = layer.scheme, layer.attrs.out_features, layer.attrs.in_features
+        fp16, share = fp16_and_share
+        x, tactics = layer.tokens(m), self.kernels.tactics(scheme.op, layer.attrs, m)
+        chosen = next(iter(tactics))
+        wanted = [tactic for tactic in tactics if tactic == chosen or (self.args.tactics and tactic != SIMPLE)]
+        if name == TARGET_SHAPE and m in (1, 16) and chosen != SIMPLE and m * n * k <= _MOST_SIMPLE_WORK:
+            wanted.append(SIMPLE)
+        medians: dict[int, float] = {}
+        for tactic in wanted:
+            self._measure_tactic((name, layer, x, tactic), medians, share / len(wanted))
+            if tactic in medians:
+                self.rows[-1] |= {"kernel": tactics.get(tactic, "simple"), "chosen": tactic == chosen,
+                                  "speedup": round(fp16 / medians[tactic], 3)}
+        if not self.args.tactics:
+            return
+        for best in sorted((tactic for tactic in medians if tactic != SIMPLE), key=lambda tactic: medians[tactic])[:2]:
+            for tactic in other_shares(best):
+                self._measure_tactic((name, layer, x, tactic), medians, share / len(wanted))
+                if tactic in medians:
+                    self.rows[-1] |= {"kernel": tactics[best], "chosen": False, "other_shares": True,
+                                      "speedup": round(fp16 / medians[tactic], 3)}
+
+    def _measure_tactic(self, what: tuple[str, Layer, torch.Tensor, int], medians: dict[int, float], share: float) -> None:
+        """Check one kernel, time it, and see that the last call of the graph gave the bits of a call on its own; adds a row."""
         from benchmarks.gemm_timing import time_calls
 
-        scheme, n, k = layer.scheme, layer.attrs.out_features, layer.attrs.in_features
-        x, tactics = layer.tokens(m), self.kernels.tactics(layer.scheme.op, layer.attrs, m)
-        simple = tactics.pop(SIMPLE, None) is not None and m * n * k <= _MOST_SIMPLE_WORK
-        wanted = (list(tactics) if self.args.tactics else list(tactics)[:1]) + ([SIMPLE] if simple and m in (1, 16) else [])
-        for place, tactic in enumerate(wanted):
+        name, layer, x, tactic = what
+        if time.monotonic() > self.deadline:
+            return
+
+        def work() -> Any:
             check(layer, x, tactic)
-            _, run = layer.prepare(x, tactic)
-            took = time_calls(run, self.budget, 2 if tactic == SIMPLE else 20)
-            moved = n * k * scheme.weight_bits(k) / 8 + 2 * m * (n + k)
-            speed = {"speedup": round(fp16 / took.median, 3), "gb_per_s": round(moved / took.median / 1e3, 1),
-                     "tops": round(2 * m * n * k / took.median / 1e6, 1)}
-            self.rows.append({"shape": name, "n": n, "k": k, "m": m, "scheme": scheme.name, "kernel": tactics.get(tactic, "simple"),
-                              "tactic": tactic, "chosen": place == 0 and tactic != SIMPLE, **asdict(took), **speed})
+            y, run = layer.prepare(x, tactic)
+            took = time_calls(run, share, 1 if tactic == SIMPLE else len(layer.copies))
+            timed = y.clone()
+            y.fill_(float("nan"))
+            run(took.calls - 1, 0)
+            if y.is_cuda:
+                torch.cuda.synchronize()
+            if not torch.equal(timed, y):
+                raise CheckError(f"{layer.scheme.name} {len(x)} tokens, {name}, tactic {tactic}",
+                                 f"got {int((timed != y).sum())} outputs that differ between graph and single call, expected none",
+                                 "Run the self-test")
+            return took
+
+        if took := self._guarded(work):
+            m, n, k = len(x), layer.attrs.out_features, layer.attrs.in_features
+            moved = n * k * layer.scheme.weight_bits(k) / 8 + 2 * m * (n + k)
+            medians[tactic] = took.median
+            self.rows.append({"shape": name, "n": n, "k": k, "m": m, "scheme": layer.scheme.name, "tactic": tactic, **asdict(took),
+                              "gb_per_s": round(moved / took.median / 1e3, 1), "tops": round(2 * m * n * k / took.median / 1e6, 1)})
 
 
-def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCHEMES) -> tuple[str, int]:
-    """Speed-up over fp16 at the target shape, against the targets; and how many of those were missed."""
-    lines, missed = [f"{TARGET_SHAPE}: speed-up over fp16 (target)"], 0
-    for scheme in schemes:
-        mine = [row for row in rows if row["shape"] == TARGET_SHAPE and row["scheme"] == scheme.name and row.get("chosen")]
-        cells = []
-        for row in mine:
-            target = scheme.target(row["m"])
-            short = target is not None and row["speedup"] < target
-            missed += short
-            cells.append(f"M={row['m']}: {row['speedup']:.2f}" + (f" ({target}{' MISSED' if short else ''})" if target else ""))
-        if cells:
-            lines.append(f"{scheme.name:<12} " + "  ".join(cells))
-    return "\n".join(lines), missed
+def new_path(folder: Path, name: str) -> Path:
+    """folder/name.json, or name-2.json and so on: a later run of the same day must not take an earlier one's place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return next(path for i in count(1) if not (path := folder / f"{name}{f'-{i}' if i > 1 else ''}.json").exists())
 
 
-def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> list[str]:
-    """Rows of plugins/core/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median."""
-    lines, gpu = [], f"{result['capability'].replace('.', '')}, {result['multiprocessors']}"
-    for scheme in schemes:
-        best: dict[tuple[int, int, int], dict[str, Any]] = {}
-        for row in result["rows"]:
-            place = row["n"], row["k"], row["m"]
-            if row["scheme"] == scheme.name and (place not in best or row["median"] < best[place]["median"]):
-                best[place] = row
-        for (n, k, m), row in sorted(best.items()):
-            numbers = ", ".join(map(str, (scheme.wbits, scheme.levels, scheme.abits, scheme.group_size, n, k, m)))
-            lines.append(f'{{{gpu}, "{scheme.op}", {numbers}, "{row["kernel"]}", {row["tactic"] % 64}}},'
-                         f"  // {result['device']}, {result['date']}")
-    return lines
-
-
-def merged_table(old: str, rows: Sequence[str]) -> str:
-    """The table `old` with `rows` in place of those for the same GPU, weights and tokens; what was measured elsewhere stays."""
-    known = [line for line in old.splitlines() if line.startswith("{")]
-    merged = {line.partition("  //")[0].rsplit(", ", 2)[0]: line for line in [*known, *rows]}  # by all but kernel and shares
-    return "\n".join([_TABLE_HEADER, *merged.values()]) + "\n"
+def other_shares(tactic: int) -> list[int]:
+    """The tactic's kernel with half and with twice its shares of K (the library takes what is too many as the most it can)."""
+    kernel, shares = divmod(tactic, 64)
+    return [64 * kernel + other for other in sorted({max(1, shares // 2), min(63, 2 * shares)} - {shares})]
 
 
 def _library(args: argparse.Namespace) -> str:
@@ -171,8 +233,7 @@ def _library(args: argparse.Namespace) -> str:
         return str(build_sim())
     if not torch.cuda.is_available():
         raise InputError("benchmarks.gemm", "got no CUDA device, expected one", "Run it on a GPU; without one: --check-only --sim")
-    major, minor = torch.cuda.get_device_capability()
-    return str(build_library("90a" if major == 9 else f"{major}{minor}"))
+    return str(build_library())  # the library of the self-test, with machine code for sm_90a: built once for both
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -185,7 +246,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--schemes", nargs="+", choices=[scheme.name for scheme in SCHEMES], metavar="NAME", help=", ".join(s.name for s in SCHEMES))
     add("--tactics", action="store_true", help="time every kernel, not only the chosen one")
     add("--table", type=Path, metavar="FILE", help="with --tactics: put the fastest kernels into this plugins/core/measured.inc")
-    add("--seconds", type=whole_number(1), default=420, help="of timing, about (default 420; --quick 90)")
+    add("--seconds", type=whole_number(1), default=420, help="for everything but compiling (default 420; --quick 90)")
     add("--check-only", action="store_true")
     add("--sim", action="store_true", help="with --check-only: the kernels on the CPU, small shapes")
     add("--results", type=Path, default=HERE / "results")
@@ -202,8 +263,9 @@ def _main(argv: Sequence[str] | None) -> int:
     tokens = args.tokens or (_SIM_TOKENS if args.sim else QUICK_TOKENS if args.quick else TOKENS)
     run = Run(args, Kernels(library, "cpu" if args.sim else "cuda"), shapes, tokens)
     if args.check_only:
-        print(f"{run.check()} results compared, all right")
-        return 0
+        compared = run.check()
+        print(f"{compared} results compared, " + (f"{len(run.failures)} WRONG" if run.failures else "all right"))
+        return EXIT_CHECK if run.failures else 0
     run.start()
     run.measure()
     text, missed = target_table(run.rows, run.schemes)
@@ -211,8 +273,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.table:
         old = args.table.read_text(encoding="utf-8") if args.table.exists() else ""
         args.table.write_text(merged_table(old, measured_rows(run.result, run.schemes)), encoding="utf-8")
-    print(f"\n{text}\nwritten to {run.path} and {run.path.with_suffix('.svg').name}")
-    return EXIT_CHECK if missed else 0
+    omitted = f", {run.result['not_timed']} cases not timed: give more --seconds" if run.result["not_timed"] else ""
+    print(f"\nwritten to {run.path} and {run.path.with_suffix('.svg').name}{omitted}")
+    print("\n".join([f"FAILED {failure}" for failure in run.failures] + [text]))
+    return EXIT_CHECK if missed or run.failures else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

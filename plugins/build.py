@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +26,7 @@ PLUGIN_LIBRARY = "libanybit_plugins.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
 SELFTEST = "anybit-selftest"
 
-_SOURCES = Path(__file__).parent
-_SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".inc", ".map", ".json"}
+_SOURCES = Path(__file__).resolve().parent
 _COMPILER_OUTPUT_LINES = 40
 
 Command = list[str]
@@ -46,13 +45,27 @@ def _flags() -> dict[str, list[str]]:
     return flags
 
 
-def _digest(*parts: Any) -> str:
-    """Hash of every source file and of `parts`."""
+def _included(sources: Iterable[str]) -> list[Path]:
+    """The source files and every file of ours that they include, directly or not; conditions are not looked at."""
+    found: set[Path] = set()
+    waiting = [_SOURCES / source for source in sources]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            folders = (path.parent, *(_SOURCES / folder for folder in _flags()["include"]))
+            waiting += [file.resolve() for folder in folders if (file := folder / name).is_file()]
+    return sorted(found)
+
+
+def _digest(sources: Iterable[str], *parts: Any) -> str:
+    """Hash of `parts` and of what is compiled: the sources, what they include, and the linker's list of exports."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for path in sorted(_SOURCES.rglob("*")):
-        if path.suffix in _SOURCE_SUFFIXES:
-            digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
-            digest.update(path.read_bytes())
+    for path in [*_included(sources), _SOURCES / "core" / "exports.map"]:
+        digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -65,9 +78,14 @@ def _architectures(choice: str, default: Sequence[str]) -> list[str]:
 
 
 def _gencode(names: Sequence[str]) -> Command:
-    """Machine code for each architecture, and PTX of the last for GPUs that come later."""
-    targets = [(name, f"sm_{name}") for name in names] + [(names[-1], f"compute_{names[-1]}")]
-    return [f"-gencode=arch=compute_{name},code={code}" for name, code in targets]
+    """Machine code for each architecture, with all instructions of 9.0, and PTX of the last for GPUs that come later.
+
+    Code for 90a runs on 9.0 and nowhere else, so it loses nothing as machine code; PTX is of the general form, which later GPUs take.
+    """
+    code = dict.fromkeys("90a" if name == "90" else name for name in names)
+    general = names[-1].rstrip("af")
+    targets = [(name, f"sm_{name}") for name in code] + [(general, f"compute_{general}")]
+    return [f"-gencode=arch=compute_{name},code={target}" for name, target in targets]
 
 
 def _run(command: Command, what: str) -> None:
@@ -112,7 +130,7 @@ def _compile_and_link(compiles: dict[str, Command], link: Command, output: Path)
 def _build(output: Path, record: dict[str, Any], compiles: dict[str, Command], link: Command) -> Path:
     """Build unless the record beside the library says that it was made from the same things."""
     note = output.with_suffix(".json")
-    digest = _digest(record, compiles, link)
+    digest = _digest(compiles, record, compiles, link)
     with _locked(output.parent):
         if output.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("digest") == digest:
             return output

@@ -7,17 +7,18 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from plugins.core.errors import InputError, UserError
-from plugins.toolkit import find_program, wheel_program
+from plugins.toolkit import find_cuda, find_program, wheel_program
 
 __all__ = ["FAMILIES", "MOST_LIBRARY_BYTES", "Kernel", "failures", "inspect", "table"]
 
 MOST_LIBRARY_BYTES = 60 << 20
 REGISTER_FILE = 65_536  # registers of a multiprocessor, sm_80 to sm_120
-_MATRIX = {"IMMA", "BMMA", "HMMA", "IGMMA"}  # tensor-core instructions, the last is wgmma's
+_MATRIX = {"IMMA", "BMMA", "HMMA", "IGMMA", "HGMMA"}  # tensor-core instructions, the last two are wgmma's
 # Family of a kernel: (part of its C++ name, the instructions that do its work, each with the reason for it)
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
     "abq int8": ("AbqInt8<", {"IMMA": "int8 tensor cores", "LDGSTS.128": "16-byte asynchronous copies", "LDSM": "ldmatrix"}),
@@ -72,6 +73,9 @@ def _run(command: Sequence[str], where: Path) -> str:
 
 def _cuobjdump() -> str:
     program = wheel_program("cuobjdump") or shutil.which("cuobjdump")
+    if program is None:
+        with suppress(InputError):  # a toolkit that is not on PATH
+            program = shutil.which("cuobjdump", path=str(find_cuda().nvcc.parent))
     if program is None:
         raise InputError("cuobjdump", "got no such program from the wheels or PATH, expected it",
                          "Install it: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")

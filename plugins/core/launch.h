@@ -3,7 +3,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
-#include <utility>
+#include <atomic>
 #else
 #include "core/simt.h"
 #endif
@@ -19,22 +19,61 @@ struct LaunchShape {
 
 #ifdef __CUDACC__
 
+constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
+
+// What the driver was asked and told about kernels of one signature, so that a launch need not wait for it every time. A slot holds a
+// kernel, a device and the answer in one word; two kernels that meet in a slot only ask again.
+class Asked {
+ public:
+  // f() -> the answer, below 256, or a negative number for a failure, which is not kept.
+  template <class F>
+  int answer(const void* kernel, int device, F f) {
+    const uint64_t key = reinterpret_cast<uint64_t>(kernel) << 16 | uint64_t(device & 255) << 8;  // addresses have 48 bits
+    std::atomic<uint64_t>& slot = slots_[(key * 0x9e3779b97f4a7c15u) >> 56];
+    const uint64_t found = slot.load(std::memory_order_relaxed);
+    if (found >> 8 == key >> 8) return int(found & 255);
+    const int code = f();
+    if (code >= 0 && device < 256) slot.store(key | uint64_t(code), std::memory_order_relaxed);
+    return code;
+  }
+
+ private:
+  std::atomic<uint64_t> slots_[256] = {};
+};
+
 // Whether the kernel's code has the instructions of programmatic dependent launch: code for less than sm_90, which the driver may
 // have translated for a later GPU, must not overlap.
 template <class... Params>
 bool waits_for_earlier_launch(void (*kernel)(Params...)) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  static Asked asked;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  return asked.answer(reinterpret_cast<const void*>(kernel), device, [&] {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ? -1 : attributes.ptxVersion >= 90 ? 1 : 0;
+  }) == 1;
 }
 
-constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
+// Lets the kernel have so much shared memory, once for each device: the answer is KiB, of which a GPU has whole ones.
+template <class... Params>
+cudaError_t opt_in(void (*kernel)(Params...), size_t bytes, bool again = false) {
+  static Asked asked;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const int units = int((bytes + 1023) / 1024);
+  const auto ask = [&] {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units * 1024);
+    return error == cudaSuccess ? units : -1;
+  };
+  if (asked.answer(reinterpret_cast<const void*>(kernel), device, ask) != units || again) ask();
+  return error;
+}
 
 template <class... Params, class... Args>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Params...), Args&&... args) {
   if (shape.shared_bytes > kSharedWithoutOptIn) {
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = opt_in(kernel, shape.shared_bytes); error != cudaSuccess) return error;
   }
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -46,7 +85,13 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaErrorInvalidValue && shape.shared_bytes > kSharedWithoutOptIn) {  // another context of the device than was asked
+    cudaGetLastError();
+    error = opt_in(kernel, shape.shared_bytes, true);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  }
+  return error;
 }
 
 #else

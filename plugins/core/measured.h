@@ -6,11 +6,13 @@
 
 namespace anybit {
 
+// Symmetric activations and the type of x are no part of it: the bytes of the weights, which decide, are the same, and symmetric codes
+// only save a little arithmetic. A kernel that cannot run a type (A16 in fp32) is not taken.
 struct Measured {
   int sm, multiprocessors;  // of the GPU
   const char* op;
   int wbits, levels, abits, group_size, n, k;
-  int m;                    // tokens that were timed; the row serves down to the next smaller one, the largest everything above
+  int m;                    // tokens that were timed; the row serves down to the next smaller one
   const char* kernel;
   int shares;
 };
@@ -20,7 +22,9 @@ constexpr Measured kMeasured[] = {
     {},  // ends the list
 };
 
-// The row for this shape and GPU, or null.
+constexpr int kManyTokens = 1024;  // tokens from which on a measurement holds for any more: tiles are full
+
+// The row for this shape and GPU, or null: what is fastest for few tokens says nothing about many.
 inline const Measured* find_measured(const Measured* rows, const char* op, const GemmShape& s, const Device& device) {
   const Measured* best = nullptr;
   for (const Measured* row = rows; row->op; ++row) {
@@ -30,7 +34,7 @@ inline const Measured* find_measured(const Measured* rows, const char* op, const
     const bool holds = row->m >= s.m;
     if (!best || (holds ? best->m < s.m || row->m < best->m : best->m < s.m && row->m > best->m)) best = row;
   }
-  return best;
+  return best && best->m < s.m && best->m < kManyTokens ? nullptr : best;
 }
 
 }  // namespace anybit

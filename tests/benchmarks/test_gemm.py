@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gemm
+from benchmarks import gemm, gemm_timing
 from benchmarks.gemm_cases import SCHEMES, SHAPES, TARGET_SHAPE, TOKENS
 from benchmarks.gemm_kernels import Kernels, Layer, check
 from benchmarks.gemm_plot import plot
+from benchmarks.gemm_tables import target_table
+from benchmarks.gemm_timing import Time
 from plugins.build import build_sim
 from plugins.core.errors import CheckError
 
@@ -63,10 +67,91 @@ def test_targets_are_those_of_the_table() -> None:
 def test_missed_targets_are_counted_and_drawn(tmp_path: Path) -> None:
     rows = [{"shape": TARGET_SHAPE, "scheme": "W4A8", "m": m, "chosen": True, "speedup": speedup, "gb_per_s": 3000.0, "tops": 100.0}
             for m, speedup in ((1, 3.9), (32, 1.0), (64, 2.0))]
-    text, missed = gemm.target_table(rows)
+    text, missed = target_table(rows)
     assert missed == 1
     assert text.splitlines()[1] == "W4A8         M=1: 3.90 (3.7)  M=32: 1.00  M=64: 2.00 (2.6 MISSED)"
     plot({"device": "<GPU>", "copy_gb_per_s": 4000.0, "fp16_tflops": 700.0, "rows": rows}, tmp_path / "plot.svg")
     svg = (tmp_path / "plot.svg").read_text()
     assert svg.count("<polyline") == 2
     assert "&lt;GPU&gt;" in svg
+
+
+class FakePeers:
+    def __init__(self, n: int, k: int) -> None:
+        pass
+
+    def times(self, x: torch.Tensor, budget: float) -> dict[str, Time]:
+        return {"fp16": Time(10.0, 0.1, 20)}
+
+
+@pytest.fixture
+def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run(seconds, tactics) -> a Run that has measured the simulation with a clock of ours: one share of K is fastest."""
+
+    def time_calls(call: Any, budget: float, copies: int) -> Time:
+        assert budget > 0
+        for i in range(3):
+            call(i, 0)
+        return Time(2.0, 0.1, 3)
+
+    monkeypatch.setattr(gemm_timing, "Peers", FakePeers)
+    monkeypatch.setattr(gemm_timing, "copies_for", lambda size: 2)
+    monkeypatch.setattr(gemm_timing, "time_calls", time_calls)
+
+    def run(seconds: int, tactics: bool) -> gemm.Run:
+        args = argparse.Namespace(seconds=seconds, tactics=tactics, schemes=["W4A8", "W2A8"], results=tmp_path)
+        made = gemm.Run(args, Kernels(str(build_sim()), "cpu"), {"other": (64, 512), TARGET_SHAPE: (130, 512)}, [1, 2])
+        made.result = {"failures": made.failures, "rows": made.rows, "not_timed": 0}
+        made.path = gemm.new_path(tmp_path, "gemm-sim")
+        made.measure()
+        return made
+
+    return run
+
+
+def test_a_failure_is_noted_and_the_rest_goes_on(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(layer: Layer, x: torch.Tensor, tactic: int) -> None:
+        if layer.scheme.name == "W2A8":
+            raise CheckError("W2A8", "got 1, expected 2", "Run the self-test")
+        check(layer, x, tactic)
+
+    monkeypatch.setattr(gemm, "check", failing)
+    run = timed(100, False)
+    written = json.loads(run.path.read_text())
+    assert set(written["failures"]) == {"W2A8: got 1, expected 2. Run the self-test."}
+    assert {row["scheme"] for row in written["rows"]} == {"fp16", "W4A8"}
+    assert [row["shape"] for row in written["rows"] if row.get("chosen")] == [TARGET_SHAPE] * 2 + ["other"] * 2
+    assert all(row["speedup"] == 5.0 for row in written["rows"] if row.get("chosen"))
+
+
+def test_what_no_time_is_left_for_is_counted(timed: Any) -> None:
+    run = timed(0, True)
+    assert run.rows == []
+    assert json.loads(run.path.read_text())["not_timed"] == 2 * 2 * (2 + 2)
+
+
+def test_tactics_with_other_shares_and_a_file_of_its_own(timed: Any) -> None:
+    first, second = timed(100, True), timed(100, True)
+    assert [path.path.name for path in (first, second)] == ["gemm-sim.json", "gemm-sim-2.json"]
+    assert first.failures == []
+    mine = [row for row in first.rows if row["shape"] == "other" and row["scheme"] == "W4A8" and row["m"] == 1]
+    assert len({row["kernel"] for row in mine}) == 5
+    assert sum(bool(row.get("chosen")) for row in mine) == 1
+    usual = {row["tactic"] for row in mine if not row.get("other_shares")}
+    others = {row["tactic"] for row in mine if row.get("other_shares")}
+    assert others
+    assert not others & usual
+    assert gemm.other_shares(64 * 2 + 6) == [64 * 2 + 3, 64 * 2 + 12]
+    assert gemm.other_shares(64 * 2 + 1) == [64 * 2 + 2]
+    assert gemm.other_shares(64 * 2 + 63) == [64 * 2 + 31]
+
+
+def test_a_graph_that_gives_other_bits_is_a_failure(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def off_by_one(call: Any, budget: float, copies: int) -> Time:
+        call(0, 0)
+        return Time(2.0, 0.1, 2)  # claims that copy 1 came last
+
+    monkeypatch.setattr(gemm_timing, "time_calls", off_by_one)
+    run = timed(100, False)
+    assert run.failures
+    assert all("outputs that differ between graph and single call" in failure for failure in run.failures)

@@ -13,6 +13,7 @@ import pytest
 
 from plugins import build, toolkit
 from plugins.core.errors import InputError, UserError
+from plugins.sass import _cuobjdump
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 
@@ -37,6 +38,43 @@ def test_unchanged_sources_are_not_compiled_again(sources: Path) -> None:
     assert build.build_sim().stat().st_mtime_ns != first
     assert sorted(path.name for path in library.parent.iterdir()) == [
         ".lock", "libanybit_kernels_sim.json", "libanybit_kernels_sim.so"]
+
+
+def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
+    """Nothing of the self-test is in the kernels, and no launcher of a kernel in the self-test."""
+    kernels, program = build._sources("*/*.cu"), build._sources("selftest/*.cpp")
+
+    def changed(file: str) -> tuple[bool, bool]:
+        before = build._digest(kernels), build._digest(program)
+        (sources / file).write_text((sources / file).read_text() + "// changed\n")
+        after = build._digest(kernels), build._digest(program)
+        return before[0] != after[0], before[1] != after[1]
+
+    assert changed("selftest/layer.cpp") == (False, True)
+    assert changed("selftest/device.h") == (False, True)
+    assert changed("core/measured.inc") == (True, False)
+    assert changed("abq_gemm/int8.cuh") == (True, False)
+    assert changed("core/params.h") == (True, True)
+    assert changed("core/trt/logger.h") == (False, False)
+
+
+def test_9_0_gets_all_its_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code for 90a, and PTX that later GPUs take: of the last architecture, in its general form."""
+    assert build._gencode(["90"]) == build._gencode(["90a"]) == build._gencode(["90", "90a"])
+    assert build._gencode(["90a", "80"]) == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=sm_80",
+                                             "-gencode=arch=compute_80,code=compute_80"]
+    (tmp_path / "plugins" / "op").mkdir(parents=True)
+    (tmp_path / "plugins" / "core").mkdir()
+    (tmp_path / "plugins" / "op" / "one.cu").write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+    for file in ("build_flags.json", "core/exports.map"):
+        shutil.copy(PLUGINS / file, tmp_path / "plugins" / file)
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(build, "_SOURCES", tmp_path / "plugins")
+    library = build.build_library("90")
+    listed = subprocess.run([_cuobjdump(), "-lelf", "-lptx", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "sm_90a.cubin" in listed
+    assert "sm_90.cubin" not in listed
+    assert "sm_90.ptx" in listed
 
 
 def test_compiler_output_is_shown_and_the_old_library_stays(sources: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from benchmarks.gemm import measured_rows, merged_table
 from benchmarks.gemm_cases import SCHEMES
+from benchmarks.gemm_tables import measured_rows, merged_table
 from plugins.toolkit import find_cuda_include
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
@@ -25,6 +25,10 @@ int main() {
     const GemmShape shape{m, 4096, 4096, 0, 4, 4, 16, 8, 1, 0, 0};
     const Measured* row = find_measured(rows, "QQQGemm", shape, gpu);
     std::printf("%d: %s %d\\n", m, row->kernel, row->shares);
+  }
+  for (const int m : {16, 17}) {
+    const GemmShape few{m, 8192, 4096, 0, 4, 4, 16, 8, 1, 0, 0};
+    std::printf("%d", find_measured(rows, "QQQGemm", few, gpu) != nullptr);
   }
   GemmShape shape{1, 4096, 4096, 128, 4, 4, 16, 8, 1, 0, 0};
   std::printf("%d", find_measured(rows, "QQQGemm", shape, gpu) != nullptr);
@@ -73,13 +77,14 @@ def test_rows_that_the_benchmark_writes_are_found(tmp_path: Path) -> None:
     def row(m: int, kernel: str, shares: int, median: float) -> dict[str, object]:
         return {"scheme": w4.name, "n": 4096, "k": 4096, "m": m, "kernel": kernel, "tactic": 64 * 2 + shares, "median": median}
 
-    rows = [row(1, "int8 64x16", 4, 9.0), row(1, "int8 64x8", 5, 8.0), row(16, "int8 64x16", 3, 9.0), row(64, "int8 256x64", 2, 20.0)]
+    rows = [row(1, "int8 64x16", 4, 9.0), row(1, "int8 64x8", 5, 8.0), row(16, "int8 64x16", 3, 9.0), row(2048, "int8 256x64", 2, 20.0)]
+    rows.append({**row(16, "int8 64x16", 3, 9.0), "n": 8192})
     rows.append({**row(1, "cuBLAS", 0, 1.0), "scheme": "fp16"})
     lines = measured_rows({"device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132, "rows": rows}, [w4])
     assert lines[0] == '{90, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, 1, "int8 64x8", 5},  // GPU, today'
     (tmp_path / "rows.inc").write_text(merged_table("", lines))
     assert output_of(tmp_path, LOOKUP) == ["1: int8 64x8 5", "2: int8 64x16 3", "8: int8 64x16 3", "16: int8 64x16 3", "17: int8 256x64 2",
-                     "5000: int8 256x64 2", "000"]
+                     "5000: int8 256x64 2", "10000"]
 
 
 def test_the_library_takes_measured_kernels_where_they_run(tmp_path: Path) -> None:

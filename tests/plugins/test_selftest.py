@@ -66,7 +66,7 @@ FAKE cuMemFree(CUdeviceptr memory) { return std::free(host(memory)), CUDA_SUCCES
 FAKE cuMemcpyHtoD(CUdeviceptr to, const void* from, size_t bytes) { return std::memcpy(host(to), from, bytes), CUDA_SUCCESS; }
 FAKE cuMemcpyDtoH(void* to, CUdeviceptr from, size_t bytes) { return std::memcpy(to, host(from), bytes), CUDA_SUCCESS; }
 FAKE cuStreamBeginCapture(CUstream, CUstreamCaptureMode) { return captured = 1, CUDA_SUCCESS; }
-FAKE cuStreamEndCapture(CUstream, CUgraph*) { return captured ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
+FAKE cuStreamEndCapture(CUstream, CUgraph*) { return captured && !setting("FAKE_CAPTURE") ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
 FAKE cuGraphInstantiateWithFlags(CUgraphExec*, CUgraph, unsigned long long flags) { return flags ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS; }
 FAKE cuGraphLaunch(CUgraphExec, CUstream) { return CUDA_SUCCESS; }
 FAKE cuGraphExecDestroy(CUgraphExec) { return CUDA_SUCCESS; }
@@ -190,6 +190,16 @@ def test_gpu_through_a_driver_on_host_memory(tmp_path: Path) -> None:
     first = fault.stdout.splitlines()[0]
     assert first.startswith("QQQGemm int8 64x8 W4A8 sym g0 ")
     assert first.endswith(": got error 700 from cuCtxSynchronize, expected success; the cases after it were not run")
+
+
+def test_a_launch_error_on_a_gpu_does_not_end_the_run(tmp_path: Path) -> None:
+    """It would spoil the capture of the graph, which then is not tried: one failure for each call, and a verdict."""
+    compiled(tmp_path, "libcuda.so.1", DRIVER, find_cuda_include())
+    library, few = shim(tmp_path, "} code = 98; {", simulated=False), ("--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+    done = run(library, *few, LD_LIBRARY_PATH=str(tmp_path), FAKE_CAPABILITY="9", FAKE_CAPTURE="1")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.count("got CUDA error 98, expected success") == 20
+    assert "cuStreamEndCapture" not in done.stdout
 
 
 def test_list_and_seed() -> None:
