@@ -1,4 +1,4 @@
-"""Five-level codes in the three storages that benchmarks/w2b_storage.cu reads, and back, in numpy.
+"""Five-level codes in the storages that benchmarks/w2b_storage.cu reads, and back, in numpy.
 
 A warp's lane takes `parts` 16-byte parts in a step and makes `registers` registers of 4 codes of them, so that codes are
 [rows, steps, 32 lanes, registers, 4] uint8 and packed weights [rows, steps, parts, 32 lanes, 4 words] uint32.
@@ -83,7 +83,8 @@ def _values_of(words: np.ndarray) -> np.ndarray:
     """Inverse of _plane_words(): uint8 [..., 8, 4]."""
     place = (8 * np.arange(4)[None, :] + np.arange(8)[:, None]).astype(np.uint32)
     bits = words[..., None, None, :] >> place[..., None] & 1
-    return (bits << np.arange(words.shape[-1], dtype=np.uint32)).sum(-1).astype(np.uint8)
+    values: np.ndarray = (bits << np.arange(words.shape[-1], dtype=np.uint32)).sum(-1).astype(np.uint8)
+    return values
 
 
 def _to_parts(words: np.ndarray) -> np.ndarray:
@@ -114,7 +115,8 @@ def _pack_planes7(codes: np.ndarray) -> np.ndarray:
 
 def _unpack_planes7(packed: np.ndarray) -> np.ndarray:
     v = _V_OF_PLANES7[_values_of(_from_parts(packed, 1))]
-    return np.moveaxis(_DIGITS[v], -1, -3).reshape(*packed.shape[:2], _LANES, 96, 4)
+    codes: np.ndarray = np.moveaxis(_DIGITS[v], -1, -3).reshape(*packed.shape[:2], _LANES, 96, 4)
+    return codes
 
 
 def _pack_base5(codes: np.ndarray) -> np.ndarray:
@@ -143,11 +145,13 @@ def _unpack_base5(packed: np.ndarray) -> np.ndarray:
         last |= (np.roll(eighth[..., word, :], 1, -1) if turned else eighth[..., word, :]) << (bit - 1)
     q = np.concatenate([np.where(low, data >> 1, data & 127), last[..., None, :]], -2)
     digits = _DIGITS[q.astype(np.uint32) * 125 // 128]  # [..., 8, 4, 3]
-    return np.moveaxis(digits, -1, -2).reshape(*packed.shape[:2], _LANES, 96, 4)
+    codes: np.ndarray = np.moveaxis(digits, -1, -2).reshape(*packed.shape[:2], _LANES, 96, 4)
+    return codes
 
 
 STORAGES = [
     Storage("planes", "3 planes", 6, 64, _pack_planes, _unpack_planes),
+    Storage("planes3", "3 planes, shorter", 6, 64, _pack_planes, _unpack_planes),
     Storage("base5", "7 bits, multiplied", 7, 96, _pack_base5, _unpack_base5),
     Storage("planes7", "7 bits, 7 planes", 7, 96, _pack_planes7, _unpack_planes7),
 ]

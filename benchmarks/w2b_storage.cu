@@ -1,6 +1,7 @@
-// Streams five-level weights (codes 0..4) of three storages from device memory and makes u8 codes of them, 4 in a register.
+// Streams five-level weights (codes 0..4) in several storages from device memory and makes u8 codes of them, 4 in a register.
 //
-//   planes   3 bit planes, 3 bits per weight: what ABQGemm stores
+//   planes   3 bit planes, 3 bits per weight, expanded as ABQGemm does
+//   planes3  the same planes, expanded by fewer instructions
 //   base5    3 codes are a number of 7 bits, 2.33 bits per weight; digits by multiplication
 //   planes7  the same 125 numbers in another order, as 7 bit planes; 20 logic operations make 3 x 3 planes for 96 codes
 //
@@ -22,13 +23,21 @@ constexpr int kWarps = 8;  // of a block
 __device__ inline uint32_t word_of(const uint4& part, int i) { return i == 0 ? part.x : i == 1 ? part.y : i == 2 ? part.z : part.w; }
 __device__ inline uint32_t rotated_left(uint32_t v, int bits) { return v << bits | v >> (32 - bits); }
 
-// out[s] = byte i: the code whose bits are bit 8i + s of three words.
+// codes_from_planes() for exactly three: the third plane needs no masks, and no bit of it moves twice.
 __device__ inline void codes_from_three(uint32_t low, uint32_t middle, uint32_t high, uint32_t (&out)[8]) {
-  const uint32_t plane[4] = {low, middle, high, 0};
-  codes_from_planes<4>(plane, out);
+  const uint32_t even = pick(low, middle << 1, 0x55555555u), odd = pick(low >> 1, middle, 0x55555555u);
+  const uint32_t quad[4] = {pick(even, high << 2, 0x33333333u), pick(odd, high << 1, 0x33333333u), pick(even >> 2, high, 0x33333333u),
+                            pick(odd >> 2, high >> 1, 0x33333333u)};
+  ANYBIT_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    out[c] = quad[c] & 0x07070707u;
+    out[c + 4] = quad[c] >> 4 & 0x07070707u;
+  }
 }
 
-struct Planes {
+// kThree: codes_from_three() instead of what ABQGemm uses.
+template <bool kThree>
+struct ThreePlanes {
   static constexpr int kParts = 6, kRegisters = 64;  // of a lane and step
 
   // use(i, register i of 4 codes), for all of them in order
@@ -38,12 +47,17 @@ struct Planes {
     for (int i = 0; i < 8; ++i) {
       const uint4* half = part + i / 4 * 3;
       uint32_t codes[8];
-      codes_from_three(word_of(half[0], i % 4), word_of(half[1], i % 4), word_of(half[2], i % 4), codes);
+      const uint32_t plane[4] = {word_of(half[0], i % 4), word_of(half[1], i % 4), word_of(half[2], i % 4), 0};
+      if constexpr (kThree) codes_from_three(plane[0], plane[1], plane[2], codes);
+      else codes_from_planes<4>(plane, codes);
       ANYBIT_UNROLL
       for (int s = 0; s < 8; ++s) use(8 * i + s, codes[s]);
     }
   }
 };
+
+struct Planes : ThreePlanes<false> {};
+struct Planes3 : ThreePlanes<true> {};
 
 struct Base5 {
   static constexpr int kParts = 7, kRegisters = 96;
@@ -192,6 +206,7 @@ ANYBIT_API int run_w2b(const char* storage, const void* packed, const uint32_t* 
   const w2b::Args p{static_cast<const uint4*>(packed), against, sums, codes, rows, steps};
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (std::strcmp(storage, "planes") == 0) return w2b::run<w2b::Planes>(p, on);
+  if (std::strcmp(storage, "planes3") == 0) return w2b::run<w2b::Planes3>(p, on);
   if (std::strcmp(storage, "base5") == 0) return w2b::run<w2b::Base5>(p, on);
   if (std::strcmp(storage, "planes7") == 0) return w2b::run<w2b::Planes7>(p, on);
   return -1;
