@@ -11,6 +11,7 @@
 #include "abq_gemm/planes.cuh"
 #include "core/launch.h"
 #ifdef __CUDACC__
+#include "abq_gemm/binary.cuh"
 #include "abq_gemm/int8.cuh"
 #endif
 
@@ -196,8 +197,9 @@ cudaError_t run(const Args& p, cudaStream_t stream) {
 }  // namespace w2b
 
 #ifdef __CUDACC__
-// "int8 64x8" with one scale per row: its machine code tells what a GEMM does besides the expansion.
+// "int8 64x8" with one scale per row, and "b1 64x8": their machine code tells what a GEMM does besides the expansion.
 template __global__ void anybit::gemm<AbqInt8<4, 4, false, TileShape<4, 1, 1, 4, 3>>>(AbqGemmArgs);
+template __global__ void anybit::gemm<AbqBinary<4, TileShape<4, 1, 1, 8, 2>>>(AbqGemmArgs);
 #endif
 
 // Enqueue one pass: sums of rows, or (where codes is not null) the codes. Returns a cudaError_t, or -1 for an unknown storage.

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gemm_timing, w2b_storage
 from benchmarks.gemm_model import GPUS
-from benchmarks.w2b_model import Cost, expansion_cost, predict, rest_cost
+from benchmarks.w2b_model import KERNELS, Cost, expansion_cost, expansions, predict, rest_cost
 from benchmarks.w2b_packing import LEVELS, STORAGES, Storage, seven_bits
 from benchmarks.w2b_storage import Expander, check
 from plugins.core.errors import CheckError, UserError
@@ -82,7 +82,7 @@ def test_weights_of_two_and_a_third_bits() -> None:
     assert [storage.bits for storage in STORAGES] == pytest.approx([3, 3, 7 / 3, 7 / 3])
 
 
-def loop(first: int, last: int, kernel: str = "gemm<AbqInt8>", **counts: int) -> Loop:
+def loop(first: int, last: int, kernel: str = "gemm<AbqInt8<4> >", **counts: int) -> Loop:
     return Loop("sm_80", kernel, first, last, Counter(counts))
 
 
@@ -91,10 +91,18 @@ def test_instructions_are_counted_as_often_as_they_run() -> None:
     stage = loop(50, 400, IADD3=24, BRA=4, IMAD=36)
     copies = loop(60, 90, LDGSTS=2, ISETP=6)
     outside = loop(500, 900, LOP3=1000)
-    cost = rest_cost([copies, chunk, stage, outside], "sm_80")
+    cost = rest_cost([copies, chunk, stage, outside], "sm_80", KERNELS[0])
     assert cost == Cost(issued=(4 * 24 + 64 + 3 * 8) / 64, logic=(4 * 8 + 24 + 3 * 6) / 64, multiply=(4 * 8 + 36) / 64)
-    with pytest.raises(UserError, match="got 1 loops and no tensor core in two nested ones"):
-        rest_cost([chunk], "sm_80")
+    with pytest.raises(UserError, match="int8 64x8 on sm_80: got 1 loops, expected one with IMMA within another"):
+        rest_cost([chunk], "sm_80", KERNELS[0])
+    pair, around = (loop(*span, "gemm<AbqBinary<4> >", **counts) for span, counts in (((0, 9), {"BMMA": 64}), ((0, 20), {"SHF": 128})))
+    assert rest_cost([pair, around], "sm_80", KERNELS[1]) == Cost(2.0, 1.0, 0.0)
+
+
+def test_bit_counting_reads_planes_without_codes() -> None:
+    costs = {"planes": Cost(3.75, 3.25, 0.5), "planes3": Cost(3.5, 3, 0.5), "base5": Cost(5, 3, 2), "planes7": Cost(4.5, 4, 0.5)}
+    assert expansions(KERNELS[0], costs) == costs
+    assert expansions(KERNELS[1], costs) == {"planes": Cost(0, 0, 0), "planes7": Cost(1, 1, 0)}
 
 
 def test_expansion_is_what_the_streaming_loop_does_besides_loads_and_products() -> None:
@@ -128,17 +136,19 @@ def test_the_command_checks_and_writes_the_model(tmp_path: Path, capsys: pytest.
     result = json.loads(path.read_text())
     assert path.name == f"w2b-storage-model-{result['date']}.json"
     assert result["note"] == "a model: nothing in this file was measured"
-    assert [(row["gpu"], row["storage"]) for row in result["rows"]] == [(gpu, name) for gpu in GPUS for name in NAMED]
-    for of_arch in result["instructions_for_4_weights"]["expansion"].values():
+    rows = {(row["gpu"], row["kernel"], row["storage"]): row for row in result["rows"]}
+    int8 = [(gpu, "int8 64x8", name) for gpu in GPUS for name in NAMED]
+    assert set(rows) == {*int8, *((gpu, "b1 64x8", name) for gpu in ("a100", "rtx-4090", "l4") for name in ("planes", "planes7"))}
+    for of_arch in result["instructions_for_4_weights"]["expansion_to_codes"].values():
         assert of_arch["planes"]["issued"] < 3.6
         assert of_arch["planes3"]["issued"] < 3.2
         assert of_arch["base5"]["issued"] < 5.2  # what docs/kernels.md says of them
-        assert of_arch["planes7"]["issued"] < 4.3
-    by_name = {(row["gpu"], row["storage"]): row for row in result["rows"]}
-    for gpu in ("l4", "rtx-4090"):
-        assert by_name[gpu, "base5"]["speedup"] == pytest.approx(9 / 7, abs=0.01)
-        assert by_name[gpu, "base5"]["binding"] == "memory"
-    assert by_name["h200", "base5"]["binding"] != "memory"
+        assert of_arch["planes7"]["issued"] < 4.0
+    for gpu, kernel, storage in (("l4", "int8 64x8", "base5"), ("rtx-4090", "int8 64x8", "planes7"), ("a100", "b1 64x8", "planes7")):
+        row = rows[gpu, kernel, storage]
+        assert (row["binding"], row["speedup"]) == ("memory", pytest.approx(9 / 7, abs=0.01))
+        assert row["instruction_share"] < 0.5
+    assert rows["h200", "int8 64x8", "base5"]["binding"] != "memory"
 
 
 def test_measured_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
