@@ -1,6 +1,6 @@
 """Weights of five levels (W2*): 3 bit planes, or 3 codes in 7 bits? Streams both from device memory and expands them to u8 codes.
 
-python -m benchmarks.w2b_storage [--rows 16384] [--codes 49152] [--seconds 30] [--model] [--results DIR]
+python -m benchmarks.w2b_storage [--rows 32768] [--codes 49152] [--seconds 30] [--model] [--results DIR]
 
 With a GPU, which needs PyTorch and nvcc: every expansion is compared with numpy, then timed; weights cold in the second-level cache,
 launches in a CUDA graph, median of its replays. Writes benchmarks/results/w2b-storage-<device>-<date>.json. Without a GPU: the same
@@ -162,7 +162,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.w2b_storage", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", type=whole_number(1), default=16384, help="rows of weights that are timed (default 16384)")
+    add("--rows", type=whole_number(1), default=32768, help="rows of weights that are timed (default 32768)")
     add("--codes", type=whole_number(1), default=2 * _MULTIPLE,
         help=f"weights of a row (default {2 * _MULTIPLE}): a multiple of {_MULTIPLE}")
     add("--seconds", type=whole_number(1), default=30, help="of timing, about (default 30)")
