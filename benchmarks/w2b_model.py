@@ -29,7 +29,7 @@ __all__ = ["ARCHITECTURES", "KERNELS", "SOURCE", "Cost", "Kernel", "expansion_co
 SOURCE = Path(__file__).resolve().parent / "w2b_storage.cu"
 ARCHITECTURES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}  # by compute capability
 # Of a multiprocessor and cycle, for one thread each: CUDA C++ Best Practices Guide, throughput of native arithmetic instructions,
-# 8.0 to 9.0; the schedulers issue twice that.
+# 8.0 to 9.0; the schedulers issue twice that. That the pipes work side by side is an assumption.
 _ISSUED, _OF_A_PIPE = 128, 64
 _LOGIC = {"LOP3", "SHF", "PRMT", "LEA", "IADD3", "VIADD", "ISETP", "SEL"}
 _MULTIPLY = {"IMAD"}
