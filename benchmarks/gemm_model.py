@@ -59,6 +59,7 @@ GPUS = {
     "h100": Gpu(90, 132, 1.83, 3350, 989, 1979, 0.63, 227 << 10),
     "h200": Gpu(90, 132, 1.83, 4800, 989, 1979, 0.63, 227 << 10),
     "rtx-4090": Gpu(89, 128, 2.52, 1008, 165, 661, 1.0, 99 << 10),
+    "l4": Gpu(89, 58, 2.04, 300, 121, 242, 1.0, 99 << 10),
 }
 TOKEN_KERNEL = 2.0  # us, an assumption: one launch whose beginning hides behind nothing
 _LANES = 128  # instructions that a multiprocessor issues for one thread each, per cycle

@@ -20,7 +20,8 @@ from typing import Any
 from plugins.core.errors import InputError, UserError
 from plugins.toolkit import find_cuda, find_cuda_include, find_program
 
-__all__ = ["PLUGIN_LIBRARY", "SELFTEST", "SIM_LIBRARY", "build_folder", "build_library", "build_selftest", "build_sim", "build_soname"]
+__all__ = ["PLUGIN_LIBRARY", "SELFTEST", "SIM_LIBRARY", "build_folder", "build_library", "build_selftest", "build_sim", "build_soname",
+           "build_source"]
 
 PLUGIN_LIBRARY = "libanybit_plugins.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
@@ -195,6 +196,29 @@ def build_selftest() -> Path:
     cxx = find_program("g++", "g++")
     compiler = [cxx, *_flags()["selftest"], "-I."]
     return _build(build_folder() / SELFTEST, {}, dict.fromkeys(_sources("selftest/*.cpp"), compiler), [cxx, "{}", "-ldl"])
+
+
+def build_source(source: Path, arch: str | None = None) -> Path:
+    """A library of one .cu file outside this package that uses the package's headers; compiled if needed.
+
+    Args:
+        source: compiled with the flags of the plugin library.
+        arch: compute capabilities such as "80;90a", for nvcc; None for the simulation, with g++.
+
+    Raises:
+        InputError: no compiler, or a wrong `arch`.
+        UserError: the compiler failed; the message holds its output.
+    """
+    flags, cxx = _flags(), find_program("g++", "g++")
+    if arch is None:
+        compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
+        link, suffix = [cxx, "-shared", "-Wl,--no-undefined", "{}"], "-sim"
+    else:
+        cuda = find_cuda()
+        compiler = [str(cuda.nvcc), *flags["nvcc"], *_gencode(_architectures(arch, [])), "-I.", f"-I{cuda.include}"]
+        link, suffix = [cxx, "-shared", "{}", f"-L{cuda.lib}", *flags["libraries"]], f"-{arch.replace(';', '-')}"
+    record = {"source": hashlib.sha256(source.read_bytes()).hexdigest()}
+    return _build(build_folder() / f"{source.stem}{suffix}.so", record, {str(source.resolve()): compiler}, link)
 
 
 def build_soname(library: Path, soname: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from plugins.core.errors import InputError, UserError
 from plugins.toolkit import find_cuda, find_program, wheel_program
 
-__all__ = ["FAMILIES", "MOST_LIBRARY_BYTES", "Kernel", "failures", "inspect", "table"]
+__all__ = ["FAMILIES", "MOST_LIBRARY_BYTES", "Kernel", "Loop", "failures", "inspect", "loops", "table"]
 
 MOST_LIBRARY_BYTES = 60 << 20
 REGISTER_FILE = 65_536  # registers of a multiprocessor, sm_80 to sm_120
@@ -100,16 +100,16 @@ def _resources(text: str) -> Iterator[tuple[str, str, list[int]]]:
             yield arch, name, [int(number) for number in found.groups()]
 
 
-def _instructions(text: str) -> Iterator[tuple[str, str, int, str]]:
-    """(arch, mangled name, address, opcode with modifiers) from cuobjdump -sass."""
+def _instructions(text: str) -> Iterator[tuple[str, str, int, str, str]]:
+    """(arch, mangled name, address, opcode with modifiers, operands) from cuobjdump -sass."""
     arch, name = "", ""
     for line in text.splitlines():
         if found := re.search(r"code for (\S+)", line):
             arch = found[1]
         elif found := re.search(r"Function : (\S+)", line):
             name = found[1]
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            yield arch, name, int(found[1], 16), found[2]
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)", line):
+            yield arch, name, int(found[1], 16), found[2], found[3]
 
 
 def inspect(library: Path) -> list[Kernel]:
@@ -124,7 +124,7 @@ def inspect(library: Path) -> list[Kernel]:
     program, kernels = _cuobjdump(), {}
     for arch, name, (registers, stack, shared, local) in _resources(_run([program, "-res-usage", str(library)], library)):
         kernels[arch, name] = Kernel(arch, name, registers, stack, local, shared)
-    for arch, name, address, opcode in _instructions(_run([program, "-sass", str(library)], library)):
+    for arch, name, address, opcode, _ in _instructions(_run([program, "-sass", str(library)], library)):
         if (arch, name) not in kernels:
             continue
         kernel, base = kernels[arch, name], opcode.split(".")[0]
@@ -135,6 +135,49 @@ def inspect(library: Path) -> list[Kernel]:
     for kernel, name in zip(kernels.values(), _demangled([kernel.name for kernel in kernels.values()]), strict=True):
         kernel.name = name
     return sorted(kernels.values(), key=lambda kernel: (kernel.arch, kernel.family, kernel.name))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of a kernel: the code from the target of a backward branch to the branch.
+
+    Attributes:
+        arch, kernel: as arch and name of Kernel.
+        first, last: addresses of its instructions, both within.
+        counts: instructions by opcode without modifiers; those of loops within it are theirs alone.
+    """
+
+    arch: str
+    kernel: str
+    first: int
+    last: int
+    counts: Counter[str]
+
+    def within(self, other: Loop) -> bool:
+        """Whether `other` holds this loop."""
+        return other.first <= self.first and self.last <= other.last and other != self
+
+
+def loops(library: Path) -> list[Loop]:
+    """Every loop of every kernel in a library or object file, in order of code.
+
+    Raises:
+        UserError: no cuobjdump, or it cannot read the file.
+    """
+    code: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+    for arch, mangled, address, opcode, operands in _instructions(_run([_cuobjdump(), "-sass", str(library)], library)):
+        code.setdefault((arch, mangled), []).append((address, opcode.split(".")[0], operands))
+    found = []
+    for ((arch, _), instructions), name in zip(code.items(), _demangled([name for _, name in code]), strict=True):
+        targets = [(address, re.search(r"0x([0-9a-f]+)", operands)) for address, opcode, operands in instructions if opcode == "BRA"]
+        spans = [(int(target[1], 16), last) for last, target in targets if target and int(target[1], 16) < last]
+        counts: dict[tuple[int, int], Counter[str]] = {span: Counter() for span in spans}
+        for address, opcode, _ in instructions:
+            around = [span for span in spans if span[0] <= address <= span[1]]
+            if around:
+                counts[min(around, key=lambda span: span[1] - span[0])][opcode] += 1
+        found += [Loop(arch, name, first, last, counts[first, last]) for first, last in spans]
+    return found
 
 
 def failures(kernels: Sequence[Kernel], library_bytes: int = 0) -> list[str]:

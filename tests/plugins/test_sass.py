@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from plugins import __main__ as command
-from plugins.build import build_library
-from plugins.core.errors import InputError
-from plugins.sass import FAMILIES, Kernel, failures, inspect, table
+from plugins.build import build_library, build_source
+from plugins.core.errors import InputError, UserError
+from plugins.sass import FAMILIES, Kernel, failures, inspect, loops, table
 from plugins.toolkit import find_cuda
 
 SPILLING = """
@@ -20,6 +20,19 @@ extern "C" __global__ void gemm(int *out, int n) {  // an array with run-time in
   for (int i = 0; i < 64; ++i) kept[i] = out[i] * n;
   for (int i = 0; i < n; ++i) kept[kept[i] & 63] += i;
   for (int i = 0; i < 64; ++i) out[i] = kept[(i * n) & 63];
+}
+"""
+
+NESTED = """
+extern "C" __global__ void nested(unsigned *out, int outer, int inner) {
+  unsigned sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < outer; ++i) {
+#pragma unroll 1
+    for (int j = 0; j < inner; ++j) sum += __popc(out[j] ^ sum);
+    __syncthreads();
+  }
+  out[0] = sum;
 }
 """
 
@@ -53,6 +66,32 @@ def test_faults_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert any("bytes of stack" in line for line in failures([kernel]))
     assert command.main(["sass", str(library)]) == 3
     assert "sm_80: got no kernel of family abq int8, expected some" in capsys.readouterr().out
+
+
+def test_instructions_belong_to_the_innermost_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plugins.build.build_folder", lambda: tmp_path)
+    source = tmp_path / "nested.cu"
+    source.write_text(NESTED)
+    library = build_source(source, "80;90a")
+    assert library == build_source(source, "80;90a") == tmp_path / "nested-80-90a.so"
+    for arch in ("sm_80", "sm_90a"):
+        mine = [loop for loop in loops(library) if loop.arch == arch]
+        assert {loop.kernel for loop in mine} == {"nested"}
+        [inner] = [loop for loop in mine if loop.counts["POPC"]]
+        outer = [loop for loop in mine if inner.within(loop)]
+        assert [loop.counts["POPC"] for loop in outer] == [0]
+        assert outer[0].counts["BAR"] == 1
+        assert not outer[0].within(inner)
+
+
+def test_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plugins.build.build_folder", lambda: tmp_path)
+    source = tmp_path / "broken.cu"
+    source.write_text("no C++")
+    with pytest.raises(UserError, match=r"broken.cu: got exit code \d+ from .*nvcc, expected 0"):
+        build_source(source, "80")
+    with pytest.raises(InputError, match="--arch: got 'sm_80', expected all, or compute capabilities"):
+        build_source(source, "sm_80")
 
 
 def test_missing_instructions_and_sizes_are_found() -> None:
