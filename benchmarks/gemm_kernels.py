@@ -17,13 +17,14 @@ __all__ = ["Kernels", "Layer", "check"]
 
 _FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
 _SHAPE = ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype", "tactic")
-_BUFFERS = ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace")
+_BUFFERS = ("x", "weight", "scale", "zero", "scale_group", "bias", "gamma", "y", "workspace")
 _FP16, _MOST_TACTICS, SIMPLE = 0, 64, 65
 BLOCK = 64  # output channels that are checked: one column block of QQQGemm
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in _SHAPE]  # GemmShape of plugins/core/params.h
+    # GemmShape of plugins/core/params.h
+    _fields_ = [*((name, ctypes.c_int32) for name in _SHAPE), ("norm_epsilon", ctypes.c_float)]
 
 
 class _Buffers(ctypes.Structure):
@@ -49,7 +50,7 @@ class Kernels:
         """The C struct of a call with fp16 activations."""
         a = attrs
         return _Shape(tokens, a.out_features, a.in_features, a.group_size, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, _FP16,
-                      tactic)
+                      tactic, a.norm_epsilon)
 
     def tactics(self, op: str, attrs: GemmAttributes, tokens: int) -> dict[int, str]:
         """Kernel names by tactic, the default choice first."""

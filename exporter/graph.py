@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class DecoderWriter:
     weights: ExternalWeights
     factory: NodeFactory
     dtype: int  # onnx.TensorProto.FLOAT16, BFLOAT16 or FLOAT
+    fuse_norms: bool = True
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
     linears: dict[str, QuantLinear] = field(default_factory=dict)  # of the layer being written, by node name
@@ -77,14 +78,23 @@ class DecoderWriter:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def gemm(self, name: str, source: str) -> str:
-        """The custom node of this layer's fused linears called `name`: [B, S, K] -> [B, S, N]."""
+    def gemm(self, name: str, source: str, norm: str = "") -> str:
+        """The custom node of this layer's fused linears called `name`: [B, S, K] -> [B, S, N].
+
+        Args:
+            norm: tensor name of the weight of an RMSNorm of `source` that only this node reads; it becomes part of the node.
+        """
         from onnx import helper
 
-        linear = self.linears[name]
+        linear, epsilon = self.linears[name], float(self.quant.config["rms_norm_eps"])
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
         packed = spec.pack(linear.arrays, attrs, name)
         names = [self.weights.add(f"{name}.{key}", packed[key]) for key in spec.input_names(attrs)[1:]]
+        if norm and self.fuse_norms and epsilon:  # a node takes an epsilon of 0 for no norm
+            attrs = replace(attrs, norm_epsilon=epsilon)
+            names.append(self.tensor(norm))  # gamma is the last input
+        elif norm:
+            source = self.norm(norm, source, norm.removesuffix(".weight"))
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
         self.infos.append(helper.make_tensor_value_info(output, self.dtype, ["B", "S", attrs.out_features]))
@@ -134,11 +144,11 @@ class DecoderWriter:
                 self.weights.add("rope.sin", (np.sin(wide) * scaling).astype(np.float32).astype(as_dtype)))
 
     def attention(self, index: int, source: str, mask: str, rope: tuple[str, str]) -> str:
-        """Attention block of one layer, KV cache by Concat; [B, S, hidden] -> [B, S, hidden]."""
+        """Norm and attention block of one layer, KV cache by Concat; [B, S, hidden] -> [B, S, hidden]."""
         config = self.quant.config
         heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         prefix = f"model.layers.{index}.self_attn"
-        qkv = self.gemm(f"{prefix}.qkv_proj", source)
+        qkv = self.gemm(f"{prefix}.qkv_proj", source, f"model.layers.{index}.input_layernorm.weight")
         qkv = self.node("Reshape", [qkv, self.ints("shape", [0, 0, heads + 2 * kv_heads, head_dim])], f"{prefix}.qkv_heads")
         qkv = self.node("Transpose", [qkv], f"{prefix}.qkv", perm=[0, 2, 1, 3])
         qk, value = self.split(qkv, [heads + kv_heads, kv_heads], 1, [f"{prefix}.qk", f"{prefix}.value"])
@@ -161,9 +171,9 @@ class DecoderWriter:
         return outputs[0], outputs[1]
 
     def mlp(self, index: int, source: str) -> str:
-        """Gated MLP of one layer, silu(gate) * up; [B, S, hidden] -> [B, S, hidden]."""
+        """Norm and gated MLP of one layer, silu(gate) * up; [B, S, hidden] -> [B, S, hidden]."""
         prefix = f"model.layers.{index}.mlp"
-        both = self.gemm(f"{prefix}.gate_up_proj", source)
+        both = self.gemm(f"{prefix}.gate_up_proj", source, f"model.layers.{index}.post_attention_layernorm.weight")
         width = self.quant.config["intermediate_size"]
         gate, up = self.split(both, [width, width], -1, [f"{prefix}.gate", f"{prefix}.up"])
         gate = self.node("Mul", [gate, self.node("Sigmoid", [gate], f"{prefix}.sigmoid")], f"{prefix}.silu")
@@ -175,11 +185,8 @@ class DecoderWriter:
 
         prefix = f"model.layers.{index}"
         self.linears = {linear.name: linear for linear in self.quant.groups(index)}
-        normed = self.norm(f"{prefix}.input_layernorm.weight", hidden, f"{prefix}.input_layernorm")
-        attention = self.attention(index, normed, mask, rope)
-        hidden = self.node("Add", [hidden, attention], f"{prefix}.residual")
-        normed = self.norm(f"{prefix}.post_attention_layernorm.weight", hidden, f"{prefix}.post_attention_layernorm")
-        output = self.node("Add", [hidden, self.mlp(index, normed)], layer_output(index))
+        hidden = self.node("Add", [hidden, self.attention(index, hidden, mask, rope)], f"{prefix}.residual")
+        output = self.node("Add", [hidden, self.mlp(index, hidden)], layer_output(index))
         self.infos.append(helper.make_tensor_value_info(output, self.dtype, ["B", "S", self.quant.config["hidden_size"]]))
         return output
 
@@ -208,10 +215,13 @@ def _graph_values(writer: DecoderWriter) -> tuple[list[onnx.ValueInfoProto], lis
     return inputs, outputs
 
 
-def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = None, fuse_norms: bool = True) -> dict[str, Any]:
     """Write MODEL_FILE and DATA_FILE into `folder`; the graph's tensors are documented in docs/onnx.md.
 
     Memory stays at a few layers' weights: each layer is packed, appended to the data file and forgotten.
+
+    Args:
+        fuse_norms: make the norms before qkv_proj and gate_up_proj part of these nodes; else they are nodes of their own.
 
     Returns:
         Facts for the manifest: "summary" and the number of custom nodes.
@@ -228,7 +238,7 @@ def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = Non
     progress.start("onnx", layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         element = dtype[quant.scheme.dtype]
-        writer = DecoderWriter(quant, weights, NodeFactory(element), element)
+        writer = DecoderWriter(quant, weights, NodeFactory(element), element, fuse_norms)
         hidden = writer.node("Gather", [writer.tensor("model.embed_tokens.weight"), "input_ids"], "model.embed_tokens")
         mask, rope = writer.attention_mask(), writer.rope_cache()
         for index in range(layers):

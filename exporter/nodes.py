@@ -14,7 +14,7 @@ __all__ = ["CACHE_DOMAIN", "NodeFactory"]
 
 CACHE_DOMAIN = "anybit_cache"  # not below DOMAIN, whose nodes become plugins: every runtime takes the function
 _CACHE_OP = "QuantizeCache"
-Variant = tuple[str, int, int, int, int, bool, int]
+Variant = tuple[str, int, int, int, int, bool, int, bool]
 
 
 class NodeFactory:
@@ -77,7 +77,7 @@ class NodeFactory:
         return [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
 
     def _function(self, op: str, attrs: GemmAttributes) -> onnx.FunctionProto:
-        variant = (op, attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric, attrs.group_size > 0, attrs.has_bias)
+        variant = (op, attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric, attrs.group_size > 0, attrs.has_bias, attrs.has_norm)
         if variant not in self._functions:
             number = sum(other[0] == op for other in self._functions)
             self._functions[variant] = op_spec(op).function_body(attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN)

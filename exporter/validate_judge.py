@@ -92,9 +92,10 @@ class Stack:
             return [Operator("lm_head", "logits", "pointwise")]
         prefix, found = f"model.layers.{index}.", []
         for number, node in enumerate(item for item in self.nodes if item.name.startswith(prefix)):
-            # The second GEMM of a layer reads the attention's output.
-            found += [Operator(node.source, node.source, "attention" if number == 1 else "pointwise"),
-                      Operator(node.name, node.result, "gemm")]
+            # The second GEMM of a layer reads the attention's output. With its norm, the first reads the layer before.
+            if node.source != layer_output(index - 1):
+                found.append(Operator(node.source, node.source, "attention" if number == 1 else "pointwise"))
+            found.append(Operator(node.name, node.result, "gemm"))
             if not number:
                 found += self._cache(index)
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]

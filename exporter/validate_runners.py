@@ -79,12 +79,14 @@ class GemmNode:
         name: of the node, such as model.layers.0.self_attn.qkv_proj.
         source, result: the tensors it reads and writes.
         members: module names of its linears in the torch reference, in the order of its output.
+        norm: module name of the norm between source and them that is part of the node, or "".
     """
 
     name: str
     source: str
     result: str
     members: tuple[str, ...]
+    norm: str = ""
 
 
 def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list[GemmNode]:
@@ -103,7 +105,10 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
                                  f"{len(family.groups)} in each of {layers} decoder layers",
                                  "The graph was changed after its export (inlined functions?): export the model again")
             members = tuple(f"{prefix}.{member.name}" for member in group.members)
-            found.append(GemmNode(name, nodes[name].input[0], nodes[name].output[0], members))
+            node = nodes[name]
+            fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
+            norm = node.input[-1].removesuffix(".weight") if fused else ""  # gamma, under the name it has in the model
+            found.append(GemmNode(name, node.input[0], node.output[0], members, norm))
     return found
 
 
@@ -176,9 +181,10 @@ class LockstepRunner(SessionRunner):
         for node in self._nodes:
             modules = [model.get_submodule(member) for member in node.members]
             ends = np.cumsum([module.weight.shape[0] for module in modules])
+            for module in [model.get_submodule(node.norm)] if node.norm else modules:
+                hooks.append(module.register_forward_pre_hook(swap.input(node.source)))
             for module, end in zip(modules, ends, strict=True):
                 columns = slice(int(end) - module.weight.shape[0], int(end))
-                hooks.append(module.register_forward_pre_hook(swap.input(node.source)))
                 hooks.append(module.register_forward_hook(swap.output(node.result, columns)))
         try:
             yield swap.seen

@@ -20,7 +20,7 @@ def function_body(attrs: GemmAttributes, dtype: int, domain: str) -> onnx.Functi
     body = BodyBuilder(attrs, dtype)
     codes = _weight_codes(body)
     body.finish(_weight_only(body, codes) if attrs.abits == WEIGHT_ONLY else _integer(body, codes))
-    return body.function("ABQGemm", ["X", "weight", "scale", "zero", *(["bias"] if attrs.has_bias else [])], domain)
+    return body.function("ABQGemm", ["X", "weight", "scale", "zero", *attrs.optional_inputs], domain)
 
 
 def _group_len(body: BodyBuilder) -> str:

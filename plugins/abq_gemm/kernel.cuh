@@ -28,6 +28,7 @@ struct AbqArgs {
   float* token_scale;            // [m]                     workspace, written by abq_quantize
   int32_t* token_zero;           // [m]                     workspace
   uint32_t* token_planes;        // [abits, m, row_words]   workspace
+  void* normed;                  // [m, k]                  workspace: x after its norm; null without one
 };
 
 // Quantises one token per block and writes its bit planes, a word per warp and step.

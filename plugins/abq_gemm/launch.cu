@@ -3,6 +3,7 @@
 #include "abq_gemm/families.h"
 #include "abq_gemm/kernel.cuh"
 #include "core/frame.h"
+#include "core/norm.cuh"
 
 namespace anybit {
 namespace {
@@ -19,7 +20,7 @@ bool supported(const GemmShape& s) {
   if (s.m < 0 || s.n < 1 || s.k < 1 || s.group_size < 0 || s.group_size > s.k) return false;
   if (s.group_size && s.k % s.group_size) return false;
   if (s.planes < 1 || s.planes > kMaxPlanes || !levels_ok(s)) return false;
-  if (s.dtype < kFloat16 || s.dtype > kFloat32) return false;
+  if (s.dtype < kFloat16 || s.dtype > kFloat32 || !norm_supported(s)) return false;
   if (s.abits == 16) return true;
   const int64_t group_len = s.group_size ? s.group_size : s.k;  // int32 sums must not overflow
   return s.abits >= 2 && s.abits <= 8 && 128 * (s.levels - 1) * group_len < int64_t(1) << 31;
@@ -36,9 +37,10 @@ AbqArgs simple_args(const GemmShape& s) {
   return p;
 }
 
-size_t carve_simple(AbqArgs& p, void* workspace) {
+size_t carve_simple(AbqArgs& p, const GemmShape& s, void* workspace) {
   Carver carver(workspace);
-  if (p.abits == 16) return 0;
+  p.normed = carve_normed(carver, s);
+  if (p.abits == kWeightOnly) return carver.used();
   p.token_scale = carver.take<float>(p.m);
   p.token_zero = carver.take<int32_t>(p.m);
   p.token_planes = carver.take<uint32_t>(size_t(p.abits) * p.m * p.row_words);
@@ -70,6 +72,7 @@ AbqGemmArgs fast_args(const GemmShape& s) {
 PrepareShape prepare_shape(AbqFamily family, const GemmShape& s) {
   PrepareShape p = {};
   p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
+  p.epsilon = s.norm_epsilon;
   p.order = family == AbqFamily::kWeightOnly ? kSlotFloats : family == AbqFamily::kBinary ? kBitPlanes : kSlotCodes;
   p.unit_words = abq_form(family, s).words;
   return p;
@@ -87,7 +90,7 @@ size_t workspace_of(int kernel, const GemmShape& s) {
   if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kWeightOnly) && kernel != kSimple) return 0;
   if (kernel == kSimple) {
     AbqArgs p = simple_args(s);
-    return carve_simple(p, nullptr);
+    return carve_simple(p, s, nullptr);
   }
   AbqGemmArgs p = fast_args(s);
   return carve_fast(p, kernel, s, nullptr);
@@ -99,9 +102,11 @@ constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, 
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   AbqArgs p = simple_args(s);
-  carve_simple(p, b.workspace);
-  p.x = b.x, p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
+  carve_simple(p, s, b.workspace);
+  p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
   p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  const cudaError_t error = norm_input(s, b, p.normed, p.x, stream);
+  if (error != cudaSuccess) return error;
   return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
 }
 
@@ -116,7 +121,7 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   const AbqForm form = abq_form(family, s);
   PrepareShape prepare = prepare_shape(family, s);
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
-  const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
+  const cudaError_t error = prepare_tokens(prepare, b.x, norm_of(s, b), p.tokens, false, stream);
   if (error != cudaSuccess) return error;
   p.columns_per_token = plan.columns_per_token;
   const auto run = family == AbqFamily::kWeightOnly  ? abq_weight_only
@@ -141,7 +146,7 @@ int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_str
   using namespace anybit;
   if (!supported(*shape)) return cudaErrorInvalidValue;
   if (shape->m == 0) return cudaSuccess;
-  if (!b->x || !b->weight || !b->scale || !b->zero || !b->y) return cudaErrorInvalidValue;
+  if (!b->x || !b->weight || !b->scale || !b->zero || !b->y || (has_norm(*shape) && !b->gamma)) return cudaErrorInvalidValue;
   Device device;
   Config config;
   cudaError_t error = query_device(device);

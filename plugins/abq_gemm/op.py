@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plugins.core.activation import quantize_activation, saturate_cast
+from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
 from plugins.core.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
-from plugins.core.packing import check_group, check_shapes
+from plugins.core.packing import check_group, check_norm, check_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -47,14 +47,15 @@ class AbqGemm:
             raise InputError(where, f"got {attrs.levels} weight levels with {attrs.wbits} bits, expected {1 << attrs.wbits}"
                              " (or 5 for W2*, 3 for W1*)", "Quantise the layer again")
         check_group(attrs, where)
+        check_norm(attrs, where)
         largest = INT8_RANGE * (attrs.levels - 1) * attrs.group_len
         if attrs.abits != WEIGHT_ONLY and largest >= 1 << 31:
             raise InputError(where, f"got sums of up to {largest}, expected less than 2^31 for int32",
                              "Use a smaller --group-size")
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
-        """X, weight, scale, zero and, if there is one, bias."""
-        return ["X", "weight", "scale", "zero", *(["bias"] if attrs.has_bias else [])]
+        """X, weight, scale, zero and, if there are, bias and the norm's gamma."""
+        return ["X", "weight", "scale", "zero", *attrs.optional_inputs]
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
         """Bit planes [planes, N, row_words] INT32, least significant bit first, and the scales, zeros and bias as they are.
@@ -110,7 +111,7 @@ class AbqGemm:
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
         """Y [..., N] in x's dtype: exact integers per group, then fp32 in the kernel's order."""
         arrays = self.unpack(tensors, attrs)
-        rows = x.reshape(-1, attrs.in_features)
+        rows = (rms_norm(x, tensors["gamma"], attrs.norm_epsilon) if attrs.has_norm else x).reshape(-1, attrs.in_features)
         with np.errstate(over="ignore", invalid="ignore"):
             y = self._weight_only(rows, arrays, attrs) if attrs.abits == WEIGHT_ONLY else self._integer(rows, arrays, attrs)
             if arrays.bias is not None:

@@ -1,4 +1,4 @@
-"""Per-token activation quantisation: the one definition that every kernel, ONNX body and torch twin reproduces bit for bit."""
+"""Per-token norm and quantisation: the one definition that every kernel, ONNX body and torch twin reproduces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
-__all__ = ["TINY", "quantize_activation", "saturate_cast"]
+__all__ = ["TINY", "quantize_activation", "rms_norm", "saturate_cast"]
 
 TINY = np.float32(2.0**-118)  # floor of a row's extent: TINY / 255 is a normal number and its reciprocal is finite
 
@@ -43,6 +43,22 @@ def quantize_activation(x: np.ndarray, bits: int, symmetric: bool) -> tuple[np.n
     bad = ~np.isfinite(scale)
     codes, zero = np.where(bad, np.float32(0), codes), np.where(bad, np.float32(0), zero)
     return codes.astype(np.int8), scale, zero.astype(np.int32)
+
+
+def rms_norm(x: np.ndarray, gamma: np.ndarray, epsilon: float) -> np.ndarray:
+    """RMSNorm(x) * gamma over the last axis in x's type: fp64, rounded to fp32 and then to the type, as a Cast does.
+
+    The fast kernels compute it in fp32 and may round a near tie to the other side; everything else gives these bits.
+
+    Args:
+        x: [..., K] of fp16, bf16 of ml_dtypes, or fp32.
+        gamma: [K].
+        epsilon: taken as fp32, as an ONNX attribute holds it.
+    """
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        inverse_rms = 1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float64(np.float32(epsilon)))
+        return np.asarray((wide * inverse_rms * gamma.astype(np.float64)).astype(np.float32), x.dtype)
 
 
 def saturate_cast(y: np.ndarray, dtype: DTypeLike) -> np.ndarray:

@@ -135,7 +135,7 @@ class BodyBuilder(NodeBuilder):
     Sizes are read from the calling node's attributes: one function serves every layer of a scheme.
 
     Args:
-        attrs: the scheme; its sizes are not used, but for whether there are groups.
+        attrs: the scheme; its sizes and epsilon are not used, but for whether there are groups and a norm.
         dtype: onnx.TensorProto type of X and Y.
         prefix: see NodeBuilder.
     """
@@ -162,8 +162,20 @@ class BodyBuilder(NodeBuilder):
         return self.cast(self.node("BitwiseAnd", parts, self.const(255, np.uint32)), TensorProto.UINT8)
 
     def rows(self) -> str:
-        """X as fp32 [M, K]."""
-        return self.reshape(self.float32("X"), -1, self.feature("in_features"))
+        """X, or its norm, as fp32 [M, K]."""
+        x = self.normed() if self.attrs.has_norm else "X"
+        return self.reshape(self.float32(x), -1, self.feature("in_features"))
+
+    def normed(self) -> str:
+        """plugins.core.activation.rms_norm of X, of the function's type.
+
+        In fp64, because ONNX Runtime casts around a 16-bit norm and then drops its rounding, and because fp32 results differ
+        between libraries.
+        """
+        y = self.node("RMSNormalization", self.cast("X", TensorProto.DOUBLE), self.cast("gamma", TensorProto.DOUBLE), axis=-1)
+        epsilon = onnx.AttributeProto(name="epsilon", ref_attr_name="norm_epsilon", type=onnx.AttributeProto.FLOAT)
+        self.nodes[-1].attribute.append(epsilon)
+        return self.cast(y, self.dtype)
 
     def quantize(self) -> tuple[str, str, str]:
         """plugins.core.activation.quantize_activation of X.

@@ -23,7 +23,7 @@ def is_custom(domain: str) -> bool:
 
 @dataclass(frozen=True)
 class GemmAttributes:
-    """Integer attributes of a low-bit GEMM node; the plugin reads the same names as its fields.
+    """Attributes of a low-bit GEMM node; the plugin reads the same names as its fields.
 
     Attributes:
         wbits: nominal weight bits, 1..8.
@@ -33,7 +33,8 @@ class GemmAttributes:
         group_size: input channels that share a weight scale; 0 means the whole row (per channel).
         in_features: K, length of a weight row.
         out_features: N, number of weight rows.
-        has_bias: 1 if the last input is a bias.
+        has_bias: 1 if there is a bias.
+        norm_epsilon: of the RMSNorm of X, whose gamma is then the last input; 0 means no norm.
     """
 
     wbits: int
@@ -44,6 +45,7 @@ class GemmAttributes:
     in_features: int
     out_features: int
     has_bias: int
+    norm_epsilon: float = 0.0
 
     @property
     def n_groups(self) -> int:
@@ -60,7 +62,17 @@ class GemmAttributes:
         """Bit planes that hold the codes 0..levels-1."""
         return (self.levels - 1).bit_length()
 
-    def as_dict(self) -> dict[str, int]:
+    @property
+    def has_norm(self) -> bool:
+        """Whether X goes through an RMSNorm first."""
+        return self.norm_epsilon > 0
+
+    @property
+    def optional_inputs(self) -> list[str]:
+        """The inputs that come last in every op: bias, fp32 [N], and gamma, [K] of X's type."""
+        return [*(["bias"] if self.has_bias else []), *(["gamma"] if self.has_norm else [])]
+
+    def as_dict(self) -> dict[str, int | float]:
         """The attributes by name, as written into the ONNX node."""
         return asdict(self)
 
@@ -93,7 +105,7 @@ class OpSpec(Protocol):
         """Raise InputError if this op cannot run these attributes."""
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
-        """Formal inputs in order; the first is "X", the others are keys of pack()'s result."""
+        """Formal inputs in order; the first is "X", the others but gamma are keys of pack()'s result."""
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
         """Initializers by input name, in the layout the kernels read. Raises InputError on bad codes."""
@@ -108,7 +120,7 @@ class OpSpec(Protocol):
         """What the kernel multiplies activation codes with: integers as fp32 [N, K], and the scale fp32 [N, G] of each of G groups."""
 
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
-        """Y [..., N] in x's dtype (fp16, bf16 of ml_dtypes, or fp32) from x [..., K] and packed tensors."""
+        """Y [..., N] in x's dtype (fp16, bf16 of ml_dtypes, or fp32) from x [..., K], packed tensors and gamma."""
 
     def function_body(self, attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
         """Local function of standard ops computing the same integers; dtype is onnx.TensorProto.*.

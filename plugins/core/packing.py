@@ -7,7 +7,7 @@ import numpy as np
 from plugins.core.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 
-__all__ = ["check_group", "check_shapes"]
+__all__ = ["check_group", "check_norm", "check_shapes"]
 
 _AGAIN = "Quantise the layer again"
 
@@ -25,6 +25,19 @@ def check_group(attrs: GemmAttributes, where: str) -> None:
         fitting = [size for size in range(1, attrs.in_features + 1) if attrs.in_features % size == 0]
         raise InputError(where, f"got group size {attrs.group_size}, expected 0 or a divisor of in_features "
                          f"{attrs.in_features}", f"Use one of {', '.join(map(str, [0, *fitting]))}")
+
+
+def check_norm(attrs: GemmAttributes, where: str) -> None:
+    """The norm's epsilon must be 0 or positive, as fp32.
+
+    Raises:
+        InputError: it is not.
+    """
+    with np.errstate(over="ignore"):
+        epsilon = np.float32(attrs.norm_epsilon)
+    if not 0 <= epsilon < np.inf or (attrs.norm_epsilon and not epsilon):
+        raise InputError(where, f"got norm_epsilon {attrs.norm_epsilon}, expected 0 (no norm) or a positive fp32 number",
+                         "Check rms_norm_eps in the model's config.json")
 
 
 def check_shapes(arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_columns: int) -> None:

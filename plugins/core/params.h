@@ -8,7 +8,8 @@
 // Element type of the activations x and y.
 enum DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
-// One GEMM: y[m, n] = x[m, k] * w[n, k]^T. The integer fields mirror GemmAttributes of plugins/core/op_spec.py.
+// One GEMM: y[m, n] = x[m, k] * w[n, k]^T, or RMSNorm(x) * gamma in place of x. The fields mirror GemmAttributes of
+// plugins/core/op_spec.py.
 struct GemmShape {
   int32_t m;              // tokens; 0 is allowed and does nothing
   int32_t n;              // output features
@@ -21,6 +22,7 @@ struct GemmShape {
   int32_t act_symmetric;  // 1 = symmetric activation codes
   int32_t dtype;          // DType of x and y
   int32_t tactic;         // one that anybit_*_tactics lists; 0 = choose; for the workspace also kAnyTactic
+  float norm_epsilon = 0.0f;  // of the RMSNorm of x; 0 = no norm
 };
 constexpr int32_t kAnyTactic = -1;  // as much workspace as the hungriest tactic needs
 
@@ -32,6 +34,7 @@ struct GemmBuffers {
   const int32_t* zero;      // ABQGemm [n, n_groups]
   const void* scale_group;  // QQQGemm per group: fp16 [n_groups, n]
   const float* bias;        // [n] or null
+  const void* gamma;        // [k] dtype, with norm_epsilon
   void* y;                  // [m, n] dtype
   void* workspace;          // anybit_*_workspace(shape) bytes, 16-byte aligned, any content; null if that is 0
 };

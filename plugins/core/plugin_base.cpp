@@ -25,6 +25,7 @@ using nvinfer1::TensorFormat;
 
 constexpr const char* kNamespace = "anybit";
 constexpr const char* kVersion = "1";
+constexpr const char* kExportAgain = "Export the model again with this version";
 constexpr int32_t kError = 1;
 constexpr int kOldDriver = 35;  // cudaErrorInsufficientDriver
 constexpr int64_t kTooMany = -1;
@@ -44,6 +45,7 @@ constexpr std::array<NamedAttribute, 8> kAttributes{{
     {"out_features", &GemmAttributes::out_features},
     {"has_bias", &GemmAttributes::has_bias},
 }};
+constexpr const char* kNormEpsilon = "norm_epsilon";  // a float, the last field
 
 bool is_activation_type(DataType type) {
   return type == DataType::kHALF || type == DataType::kBF16 || type == DataType::kFLOAT;
@@ -92,10 +94,11 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
  public:
   GemmPlugin(const GemmOp& op, const GemmAttributes& attributes, std::string where)
       : op_(op), attributes_(attributes), inputs_(op.inputs(attributes)), where_(std::move(where)) {
-    if (attributes.has_bias != 0) inputs_.push_back({"bias", Slot::kBias, DataType::kFLOAT, {attributes.out_features}});
     const GemmAttributes& a = attributes;
-    metadata_ = format("%s W%d(%d levels)A%d group %d K %d N %d", op.name, a.wbits, a.levels, a.abits, a.group_size,
-                       a.in_features, a.out_features);
+    if (a.has_bias != 0) inputs_.push_back({"bias", Slot::kBias, DataType::kFLOAT, {a.out_features}});
+    if (a.norm_epsilon > 0) inputs_.push_back({"gamma", Slot::kGamma, DataType::kFLOAT, {a.in_features}});
+    metadata_ = format("%s W%d(%d levels)A%d group %d K %d N %d%s", op.name, a.wbits, a.levels, a.abits, a.group_size,
+                       a.in_features, a.out_features, a.norm_epsilon > 0 ? " norm" : "");
   }
 
   // ---- IPluginV3 ----
@@ -135,14 +138,13 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
                           nvinfer1::DimsExprs* out, int32_t, nvinfer1::IExprBuilder&) noexcept override {
     const int32_t expected = static_cast<int32_t>(inputs_.size()) + 1;
     if (input_count != expected) {
-      fail(where_, format("got %d inputs, expected %d", input_count, expected), "Export the model again with this version");
+      fail(where_, format("got %d inputs, expected %d", input_count, expected), kExportAgain);
       return kError;
     }
     const int32_t scale_rank = static_cast<int32_t>(inputs_[kScaleInput - 1].dims.size());
     if (in[0].nbDims < 1 || in[kScaleInput].nbDims != scale_rank) {
       fail(where_, format("got X of rank %d and scale of rank %d, expected at least 1 and %d", in[0].nbDims, in[kScaleInput].nbDims,
-                          scale_rank),
-           "Export the model again with this version");
+                          scale_rank), kExportAgain);
       return kError;
     }
     out[0] = in[0];
@@ -156,7 +158,9 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     if (tensor.format != TensorFormat::kLINEAR) return false;
     if (position == 0) return is_activation_type(tensor.type);
     if (position == input_count) return tensor.type == tensors[0].desc.type;  // Y, listed after the inputs
-    return position <= static_cast<int32_t>(inputs_.size()) && tensor.type == inputs_[position - 1].type;
+    if (position > static_cast<int32_t>(inputs_.size())) return false;
+    const InputSpec& input = inputs_[position - 1];
+    return tensor.type == (input.slot == Slot::kGamma ? tensors[0].desc.type : input.type);
   }
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t, const DynamicPluginTensorDesc*,
@@ -227,6 +231,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     for (size_t i = 0; i < kAttributes.size(); ++i) {
       serialized_[i] = {kAttributes[i].name, &(attributes_.*kAttributes[i].member), PluginFieldType::kINT32, 1};
     }
+    serialized_.back() = {kNormEpsilon, &attributes_.norm_epsilon, PluginFieldType::kFLOAT32, 1};
     collection_ = {static_cast<int32_t>(serialized_.size()), serialized_.data()};
     return &collection_;
   }
@@ -275,7 +280,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     const int32_t m = tokens == kTooMany ? 0 : static_cast<int32_t>(tokens);
     return {m,        a.out_features, a.in_features, a.group_size,    a.planes(),
             a.wbits,  a.levels,       a.abits,       a.act_symmetric, dtype_of(type),
-            tactic};
+            tactic,   a.norm_epsilon};
   }
 
   static void bind(GemmBuffers& buffers, Slot slot, const void* data) {
@@ -285,6 +290,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       case Slot::kZero: buffers.zero = static_cast<const int32_t*>(data); break;
       case Slot::kScaleGroup: buffers.scale_group = data; break;
       case Slot::kBias: buffers.bias = static_cast<const float*>(data); break;
+      case Slot::kGamma: buffers.gamma = data; break;
     }
   }
 
@@ -295,28 +301,45 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   std::string metadata_;
   std::vector<int32_t> tactics_;  // as of the last configurePlugin
   int32_t tactic_ = 0;            // 0: the kernel is chosen at run time
-  std::array<PluginField, kAttributes.size()> serialized_;
+  std::array<PluginField, kAttributes.size() + 1> serialized_;
   PluginFieldCollection collection_{};
 };
+
+const PluginField* find_field(const PluginFieldCollection& fields, const char* name) {
+  for (int32_t i = 0; i < fields.nbFields; ++i) {
+    if (fields.fields[i].name != nullptr && std::string(fields.fields[i].name) == name) return &fields.fields[i];
+  }
+  return nullptr;
+}
+
+bool fail_field(const PluginField& field, const std::string& where, const std::string& expected) {
+  return fail(where, format("got %d values of field type %d, ", field.length, static_cast<int>(field.type)) + expected, kExportAgain);
+}
 
 // One attribute from TensorRT's fields; ONNX integers arrive as int32 or as int64.
 bool read_attribute(const PluginFieldCollection& fields, const NamedAttribute& attribute, const std::string& where,
                     GemmAttributes& result) {
   const std::string expected = format("expected one integer in attribute '%s'", attribute.name);
-  const std::string fix = "Export the model again with this version";
-  for (int32_t i = 0; i < fields.nbFields; ++i) {
-    const PluginField& field = fields.fields[i];
-    if (field.name == nullptr || std::string(field.name) != attribute.name) continue;
-    const bool wide = field.type == PluginFieldType::kINT64;
-    if (field.data == nullptr || field.length != 1 || (!wide && field.type != PluginFieldType::kINT32)) {
-      return fail(where, format("got %d values of field type %d, ", field.length, static_cast<int>(field.type)) + expected, fix);
-    }
-    const int64_t value = wide ? *static_cast<const int64_t*>(field.data) : *static_cast<const int32_t*>(field.data);
-    result.*attribute.member = static_cast<int32_t>(value);
-    if (result.*attribute.member == value) return true;
-    return fail(where, format("got %s %lld, expected a 32-bit integer", attribute.name, static_cast<long long>(value)), fix);
-  }
-  return fail(where, "got none, " + expected, fix);
+  const PluginField* field = find_field(fields, attribute.name);
+  if (field == nullptr) return fail(where, "got none, " + expected, kExportAgain);
+  const bool wide = field->type == PluginFieldType::kINT64;
+  if (field->data == nullptr || field->length != 1 || (!wide && field->type != PluginFieldType::kINT32))
+    return fail_field(*field, where, expected);
+  const int64_t value = wide ? *static_cast<const int64_t*>(field->data) : *static_cast<const int32_t*>(field->data);
+  result.*attribute.member = static_cast<int32_t>(value);
+  if (result.*attribute.member == value) return true;
+  return fail(where, format("got %s %lld, expected a 32-bit integer", attribute.name, static_cast<long long>(value)), kExportAgain);
+}
+
+// The epsilon of the norm; files of earlier versions have none, and no norm.
+bool read_norm(const PluginFieldCollection& fields, const std::string& where, float& epsilon) {
+  const PluginField* field = find_field(fields, kNormEpsilon);
+  if (field == nullptr) return true;
+  if (field->data == nullptr || field->length != 1 || field->type != PluginFieldType::kFLOAT32)
+    return fail_field(*field, where, format("expected one float in attribute '%s'", kNormEpsilon));
+  epsilon = *static_cast<const float*>(field->data);
+  if (epsilon >= 0 && epsilon <= std::numeric_limits<float>::max()) return true;
+  return fail(where, format("got %s %g, expected 0 (no norm) or a positive number", kNormEpsilon, epsilon), kExportAgain);
 }
 
 bool in_range(const std::string& where, const char* name, int64_t value, int64_t low, int64_t high) {
@@ -346,6 +369,7 @@ GemmCreator::GemmCreator(const GemmOp& op) : op_(op), registration_(*this) {
   for (const NamedAttribute& attribute : kAttributes) {
     field_list_.emplace_back(attribute.name, nullptr, PluginFieldType::kINT32, 1);
   }
+  field_list_.emplace_back(kNormEpsilon, nullptr, PluginFieldType::kFLOAT32, 1);
   fields_ = {static_cast<int32_t>(field_list_.size()), field_list_.data()};
 }
 
@@ -362,6 +386,7 @@ nvinfer1::IPluginV3* GemmCreator::createPlugin(const char* name, const PluginFie
     for (const NamedAttribute& attribute : kAttributes) {
       if (!read_attribute(given, attribute, where, attributes)) return nullptr;
     }
+    if (!read_norm(given, where, attributes.norm_epsilon)) return nullptr;
     if (!check_attributes(attributes, where) || !op_.check(attributes, where)) return nullptr;
     return new GemmPlugin(op_, attributes, where);
   } catch (const std::exception& error) {

@@ -17,6 +17,7 @@ namespace anybit {
 // The node's attributes, the same names as GemmAttributes of op_spec.py; TensorRT hands them over as plugin fields.
 struct GemmAttributes {
   int32_t wbits, levels, abits, act_symmetric, group_size, in_features, out_features, has_bias;
+  float norm_epsilon;  // of the RMSNorm of X; 0 = no norm
 
   int32_t n_groups() const { return group_size != 0 ? in_features / group_size : 1; }
   int32_t group_len() const { return group_size != 0 ? group_size : in_features; }
@@ -28,11 +29,11 @@ struct GemmAttributes {
 };
 
 // An input behind X: where it goes in GemmBuffers, and the exact type and shape it must have.
-enum class Slot { kWeight, kScale, kZero, kScaleGroup, kBias };
+enum class Slot { kWeight, kScale, kZero, kScaleGroup, kBias, kGamma };
 struct InputSpec {
   const char* name;
   Slot slot;
-  nvinfer1::DataType type;
+  nvinfer1::DataType type;  // kGamma has X's instead
   std::vector<int64_t> dims;
 };
 
@@ -40,7 +41,7 @@ struct InputSpec {
 struct GemmOp {
   const char* name;  // ONNX op_type and plugin name
   bool (*check)(const GemmAttributes& attributes, const std::string& where);
-  std::vector<InputSpec> (*inputs)(const GemmAttributes& attributes);  // without X and bias, which every op has
+  std::vector<InputSpec> (*inputs)(const GemmAttributes& attributes);  // without X, bias and gamma, which every op has
   size_t (*workspace)(const GemmShape* shape);
   int (*tactics)(const GemmShape* shape, int32_t* tactics, int capacity);
   int (*run)(const GemmShape* shape, const GemmBuffers* buffers, void* stream);

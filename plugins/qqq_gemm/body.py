@@ -22,7 +22,7 @@ def function_body(attrs: GemmAttributes, dtype: int, domain: str) -> onnx.Functi
     integer = body.node("MatMulInteger", a, weight, *offsets)
     y = body.node("Mul", body.cast(integer, TensorProto.FLOAT), body.node("Transpose", "scale", perm=[1, 0]))
     body.finish(body.node("Mul", y, token_scale))
-    optional = [*(["scale_group"] if attrs.group_size else []), *(["bias"] if attrs.has_bias else [])]
+    optional = [*(["scale_group"] if attrs.group_size else []), *attrs.optional_inputs]
     return body.function("QQQGemm", ["X", "weight", "scale", *optional], domain)
 
 

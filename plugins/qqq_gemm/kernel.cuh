@@ -27,6 +27,7 @@ struct QqqArgs {
   void* y;                    // [m, n]
   float* token_scale;         // [m]          workspace, written by qqq_quantize
   int8_t* token_codes;        // [m, k_pad]   workspace, pad codes 0
+  void* normed;               // [m, k]       workspace: x after its norm; null without one
 };
 
 // Quantises one token per block, symmetric to 8 bits.

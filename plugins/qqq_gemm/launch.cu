@@ -1,5 +1,6 @@
 // QQQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
 #include "core/frame.h"
+#include "core/norm.cuh"
 #include "qqq_gemm/config.h"
 #include "qqq_gemm/families.h"
 #include "qqq_gemm/kernel.cuh"
@@ -14,7 +15,7 @@ bool supported(const GemmShape& s) {
   if (s.group_size != 0 && s.group_size != 64 && s.group_size != 128) return false;
   if (s.group_size && s.k % s.group_size) return false;
   if (s.wbits != 4 || s.levels != 16 || s.abits != 8 || s.act_symmetric != 1) return false;
-  if (s.dtype < kFloat16 || s.dtype > kFloat32) return false;
+  if (s.dtype < kFloat16 || s.dtype > kFloat32 || !norm_supported(s)) return false;
   return 127 * 127 * int64_t(s.k) < int64_t(1) << 31;  // int32 sums must not overflow
 }
 
@@ -25,8 +26,9 @@ QqqArgs simple_args(const GemmShape& s) {
   return p;
 }
 
-size_t carve_simple(QqqArgs& p, void* workspace) {
+size_t carve_simple(QqqArgs& p, const GemmShape& s, void* workspace) {
   Carver carver(workspace);
+  p.normed = carve_normed(carver, s);
   p.token_scale = carver.take<float>(p.m);
   p.token_codes = carver.take<int8_t>(size_t(p.m) * p.k_pad);
   return carver.used();
@@ -43,7 +45,7 @@ cudaError_t run_simple(const QqqArgs& p, cudaStream_t stream) {
 PrepareShape prepare_shape(const GemmShape& s) {
   PrepareShape p = {};
   p.m = s.m, p.k = s.k, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
-  p.order = kNaturalCodes;
+  p.order = kNaturalCodes, p.epsilon = s.norm_epsilon;
   return p;
 }
 
@@ -65,7 +67,7 @@ size_t carve_fast(QqqGemmArgs& p, const Plan& plan, const GemmShape& s, void* wo
 size_t workspace_of(int kernel, const GemmShape& s) {
   if (kernel == kSimple) {
     QqqArgs p = simple_args(s);
-    return carve_simple(p, nullptr);
+    return carve_simple(p, s, nullptr);
   }
   QqqGemmArgs p = fast_args(s);
   return carve_fast(p, qqq_plan(kernel, s, {}), s, nullptr);
@@ -77,10 +79,12 @@ constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, 
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   QqqArgs p = simple_args(s);
-  carve_simple(p, b.workspace);
-  p.x = b.x, p.scale = b.scale, p.bias = b.bias, p.y = b.y;
+  carve_simple(p, s, b.workspace);
+  p.scale = b.scale, p.bias = b.bias, p.y = b.y;
   p.scale_group = static_cast<const __half*>(b.scale_group);
   p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  const cudaError_t error = norm_input(s, b, p.normed, p.x, stream);
+  if (error != cudaSuccess) return error;
   return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
 }
 
@@ -94,7 +98,7 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   p.stages = ceil_div(p.chunks, plan.tile.chunks);
   PrepareShape prepare = prepare_shape(s);
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
-  const cudaError_t error = prepare_tokens(prepare, b.x, {}, p.tokens, false, stream);
+  const cudaError_t error = prepare_tokens(prepare, b.x, norm_of(s, b), p.tokens, false, stream);
   if (error != cudaSuccess) return error;
   const auto run = kQqqKernels[config.kernel].family == QqqFamily::kWarpgroup ? qqq_warpgroup : qqq_int8;
   return run(config.kernel, p, {config.shares, device, stream});
@@ -116,7 +120,7 @@ int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_str
   if (!supported(*shape)) return cudaErrorInvalidValue;
   if (shape->m == 0) return cudaSuccess;
   if (!b->x || !b->weight || !b->scale || !b->y || !b->workspace) return cudaErrorInvalidValue;
-  if (shape->group_size && !b->scale_group) return cudaErrorInvalidValue;
+  if ((shape->group_size && !b->scale_group) || (has_norm(*shape) && !b->gamma)) return cudaErrorInvalidValue;
   Device device;
   Config config;
   cudaError_t error = query_device(device);

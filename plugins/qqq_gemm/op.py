@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plugins.core.activation import quantize_activation, saturate_cast
+from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
 from plugins.core.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
-from plugins.core.packing import check_group, check_shapes
+from plugins.core.packing import check_group, check_norm, check_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -55,14 +55,15 @@ class QqqGemm:
             raise InputError(where, f"got group size {attrs.group_size}, expected 0, 64 or 128",
                              "Use one of these, or --method abq")
         check_group(attrs, where)
+        check_norm(attrs, where)
         if INT8_MAX * INT8_MAX * attrs.in_features >= 1 << 31:
             most = ((1 << 31) - 1) // INT8_MAX**2
             raise InputError(where, f"got in_features {attrs.in_features}, expected at most {most}: the int32 sum would "
                              "overflow", "Use --method abq with a group size")
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
-        """X, weight, scale, per group scale_group and, if there is one, bias."""
-        return ["X", "weight", "scale", *(["scale_group"] if attrs.group_size else []), *(["bias"] if attrs.has_bias else [])]
+        """X, weight, scale, per group scale_group and, if there are, bias and the norm's gamma."""
+        return ["X", "weight", "scale", *(["scale_group"] if attrs.group_size else []), *attrs.optional_inputs]
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
         """Nibbles as INT32 [K/16, 2N] (K, N padded to 16, 64), scale [N, 1] fp32, scale_group [n_groups, N] fp16, bias.
@@ -137,7 +138,8 @@ class QqqGemm:
     def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
         """Y [..., N] in x's dtype: exact integers, then fp32 in the kernel's order."""
         arrays = self.unpack(tensors, attrs)
-        codes, scale, _ = quantize_activation(x.reshape(-1, attrs.in_features), 8, True)
+        rows = (rms_norm(x, tensors["gamma"], attrs.norm_epsilon) if attrs.has_norm else x).reshape(-1, attrs.in_features)
+        codes, scale, _ = quantize_activation(rows, 8, True)
         weight = self.int8_weights(arrays, attrs).astype(np.float64)
         integer = codes.astype(np.float64) @ weight.T  # exact: below 2^31 by check()
         with np.errstate(over="ignore", invalid="ignore"):

@@ -8,6 +8,7 @@ namespace selftest {
 namespace {
 
 constexpr int kWeightOnly = 16;
+constexpr int kNorm = 3;  // special
 
 uint32_t bits_of(float v) {
   uint32_t bits;
@@ -72,7 +73,8 @@ float epsilon_of(int32_t dtype) { return dtype == kFloat16 ? 0x1p-10f : dtype ==
 GemmShape shape_of(const Case& c) {
   int planes = 0;
   while ((1 << planes) < c.levels) ++planes;
-  return {c.m, c.n, c.k, c.group_size, planes, c.wbits, c.levels, c.abits, c.act_symmetric, c.dtype, 0};
+  return {c.m, c.n, c.k, c.group_size, planes, c.wbits, c.levels, c.abits, c.act_symmetric, c.dtype, 0,
+          c.special == kNorm ? 3.0f : 0.0f};
 }
 
 std::string text_of(const Case& c) {
@@ -80,7 +82,7 @@ std::string text_of(const Case& c) {
   const char* types[] = {"fp16", "bf16", "fp32"};
   return "W" + std::to_string(c.wbits) + (balanced ? "*" : "") + "A" + std::to_string(c.abits) + (c.act_symmetric ? " sym" : "") + " g" +
          std::to_string(c.group_size) + " " + std::to_string(c.m) + "x" + std::to_string(c.n) + "x" + std::to_string(c.k) + " " +
-         types[c.dtype] + (c.bias ? " bias" : "");
+         types[c.dtype] + (c.bias ? " bias" : "") + (c.special == kNorm ? " norm" : "");
 }
 
 Layer::Layer(const Case& c, unsigned seed) : c_(c), group_len_(c.group_size ? c.group_size : c.k), groups_(c.k / group_len_) {
@@ -109,16 +111,25 @@ void Layer::make_weights(std::mt19937& random) {
 
 void Layer::make_tokens(std::mt19937& random) {
   std::normal_distribution<float> normal(0.3f, 1.0f);
-  x.resize(size_t(c_.m) * c_.k * (c_.dtype == kFloat32 ? 4 : 2));
+  const auto usual = [&] { return random() % 50 == 0 ? 30 * normal(random) : normal(random); };
+  const auto store = [&](std::vector<uint8_t>& bytes, size_t i, float v) {
+    const uint16_t half = c_.dtype == kFloat16 ? half_from_float(v) : bfloat_from_float(v);
+    if (c_.dtype == kFloat32) std::memcpy(&bytes[4 * i], &v, 4);
+    else std::memcpy(&bytes[2 * i], &half, 2);
+  };
+  const size_t size = c_.dtype == kFloat32 ? 4 : 2;
+  x.resize(size_t(c_.m) * c_.k * size);
+  if (c_.special == kNorm) gamma.resize(c_.k * size);
+  for (int k = 0; k < c_.k && !gamma.empty(); ++k) store(gamma, k, usual());
   for (size_t i = 0; i < size_t(c_.m) * c_.k; ++i) {
     const size_t row = i / c_.k, column = i % c_.k;
-    float v = random() % 50 == 0 ? 30 * normal(random) : normal(random);
+    float v = usual();
     if (c_.special == 1) v = row == 0 ? 0.0f : row == 1 && column == 0 ? 6e4f : v;
     if (c_.special == 2 && column == size_t(c_.k) / 2) v = row == 0 ? NAN : row == 1 ? INFINITY : v;
-    const uint16_t half = c_.dtype == kFloat16 ? half_from_float(v) : bfloat_from_float(v);
-    if (c_.dtype == kFloat32) std::memcpy(&x[4 * i], &v, 4);
-    else std::memcpy(&x[2 * i], &half, 2);
-    values_.push_back(load(x, i, c_.dtype));
+    if (c_.special == kNorm) v = row == 0 ? 0.0f : v < 0 ? -1.0f : 1.0f;
+    store(x, i, v);
+    v = load(x, i, c_.dtype);
+    values_.push_back(c_.special == kNorm ? rounded_to(v / 2 * load(gamma, column, c_.dtype), c_.dtype) : v);
   }
 }
 

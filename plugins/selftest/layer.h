@@ -23,6 +23,8 @@ std::string text_of(const Case& c);
 
 // special 1: a row of zeros, a row with an outlier, zero points far outside the codes.
 // special 2: a row with a NaN and one with an infinity.
+// special 3: RMSNorm, of rows of +-1 and one of zeros, with an epsilon of 3. The root is exactly 2 then, in whatever order the squares
+//   add up, so that nothing is a near tie.
 class Layer {
  public:
   Layer(const Case& c, unsigned seed);
@@ -34,6 +36,7 @@ class Layer {
   std::vector<int32_t> zero;
   std::vector<uint16_t> scale_group;
   std::vector<float> bias;
+  std::vector<uint8_t> gamma;     // [k] of the case's type
   // What y must be, and per output the sum of |terms|, to which rounding in another order is proportional.
   std::vector<float> want, size;
 
@@ -48,7 +51,7 @@ class Layer {
   Case c_;
   int group_len_, groups_;
   std::vector<int> codes_;     // [n, k]
-  std::vector<float> values_;  // x as fp32
+  std::vector<float> values_;  // x as fp32, after the norm
 };
 
 // The number that `bytes` hold at element i, of type dtype.

@@ -112,6 +112,7 @@ class Inputs {
     buffers_.scale = static_cast<const float*>(put(device, layer.scale.data(), layer.scale.size() * 4));
     if (!layer.zero.empty()) buffers_.zero = static_cast<const int32_t*>(put(device, layer.zero.data(), layer.zero.size() * 4));
     if (!layer.scale_group.empty()) buffers_.scale_group = put(device, layer.scale_group.data(), layer.scale_group.size() * 2);
+    if (!layer.gamma.empty()) buffers_.gamma = put(device, layer.gamma.data(), layer.gamma.size());
     if (!layer.bias.empty()) buffers_.bias = static_cast<const float*>(put(device, layer.bias.data(), layer.bias.size() * 4));
   }
   const GemmBuffers& buffers() const { return buffers_; }
@@ -291,10 +292,10 @@ std::vector<Case> cases(bool quick) {
   for (const int group : {32, 40, 96, 128, 256, 512}) {
     abq(4, 16, 8, 0, group, 3, 33, 2 * group, kFloat16), abq(2, 4, 16, 0, group, 3, 33, 2 * group, kFloat16);
   }
-  for (const int special : {1, 2})
+  for (const int special : {1, 2, 3})
     for (const int32_t type : {kFloat16, kBFloat16, kFloat32}) {
       abq(4, 16, 8, 0, 0, 3, 40, 256, type, special), abq(8, 256, 8, 1, 64, 3, 40, 256, type, special);
-      if (special == 1) abq(4, 16, 16, 0, 64, 3, 40, 256, type, special);
+      if (special != 2) abq(4, 16, 16, 0, 64, 3, 40, 256, type, special);
       qqq(0, 3, 40, 256, type, special), qqq(128, 3, 40, 256, type, special);
     }
   return list;

@@ -12,20 +12,20 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make(**scheme) -> OUT with quant/, onnx/ and a manifest that names the float model. Do not change it."""
+    """make(fuse_norms=True, **scheme) -> OUT with quant/, onnx/ and a manifest that names the float model. Do not change it."""
     from calibration.artifact import write_json
     from calibration.quant_folder import read_quant
     from exporter.graph import export_onnx
 
     cache: dict[str, Path] = {}
 
-    def make(**scheme: Any) -> Path:
-        key = repr(sorted(scheme.items()))
+    def make(fuse_norms: bool = True, **scheme: Any) -> Path:
+        key = repr((fuse_norms, sorted(scheme.items())))
         if key not in cache:
             out = tmp_path_factory.mktemp("export") / "out"
             shutil.copytree(tiny_quant(**scheme), out)
             (out / "onnx").mkdir()
-            export_onnx(read_quant(out / "quant"), out / "onnx")
+            export_onnx(read_quant(out / "quant"), out / "onnx", fuse_norms=fuse_norms)
             write_json(out / "manifest.json", {"request": {"model": str(tiny_model_dir)}, "stages": {}})
             cache[key] = out
         return cache[key]

@@ -29,7 +29,7 @@ needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
 
 OPSET = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(f"{DOMAIN}.v1", 1)]
 ABQ = GemmAttributes(4, 16, 8, 0, 32, 64, 48, 0)
-QQQ = GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1)
+QQQ = GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1, norm_epsilon=1e-5)
 
 
 def arrays(op: str, attrs: GemmAttributes) -> QuantArrays:
@@ -49,6 +49,7 @@ def two_gemms(folder: Path, dtype: int = TensorProto.FLOAT16, second: tuple[str,
     for op, attrs, name in (("ABQGemm", ABQ, "up"), (*second, "down")):
         spec = op_spec(op)
         packed = spec.pack(arrays(op, attrs), attrs, name)
+        packed["gamma"] = np.ones(attrs.in_features, helper.tensor_dtype_to_np_dtype(dtype))
         inputs = [f"{name}.{key}" for key in spec.input_names(attrs)[1:]]
         initializers += [numpy_helper.from_array(packed[key.split(".", 1)[1]], key) for key in inputs]
         nodes.append(factory.gemm(op, attrs, name, [source, *inputs], f"{name}.output"))

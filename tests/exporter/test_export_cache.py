@@ -85,7 +85,8 @@ def test_one_function_and_one_node_a_layer(tiny_export: Export) -> None:
     assert [(node.name, list(node.input), list(node.output)) for node in nodes] == [
         (f"{prefix}.cache", [f"{prefix}.key", f"{prefix}.value"], [f"{prefix}.cached_key", f"{prefix}.cached_value"])
         for prefix in (f"model.layers.{i}.self_attn" for i in range(2))]
-    assert [(item.domain, item.name) for item in model.functions] == [("anybit", "ABQGemm"), (CACHE_DOMAIN, "QuantizeCache")]
+    assert [(item.domain, item.name) for item in model.functions] == [
+        ("anybit", "ABQGemm"), ("anybit.v1", "ABQGemm"), (CACHE_DOMAIN, "QuantizeCache")]
     joined = {node.output[0]: node.input[1] for node in model.graph.node if node.output[0].startswith("present.")}
     assert joined == {f"present.{i}.{kind}": f"model.layers.{i}.self_attn.cached_{kind}" for i in range(2) for kind in ("key", "value")}
     assert set(custom_nodes(model).values()) == {"ABQGemm"} and len(custom_nodes(model)) == 8  # no plugin is asked for
@@ -94,7 +95,7 @@ def test_one_function_and_one_node_a_layer(tiny_export: Export) -> None:
 
 def test_without_it_the_graph_is_as_it_was(tiny_export: Export) -> None:
     model = onnx.load(tiny_export() / "onnx" / "model.onnx", load_external_data=False)
-    assert {item.domain for item in model.opset_import} == {"", "anybit"} == {node.domain for node in model.graph.node}
+    assert {item.domain for item in model.opset_import} == {"", "anybit", "anybit.v1"} == {node.domain for node in model.graph.node}
     assert {node.input[1] for node in model.graph.node if node.output[0].endswith((".0.key", ".0.value")) and node.op_type == "Concat"} == {
         "model.layers.0.self_attn.key", "model.layers.0.self_attn.value"}
 

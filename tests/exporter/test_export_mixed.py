@@ -39,7 +39,8 @@ def test_every_node_has_its_own_op_and_attributes(tiny_export: Export, mixed: di
                                 ("ABQGemm", 4, 16, 16, 0, 0))
     assert list(found.values()) == [qqq, qqq, two, eight, float16, float16, qqq, eight]
     assert sorted((item.domain, item.name) for item in model.functions) == [
-        ("anybit", "ABQGemm"), ("anybit", "QQQGemm"), ("anybit.v1", "ABQGemm"), ("anybit.v2", "ABQGemm")]
+        ("anybit", "ABQGemm"), ("anybit", "QQQGemm"), ("anybit.v1", "ABQGemm"), ("anybit.v1", "QQQGemm"), ("anybit.v2", "ABQGemm"),
+        ("anybit.v3", "ABQGemm")]  # a scheme with a norm and without one has two
     assert {item.key: item.value for item in model.metadata_props} == {"anybit.scheme": "w4a8-mixed", "anybit.method": "rtn"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from calibration.quant_folder import read_quant
 from calibration.quantize import QuantizeOptions, quantize_model
 from calibration.scheme import QuantScheme
 from exporter.graph import DATA_FILE, MODEL_FILE, export_onnx, layer_output
+from exporter.sessions import OnnxSession
+from plugins.core.op_spec import is_custom
 
 SCHEMES = {
     "qqq": QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
@@ -129,15 +132,18 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
     folder = export(tiny_model_dir, QuantScheme("ABQGemm", "rtn", 4, 4, dtype=dtype), tmp_path)
     onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    custom = [node for node in model.graph.node if node.domain == "anybit"]
+    custom = [node for node in model.graph.node if is_custom(node.domain)]
     assert [node.name for node in custom[:4]] == [
         "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.gate_up_proj",
         "model.layers.0.mlp.down_proj"]
-    assert len(custom) == 8
+    assert [node.domain for node in custom] == ["anybit", "anybit.v1"] * 4  # with and without a norm
+    assert [node.input[-1] for node in custom[::2]] == [
+        f"model.layers.{i}.{norm}.weight" for i in range(2) for norm in ("input_layernorm", "post_attention_layernorm")]
+    assert [node.name for node in model.graph.node if node.op_type == "RMSNormalization"] == ["model.norm"]
     for node in custom:
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
         assert attributes["plugin_namespace"] == b"anybit" and attributes["plugin_version"] == b"1"
-    assert len(model.functions) == 1 and {item.overload for item in model.functions} == {""}
+    assert len(model.functions) == 2 and {item.overload for item in model.functions} == {""}
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
     caches = [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
     assert names == ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in caches),
@@ -148,6 +154,32 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
     assert all(tensor.data_type == onnx.TensorProto.INT64 and len(tensor.raw_data) <= 64 for tensor in inline)
     outputs = [name for node in model.graph.node for name in node.output]
     assert len(outputs) == len(set(outputs))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["qqq", "w3a16"])
+def test_norms_apart_give_the_same_bits(tiny_model_dir: Path, tmp_path: Path, name: str, dtype: str) -> None:
+    scheme = SCHEMES[name]
+    assert isinstance(scheme, QuantScheme)
+    folder = export(tiny_model_dir, replace(scheme, dtype=dtype), tmp_path)
+    quant, apart = read_quant(tmp_path / "quant"), tmp_path / "apart"
+    apart.mkdir()
+    assert export_onnx(quant, apart, fuse_norms=False)["custom_nodes"] == 8
+    nodes = onnx.load(apart / MODEL_FILE, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("RMSNormalization") == 5
+    assert {node.domain for node in nodes} == {"", "anybit"}
+    outputs = []
+    for path in (folder, apart):
+        with OnnxSession(path, quant.config) as session:
+            outputs.append(session.run(IDS))
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_a_norm_without_epsilon_stays_apart(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """An epsilon of 0 means no norm to a node."""
+    folder = export(tiny_llama(rms_norm_eps=0.0), SCHEMES["w8a8"], tmp_path)
+    nodes = onnx.load(folder / MODEL_FILE, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("RMSNormalization") == 5
 
 
 def test_tied_weights_stay_tied(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

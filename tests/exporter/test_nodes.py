@@ -3,94 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from exporter.nodes import NodeFactory
 from plugins import op_spec
 from plugins.core.errors import InputError
-from plugins.core.op_spec import GemmAttributes, QuantArrays
-from tests.plugins.kernel_cases import (
-    BF16,
-    F16,
-    F32,
-    LEVELS,
-    abq,
-    abq_arrays,
-    assert_same_bits,
-    both_ops,
-    op_of,
-    qqq,
-    qqq_arrays,
-    tokens,
-)
-
-Case = tuple[GemmAttributes, QuantArrays]
-ELEMENT = {F16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16, F32: TensorProto.FLOAT}
-
-
-def model_of(cases: Sequence[Case], dtype: np.dtype[Any], rank: int = 2) -> onnx.ModelProto:
-    """X fp32 -> cast to dtype -> one custom node per case -> Y0, Y1, ... cast to fp32; dynamic sizes but for K."""
-    factory = NodeFactory(ELEMENT[dtype])
-    nodes, initializers, outputs = [helper.make_node("Cast", ["X32"], ["X"], to=ELEMENT[dtype])], [], []
-    leading = [f"dim{i}" for i in range(rank - 1)]
-    for i, (attrs, arrays) in enumerate(cases):
-        spec = op_spec(op_of(arrays))
-        packed = spec.pack(arrays, attrs, f"gemm{i}")
-        names = [f"gemm{i}.{name}" for name in spec.input_names(attrs)[1:]]
-        initializers += [numpy_helper.from_array(packed[name.split(".")[1]], name) for name in names]
-        nodes.append(factory.gemm(spec.name, attrs, f"gemm{i}", ["X", *names], f"gemm{i}.output"))
-        nodes.append(helper.make_node("Cast", [f"gemm{i}.output"], [f"Y{i}"], to=TensorProto.FLOAT))
-        outputs.append(helper.make_tensor_value_info(f"Y{i}", TensorProto.FLOAT, [*leading, attrs.out_features]))
-    x = helper.make_tensor_value_info("X32", TensorProto.FLOAT, [*leading, cases[0][0].in_features])
-    graph = helper.make_graph(nodes, "gemms", [x], outputs, initializers)
-    return helper.make_model(graph, ir_version=11, functions=factory.functions(), opset_imports=factory.opset_imports(23))
-
-
-def session_of(model: onnx.ModelProto, optimised: Path | None = None) -> ort.InferenceSession:
-    """One thread; optionally saves what is left after optimisation."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if optimised:
-        options.optimized_model_filepath = str(optimised)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def check(cases: Sequence[Case], x: np.ndarray) -> list[np.ndarray]:
-    """Run the cases in one session and compare each with its reference; returns the outputs as fp32."""
-    session = session_of(model_of(cases, x.dtype, x.ndim))
-    outputs = session.run(None, {"X32": x.astype(np.float32)})
-    for (attrs, arrays), y in zip(cases, outputs, strict=True):
-        spec = op_spec(op_of(arrays))
-        want = spec.reference(x, spec.pack(arrays, attrs, "test"), attrs).astype(np.float32)
-        assert y.shape == want.shape
-        if attrs.abits < 16:
-            assert_same_bits(y, want)
-            continue
-        # fp32 sums in another order: the error is proportional to the sum of |terms|
-        size = np.abs(x.astype(np.float64)) @ np.abs(spec.dequantize(arrays, attrs).astype(np.float64)).T + 3
-        rounding = {2: 2.0**-8, 4: 2.0**-23}[x.dtype.itemsize] * np.abs(want)
-        assert (np.abs(y.astype(np.float64) - want) <= 1e-6 * size + rounding).all()
-    return list(outputs)
-
-
-def abq_case(*args: Any, **options: Any) -> Case:
-    attrs = abq(*args, **options)
-    return attrs, abq_arrays(attrs)
-
-
-def qqq_case(*args: Any, **options: Any) -> Case:
-    attrs = qqq(*args, **options)
-    return attrs, qqq_arrays(attrs)
+from plugins.core.op_spec import QuantArrays
+from tests.exporter.node_cases import ELEMENT, Case, abq_case, check, model_of, qqq_case, session_of
+from tests.plugins.kernel_cases import BF16, F16, F32, LEVELS, abq, both_ops, qqq, tokens
 
 
 @pytest.mark.parametrize("w", LEVELS, ids=lambda w: f"w{w[0]}l{w[1]}")
@@ -105,6 +32,20 @@ def test_types_ranks_groups_and_bias(rank: int, dtype: np.dtype[Any]) -> None:
     x = tokens(6, 384, dtype).reshape(*((6,) if rank == 2 else (2, 3)), 384)
     cases = [abq_case(7, 384, a=a, g=g, bias=g > 0) for a, g in ((8, 0), (4, 24), (8, 128), (16, 0), (16, 64))]
     check([*cases, *(qqq_case(7, 384, g=g, bias=g != 64) for g in (0, 64, 128))], x)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_norms(rank: int, dtype: np.dtype[Any]) -> None:
+    """One function of a scheme serves nodes of any epsilon."""
+    x = tokens(40, 384, dtype).reshape(*((40,) if rank == 2 else (2, 20)), 384)
+    cases = [abq_case(7, 384, a=a, g=g, bias=g > 0) for a, g in ((8, 0), (4, 24), (8, 128), (16, 0), (16, 64))]
+    cases += [qqq_case(7, 384, g=g, bias=g != 64) for g in (0, 64, 128)]
+    check([(replace(attrs, norm_epsilon=epsilon), arrays) for epsilon in (1e-5, 1.0) for attrs, arrays in cases], x)
+    check([(replace(attrs, norm_epsilon=1e-5), arrays) for attrs, arrays in cases], x[..., :0, :])
+    bad = x.copy()
+    bad[..., 1, 5], bad[..., 2, 6], bad[..., 3, :] = np.nan, np.inf, 0
+    check([(replace(attrs, norm_epsilon=1e-5), arrays) for attrs, arrays in cases if attrs.abits < 16], bad)
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 31, 33, 129])
@@ -202,6 +143,7 @@ def test_largest_sums() -> None:
 
 def test_model_passes_the_checker() -> None:
     cases = [*both_ops(), abq_case(6, 192, a=16, bias=1)]
+    cases += [(replace(attrs, norm_epsilon=1e-5), arrays) for attrs, arrays in cases]
     onnx.checker.check_model(model_of(cases, F16, 3), full_check=True)
 
 
@@ -218,7 +160,7 @@ def test_layers_of_one_scheme_share_a_function_whatever_their_sizes() -> None:
     ]
     attributes = {a.name: helper.get_attribute_value(a) for a in nodes[0].attribute}
     sizes_and_scheme = {"wbits": 4, "levels": 16, "abits": 8, "act_symmetric": 0, "group_size": 8, "in_features": 64}
-    extra = {"out_features": 5, "has_bias": 0, "plugin_namespace": b"anybit", "plugin_version": b"1"}
+    extra = {"out_features": 5, "has_bias": 0, "norm_epsilon": 0.0, "plugin_namespace": b"anybit", "plugin_version": b"1"}
     assert attributes == {**sizes_and_scheme, **extra}
 
 
@@ -231,18 +173,21 @@ def test_domains_are_numbered_per_op_in_order_of_first_use() -> None:
         ("QQQGemm", qqq(8, 64, bias=1)),
         ("ABQGemm", abq(8, 64, a=4)),
         ("ABQGemm", abq(8, 64, g=16)),
+        ("QQQGemm", replace(qqq(8, 64), norm_epsilon=1e-5)),
+        ("QQQGemm", replace(qqq(8, 128), norm_epsilon=1e-6)),
     ]
     domains = []
     for op, attrs in variants:
         names = op_spec(op).input_names(attrs)
         domains.append(factory.gemm(op, attrs, "layer", names, "Y").domain)
-    assert domains == ["anybit", "anybit", "anybit.v1", "anybit.v1", "anybit.v2", "anybit.v1"]
+    assert domains == ["anybit", "anybit", "anybit.v1", "anybit.v1", "anybit.v2", "anybit.v1", "anybit.v2", "anybit.v2"]
     assert [(f.name, f.domain) for f in factory.functions()] == [
         ("ABQGemm", "anybit"),
         ("QQQGemm", "anybit"),
         ("ABQGemm", "anybit.v1"),
         ("QQQGemm", "anybit.v1"),
         ("ABQGemm", "anybit.v2"),
+        ("QQQGemm", "anybit.v2"),
     ]
     imports = {item.domain: item.version for item in factory.opset_imports(23)}
     assert imports == {"": 23, "anybit": 1, "anybit.v1": 1, "anybit.v2": 1}

@@ -23,6 +23,7 @@ HONEST: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"}, "float32": {"wbits": 8, "dtype": "float32"}, "bfloat16-a16": {"abits": 16, "dtype": "bfloat16"},
     "kv4": {"kv_bits": 4}, "kv2-bfloat16": {"wbits": 8, "kv_bits": 2, "dtype": "bfloat16"},
     "kv8-float32": {"abits": 16, "kv_bits": 8, "dtype": "float32"},
+    "norms-apart": {"fuse_norms": False}, "norms-apart-bfloat16": {"op": "QQQGemm", "dtype": "bfloat16", "fuse_norms": False},
     "mixed": {"op": "QQQGemm", "rules": ("down_proj w8a8", "layers.0.mlp.gate_up_proj w2ba8-g16", "layers.1.self_attn.* w4a16")},
     "mixed-abq": {"rules": ("layers.0.* w8a6-g32", "o_proj w3a4", "layers.1.mlp.* w1ba8"), "dtype": "bfloat16"},
 }

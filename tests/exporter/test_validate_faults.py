@@ -58,6 +58,15 @@ def wrong_norm(model: onnx.ModelProto, data: Path) -> None:
     change(model, data, "model.layers.1.post_attention_layernorm.weight", 4, lambda value: -value)
 
 
+def wrong_embedding(model: onnx.ModelProto, data: Path) -> None:
+    change_whole(model, data, "model.embed_tokens.weight", lambda table: table * np.where(np.arange(table.shape[1]) % 2, 1, 1.25))
+
+
+def lost_residual(model: onnx.ModelProto, data: Path) -> None:
+    node = next(node for node in model.graph.node if node.name == "model.layers.1.residual")
+    node.input[0] = node.input[1]
+
+
 def swapped_gate_and_up(model: onnx.ModelProto, data: Path) -> None:
     node = next(node for node in model.graph.node if node.name == "model.layers.1.mlp.gate_up_proj.output.split")
     node.output[:] = list(node.output)[::-1]
@@ -155,7 +164,9 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "zero point": (lost_zero_point, "in output channel 5 at model.layers.0.mlp.down_proj given its inputs (export, prefill: "),
     "weight bit": (one_flipped_weight_bit, "in output channel 0 at model.layers.0.self_attn.qkv_proj given its inputs (export, prefill: "),
     "swap": (swapped_initializers, " at model.layers.0.mlp.gate_up_proj given its inputs (export, prefill: "),
-    "norm": (wrong_norm, " at model.layers.1.post_attention_layernorm given its inputs (export, prefill: "),
+    "norm": (wrong_norm, " at model.layers.1.mlp.gate_up_proj given its inputs (export, prefill: "),
+    "embedding": (wrong_embedding, " at model.embed_tokens given its inputs (export, prefill: "),
+    "residual": (lost_residual, " at model.layers.1.residual given its inputs (export, prefill: "),
     "gate and up": (swapped_gate_and_up, " at model.layers.1.mlp.product given its inputs (export, prefill: "),
     "rope": (wrong_rotation, " at present.0.key given its inputs (export, prefill: "),
     "values": (lost_past, " at model.layers.1.self_attn.context given its inputs (export, prefill: "),
@@ -168,9 +179,14 @@ def test_a_fault_is_found_where_it_is(tiny_export: Callable[..., Path], tmp_path
     result = validate_with(tiny_export(abits=abits), tmp_path / "out", plant)
     assert not result.ok and expected in result.first_failure, result.first_failure
     assert result.first_failure.startswith("got a relative error of ")
-    layer = next((part for part in expected.split(".") if part.isdigit()), "")
+    layer = next((part for part in expected.split(".") if part.isdigit()), "0")  # the embedding is judged with the first
     first_bad = next(row for row in result.rows if not row.ok)
     assert (first_bad.level, first_bad.phase, first_bad.tensor) == ("export", "prefill", f"model.layers.{layer}.output")
+
+
+def test_a_wrong_norm_that_stands_apart_is_found(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
+    result = validate_with(tiny_export(fuse_norms=False), tmp_path / "out", wrong_norm)
+    assert " at model.layers.1.post_attention_layernorm given its inputs (export, prefill: " in result.first_failure
 
 
 def validate_with(whole: Path, out: Path, plant: Fault) -> ValidationResult:

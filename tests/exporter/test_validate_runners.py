@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from calibration.model import quantised_model
 from calibration.quant_folder import read_quant
@@ -22,8 +23,17 @@ def test_gemm_nodes_follow_the_family(tiny_export: Callable[..., Path]) -> None:
     out = tiny_export()
     nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
     assert len(nodes) == 8
-    assert (nodes[0].name, nodes[0].source) == ("model.layers.0.self_attn.qkv_proj", "model.layers.0.input_layernorm")
+    assert (nodes[0].name, nodes[0].source) == ("model.layers.0.self_attn.qkv_proj", "model.embed_tokens")
+    assert [node.source for node in nodes[2::2]] == ["model.layers.0.residual", "model.layers.0.output", "model.layers.1.residual"]
+    assert [node.norm for node in nodes[4:]] == ["model.layers.1.input_layernorm", "", "model.layers.1.post_attention_layernorm", ""]
     assert nodes[6].members == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+
+
+def test_gemm_nodes_may_have_their_norms_apart(tiny_export: Callable[..., Path]) -> None:
+    out = tiny_export(fuse_norms=False)
+    nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
+    assert (nodes[0].source, nodes[6].source) == ("model.layers.0.input_layernorm", "model.layers.1.post_attention_layernorm")
+    assert {node.norm for node in nodes} == {""}
 
 
 def test_a_mask_without_past_starts_anew(tiny_export: Callable[..., Path]) -> None:
@@ -36,15 +46,16 @@ def test_a_mask_without_past_starts_anew(tiny_export: Callable[..., Path]) -> No
         assert runner.session.length == 6 and runner.last_inference_time() > 0
 
 
-def test_lockstep_takes_the_leaders_tensors(tiny_export: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("fuse_norms", [True, False])
+def test_lockstep_takes_the_leaders_tensors(tiny_export: Callable[..., Path], fuse_norms: bool) -> None:
     """What it reports is the reference's own result on the leader's inputs, and a wrong tensor does not travel on."""
-    out = tiny_export()
+    out = tiny_export(fuse_norms=fuse_norms)
     model = quantised_model(read_quant(out / "quant"))
     nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
     seen: dict[str, Any] = {}
     hooks = []
     for node in nodes:
-        first = model.get_submodule(node.members[0])
+        first = model.get_submodule(node.norm or node.members[0])
         hooks.append(first.register_forward_pre_hook(lambda module, args, name=node.source: seen.__setitem__(name, args[0].numpy().copy())))
         for member in node.members:
             hooks.append(model.get_submodule(member).register_forward_hook(
@@ -64,7 +75,7 @@ def test_lockstep_takes_the_leaders_tensors(tiny_export: Callable[..., Path]) ->
             leader.outputs[wrong] = tensors[wrong] * 2
             found = lockstep.infer(FEED)
     np.testing.assert_array_equal(found[wrong], tensors[wrong])  # the reference's own result
-    assert np.abs(found[nodes[2].source] - tensors[nodes[2].source]).max() > 0.01  # the next norm saw the leader's
-    np.testing.assert_array_equal(found[nodes[2].result], tensors[nodes[2].result])  # and the GEMM behind it the leader's input again
+    assert np.abs(found[nodes[2].source] - tensors[nodes[2].source]).max() > 0.01  # what follows saw the leader's
+    np.testing.assert_array_equal(found[nodes[2].result], tensors[nodes[2].result])  # and the next node the leader's input again
     np.testing.assert_array_equal(found["logits"], own["logits"])
     assert not any(module._forward_hooks for module in (model.get_submodule(nodes[0].members[0]),))

@@ -28,13 +28,13 @@ class GemmShape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int32)
         for name in ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype", "tactic")
-    ]
+    ] + [("norm_epsilon", ctypes.c_float)]
 
 
 class GemmBuffers(ctypes.Structure):
     """GemmBuffers of plugins/core/params.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "gamma", "y", "workspace")]
 
 
 class KernelError(RuntimeError):
@@ -138,7 +138,7 @@ class KernelRunner:
         """The C struct for one call; tactic 0 leaves the choice of kernel to the library."""
         a = attrs
         sizes = (tokens, a.out_features, a.in_features, a.group_size)
-        return GemmShape(*sizes, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, DTYPES[np.dtype(dtype)], tactic)
+        return GemmShape(*sizes, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, DTYPES[np.dtype(dtype)], tactic, a.norm_epsilon)
 
     def call(self, op: str, shape: GemmShape, pointers: Mapping[str, int]) -> None:
         """Call the op's C function.
@@ -158,7 +158,7 @@ class KernelRunner:
     def gemm(
         self, op: str, attrs: GemmAttributes, x: np.ndarray, tensors: Mapping[str, np.ndarray], *, scratch: int = POISON, tactic: int = 0
     ) -> np.ndarray:
-        """Y [M, N] from x [M, K] and packed tensors; checks that nothing but y and the workspace was written.
+        """Y [M, N] from x [M, K], packed tensors and gamma; checks that nothing but y and the workspace was written.
 
         Args:
             scratch: the byte that fills the workspace before the call.

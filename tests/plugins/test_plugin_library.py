@@ -23,7 +23,7 @@ QQQ = dataclasses.replace(ABQ, act_symmetric=1, group_size=0, has_bias=0)
 
 RANGE = "Export the model again with settings in range."
 VERSION = "Export the model again with this version."
-BAD: list[tuple[str, dict[str, int], str]] = [  # op, changed attributes, error
+BAD: list[tuple[str, dict[str, float], str]] = [  # op, changed attributes, error
     ("ABQGemm", {"wbits": 9}, f"got wbits 9, expected 1 to 8. {RANGE}"),
     ("ABQGemm", {"levels": 5}, f"got levels 5 with wbits 4, expected 16, or 5 with 2 bits, or 3 with 1 bit. {RANGE}"),
     ("ABQGemm", {"abits": 9}, f"got abits 9, expected 2 to 8, or 16 for weight-only. {RANGE}"),
@@ -41,6 +41,9 @@ BAD: list[tuple[str, dict[str, int], str]] = [  # op, changed attributes, error
                                     "Choose one of these, or --method abq."),
     ("QQQGemm", {"in_features": 1 << 18}, "got in_features 262144, whose integer sum overflows 32 bits. "
                                           "Use ABQGemm with groups for this layer."),
+    ("QQQGemm", {"norm_epsilon": -0.5}, f"got norm_epsilon -0.5, expected 0 (no norm) or a positive number. {VERSION}"),
+    ("ABQGemm", {"norm_epsilon": float("inf")}, f"got norm_epsilon inf, expected 0 (no norm) or a positive number. {VERSION}"),
+    ("ABQGemm", {"norm_epsilon": 1}, f"got 1 values of field type 10, expected one float in attribute 'norm_epsilon'. {VERSION}"),
 ]
 
 
@@ -53,10 +56,11 @@ def request(op: str, dtype: str = "int64", **changes: Any) -> dict[str, Any]:
 REQUESTS = [
     request("ABQGemm", "int32"), request("ABQGemm"), request("QQQGemm", "int32"), request("QQQGemm"),
     request("ABQGemm", abits=16), request("ABQGemm", wbits=2, levels=5), request("QQQGemm", in_features=128, group_size=64),
+    request("ABQGemm", norm_epsilon=1e-5), request("QQQGemm", norm_epsilon=None),
     request("ABQGemm", abits=None), request("ABQGemm", "float32"), request("ABQGemm", wbits=[4, 4]),
     *(request(op, **changes) for op, changes, _ in BAD),
 ]
-GOOD = 7
+GOOD = 9
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,8 @@ def test_codes_reach_the_folder_and_the_packed_words_untouched(tiny_model_dir: P
             assert (stored[0] is None) == (getattr(arrays, name) is None)
             if stored[0] is not None:
                 np.testing.assert_array_equal(np.concatenate(stored), getattr(arrays, name))
-        attrs = quant.scheme.attributes(*arrays.codes.shape, False)
+        epsilon = next(item.f for item in nodes[node].attribute if item.name == "norm_epsilon")
+        attrs = replace(quant.scheme.attributes(*arrays.codes.shape, False), norm_epsilon=epsilon)
         spec = op_spec("QQQGemm")
         names = dict(zip(spec.input_names(attrs)[1:], nodes[node].input[1:], strict=True))
         back = spec.unpack({name: tensors[value] for name, value in names.items()}, attrs)

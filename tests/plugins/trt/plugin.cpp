@@ -44,8 +44,9 @@ int print_run(const char* op, const GemmShape* s, const GemmBuffers* b, void* st
   const auto id = [](const void* pointer) { return static_cast<int>(reinterpret_cast<intptr_t>(pointer)); };
   std::printf("%s run m %d n %d k %d w%d levels %d a%d symmetric %d dtype %d", op, s->m, s->n, s->k, s->wbits, s->levels, s->abits,
               s->act_symmetric, s->dtype);
-  std::printf(" x %d weight %d scale %d zero %d scale_group %d bias %d y %d workspace %d stream %d", id(b->x), id(b->weight),
-              id(b->scale), id(b->zero), id(b->scale_group), id(b->bias), id(b->y), id(b->workspace), id(stream));
+  std::printf(" x %d weight %d scale %d zero %d scale_group %d bias %d gamma %d y %d workspace %d stream %d", id(b->x), id(b->weight),
+              id(b->scale), id(b->zero), id(b->scale_group), id(b->bias), id(b->gamma), id(b->y), id(b->workspace), id(stream));
+  if (s->norm_epsilon != 0) std::printf(" norm_epsilon %g", s->norm_epsilon);
   std::printf(s->tactic ? " tactic %d\n" : "\n", s->tactic);
   return s->m == 13 ? 999 : 0;
 }
@@ -74,11 +75,13 @@ IPluginCreatorV3One* creator(const char* name) {
   return nullptr;
 }
 
-IPluginV3* make(const char* name, const std::vector<int32_t>& values) {
+// From integers, and the norm's epsilon if that is not 0.
+IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsilon) {
   IPluginCreatorV3One* maker = creator(name);
   const PluginFieldCollection* names = maker->getFieldNames();
   std::vector<PluginField> fields;
-  for (int32_t i = 0; i < names->nbFields; ++i) fields.push_back({names->fields[i].name, &values[i], PluginFieldType::kINT32, 1});
+  for (size_t i = 0; i < values.size(); ++i) fields.push_back({names->fields[i].name, &values[i], PluginFieldType::kINT32, 1});
+  if (epsilon != 0) fields.push_back({names->fields[values.size()].name, &epsilon, PluginFieldType::kFLOAT32, 1});
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return maker->createPlugin("layer0", &collection, TensorRTPhase::kBUILD);
 }
@@ -101,7 +104,7 @@ void enqueue(IPluginV3* plugin, PluginTensorDesc x, size_t inputs) {
 
 // ABQGemm w2 balanced, a8 asymmetric, groups of 40, K 120, N 8, with bias.
 void abq() {
-  IPluginV3* plugin = make("ABQGemm", {2, 5, 8, 0, 40, 120, 8, 1});
+  IPluginV3* plugin = make("ABQGemm", {2, 5, 8, 0, 40, 120, 8, 1}, 0);
   auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
   std::vector<DynamicPluginTensorDesc> io{
       dynamic(DataType::kBF16, {-1, -1, 120}, {1, 1, 120}, {4, 16, 120}), fixed(DataType::kINT32, {3, 8, 8}), fixed(DataType::kFLOAT, {8, 3}),
@@ -132,39 +135,45 @@ void abq() {
   }
 }
 
-// QQQGemm in groups of 64, K 128, N 70, made again from the fields it serialises, as an engine does.
+// QQQGemm in groups of 64, K 128, N 70, with a norm, made again from the fields it serialises, as an engine does.
 void qqq() {
-  IPluginV3* built = make("QQQGemm", {4, 16, 8, 1, 64, 128, 70, 0});
+  IPluginV3* built = make("QQQGemm", {4, 16, 8, 1, 64, 128, 70, 0}, 1e-5f);
   const PluginFieldCollection* fields = part<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
   for (int32_t i = 0; i < fields->nbFields; ++i) {
-    std::printf("field %s %d\n", fields->fields[i].name, *static_cast<const int32_t*>(fields->fields[i].data));
+    const PluginField& field = fields->fields[i];
+    if (field.type == PluginFieldType::kFLOAT32) std::printf("field %s %g\n", field.name, *static_cast<const float*>(field.data));
+    else std::printf("field %s %d\n", field.name, *static_cast<const int32_t*>(field.data));
   }
   IPluginV3* plugin = creator("QQQGemm")->createPlugin("layer0", fields, TensorRTPhase::kRUNTIME);
   auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
   std::vector<DynamicPluginTensorDesc> io{
       dynamic(DataType::kHALF, {-1, 128}, {1, 128}, {9, 128}), fixed(DataType::kINT32, {8, 256}), fixed(DataType::kFLOAT, {70, 1}),
-      fixed(DataType::kHALF, {2, 70}), dynamic(DataType::kHALF, {-1, 70}, {1, 70}, {9, 70})};
-  for (int32_t i = 0; i < 5; ++i) std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 4, 1));
-  std::printf("configure %d\n", build->configurePlugin(io.data(), 4, &io[4], 1));
+      fixed(DataType::kHALF, {2, 70}), fixed(DataType::kHALF, {128}), dynamic(DataType::kHALF, {-1, 70}, {1, 70}, {9, 70})};
+  for (int32_t i = 0; i < 6; ++i) std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 5, 1));
+  io[4].desc.type = DataType::kFLOAT;
+  std::printf("gamma of another type than x %d\n", build->supportsFormatCombination(4, io.data(), 5, 1));
+  io[4].desc.type = DataType::kHALF;
+  std::printf("configure %d\n", build->configurePlugin(io.data(), 5, &io[5], 1));
   print_tactics(build);
-  std::printf("workspace %zu\n", build->getWorkspaceSize(io.data(), 4, &io[4], 1));
+  std::printf("workspace %zu\n", build->getWorkspaceSize(io.data(), 5, &io[5], 1));
+  std::printf("timing %s\n", build->getTimingCacheID());
   std::printf("set tactic %d\n", part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->setTactic(197));
   plugin = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
-  enqueue(plugin, tensor(DataType::kHALF, {5, 128}), 4);
+  enqueue(plugin, tensor(DataType::kHALF, {5, 128}), 5);
   auto* core = part<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
   std::printf("plugin %s %s %s outputs %d tactics %d\n", core->getPluginName(), core->getPluginVersion(), core->getPluginNamespace(),
               build->getNbOutputs(), build->getNbTactics());
   // Symbolic shapes are opaque to the plugin: it only moves the pointers.
   const auto expression = [](int number) { return static_cast<const IDimensionExpr*>(address(number)); };
-  DimsExprs in[4]{{3, {expression(1), expression(2), expression(3)}}, {}, {2, {expression(4), expression(5)}}, {}}, out{};
+  DimsExprs in[5]{{3, {expression(1), expression(2), expression(3)}}, {}, {2, {expression(4), expression(5)}}, {}, {}}, out{};
   IExprBuilder& builder = *static_cast<IExprBuilder*>(address(9));
-  std::printf("shapes %d", build->getOutputShapes(in, 4, nullptr, 0, &out, 1, builder));
+  std::printf("shapes %d", build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
   for (int32_t i = 0; i < out.nbDims; ++i) std::printf(" %d", static_cast<int>(reinterpret_cast<intptr_t>(out.d[i])));
   std::printf("\nshapes of three inputs %d\n", build->getOutputShapes(in, 3, nullptr, 0, &out, 1, builder));
   in[0].nbDims = 0;
-  std::printf("shapes of a scalar x %d\n", build->getOutputShapes(in, 4, nullptr, 0, &out, 1, builder));
+  std::printf("shapes of a scalar x %d\n", build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
   in[0].nbDims = 3, in[2].nbDims = 0;
-  std::printf("shapes of a scalar scale %d\n", build->getOutputShapes(in, 4, nullptr, 0, &out, 1, builder));
+  std::printf("shapes of a scalar scale %d\n", build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
 }
 
 }  // namespace

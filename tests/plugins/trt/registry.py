@@ -24,11 +24,11 @@ class Recorder(trt.ILogger):  # type: ignore[misc]
 
 
 def make(registry: Any, request: dict[str, Any]) -> Any:
-    """One plugin, or None; request holds op, fields, and dtype of the field values."""
-    dtype = np.dtype(request["dtype"])
-    values = {name: np.array(value, dtype).reshape(-1) for name, value in request["fields"].items()}
-    kind = getattr(trt.PluginFieldType, dtype.name.upper())
-    fields = trt.PluginFieldCollection([trt.PluginField(name, value, kind) for name, value in values.items()])
+    """One plugin, or None; request holds op, fields, and dtype of the field values that are whole numbers."""
+    dtypes = {name: "float32" if isinstance(value, float) else request["dtype"] for name, value in request["fields"].items()}
+    values = {name: np.array(value, dtypes[name]).reshape(-1) for name, value in request["fields"].items()}
+    fields = trt.PluginFieldCollection([trt.PluginField(name, value, getattr(trt.PluginFieldType, dtypes[name].upper()))
+                                        for name, value in values.items()])
     return registry.get_creator(request["op"], "1", "anybit").create_plugin("layer0", fields, trt.TensorRTPhase.BUILD)
 
 
