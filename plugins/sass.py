@@ -19,12 +19,17 @@ __all__ = ["FAMILIES", "MOST_LIBRARY_BYTES", "Kernel", "Loop", "failures", "insp
 MOST_LIBRARY_BYTES = 60 << 20
 REGISTER_FILE = 65_536  # registers of a multiprocessor, sm_80 to sm_120
 _MATRIX = {"IMMA", "BMMA", "HMMA", "IGMMA", "HGMMA"}  # tensor-core instructions, the last two are wgmma's
-# Family of a kernel: (part of its C++ name, the instructions that do its work, each with the reason for it)
+# Family of a kernel: (part of its C++ name, the instructions that do its work, each with the reason for it). A family with IGMMA is there,
+# with its work, in sm_90a code only.
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
     "abq int8": ("AbqInt8<", {"IMMA": "int8 tensor cores", "LDGSTS.128": "16-byte asynchronous copies", "LDSM": "ldmatrix"}),
     "abq b1": ("AbqBinary<", {"BMMA": "binary tensor cores", "LDGSTS.128": "16-byte asynchronous copies", "LDSM": "ldmatrix"}),
     "abq a16": ("AbqWeightOnly<", {"HMMA": "16-bit tensor cores", "LDGSTS.128": "16-byte asynchronous copies", "LDSM": "ldmatrix"}),
     "qqq int8": ("QqqInt8<", {"IMMA": "int8 tensor cores", "LDGSTS.128": "16-byte asynchronous copies", "LDS.128": "16-byte fragments"}),
+    "abq wgmma": ("AbqWarpgroup<", {"IGMMA": "wgmma on int8", "LDGSTS.128": "16-byte asynchronous copies", "LDSM": "ldmatrix",
+                                    "UBLKCP": "bulk copies", "USETMAXREG": "registers shared out"}),
+    "qqq wgmma": ("QqqWarpgroup<", {"IGMMA": "wgmma on int8", "UBLKCP": "bulk copies", "LDS.64": "pairs of packed words",
+                                    "USETMAXREG": "registers shared out"}),
     "tokens": ("prepare_kernel<", {"LDG.128": "16-byte loads", "STG.128": "16-byte stores"}),
 }
 
@@ -39,7 +44,7 @@ class Kernel:
         registers: of a thread.
         stack, local, shared: bytes of a thread, of a thread, and statically of a block.
         code: bytes.
-        counts: instructions by opcode; memory instructions that are 16 bytes wide also as OPCODE.128.
+        counts: instructions by opcode; memory instructions that are 8 or 16 bytes wide also as OPCODE.64, OPCODE.128.
     """
 
     arch: str
@@ -58,9 +63,9 @@ class Kernel:
 
     @property
     def threads(self) -> int:
-        """Threads of a block that the name tells (32 x warps of its TileShape), else 32."""
+        """Threads of a block that the name tells (32 x warps of its TileShape, and those that copy), else 32."""
         shape = re.search(r"TileShape<(\d+)", self.name)
-        return 32 * int(shape[1]) if shape else 32
+        return (32 * int(shape[1]) if shape else 32) + 128 * ("gemm_warpgroups<" in self.name)
 
 
 def _run(command: Sequence[str], where: Path) -> str:
@@ -130,8 +135,9 @@ def inspect(library: Path) -> list[Kernel]:
         kernel, base = kernels[arch, name], opcode.split(".")[0]
         kernel.code = address + 16
         kernel.counts[base] += 1
-        if ".128" in opcode:
-            kernel.counts[f"{base}.128"] += 1
+        for width in (".64", ".128"):
+            if width in opcode:
+                kernel.counts[base + width] += 1
     for kernel, name in zip(kernels.values(), _demangled([kernel.name for kernel in kernels.values()]), strict=True):
         kernel.name = name
     return sorted(kernels.values(), key=lambda kernel: (kernel.arch, kernel.family, kernel.name))
@@ -180,13 +186,17 @@ def loops(library: Path) -> list[Loop]:
     return found
 
 
+def _has(arch: str, family: str) -> bool:
+    return arch == "sm_90a" or "IGMMA" not in FAMILIES[family][1]
+
+
 def failures(kernels: Sequence[Kernel], library_bytes: int = 0) -> list[str]:
     """What is wrong, one line each: a family that is missing, local memory, a missing instruction, registers that no block fits."""
     found = []
     if library_bytes > MOST_LIBRARY_BYTES:
         found.append(f"library: got {library_bytes} bytes, expected at most {MOST_LIBRARY_BYTES}")
     for arch in sorted({kernel.arch for kernel in kernels}):
-        missing = sorted(set(FAMILIES) - {kernel.family for kernel in kernels if kernel.arch == arch})
+        missing = sorted({family for family in FAMILIES if _has(arch, family)} - {kernel.family for kernel in kernels if kernel.arch == arch})
         found += [f"{arch}: got no kernel of family {family}, expected some" for family in missing]
     for kernel in kernels:
         where = f"{kernel.arch} {kernel.name}"
@@ -196,8 +206,11 @@ def failures(kernels: Sequence[Kernel], library_bytes: int = 0) -> list[str]:
                          f"{kernel.counts['LDL'] + kernel.counts['STL']} accesses to it, expected none")
         if kernel.registers * kernel.threads > REGISTER_FILE:
             found.append(f"{where}: got {kernel.registers} registers x {kernel.threads} threads, expected at most {REGISTER_FILE}")
+        if kernel.counts["IGMMA"] and kernel.counts["WARPGROUP"] >= kernel.counts["IGMMA"]:
+            found.append(f"{where}: got {kernel.counts['WARPGROUP']} waits and fences for {kernel.counts['IGMMA']} IGMMA, expected fewer: "
+                         "the compiler lets each wait for the one before")
         for opcode, reason in FAMILIES.get(kernel.family, ("", {}))[1].items():
-            if not kernel.counts[opcode]:
+            if not kernel.counts[opcode] and _has(kernel.arch, kernel.family):
                 found.append(f"{where}: got no {opcode}, expected {reason}")
     return found
 

@@ -118,7 +118,7 @@ inline int abq_choose(const GemmShape& s, const Device& device) {
     const Plan plan = abq_plan(kernel, s, device);
     if (!plan.runs) continue;
     if (kAbqKernels[kernel].family == AbqFamily::kWarpgroup) {
-      if (s.m < kManyTokens || waves_cost(plan, s, device) > best_cost) continue;
+      if (s.m < kWarpgroupTokens || waves_cost(plan, s, device) > best_cost) continue;
       best = kernel, best_cost = waves_cost(plan, s, device);
       continue;
     }

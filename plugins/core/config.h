@@ -39,7 +39,7 @@ constexpr size_t gemm_shared_bytes(const Tile& tile, size_t slot_bytes) {
 
 // Kernels of warpgroup.cuh: as many slots as fit a multiprocessor of compute capability 9.0, and room for their barriers.
 constexpr size_t kWarpgroupRing = 200 << 10, kWarpgroupBarriers = 128;
-constexpr int kManyTokens = 33;  // from here on they are chosen
+constexpr int kWarpgroupTokens = 33;  // from here on they are chosen
 constexpr Tile warpgroup_tile(Tile tile, size_t slot_bytes) {
   if (tile.stages * slot_bytes > kWarpgroupRing) tile.stages = int(kWarpgroupRing / slot_bytes);
   return tile;

@@ -71,25 +71,24 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   Shape::sync();  // before `shared` is used again
   if (!last) return false;
   __threadfence();
-  const auto add = [&](int z, int i, Value part) {
-    Value& sum = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
-    sum = z ? sum + part : part;
-  };
-  constexpr int kAtOnce = kCount > 16 ? 1 : 16 / kCount;  // shares that are on their way together, so that few wait for each other
+  // So many shares are on their way together that few loads wait for each other, but no accumulators have to leave their registers.
+  constexpr int kAtOnce = kCount > 16 ? 1 : 16 / kCount, kTogether = kCount > 16 ? 16 : kCount;
   ANYBIT_ROLLED
-  for (int z = 0; z < shares; z += kAtOnce) {
-    Value part[kAtOnce][kCount];
+  for (int z = 0; z < shares; z += kAtOnce)
     ANYBIT_UNROLL
-    for (int j = 0; j < kAtOnce; ++j)
+    for (int first = 0; first < kCount; first += kTogether) {
+      Value part[kAtOnce][kTogether];
       ANYBIT_UNROLL
-      for (int i = 0; i < kCount; ++i)
-        if (z + j < shares) part[j][i] = __ldcg(partials + (size_t(z) + j) * kShareWords + i * kThreads);
-    ANYBIT_UNROLL
-    for (int j = 0; j < kAtOnce; ++j)
+      for (int i = 0; i < kAtOnce * kTogether; ++i)
+        if (z + i / kTogether < shares)
+          part[i / kTogether][i % kTogether] = __ldcg(partials + (size_t(z) + i / kTogether) * kShareWords + (first + i % kTogether) * kThreads);
       ANYBIT_UNROLL
-      for (int i = 0; i < kCount; ++i)
-        if (z + j < shares) add(z + j, i, part[j][i]);
-  }
+      for (int i = 0; i < kAtOnce * kTogether; ++i) {
+        const int at = first + i % kTogether;
+        Value& sum = acc[at / 4 / kTokenTiles][at / 4 % kTokenTiles][at % 4];
+        if (z + i / kTogether < shares) sum = z + i / kTogether ? sum + part[i / kTogether][i % kTogether] : part[i / kTogether][i % kTogether];
+      }
+    }
   return true;
 }
 

@@ -64,7 +64,7 @@ inline int qqq_choose(const GemmShape& s, const Device& device) {
     const Plan plan = qqq_plan(kernel, s, device);
     if (!plan.runs) continue;
     if (kQqqKernels[kernel].family == QqqFamily::kWarpgroup) {
-      if (s.m < kManyTokens || waves_cost(plan, s, device) > best_cost) continue;
+      if (s.m < kWarpgroupTokens || waves_cost(plan, s, device) > best_cost) continue;
       best = kernel, best_cost = waves_cost(plan, s, device);
       continue;
     }

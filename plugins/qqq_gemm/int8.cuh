@@ -156,7 +156,8 @@ struct QqqInt8 {
         ANYBIT_UNROLL
         for (int i = 0; i < kChunks * 8; i += kRowsAtOnce, at += kRowsAtOnce * row_words) copy_async16(slot + to + i * kBlocks * kRowBytes, at);
       } else {
-        for (int i = 0; first + i < p.packed_rows; i += kRowsAtOnce, at += kRowsAtOnce * row_words)
+        ANYBIT_ROLLED
+        for (int i = 0; i < kChunks * 8 && first + i < p.packed_rows; i += kRowsAtOnce, at += kRowsAtOnce * row_words)
           copy_async16(slot + to + i * kBlocks * kRowBytes, at);
       }
     }

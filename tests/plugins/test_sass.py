@@ -50,6 +50,9 @@ def test_library_passes(kernels: list[Kernel], capsys: pytest.CaptureFixture[str
 
 def test_every_family_is_there_for_every_architecture(kernels: list[Kernel]) -> None:
     assert {(kernel.arch, kernel.family) for kernel in kernels} >= {(arch, family) for arch in ("sm_80", "sm_90a") for family in FAMILIES}
+    stubs = [kernel for kernel in kernels if "wgmma" in kernel.family and kernel.arch == "sm_80"]
+    assert len(stubs) > 10
+    assert all(kernel.code < 512 for kernel in stubs)
     assert len(table(kernels).splitlines()) == len(kernels) + 1
 
 
@@ -101,6 +104,14 @@ def test_missing_instructions_and_sizes_are_found() -> None:
     assert "library: got 63963136 bytes, expected at most 62914560" in found
     assert f"sm_80 {name}: got no IMMA, expected int8 tensor cores" in found
     assert f"sm_80 {name}: got 300 registers x 256 threads, expected at most 65536" in found
+    name = "gemm_warpgroups<QqqWarpgroup<ChannelWeights, WarpgroupShape<TileShape<8, 2, 8, 2, 3> > > >"
+    kernel = Kernel("sm_90a", name, registers=176, counts=Counter({"IGMMA": 8, "WARPGROUP": 8, "UBLKCP": 2, "USETMAXREG": 2}))
+    assert [line.partition("> >: ")[2] for line in failures([kernel]) if "Warpgroup" in line] == [
+        "got 176 registers x 384 threads, expected at most 65536",
+        "got 8 waits and fences for 8 IGMMA, expected fewer: the compiler lets each wait for the one before",
+        "got no LDS.64, expected pairs of packed words",
+    ]
+    assert [line for line in failures([Kernel("sm_80", name)]) if "Warpgroup" in line] == []
 
 
 def test_no_such_library() -> None:
