@@ -1,4 +1,4 @@
-"""Every wrapper of ptx.cuh against numpy, in the simulation and, where there is one, on a GPU: the two must agree with the same numbers."""
+"""Every wrapper of ptx.cuh and ptx_sm90.cuh against numpy, in the simulation and, where there is one, on a GPU: the two must agree with the same numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import plugins
 from plugins.toolkit import find_cuda, find_cuda_include, find_program
-from tests.plugins.kernel_runner import cuda_missing
+from tests.plugins.kernel_runner import Memory, cuda_missing
 
 SOURCE = Path(__file__).parent / "ptx" / "wrappers.cu"
 POISON = 0xCBCBCBCB
@@ -37,12 +38,29 @@ class Wrappers:
             # 16-byte aligned, as cp.async wants it
             store = np.zeros(words.size + 4, np.uint32)
             start = -store.ctypes.data // 4 % 4
+            self.library.anybit_sim_set_seed(ctypes.c_uint(1))
             given, out = store[start : start + words.size], np.zeros((32, outputs), np.uint32)
             given[:] = words.ravel()
             pointers = given.ctypes.data, out.ctypes.data
         code = self.library.run_wrapper(name.encode(), *(ctypes.c_void_p(p) for p in pointers), words.shape[1], outputs)
         assert code == 0
         return out.cpu().numpy().view(np.uint32) if self.kind == "cuda" else out
+
+    def products(self, unsigned: bool, a: np.ndarray, b: np.ndarray, d: np.ndarray, accumulate: bool) -> np.ndarray:
+        """D of run_wgmma [128 threads, tiles, 4] for its arguments in the order of the registers and of shared memory."""
+        arrays = [np.ascontiguousarray(a, np.uint32), np.ascontiguousarray(b).view(np.uint8), np.ascontiguousarray(d, np.int32)]
+        if self.kind == "cuda":
+            import torch
+
+            kept: list[Any] = [torch.from_numpy(array.view(np.int32)).cuda() for array in arrays]
+            pointers = [array.data_ptr() for array in kept]
+        else:
+            kept = [Memory(array, on_gpu=False) for array in arrays]
+            pointers = [memory.pointer for memory in kept]
+        code = self.library.run_products(int(unsigned), d.shape[1], *(ctypes.c_void_p(p) for p in pointers), int(accumulate))
+        assert code == 0
+        result = kept[2].cpu().numpy() if self.kind == "cuda" else kept[2].payload.view(np.int32)
+        return np.asarray(result.reshape(d.shape))
 
 
 @pytest.fixture(scope="module", params=["sim", "cuda"])
@@ -57,7 +75,8 @@ def wrappers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         import torch
 
         major, minor = torch.cuda.get_device_capability()
-        command = [str(find_cuda().nvcc), "-std=c++17", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}", f"-I{find_cuda().include}"]
+        arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+        command = [str(find_cuda().nvcc), "-std=c++17", "-Xcompiler=-fPIC", f"-arch=sm_{arch}", f"-I{find_cuda().include}"]
     subprocess.run([*command, "-shared", f"-I{sources}", str(SOURCE), "-o", str(library)], check=True)
     return Wrappers(request.param, library)
 
@@ -90,6 +109,35 @@ def test_integer_mma(wrappers: Wrappers, name: str, a_type: type) -> None:
     product = a.view(a_type).astype(np.int64) @ b.view(np.int8).astype(np.int64).T
     want = (accumulators(product) + words[:, 6:].view(np.int32)).astype(np.int32)
     np.testing.assert_array_equal(wrappers.run(name, words, 4).view(np.int32), want)
+
+
+@pytest.mark.parametrize("order", range(5))
+@pytest.mark.parametrize(("unsigned", "tiles"), [(True, 8), (True, 16), (False, 8), (False, 16)])
+def test_wgmma(wrappers: Wrappers, unsigned: bool, tiles: int, order: int) -> None:
+    """Registers of A and D by warp, B through a bulk copy in the 128-byte swizzle, barriers; with and without the old D."""
+    if wrappers.kind == "cuda":
+        import torch
+
+        if torch.cuda.get_device_capability() != (9, 0) or order:
+            pytest.skip("only compute capability 9.0 has wgmma; the order of threads is the GPU's own")
+    else:
+        wrappers.library.anybit_sim_set_seed(ctypes.c_uint(order))
+    rng = np.random.default_rng(order)
+    a, b = rng.integers(0, 256, (64, 128), np.uint8), rng.integers(0, 256, (8 * tiles, 128), np.uint8)
+    start = rng.integers(-1000, 1000, (128, tiles, 4))
+    threads, steps = np.arange(128), np.arange(4)
+    rows = 16 * (threads // 32) + threads % 32 // 4
+    words = a.view(np.uint32)  # [64, 32]: 8 words for each step
+    word = 8 * steps[None, :] + threads[:, None] % 4
+    fragments = np.stack([words[rows[:, None] + 8 * (i % 2), word + 4 * (i // 2)] for i in range(4)], -1)
+    parts = b.reshape(-1, 8, 16)
+    swizzled = np.stack([part[np.arange(8) ^ row % 8] for row, part in enumerate(parts)])
+    product = a.view(np.uint8 if unsigned else np.int8).astype(np.int64) @ b.view(np.int8).astype(np.int64).T
+    column = 8 * np.arange(tiles)[None, :] + 2 * (threads[:, None] % 4)
+    want = np.stack([product[rows[:, None] + 8 * (i // 2), column + i % 2] for i in range(4)], -1)
+    for accumulate in (False, True):
+        got = wrappers.products(unsigned, fragments, swizzled, start, accumulate)
+        np.testing.assert_array_equal(got, want + (start if accumulate else 0))
 
 
 def test_binary_mma(wrappers: Wrappers) -> None:

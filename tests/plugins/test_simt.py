@@ -93,9 +93,29 @@ def test_every_block_of_a_large_grid_runs_once(faults: Faults, order: int) -> No
     np.testing.assert_array_equal(out, np.arange(37 * 11 * THREADS))
 
 
+@pytest.mark.parametrize("order", range(6))
+def test_bulk_copies_arrive_before_the_wait_ends_and_not_much_sooner(faults: Faults, order: int) -> None:
+    code, out = faults.run("bulk_copy", order=order)
+    assert code == 0
+    np.testing.assert_array_equal(out, np.arange(THREADS) % 4)
+    if order % 2 or not order:  # even orders let copies arrive at once
+        _, out = faults.run("bulk_copy", order=order, forget_sync=True)
+        assert (out == np.int32(np.uint32(0xCBCBCBCB).astype(np.int32))).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_a_product_reads_its_rows_until_it_is_waited_for(faults: Faults, order: int) -> None:
+    assert faults.run("late_product", order=order)[1].tolist() == [32] * THREADS
+    assert faults.run("late_product", order=order, forget_sync=True)[1].tolist() == [64] * THREADS
+
+
 @pytest.mark.parametrize(
     ("name", "threads", "message"),
     [
+        ("nobody_arrives", 32, "simt: deadlock, block (0,0,0) thread (0,0,0) waits at an mbarrier that another thread never reaches"),
+        ("lonely_part", 64, "simt: deadlock, block (0,0,0) thread (0,0,0) waits at barrier.sync that another thread never reaches"),
+        ("too_many_arrivals", 32, "simt: more arrivals at an mbarrier than it was told to expect"),
+        ("bulk_of_12_bytes", 32, "simt: cp.async.bulk of 12 bytes: size and addresses must be multiples of 16"),
         (
             "divergent_barrier",
             96,

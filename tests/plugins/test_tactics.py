@@ -15,6 +15,8 @@ from plugins.core.op_spec import GemmAttributes, QuantArrays
 from tests.plugins.kernel_cases import BF16, F16, F32, LEVELS, abq, abq_arrays, assert_close, op_of, qqq, qqq_arrays, tokens
 from tests.plugins.kernel_runner import KERNEL_STEP, SIMPLE, KernelError, KernelRunner, cuda_missing
 
+INT8 = {"int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
+WGMMA = {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 
 
@@ -25,6 +27,19 @@ def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
     runner = KernelRunner(request.param)
     yield runner
     runner.set_device(90, 4)
+
+
+def gpu_sm() -> int:
+    """Compute capability of the GPU, times 10."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def has_wgmma(runner: KernelRunner) -> bool:
+    """Whether check() runs the kernels for compute capability 9.0."""
+    return runner.kind == "sim" or gpu_sm() == 90
 
 
 def check(
@@ -55,14 +70,16 @@ def test_abq_bit_widths(runner: KernelRunner, w: tuple[int, int]) -> None:
     for abits, m in ((2, 9), (3, 1), (4, 4), (5, 2), (8, 3), (8, 17)):
         attrs = abq(66, 640, w=w, a=abits, sym=abits % 2)
         names = check(runner, attrs, tokens(m, 640, F16), arrays=abq_arrays(attrs), order=abits)
-        assert names == {"simple", "b1 64x8", "b1 64x16", "int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
+        assert names == {"simple", "b1 64x8", "b1 64x16", *INT8, *(WGMMA if has_wgmma(runner) else ())}
 
 
 @pytest.mark.parametrize("g", [32, 40, 64, 96, 128, 192, 256, 512, 33])
 def test_abq_groups(runner: KernelRunner, g: int) -> None:
     for w, sym, groups in (((2, 5), 0, 5), ((4, 16), 1, 4), ((8, 256), 0, 2)):
         attrs = abq(33, g * groups, w=w, sym=sym, g=g, bias=1)
-        check(runner, attrs, tokens(9, g * groups, F16), arrays=abq_arrays(attrs), order=g)
+        names = check(runner, attrs, tokens(9, g * groups, F16), arrays=abq_arrays(attrs), order=g)
+        whole_chunks = has_wgmma(runner) and -(-g // 32) % 4 == 0
+        assert names & WGMMA == (WGMMA - {"wgmma 256x128"} if whole_chunks else set())
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
@@ -171,21 +188,36 @@ def test_workspace_needs_no_clearing(runner: KernelRunner, scratch: int) -> None
 
 
 @pytest.mark.parametrize("op", ["ABQGemm", "QQQGemm"])
-def test_choice_of_kernel(runner: KernelRunner, op: str) -> None:
-    """The smallest tile that holds the tokens comes first; tiles are split among multiprocessors only where those would idle."""
+@pytest.mark.parametrize("sm", [80, 89, 90, 120])
+def test_choice_of_kernel(runner: KernelRunner, op: str, sm: int) -> None:
+    """The smallest tile that holds the tokens comes first; tiles are split among multiprocessors only where those would idle.
+
+    On 9.0 and nowhere else many tokens take the wgmma tile that needs the fewest waves.
+    """
+    if runner.kind == "cuda" and sm != gpu_sm():
+        pytest.skip("the GPU is what it is")
     attrs = abq(4096, 4096) if op == "ABQGemm" else qqq(4096, 4096)
+    runner.set_device(sm, MANY, 99 << 10 if sm in (89, 120) else 227 << 10)
 
-    def chosen(m: int) -> tuple[int, int]:
-        """Tokens of the chosen tile and shares of K."""
+    def chosen(m: int) -> tuple[str, int]:
+        """Family and tile of the chosen kernel and shares of K."""
         tactic, name = next(iter(runner.tactics(op, attrs, m, F16).items()))
-        return int(name.split("x")[-1].split()[0]), tactic % KERNEL_STEP
+        return name, tactic % KERNEL_STEP
 
-    if runner.kind == "sim":
-        runner.set_device(90, MANY)
-    assert [chosen(m)[0] for m in (1, 8, 9, 16, 17, 33, 64)] == [8, 8, 16, 16, 32, 64, 64]
-    assert [chosen(0)[0], len(runner.tactics(op, attrs, 0, F16)) > 1] == [8, True]
+    def tokens_of(m: int) -> int:
+        return int(chosen(m)[0].split("x")[-1])
+
+    assert [tokens_of(m) for m in (8, 9, 16, 17, 33, 64)] == [8, 16, 16, 32, 64, 64]
+    assert [tokens_of(0), len(runner.tactics(op, attrs, 0, F16)) > 1] == [8, True]
     assert chosen(1)[1] > 1
-    assert chosen(4096) == (64, 1)
+    many = {m: chosen(m) for m in (33, 64, 512, 4096)}
+    if sm != 90:
+        assert not [name for name in runner.tactics(op, attrs, 4096, F16).values() if "wgmma" in name]
+        assert many[4096] == ("int8 256x64", 1)
+    elif op == "ABQGemm":
+        assert {m: name for m, (name, _) in many.items()} == {33: "wgmma 128x64", 64: "wgmma 128x64", 512: "wgmma 128x128", 4096: "wgmma 256x128"}
+    else:
+        assert {m: name for m, (name, _) in many.items()} == {33: "wgmma 256x64", 64: "wgmma 256x64", 512: "wgmma 256x64", 4096: "wgmma 256x128"}
 
 
 def test_small_shared_memory_leaves_what_fits(runner: KernelRunner) -> None:

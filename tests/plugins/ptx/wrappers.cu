@@ -1,7 +1,9 @@
-// One kernel for each wrapper of plugins/core/ptx.cuh: a warp takes `in` words per lane and gives `out` words per lane.
+// One kernel for each wrapper of plugins/core/ptx.cuh: a warp takes `in` words per lane and gives `out` words per lane. Those of
+// ptx_sm90.cuh work together in one kernel of four warps.
 // Compiles with nvcc and with g++ (the CPU simulation); tests/plugins/test_ptx.py compares both with numpy.
 #include "core/launch.h"
 #include "core/ptx.cuh"
+#include "core/ptx_sm90.cuh"
 
 #include <cstring>
 
@@ -105,6 +107,51 @@ __global__ void run_extremes(Words w) {
   w.result(5) = min_or_max_nan2<__nv_bfloat16, true>(w(4), w(5));
 }
 
+// D = A B^T (+ D) by four warps: A [64, 128] by the threads' copies and from there to registers, the swizzled rows of B by a bulk copy,
+// both told to one barrier.
+struct Products {
+  const uint32_t* a;  // [128 threads][4 steps][4]
+  const char* b;      // [8 * kTiles][128], swizzled
+  int32_t* d;         // [128 threads][kTiles][4]
+  int accumulate;
+};
+
+template <bool kUnsigned, int kTiles>
+__global__ void __launch_bounds__(128) run_wgmma(Products p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kBytes = 8 * kTiles * 128;
+  char* b_sh = dynamic_shared<char>();
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(b_sh + kBytes);
+  const int thread = threadIdx.x;
+  uint32_t* a_sh = reinterpret_cast<uint32_t*>(b_sh + kBytes + 16) + thread * 16;
+  if (thread == 0) {
+    init_barrier(barrier, 128 + 1);
+    fence_barriers();
+  }
+  __syncthreads();
+  if (thread == 0) {
+    arrive_and_expect(barrier, kBytes);
+    copy_bulk(b_sh, p.b, kBytes, barrier);
+  }
+  for (int i = 0; i < 16; i += 4) copy_async16(a_sh + i, p.a + thread * 16 + i);
+  arrive_after_copies(barrier);
+  uint32_t a[4][4];
+  int32_t d[kTiles][4];
+  for (int i = 0; i < 4 * kTiles; ++i) d[i / 4][i % 4] = p.d[thread * 4 * kTiles + i];
+  wait_for_phase(barrier, 0);
+  for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = a_sh[i];
+  sync_part<128>();
+  const SwizzledRows rows(b_sh);
+  fence_products();
+  ANYBIT_UNROLL
+  for (int step = 0; step < 4; ++step) wgmma<kUnsigned>(d, a[step], rows.part(32 * step), step || p.accumulate);
+  commit_products();
+  wait_for_products<0>();
+  settle_products(d);
+  for (int i = 0; i < 4 * kTiles; ++i) p.d[thread * 4 * kTiles + i] = d[i / 4][i % 4];
+#endif
+}
+
 using Kernel = void (*)(Words);
 struct Named {
   const char* name;
@@ -130,4 +177,15 @@ ANYBIT_API int run_wrapper(const char* name, const uint32_t* in, uint32_t* out, 
     return error;
   }
   return -1;
+}
+
+// The same for run_wgmma.
+ANYBIT_API int run_products(int is_unsigned, int tiles, const uint32_t* a, const char* b, int32_t* d, int accumulate) {
+  const auto kernel = is_unsigned ? (tiles == 8 ? run_wgmma<true, 8> : run_wgmma<true, 16>)
+                                  : (tiles == 8 ? run_wgmma<false, 8> : run_wgmma<false, 16>);
+  const cudaError_t error = launch({dim3(1), dim3(128), size_t(tiles) * 1024 + 16 + 8192}, nullptr, kernel, Products{a, b, d, accumulate});
+#ifdef __CUDACC__
+  if (error == cudaSuccess) return cudaDeviceSynchronize();
+#endif
+  return error;
 }
