@@ -65,7 +65,7 @@ def _digest(sources: Iterable[str], *parts: Any) -> str:
     """Hash of `parts` and of what is compiled: the sources, what they include, and the linker's list of exports."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for path in [*_included(sources), _SOURCES / "core" / "exports.map"]:
-        digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
+        digest.update(f"\0{os.path.relpath(path, _SOURCES)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -217,8 +217,7 @@ def build_source(source: Path, arch: str | None = None) -> Path:
         cuda = find_cuda()
         compiler = [str(cuda.nvcc), *flags["nvcc"], *_gencode(_architectures(arch, [])), "-I.", f"-I{cuda.include}"]
         link, suffix = [cxx, "-shared", "{}", f"-L{cuda.lib}", *flags["libraries"]], f"-{arch.replace(';', '-')}"
-    record = {"source": hashlib.sha256(source.read_bytes()).hexdigest()}
-    return _build(build_folder() / f"{source.stem}{suffix}.so", record, {str(source.resolve()): compiler}, link)
+    return _build(build_folder() / f"{source.stem}{suffix}.so", {}, {str(source.resolve()): compiler}, link)
 
 
 def build_soname(library: Path, soname: str) -> Path:

@@ -25,21 +25,27 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
 
   using Base::Base;
 
-  struct Copies : AbqCopies<kPlanes, Shape> {
-    using AbqCopies<kPlanes, Shape>::AbqCopies;
+  class Copies : public AbqCopies<kPlanes, Shape> {
+   public:
+    __device__ Copies(const Args& args, int thread, int first) : AbqCopies<kPlanes, Shape>(args, thread, first), thread_(thread), stage_(first) {}
     // Only the parts of the slot, at their places in the chunk; rows that no token has are left out.
-    __device__ void load_tokens(char* slot, int stage) const {
-      constexpr int kAll = Shape::kTokens * kChunks;
+    __device__ void load_tokens(char* slot) {
+      const int stage = stage_++;
+      constexpr int kChunks = Shape::kChunks, kAll = Shape::kTokens * kChunks;
       const AbqGemmArgs& p = this->p;
       const int first = stage * kChunks % kParts, chunk = stage * kChunks / kParts, row0 = blockIdx.y * Shape::kTokens;
       const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, chunk, row0, 0);
       ANYBIT_UNROLL
       for (int i = 0; i < kAll; i += Shape::kThreads) {
-        const int at = i + this->thread, row = at / kChunks;
+        const int at = i + thread_, row = at / kChunks;
         const size_t offset = token_offset(Shape::kTokens, 0, row, 16 * (first + at % kChunks));
         if (at < kAll && row < p.m * p.columns_per_token - row0) copy_async16(slot + kWeightBytes + offset, from + offset);
       }
     }
+
+   private:
+    const int thread_;
+    int stage_;
   };
 
   // k256 step `step` of a slot: chunks 2 * step and 2 * step + 1.

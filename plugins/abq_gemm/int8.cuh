@@ -26,12 +26,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   using Base::Base;
 
-  struct Copies : AbqCopies<kPlanes, Shape> {
-    using AbqCopies<kPlanes, Shape>::AbqCopies;
-    __device__ void load_tokens(char* slot, int stage) const {
-      copy_tokens<kChunks, Shape>(slot + kWeightBytes, this->p, stage * kChunks, this->chunks);
-    }
-  };
+  using Copies = AbqTileCopies<kPlanes, Shape>;
 
   // A fragment of k step `step` of a unit from the codes of rows g and g + 8.
   struct Fragment {
@@ -109,8 +104,13 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   }
 
   __device__ void multiply(const char* slot, int stage) {
-    this->walk(stage, [&](int c, int unit) { multiply_unit(slot, slot + kWeightBytes + c * Shape::kTokens * kChunkBytes, c, unit); },
-               [&] { close_group(); });
+    const auto multiply_at = [&](int c, int unit) { multiply_unit(slot, slot + kWeightBytes + c * Shape::kTokens * kChunkBytes, c, unit); };
+    if constexpr (kGrouped) {
+      this->walk(stage, multiply_at, [&] { close_group(); });
+    } else {
+      ANYBIT_UNROLL
+      for (int c = 0; c < kChunks; ++c) multiply_at(c, 0);  // behind the row weights are 0
+    }
   }
 
   __device__ void finish(char* shared) {

@@ -15,13 +15,16 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
 
   using Base::Base;
 
-  struct Copies : AbqCopies<kPlanes, Shape, kCopyingThreads> {
-    using Base = AbqCopies<kPlanes, Shape, kCopyingThreads>;
-    using Base::Base;
-    __device__ void load_weights(char* slot, int stage, uint64_t*) const { Base::load_weights(slot, stage); }
-    __device__ void load_tokens(char* slot, int stage, uint64_t* barrier) const {
-      copy_tokens_bulk<kChunks, Shape>(slot + kWeightBytes, this->p, stage * kChunks, this->chunks, 0, barrier);
-    }
+  class Copies {
+   public:
+    __device__ Copies(const AbqGemmArgs& p, int thread, int first)
+        : weights_(p, thread, first), tokens_(p, first * kChunks, p.row_words / kChunkWords) {}
+    __device__ void load_weights(char* slot, uint64_t*) { weights_.load_weights(slot); }
+    __device__ void load_tokens(char* slot, uint64_t* barrier) { tokens_.load(slot + kWeightBytes, 0, barrier); }
+
+   private:
+    AbqCopies<kPlanes, Shape, kCopyingThreads> weights_;
+    BulkTokenCopies<kChunks, Shape> tokens_;
   };
 
   // All k of a chunk; the products are there when it returns.

@@ -82,12 +82,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
     }
   }
 
-  struct Copies : AbqCopies<kPlanes, Shape> {
-    using AbqCopies<kPlanes, Shape>::AbqCopies;
-    __device__ void load_tokens(char* slot, int stage) const {
-      copy_tokens<2 * kChunks, Shape>(slot + kWeightBytes, this->p, stage * 2 * kChunks, 2 * this->chunks);
-    }
-  };
+  using Copies = AbqTileCopies<kPlanes, Shape, 2>;
 
   __device__ void look_for_far_zeros() {
     bool found = false;

@@ -33,39 +33,62 @@ struct AbqSlot {
   __device__ static int part_offset(int row, int chunk) { return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16; }
 };
 
-// What one of kThreads threads copies of every plane of every slot: 16-byte part thread % kChunks of a few rows.
+// What one of kThreads threads copies of every plane of every slot, from stage `first` on: 16-byte part thread % kChunks of a few rows.
 template <int kPlanes, class Shape, int kThreads = Shape::kThreads>
-struct AbqCopies {
+class AbqCopies {
+ public:
+  __device__ AbqCopies(const AbqGemmArgs& args, int thread, int first) : p(args), copies_(thread < kRowsAtOnce * kChunks) {
+    const int c = thread % kChunks, n0 = blockIdx.x * Shape::kRows;
+    left_ = p.row_words / kChunkWords - first * kChunks - c;
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = thread / kChunks + i * kRowsAtOnce, n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last are not stored
+      from_[i] = p.weight + size_t(n) * p.row_words + (first * kChunks + c) * kChunkWords;
+      to_[i] = Slot::part_offset(row, c);
+    }
+  }
+
+  __device__ void load_weights(char* slot) {
+    const int from_bytes = left_ > 0 ? 16 : 0;  // zeros behind the row
+    const size_t plane_words = size_t(p.n) * p.row_words;
+    ANYBIT_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const uint32_t* from = from_[i];
+      ANYBIT_UNROLL
+      for (int j = 0; j < kPlanes; ++j, from += plane_words)
+        if (copies_ && j < p.planes) copy_async16(slot + j * Slot::kPlaneBytes + to_[i], from, from_bytes);
+      from_[i] += kChunks * kChunkWords;
+    }
+    left_ -= kChunks;
+  }
+
+ protected:
+  const AbqGemmArgs& p;
+
+ private:
   using Slot = AbqSlot<kPlanes, Shape>;
   static constexpr int kChunks = Shape::kChunks;
   static constexpr int kRowsAtOnce = kThreads / kChunks < Shape::kRows ? kThreads / kChunks : Shape::kRows;
   static constexpr int kCopies = Shape::kRows / kRowsAtOnce;
 
-  const AbqGemmArgs& p;
-  const int thread, chunks = p.row_words / kChunkWords;
-  const uint32_t* from[kCopies];
-  int to[kCopies];
+  const bool copies_;
+  int left_;  // chunks of the row from this thread's on
+  const uint32_t* from_[kCopies];
+  int to_[kCopies];
+};
 
-  __device__ AbqCopies(const AbqGemmArgs& args, int thread_) : p(args), thread(thread_) {
-    ANYBIT_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      const int row = thread / kChunks + i * kRowsAtOnce, c = thread % kChunks, n0 = blockIdx.x * Shape::kRows;
-      const int n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last repeat it and are not stored
-      from[i] = p.weight + size_t(n) * p.row_words + c * kChunkWords;
-      to[i] = Slot::part_offset(row, c);
-    }
-  }
+// Weights and int8 codes, or 16-bit values (kTokenChunks 2 for 128 k).
+template <int kPlanes, class Shape, int kTokenChunks = 1>
+class AbqTileCopies : public AbqCopies<kPlanes, Shape> {
+ public:
+  __device__ AbqTileCopies(const AbqGemmArgs& args, int thread, int first)
+      : AbqCopies<kPlanes, Shape>(args, thread, first),
+        tokens_(args, thread, first * kChunks, args.row_words / kChunkWords * kTokenChunks) {}
+  __device__ void load_tokens(char* slot) { tokens_.load(slot + AbqSlot<kPlanes, Shape>::kWeightBytes); }
 
-  __device__ void load_weights(char* slot, int stage) const {
-    if (thread >= kRowsAtOnce * kChunks) return;
-    const int from_bytes = stage * kChunks + thread % kChunks < chunks ? 16 : 0;  // zeros behind the row
-    const size_t plane_words = size_t(p.n) * p.row_words;
-    ANYBIT_ROLLED
-    for (int j = 0; j < p.planes; ++j)
-      ANYBIT_UNROLL
-      for (int i = 0; i < kCopies; ++i)
-        copy_async16(slot + j * Slot::kPlaneBytes + to[i], from[i] + j * plane_words + stage * kChunks * kChunkWords, from_bytes);
-  }
+ private:
+  static constexpr int kChunks = Shape::kChunks * kTokenChunks;
+  TokenCopies<kChunks, Shape> tokens_;
 };
 
 // kPlanes: 2, 4 or 8, of which p.planes are there, at least kSure. kWords: unit of planes.cuh. kGrouped: several scales per row.

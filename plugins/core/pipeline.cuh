@@ -30,20 +30,36 @@ struct TileShape {
   __device__ static void sync() { __syncthreads(); }  // of the kThreads that multiply
 };
 
-// Copy the rows of a tile, kTokens from a multiple of 8 on (where the swizzle starts over), of token chunks [first, first + kChunks)
-// below `end`, to shared memory [chunk][row][128]. Rows that no token has are left out: they are columns that are not stored.
+// Copies the rows of a tile, kTokens from a multiple of 8 on (where the swizzle starts over), to shared memory [chunk][row][128]: kChunks
+// token chunks at a time, from `first` on and below `end`. Rows that no token has are left out: they are columns that are not stored.
 template <int kChunks, class Shape>
-__device__ void copy_tokens(char* to, const GemmArgs& p, int first, int end) {
-  constexpr int kParts = Shape::kTokens * kChunkBytes / 16, kAll = kChunks * kParts;
-  const int first_row = blockIdx.y * Shape::kTokens, rows = p.m * p.columns_per_token - first_row;
-  const uint8_t* from = p.tokens.rows + token_offset(p.tokens.row_count, first, first_row, 0);
-  const size_t chunk_bytes = size_t(p.tokens.row_count) * kChunkBytes;
-  ANYBIT_UNROLL
-  for (int i = 0; i < kAll; i += Shape::kThreads) {
-    const int at = i + threadIdx.x, c = at / kParts, part = at % kParts;
-    if (at < kAll && first + c < end && part / (kChunkBytes / 16) < rows) copy_async16(to + at * 16, from + c * chunk_bytes + part * 16);
+class TokenCopies {
+ public:
+  __device__ TokenCopies(const GemmArgs& p, int thread, int first, int end)
+      : chunk_bytes_(size_t(p.tokens.row_count) * kChunkBytes), to_(thread * 16) {
+    const int first_row = blockIdx.y * Shape::kTokens, chunk = first + thread / kParts, part = thread % kParts;
+    from_ = p.tokens.rows + token_offset(p.tokens.row_count, chunk, first_row, 0) + part * 16;
+    rows_ = p.m * p.columns_per_token - first_row - part / 8;
+    left_ = end - chunk;
   }
-}
+  __device__ void load(char* to) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kChunks * kParts; i += Shape::kThreads) {  // chunks and parts beyond this thread's first
+      const int c = i / kParts, part = i % kParts;
+      if (c < left_ && part / 8 < rows_) copy_async16(to + to_ + i * 16, from_ + c * chunk_bytes_ + part * 16);
+    }
+    from_ += kChunks * chunk_bytes_, left_ -= kChunks;
+  }
+
+ private:
+  static constexpr int kParts = Shape::kTokens * kChunkBytes / 16;  // of a chunk
+  static_assert(kChunks * kParts % Shape::kThreads == 0, "as many parts for every thread");
+
+  const size_t chunk_bytes_;
+  const int to_;
+  const uint8_t* from_;
+  int rows_, left_;
+};
 
 // b[0..1], b[2..3]: the B fragments of k steps 2 * pair and 2 * pair + 1 of a chunk [token][128] for tokens 8 * tile.. .
 __device__ inline void load_token_fragments(uint32_t (&b)[4], const char* chunk, int tile, int pair) {
@@ -144,32 +160,34 @@ constexpr size_t gemm_shared_bytes() {
 __device__ inline int share_of_k(int stages, unsigned z) { return int(unsigned(stages) * z / gridDim.z); }  // at most 64 * 2^20
 
 // Op: Args (a GemmArgs with more), Shape, kSlotBytes, kBlocksPerSm; Op(args); begin(stage), which reads no tokens,
-// multiply(slot, stage), finish(shared). Op::Copies(args, thread): load_weights(slot, stage), load_tokens(slot, stage).
+// multiply(slot, stage), finish(shared). Op::Copies(args, thread, first stage): load_weights(slot), load_tokens(slot), each of which fills
+// the next stage into a slot.
 template <class Op>
 __global__ void __launch_bounds__(Op::Shape::kThreads, Op::kBlocksPerSm) gemm(typename Op::Args p) {
   constexpr int kStages = Op::Shape::kStages;
   char* ring = dynamic_shared<char>();
   const int first = share_of_k(p.stages, blockIdx.z), end = share_of_k(p.stages, blockIdx.z + 1);
   Op op(p);
-  typename Op::Copies copies(p, threadIdx.x);
+  typename Op::Copies copies(p, threadIdx.x, first);
   op.begin(first);
-  const auto slot = [&](int stage) { return ring + (stage - first) % kStages * Op::kSlotBytes; };
-  for (int s = first; s < first + kStages - 1 && s < end; ++s) copies.load_weights(slot(s), s);
+  for (int i = 0; i < kStages - 1 && first + i < end; ++i) copies.load_weights(ring + i * Op::kSlotBytes);
   wait_for_earlier_launch();  // only weights are read before: they never change
-  for (int s = first; s < first + kStages - 1; ++s) {
-    if (s < end) copies.load_tokens(slot(s), s);
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (first + i < end) copies.load_tokens(ring + i * Op::kSlotBytes);
     commit_copies();
   }
+  char *slot = ring, *left = ring + (kStages - 1) * Op::kSlotBytes;  // of this stage, of the one before
   for (int s = first; s < end; ++s) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // slot s has arrived for all threads, and all have left slot s - 1
-    const int next = s + kStages - 1;
-    if (next < end) {
-      copies.load_weights(slot(next), next);
-      copies.load_tokens(slot(next), next);
+    __syncthreads();  // the slot has arrived for all threads, and all have left the one before
+    if (s + kStages - 1 < end) {
+      copies.load_weights(left);
+      copies.load_tokens(left);
     }
     commit_copies();
-    op.multiply(slot(s), s);
+    op.multiply(slot, s);
+    left = slot;
+    slot = slot == ring + (kStages - 1) * Op::kSlotBytes ? ring : slot + Op::kSlotBytes;
   }
   wait_for_copies<0>();
   __syncthreads();  // the ring is free for the results

@@ -174,10 +174,7 @@ inline void wait_as(State state) {
   to_scheduler();
 }
 inline void sync_block() { wait_as(State::at_block_barrier); }
-inline void sync_part(size_t threads) {
-  me->part = threads;
-  wait_as(State::at_part_barrier);
-}
+inline void sync_part(size_t threads) { me->part = threads, wait_as(State::at_part_barrier); }
 inline void sync_warp() { wait_as(State::at_warp_barrier); }
 inline void* shared_memory() { return me->block->shared; }
 
@@ -233,7 +230,7 @@ inline void take_off(Flight flight) {
   else me->block->flights.push_back(std::move(flight));
 }
 inline void copy_bulk(void* to, const void* from, int bytes, MBarrier* barrier) {
-  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+  if (bytes <= 0 || (uintptr_t(bytes) | reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
     throw std::runtime_error("simt: cp.async.bulk of " + std::to_string(bytes) + " bytes: size and addresses must be multiples of 16");
   take_off({{{to, from, bytes, bytes}}, barrier, bytes});
 }
@@ -256,9 +253,8 @@ inline bool land_one(std::vector<Block>& blocks, std::mt19937* random) {
   for (Block& block : blocks) {
     if (block.flights.empty()) continue;
     const size_t i = random ? (*random)() % block.flights.size() : 0;
-    const Flight flight = std::move(block.flights[i]);
+    land(block.flights[i]);
     block.flights.erase(block.flights.begin() + long(i));
-    land(flight);
     return true;
   }
   return false;
@@ -318,9 +314,9 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, s
     if (ran || released || land_one(blocks, random)) continue;
     for (Fiber* fiber : order) {
       if (fiber->state == State::done) continue;
-      const char* place = fiber->state == State::at_block_barrier ? "__syncthreads"
-                          : fiber->state == State::at_part_barrier ? "barrier.sync"
-                          : fiber->state == State::at_mbarrier ? "an mbarrier" : "a warp collective";
+      const State state = fiber->state;
+      const char* place = state == State::at_block_barrier ? "__syncthreads" : state == State::at_part_barrier ? "barrier.sync"
+                          : state == State::at_mbarrier    ? "an mbarrier"   : "a warp collective";
       throw std::runtime_error("simt: deadlock, block " + text(fiber->block->idx) + " thread " + text(fiber->tid) +
                                " waits at " + place + " that another thread never reaches");
     }
@@ -371,7 +367,8 @@ inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
 }
 
 // Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other seeds shuffle blocks and
-// threads; even ones let copies arrive early and warps run ahead, to catch memory that is used again too soon. Throws std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
+// threads; even ones let copies arrive early and warps run ahead, to catch memory that is used again too soon. Throws
+// std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, std::function<void()> kernel_call) {
   const size_t block_threads = size_t(block.x) * block.y * block.z, n_blocks = size_t(grid.x) * grid.y * grid.z;
   const size_t resident = std::min(n_blocks, std::max<size_t>(1, kResidentThreads / block_threads));

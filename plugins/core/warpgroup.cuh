@@ -39,36 +39,51 @@ struct RingPlace {
   }
 };
 
-// Bulk copies of token chunks [first, first + kChunks) below `end` as copy_tokens() has them, told to the barrier with `more` other bytes.
+// As TokenCopies, by one thread's bulk copies, told to the barrier together with `more` other bytes.
 template <int kChunks, class Shape>
-__device__ void copy_tokens_bulk(char* to, const GemmArgs& p, int first, int end, int more, uint64_t* barrier) {
-  const int first_row = blockIdx.y * Shape::kTokens, rows = p.m - first_row < Shape::kTokens ? p.m - first_row : Shape::kTokens;
-  const int bytes = rows * kChunkBytes, chunks = end - first < kChunks ? end - first : kChunks;
-  arrive_and_expect(barrier, chunks * bytes + more);
-  for (int c = 0; c < chunks; ++c)
-    copy_bulk(to + c * Shape::kTokens * kChunkBytes, p.tokens.rows + token_offset(p.tokens.row_count, first + c, first_row, 0), bytes, barrier);
-}
+class BulkTokenCopies {
+ public:
+  __device__ BulkTokenCopies(const GemmArgs& p, int first, int end) : chunk_bytes_(size_t(p.tokens.row_count) * kChunkBytes), left_(end - first) {
+    const int first_row = blockIdx.y * Shape::kTokens, rows = p.m - first_row < Shape::kTokens ? p.m - first_row : Shape::kTokens;
+    from_ = p.tokens.rows + token_offset(p.tokens.row_count, first, first_row, 0);
+    bytes_ = rows * kChunkBytes;
+  }
+  __device__ void load(char* to, int more, uint64_t* barrier) {
+    const int chunks = left_ < kChunks ? left_ : kChunks;
+    arrive_and_expect(barrier, chunks * bytes_ + more);
+    ANYBIT_UNROLL
+    for (int c = 0; c < kChunks; ++c, from_ += chunk_bytes_)
+      if (c < chunks) copy_bulk(to + c * Shape::kTokens * kChunkBytes, from_, bytes_, barrier);
+    left_ -= kChunks;
+  }
 
-// The copying warps. Op::Copies(args, thread): load_weights(slot, stage, barrier) by all threads, with copy_async or, told to the
-// barrier, copy_bulk; load_tokens(slot, stage, barrier) by one, which announces all bulk copies of the stage.
+ private:
+  const size_t chunk_bytes_;
+  int left_, bytes_;  // chunks; bytes of a chunk
+  const uint8_t* from_;
+};
+
+// The copying warps. Op::Copies(args, thread, first stage), each of whose functions fills the next stage into a slot:
+// load_weights(slot, barrier) by all threads, with copy_async or, told to the barrier, copy_bulk; load_tokens(slot, barrier) by one,
+// which announces all bulk copies of the stage.
 template <class Op>
 __device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* full, uint64_t* empty, int first, int end) {
   constexpr int kStages = Op::Shape::kStages;
   const int thread = threadIdx.x - Op::Shape::kThreads, ahead = end - first < kStages ? end : first + kStages;
-  const typename Op::Copies copies(p, thread);
-  const auto load_weights = [&](int i, int s) { copies.load_weights(ring + i * Op::kSlotBytes, s, full + i); };
-  const auto load_tokens = [&](int i, int s) {
-    if (thread == 0) copies.load_tokens(ring + i * Op::kSlotBytes, s, full + i);
+  typename Op::Copies copies(p, thread, first);
+  const auto load_weights = [&](int i) { copies.load_weights(ring + i * Op::kSlotBytes, full + i); };
+  const auto load_tokens = [&](int i) {
+    if (thread == 0) copies.load_tokens(ring + i * Op::kSlotBytes, full + i);
     arrive_after_copies(full + i);
   };
-  for (int s = first; s < ahead; ++s) load_weights(s - first, s);
+  for (int i = 0; i < ahead - first; ++i) load_weights(i);
   wait_for_earlier_launch();  // only weights are read before: they never change
-  for (int s = first; s < ahead; ++s) load_tokens(s - first, s);
+  for (int i = 0; i < ahead - first; ++i) load_tokens(i);
   RingPlace<kStages> place;
   for (int s = ahead; s < end; ++s, place.advance()) {
     wait_for_phase(empty + place.slot, place.parity);
-    load_weights(place.slot, s);
-    load_tokens(place.slot, s);
+    load_weights(place.slot);
+    load_tokens(place.slot);
   }
 }
 

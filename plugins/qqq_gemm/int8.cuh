@@ -135,36 +135,33 @@ struct QqqInt8 {
   __device__ explicit QqqInt8(const Args& args) : p(args) {}
 
   // A thread copies one place of every kRowsAtOnce-th packed row.
-  struct Copies {
+  class Copies {
+   public:
+    __device__ Copies(const Args& p, int thread, int first)
+        : step_(size_t(p.blocks) * 128 * kRowsAtOnce), to_(thread * 16), tokens_(p, thread, first * kChunks, p.chunks) {
+      const int row = first * kChunks * 8 + thread / kParts;
+      const int block = blockIdx.x * kBlocks + thread % kParts / 32;  // past the last repeats it, and is not stored
+      from_ = p.weight + (size_t(row) * p.blocks + (block < p.blocks ? block : p.blocks - 1)) * 128 + thread % 32 * 4;
+      rows_ = p.packed_rows - row;
+    }
+    // Rows past the end are left out: what the slot holds there meets codes that are 0.
+    __device__ void load_weights(char* slot) {
+      ANYBIT_UNROLL
+      for (int i = 0; i < kChunks * 8; i += kRowsAtOnce, from_ += step_)
+        if (i < rows_) copy_async16(slot + to_ + i * kBlocks * kRowBytes, from_);
+      rows_ -= kChunks * 8;
+    }
+    __device__ void load_tokens(char* slot) { tokens_.load(slot + kWeightBytes); }
+
+   private:
     static constexpr int kParts = kBlocks * kRowBytes / 16, kRowsAtOnce = Shape::kThreads / kParts;
     static_assert(Shape::kThreads % kParts == 0 && kChunks * 8 % kRowsAtOnce == 0, "whole rows");
-    const Args& p;
-    const int row, to;
-    const uint32_t* from;
 
-    __device__ Copies(const Args& args, int thread) : p(args), row(thread / kParts), to(thread * 16) {
-      const int block = blockIdx.x * kBlocks + thread % kParts / 32;  // past the last repeats it, and is not stored
-      from = p.weight + size_t(block < p.blocks ? block : p.blocks - 1) * 128 + thread % 32 * 4;
-    }
-
-    // Rows past the end are left out: what the slot holds there meets codes that are 0.
-    __device__ void load_weights(char* slot, int stage) const {
-      const int first = stage * kChunks * 8 + row;
-      const size_t row_words = size_t(p.blocks) * 128;
-      const uint32_t* at = from + first * row_words;
-      if ((stage + 1) * kChunks * 8 <= p.packed_rows) {
-        ANYBIT_UNROLL
-        for (int i = 0; i < kChunks * 8; i += kRowsAtOnce, at += kRowsAtOnce * row_words) copy_async16(slot + to + i * kBlocks * kRowBytes, at);
-      } else {
-        ANYBIT_ROLLED
-        for (int i = 0; i < kChunks * 8 && first + i < p.packed_rows; i += kRowsAtOnce, at += kRowsAtOnce * row_words)
-          copy_async16(slot + to + i * kBlocks * kRowBytes, at);
-      }
-    }
-
-    __device__ void load_tokens(char* slot, int stage) const {
-      copy_tokens<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks);
-    }
+    const size_t step_;  // words from one row of this thread to the next
+    const int to_;
+    int rows_;  // from this thread's on
+    const uint32_t* from_;
+    TokenCopies<kChunks, Shape> tokens_;
   };
 
   __device__ void load_scales(int chunk) { scales.load(p, chunk, kSplitSteps ? warp / 2 : 0, n0 + 64 * block); }
@@ -216,22 +213,28 @@ struct QqqInt8 {
       });
   }
 
+  __device__ void multiply_chunk(const char* slot, int c, int chunk) {
+    uint32_t scale[kHalves][kTiles][2];  // each number twice
+    bool limit = false;
+    if constexpr (Weights::kGrouped) {
+      limit = scales.take(scale);
+      load_scales(chunk + 1);
+    }
+    ANYBIT_UNROLL
+    for (int half = 0; half < kHalves; ++half) {
+      if (limit) multiply_half<true>(slot, c, half, scale[half]);
+      else multiply_half<false>(slot, c, half, scale[half]);
+    }
+  }
+
   __device__ void multiply(const char* slot, int stage) {
-    ANYBIT_ROLLED
-    for (int c = 0; c < kChunks; ++c) {
-      const int chunk = stage * kChunks + c;
-      if (chunk >= p.chunks) return;
-      uint32_t scale[kHalves][kTiles][2];  // each number twice
-      bool limit = false;
-      if constexpr (Weights::kGrouped) {
-        limit = scales.take(scale);
-        load_scales(chunk + 1);
-      }
+    if constexpr (Weights::kGrouped) {
+      ANYBIT_ROLLED
+      for (int c = 0; c < kChunks && stage * kChunks + c < p.chunks; ++c) multiply_chunk(slot, c, stage * kChunks + c);
+    } else {
       ANYBIT_UNROLL
-      for (int half = 0; half < kHalves; ++half) {
-        if (limit) multiply_half<true>(slot, c, half, scale[half]);
-        else multiply_half<false>(slot, c, half, scale[half]);
-      }
+      for (int c = 0; c < kChunks; ++c)
+        if (stage * kChunks + c < p.chunks) multiply_chunk(slot, c, stage * kChunks + c);
     }
   }
 

@@ -24,32 +24,33 @@ struct QqqWarpgroup {
 
   __device__ explicit QqqWarpgroup(const Args& args) : p(args) {}
 
-  struct Copies {
-    const Args& p;
-    const int thread;
-    __device__ Copies(const Args& args, int thread_) : p(args), thread(thread_) {}
-
-    // What there is of the slot's packed rows and of a row's column blocks; what is left out meets codes that are 0, or is not stored.
-    __device__ int rows(int stage) const {
-      const int rows = p.packed_rows - stage * kChunks * 8;
-      return rows < kChunks * 8 ? rows : kChunks * 8;
-    }
-    __device__ int row_bytes() const {
+  // Packed rows and column blocks that there are; what is left out of a slot meets codes that are 0, or is not stored.
+  class Copies {
+   public:
+    __device__ Copies(const Args& p, int thread, int first)
+        : copies_(thread == 0), row_words_(size_t(p.blocks) * 128), rows_(p.packed_rows - first * kChunks * 8), announced_(rows_),
+          tokens_(p, first * kChunks, p.chunks) {
       const int blocks = p.blocks - int(blockIdx.x) * kBlocks;
-      return (blocks < kBlocks ? blocks : kBlocks) * kRowBytes;
+      row_bytes_ = (blocks < kBlocks ? blocks : kBlocks) * kRowBytes;
+      from_ = p.weight + first * kChunks * 8 * row_words_ + size_t(blockIdx.x) * kBlocks * 128;
+    }
+    __device__ void load_weights(char* slot, uint64_t* barrier) {
+      if (!copies_) return;
+      ANYBIT_ROLLED
+      for (int i = 0; i < kChunks * 8 && i < rows_; ++i, from_ += row_words_) copy_bulk(slot + i * kBlocks * kRowBytes, from_, row_bytes_, barrier);
+      rows_ -= kChunks * 8;
+    }
+    __device__ void load_tokens(char* slot, uint64_t* barrier) {
+      tokens_.load(slot + kWeightBytes, (announced_ < kChunks * 8 ? announced_ : kChunks * 8) * row_bytes_, barrier);
+      announced_ -= kChunks * 8;
     }
 
-    __device__ void load_weights(char* slot, int stage, uint64_t* barrier) const {
-      if (thread) return;
-      const size_t row_words = size_t(p.blocks) * 128;
-      const uint32_t* from = p.weight + stage * kChunks * 8 * row_words + size_t(blockIdx.x) * kBlocks * 128;
-      const int count = rows(stage), bytes = row_bytes();
-      ANYBIT_ROLLED
-      for (int i = 0; i < count; ++i, from += row_words) copy_bulk(slot + i * kBlocks * kRowBytes, from, bytes, barrier);
-    }
-    __device__ void load_tokens(char* slot, int stage, uint64_t* barrier) const {
-      copy_tokens_bulk<kChunks, Shape>(slot + kWeightBytes, p, stage * kChunks, p.chunks, rows(stage) * row_bytes(), barrier);
-    }
+   private:
+    const bool copies_;
+    const size_t row_words_;
+    int rows_, announced_, row_bytes_;  // rows from the next stage on to copy, and to announce
+    const uint32_t* from_;
+    BulkTokenCopies<kChunks, Shape> tokens_;
   };
 
   __device__ void load_scales(int chunk) { scales.load(p, chunk, 0, n0 + 16 * tile); }

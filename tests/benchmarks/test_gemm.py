@@ -135,7 +135,7 @@ def test_tactics_with_other_shares_and_a_file_of_its_own(timed: Any) -> None:
     assert [path.path.name for path in (first, second)] == ["gemm-sim.json", "gemm-sim-2.json"]
     assert first.failures == []
     mine = [row for row in first.rows if row["shape"] == "other" and row["scheme"] == "W4A8" and row["m"] == 1]
-    assert len({row["kernel"] for row in mine}) == 5
+    assert len({row["kernel"] for row in mine}) == 7
     assert sum(bool(row.get("chosen")) for row in mine) == 1
     usual = {row["tactic"] for row in mine if not row.get("other_shares")}
     others = {row["tactic"] for row in mine if row.get("other_shares")}

@@ -148,7 +148,7 @@ def test_errors(tmp_path: Path) -> None:
     nothing = run(build_sim(), "--quick", "--op", "QQQGemm", "--kernel", "int9")
     assert (nothing.returncode, nothing.stdout) == (2, "")
     assert nothing.stderr.startswith("--kernel: got int9, expected one that runs here: int8 256x64, int8 64x16, ")
-    assert nothing.stderr.endswith(f", simple. {USAGE}.\n")
+    assert nothing.stderr.endswith(f", wgmma 256x64. {USAGE}.\n")
 
 
 def test_help() -> None:
