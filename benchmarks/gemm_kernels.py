@@ -17,7 +17,7 @@ __all__ = ["Kernels", "Layer", "check"]
 
 _FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
 _SHAPE = ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype", "tactic")
-_BUFFERS = ("x", "weight", "scale", "zero", "scale_group", "bias", "gamma", "y", "workspace")
+_BUFFERS = ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace", "gamma")
 _FP16, _MOST_TACTICS, SIMPLE = 0, 64, 65
 BLOCK = 64  # output channels that are checked: one column block of QQQGemm
 

@@ -40,7 +40,7 @@ class Gpu:
         multiprocessors, clock: GHz.
         bandwidth: GB/s of device memory.
         fp16, int8: TFLOP/s and TOP/s of tensor cores, fp32 accumulation.
-        mma_share: part of int8 and fp16 that mma.sync reaches: on Hopper 0.63 (arXiv 2402.13499), elsewhere all.
+        mma_share: part of int8 and fp16 that mma.sync reaches: on Hopper 0.63 (arXiv 2402.13499), elsewhere all. wgmma reaches all.
         shared: bytes of shared memory of a block.
     """
 
@@ -64,22 +64,28 @@ GPUS = {
 TOKEN_KERNEL = 2.0  # us, an assumption: one launch whose beginning hides behind nothing
 _LANES = 128  # instructions that a multiprocessor issues for one thread each, per cycle
 _SHARED_BYTES = 128  # per cycle and multiprocessor
-# Instructions that make 4 weights ready for the tensor core, from codes_from_planes and the QQQ policies (counted in the source)
+# Instructions that make 4 weights ready for the tensor core, from codes_from_planes and the QQQ policies (counted in the source), and
+# the others of the main loop but for the mma and the fragments of tokens (counted in the SASS for sm_90a: 4 planes, QQQ per channel)
 _PER_FOUR = {2: 2.25, 4: 3.5, 8: 6.0}
 _CHANNEL, _GROUP = 1.5, 7.5
+_REST = {("ABQGemm", "int8"): 1.8, ("ABQGemm", "a16"): 1.8, ("ABQGemm", "b1"): 1.0, ("ABQGemm", "wgmma"): 4.4, ("QQQGemm", "int8"): 2.1,
+         ("QQQGemm", "wgmma"): 2.4}
 _PAIRS_TO_16_BIT = 4.0  # more for A16
 
 
-def _instructions(scheme: Scheme, family: str) -> float:
-    """Of one thread, for 4 weights."""
+def _instructions(scheme: Scheme, family: str, columns: int, row_tiles: int) -> float:
+    """Of one thread, for 4 weights, in a tile of so many columns and m16 tiles of a warp."""
+    rest = _REST[scheme.op, family]
+    if family in ("int8", "a16"):  # a pair of mma for 8 columns and 16 x 64 weights, an ldmatrix for all row tiles
+        rest += columns / 8 * (0.25 + 0.125 / row_tiles) * (2 if family == "a16" else 1)
     if family == "b1":
-        return 0.05  # ldmatrix and mma for whole words
+        return rest
     if scheme.op == "QQQGemm":
-        return _GROUP if scheme.group_size else _CHANNEL
+        return rest + (_GROUP if scheme.group_size else _CHANNEL)
     planes = next(planes for planes in (2, 4, 8) if (scheme.levels - 1).bit_length() <= planes)
     if scheme.abits < 16:
-        return _PER_FOUR[planes]
-    return _PER_FOUR[max(planes, 4)] + _PAIRS_TO_16_BIT
+        return rest + _PER_FOUR[planes]
+    return rest + _PER_FOUR[max(planes, 4)] + _PAIRS_TO_16_BIT
 
 
 def predict(gpu: Gpu, scheme: Scheme, shape: tuple[int, int, int], kernel: str) -> dict[str, Any]:
@@ -91,17 +97,20 @@ def predict(gpu: Gpu, scheme: Scheme, shape: tuple[int, int, int], kernel: str) 
     weights = n * k * scheme.weight_bits(k) / 8
     moved = weights + m * (2 * k + 2 * n) + 2 * m * k * (2 if family == "a16" else 1)
     padded = tiles * tokens
-    extra = 8 / int(columns) if family == "int8" and not scheme.act_symmetric else 0  # the fragment of ones
-    rate = (gpu.fp16 if family == "a16" else gpu.int8) * gpu.mma_share * 1e12
+    extra = 8 / int(columns) if family in ("int8", "wgmma") and not scheme.act_symmetric else 0  # the fragment of ones
+    rate = (gpu.fp16 if family == "a16" else gpu.int8) * (1.0 if family == "wgmma" else gpu.mma_share) * 1e12
     # one binary operation is an eighth of an int8 one on tensor cores that have them
     work = n * k * padded * per_token * (scheme.levels - 1).bit_length() / 8 if family == "b1" else n * k * padded * (1 + extra)
     cycles = gpu.multiprocessors * gpu.clock * 1e9
-    # weights once for each tile of tokens, tokens once for each warp: a warp has so many rows
-    warp_rows = 64 if scheme.op == "QQQGemm" else 32 if rows == "256" else 16
+    # weights once for each tile of tokens, tokens once for each warp (wgmma: four warps): it has so many rows
+    warp_rows = 64 if family == "wgmma" or scheme.op == "QQQGemm" else 32 if rows == "256" else 16
+    blocks = tiles * -(-n // int(rows))
+    # K of few tiles is shared out; many come in whole waves
+    busy = 1.0 if blocks < gpu.multiprocessors else blocks / (-(-blocks // gpu.multiprocessors) * gpu.multiprocessors)
     shared = tiles * (n * k * scheme.weight_bits(k) / 8 + n / warp_rows * k * int(columns) * (2 if family == "a16" else 1))
-    times = {"memory": moved / gpu.bandwidth / 1e3, "tensor cores": 2 * work / rate * 1e6,
-             "instructions": tiles * n * k / 4 * _instructions(scheme, family) / _LANES / cycles * 1e6,
-             "shared memory": shared / _SHARED_BYTES / cycles * 1e6}
+    issued = tiles * n * k / 4 * _instructions(scheme, family, int(columns), warp_rows // 16)
+    times = {"memory": moved / gpu.bandwidth / 1e3, "tensor cores": 2 * work / rate * 1e6 / busy,
+             "instructions": issued / _LANES / cycles * 1e6 / busy, "shared memory": shared / _SHARED_BYTES / cycles * 1e6 / busy}
     binding = max(times, key=lambda name: times[name])
     fp16 = max((2 * n * k + 2 * m * (n + k)) / gpu.bandwidth / 1e3, 2 * m * n * k / gpu.fp16 / 1e6)
     total = times[binding] + TOKEN_KERNEL

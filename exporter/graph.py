@@ -50,6 +50,7 @@ class DecoderWriter:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
     linears: dict[str, QuantLinear] = field(default_factory=dict)  # of the layer being written, by node name
+    norms: dict[str, str] = field(default_factory=dict)  # the same of the weights of the norms in front of them
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A standard node named after its single output."""
@@ -78,18 +79,15 @@ class DecoderWriter:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def gemm(self, name: str, source: str, norm: str = "") -> str:
-        """The custom node of this layer's fused linears called `name`: [B, S, K] -> [B, S, N].
-
-        Args:
-            norm: tensor name of the weight of an RMSNorm of `source` that only this node reads; it becomes part of the node.
-        """
+    def gemm(self, name: str, source: str) -> str:
+        """The custom node of this layer's fused linears called `name`, with the norm in front of it: [B, S, K] -> [B, S, N]."""
         from onnx import helper
 
         linear, epsilon = self.linears[name], float(self.quant.config["rms_norm_eps"])
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
         packed = spec.pack(linear.arrays, attrs, name)
         names = [self.weights.add(f"{name}.{key}", packed[key]) for key in spec.input_names(attrs)[1:]]
+        norm = self.norms.get(name, "")
         if norm and self.fuse_norms and epsilon:  # a node takes an epsilon of 0 for no norm
             attrs = replace(attrs, norm_epsilon=epsilon)
             names.append(self.tensor(norm))  # gamma is the last input
@@ -148,7 +146,7 @@ class DecoderWriter:
         config = self.quant.config
         heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         prefix = f"model.layers.{index}.self_attn"
-        qkv = self.gemm(f"{prefix}.qkv_proj", source, f"model.layers.{index}.input_layernorm.weight")
+        qkv = self.gemm(f"{prefix}.qkv_proj", source)
         qkv = self.node("Reshape", [qkv, self.ints("shape", [0, 0, heads + 2 * kv_heads, head_dim])], f"{prefix}.qkv_heads")
         qkv = self.node("Transpose", [qkv], f"{prefix}.qkv", perm=[0, 2, 1, 3])
         qk, value = self.split(qkv, [heads + kv_heads, kv_heads], 1, [f"{prefix}.qk", f"{prefix}.value"])
@@ -173,7 +171,7 @@ class DecoderWriter:
     def mlp(self, index: int, source: str) -> str:
         """Norm and gated MLP of one layer, silu(gate) * up; [B, S, hidden] -> [B, S, hidden]."""
         prefix = f"model.layers.{index}.mlp"
-        both = self.gemm(f"{prefix}.gate_up_proj", source, f"model.layers.{index}.post_attention_layernorm.weight")
+        both = self.gemm(f"{prefix}.gate_up_proj", source)
         width = self.quant.config["intermediate_size"]
         gate, up = self.split(both, [width, width], -1, [f"{prefix}.gate", f"{prefix}.up"])
         gate = self.node("Mul", [gate, self.node("Sigmoid", [gate], f"{prefix}.sigmoid")], f"{prefix}.silu")
@@ -185,6 +183,7 @@ class DecoderWriter:
 
         prefix = f"model.layers.{index}"
         self.linears = {linear.name: linear for linear in self.quant.groups(index)}
+        self.norms = {f"{prefix}.{group.node}": f"{prefix}.{group.norm}.weight" for group in self.quant.family.groups if group.norm}
         hidden = self.node("Add", [hidden, self.attention(index, hidden, mask, rope)], f"{prefix}.residual")
         output = self.node("Add", [hidden, self.mlp(index, hidden)], layer_output(index))
         self.infos.append(helper.make_tensor_value_info(output, self.dtype, ["B", "S", self.quant.config["hidden_size"]]))

@@ -95,7 +95,7 @@ class Stack:
             # The second GEMM of a layer reads the attention's output. With its norm, the first reads the layer before.
             if node.source != layer_output(index - 1):
                 found.append(Operator(node.source, node.source, "attention" if number == 1 else "pointwise"))
-            found.append(Operator(node.name, node.result, "gemm"))
+            found.append(Operator(node.name + (f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""), node.result, "gemm"))
             if not number:
                 found += self._cache(index)
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]

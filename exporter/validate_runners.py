@@ -93,7 +93,8 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
     """The custom nodes of a graph in the family's execution order.
 
     Raises:
-        CheckError: one is missing; its linear would run in no kernel of ours, and nobody would compare it.
+        CheckError: one is missing, whose linear would run in no kernel of ours, so that nobody would compare it; or one reads the
+            weight of another norm than the family's.
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     found = []
@@ -107,7 +108,10 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
             members = tuple(f"{prefix}.{member.name}" for member in group.members)
             node = nodes[name]
             fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
-            norm = node.input[-1].removesuffix(".weight") if fused else ""  # gamma, under the name it has in the model
+            norm = f"{prefix}.{group.norm}" if fused else ""
+            if fused and (not group.norm or node.input[-1] != f"{norm}.weight"):
+                raise CheckError(f"{MODEL_FILE}, node {name}", f"got {node.input[-1]} as the weight of its norm, expected "
+                                 f"{f'{norm}.weight' if group.norm else 'no norm'}", "The graph was changed after its export: export the model again")
             found.append(GemmNode(name, node.input[0], node.output[0], members, norm))
     return found
 

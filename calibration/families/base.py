@@ -73,10 +73,12 @@ class LinearGroup:
     Attributes:
         node: name of the node below the layer's prefix, such as "self_attn.qkv_proj".
         members: the linears, stacked in this order along the output.
+        norm: the RMSNorm whose output only they read, such as "input_layernorm", or "".
     """
 
     node: str
     members: tuple[LinearSpec, ...]
+    norm: str = ""
 
 
 def _no_objection(config: Any) -> str:

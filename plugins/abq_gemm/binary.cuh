@@ -9,6 +9,15 @@
 
 namespace anybit {
 
+// One output; `bias` is the row's, 0 where there is none.
+__device__ inline void store_output(const GemmArgs& p, float bias, int m, int n, float v) {
+  if (p.bias) v = __fadd_rn(v, bias);  // + 0 would change -0
+  const size_t at = size_t(m) * p.n + n;
+  if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
+  else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
+  else store_saturated(static_cast<float*>(p.y) + at, v);
+}
+
 template <int kPlanes, class Shape_>
 struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
   using Args = AbqGemmArgs;

@@ -110,7 +110,7 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
 
 // The choice where nothing has been measured: the smallest tile that holds all tokens, else the largest that fills the GPU.
 // Counting bits comes first where one tile of it is enough, on GPUs whose binary tensor cores are known to be fast. For many tokens
-// the tile of warpgroup.cuh, where it runs, that needs the fewest waves.
+// the tile of warpgroup.cuh, where it runs, that costs least.
 inline int abq_choose(const GemmShape& s, const Device& device) {
   int best = kSimple, best_tokens = -1;
   int64_t best_cost = INT64_MAX;
@@ -118,8 +118,9 @@ inline int abq_choose(const GemmShape& s, const Device& device) {
     const Plan plan = abq_plan(kernel, s, device);
     if (!plan.runs) continue;
     if (kAbqKernels[kernel].family == AbqFamily::kWarpgroup) {
-      if (s.m < kWarpgroupTokens || waves_cost(plan, s, device) > best_cost) continue;
-      best = kernel, best_cost = waves_cost(plan, s, device);
+      const AbqFamily family = AbqFamily::kWarpgroup;
+      const int64_t cost = warpgroup_cost(plan, s, device, abq_slot_bytes(family, plan.tile, abq_form(family, s).planes));
+      if (s.m >= kWarpgroupTokens && cost <= best_cost) best = kernel, best_cost = cost;
       continue;
     }
     if (kAbqKernels[kernel].family == AbqFamily::kBinary) {

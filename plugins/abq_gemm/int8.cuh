@@ -125,7 +125,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
         }
     }
     if (!sum_over_k<Shape>(acc, p, shared)) return;
-    store_tile<Shape>(p, shared, acc, [&](int n) {
+    store_tile<Shape>(p, shared, acc, this->warp * kRowTiles, [&](int n) {
       if constexpr (kGrouped) return [this](float v, int m) { return __fmul_rn(v, p.tokens.scale[m]); };
       else return this->outputs_of(n);
     });

@@ -172,7 +172,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
   __device__ void finish(char* shared) {
     if constexpr (!kGrouped) close_group();
     if (!sum_over_k<Shape>(total, p, shared)) return;
-    store_tile<Shape>(p, shared, total, [](int) { return [](float v, int) { return v; }; });
+    store_tile<Shape>(p, shared, total, this->warp * kRowTiles, [](int) { return [](float v, int) { return v; }; });
   }
 };
 

@@ -96,10 +96,14 @@ struct Plan {
   // Partial sums have room for this many blocks, whatever the number of tokens and the GPU; K of more tiles is never shared.
   int most_split_blocks() const { return int(kPartialBytes / (sizeof(int32_t) * tile.rows() * tile.tokens())); }
 };
-// What tiles cost that come in whole waves over the multiprocessors: the outputs of one tile, wave by wave. For tiles whose time is
-// that of the tensor cores.
-inline int64_t waves_cost(const Plan& plan, const GemmShape& s, const Device& device) {
-  return ceil_div(plan.tiles(s), int64_t{device.multiprocessors}) * plan.tile.rows() * plan.tile.tokens();
+// About the cycles for 128 k of all tiles of warpgroup.cuh, which come in whole waves over the multiprocessors: a tile takes as long as
+// the tensor cores (4096 products a cycle), the second-level cache (24 bytes a cycle for each multiprocessor, an assumption to be
+// measured) or shared memory (128 bytes) need. slot_bytes: of a slot of the tile.
+inline int64_t warpgroup_cost(const Plan& plan, const GemmShape& s, const Device& device, size_t slot_bytes) {
+  const int rows = plan.tile.rows(), tokens = plan.tile.tokens(), filled = int(slot_bytes / plan.tile.chunks), weights = filled - tokens * 128;
+  int cycles = rows * tokens * 128 / 4096;
+  for (const int other : {filled / 24, (rows / 64 * tokens * 128 + weights + filled) / 128}) cycles = cycles > other ? cycles : other;
+  return ceil_div(plan.tiles(s), int64_t{device.multiprocessors}) * cycles;
 }
 
 using Planner = Plan (*)(int kernel, const GemmShape& shape, const Device& device);

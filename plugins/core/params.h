@@ -34,9 +34,9 @@ struct GemmBuffers {
   const int32_t* zero;      // ABQGemm [n, n_groups]
   const void* scale_group;  // QQQGemm per group: fp16 [n_groups, n]
   const float* bias;        // [n] or null
-  const void* gamma;        // [k] dtype, with norm_epsilon
   void* y;                  // [m, n] dtype
   void* workspace;          // anybit_*_workspace(shape) bytes, 16-byte aligned, any content; null if that is 0
+  const void* gamma;        // [k] dtype, with norm_epsilon
 };
 
 // Bytes of scratch memory that one call needs; 0 for a shape the op refuses. Depends on the shape only, so one buffer of

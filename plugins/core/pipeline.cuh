@@ -89,6 +89,7 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   __threadfence();
   // So many shares are on their way together that few loads wait for each other, but no accumulators have to leave their registers.
   constexpr int kAtOnce = kCount > 16 ? 1 : 16 / kCount, kTogether = kCount > 16 ? 16 : kCount;
+  static_assert(kCount % kTogether == 0, "whole rounds");
   ANYBIT_ROLLED
   for (int z = 0; z < shares; z += kAtOnce)
     ANYBIT_UNROLL
@@ -108,44 +109,52 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   return true;
 }
 
-// One output; `bias` is the row's, 0 where there is none.
-__device__ inline void store_output(const GemmArgs& p, float bias, int m, int n, float v) {
-  if (p.bias) v = __fadd_rn(v, bias);  // + 0 would change -0
-  const size_t at = size_t(m) * p.n + n;
-  if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
-  else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
-  else store_saturated(static_cast<float*>(p.y) + at, v);
-}
-
 // Writes the block's outputs. of_row(n) reads what a weight row needs and gives value(accumulator, m), without the bias. The
 // accumulators go through shared memory, so that a warp writes neighbours in n, a thread keeps to its row as long as it can, and the
-// arithmetic is there once and not for each of a thread's accumulators.
+// arithmetic is there once and not for each of a thread's accumulators. tile: the first of this lane's m16 tiles.
 template <class Shape, class Value, class F>
-__device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], F of_row) {
+__device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], int tile, F of_row) {
   constexpr int kRows = Shape::kRows, kPitch = Shape::kPitch, kThreads = Shape::kThreads;
   constexpr int kTogether = kRows < kThreads ? kThreads / kRows : 1;  // threads that share a row
   static_assert(kRows % kThreads == 0 || kThreads % kRows == 0, "whole rows to a thread, or whole threads to a row");
   Value* staged = reinterpret_cast<Value*>(shared);  // [kTokens][kPitch]
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int thread = threadIdx.x, lane = thread % 32;
   ANYBIT_UNROLL
   for (int r = 0; r < Shape::kRowTiles; ++r)
     ANYBIT_UNROLL
     for (int t = 0; t < Shape::kTokenTiles; ++t)
       ANYBIT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int row = 16 * (warp * Shape::kRowTiles + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
+        const int row = 16 * (tile + r) + lane / 4 + 8 * (i / 2), token = 8 * t + 2 * (lane % 4) + i % 2;
         staged[token * kPitch + row] = acc[r][t][i];
       }
   Shape::sync();
   const int m0 = blockIdx.y * Shape::kTokens, tokens = p.m - m0 < Shape::kTokens ? p.m - m0 : Shape::kTokens;
-  for (int row = thread % kRows; row < kRows; row += kThreads) {
-    const int n = blockIdx.x * kRows + row;
-    if (n >= p.n) return;
-    const auto value = of_row(n);
-    const float bias = p.bias ? p.bias[n] : 0.0f;
-    for (int token = thread / kRows % kTogether; token < tokens; token += kTogether)
-      store_output(p, bias, m0 + token, n, value(staged[token * kPitch + row], m0 + token));
-  }
+  const auto store = [&](auto* y) {
+    constexpr int kAll = Shape::kTokens / kTogether, kAtOnce = kAll < 8 ? kAll : 8;  // values computed before the first is stored
+    for (int row = thread % kRows; row < kRows; row += kThreads) {
+      const int n = blockIdx.x * kRows + row, first = thread / kRows % kTogether;
+      if (n >= p.n) return;
+      const auto value = of_row(n);
+      const float bias = p.bias ? p.bias[n] : 0.0f;
+      auto* to = y + size_t(m0 + first) * p.n + n;
+      ANYBIT_ROLLED
+      for (int token = first; token < tokens; token += kAtOnce * kTogether) {
+        float v[kAtOnce];
+        ANYBIT_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int t = token + i * kTogether < tokens ? token + i * kTogether : tokens - 1;
+          v[i] = value(staged[t * kPitch + row], m0 + t);
+        }
+        ANYBIT_UNROLL
+        for (int i = 0; i < kAtOnce; ++i, to += size_t(kTogether) * p.n)
+          if (token + i * kTogether < tokens) store_saturated(to, p.bias ? __fadd_rn(v[i], bias) : v[i]);  // + 0 would change -0
+      }
+    }
+  };
+  if (p.dtype == kFloat16) store(static_cast<__half*>(p.y));
+  else if (p.dtype == kBFloat16) store(static_cast<__nv_bfloat16*>(p.y));
+  else store(static_cast<float*>(p.y));
 }
 
 // Bytes of shared memory: the ring, or the staged outputs if they are larger.

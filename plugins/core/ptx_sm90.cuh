@@ -52,6 +52,13 @@ __device__ inline void fence_barriers() {
 #endif
 }
 
+// Before an arrival that lets copy_bulk overwrite what this thread has read from shared memory. PTX fence.proxy.async.
+__device__ inline void fence_reads() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // One arrival. PTX mbarrier.arrive.
 __device__ inline void arrive(uint64_t* barrier) {
 #ifdef __CUDACC__

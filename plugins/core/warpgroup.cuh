@@ -14,14 +14,17 @@ constexpr int kCopyingThreads = 128, kCopyingRegisters = 40, kMultiplyingRegiste
 
 template <class Tile>
 struct WarpgroupShape : Tile {
-  static_assert(Tile::kThreads == 256, "registers are shared out for two groups of four warps");
+  static_assert(Tile::kThreads == 256 && Tile::kStages >= 2, "registers are shared out for two groups of four warps");
+  static_assert(kCopyingRegisters * kCopyingThreads + kMultiplyingRegisters * 256 <= 168 * (kCopyingThreads + 256), "what a launch gives");
   __device__ static void sync() { sync_part<Tile::kThreads>(); }
 };
 
 // Bytes of shared memory in front of the barriers, and with them.
 template <class Op>
 constexpr size_t warpgroup_barrier_offset() {
-  return gemm_shared_bytes<Op>() / 8 * 8 + 8;
+  static_assert(Op::kSlotBytes % 1024 == 0 && Op::kWeightBytes % 1024 == 0, "the swizzle of wgmma starts over every 1024 bytes");
+  static_assert(2 * Op::Shape::kStages * sizeof(uint64_t) <= kWarpgroupBarriers, "what Plan::shared_bytes has for the barriers");
+  return gemm_shared_bytes<Op>();
 }
 template <class Op>
 constexpr size_t warpgroup_shared_bytes() {
@@ -71,10 +74,12 @@ __device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* fu
   constexpr int kStages = Op::Shape::kStages;
   const int thread = threadIdx.x - Op::Shape::kThreads, ahead = end - first < kStages ? end : first + kStages;
   typename Op::Copies copies(p, thread, first);
-  const auto load_weights = [&](int i) { copies.load_weights(ring + i * Op::kSlotBytes, full + i); };
+  const auto load_weights = [&](int i) {
+    copies.load_weights(ring + i * Op::kSlotBytes, full + i);
+    arrive_after_copies(full + i);
+  };
   const auto load_tokens = [&](int i) {
     if (thread == 0) copies.load_tokens(ring + i * Op::kSlotBytes, full + i);
-    arrive_after_copies(full + i);
   };
   for (int i = 0; i < ahead - first; ++i) load_weights(i);
   wait_for_earlier_launch();  // only weights are read before: they never change
@@ -85,6 +90,8 @@ __device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* fu
     load_weights(place.slot);
     load_tokens(place.slot);
   }
+  commit_copies();
+  wait_for_copies<0>();  // a thread stays until its copies have come
 }
 
 // As gemm() of pipeline.cuh, with Op::multiply() done with the slot when it returns, and Op::Copies as above. Only sm_90a code has it.
@@ -117,6 +124,8 @@ __global__ void __launch_bounds__(Op::Shape::kThreads + kCopyingThreads, 1) gemm
   for (int s = first; s < end; ++s, place.advance()) {
     wait_for_phase(full + place.slot, place.parity);
     op.multiply(ring + place.slot * Op::kSlotBytes, s);
+    fence_reads();
+    __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(empty + place.slot);
   }
   Op::Shape::sync();  // the ring is free for the results

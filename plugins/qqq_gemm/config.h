@@ -56,7 +56,7 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
 }
 
 // The choice where nothing has been measured: the smallest tile that holds all tokens; for more than it holds the largest, if it
-// fills the GPU. For many tokens the tile of warpgroup.cuh, where it runs, that needs the fewest waves.
+// fills the GPU. For many tokens the tile of warpgroup.cuh, where it runs, that costs least.
 inline int qqq_choose(const GemmShape& s, const Device& device) {
   int best = kSimple;
   int64_t best_cost = INT64_MAX;
@@ -64,8 +64,8 @@ inline int qqq_choose(const GemmShape& s, const Device& device) {
     const Plan plan = qqq_plan(kernel, s, device);
     if (!plan.runs) continue;
     if (kQqqKernels[kernel].family == QqqFamily::kWarpgroup) {
-      if (s.m < kWarpgroupTokens || waves_cost(plan, s, device) > best_cost) continue;
-      best = kernel, best_cost = waves_cost(plan, s, device);
+      const int64_t cost = warpgroup_cost(plan, s, device, qqq_slot_bytes(plan.tile));
+      if (s.m >= kWarpgroupTokens && cost <= best_cost) best = kernel, best_cost = cost;
       continue;
     }
     if (best != kSimple && kQqqKernels[best].tile.tokens() == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors) continue;

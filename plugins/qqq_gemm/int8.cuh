@@ -61,26 +61,36 @@ struct GroupWeights {
   static constexpr uint32_t k1536 = 0x66006600, k1409 = 0x65816581, k1663 = 0x667f667f;
 };
 
-// Scales of a lane's rows (g and g + 8 of kTiles m16 tiles from row n on) for kHalves halves of a chunk, the first of which is half
-// `half`; fetched a chunk ahead.
+// Scales of a lane's rows (g and g + 8 of kTiles m16 tiles from row n0 on) for kHalves halves of one chunk after the other, the first of
+// which is half `half`; fetched a chunk ahead. What lies past the end repeats the last group or row.
 template <int kHalves, int kTiles>
 class GroupScales {
  public:
-  // Of a chunk; what lies past the end repeats the last group or row.
-  __device__ void load(const QqqGemmArgs& p, int chunk, int half, int n0) {
-    const int shift = p.group_size == 64 ? 6 : 7, last = (p.packed_rows * 16 >> shift) - 1;
+  __device__ void start(const QqqGemmArgs& p, int chunk, int half, int n0) {
+    const int last = p.packed_rows * 16 / p.group_size - 1, wanted = (128 * chunk + 64 * half) / p.group_size;
+    const int group = wanted < last ? wanted : last;
+    from_ = p.scale_group + size_t(group) * p.n;
+    left_ = last - group;
+    first_row_ = n0 + int(threadIdx.x) % 32 / 4, last_row_ = p.n - 1;
+    load(p);
+  }
+  // Of the next chunk.
+  __device__ void load(const QqqGemmArgs& p) {
+    const uint16_t* from = from_;
     ANYBIT_UNROLL
     for (int h = 0; h < kHalves; ++h) {
-      const int group = (128 * chunk + 64 * (half + h)) >> shift;
-      const uint16_t* from = p.scale_group + size_t(group < last ? group : last) * p.n;
       ANYBIT_UNROLL
       for (int j = 0; j < kTiles; ++j)
         ANYBIT_UNROLL
         for (int b = 0; b < 2; ++b) {
-          const int n = n0 + 16 * j + 8 * b + int(threadIdx.x) % 32 / 4;
-          next_[h][j][b] = from[n < p.n ? n : p.n - 1];
+          const int n = first_row_ + 16 * j + 8 * b;
+          next_[h][j][b] = from[unsigned(n < last_row_ ? n : last_row_)];
         }
+      if (p.group_size == 64 && left_ > h) from += p.n;
     }
+    const int groups = p.group_size == 64 ? 2 : 1;  // of a chunk
+    if (left_ >= groups) from_ += groups * size_t(p.n), left_ -= groups;
+    else from_ += left_ * size_t(p.n), left_ = 0;
   }
   // What load() has fetched, each number twice. True if a scale of the warp needs the limits: the whole warp takes one way.
   __device__ bool take(uint32_t (&scale)[kHalves][kTiles][2]) const {
@@ -95,14 +105,16 @@ class GroupScales {
   }
 
  private:
-  uint16_t next_[kHalves][kTiles][2];
+  uint32_t next_[kHalves][kTiles][2];
+  const uint16_t* from_;  // scales of the group that the next chunk begins with, and how many groups come after it
+  int left_, first_row_, last_row_;
 };
 
 // Adds up the shares of K and writes the outputs.
 template <class Weights, class Shape>
-__device__ void store_products(const QqqGemmArgs& p, int32_t (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], char* shared) {
+__device__ void store_products(const QqqGemmArgs& p, int32_t (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], char* shared, int tile) {
   if (!sum_over_k<Shape>(acc, p, shared)) return;
-  store_tile<Shape>(p, shared, acc, [&](int n) {
+  store_tile<Shape>(p, shared, acc, tile, [&](int n) {
     return [&p, scale = p.scale[n]](int32_t v, int m) {
       const int32_t sum = Weights::kGrouped ? v : v >> 4;  // a multiple of 16
       return __fmul_rn(__fmul_rn(__int2float_rn(sum), scale), p.tokens.scale[m]);
@@ -164,10 +176,8 @@ struct QqqInt8 {
     TokenCopies<kChunks, Shape> tokens_;
   };
 
-  __device__ void load_scales(int chunk) { scales.load(p, chunk, kSplitSteps ? warp / 2 : 0, n0 + 64 * block); }
-
   __device__ void begin(int stage) {
-    if constexpr (Weights::kGrouped) load_scales(stage * kChunks);
+    if constexpr (Weights::kGrouped) scales.start(p, stage * kChunks, kSplitSteps ? warp / 2 : 0, n0 + 64 * block);
   }
 
   // b of k step `step` for two token tiles, 8 * t and 8 * (t + 1); with one tile the second is the first again.
@@ -213,12 +223,12 @@ struct QqqInt8 {
       });
   }
 
-  __device__ void multiply_chunk(const char* slot, int c, int chunk) {
+  __device__ void multiply_chunk(const char* slot, int c) {
     uint32_t scale[kHalves][kTiles][2];  // each number twice
     bool limit = false;
     if constexpr (Weights::kGrouped) {
       limit = scales.take(scale);
-      load_scales(chunk + 1);
+      scales.load(p);
     }
     ANYBIT_UNROLL
     for (int half = 0; half < kHalves; ++half) {
@@ -230,11 +240,11 @@ struct QqqInt8 {
   __device__ void multiply(const char* slot, int stage) {
     if constexpr (Weights::kGrouped) {
       ANYBIT_ROLLED
-      for (int c = 0; c < kChunks && stage * kChunks + c < p.chunks; ++c) multiply_chunk(slot, c, stage * kChunks + c);
+      for (int c = 0; c < kChunks && stage * kChunks + c < p.chunks; ++c) multiply_chunk(slot, c);
     } else {
       ANYBIT_UNROLL
       for (int c = 0; c < kChunks; ++c)
-        if (stage * kChunks + c < p.chunks) multiply_chunk(slot, c, stage * kChunks + c);
+        if (stage * kChunks + c < p.chunks) multiply_chunk(slot, c);
     }
   }
 
@@ -261,9 +271,9 @@ struct QqqInt8 {
     if constexpr (kSplitSteps) {
       int32_t acc[1][kTokenTiles][4];
       sum_over_warps(acc, reinterpret_cast<int32_t*>(shared));
-      store_products<Weights, Shape>(p, acc, shared);
+      store_products<Weights, Shape>(p, acc, shared, warp);
     } else {
-      store_products<Weights, Shape>(p, product, shared);
+      store_products<Weights, Shape>(p, product, shared, warp * kTiles);
     }
   }
 };

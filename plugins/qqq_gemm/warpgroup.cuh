@@ -5,7 +5,9 @@
 
 namespace anybit {
 
-// A column block of 64 rows is 4 m16 tiles; a warp takes kRowTiles (2) of them, one word each of the 16 bytes that a lane has there.
+// A column block of 64 rows is 4 m16 tiles; a warp takes kRowTiles (2) of them, one word each of the 16 bytes that a lane has there. Which
+// rows make up a tile of wgmma is free, as A comes from registers: lanes 8 to 15 and 24 to 31 of two warps swap their pairs of tiles,
+// so that 16 lanes read from all banks.
 template <class Weights, class Shape_>
 struct QqqWarpgroup {
   using Args = QqqGemmArgs;
@@ -17,7 +19,7 @@ struct QqqWarpgroup {
   static_assert(kTiles == 2, "words are read in pairs");
 
   const Args& p;
-  const int lane = threadIdx.x % 32, tile = threadIdx.x / 32 * kTiles;  // this warp's first
+  const int lane = threadIdx.x % 32, tile = threadIdx.x / 64 * 4 + (threadIdx.x / 32 % 2 ^ lane / 8 % 2) * kTiles;  // this lane's first
   const int n0 = blockIdx.x * Shape::kRows;
   int32_t product[kTiles][kTokenTiles][4] = {};
   GroupScales<2, kTiles> scales;
@@ -53,10 +55,8 @@ struct QqqWarpgroup {
     BulkTokenCopies<kChunks, Shape> tokens_;
   };
 
-  __device__ void load_scales(int chunk) { scales.load(p, chunk, 0, n0 + 16 * tile); }
-
   __device__ void begin(int stage) {
-    if constexpr (Weights::kGrouped) load_scales(stage * kChunks);
+    if constexpr (Weights::kGrouped) scales.start(p, stage * kChunks, 0, n0 + 16 * tile);
   }
 
   // a[step][tile]: the fragments of a chunk.
@@ -77,12 +77,12 @@ struct QqqWarpgroup {
   }
 
   // All k of a chunk; the products are there when it returns.
-  __device__ void multiply_chunk(const char* slot, int c, int chunk) {
+  __device__ void multiply_chunk(const char* slot, int c) {
     uint32_t a[kSteps][kTiles][4], scale[2][kTiles][2];
     bool limit = false;
     if constexpr (Weights::kGrouped) {
       limit = scales.take(scale);
-      load_scales(chunk + 1);
+      scales.load(p);
     }
     if (limit) load_fragments<true>(a, slot, c, scale);
     else load_fragments<false>(a, slot, c, scale);
@@ -100,10 +100,10 @@ struct QqqWarpgroup {
 
   __device__ void multiply(const char* slot, int stage) {
     ANYBIT_ROLLED
-    for (int c = 0; c < kChunks && stage * kChunks + c < p.chunks; ++c) multiply_chunk(slot, c, stage * kChunks + c);
+    for (int c = 0; c < kChunks && stage * kChunks + c < p.chunks; ++c) multiply_chunk(slot, c);
   }
 
-  __device__ void finish(char* shared) { store_products<Weights, Shape>(p, product, shared); }
+  __device__ void finish(char* shared) { store_products<Weights, Shape>(p, product, shared, tile); }
 };
 
 }  // namespace anybit

@@ -110,8 +110,8 @@ def lost_bias(model: onnx.ModelProto, data: Path) -> None:
 
 
 SMALL_FAULTS: dict[str, tuple[Fault, str]] = {
-    "lowest plane dropped": (lowest_plane(np.zeros_like), "model.layers.1.mlp.gate_up_proj"),
-    "lowest plane inverted": (lowest_plane(np.invert), "model.layers.1.mlp.gate_up_proj"),
+    "lowest plane dropped": (lowest_plane(np.zeros_like), "model.layers.1.mlp.gate_up_proj (with post_attention_layernorm)"),
+    "lowest plane inverted": (lowest_plane(np.invert), "model.layers.1.mlp.gate_up_proj (with post_attention_layernorm)"),
     "zero points off by one": (shifted_zero_point, "model.layers.1.self_attn.o_proj"),
     "scales cut to bfloat16": (bfloat16_scales, "model.layers.0.mlp.down_proj"),
 }
@@ -142,7 +142,7 @@ def test_a_lost_bias_is_found(tiny_llama: Callable[..., Path], tmp_path: Path, d
     export_onnx(read_quant(whole / "quant"), whole / "onnx")
     assert validate(whole, ValidateOptions(tokens=24, steps=0)).ok
     result = validate_with(whole, tmp_path / "out", lost_bias)
-    assert " at model.layers.1.self_attn.qkv_proj given its inputs (export, prefill: " in result.first_failure
+    assert " at model.layers.1.self_attn.qkv_proj (with input_layernorm) given its inputs (export, prefill: " in result.first_failure
 
 
 def test_a_missing_custom_node_fails(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "scale": (wrong_scale, "in output channel 7 at model.layers.1.self_attn.o_proj given its inputs (export, prefill: "),
     "nan": (nan_scale, "relative error of inf at model.layers.1.mlp.down_proj given its inputs (export, prefill: "),
     "zero point": (lost_zero_point, "in output channel 5 at model.layers.0.mlp.down_proj given its inputs (export, prefill: "),
-    "weight bit": (one_flipped_weight_bit, "in output channel 0 at model.layers.0.self_attn.qkv_proj given its inputs (export, prefill: "),
-    "swap": (swapped_initializers, " at model.layers.0.mlp.gate_up_proj given its inputs (export, prefill: "),
-    "norm": (wrong_norm, " at model.layers.1.mlp.gate_up_proj given its inputs (export, prefill: "),
+    "weight bit": (one_flipped_weight_bit, "in output channel 0 at model.layers.0.self_attn.qkv_proj (with input_layernorm) given its inputs (export, prefill: "),
+    "swap": (swapped_initializers, " at model.layers.0.mlp.gate_up_proj (with post_attention_layernorm) given its inputs (export, prefill: "),
+    "norm": (wrong_norm, " at model.layers.1.mlp.gate_up_proj (with post_attention_layernorm) given its inputs (export, prefill: "),
     "embedding": (wrong_embedding, " at model.embed_tokens given its inputs (export, prefill: "),
     "residual": (lost_residual, " at model.layers.1.residual given its inputs (export, prefill: "),
     "gate and up": (swapped_gate_and_up, " at model.layers.1.mlp.product given its inputs (export, prefill: "),
@@ -182,6 +182,34 @@ def test_a_fault_is_found_where_it_is(tiny_export: Callable[..., Path], tmp_path
     layer = next((part for part in expected.split(".") if part.isdigit()), "0")  # the embedding is judged with the first
     first_bad = next(row for row in result.rows if not row.ok)
     assert (first_bad.level, first_bad.phase, first_bad.tensor) == ("export", "prefill", f"model.layers.{layer}.output")
+
+
+@pytest.mark.parametrize(("node", "gamma"), [
+    ("self_attn.qkv_proj", "model.layers.0.input_layernorm.weight"), ("mlp.gate_up_proj", "model.norm.weight"), ("mlp.gate_up_proj", "gamma7"),
+])
+def test_a_node_that_reads_another_norm_is_named(tiny_export: Callable[..., Path], tmp_path: Path, node: str, gamma: str) -> None:
+    name = f"model.layers.1.{node}"
+
+    def rewire(model: onnx.ModelProto, data: Path) -> None:
+        found = next(item for item in model.graph.node if item.name == name)
+        if gamma == "gamma7":
+            next(item for item in model.graph.initializer if item.name == found.input[-1]).name = gamma
+        found.input[-1] = gamma
+
+    norm = {"self_attn.qkv_proj": "input_layernorm", "mlp.gate_up_proj": "post_attention_layernorm"}[node]
+    with pytest.raises(CheckError) as error:
+        validate_with(tiny_export(), tmp_path / "out", rewire)
+    assert str(error.value) == (f"model.onnx, node {name}: got {gamma} as the weight of its norm, expected model.layers.1.{norm}.weight. "
+                                "The graph was changed after its export: export the model again.")
+
+
+def test_a_wrong_epsilon_is_found_at_its_node(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
+    def lost(model: onnx.ModelProto, data: Path) -> None:
+        node = next(item for item in model.graph.node if item.name == "model.layers.1.mlp.gate_up_proj")
+        next(item for item in node.attribute if item.name == "norm_epsilon").f = 1000.0
+
+    result = validate_with(tiny_export(), tmp_path / "out", lost)
+    assert " at model.layers.1.mlp.gate_up_proj (with post_attention_layernorm) given its inputs (export, prefill: " in result.first_failure
 
 
 def test_a_wrong_norm_that_stands_apart_is_found(tiny_export: Callable[..., Path], tmp_path: Path) -> None:

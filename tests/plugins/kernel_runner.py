@@ -34,7 +34,7 @@ class GemmShape(ctypes.Structure):
 class GemmBuffers(ctypes.Structure):
     """GemmBuffers of plugins/core/params.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "gamma", "y", "workspace")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace", "gamma")]
 
 
 class KernelError(RuntimeError):
