@@ -71,6 +71,7 @@ _CHANNEL, _GROUP = 1.5, 7.5
 _REST = {("ABQGemm", "int8"): 1.8, ("ABQGemm", "a16"): 1.8, ("ABQGemm", "b1"): 1.0, ("ABQGemm", "wgmma"): 4.4, ("QQQGemm", "int8"): 2.1,
          ("QQQGemm", "wgmma"): 2.4}
 _PAIRS_TO_16_BIT = 4.0  # more for A16
+_SCALES = {"int8": 4.0, "wgmma": 2.0}  # more for QQQ per group: scales fetched, doubled and compared with the limit
 
 
 def _instructions(scheme: Scheme, family: str, columns: int, row_tiles: int) -> float:
@@ -81,7 +82,7 @@ def _instructions(scheme: Scheme, family: str, columns: int, row_tiles: int) -> 
     if family == "b1":
         return rest
     if scheme.op == "QQQGemm":
-        return rest + (_GROUP if scheme.group_size else _CHANNEL)
+        return rest + (_GROUP + _SCALES[family] if scheme.group_size else _CHANNEL)
     planes = next(planes for planes in (2, 4, 8) if (scheme.levels - 1).bit_length() <= planes)
     if scheme.abits < 16:
         return rest + _PER_FOUR[planes]
