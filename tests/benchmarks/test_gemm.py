@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from benchmarks import gemm, gemm_timing
 from benchmarks.gemm_cases import SCHEMES, SHAPES, TARGET_SHAPE, TOKENS
 from benchmarks.gemm_kernels import Kernels, Layer, check
 from benchmarks.gemm_plot import plot
-from benchmarks.gemm_tables import target_table
+from benchmarks.gemm_tables import measured_rows, target_table
 from benchmarks.gemm_timing import Time
 from plugins.build import build_sim
 from plugins.core.errors import CheckError
@@ -128,6 +129,34 @@ def test_what_no_time_is_left_for_is_counted(timed: Any) -> None:
     run = timed(0, True)
     assert run.rows == []
     assert json.loads(run.path.read_text())["not_timed"] == 2 * 2 * (2 + 2)
+
+
+@pytest.mark.parametrize("slow", ["time", "failure"])
+def test_a_case_without_all_its_kernels_is_no_measurement(timed: Any, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """The time ends, or the third kernel fails, within the first layer: what was reached stays out of the table, and is counted."""
+    called: list[str] = []
+
+    def third_call(layer: Layer, x: torch.Tensor, tactic: int) -> None:
+        called.append(layer.scheme.name)
+        if len(called) == 3 and slow == "failure":
+            raise CheckError("W4A8", "got 1, expected 2", "Run the self-test")
+
+    clock = SimpleNamespace(monotonic=lambda: 1000.0 if len(called) >= 3 and slow == "time" else 0.0)
+    monkeypatch.setattr(gemm, "check", third_call)
+    monkeypatch.setattr(gemm, "time", clock)
+    run = timed(100, True)
+    written = json.loads(run.path.read_text())
+    first = [row for row in written["rows"] if (row["shape"], row["scheme"], row["m"]) == (TARGET_SHAPE, "W4A8", 1)]
+    assert len(first) > 1
+    assert not any(row["complete"] for row in first)
+    rest = [row for row in written["rows"] if row["scheme"] != "fp16" and row not in first]
+    assert all(row["complete"] for row in rest)
+    reached = {(row["shape"], row["scheme"], row["m"]) for row in rest}
+    assert len(reached) == (0 if slow == "time" else 7)
+    peers = 2 * sum(row["scheme"] == "fp16" for row in written["rows"])
+    assert written["not_timed"] == 2 * 2 * (2 + 2) - peers - len(reached)
+    lines = measured_rows({**written, "device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132}, SCHEMES)
+    assert len(lines) == len(reached)
 
 
 def test_tactics_with_other_shares_and_a_file_of_its_own(timed: Any) -> None:
