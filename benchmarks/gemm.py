@@ -9,7 +9,7 @@ fp16 and int8, and each kernel's own simple form. --tactics times every kernel t
 with --table FILE the fastest become rows for plugins/core/measured.inc, which the library consults before its own rules.
 --check-only compares with numpy and times nothing; with --sim on the CPU, at small shapes. Prints a table of the targets last; writes
 benchmarks/results/gemm-<device>-<date>.json (-2, -3 ... for later runs of a day) after each layer and a plot beside it. A failure is noted
-and the rest goes on. Exit code 3: a wrong result or a missed target.
+and the rest goes on. Exit code 3: a wrong result, or a target of this run that was missed or not measured.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return EXIT_CHECK if run.failures else 0
     run.start()
     run.measure()
-    text, missed = target_table(run.rows, run.schemes)
+    text, missed = target_table(run.rows, run.schemes, run.tokens if TARGET_SHAPE in run.shapes else ())
     plot(run.result, run.path.with_suffix(".svg"))
     if args.table:
         old = args.table.read_text(encoding="utf-8") if args.table.exists() else ""

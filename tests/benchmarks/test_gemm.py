@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,17 @@ def test_missed_targets_are_counted_and_drawn(tmp_path: Path) -> None:
     svg = (tmp_path / "plot.svg").read_text()
     assert svg.count("<polyline") == 2
     assert "&lt;GPU&gt;" in svg
+
+
+def test_targets_that_were_not_measured_are_not_met() -> None:
+    rows = [{"shape": TARGET_SHAPE, "scheme": "W4A8", "m": 1, "chosen": True, "speedup": 3.9},
+            {"shape": "other", "scheme": "W4A8", "m": 64, "chosen": True, "speedup": 3.9},
+            {"shape": TARGET_SHAPE, "scheme": "W4A8", "m": 1024, "chosen": False, "speedup": 3.9}]
+    text, missed = target_table(rows, SCHEMES[:2], [1, 32, 64, 1024])
+    assert missed == 5
+    assert text.splitlines()[-1] == "NOT MEASURED: 5 of 6 targets"
+    assert target_table(rows, SCHEMES[:1], [1, 32])[1] == 0
+    assert "NOT MEASURED" not in target_table(rows, SCHEMES[:1], [1, 32])[0]
 
 
 class FakePeers:
@@ -184,3 +196,36 @@ def test_a_graph_that_gives_other_bits_is_a_failure(timed: Any, monkeypatch: pyt
     run = timed(100, False)
     assert run.failures
     assert all("outputs that differ between graph and single call" in failure for failure in run.failures)
+
+
+@pytest.fixture
+def commanded(timed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run(*arguments) -> the exit code of a run that measures the simulation at small shapes."""
+    del timed  # its clock is all that is needed
+
+    def start(run: gemm.Run) -> None:
+        run.result = {"device": "GPU", "copy_gb_per_s": 1.0, "fp16_tflops": 1.0, "failures": run.failures, "rows": run.rows}
+        run.path = gemm.new_path(tmp_path, "gemm-sim")
+
+    monkeypatch.setattr(gemm, "SHAPES", {"llama-7b o": (64, 512), TARGET_SHAPE: (130, 512)})
+    monkeypatch.setattr(gemm, "_library", lambda args: str(build_sim()))
+    monkeypatch.setattr(gemm, "Kernels", lambda library, device: Kernels(library, "cpu"))
+    monkeypatch.setattr(gemm.Run, "start", start)
+    return lambda *arguments: gemm.main([*arguments, "--results", str(tmp_path)])
+
+
+def test_exit_code_says_whether_every_target_was_met(commanded: Any, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """The clock gives a speed-up of 5.0. Only the targets that a run asks for count."""
+    assert commanded("--schemes", "W4A8", "--tokens", "1", "2") == 0
+    assert commanded("--schemes", "W2A8", "--tokens", "1") == 3  # 6.5
+    capsys.readouterr()
+    monkeypatch.setattr(gemm, "time", SimpleNamespace(monotonic=count(0, 1000).__next__))  # always too late
+    assert commanded("--schemes", "W4A8", "--tokens", "1", "2", "3000") == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT MEASURED: 3 of 3 targets"
+    assert commanded("--quick") == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT MEASURED: 20 of 20 targets"
+    assert commanded("--schemes", "W4A8", "--tokens", "32") == 0  # no target there
+    assert commanded("--schemes", "W4A4") == 0
+    assert commanded("--shapes", "llama-7b o") == 0
+    assert "NOT MEASURED" not in capsys.readouterr().out
