@@ -22,6 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -81,29 +82,29 @@ class Run:
         print(f"{properties.name}: copies at {copies} GB/s, fp16 matmul at {matmul} TFLOP/s", flush=True)
 
     def check(self) -> int:
-        """Compare every tactic with numpy; returns how many were."""
+        """Compare every tactic with numpy, until the GPU is lost; returns how many were."""
         compared = 0
-        for name, (n, k) in self.shapes.items():
-            for scheme in self.schemes:
-                layer = Layer(self.kernels, scheme, n, k, 1)
-                for m in self.tokens:
-                    x = layer.tokens(m)
-                    for tactic in self.kernels.tactics(scheme.op, layer.attrs, m):
-                        if tactic != SIMPLE or m * n * k <= _MOST_SIMPLE_WORK:
-                            self._guarded(partial(check, layer, x, tactic))
-                            compared += 1
-            print(f"{name}: compared", flush=True)
+        with suppress(_DeviceLostError):
+            for name, (n, k) in self.shapes.items():
+                for scheme in self.schemes:
+                    layer = Layer(self.kernels, scheme, n, k, 1)
+                    for m in self.tokens:
+                        x = layer.tokens(m)
+                        for tactic in self.kernels.tactics(scheme.op, layer.attrs, m):
+                            if tactic != SIMPLE or m * n * k <= _MOST_SIMPLE_WORK:
+                                compared += 1
+                                self._guarded(partial(check, layer, x, tactic))
+                print(f"{name}: compared", flush=True)
         return compared
 
     def measure(self) -> None:
         """Time everything, shape by shape; what a failure or the end of the time leaves out is counted, and the rest is kept."""
         try:
-            for name, (n, k) in self.shapes.items():
-                began = time.monotonic()
-                self._measure_shape(name, n, k)
-                print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
-        except _DeviceLostError as lost:
-            print(f"stopped: {lost}", flush=True)
+            with suppress(_DeviceLostError):
+                for name, (n, k) in self.shapes.items():
+                    began = time.monotonic()
+                    self._measure_shape(name, n, k)
+                    print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
         finally:
             self.save()
 
@@ -123,7 +124,8 @@ class Run:
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:
-                raise _DeviceLostError(str(error)) from None
+                print(f"stopped: {error}", flush=True)
+                raise _DeviceLostError from None
         return None
 
     def _share(self, cases: int = 1) -> float:
@@ -265,13 +267,12 @@ def _main(argv: Sequence[str] | None) -> int:
         raise InputError("--sim", "got it without --check-only, expected both: the simulation has no speed", "Add --check-only")
     if args.table and not args.tactics:
         raise InputError("--table", "got it without --tactics, expected both: one kernel of each shape says nothing", "Add --tactics")
-    library = _library(args)
     if args.quick:
         args.seconds = min(args.seconds, 90)
     names = args.shapes or (QUICK_SHAPES if args.quick else list(SHAPES))
     shapes = _SIM_SHAPES if args.sim else {name: SHAPES[name] for name in names}
     tokens = args.tokens or (_SIM_TOKENS if args.sim else QUICK_TOKENS if args.quick else TOKENS)
-    run = Run(args, Kernels(library, "cpu" if args.sim else "cuda"), shapes, tokens)
+    run = Run(args, Kernels(_library(args), "cpu" if args.sim else "cuda"), shapes, tokens)
     if args.check_only:
         compared = run.check()
         print(f"{compared} results compared, " + (f"{len(run.failures)} WRONG" if run.failures else "all right"))

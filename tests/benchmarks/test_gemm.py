@@ -229,3 +229,31 @@ def test_exit_code_says_whether_every_target_was_met(commanded: Any, monkeypatch
     assert commanded("--schemes", "W4A4") == 0
     assert commanded("--shapes", "llama-7b o") == 0
     assert "NOT MEASURED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("only", [["--check-only"], []], ids=["check", "measure"])
+def test_a_lost_gpu_ends_the_run_without_a_traceback(commanded: Any, only: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def third_call(layer: Layer, x: torch.Tensor, tactic: int) -> None:
+        called.append(tactic)
+        if len(called) == 3:
+            layer.kernels.device = "cuda"
+            lost()
+
+    called: list[int] = []
+    monkeypatch.setattr(gemm, "check", third_call)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert commanded(*only, "--schemes", "W4A8", "--tokens", "1", "2") == 3
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[:2] == ["FAILED CUDA error: an illegal memory access", "stopped: CUDA error: an illegal memory access"]
+    assert len(called) == 3
+    if only:
+        assert lines[2:] == ["3 results compared, 1 WRONG"]
+    else:
+        assert lines[-1] == "NOT MEASURED: 1 of 2 targets"
+        assert json.loads((tmp_path / "gemm-sim.json").read_text())["not_timed"] == 12 - 4 - 1  # both peers, and one kernel
