@@ -9,7 +9,7 @@ fp16 and int8, and each kernel's own simple form. --tactics times every kernel t
 with --table FILE the fastest become rows for plugins/core/measured.inc, which the library consults before its own rules.
 --check-only compares with numpy and times nothing; with --sim on the CPU, at small shapes. Prints a table of the targets last; writes
 benchmarks/results/gemm-<device>-<date>.json (-2, -3 ... for later runs of a day) after each layer and a plot beside it. A failure is noted
-and the rest goes on. Exit code 3: a wrong result or a missed target.
+and the rest goes on. Exit code 3: a wrong result, or a target of this run that was missed or not measured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -43,7 +44,6 @@ HERE = Path(__file__).resolve().parent
 _SIM_SHAPES, _SIM_TOKENS = {"sim": (130, 256), "sim wide": (64, 640)}, [1, 3, 17]
 _MOST_SIMPLE_WORK = 1 << 33  # multiplications of the simple kernels, which are slow
 
-
 _Result = TypeVar("_Result")
 
 
@@ -58,7 +58,8 @@ class Run:
         self.args, self.kernels, self.tokens = args, kernels, tokens
         self.shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: name != TARGET_SHAPE)}  # the target first
         self.schemes = [scheme for scheme in SCHEMES if not args.schemes or scheme.name in args.schemes]
-        self.left = len(shapes) * len(tokens) * (len(self.schemes) + 2)  # cases that are still to be timed; a peer counts as one
+        self.cases = self.left = len(shapes) * len(tokens) * (len(self.schemes) + 2)  # left: still to be timed; a peer counts as one
+        self.complete = 0  # cases of which every wanted kernel was timed
         self.deadline = time.monotonic() + args.seconds
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []
@@ -75,40 +76,41 @@ class Run:
         self.result = {"date": date, "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
                        "multiprocessors": properties.multi_processor_count, "torch": torch.__version__, "cuda": torch.version.cuda,
                        "command": sys.argv[1:], "copy_gb_per_s": round(copy_bandwidth(), 1), "fp16_tflops": round(matmul_rate(), 1),
-                       "not_timed": 0, "failures": self.failures, "rows": self.rows}
+                       "not_timed": self.cases, "failures": self.failures, "rows": self.rows}
         self.path = new_path(self.args.results, f"gemm-{device}-{date}")
         copies, matmul = self.result["copy_gb_per_s"], self.result["fp16_tflops"]
         print(f"{properties.name}: copies at {copies} GB/s, fp16 matmul at {matmul} TFLOP/s", flush=True)
 
     def check(self) -> int:
-        """Compare every tactic with numpy; returns how many were."""
+        """Compare every tactic with numpy, until the GPU is lost; returns how many were."""
         compared = 0
-        for name, (n, k) in self.shapes.items():
-            for scheme in self.schemes:
-                layer = Layer(self.kernels, scheme, n, k, 1)
-                for m in self.tokens:
-                    x = layer.tokens(m)
-                    for tactic in self.kernels.tactics(scheme.op, layer.attrs, m):
-                        if tactic != SIMPLE or m * n * k <= _MOST_SIMPLE_WORK:
-                            self._guarded(partial(check, layer, x, tactic))
-                            compared += 1
-            print(f"{name}: compared", flush=True)
+        with suppress(_DeviceLostError):
+            for name, (n, k) in self.shapes.items():
+                for scheme in self.schemes:
+                    layer = Layer(self.kernels, scheme, n, k, 1)
+                    for m in self.tokens:
+                        x = layer.tokens(m)
+                        for tactic in self.kernels.tactics(scheme.op, layer.attrs, m):
+                            if tactic != SIMPLE or m * n * k <= _MOST_SIMPLE_WORK:
+                                compared += 1
+                                self._guarded(partial(check, layer, x, tactic))
+                print(f"{name}: compared", flush=True)
         return compared
 
     def measure(self) -> None:
         """Time everything, shape by shape; what a failure or the end of the time leaves out is counted, and the rest is kept."""
         try:
-            for name, (n, k) in self.shapes.items():
-                began = time.monotonic()
-                self._measure_shape(name, n, k)
-                print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
-        except _DeviceLostError as lost:
-            print(f"stopped: {lost}", flush=True)
+            with suppress(_DeviceLostError):
+                for name, (n, k) in self.shapes.items():
+                    began = time.monotonic()
+                    self._measure_shape(name, n, k)
+                    print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
         finally:
             self.save()
 
     def save(self) -> None:
-        """Write what there is."""
+        """Write what there is; cases that are not complete count as not timed."""
+        self.result["not_timed"] = self.cases - self.complete
         self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
 
     def _guarded(self, work: Callable[[], _Result]) -> _Result | None:
@@ -122,7 +124,8 @@ class Run:
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:
-                raise _DeviceLostError(str(error)) from None
+                print(f"stopped: {error}", flush=True)
+                raise _DeviceLostError from None
         return None
 
     def _share(self, cases: int = 1) -> float:
@@ -130,22 +133,21 @@ class Run:
         left = self.deadline - time.monotonic()
         share = max(left, 0) / self.left / 2
         self.left = max(self.left - cases, 1)
-        if left <= 0:
-            self.result["not_timed"] += cases
         return share
 
     def _measure_shape(self, name: str, n: int, k: int) -> None:
         from benchmarks.gemm_timing import Peers, copies_for
 
         if time.monotonic() > self.deadline:
-            self.result["not_timed"] += len(self.tokens) * (len(self.schemes) + 2)
             return
         peers, fp16 = Peers(n, k), {}
         for m in self.tokens:
             if not (share := self._share(2)):
                 continue
             x = torch.randn(m, k, dtype=torch.float16, device=self.kernels.device)
-            for peer, took in (self._guarded(partial(peers.times, x, share)) or {}).items():
+            times = self._guarded(partial(peers.times, x, share))
+            self.complete += 2 if times else 0
+            for peer, took in (times or {}).items():
                 self.rows.append({"shape": name, "n": n, "k": k, "m": m, "scheme": peer, "kernel": "cuBLAS", **asdict(took)})
                 if peer == "fp16":
                     fp16[m] = took.median
@@ -168,28 +170,37 @@ class Run:
         wanted = [tactic for tactic in tactics if tactic == chosen or (self.args.tactics and tactic != SIMPLE)]
         if name == TARGET_SHAPE and m in (1, 16) and chosen != SIMPLE and m * n * k <= _MOST_SIMPLE_WORK:
             wanted.append(SIMPLE)
-        medians: dict[int, float] = {}
-        for tactic in wanted:
-            self._measure_tactic((name, layer, x, tactic), medians, share / len(wanted))
-            if tactic in medians:
-                self.rows[-1] |= {"kernel": tactics.get(tactic, "simple"), "chosen": tactic == chosen,
-                                  "speedup": round(fp16 / medians[tactic], 3)}
-        if not self.args.tactics:
-            return
-        for best in sorted((tactic for tactic in medians if tactic != SIMPLE), key=lambda tactic: medians[tactic])[:2]:
-            for tactic in other_shares(best):
-                self._measure_tactic((name, layer, x, tactic), medians, share / len(wanted))
-                if tactic in medians:
-                    self.rows[-1] |= {"kernel": tactics[best], "chosen": False, "other_shares": True,
-                                      "speedup": round(fp16 / medians[tactic], 3)}
+        found: list[dict[str, Any] | None] = []
 
-    def _measure_tactic(self, what: tuple[str, Layer, torch.Tensor, int], medians: dict[int, float], share: float) -> None:
-        """Check one kernel, time it, and see that the last call of the graph gave the bits of a call on its own; adds a row."""
+        def one(tactic: int, more: dict[str, Any]) -> None:
+            row = self._measure_tactic((name, layer, x, tactic), share / len(wanted))
+            found.append(row)
+            if row:
+                row |= {**more, "speedup": round(fp16 / row["median"], 3)}
+
+        for tactic in wanted:
+            one(tactic, {"kernel": tactics.get(tactic, "simple"), "chosen": tactic == chosen})
+        if self.args.tactics:
+            ranked = sorted((row for row in found if row and row["tactic"] != SIMPLE), key=lambda row: row["median"])
+            for best in ranked[:2]:
+                for tactic in other_shares(best["tactic"]):
+                    one(tactic, {"kernel": best["kernel"], "chosen": False, "other_shares": True})
+        complete = all(found)
+        self.complete += complete
+        for row in filter(None, found):
+            row["complete"] = complete
+
+    def _measure_tactic(self, what: tuple[str, Layer, torch.Tensor, int], share: float) -> dict[str, Any] | None:
+        """Check one kernel, time it, and see that the last call of the graph gave the bits of a call on its own.
+
+        Returns:
+            The row, which is among self.rows; None after a failure, or if the time was over.
+        """
         from benchmarks.gemm_timing import time_calls
 
         name, layer, x, tactic = what
         if time.monotonic() > self.deadline:
-            return
+            return None
 
         def work() -> Any:
             check(layer, x, tactic)
@@ -206,12 +217,13 @@ class Run:
                                  "Run the self-test")
             return took
 
-        if took := self._guarded(work):
-            m, n, k = len(x), layer.attrs.out_features, layer.attrs.in_features
-            moved = n * k * layer.scheme.weight_bits(k) / 8 + 2 * m * (n + k)
-            medians[tactic] = took.median
-            self.rows.append({"shape": name, "n": n, "k": k, "m": m, "scheme": layer.scheme.name, "tactic": tactic, **asdict(took),
-                              "gb_per_s": round(moved / took.median / 1e3, 1), "tops": round(2 * m * n * k / took.median / 1e6, 1)})
+        if not (took := self._guarded(work)):
+            return None
+        m, n, k = len(x), layer.attrs.out_features, layer.attrs.in_features
+        moved = n * k * layer.scheme.weight_bits(k) / 8 + 2 * m * (n + k)
+        self.rows.append({"shape": name, "n": n, "k": k, "m": m, "scheme": layer.scheme.name, "tactic": tactic, **asdict(took),
+                          "gb_per_s": round(moved / took.median / 1e3, 1), "tops": round(2 * m * n * k / took.median / 1e6, 1)})
+        return self.rows[-1]
 
 
 def new_path(folder: Path, name: str) -> Path:
@@ -255,25 +267,25 @@ def _main(argv: Sequence[str] | None) -> int:
         raise InputError("--sim", "got it without --check-only, expected both: the simulation has no speed", "Add --check-only")
     if args.table and not args.tactics:
         raise InputError("--table", "got it without --tactics, expected both: one kernel of each shape says nothing", "Add --tactics")
-    library = _library(args)
     if args.quick:
         args.seconds = min(args.seconds, 90)
     names = args.shapes or (QUICK_SHAPES if args.quick else list(SHAPES))
     shapes = _SIM_SHAPES if args.sim else {name: SHAPES[name] for name in names}
     tokens = args.tokens or (_SIM_TOKENS if args.sim else QUICK_TOKENS if args.quick else TOKENS)
-    run = Run(args, Kernels(library, "cpu" if args.sim else "cuda"), shapes, tokens)
+    run = Run(args, Kernels(_library(args), "cpu" if args.sim else "cuda"), shapes, tokens)
     if args.check_only:
         compared = run.check()
         print(f"{compared} results compared, " + (f"{len(run.failures)} WRONG" if run.failures else "all right"))
         return EXIT_CHECK if run.failures else 0
     run.start()
     run.measure()
-    text, missed = target_table(run.rows, run.schemes)
+    text, missed = target_table(run.rows, run.schemes, run.tokens if TARGET_SHAPE in run.shapes else ())
     plot(run.result, run.path.with_suffix(".svg"))
     if args.table:
         old = args.table.read_text(encoding="utf-8") if args.table.exists() else ""
         args.table.write_text(merged_table(old, measured_rows(run.result, run.schemes)), encoding="utf-8")
-    omitted = f", {run.result['not_timed']} cases not timed: give more --seconds" if run.result["not_timed"] else ""
+    left_out = run.result["not_timed"]
+    omitted = f", {left_out} cases not timed in full: see what failed, or give more --seconds" if left_out else ""
     print(f"\nwritten to {run.path} and {run.path.with_suffix('.svg').name}{omitted}")
     print("\n".join([f"FAILED {failure}" for failure in run.failures] + [text]))
     return EXIT_CHECK if missed or run.failures else 0

@@ -13,8 +13,12 @@ _TABLE_HEADER = ("// Rows of kMeasured (core/measured.h), written by: "
                  "python -m benchmarks.gemm --tactics --table plugins/core/measured.inc")
 
 
-def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCHEMES) -> tuple[str, int]:
-    """Speed-up over fp16 at the target shape, against the targets; and how many of those were missed."""
+def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCHEMES, tokens: Sequence[int] = ()) -> tuple[str, int]:
+    """Speed-up over fp16 at the target shape, against the targets; and how many of those were missed, or not measured.
+
+    Args:
+        tokens: for which the targets of `schemes` were to be measured.
+    """
     lines, missed = [f"{TARGET_SHAPE}: speed-up over fp16 (target)"], 0
     for scheme in schemes:
         mine = [row for row in rows if row["shape"] == TARGET_SHAPE and row["scheme"] == scheme.name and row.get("chosen")]
@@ -26,18 +30,27 @@ def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCH
             cells.append(f"M={row['m']}: {row['speedup']:.2f}" + (f" ({target}{' MISSED' if short else ''})" if target else ""))
         if cells:
             lines.append(f"{scheme.name:<12} " + "  ".join(cells))
-    return "\n".join(lines), missed
+    measured = {(row["scheme"], row["m"]) for row in rows if row["shape"] == TARGET_SHAPE and row.get("chosen")}
+    wanted = {(scheme.name, m) for scheme in schemes for m in tokens if scheme.target(m) is not None}
+    if absent := wanted - measured:
+        lines.append(f"NOT MEASURED: {len(absent)} of {len(wanted)} targets")
+    return "\n".join(lines), missed + len(absent)
 
 
 def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> list[str]:
-    """Rows of plugins/core/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median."""
+    """Rows of plugins/core/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median.
+
+    A case of which not every kernel was timed gets none: another might have been faster.
+    """
     lines, gpu = [], f"{result['capability'].replace('.', '')}, {result['multiprocessors']}"
     for scheme in schemes:
         best: dict[tuple[int, int, int], dict[str, Any]] = {}
         for row in result["rows"]:
+            if row["scheme"] != scheme.name or not row.get("complete"):
+                continue
             place = row["n"], row["k"], row["m"]
             margin = 0.98 if row.get("other_shares") else 1  # other shares than the usual must be worth it
-            if row["scheme"] == scheme.name and (place not in best or row["median"] < margin * best[place]["median"]):
+            if place not in best or row["median"] < margin * best[place]["median"]:
                 best[place] = row
         for (n, k, m), row in sorted(best.items()):
             numbers = ", ".join(map(str, (scheme.wbits, scheme.levels, scheme.abits, scheme.group_size, n, k, m)))

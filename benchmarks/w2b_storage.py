@@ -122,7 +122,8 @@ def _time(expander: Expander, storage: Storage, codes: np.ndarray, rows: int, se
     size = one.numel() * 4
     copies = [one, *(one.clone() for _ in range(copies_for(size) - 1))]
     against, sums = expander.tensor(_against()), torch.empty(rows, dtype=torch.int32, device=expander.device)
-    took = time_calls(lambda i, stream: expander.run(storage, copies[i % len(copies)], against, sums, stream), seconds)
+    took = time_calls(lambda i, stream: expander.run(storage, copies[i % len(copies)], against, sums, stream), seconds,
+                      copies=len(copies))
     if not np.array_equal(sums.cpu().numpy(), np.resize(_products(codes), rows)):
         raise CheckError(f"w2b_storage {storage.name}", "got wrong sums in the timed passes, expected those of numpy", "Report it")
     weights = rows * codes[0].size

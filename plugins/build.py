@@ -55,8 +55,8 @@ def _included(sources: Iterable[str]) -> list[Path]:
         if path in found:
             continue
         found.add(path)
-        for name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            folders = (path.parent, *(_SOURCES / folder for folder in _flags()["include"]))
+        for quote, name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE):
+            folders = [path.parent] * (quote == '"') + [_SOURCES / folder for folder in _flags()["include"]]
             waiting += [file.resolve() for folder in folders if (file := folder / name).is_file()]
     return sorted(found)
 

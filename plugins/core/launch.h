@@ -25,19 +25,24 @@ constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
 // kernel, a device and the answer in one word; two kernels that meet in a slot only ask again.
 class Asked {
  public:
-  // f() -> the answer, below 256, or a negative number for a failure, which is not kept.
-  template <class F>
-  int answer(const void* kernel, int device, F f) {
-    const uint64_t key = reinterpret_cast<uint64_t>(kernel) << 16 | uint64_t(device & 255) << 8;  // addresses have 48 bits
-    std::atomic<uint64_t>& slot = slots_[(key * 0x9e3779b97f4a7c15u) >> 56];
-    const uint64_t found = slot.load(std::memory_order_relaxed);
-    if (found >> 8 == key >> 8) return int(found & 255);
-    const int code = f();
-    if (code >= 0 && device < 256) slot.store(key | uint64_t(code), std::memory_order_relaxed);
-    return code;
+  // The answer that is kept, below 256; -1 if there is none.
+  int kept(const void* kernel, int device) {
+    const uint64_t key = key_of(kernel, device), found = slot(key).load(std::memory_order_relaxed);
+    return device < 256 && found >> 8 == key >> 8 ? int(found & 255) : -1;
+  }
+
+  // Takes the place of an earlier answer.
+  void keep(const void* kernel, int device, int answer) {
+    const uint64_t key = key_of(kernel, device);
+    if (device < 256) slot(key).store(key | uint64_t(answer), std::memory_order_relaxed);
   }
 
  private:
+  static uint64_t key_of(const void* kernel, int device) {  // addresses have 48 bits
+    return reinterpret_cast<uint64_t>(kernel) << 16 | uint64_t(device & 255) << 8;
+  }
+  std::atomic<uint64_t>& slot(uint64_t key) { return slots_[(key * 0x9e3779b97f4a7c15u) >> 56]; }
+
   std::atomic<uint64_t> slots_[256] = {};
 };
 
@@ -46,27 +51,28 @@ class Asked {
 template <class... Params>
 bool waits_for_earlier_launch(void (*kernel)(Params...)) {
   static Asked asked;
+  const void* const address = reinterpret_cast<const void*>(kernel);
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
-  return asked.answer(reinterpret_cast<const void*>(kernel), device, [&] {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ? -1 : attributes.ptxVersion >= 90 ? 1 : 0;
-  }) == 1;
+  if (const int kept = asked.kept(address, device); kept >= 0) return kept == 1;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
+  const bool waits = attributes.ptxVersion >= 90;
+  asked.keep(address, device, waits);
+  return waits;
 }
 
 // Lets the kernel have so much shared memory, once for each device: the answer is KiB, of which a GPU has whole ones.
 template <class... Params>
 cudaError_t opt_in(void (*kernel)(Params...), size_t bytes, bool again = false) {
   static Asked asked;
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
+  const void* const address = reinterpret_cast<const void*>(kernel);
   const int units = int((bytes + 1023) / 1024);
-  const auto ask = [&] {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units * 1024);
-    return error == cudaSuccess ? units : -1;
-  };
-  if (asked.answer(reinterpret_cast<const void*>(kernel), device, ask) != units || again) ask();
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (!again && asked.kept(address, device) == units) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units * 1024);
+  if (error == cudaSuccess) asked.keep(address, device, units);
   return error;
 }
 

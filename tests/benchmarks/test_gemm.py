@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from benchmarks import gemm, gemm_timing
 from benchmarks.gemm_cases import SCHEMES, SHAPES, TARGET_SHAPE, TOKENS
 from benchmarks.gemm_kernels import Kernels, Layer, check
 from benchmarks.gemm_plot import plot
-from benchmarks.gemm_tables import target_table
+from benchmarks.gemm_tables import measured_rows, target_table
 from benchmarks.gemm_timing import Time
 from plugins.build import build_sim
 from plugins.core.errors import CheckError
@@ -76,6 +78,17 @@ def test_missed_targets_are_counted_and_drawn(tmp_path: Path) -> None:
     assert "&lt;GPU&gt;" in svg
 
 
+def test_targets_that_were_not_measured_are_not_met() -> None:
+    rows = [{"shape": TARGET_SHAPE, "scheme": "W4A8", "m": 1, "chosen": True, "speedup": 3.9},
+            {"shape": "other", "scheme": "W4A8", "m": 64, "chosen": True, "speedup": 3.9},
+            {"shape": TARGET_SHAPE, "scheme": "W4A8", "m": 1024, "chosen": False, "speedup": 3.9}]
+    text, missed = target_table(rows, SCHEMES[:2], [1, 32, 64, 1024])
+    assert missed == 5
+    assert text.splitlines()[-1] == "NOT MEASURED: 5 of 6 targets"
+    assert target_table(rows, SCHEMES[:1], [1, 32])[1] == 0
+    assert "NOT MEASURED" not in target_table(rows, SCHEMES[:1], [1, 32])[0]
+
+
 class FakePeers:
     def __init__(self, n: int, k: int) -> None:
         pass
@@ -130,6 +143,34 @@ def test_what_no_time_is_left_for_is_counted(timed: Any) -> None:
     assert json.loads(run.path.read_text())["not_timed"] == 2 * 2 * (2 + 2)
 
 
+@pytest.mark.parametrize("slow", ["time", "failure"])
+def test_a_case_without_all_its_kernels_is_no_measurement(timed: Any, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """The time ends, or the third kernel fails, within the first layer: what was reached stays out of the table, and is counted."""
+    called: list[str] = []
+
+    def third_call(layer: Layer, x: torch.Tensor, tactic: int) -> None:
+        called.append(layer.scheme.name)
+        if len(called) == 3 and slow == "failure":
+            raise CheckError("W4A8", "got 1, expected 2", "Run the self-test")
+
+    clock = SimpleNamespace(monotonic=lambda: 1000.0 if len(called) >= 3 and slow == "time" else 0.0)
+    monkeypatch.setattr(gemm, "check", third_call)
+    monkeypatch.setattr(gemm, "time", clock)
+    run = timed(100, True)
+    written = json.loads(run.path.read_text())
+    first = [row for row in written["rows"] if (row["shape"], row["scheme"], row["m"]) == (TARGET_SHAPE, "W4A8", 1)]
+    assert len(first) > 1
+    assert not any(row["complete"] for row in first)
+    rest = [row for row in written["rows"] if row["scheme"] != "fp16" and row not in first]
+    assert all(row["complete"] for row in rest)
+    reached = {(row["shape"], row["scheme"], row["m"]) for row in rest}
+    assert len(reached) == (0 if slow == "time" else 7)
+    peers = 2 * sum(row["scheme"] == "fp16" for row in written["rows"])
+    assert written["not_timed"] == 2 * 2 * (2 + 2) - peers - len(reached)
+    lines = measured_rows({**written, "device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132}, SCHEMES)
+    assert len(lines) == len(reached)
+
+
 def test_tactics_with_other_shares_and_a_file_of_its_own(timed: Any) -> None:
     first, second = timed(100, True), timed(100, True)
     assert [path.path.name for path in (first, second)] == ["gemm-sim.json", "gemm-sim-2.json"]
@@ -155,3 +196,64 @@ def test_a_graph_that_gives_other_bits_is_a_failure(timed: Any, monkeypatch: pyt
     run = timed(100, False)
     assert run.failures
     assert all("outputs that differ between graph and single call" in failure for failure in run.failures)
+
+
+@pytest.fixture
+def commanded(timed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run(*arguments) -> the exit code of a run that measures the simulation at small shapes."""
+    del timed  # its clock is all that is needed
+
+    def start(run: gemm.Run) -> None:
+        run.result = {"device": "GPU", "copy_gb_per_s": 1.0, "fp16_tflops": 1.0, "failures": run.failures, "rows": run.rows}
+        run.path = gemm.new_path(tmp_path, "gemm-sim")
+
+    monkeypatch.setattr(gemm, "SHAPES", {"llama-7b o": (64, 512), TARGET_SHAPE: (130, 512)})
+    monkeypatch.setattr(gemm, "_library", lambda args: str(build_sim()))
+    monkeypatch.setattr(gemm, "Kernels", lambda library, device: Kernels(library, "cpu"))
+    monkeypatch.setattr(gemm.Run, "start", start)
+    return lambda *arguments: gemm.main([*arguments, "--results", str(tmp_path)])
+
+
+def test_exit_code_says_whether_every_target_was_met(commanded: Any, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """The clock gives a speed-up of 5.0. Only the targets that a run asks for count."""
+    assert commanded("--schemes", "W4A8", "--tokens", "1", "2") == 0
+    assert commanded("--schemes", "W2A8", "--tokens", "1") == 3  # 6.5
+    capsys.readouterr()
+    monkeypatch.setattr(gemm, "time", SimpleNamespace(monotonic=count(0, 1000).__next__))  # always too late
+    assert commanded("--schemes", "W4A8", "--tokens", "1", "2", "3000") == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT MEASURED: 3 of 3 targets"
+    assert commanded("--quick") == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT MEASURED: 20 of 20 targets"
+    assert commanded("--schemes", "W4A8", "--tokens", "32") == 0  # no target there
+    assert commanded("--schemes", "W4A4") == 0
+    assert commanded("--shapes", "llama-7b o") == 0
+    assert "NOT MEASURED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("only", [["--check-only"], []], ids=["check", "measure"])
+def test_a_lost_gpu_ends_the_run_without_a_traceback(commanded: Any, only: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def third_call(layer: Layer, x: torch.Tensor, tactic: int) -> None:
+        called.append(tactic)
+        if len(called) == 3:
+            layer.kernels.device = "cuda"
+            lost()
+
+    called: list[int] = []
+    monkeypatch.setattr(gemm, "check", third_call)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert commanded(*only, "--schemes", "W4A8", "--tokens", "1", "2") == 3
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[:2] == ["FAILED CUDA error: an illegal memory access", "stopped: CUDA error: an illegal memory access"]
+    assert len(called) == 3
+    if only:
+        assert lines[2:] == ["3 results compared, 1 WRONG"]
+    else:
+        assert lines[-1] == "NOT MEASURED: 1 of 2 targets"
+        assert json.loads((tmp_path / "gemm-sim.json").read_text())["not_timed"] == 12 - 4 - 1  # both peers, and one kernel

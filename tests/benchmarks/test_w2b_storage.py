@@ -159,10 +159,11 @@ def test_measured_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         passes.append((storage.name, packed.numel() * 4))
         Expander.run(simulation, storage, packed, against, out, stream)
 
-    def time_calls(call: Any, budget: float) -> gemm_timing.Time:
+    def time_calls(call: Any, budget: float, copies: int = 1) -> gemm_timing.Time:
+        assert copies == 2  # all of them: fewer would stay in the cache
         for i in range(3):
             call(i, 0)
-        return gemm_timing.Time(passes[-1][1] / 1000, 0.5)
+        return gemm_timing.Time(passes[-1][1] / 1000, 0.5, 3)
 
     simulation = Expander("cpu")
     fake: Any = SimpleNamespace(device="cpu", tensor=simulation.tensor, run=run)

@@ -41,21 +41,23 @@ def test_unchanged_sources_are_not_compiled_again(sources: Path) -> None:
 
 
 def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
-    """Nothing of the self-test is in the kernels, and no launcher of a kernel in the self-test."""
-    kernels, program = build._sources("*/*.cu"), build._sources("selftest/*.cpp")
+    """Nothing of the self-test is in the kernels, no launcher of a kernel in the self-test, and TensorRT's headers in the plugins only."""
+    made = build._sources("*/*.cu"), build._sources("selftest/*.cpp"), build._sources("*/plugin.cpp")
 
-    def changed(file: str) -> tuple[bool, bool]:
-        before = build._digest(kernels), build._digest(program)
+    def changed(file: str) -> tuple[bool, ...]:
+        before = [build._digest(each) for each in made]
         (sources / file).write_text((sources / file).read_text() + "// changed\n")
-        after = build._digest(kernels), build._digest(program)
-        return before[0] != after[0], before[1] != after[1]
+        return tuple(old != build._digest(each) for old, each in zip(before, made, strict=True))
 
-    assert changed("selftest/layer.cpp") == (False, True)
-    assert changed("selftest/device.h") == (False, True)
-    assert changed("core/measured.inc") == (True, False)
-    assert changed("abq_gemm/int8.cuh") == (True, False)
-    assert changed("core/params.h") == (True, True)
-    assert changed("core/trt/logger.h") == (False, False)
+    assert changed("selftest/layer.cpp") == (False, True, False)
+    assert changed("selftest/device.h") == (False, True, False)
+    assert changed("core/measured.inc") == (True, False, False)
+    assert changed("abq_gemm/int8.cuh") == (True, False, False)
+    assert changed("core/params.h") == (True, True, True)
+    assert changed("core/trt/logger.h") == (False, False, True)
+    assert changed("core/trt/NvInferRuntime.h") == (False, False, True)  # included as <NvInferRuntime.h>
+    (sources / "core" / "vector").write_text("// beside headers that include <vector>, where a compiler does not look for it\n")
+    assert changed("core/vector") == (False, False, False)
 
 
 def test_9_0_gets_all_its_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

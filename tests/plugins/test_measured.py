@@ -75,10 +75,12 @@ def test_rows_that_the_benchmark_writes_are_found(tmp_path: Path) -> None:
     w4 = SCHEMES[0]
 
     def row(m: int, kernel: str, shares: int, median: float) -> dict[str, object]:
-        return {"scheme": w4.name, "n": 4096, "k": 4096, "m": m, "kernel": kernel, "tactic": 64 * 2 + shares, "median": median}
+        return {"scheme": w4.name, "n": 4096, "k": 4096, "m": m, "kernel": kernel, "tactic": 64 * 2 + shares, "median": median,
+                "complete": True}
 
     rows = [row(1, "int8 64x16", 4, 9.0), row(1, "int8 64x8", 5, 8.0), row(16, "int8 64x16", 3, 9.0), row(2048, "int8 256x64", 2, 20.0)]
     rows.append({**row(16, "int8 64x16", 3, 9.0), "n": 8192})
+    rows.append({**row(32, "int8 64x16", 3, 9.0), "complete": False})  # the fastest of those that there was time for
     rows.append({**row(1, "cuBLAS", 0, 1.0), "scheme": "fp16"})
     lines = measured_rows({"device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132, "rows": rows}, [w4])
     assert lines[0] == '{90, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, 1, "int8 64x8", 5},  // GPU, today'
