@@ -109,9 +109,10 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
             node = nodes[name]
             fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
             norm = f"{prefix}.{group.norm}" if fused else ""
-            if fused and (not group.norm or node.input[-1] != f"{norm}.weight"):
-                raise CheckError(f"{MODEL_FILE}, node {name}", f"got {node.input[-1]} as the weight of its norm, expected "
-                                 f"{f'{norm}.weight' if group.norm else 'no norm'}", "The graph was changed after its export: export the model again")
+            expected = f"{norm}.weight" if group.norm else "no norm"
+            if fused and node.input[-1] != expected:
+                raise CheckError(f"{MODEL_FILE}, node {name}", f"got {node.input[-1]} as the weight of its norm, expected {expected}",
+                                 "The graph was changed after its export: export the model again")
             found.append(GemmNode(name, node.input[0], node.output[0], members, norm))
     return found
 

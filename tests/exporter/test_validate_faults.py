@@ -109,9 +109,11 @@ def lost_bias(model: onnx.ModelProto, data: Path) -> None:
     change_whole(model, data, "model.layers.1.self_attn.qkv_proj.bias", np.zeros_like)
 
 
+QKV_NORM, MLP_NORM = "(with input_layernorm)", "(with post_attention_layernorm)"
+
 SMALL_FAULTS: dict[str, tuple[Fault, str]] = {
-    "lowest plane dropped": (lowest_plane(np.zeros_like), "model.layers.1.mlp.gate_up_proj (with post_attention_layernorm)"),
-    "lowest plane inverted": (lowest_plane(np.invert), "model.layers.1.mlp.gate_up_proj (with post_attention_layernorm)"),
+    "lowest plane dropped": (lowest_plane(np.zeros_like), f"model.layers.1.mlp.gate_up_proj {MLP_NORM}"),
+    "lowest plane inverted": (lowest_plane(np.invert), f"model.layers.1.mlp.gate_up_proj {MLP_NORM}"),
     "zero points off by one": (shifted_zero_point, "model.layers.1.self_attn.o_proj"),
     "scales cut to bfloat16": (bfloat16_scales, "model.layers.0.mlp.down_proj"),
 }
@@ -142,7 +144,7 @@ def test_a_lost_bias_is_found(tiny_llama: Callable[..., Path], tmp_path: Path, d
     export_onnx(read_quant(whole / "quant"), whole / "onnx")
     assert validate(whole, ValidateOptions(tokens=24, steps=0)).ok
     result = validate_with(whole, tmp_path / "out", lost_bias)
-    assert " at model.layers.1.self_attn.qkv_proj (with input_layernorm) given its inputs (export, prefill: " in result.first_failure
+    assert f" at model.layers.1.self_attn.qkv_proj {QKV_NORM} given its inputs (export, prefill: " in result.first_failure
 
 
 def test_a_missing_custom_node_fails(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
@@ -162,9 +164,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "scale": (wrong_scale, "in output channel 7 at model.layers.1.self_attn.o_proj given its inputs (export, prefill: "),
     "nan": (nan_scale, "relative error of inf at model.layers.1.mlp.down_proj given its inputs (export, prefill: "),
     "zero point": (lost_zero_point, "in output channel 5 at model.layers.0.mlp.down_proj given its inputs (export, prefill: "),
-    "weight bit": (one_flipped_weight_bit, "in output channel 0 at model.layers.0.self_attn.qkv_proj (with input_layernorm) given its inputs (export, prefill: "),
-    "swap": (swapped_initializers, " at model.layers.0.mlp.gate_up_proj (with post_attention_layernorm) given its inputs (export, prefill: "),
-    "norm": (wrong_norm, " at model.layers.1.mlp.gate_up_proj (with post_attention_layernorm) given its inputs (export, prefill: "),
+    "weight bit": (one_flipped_weight_bit,
+                   f"in output channel 0 at model.layers.0.self_attn.qkv_proj {QKV_NORM} given its inputs (export, prefill: "),
+    "swap": (swapped_initializers, f" at model.layers.0.mlp.gate_up_proj {MLP_NORM} given its inputs (export, prefill: "),
+    "norm": (wrong_norm, f" at model.layers.1.mlp.gate_up_proj {MLP_NORM} given its inputs (export, prefill: "),
     "embedding": (wrong_embedding, " at model.embed_tokens given its inputs (export, prefill: "),
     "residual": (lost_residual, " at model.layers.1.residual given its inputs (export, prefill: "),
     "gate and up": (swapped_gate_and_up, " at model.layers.1.mlp.product given its inputs (export, prefill: "),
@@ -185,7 +188,8 @@ def test_a_fault_is_found_where_it_is(tiny_export: Callable[..., Path], tmp_path
 
 
 @pytest.mark.parametrize(("node", "gamma"), [
-    ("self_attn.qkv_proj", "model.layers.0.input_layernorm.weight"), ("mlp.gate_up_proj", "model.norm.weight"), ("mlp.gate_up_proj", "gamma7"),
+    ("self_attn.qkv_proj", "model.layers.0.input_layernorm.weight"), ("mlp.gate_up_proj", "model.norm.weight"),
+    ("mlp.gate_up_proj", "gamma7"),
 ])
 def test_a_node_that_reads_another_norm_is_named(tiny_export: Callable[..., Path], tmp_path: Path, node: str, gamma: str) -> None:
     name = f"model.layers.1.{node}"
@@ -209,7 +213,7 @@ def test_a_wrong_epsilon_is_found_at_its_node(tiny_export: Callable[..., Path], 
         next(item for item in node.attribute if item.name == "norm_epsilon").f = 1000.0
 
     result = validate_with(tiny_export(), tmp_path / "out", lost)
-    assert " at model.layers.1.mlp.gate_up_proj (with post_attention_layernorm) given its inputs (export, prefill: " in result.first_failure
+    assert f" at model.layers.1.mlp.gate_up_proj {MLP_NORM} given its inputs (export, prefill: " in result.first_failure
 
 
 def test_a_wrong_norm_that_stands_apart_is_found(tiny_export: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every wrapper of ptx.cuh and ptx_sm90.cuh against numpy, in the simulation and, where there is one, on a GPU: the two must agree with the same numbers."""
+"""Every wrapper of ptx.cuh and ptx_sm90.cuh against numpy, in the simulation and, where there is one, on a GPU: the two must agree."""
 
 from __future__ import annotations
 
