@@ -45,7 +45,7 @@ class Kernel:
         name, part: as the library names it; of its C++ name.
         matrix: tensor core instruction of its innermost loop.
         registers: of that loop.
-        times: passes of that loop in one of the loop around it.
+        times: passes of that loop in one of the loop around it, or that it is unrolled to.
         logic, multiply: instructions of its own expansion among those, by pipe.
         below_sm: the library takes it for compute capabilities below this.
     """
@@ -113,14 +113,15 @@ def rest_cost(found: Sequence[Loop], arch: str, kernel: Kernel) -> Cost:
     """
     mine = [loop for loop in found if loop.arch == arch and loop.kernel.startswith("gemm<") and kernel.part in loop.kernel]
     multiply = next((loop for loop in mine if loop.counts[kernel.matrix]), None)
-    stage = min((loop for loop in mine if multiply and multiply.within(loop)), key=lambda loop: loop.last - loop.first, default=None)
+    around = [loop for loop in mine if multiply and (multiply.within(loop) or loop == multiply)]
+    stage = min((loop for loop in around if loop.counts["LDGSTS"]), key=lambda loop: loop.last - loop.first, default=None)
     if multiply is None or stage is None:
-        raise UserError(f"{kernel.name} on {arch}", f"got {len(mine)} loops, expected one with {kernel.matrix} within another",
+        raise UserError(f"{kernel.name} on {arch}", f"got {len(mine)} loops, expected one with {kernel.matrix}, itself or within one that copies",
                         "Count its instructions by hand: cuobjdump -sass")
     total = Counter(stage.counts)
     for loop in mine:
         if loop.within(stage):
-            times = kernel.times if loop == multiply else _PLANES
+            times = kernel.times if loop == multiply else _PLANES  # the loop over planes
             total.update({name: times * count for name, count in loop.counts.items()})
     own = Cost(kernel.logic + kernel.multiply, kernel.logic, kernel.multiply)
     of_one = Cost(*(value / kernel.registers for value in (own.issued, own.logic, own.multiply)))

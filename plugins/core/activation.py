@@ -48,7 +48,7 @@ def quantize_activation(x: np.ndarray, bits: int, symmetric: bool) -> tuple[np.n
 def rms_norm(x: np.ndarray, gamma: np.ndarray, epsilon: float) -> np.ndarray:
     """RMSNorm(x) * gamma over the last axis in x's type: fp64, rounded to fp32 and then to the type, as a Cast does.
 
-    The fast kernels compute it in fp32 and may round a near tie to the other side; everything else gives these bits.
+    The fast kernels compute it in fp32 and may be one last bit off; everything else gives these bits.
 
     Args:
         x: [..., K] of fp16, bf16 of ml_dtypes, or fp32.

@@ -10,7 +10,7 @@
 // graph means it (Add rounds to T; the norm is computed wide, from the rounded sum, and rounded to T once):
 //   v = round_T(x + residual)                        exact
 //   y = round_T((v * (1 / sqrt(mean(v^2) + eps))) * gamma)    in fp32; the sum of squares adds up in an order of its own, and as the
-//       other factors are rounded to fp32 too, y may differ from the wide result by one rounding to T where that is a near tie
+//       other factors are rounded to fp32 too, y may differ from the wide result by one rounding to T: near ties of fp16 and bf16, half of all fp32
 // and then codes, scales and zero points are exactly those of y. They do not depend on the number of tokens or blocks.
 #pragma once
 #include "core/prepare.h"
