@@ -68,7 +68,7 @@ _SHARED_BYTES = 128  # per cycle and multiprocessor
 # the others of the main loop but for the mma and the fragments of tokens (counted in the SASS for sm_90a: 4 planes, QQQ per channel)
 _PER_FOUR = {2: 2.25, 4: 3.5, 8: 6.0}
 _CHANNEL, _GROUP = 1.5, 7.5
-_REST = {("ABQGemm", "int8"): 1.8, ("ABQGemm", "a16"): 1.8, ("ABQGemm", "b1"): 1.0, ("ABQGemm", "wgmma"): 4.4, ("QQQGemm", "int8"): 2.1,
+_REST = {("ABQGemm", "int8"): 1.8, ("ABQGemm", "a16"): 1.8, ("ABQGemm", "b1"): 1.0, ("ABQGemm", "wgmma"): 5.1, ("QQQGemm", "int8"): 2.1,
          ("QQQGemm", "wgmma"): 2.4}
 _PAIRS_TO_16_BIT = 4.0  # more for A16
 _SCALES = {"int8": 4.0, "wgmma": 2.0}  # more for QQQ per group: scales fetched, doubled and compared with the limit
@@ -98,7 +98,7 @@ def predict(gpu: Gpu, scheme: Scheme, shape: tuple[int, int, int], kernel: str) 
     weights = n * k * scheme.weight_bits(k) / 8
     moved = weights + m * (2 * k + 2 * n) + 2 * m * k * (2 if family == "a16" else 1)
     padded = tiles * tokens
-    extra = 8 / int(columns) if family in ("int8", "wgmma") and not scheme.act_symmetric else 0  # the fragment of ones
+    extra = 8 / int(columns) if family == "int8" and not scheme.act_symmetric else 0  # the fragment of ones
     rate = (gpu.fp16 if family == "a16" else gpu.int8) * (1.0 if family == "wgmma" else gpu.mma_share) * 1e12
     # one binary operation is an eighth of an int8 one on tensor cores that have them
     work = n * k * padded * per_token * (scheme.levels - 1).bit_length() / 8 if family == "b1" else n * k * padded * (1 + extra)

@@ -10,7 +10,7 @@ template <int kPlanes, bool kGrouped, class Shape_>
 struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
   using Shape = Shape_;
   using Base = AbqInt8<kPlanes, 4, kGrouped, Shape>;
-  using Base::p, Base::product, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
+  using Base::p, Base::product, Base::code_sum, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
   static constexpr int kSteps = 4;  // of 32 k in a chunk
 
   using Base::Base;
@@ -27,11 +27,33 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
     BulkTokenCopies<kChunks, Shape> tokens_;
   };
 
+  // Q of this lane's codes, by dp4a: the tensor cores are what everything waits for here.
+  __device__ void sum_codes(const uint32_t (&codes)[kRowTiles][2][8]) {
+    ANYBIT_UNROLL
+    for (int i = 0; i < kRowTiles * 16; ++i) {
+      int32_t& sum = code_sum[i / 16][i / 8 % 2 * 2];
+      sum = int32_t(__dp4a(codes[i / 16][i / 8 % 2][i % 8], 0x01010101u, unsigned(sum)));
+    }
+  }
+  // Q of all four lanes of a row, where finish() and close_group() look for it.
+  __device__ void share_code_sums() {
+    if (!p.asymmetric) return;
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r)
+      ANYBIT_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        int32_t sum = code_sum[r][i];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        code_sum[r][i] = code_sum[r][i + 1] = sum;
+      }
+  }
+
   // All k of a chunk; the products are there when it returns.
   __device__ void multiply_chunk(const char* slot, int c) {
     uint32_t codes[kRowTiles][2][8], a[kRowTiles][kSteps][4];
     this->load_codes(codes, slot, c, 0);
-    if (p.asymmetric) this->sum_codes(codes);
+    if (p.asymmetric) sum_codes(codes);
     ANYBIT_UNROLL
     for (int i = 0; i < kRowTiles * kSteps * 4; ++i)
       a[i / 4 / kSteps][i / 4 % kSteps][i % 4] = this->fragment(codes[i / 4 / kSteps], i / 4 % kSteps).a[i % 4];
@@ -48,7 +70,15 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
   }
 
   __device__ void multiply(const char* slot, int stage) {
-    this->walk(stage, [&](int c, int) { multiply_chunk(slot, c); }, [&] { this->close_group(); });
+    this->walk(stage, [&](int c, int) { multiply_chunk(slot, c); }, [&] {
+      share_code_sums();
+      this->close_group();
+    });
+  }
+
+  __device__ void finish(char* shared) {
+    if (!kGrouped) share_code_sums();
+    Base::finish(shared);
   }
 };
 

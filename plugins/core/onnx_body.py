@@ -170,7 +170,8 @@ class BodyBuilder(NodeBuilder):
         """plugins.core.activation.rms_norm of X, of the function's type.
 
         In fp64, because ONNX Runtime casts around a 16-bit norm and then drops its rounding, and because fp32 results differ
-        between libraries.
+        between libraries. ONNX Runtime computes stage one of an fp64 norm in fp64, whatever stash_type says (the standard's default
+        is fp32), and casts fp64 to 16 bits by way of fp32, as rms_norm does.
         """
         y = self.node("RMSNormalization", self.cast("X", TensorProto.DOUBLE), self.cast("gamma", TensorProto.DOUBLE), axis=-1)
         epsilon = onnx.AttributeProto(name="epsilon", ref_attr_name="norm_epsilon", type=onnx.AttributeProto.FLOAT)

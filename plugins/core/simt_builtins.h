@@ -37,6 +37,10 @@ inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 32; i += 8) sum += int8_t(uint32_t(a) >> i) * int8_t(uint32_t(b) >> i);
   return sum;
 }
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {  // the same of unsigned bytes
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);
+  return sum;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
