@@ -116,7 +116,8 @@ def rest_cost(found: Sequence[Loop], arch: str, kernel: Kernel) -> Cost:
     around = [loop for loop in mine if multiply and (multiply.within(loop) or loop == multiply)]
     stage = min((loop for loop in around if loop.counts["LDGSTS"]), key=lambda loop: loop.last - loop.first, default=None)
     if multiply is None or stage is None:
-        raise UserError(f"{kernel.name} on {arch}", f"got {len(mine)} loops, expected one with {kernel.matrix} that copies or lies in one that does",
+        raise UserError(f"{kernel.name} on {arch}",
+                        f"got {len(mine)} loops, expected one with {kernel.matrix} that copies or lies in one that does",
                         "Count its instructions by hand: cuobjdump -sass")
     total = Counter(stage.counts)
     for loop in mine:
