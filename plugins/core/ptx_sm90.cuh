@@ -32,6 +32,7 @@ __device__ inline void set_registers() {
 #ifdef __CUDACC__
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #else
+inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - static_cast<char*>(simt::shared_memory())); }
 inline simt::MBarrier* mbarrier_of(uint64_t* barrier) { return reinterpret_cast<simt::MBarrier*>(barrier); }
 #endif
 
@@ -116,29 +117,20 @@ __device__ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t
 // multiplication takes 32 bytes of each row. PTX "Matrix descriptor", swizzle mode 1, 1024 bytes from 8 rows to the next.
 class SwizzledRows {
  public:
-  __device__ explicit SwizzledRows(const void* rows) {
-#ifdef __CUDACC__
-    descriptor_ = uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 | (shared_address(rows) & 0x3ffff) / 16;
-#else
-    descriptor_ = reinterpret_cast<uintptr_t>(rows);
-#endif
-  }
-  __device__ uint64_t part(int bytes) const {  // from byte `bytes` of each row on, a multiple of 32
-#ifdef __CUDACC__
-    return descriptor_ + bytes / 16;
-#else
-    return descriptor_ + bytes;
-#endif
-  }
+  __device__ explicit SwizzledRows(const void* rows)
+      : descriptor_(uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 | (shared_address(rows) & 0x3ffff) / 16) {}
+  __device__ uint64_t part(int bytes) const { return descriptor_ + bytes / 16; }  // from byte `bytes` of each row on, a multiple of 32
 
  private:
-  uint64_t descriptor_;
+  const uint64_t descriptor_;
 };
 
 // Before the first wgmma, and before one whose registers (A or product) have been written by something else. PTX wgmma.fence.
 __device__ inline void fence_products() {
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  if (simt::me->products.empty()) simt::me->products.emplace_back();  // the open group
 #endif
 }
 
@@ -147,7 +139,6 @@ __device__ inline void commit_products() {
 #ifdef __CUDACC__
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
-  if (simt::me->products.empty()) simt::me->products.emplace_back();
   simt::me->products.emplace_back();
 #endif
 }
@@ -161,6 +152,7 @@ __device__ inline void wait_for_products() {
   std::vector<std::vector<std::function<void()>>>& groups = simt::me->products;
   for (; groups.size() > kPending + 1; groups.erase(groups.begin()))
     for (const std::function<void()>& product : groups.front()) product();
+  if (kPending == 0) groups.clear();  // what comes next needs a fence
 #endif
 }
 
@@ -205,14 +197,17 @@ void wgmma_on_host(int32_t (*d)[4], int tiles, const uint32_t* a, uint64_t b, bo
   const simt::Registers* lanes = simt::exchange({{a[0], a[1], a[2], a[3], uint32_t(b), uint32_t(b >> 32), accumulate}});
   for (int i = 0; i < 32; ++i)
     if (std::memcmp(lanes[i].word + 4, lanes[0].word + 4, 12)) throw std::runtime_error("simt: lanes of a wgmma differ in operand B");
+  if (b >> 62 != 1) throw std::runtime_error("simt: a matrix descriptor without the 128-byte swizzle");
+  const uint32_t start = uint32_t(b & 0x3fff) * 16, stride = uint32_t(b >> 32 & 0x3fff) * 16;  // bytes; of 8 rows
+  const int8_t* shared = static_cast<const int8_t*>(simt::shared_memory());
   const int g = simt::me->lane / 4, q = simt::me->lane % 4;
   for (int t = 0; t < tiles; ++t)
     for (int i = 0; i < 4; ++i) {
       int32_t sum = accumulate ? d[t][i] : 0;
-      const uint64_t row = b + (8 * t + 2 * q + i % 2) * 128;
+      const uint32_t row = start + t * stride + (2 * q + i % 2) * 128;
       for (int part = 0; part < 8; ++part) {
-        const uint64_t linear = row + 4 * part;  // the swizzle is made of address bits
-        const int8_t* from = reinterpret_cast<const int8_t*>(linear ^ (linear >> 7 & 7) << 4);
+        const uint32_t linear = row + 4 * part;  // the swizzle is made of address bits
+        const int8_t* from = shared + (linear ^ (linear >> 7 & 7) << 4);
         const uint32_t word = lanes[4 * g + part % 4].word[part / 4 * 2 + i / 2];
         for (int byte = 0; byte < 4; ++byte) sum += static_cast<Signed>(word >> 8 * byte) * from[byte];
       }
@@ -222,8 +217,8 @@ void wgmma_on_host(int32_t (*d)[4], int tiles, const uint32_t* a, uint64_t b, bo
 template <class Signed, int kTiles>
 void wgmma_later(int32_t (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   const auto product = [&d, &a, b, accumulate] { wgmma_on_host<Signed>(d, kTiles, a, b, accumulate); };
+  if (simt::me->products.empty()) throw std::runtime_error("simt: wgmma without wgmma.fence before it");
   if (simt::eager) return product();
-  if (simt::me->products.empty()) simt::me->products.emplace_back();
   simt::me->products.back().push_back(product);
 }
 #endif

@@ -114,6 +114,7 @@ def test_a_product_reads_its_rows_until_it_is_waited_for(faults: Faults, order: 
     [
         ("nobody_arrives", 32, "simt: deadlock, block (0,0,0) thread (0,0,0) waits at an mbarrier that another thread never reaches"),
         ("lonely_part", 64, "simt: deadlock, block (0,0,0) thread (0,0,0) waits at barrier.sync that another thread never reaches"),
+        ("product_without_fence", 32, "simt: wgmma without wgmma.fence before it"),
         ("too_many_arrivals", 32, "simt: more arrivals at an mbarrier than it was told to expect"),
         ("bulk_of_12_bytes", 32, "simt: cp.async.bulk of 12 bytes: size and addresses must be multiples of 16"),
         (

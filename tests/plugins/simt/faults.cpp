@@ -106,6 +106,7 @@ void late_product(const int*, int* out, bool forget_wait) {
   __syncthreads();
   const uint32_t a[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
   int32_t d[8][4] = {};
+  fence_products();
   wgmma<true>(d, a, SwizzledRows(rows_sh).part(0), true);
   commit_products();
   if (!forget_wait) wait_for_products<0>();
@@ -114,6 +115,12 @@ void late_product(const int*, int* out, bool forget_wait) {
   __syncthreads();
   wait_for_products<0>();
   out[threadIdx.x] = d[0][0];
+}
+
+void product_without_fence(const int*, int*, bool) {
+  const uint32_t a[4] = {};
+  int32_t d[8][4];
+  wgmma<true>(d, a, SwizzledRows(dynamic_shared<char>()).part(0), false);
 }
 
 }  // namespace
@@ -126,7 +133,7 @@ ANYBIT_API int run_fault(const char* name, int grid_x, int grid_y, int threads, 
       {"early_exit", early_exit},     {"shared_overrun", shared_overrun}, {"partial_warp", partial_warp},
       {"every_thread", every_thread}, {"warp_steps", warp_steps},         {"bulk_copy", bulk_copy},
       {"nobody_arrives", nobody_arrives}, {"too_many_arrivals", too_many_arrivals}, {"bulk_of_12_bytes", bulk_of_12_bytes},
-      {"lonely_part", lonely_part},   {"late_product", late_product}};
+      {"lonely_part", lonely_part},   {"late_product", late_product},         {"product_without_fence", product_without_fence}};
   for (const auto& [key, kernel] : kernels)
     if (!std::strcmp(key, name))
       return launch({dim3(grid_x, grid_y), dim3(threads), kernel == late_product ? 8192 : threads * sizeof(int)}, nullptr, kernel, in, out, forget_sync != 0);
