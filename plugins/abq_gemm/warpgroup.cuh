@@ -11,7 +11,6 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
   using Shape = Shape_;
   using Base = AbqInt8<kPlanes, 4, kGrouped, Shape>;
   using Base::p, Base::product, Base::code_sum, Base::kRowTiles, Base::kChunks, Base::kWeightBytes;
-  static constexpr int kSteps = 4;  // of 32 k in a chunk
 
   using Base::Base;
 
@@ -49,24 +48,16 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
       }
   }
 
-  // All k of a chunk; the products are there when it returns.
   __device__ void multiply_chunk(const char* slot, int c) {
-    uint32_t codes[kRowTiles][2][8], a[kRowTiles][kSteps][4];
+    uint32_t codes[kRowTiles][2][8], a[kChunkSteps][kRowTiles][4];
     this->load_codes(codes, slot, c, 0);
     if (p.asymmetric) sum_codes(codes);
     ANYBIT_UNROLL
-    for (int i = 0; i < kRowTiles * kSteps * 4; ++i)
-      a[i / 4 / kSteps][i / 4 % kSteps][i % 4] = this->fragment(codes[i / 4 / kSteps], i / 4 % kSteps).a[i % 4];
-    const SwizzledRows tokens(slot + kWeightBytes + c * Shape::kTokens * kChunkBytes);
-    fence_products();
-    ANYBIT_UNROLL
-    for (int step = 0; step < kSteps; ++step)
-      ANYBIT_UNROLL
-      for (int r = 0; r < kRowTiles; ++r) wgmma<true>(product[r], a[r][step], tokens.part(32 * step), true);
-    commit_products();
-    wait_for_products<0>();
-    ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) settle_products(product[r]);
+    for (int i = 0; i < kChunkSteps * kRowTiles * 4; ++i) {
+      const int step = i / 4 / kRowTiles, r = i / 4 % kRowTiles;
+      a[step][r][i % 4] = this->fragment(codes[r], step).a[i % 4];
+    }
+    multiply_fragments<true>(product, a, slot + kWeightBytes + c * Shape::kTokens * kChunkBytes);
   }
 
   __device__ void multiply(const char* slot, int stage) {

@@ -26,7 +26,7 @@ struct Tokens {
   float* scale;       // [m]
   int32_t* zero;      // [m], all 0 for symmetric codes
   int32_t* sums;      // [n_groups][sum_pitch] sum of (code - zero) over a group, where the op needs it
-  int sum_pitch;      // m, padded
+  int sum_pitch;      // at least m
   int32_t* counters;  // one per output tile, set to 0 by the token kernel: how many blocks have finished their share of K
 };
 

@@ -66,6 +66,24 @@ class BulkTokenCopies {
   const uint8_t* from_;
 };
 
+constexpr int kChunkSteps = 4;  // of 32 k in a chunk
+
+// product[r] += rows of this lane's tile r times the tokens of a chunk [token][128], a[step][r] being the fragments; done when it returns.
+template <bool kUnsigned, int kRowTiles, int kTokenTiles>
+__device__ void multiply_fragments(int32_t (&product)[kRowTiles][kTokenTiles][4], const uint32_t (&a)[kChunkSteps][kRowTiles][4],
+                                   const char* tokens) {
+  const SwizzledRows rows(tokens);
+  fence_products();
+  ANYBIT_UNROLL
+  for (int step = 0; step < kChunkSteps; ++step)
+    ANYBIT_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) wgmma<kUnsigned>(product[r], a[step][r], rows.part(32 * step), true);
+  commit_products();
+  wait_for_products<0>();
+  ANYBIT_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) settle_products(product[r]);
+}
+
 // The copying warps. Op::Copies(args, thread, first stage), each of whose functions fills the next stage into a slot:
 // load_weights(slot, barrier) by all threads, with copy_async or, told to the barrier, copy_bulk; load_tokens(slot, barrier) by one,
 // which announces all bulk copies of the stage.

@@ -12,7 +12,7 @@ template <class Weights, class Shape_>
 struct QqqWarpgroup {
   using Args = QqqGemmArgs;
   using Shape = Shape_;
-  static constexpr int kTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles, kChunks = Shape::kChunks, kSteps = 4;
+  static constexpr int kTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles, kChunks = Shape::kChunks;
   static constexpr int kBlocks = Shape::kRows / 64, kRowBytes = 512;
   static constexpr int kWeightBytes = kChunks * 8 * kBlocks * kRowBytes;  // [chunk][packed row][column block][512]
   static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
@@ -61,9 +61,9 @@ struct QqqWarpgroup {
 
   // a[step][tile]: the fragments of a chunk.
   template <bool kLimit>
-  __device__ void load_fragments(uint32_t (&a)[kSteps][kTiles][4], const char* slot, int c, const uint32_t (&scale)[2][kTiles][2]) const {
+  __device__ void load_fragments(uint32_t (&a)[kChunkSteps][kTiles][4], const char* slot, int c, const uint32_t (&scale)[2][kTiles][2]) const {
     ANYBIT_UNROLL
-    for (int row = 0; row < 2 * kSteps; ++row) {  // packed
+    for (int row = 0; row < 2 * kChunkSteps; ++row) {  // packed
       const char* from = slot + ((c * 8 + row) * kBlocks + tile / 4) * kRowBytes + lane * 16 + tile % 4 * 4;
       const uint2 words = *reinterpret_cast<const uint2*>(from);
       ANYBIT_UNROLL
@@ -76,9 +76,8 @@ struct QqqWarpgroup {
     }
   }
 
-  // All k of a chunk; the products are there when it returns.
   __device__ void multiply_chunk(const char* slot, int c) {
-    uint32_t a[kSteps][kTiles][4], scale[2][kTiles][2];
+    uint32_t a[kChunkSteps][kTiles][4], scale[2][kTiles][2];
     bool limit = false;
     if constexpr (Weights::kGrouped) {
       limit = scales.take(scale);
@@ -86,16 +85,7 @@ struct QqqWarpgroup {
     }
     if (limit) load_fragments<true>(a, slot, c, scale);
     else load_fragments<false>(a, slot, c, scale);
-    const SwizzledRows tokens(slot + kWeightBytes + c * Shape::kTokens * kChunkBytes);
-    fence_products();
-    ANYBIT_UNROLL
-    for (int step = 0; step < kSteps; ++step)
-      ANYBIT_UNROLL
-      for (int j = 0; j < kTiles; ++j) wgmma<false>(product[j], a[step][j], tokens.part(32 * step), true);
-    commit_products();
-    wait_for_products<0>();
-    ANYBIT_UNROLL
-    for (int j = 0; j < kTiles; ++j) settle_products(product[j]);
+    multiply_fragments<false>(product, a, slot + kWeightBytes + c * Shape::kTokens * kChunkBytes);
   }
 
   __device__ void multiply(const char* slot, int stage) {
