@@ -113,8 +113,8 @@ def rest_cost(found: Sequence[Loop], arch: str, kernel: Kernel) -> Cost:
     """
     mine = [loop for loop in found if loop.arch == arch and loop.kernel.startswith("gemm<") and kernel.part in loop.kernel]
     multiply = next((loop for loop in mine if loop.counts[kernel.matrix]), None)
-    around = [loop for loop in mine if multiply and (multiply.within(loop) or loop == multiply)]
-    stage = min((loop for loop in around if loop.counts["LDGSTS"]), key=lambda loop: loop.last - loop.first, default=None)
+    unrolled = multiply if multiply and multiply.counts["LDGSTS"] else None  # into the loop over stages, which copies
+    stage = min((loop for loop in mine if multiply and multiply.within(loop)), key=lambda loop: loop.last - loop.first, default=unrolled)
     if multiply is None or stage is None:
         raise UserError(f"{kernel.name} on {arch}",
                         f"got {len(mine)} loops, expected one with {kernel.matrix} that copies or lies in one that does",
