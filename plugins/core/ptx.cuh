@@ -30,6 +30,15 @@ __device__ inline T* dynamic_shared() {
 #endif
 }
 
+// Where in shared memory, as the instructions take it; in the simulation, from the start of the block's own.
+__device__ inline uint32_t shared_address(const void* p) {
+#ifdef __CUDACC__
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+  return static_cast<uint32_t>(static_cast<const char*>(p) - static_cast<char*>(simt::shared_memory()));
+#endif
+}
+
 // min and max in which NaN wins over every number (fminf and fmaxf drop it). PTX min.NaN.f32 and max.NaN.f32, sm_80 and later.
 __device__ inline float min_nan(float a, float b) {
 #ifdef __CUDACC__
@@ -185,8 +194,7 @@ __device__ inline uint32_t masked_or(uint32_t v, uint32_t mask, uint32_t bits) {
 // PTX cp.async.cg.shared.global.
 __device__ inline void copy_async16(void* to, const void* from, int from_bytes = 16) {
 #ifdef __CUDACC__
-  const uint32_t to_shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(from_bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(from_bytes) : "memory");
 #else
   simt::copy_async(to, from, 16, from_bytes);
 #endif
@@ -195,8 +203,7 @@ __device__ inline void copy_async16(void* to, const void* from, int from_bytes =
 // 4 bytes, both 4-byte aligned. PTX cp.async.ca.shared.global.
 __device__ inline void copy_async4(void* to, const void* from) {
 #ifdef __CUDACC__
-  const uint32_t to_shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 #else
   simt::copy_async(to, from, 4, 4);
 #endif
@@ -257,9 +264,8 @@ __device__ inline void let_next_launch_start() {
 // bytes 4q.. of row g of each. PTX ldmatrix.sync.aligned.m8n8.x4.shared.b16.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
 #ifdef __CUDACC__
-  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 #else
   simt::Registers mine{};
   std::memcpy(mine.word, &row, sizeof row);

@@ -29,10 +29,7 @@ __device__ inline void set_registers() {
 
 // ---- mbarriers: 8 bytes of shared memory, on which threads wait for arrivals and for bytes that copies bring ----
 
-#ifdef __CUDACC__
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-#else
-inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - static_cast<char*>(simt::shared_memory())); }
+#ifndef __CUDACC__
 inline simt::MBarrier* mbarrier_of(uint64_t* barrier) { return reinterpret_cast<simt::MBarrier*>(barrier); }
 #endif
 
