@@ -97,13 +97,13 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
     return plan;
   }
   const AbqForm form = abq_form(family, s);
+  plan.warpgroup = family == AbqFamily::kWarpgroup;
   plan.tile = abq_tile(family, tile, form.planes);
   plan.columns_per_token = abq_columns(family, s);
-  plan.shared_bytes = gemm_shared_bytes(plan.tile, abq_slot_bytes(family, plan.tile, form.planes));
-  if (family == AbqFamily::kWarpgroup) plan.shared_bytes += kWarpgroupBarriers;
+  plan.slot_bytes = abq_slot_bytes(family, plan.tile, form.planes);
   const bool whole_groups = !form.grouped || 4 * plan.tile.chunks % abq_group_words(s) == 0;
   plan.most_shares = whole_groups ? ceil_div(abq_row_words(s), 4 * plan.tile.chunks) : 1;
-  plan.runs = abq_covers(family, s) && plan.fits(s, device) && (family != AbqFamily::kWarpgroup || device.sm == 90) &&
+  plan.runs = abq_covers(family, s) && plan.fits(s, device) &&
               !(form.grouped && plan.tile.outputs_per_thread() > abq_most_grouped_outputs(family));
   return plan;
 }
@@ -112,17 +112,11 @@ inline Plan abq_plan(int kernel, const GemmShape& s, const Device& device) {
 // Counting bits comes first where one tile of it is enough, on GPUs whose binary tensor cores are known to be fast. For many tokens
 // the tile of warpgroup.cuh, where it runs, that costs least.
 inline int abq_choose(const GemmShape& s, const Device& device) {
+  if (const int kernel = choose_warpgroup(abq_plan, kAbqKernelCount, s, device)) return kernel;
   int best = kSimple, best_tokens = -1;
-  int64_t best_cost = INT64_MAX;
   for (int kernel = 1; kernel < kAbqKernelCount; ++kernel) {
     const Plan plan = abq_plan(kernel, s, device);
-    if (!plan.runs) continue;
-    if (kAbqKernels[kernel].family == AbqFamily::kWarpgroup) {
-      const AbqFamily family = AbqFamily::kWarpgroup;
-      const int64_t cost = warpgroup_cost(plan, s, device, abq_slot_bytes(family, plan.tile, abq_form(family, s).planes));
-      if (s.m >= kWarpgroupTokens && cost <= best_cost) best = kernel, best_cost = cost;
-      continue;
-    }
+    if (!plan.runs || plan.warpgroup) continue;
     if (kAbqKernels[kernel].family == AbqFamily::kBinary) {
       if (device.sm < 90 && plan.token_tiles(s) == 1 && plan.tile.token_tiles == 1) return kernel;
       continue;

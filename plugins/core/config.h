@@ -73,10 +73,13 @@ constexpr size_t kPartialBytes = 8 << 20;  // of partial sums: the workspace mus
 // How one kernel of an op's table would run a shape. The simple one runs everything, and has no tile.
 struct Plan {
   bool runs = false;
+  bool warpgroup = false;  // a kernel of warpgroup.cuh
   Tile tile = {};
   int columns_per_token = 1;  // of the tile's: its bit planes where those are multiplied
-  size_t shared_bytes = 0;
+  size_t slot_bytes = 0;
   int most_shares = 1;  // shares of K that are whole slots and whole groups
+
+  size_t shared_bytes() const { return gemm_shared_bytes(tile, slot_bytes) + (warpgroup ? kWarpgroupBarriers : 0); }
 
   int64_t token_tiles(const GemmShape& s) const { return ceil_div(int64_t{columns_per_token} * s.m, int64_t{tile.tokens()}); }
   int64_t tiles(const GemmShape& s) const {  // at least 1, also without tokens
@@ -85,28 +88,43 @@ struct Plan {
   }
   // Whether the GPU has the instructions and the shared memory, and the launch the size.
   bool fits(const GemmShape& s, const Device& device) const {
-    return device.sm >= 80 && shared_bytes <= size_t(device.shared_per_block) && token_tiles(s) <= kMostGridY;
+    const bool has_instructions = warpgroup ? device.sm == 90 : device.sm >= 80;
+    return has_instructions && shared_bytes() <= size_t(device.shared_per_block) && token_tiles(s) <= kMostGridY;
   }
   // Blocks that run at the same time on the whole GPU, as shared memory and (roughly known) registers decide.
   int resident_blocks(const Device& device) const {
-    const int by_shared = int(device.shared_per_sm / (shared_bytes + 1024)), by_registers = 65536 / (tile.threads() * tile.registers());
+    const int by_shared = int(device.shared_per_sm / (shared_bytes() + 1024)), by_registers = 65536 / (tile.threads() * tile.registers());
     const int per_sm = by_shared < by_registers ? by_shared : by_registers;
     return device.multiprocessors * (per_sm < 1 ? 1 : per_sm);
   }
   // Partial sums have room for this many blocks, whatever the number of tokens and the GPU; K of more tiles is never shared.
   int most_split_blocks() const { return int(kPartialBytes / (sizeof(int32_t) * tile.rows() * tile.tokens())); }
 };
+using Planner = Plan (*)(int kernel, const GemmShape& shape, const Device& device);
+
 // About the cycles for 128 k of all tiles of warpgroup.cuh, which come in whole waves over the multiprocessors: a tile takes as long as
 // the tensor cores (4096 products a cycle), the second-level cache (24 bytes a cycle for each multiprocessor, an assumption to be
-// measured) or shared memory (128 bytes) need. slot_bytes: of a slot of the tile.
-inline int64_t warpgroup_cost(const Plan& plan, const GemmShape& s, const Device& device, size_t slot_bytes) {
-  const int rows = plan.tile.rows(), tokens = plan.tile.tokens(), filled = int(slot_bytes / plan.tile.chunks), weights = filled - tokens * 128;
+// measured) or shared memory (128 bytes) need.
+inline int64_t warpgroup_cost(const Plan& plan, const GemmShape& s, const Device& device) {
+  const int rows = plan.tile.rows(), tokens = plan.tile.tokens();
+  const int filled = int(plan.slot_bytes / plan.tile.chunks), weights = filled - tokens * 128;
   int cycles = rows * tokens * 128 / 4096;
   for (const int other : {filled / 24, (rows / 64 * tokens * 128 + weights + filled) / 128}) cycles = cycles > other ? cycles : other;
   return ceil_div(plan.tiles(s), int64_t{device.multiprocessors}) * cycles;
 }
 
-using Planner = Plan (*)(int kernel, const GemmShape& shape, const Device& device);
+// The kernel of warpgroup.cuh that costs least, the later one of equals; kSimple for few tokens, or if none runs.
+inline int choose_warpgroup(Planner plan_of, int kernel_count, const GemmShape& s, const Device& device) {
+  int best = kSimple;
+  int64_t best_cost = INT64_MAX;
+  for (int kernel = 1; s.m >= kWarpgroupTokens && kernel < kernel_count; ++kernel) {
+    const Plan plan = plan_of(kernel, s, device);
+    if (!plan.runs || !plan.warpgroup) continue;
+    const int64_t cost = warpgroup_cost(plan, s, device);
+    if (cost <= best_cost) best = kernel, best_cost = cost;
+  }
+  return best;
+}
 
 // At most `wanted` shares, and no more than K and the room for partial sums allow.
 inline int limited_shares(const Plan& plan, int64_t wanted, const GemmShape& s) {

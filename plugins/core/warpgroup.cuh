@@ -19,16 +19,13 @@ struct WarpgroupShape : Tile {
   __device__ static void sync() { sync_part<Tile::kThreads>(); }
 };
 
-// Bytes of shared memory in front of the barriers, and with them.
-template <class Op>
-constexpr size_t warpgroup_barrier_offset() {
-  static_assert(Op::kSlotBytes % 1024 == 0 && Op::kWeightBytes % 1024 == 0, "the swizzle of wgmma starts over every 1024 bytes");
-  static_assert(2 * Op::Shape::kStages * sizeof(uint64_t) <= kWarpgroupBarriers, "what Plan::shared_bytes has for the barriers");
-  return gemm_shared_bytes<Op>();
-}
+// Bytes of shared memory: as in pipeline.cuh, and the barriers behind it.
 template <class Op>
 constexpr size_t warpgroup_shared_bytes() {
-  return warpgroup_barrier_offset<Op>() + 2 * Op::Shape::kStages * sizeof(uint64_t);
+  constexpr size_t kBarriers = 2 * Op::Shape::kStages * sizeof(uint64_t);
+  static_assert(Op::kSlotBytes % 1024 == 0 && Op::kWeightBytes % 1024 == 0, "the swizzle of wgmma starts over every 1024 bytes");
+  static_assert(kBarriers <= kWarpgroupBarriers, "what Plan::shared_bytes has for the barriers");
+  return gemm_shared_bytes<Op>() + kBarriers;
 }
 
 // Where in the ring of kStages slots a stage is, and the parity of that slot's phase.
@@ -118,7 +115,7 @@ __global__ void __launch_bounds__(Op::Shape::kThreads + kCopyingThreads, 1) gemm
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kStages = Op::Shape::kStages, kThreads = Op::Shape::kThreads;
   char* ring = dynamic_shared<char>();
-  uint64_t* full = reinterpret_cast<uint64_t*>(ring + warpgroup_barrier_offset<Op>());
+  uint64_t* full = reinterpret_cast<uint64_t*>(ring + gemm_shared_bytes<Op>());
   uint64_t* empty = full + kStages;
   const int first = share_of_k(p.stages, blockIdx.z), end = share_of_k(p.stages, blockIdx.z + 1);
   if (threadIdx.x == 0) {

@@ -46,11 +46,11 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
     plan.runs = true;
     return plan;
   }
-  const bool warpgroup = kQqqKernels[kernel].family == QqqFamily::kWarpgroup;
+  plan.warpgroup = kQqqKernels[kernel].family == QqqFamily::kWarpgroup;
   plan.tile = qqq_tile(kQqqKernels[kernel]);
-  plan.shared_bytes = gemm_shared_bytes(plan.tile, qqq_slot_bytes(plan.tile)) + (warpgroup ? kWarpgroupBarriers : 0);
+  plan.slot_bytes = qqq_slot_bytes(plan.tile);
   plan.most_shares = ceil_div(qqq_chunks(s), plan.tile.chunks);
-  plan.runs = plan.fits(s, device) && (!warpgroup || device.sm == 90) &&
+  plan.runs = plan.fits(s, device) &&
               (s.group_size || int64_t{16 * 8 * 127} * s.k < int64_t{1} << 31);  // per channel the sums are 16 times as large
   return plan;
 }
@@ -58,16 +58,11 @@ inline Plan qqq_plan(int kernel, const GemmShape& s, const Device& device) {
 // The choice where nothing has been measured: the smallest tile that holds all tokens; for more than it holds the largest, if it
 // fills the GPU. For many tokens the tile of warpgroup.cuh, where it runs, that costs least.
 inline int qqq_choose(const GemmShape& s, const Device& device) {
+  if (const int kernel = choose_warpgroup(qqq_plan, kQqqKernelCount, s, device)) return kernel;
   int best = kSimple;
-  int64_t best_cost = INT64_MAX;
   for (int kernel = 1; kernel < kQqqKernelCount; ++kernel) {
     const Plan plan = qqq_plan(kernel, s, device);
-    if (!plan.runs) continue;
-    if (kQqqKernels[kernel].family == QqqFamily::kWarpgroup) {
-      const int64_t cost = warpgroup_cost(plan, s, device, qqq_slot_bytes(plan.tile));
-      if (s.m >= kWarpgroupTokens && cost <= best_cost) best = kernel, best_cost = cost;
-      continue;
-    }
+    if (!plan.runs || plan.warpgroup) continue;
     if (best != kSimple && kQqqKernels[best].tile.tokens() == plan.tile.tokens() && plan.tiles(s) < device.multiprocessors) continue;
     if (best != kSimple && kQqqKernels[best].tile.tokens() >= s.m && kQqqKernels[best].tile.rows() == 64) continue;
     best = kernel;
