@@ -9,15 +9,6 @@
 
 namespace anybit {
 
-// One output; `bias` is the row's, 0 where there is none.
-__device__ inline void store_output(const GemmArgs& p, float bias, int m, int n, float v) {
-  if (p.bias) v = __fadd_rn(v, bias);  // + 0 would change -0
-  const size_t at = size_t(m) * p.n + n;
-  if (p.dtype == kFloat16) store_saturated(static_cast<__half*>(p.y) + at, v);
-  else if (p.dtype == kBFloat16) store_saturated(static_cast<__nv_bfloat16*>(p.y) + at, v);
-  else store_saturated(static_cast<float*>(p.y) + at, v);
-}
-
 template <int kPlanes, class Shape_>
 struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
   using Args = AbqGemmArgs;
@@ -130,8 +121,9 @@ struct AbqBinary : AbqPlanes<kPlanes, 4, false, Shape_> {
       ANYBIT_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int n = n0 + 16 * warp + lane / 4 + 8 * half, m = token_of(t);
-        if (leads() && n < p.n && m < p.m)
-          store_output(p, p.bias ? p.bias[n] : 0.0f, m, n, this->outputs_of(n)(acc[0][t][2 * half], m));
+        if (!leads() || n >= p.n || m >= p.m) continue;
+        const float v = this->outputs_of(n)(acc[0][t][2 * half], m);
+        with_outputs(p, [&](auto* y) { store_output(p, p.bias ? p.bias[n] : 0.0f, y + size_t(m) * p.n + n, v); });
       }
   }
 };

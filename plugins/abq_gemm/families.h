@@ -15,7 +15,15 @@ cudaError_t abq_binary(int kernel, const AbqGemmArgs& p, const AbqForm& form, co
 cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 cudaError_t abq_weight_only(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 
-// Calls f.run<kPlanes, kWords, kGrouped, Shape>() for the row of kAbqKernels and the form, if the row is of this family and has it.
+// What the templates of a family are instantiated with, as a value.
+template <int kPlanes_, int kWords_, bool kGrouped_, class Shape_>
+struct AbqInstance {
+  static constexpr int kPlanes = kPlanes_, kWords = kWords_;
+  static constexpr bool kGrouped = kGrouped_;
+  using Shape = Shape_;
+};
+
+// f(AbqInstance) for the row of kAbqKernels and the form, if the row is of this family and has it.
 template <AbqFamily kFamily, class F>
 cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
   return with_index<kAbqKernelCount>(kernel, [&](auto k) {
@@ -32,13 +40,13 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
         if constexpr (!kHasPlanes) {
           return cudaErrorInvalidValue;
         } else {
-          if (!form.grouped) return f.template run<kPlanes, 4, false, Shape>();
+          if (!form.grouped) return f(AbqInstance<kPlanes, 4, false, Shape>());
           if constexpr (kHasGroups) {
-            if (form.words == 4) return f.template run<kPlanes, 4, true, Shape>();
+            if (form.words == 4) return f(AbqInstance<kPlanes, 4, true, Shape>());
             if constexpr (kFamily != AbqFamily::kWarpgroup) {
-              if (form.words == 1) return f.template run<kPlanes, 1, true, Shape>();
+              if (form.words == 1) return f(AbqInstance<kPlanes, 1, true, Shape>());
             }
-            if constexpr (kFamily == AbqFamily::kInt8) return f.template run<kPlanes, 2, true, Shape>();
+            if constexpr (kFamily == AbqFamily::kInt8) return f(AbqInstance<kPlanes, 2, true, Shape>());
           }
           return cudaErrorInvalidValue;
         }

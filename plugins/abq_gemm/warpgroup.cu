@@ -2,23 +2,13 @@
 #include "abq_gemm/families.h"
 
 namespace anybit {
-namespace {
-
-struct Warpgroup {
-  const AbqGemmArgs& p;
-  const Split& split;
-
-  template <int kPlanes, int kWords, bool kGrouped, class Shape>
-  cudaError_t run() const {
-    static_assert(kWords == 4, "units are whole chunks");
-    return launch_warpgroups<AbqWarpgroup<kPlanes, kGrouped, WarpgroupShape<Shape>>>(p, split);
-  }
-};
-
-}  // namespace
 
 cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split) {
-  return with_abq_kernel<AbqFamily::kWarpgroup>(kernel, form, Warpgroup{p, split});
+  return with_abq_kernel<AbqFamily::kWarpgroup>(kernel, form, [&](auto instance) {
+    using I = decltype(instance);
+    static_assert(I::kWords == 4, "units are whole chunks");
+    return launch_warpgroups<AbqWarpgroup<I::kPlanes, I::kGrouped, WarpgroupShape<typename I::Shape>>>(p, split);
+  });
 }
 
 }  // namespace anybit

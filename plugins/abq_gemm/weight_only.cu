@@ -2,24 +2,13 @@
 #include "abq_gemm/families.h"
 
 namespace anybit {
-namespace {
-
-template <class T>
-struct WeightOnly {
-  const AbqGemmArgs& p;
-  const Split& split;
-
-  template <int kPlanes, int kWords, bool kGrouped, class Shape>
-  cudaError_t run() const {
-    return launch_gemm<AbqWeightOnly<T, kPlanes, kWords, kGrouped, Shape>>(p, split);
-  }
-};
-
-}  // namespace
 
 cudaError_t abq_weight_only(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split) {
-  if (p.dtype == kFloat16) return with_abq_kernel<AbqFamily::kWeightOnly>(kernel, form, WeightOnly<__half>{p, split});
-  return with_abq_kernel<AbqFamily::kWeightOnly>(kernel, form, WeightOnly<__nv_bfloat16>{p, split});
+  return with_abq_kernel<AbqFamily::kWeightOnly>(kernel, form, [&](auto instance) {
+    using I = decltype(instance);
+    if (p.dtype == kFloat16) return launch_gemm<AbqWeightOnly<__half, I::kPlanes, I::kWords, I::kGrouped, typename I::Shape>>(p, split);
+    return launch_gemm<AbqWeightOnly<__nv_bfloat16, I::kPlanes, I::kWords, I::kGrouped, typename I::Shape>>(p, split);
+  });
 }
 
 }  // namespace anybit

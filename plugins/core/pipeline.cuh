@@ -109,6 +109,20 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   return true;
 }
 
+// f(y as what it points to).
+template <class F>
+__device__ void with_outputs(const GemmArgs& p, F f) {
+  if (p.dtype == kFloat16) f(static_cast<__half*>(p.y));
+  else if (p.dtype == kBFloat16) f(static_cast<__nv_bfloat16*>(p.y));
+  else f(static_cast<float*>(p.y));
+}
+
+// One output; `bias` is the row's, 0 where there is none.
+template <class T>
+__device__ void store_output(const GemmArgs& p, float bias, T* to, float v) {
+  store_saturated(to, p.bias ? __fadd_rn(v, bias) : v);  // + 0 would change -0
+}
+
 // Writes the block's outputs. of_row(n) reads what a weight row needs and gives value(accumulator, m), without the bias. The
 // accumulators go through shared memory, so that a warp writes neighbours in n, a thread keeps to its row as long as it can, and the
 // arithmetic is there once and not for each of a thread's accumulators. tile: the first of this lane's m16 tiles.
@@ -130,7 +144,7 @@ __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[S
       }
   Shape::sync();
   const int m0 = blockIdx.y * Shape::kTokens, tokens = p.m - m0 < Shape::kTokens ? p.m - m0 : Shape::kTokens;
-  const auto store = [&](auto* y) {
+  with_outputs(p, [&](auto* y) {
     constexpr int kAll = Shape::kTokens / kTogether, kAtOnce = kAll < 8 ? kAll : 8;  // values computed before the first is stored
     for (int row = thread % kRows; row < kRows; row += kThreads) {
       const int n = blockIdx.x * kRows + row, first = thread / kRows % kTogether;
@@ -148,13 +162,10 @@ __device__ void store_tile(const GemmArgs& p, char* shared, const Value (&acc)[S
         }
         ANYBIT_UNROLL
         for (int i = 0; i < kAtOnce; ++i, to += size_t(kTogether) * p.n)
-          if (token + i * kTogether < tokens) store_saturated(to, p.bias ? __fadd_rn(v[i], bias) : v[i]);  // + 0 would change -0
+          if (token + i * kTogether < tokens) store_output(p, bias, to, v[i]);
       }
     }
-  };
-  if (p.dtype == kFloat16) store(static_cast<__half*>(p.y));
-  else if (p.dtype == kBFloat16) store(static_cast<__nv_bfloat16*>(p.y));
-  else store(static_cast<float*>(p.y));
+  });
 }
 
 // Bytes of shared memory: the ring, or the staged outputs if they are larger.

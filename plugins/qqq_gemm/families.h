@@ -11,7 +11,14 @@ namespace anybit {
 cudaError_t qqq_int8(int kernel, const QqqGemmArgs& p, const Split& split);
 cudaError_t qqq_warpgroup(int kernel, const QqqGemmArgs& p, const Split& split);
 
-// Calls f.run<Weights, Shape>() for the row of kQqqKernels, if it is of this family.
+// What the templates of a family are instantiated with, as a value.
+template <class Weights_, class Shape_>
+struct QqqInstance {
+  using Weights = Weights_;
+  using Shape = Shape_;
+};
+
+// f(QqqInstance) for the row of kQqqKernels, if it is of this family.
 template <QqqFamily kFamily, class F>
 cudaError_t with_qqq_kernel(int kernel, bool grouped, F f) {
   return with_index<kQqqKernelCount>(kernel, [&](auto k) {
@@ -20,7 +27,7 @@ cudaError_t with_qqq_kernel(int kernel, bool grouped, F f) {
     } else {
       constexpr Tile t = qqq_tile(kQqqKernels[k.value]);
       using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
-      return grouped ? f.template run<GroupWeights, Shape>() : f.template run<ChannelWeights, Shape>();
+      return grouped ? f(QqqInstance<GroupWeights, Shape>()) : f(QqqInstance<ChannelWeights, Shape>());
     }
   });
 }

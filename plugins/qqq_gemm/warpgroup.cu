@@ -2,22 +2,12 @@
 #include "qqq_gemm/families.h"
 
 namespace anybit {
-namespace {
-
-struct Warpgroup {
-  const QqqGemmArgs& p;
-  const Split& split;
-
-  template <class Weights, class Shape>
-  cudaError_t run() const {
-    return launch_warpgroups<QqqWarpgroup<Weights, WarpgroupShape<Shape>>>(p, split);
-  }
-};
-
-}  // namespace
 
 cudaError_t qqq_warpgroup(int kernel, const QqqGemmArgs& p, const Split& split) {
-  return with_qqq_kernel<QqqFamily::kWarpgroup>(kernel, p.group_size != 0, Warpgroup{p, split});
+  return with_qqq_kernel<QqqFamily::kWarpgroup>(kernel, p.group_size != 0, [&](auto instance) {
+    using I = decltype(instance);
+    return launch_warpgroups<QqqWarpgroup<typename I::Weights, WarpgroupShape<typename I::Shape>>>(p, split);
+  });
 }
 
 }  // namespace anybit
