@@ -11,7 +11,7 @@ import numpy as np
 
 from plugins.core.op_spec import GemmAttributes
 
-__all__ = ["ANY_TACTIC", "GUARD_BYTES", "SIMPLE", "KernelError", "KernelRunner", "cuda_missing"]
+__all__ = ["ANY_TACTIC", "GUARD_BYTES", "SIMPLE", "KernelError", "KernelRunner", "cuda_missing", "gpu_sm"]
 
 GUARD_BYTES = 256
 ANY_TACTIC, KERNEL_STEP = -1, 64  # kAnyTactic and kTacticKernel of plugins/core
@@ -54,6 +54,14 @@ def cuda_missing() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "no CUDA device visible to torch"
+
+
+def gpu_sm() -> int:
+    """Compute capability of the GPU, times 10."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 class Memory:

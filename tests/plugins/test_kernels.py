@@ -28,14 +28,7 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import ANY_TACTIC, SIMPLE, KernelError, KernelRunner, cuda_missing
-
-
-@pytest.fixture(scope="module", params=["sim", "cuda"])
-def runner(request: pytest.FixtureRequest) -> KernelRunner:
-    if request.param == "cuda" and (reason := cuda_missing()):
-        pytest.skip(reason)
-    return KernelRunner(request.param)
+from tests.plugins.kernel_runner import ANY_TACTIC, SIMPLE, KernelError, KernelRunner
 
 
 def check(

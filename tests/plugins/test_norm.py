@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from plugins.core.activation import rms_norm
 from plugins.core.errors import InputError
 from plugins.core.op_spec import GemmAttributes
 from tests.plugins.kernel_cases import BF16, F16, F32, abq, abq_arrays, assert_close, assert_same_bits, op_of, qqq, qqq_arrays, tokens
-from tests.plugins.kernel_runner import ANY_TACTIC, KERNEL_STEP, SIMPLE, KernelError, KernelRunner, cuda_missing
+from tests.plugins.kernel_runner import ANY_TACTIC, KERNEL_STEP, SIMPLE, KernelError, KernelRunner
 
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 EPSILON = 3.0  # of tokens of +-1: the root of the mean square is then exactly 2
@@ -25,15 +24,6 @@ SCHEMES = {
     "abq-g40": abq(70, K, g=40), "a16": abq(70, K, a=16, bias=1), "a16-g64": abq(70, K, w=(8, 256), a=16, g=64),
     "qqq": qqq(70, K, bias=1), "qqq-g64": qqq(70, K, g=64),
 }
-
-
-@pytest.fixture(scope="module", params=["sim", "cuda"])
-def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
-    if request.param == "cuda" and (reason := cuda_missing()):
-        pytest.skip(reason)
-    runner = KernelRunner(request.param)
-    yield runner
-    runner.set_device(90, 4)
 
 
 def case_of(name: str, epsilon: float, dtype: np.dtype[Any]) -> tuple[GemmAttributes, Any, dict[str, np.ndarray]]:

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 
 from tests.plugins.kernel_cases import BF16, F16, F32, assert_same_bits, tokens
-from tests.plugins.kernel_runner import KernelError, KernelRunner, cuda_missing
+from tests.plugins.kernel_runner import KernelError, KernelRunner
 from tests.plugins.prepare_runner import FLOATS, NATURAL, PLANES, SLOTS, Case, check, prepare, rms_norm, slot_order
 
 ORDERS = pytest.mark.parametrize("kind", [NATURAL, SLOTS, PLANES, FLOATS], ids=["natural", "slots", "planes", "floats"])
-
-
-@pytest.fixture(scope="module", params=["sim", "cuda"])
-def runner(request: pytest.FixtureRequest) -> KernelRunner:
-    if request.param == "cuda" and (reason := cuda_missing()):
-        pytest.skip(reason)
-    return KernelRunner(request.param)
 
 
 def case_of(kind: int, k: int, **changes: Any) -> Case:

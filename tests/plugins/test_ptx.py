@@ -14,7 +14,7 @@ import pytest
 
 import plugins
 from plugins.toolkit import find_cuda, find_cuda_include, find_program
-from tests.plugins.kernel_runner import Memory, cuda_missing
+from tests.plugins.kernel_runner import Memory, cuda_missing, gpu_sm
 
 SOURCE = Path(__file__).parent / "ptx" / "wrappers.cu"
 POISON = 0xCBCBCBCB
@@ -72,10 +72,7 @@ def wrappers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         flags = json.loads((sources / "build_flags.json").read_text(encoding="utf-8"))["sim"]
         command = [find_program("g++", "g++"), *flags, "-Wall", "-Wextra", "-Werror", "-x", "c++", "-isystem", str(find_cuda_include())]
     else:
-        import torch
-
-        major, minor = torch.cuda.get_device_capability()
-        arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+        arch = "90a" if gpu_sm() == 90 else str(gpu_sm())
         command = [str(find_cuda().nvcc), "-std=c++17", "-Xcompiler=-fPIC", f"-arch=sm_{arch}", f"-I{find_cuda().include}"]
     subprocess.run([*command, "-shared", f"-I{sources}", str(SOURCE), "-o", str(library)], check=True)
     return Wrappers(request.param, library)
@@ -116,9 +113,7 @@ def test_integer_mma(wrappers: Wrappers, name: str, a_type: type) -> None:
 def test_wgmma(wrappers: Wrappers, unsigned: bool, tiles: int, order: int) -> None:
     """Registers of A and D by warp, B through a bulk copy in the 128-byte swizzle, barriers; with and without the old D."""
     if wrappers.kind == "cuda":
-        import torch
-
-        if torch.cuda.get_device_capability() != (9, 0) or order:
+        if gpu_sm() != 90 or order:
             pytest.skip("only compute capability 9.0 has wgmma; the order of threads is the GPU's own")
     else:
         wrappers.library.anybit_sim_set_seed(ctypes.c_uint(order))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,28 +12,11 @@ import pytest
 from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 from tests.plugins.kernel_cases import BF16, F16, F32, LEVELS, abq, abq_arrays, assert_close, op_of, qqq, qqq_arrays, tokens
-from tests.plugins.kernel_runner import KERNEL_STEP, SIMPLE, KernelError, KernelRunner, cuda_missing
+from tests.plugins.kernel_runner import KERNEL_STEP, SIMPLE, KernelError, KernelRunner, gpu_sm
 
 INT8 = {"int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
 WGMMA = {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
-
-
-@pytest.fixture(scope="module", params=["sim", "cuda"])
-def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
-    if request.param == "cuda" and (reason := cuda_missing()):
-        pytest.skip(reason)
-    runner = KernelRunner(request.param)
-    yield runner
-    runner.set_device(90, 4)
-
-
-def gpu_sm() -> int:
-    """Compute capability of the GPU, times 10."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def has_wgmma(runner: KernelRunner) -> bool:
