@@ -15,10 +15,8 @@ and the rest goes on. Exit code 3: a wrong result, or a target of this run that 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,19 +65,16 @@ class Run:
 
     def start(self) -> None:
         """Measure the device's own limits first."""
-        from benchmarks.gemm_timing import copy_bandwidth, matmul_rate
+        from benchmarks.gemm_timing import gpu_facts, matmul_rate, result_name
 
         gc.freeze()  # older versions of torch collect garbage before each of thousands of graphs
         self.deadline = time.monotonic() + self.args.seconds
-        properties, date = torch.cuda.get_device_properties(0), datetime.date.today().isoformat()
-        device = re.sub(r"\W+", "-", properties.name.lower())
-        self.result = {"date": date, "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                       "multiprocessors": properties.multi_processor_count, "torch": torch.__version__, "cuda": torch.version.cuda,
-                       "command": sys.argv[1:], "copy_gb_per_s": round(copy_bandwidth(), 1), "fp16_tflops": round(matmul_rate(), 1),
-                       "not_timed": self.cases, "failures": self.failures, "rows": self.rows}
-        self.path = new_path(self.args.results, f"gemm-{device}-{date}")
-        copies, matmul = self.result["copy_gb_per_s"], self.result["fp16_tflops"]
-        print(f"{properties.name}: copies at {copies} GB/s, fp16 matmul at {matmul} TFLOP/s", flush=True)
+        facts = gpu_facts()
+        self.result = {**facts, "command": sys.argv[1:], "fp16_tflops": round(matmul_rate(), 1), "not_timed": self.cases,
+                       "failures": self.failures, "rows": self.rows}
+        self.path = new_path(self.args.results, result_name("gemm", facts))
+        copies, matmul = facts["copy_gb_per_s"], self.result["fp16_tflops"]
+        print(f"{facts['device']}: copies at {copies} GB/s, fp16 matmul at {matmul} TFLOP/s", flush=True)
 
     def check(self) -> int:
         """Compare every tactic with numpy, until the GPU is lost; returns how many were."""

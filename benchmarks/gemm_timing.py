@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import re
 import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-__all__ = ["Peers", "Time", "copy_bandwidth", "matmul_rate", "time_calls"]
+__all__ = ["Peers", "Time", "copies_for", "copy_bandwidth", "gpu_facts", "matmul_rate", "result_name", "time_calls"]
 
 _GRAPH_US, _MOST_CALLS, _MOST_REPLAYS = 1000.0, 200, 50  # a graph of about so long, so that the gap between two replays is nothing
 
@@ -74,6 +77,20 @@ def copy_bandwidth() -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / time_calls(lambda i, stream: target.copy_(source), 0.2).median / 1e3
+
+
+def gpu_facts() -> dict[str, Any]:
+    """What a result file says of its day, its GPU and the versions that ran."""
+    properties = torch.cuda.get_device_properties(0)
+    return {"date": datetime.date.today().isoformat(), "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count, "torch": torch.__version__, "cuda": torch.version.cuda,
+            "copy_gb_per_s": round(copy_bandwidth(), 1)}
+
+
+def result_name(benchmark: str, facts: dict[str, Any]) -> str:
+    """Name of a result file without .json: benchmark, GPU and day."""
+    device = re.sub(r"\W+", "-", facts["device"].lower())
+    return f"{benchmark}-{device}-{facts['date']}"
 
 
 def matmul_rate() -> float:

@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import datetime
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -49,7 +48,7 @@ class Expander:
         arch = None
         if device == "cuda":
             major, minor = torch.cuda.get_device_capability()
-            arch = "90a" if major == 9 else f"{major}{minor}"
+            arch = f"{major}{minor}"
         self._library = ctypes.CDLL(str(build_source(SOURCE, arch)))
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -133,14 +132,11 @@ def _time(expander: Expander, storage: Storage, codes: np.ndarray, rows: int, se
 
 def _measure(expander: Expander, args: argparse.Namespace) -> Path:
     """Time every storage; returns the result file."""
-    from benchmarks.gemm_timing import copy_bandwidth
+    from benchmarks.gemm_timing import gpu_facts, result_name
 
-    properties, date = torch.cuda.get_device_properties(0), datetime.date.today().isoformat()
-    result: dict[str, Any] = {"date": date, "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                              "multiprocessors": properties.multi_processor_count, "torch": torch.__version__,
-                              "cuda": torch.version.cuda, "copy_gb_per_s": round(copy_bandwidth(), 1), "rows_of_weights": args.rows,
-                              "codes_of_a_row": args.codes, "rows": []}
-    print(f"{properties.name}: copies at {result['copy_gb_per_s']} GB/s\n{'storage':<19} {'us':>9} {'GB/s':>8} {'speed-up':>9}")
+    facts = gpu_facts()
+    result: dict[str, Any] = {**facts, "rows_of_weights": args.rows, "codes_of_a_row": args.codes, "rows": []}
+    print(f"{facts['device']}: copies at {result['copy_gb_per_s']} GB/s\n{'storage':<19} {'us':>9} {'GB/s':>8} {'speed-up':>9}")
     base = 0.0
     for storage in STORAGES:
         codes = storage.random_codes(min(args.rows, _DISTINCT_ROWS), args.codes // storage.step_codes, seed=3)
@@ -150,8 +146,7 @@ def _measure(expander: Expander, args: argparse.Namespace) -> Path:
         result["rows"].append(row)
         print(f"{storage.label:<19} {row['median']:>9.1f} {row['gb_per_s']:>8.1f} {row['speedup']:>9.2f}", flush=True)
         torch.cuda.empty_cache()
-    device = re.sub(r"\W+", "-", properties.name.lower())
-    return _written(result, args.results / f"w2b-storage-{device}-{date}.json")
+    return _written(result, args.results / f"{result_name('w2b-storage', facts)}.json")
 
 
 def _written(result: dict[str, Any], path: Path) -> Path:
