@@ -1,4 +1,4 @@
-# The two commands: make demo, make test. Both set up whatever is missing; needs python3 (>= 3.10, with venv), g++ and make.
+# The two commands: make demo, make test. Both set up whatever is missing; needs python3 (3.11 or later, with venv), g++ and make.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python

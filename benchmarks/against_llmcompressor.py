@@ -34,10 +34,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from calibration.artifact import read_json
-from calibration.sources import model_slug
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import EXIT_CHECK, InputError, UserError
+from calibration.out.files import read_json
+from calibration.checkpoints.sources import model_slug
+from plugins.cli import run_cli, whole_number
+from plugins.errors import EXIT_CHECK, InputError, UserError
 
 __all__ = ["Run", "main", "measure", "report", "verdict"]
 
@@ -85,8 +85,8 @@ def measure(command: Sequence[str], environment: dict[str, str], log: Path) -> R
 def write_float_folder(model: str, folder: Path, environment: dict[str, str]) -> None:
     """The float model as a Hugging Face folder in fp32. Runs in a process of its own, which may be large."""
     os.environ.update(environment)
-    from calibration.checkpoint import open_checkpoint
-    from calibration.model import float_model
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.reference.model import float_model
 
     checkpoint = open_checkpoint(model, offline=True)
     float_model(checkpoint).save_pretrained(folder)

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import CheckError
+from plugins.cli import run_cli, whole_number
+from plugins.errors import CheckError
 
 __all__ = ["ROWS", "main"]
 
@@ -71,10 +71,10 @@ def calibrate(out: Path, options: str, args: argparse.Namespace) -> dict[str, An
 
 def perplexity(out: Path, args: argparse.Namespace) -> float:
     """Of the quantised model in fp32 arithmetic, with its activation quantisation."""
-    from calibration.model import quantised_model
-    from calibration.quant_folder import read_quant
-    from exporter.perplexity import EvalRequest, score
-    from exporter.sessions import TorchSession
+    from calibration.reference.model import quantised_model
+    from calibration.quant.folder import read_quant
+    from exporter.proof.perplexity import EvalRequest, score
+    from exporter.run.sessions import TorchSession
 
     quant = read_quant(out / "quant")
     with TorchSession(quantised_model(quant, round_activations=False)) as session:

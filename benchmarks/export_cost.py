@@ -18,8 +18,8 @@ CHILD = """
 import json, resource, sys, tempfile, time
 from pathlib import Path
 began = time.monotonic()
-from calibration.quant_folder import QuantModel, read_quant
-from exporter.graph import export_onnx
+from calibration.quant.folder import QuantModel, read_quant
+from exporter.graph.decoder import export_onnx
 
 class Repeated(QuantModel):
     def groups(self, layer):

@@ -6,7 +6,7 @@ python -m benchmarks.gemm --check-only [--sim]
 Needs PyTorch, numpy, ml_dtypes and nvcc; neither TensorRT nor a network. Kernel time with the quantisation of the activations
 included, weights cold in the second-level cache, launches in a CUDA graph, median of its replays. Peers in the same run: cuBLAS in
 fp16 and int8, and each kernel's own simple form. --tactics times every kernel that can run a shape, not only the one that is chosen;
-with --table FILE the fastest become rows for plugins/core/measured.inc, which the library consults before its own rules.
+with --table FILE the fastest become rows for plugins/core/host/measured.inc, which the library consults before its own rules.
 --check-only compares with numpy and times nothing; with --sim on the CPU, at small shapes. Prints a table of the targets last; writes
 benchmarks/results/gemm-<device>-<date>.json (-2, -3 ... for later runs of a day) after each layer and a plot beside it. A failure is noted
 and the rest goes on. Exit code 3: a wrong result, or a target of this run that was missed or not measured.
@@ -33,8 +33,8 @@ from benchmarks.gemm_cases import QUICK_SHAPES, QUICK_TOKENS, SCHEMES, SHAPES, T
 from benchmarks.gemm_kernels import SIMPLE, Kernels, Layer, check
 from benchmarks.gemm_plot import plot
 from benchmarks.gemm_tables import measured_rows, merged_table, target_table
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import EXIT_CHECK, CheckError, InputError
+from plugins.cli import run_cli, whole_number
+from plugins.errors import EXIT_CHECK, CheckError, InputError
 
 __all__ = ["Run", "main", "new_path", "other_shares"]
 
@@ -234,7 +234,7 @@ def other_shares(tactic: int) -> list[int]:
 
 
 def _library(args: argparse.Namespace) -> str:
-    from plugins.build import build_library, build_sim
+    from plugins.tools.build import build_library, build_sim
 
     if args.sim:
         return str(build_sim())
@@ -252,7 +252,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--tokens", nargs="+", type=whole_number(1), metavar="M")
     add("--schemes", nargs="+", choices=[scheme.name for scheme in SCHEMES], metavar="NAME", help=", ".join(s.name for s in SCHEMES))
     add("--tactics", action="store_true", help="time every kernel, not only the chosen one")
-    add("--table", type=Path, metavar="FILE", help="with --tactics: put the fastest kernels into this plugins/core/measured.inc")
+    add("--table", type=Path, metavar="FILE", help="with --tactics: put the fastest kernels into this plugins/core/host/measured.inc")
     add("--seconds", type=whole_number(1), default=420, help="for everything but compiling (default 420; --quick 90)")
     add("--check-only", action="store_true")
     add("--sim", action="store_true", help="with --check-only: the kernels on the CPU, small shapes")

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gemm_cases import Scheme
 from plugins import op_spec
-from plugins.core.errors import CheckError
+from plugins.errors import CheckError
 from plugins.core.op_spec import GemmAttributes
 
 __all__ = ["Kernels", "Layer", "check"]
@@ -23,7 +23,7 @@ BLOCK = 64  # output channels that are checked: one column block of QQQGemm
 
 
 class _Shape(ctypes.Structure):
-    # GemmShape of plugins/core/params.h
+    # GemmShape of plugins/core/host/params.h
     _fields_ = [*((name, ctypes.c_int32) for name in _SHAPE), ("norm_epsilon", ctypes.c_float)]
 
 

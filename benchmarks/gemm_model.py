@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.gemm_cases import SCHEMES, SHAPES, TARGET_SHAPE, TOKENS, Scheme
 from benchmarks.gemm_kernels import Kernels
-from plugins.build import build_sim
-from plugins.core.cli import run_cli
+from plugins.tools.build import build_sim
+from plugins.cli import run_cli
 
 __all__ = ["GPUS", "Gpu", "main", "predict"]
 

@@ -1,4 +1,4 @@
-"""Tables of benchmarks/gemm.py's rows: speed-ups against their targets, and the rows of plugins/core/measured.inc."""
+"""Tables of benchmarks/gemm.py's rows: speed-ups against their targets, and the rows of plugins/core/host/measured.inc."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.gemm_cases import SCHEMES, TARGET_SHAPE, Scheme
 __all__ = ["measured_rows", "merged_table", "target_table"]
 
 _TABLE_HEADER = ("// Rows of kMeasured (core/measured.h), written by: "
-                 "python -m benchmarks.gemm --tactics --table plugins/core/measured.inc")
+                 "python -m benchmarks.gemm --tactics --table plugins/core/host/measured.inc")
 
 
 def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCHEMES, tokens: Sequence[int] = ()) -> tuple[str, int]:
@@ -38,7 +38,7 @@ def target_table(rows: Sequence[dict[str, Any]], schemes: Sequence[Scheme] = SCH
 
 
 def measured_rows(result: dict[str, Any], schemes: Sequence[Scheme]) -> list[str]:
-    """Rows of plugins/core/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median.
+    """Rows of plugins/core/host/measured.inc: for each scheme, shape and number of tokens the tactic with the smallest median.
 
     A case of which not every kernel was timed gets none: another might have been faster.
     """

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import CheckError, InputError
+from plugins.cli import run_cli, whole_number
+from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
-    from calibration.checkpoint import Checkpoint
+    from calibration.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["FLOAT", "Quality", "main", "open_models", "score", "table"]
 
@@ -108,8 +108,8 @@ def open_models(checkpoint: Checkpoint, outs: Sequence[Path], folders: Sequence[
     Raises:
         InputError: a folder cannot be read, has another vocabulary, or two have one name.
     """
-    from calibration.model import float_model, quantised_model
-    from calibration.quant_folder import read_quant
+    from calibration.reference.model import float_model, quantised_model
+    from calibration.quant.folder import read_quant
 
     models = {FLOAT: float_model(checkpoint)}
     for path in (*outs, *folders):
@@ -154,8 +154,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The content of the result file."""
     import torch
 
-    from calibration.checkpoint import open_checkpoint
-    from exporter.perplexity import select_windows, text_windows
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from exporter.proof.perplexity import select_windows, text_windows
 
     checkpoint = open_checkpoint(args.model, offline=True)
     windows = text_windows(checkpoint.tokenizer(), args.text, args.seqlen)

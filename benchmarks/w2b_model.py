@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks.gemm_model import GPUS, Gpu
 from benchmarks.w2b_packing import STORAGES, Storage
-from plugins.build import build_source
-from plugins.core.errors import UserError
-from plugins.sass import Loop, loops
+from plugins.tools.build import build_source
+from plugins.errors import UserError
+from plugins.tools.sass import Loop, loops
 
 __all__ = ["ARCHITECTURES", "KERNELS", "SOURCE", "Cost", "Kernel", "expansion_cost", "expansions", "model", "predict", "rest_cost", "table"]
 

@@ -8,11 +8,11 @@
 // A warp takes a row, step by step; packed is [row][step][part][lane] 16-byte parts. benchmarks/w2b_packing.py writes them.
 #include <cstring>
 
-#include "abq_gemm/planes.cuh"
-#include "core/launch.h"
+#include "abq_gemm/cuda/planes.cuh"
+#include "core/host/launch.h"
 #ifdef __CUDACC__
-#include "abq_gemm/binary.cuh"
-#include "abq_gemm/int8.cuh"
+#include "abq_gemm/cuda/binary.cuh"
+#include "abq_gemm/cuda/int8.cuh"
 #endif
 
 using namespace anybit;

@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.w2b_model import SOURCE, model, table
 from benchmarks.w2b_packing import STORAGES, Storage
-from plugins.build import build_source
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import CheckError, InputError
+from plugins.tools.build import build_source
+from plugins.cli import run_cli, whole_number
+from plugins.errors import CheckError, InputError
 
 __all__ = ["Expander", "check", "main"]
 

@@ -9,16 +9,16 @@ from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.artifact import StageWriter, locked, read_json
+from calibration.out.files import StageWriter, locked, read_json
 from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from calibration.progress import Progress, make_progress
-from plugins.core.cli import run_cli
-from plugins.core.errors import InputError
+from plugins.cli import run_cli
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.bits import SchemeMap
-    from calibration.checkpoint import Checkpoint
+    from calibration.quant.bits import SchemeMap
+    from calibration.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["main"]
 
@@ -29,10 +29,10 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
     _refuse_exporters(out)
     settings = settings_from_args(args, schemes.base)
 
-    from calibration.budget import CACHE, Budget, bits_within, schemes_within
-    from calibration.checkpoint import open_checkpoint
-    from calibration.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
-    from calibration.scheme_checks import check_scheme
+    from calibration.budget.choice import CACHE, Budget, bits_within, schemes_within
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.quant.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
+    from calibration.quant.checks import check_scheme
 
     options = QuantizeOptions(args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks)
     checkpoint = open_checkpoint(args.model, args.offline)
@@ -67,7 +67,7 @@ def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap, node
     """An existing quant folder is replaced only by the same model in the same setting, of each node too where these are known."""
     if not folder.exists():
         return
-    from calibration.quant_folder import QUANT_JSON
+    from calibration.quant.folder import QUANT_JSON
 
     fix = "Choose another --out, or delete this folder"
     try:

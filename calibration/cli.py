@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration import formats
-from calibration.bits import SchemeMap, read_bits_file
+from calibration.quant.bits import SchemeMap, read_bits_file
 from calibration.methods import method_names
-from calibration.scheme import FLOAT_BITS, Bits, QuantScheme, check_abits, check_kv_bits, parse_wbits, scheme_for
+from calibration.quant.scheme import FLOAT_BITS, Bits, QuantScheme, check_abits, check_kv_bits, parse_wbits, scheme_for
 from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
-from calibration.sources import ALIASES, model_slug
-from plugins.core.cli import number, whole_number
-from plugins.core.errors import InputError
+from calibration.checkpoints.sources import ALIASES, model_slug
+from plugins.cli import number, whole_number
+from plugins.errors import InputError
 
 __all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args", "settings_from_args"]
 
@@ -85,7 +85,7 @@ def _no_qqq(args: argparse.Namespace, bits: Bits, symmetric: bool | None) -> Inp
 
 
 def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
-    """That scheme as the base, with the rules of --bits-file over it; those of --budget take a measurement, calibration/budget.py.
+    """That scheme as the base, with the rules of --bits-file over it; those of --budget take a measurement, calibration/budget/choice.py.
 
     Raises:
         InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot say.

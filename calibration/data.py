@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 __all__ = ["EFFORTS", "METHOD_SETTINGS", "AbqSettings", "CalibrationSettings", "NoSettings", "QqqSettings", "calibration_settings"]
 

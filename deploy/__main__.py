@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from deploy.artifact import GENERATE_RUNNERS
-from plugins.core.cli import number, run_cli, whole_number
+from plugins.cli import number, run_cli, whole_number
 
 __all__ = ["build_parser", "main"]
 
@@ -71,7 +71,7 @@ def _main(argv: list[str] | None) -> int:
     elif args.command == "eval":
         from calibration.progress import make_progress
         from deploy.evaluate import evaluate
-        from exporter.perplexity import EvalRequest
+        from exporter.proof.perplexity import EvalRequest
 
         request = EvalRequest(args.text, args.windows, args.first, args.seqlen, args.runner)
         progress = make_progress(args.progress)

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.artifact import verify_files
-from exporter.manifest import MANIFEST, read_manifest
-from plugins.core.errors import InputError
+from calibration.out.files import verify_files
+from calibration.out.manifest import MANIFEST, read_manifest
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.quant_folder import QuantModel
-    from exporter.sessions import DecoderSession
+    from calibration.quant.folder import QuantModel
+    from exporter.run.sessions import DecoderSession
 
 __all__ = ["GENERATE_RUNNERS", "check_artifact", "choose_runner", "open_artifact"]
 
@@ -55,7 +55,7 @@ def choose_runner(out: Path, runner: str) -> str:
     """`runner`, or for "auto" tensorrt where there is a GPU and an engine that fits it, else onnxruntime."""
     if runner != "auto":
         return runner
-    from exporter.edition import check_engine, gpu_capabilities
+    from exporter.engine.edition import check_engine, gpu_capabilities
 
     stages = read_manifest(out / MANIFEST)["stages"] if (out / MANIFEST).is_file() else {}
     if "engine" not in stages or not gpu_capabilities():
@@ -76,8 +76,8 @@ def open_artifact(out: Path, runner: str) -> tuple[QuantModel, DecoderSession, s
     """
     runner = choose_runner(out, runner)
     check_artifact(out, runner)
-    from calibration.quant_folder import read_quant
-    from exporter.sessions import open_session
+    from calibration.quant.folder import read_quant
+    from exporter.run.sessions import open_session
 
     quant = read_quant(out / "quant", verify=False)  # the session verifies it
     return quant, open_session(runner, out), runner

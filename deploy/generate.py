@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.artifact import open_artifact
 from deploy.sampling import Sampler, Sampling
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from exporter.sessions import DecoderSession
+    from exporter.run.sessions import DecoderSession
 
 __all__ = ["GenerateRequest", "TextStream", "generate_text", "generate_tokens", "prompt_tokens", "stop_tokens"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plugins.core.errors import CheckError, InputError
+from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     import numpy as np

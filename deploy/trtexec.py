@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.artifact import read_json
-from plugins.core.errors import InputError
+from calibration.out.files import read_json
+from plugins.errors import InputError
 
 __all__ = ["build_command", "script", "time_command"]
 

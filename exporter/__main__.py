@@ -9,8 +9,8 @@ from pathlib import Path
 
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from exporter.pipeline import STAGES, ExportRequest, run_pipeline
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import InputError
+from plugins.cli import run_cli, whole_number
+from plugins.errors import InputError
 
 __all__ = ["build_parser", "main"]
 

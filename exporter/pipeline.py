@@ -9,19 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.artifact import StageWriter, file_records, locked, sha256_file, verify_files, write_json
-from calibration.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
+from calibration.out.files import StageWriter, file_records, locked, sha256_file, verify_files, write_json
+from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
 from calibration.progress import Progress
 from calibration.settings import CalibrationSettings
-from exporter.manifest import MANIFEST, STAGES, installed_versions, open_manifest, peak_rss, reset_peak_rss
-from plugins.core.errors import CheckError, InputError
+from calibration.out.manifest import MANIFEST, STAGES, installed_versions, open_manifest, peak_rss, reset_peak_rss
+from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from calibration.bits import SchemeMap
-    from calibration.budget import Budget
-    from exporter.edition import Edition
-    from exporter.perplexity import EvalRequest
-    from exporter.validate import ValidationResult
+    from calibration.quant.bits import SchemeMap
+    from calibration.budget.choice import Budget
+    from exporter.engine.edition import Edition
+    from exporter.proof.perplexity import EvalRequest
+    from exporter.proof.validate import ValidationResult
 
 __all__ = ["STAGES", "ExportRequest", "run_pipeline"]
 
@@ -80,9 +80,9 @@ class Pipeline:
     """
 
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
-        from calibration.budget import CACHE, Budget, bits_within
-        from calibration.checkpoint import open_checkpoint
-        from calibration.scheme_checks import check_scheme
+        from calibration.budget.choice import CACHE, Budget, bits_within
+        from calibration.checkpoints.checkpoint import open_checkpoint
+        from calibration.quant.checks import check_scheme
 
         self.request = request
         self.progress = progress
@@ -106,12 +106,12 @@ class Pipeline:
     def _edition(self) -> Edition | None:
         if "engine" not in self.wanted or self.request.engine == "none":
             return None
-        from exporter.engine import select_edition
+        from exporter.engine.build import select_edition
 
         return select_edition(self.request.engine)
 
     def _check_memory(self) -> None:
-        from exporter.validate_memory import check_memory
+        from exporter.proof.memory import check_memory
 
         if self.request.until == "report":
             check_memory(self.checkpoint.parameter_count, self.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
@@ -134,7 +134,7 @@ class Pipeline:
         return self.manifest
 
     def _spend(self, budget: Budget) -> None:
-        from calibration.budget import schemes_within
+        from calibration.budget.choice import schemes_within
 
         self.schemes = schemes_within(self.checkpoint, budget, self.progress)
         self._check_memory()  # nodes of more bits take more
@@ -188,7 +188,7 @@ class Pipeline:
         return sum(file["bytes"] for file in self.manifest["stages"][name]["files"].values())
 
     def _quant(self) -> None:
-        from calibration.quantize import WORK, QuantizeOptions, quant_bytes, quantize_model
+        from calibration.quant.quantize import WORK, QuantizeOptions, quant_bytes, quantize_model
 
         request, schemes, checkpoint = self.request, self.schemes, self.checkpoint
         del self.checkpoint  # its mapped pages must not count in later stages' memory
@@ -203,19 +203,19 @@ class Pipeline:
 
     def _eval_request(self, text: Path) -> EvalRequest:
         """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer stages."""
-        from calibration.quant_folder import read_quant
-        from exporter.perplexity import EvalRequest, whole_windows
+        from calibration.quant.folder import read_quant
+        from exporter.proof.perplexity import EvalRequest, whole_windows
 
         request = EvalRequest(text, option="--eval")
         windows = whole_windows(read_quant(self.request.out / "quant", verify=False), request)
         return replace(request, first=min(self.request.eval_windows, len(windows)))
 
     def _onnx(self) -> None:
-        from calibration.quant_folder import read_quant
-        from exporter.graph import export_onnx
+        from calibration.quant.folder import read_quant
+        from exporter.graph.decoder import export_onnx
 
         folder = self.request.out / "quant"
-        inputs = code_digest("exporter/graph.py", "exporter/nodes.py", "exporter/weights.py", "plugins/**/*.py")
+        inputs = code_digest("exporter/graph/decoder.py", "exporter/graph/nodes.py", "exporter/graph/weights.py", "plugins/**/*.py")
         self.stage("onnx", inputs, lambda writer: export_onnx(read_quant(folder), writer.path, self.progress),
                    needed_bytes=self._bytes("quant"))
 
@@ -223,10 +223,10 @@ class Pipeline:
         if self.edition is None:
             self.progress.message("engine: skipped, because of --engine none")
             return
-        from exporter.edition import gpu_capabilities
-        from exporter.engine import EngineOptions, build_engine
-        from exporter.graph import MODEL_FILE
-        from plugins.build import build_library
+        from exporter.engine.edition import gpu_capabilities
+        from exporter.engine.build import EngineOptions, build_engine
+        from exporter.graph.decoder import MODEL_FILE
+        from plugins.tools.build import build_library
 
         request = self.request
         options = EngineOptions(edition=self.edition.name, max_batch=request.max_batch, max_seq=request.max_seq)
@@ -238,13 +238,13 @@ class Pipeline:
             return {"summary": f"{plugins} plugin layers, {record['edition']} {record['version']}", "plugin_layers": plugins}
 
         gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []  # the other edition's engines do not depend on them
-        inputs = [asdict(options), str(self.edition), gpus, sha256_file(library), code_digest("exporter/engine.py", "exporter/edition.py")]
+        inputs = [asdict(options), str(self.edition), gpus, sha256_file(library), code_digest("exporter/engine/build.py", "exporter/engine/edition.py")]
         self.stage("engine", inputs, work, needed_bytes=2 * self._bytes("onnx"))
 
     def _report(self) -> None:
-        from exporter.edition import gpu_capabilities
-        from exporter.report import report_data, write_report
-        from exporter.validate import ValidateOptions, validate
+        from exporter.engine.edition import gpu_capabilities
+        from exporter.report.report import report_data, write_report
+        from exporter.proof.validate import ValidateOptions, validate
 
         request = self.request
 
@@ -258,7 +258,7 @@ class Pipeline:
             return {"first_failure": result.first_failure, "summary": summary}
 
         scored = [sha256_file(self.eval.text), self.eval.first] if self.eval else []
-        self.stage("report", [scored, text_digest(request.settings.calib), code_digest("exporter/*.py"), package_versions(_RUNTIMES),
+        self.stage("report", [scored, text_digest(request.settings.calib), code_digest("exporter/**/*.py"), package_versions(_RUNTIMES),
                               gpu_capabilities()], work)
         failure = self.manifest["stages"]["report"].get("facts", {}).get("first_failure")
         if failure:
@@ -266,9 +266,9 @@ class Pipeline:
 
     def _perplexity(self, result: ValidationResult) -> tuple[ValidationResult, dict[str, Any] | None]:
         """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the result's first failure."""
-        from calibration.quant_folder import read_quant
-        from exporter.perplexity import score
-        from exporter.sessions import open_session
+        from calibration.quant.folder import read_quant
+        from exporter.proof.perplexity import score
+        from exporter.run.sessions import open_session
 
         if self.eval is None:
             return result, None

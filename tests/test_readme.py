@@ -66,7 +66,7 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_commands_are_ones_we_have(page: Path, parse: Callable[[list[str]], argparse.Namespace]) -> None:
     from calibration.cli import default_out, scheme_from_args
-    from calibration.sources import ALIASES
+    from calibration.checkpoints.sources import ALIASES
 
     makefile = (REPOSITORY / "Makefile").read_text()
     made = set()
@@ -123,7 +123,7 @@ def test_pictures_are_whole() -> None:
 
 def test_sizes_of_llama_7b() -> None:
     from calibration.families import ModelDims, family
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
 
     llama, dims = family("llama"), ModelDims(4096, 4096, 4096, 11008, 32000, 32, False, False, False)
     shapes = dict(llama.tensor_shapes(dims))
@@ -144,9 +144,9 @@ def test_sizes_of_llama_7b() -> None:
 
 
 def test_the_bits_file_fits_llama_7b(tmp_path: Path) -> None:
-    from calibration.bits import read_bits_file
+    from calibration.quant.bits import read_bits_file
     from calibration.families import family
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
 
     block = re.search(r"^```text\n(# bits.txt.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert block
@@ -161,8 +161,8 @@ def test_the_bits_file_fits_llama_7b(tmp_path: Path) -> None:
 def test_onnx_page_names_every_attribute_and_node(tiny_quant: Callable[..., Path], tmp_path: Path) -> None:
     import onnx
 
-    from calibration.quant_folder import read_quant
-    from exporter.graph import IR_VERSION, OPSET, export_onnx
+    from calibration.quant.folder import read_quant
+    from exporter.graph.decoder import IR_VERSION, OPSET, export_onnx
     from plugins.core.op_spec import GemmAttributes, is_custom
 
     export_onnx(read_quant(tiny_quant() / "quant"), tmp_path)

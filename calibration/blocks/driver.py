@@ -15,14 +15,14 @@ from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
 from calibration.progress import NullProgress, Progress
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from calibration.blocks.store import BlockResult, BlockStore
-    from calibration.checkpoint import Checkpoint
-    from calibration.scheme import QuantScheme
+    from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.quant.scheme import QuantScheme
     from calibration.settings import CalibrationSettings
 
 __all__ = ["Basis", "BlockMethod", "BlockTask", "Calibrated", "Calibration", "calibrate"]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibration.fake_quant import FakeQuantize, fake_quantize, quantize_cache
+from calibration.reference.fake_quant import FakeQuantize, fake_quantize, quantize_cache
 
 if TYPE_CHECKING:
-    from calibration.checkpoint import Checkpoint
+    from calibration.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["DOWN", "GATE_UP", "INPUT_NORM", "OUT", "POST_NORM", "QKV", "SITES", "BlockShape", "BlockWeights", "Heads", "Linear", "Rope",
            "attend", "attention_rows", "block_output", "cached_heads", "float_linear", "heads_from_qkv", "load_block", "mlp_product",

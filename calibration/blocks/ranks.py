@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from plugins.core.errors import EXIT_OTHER
+from plugins.errors import EXIT_OTHER
 
 if TYPE_CHECKING:
     from torch import Tensor

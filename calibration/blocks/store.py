@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.artifact import read_json, sha256_file, write_json
-from plugins.core.errors import InputError
+from calibration.out.files import read_json, sha256_file, write_json
+from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:

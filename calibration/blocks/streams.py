@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.fake_quant import Activation
-from plugins.core.errors import InputError
+from calibration.reference.fake_quant import Activation
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
 
 __all__ = ["ActivationWindows", "StreamBudget", "Windows"]
 

@@ -28,8 +28,8 @@ from calibration.blocks.forward import (
     rms_norm,
 )
 from calibration.blocks.streams import ActivationWindows, StreamBudget, Windows
-from calibration.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
-from calibration.scheme import QuantLinear, QuantScheme
+from calibration.reference.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
+from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.solvers.hessian import Moments
 from plugins.core.op_spec import QuantArrays
 

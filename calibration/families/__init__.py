@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from calibration.families.base import LinearGroup, LinearSpec, ModelDims, ModelFamily
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 __all__ = ["LinearGroup", "LinearSpec", "ModelDims", "ModelFamily", "accepted_architectures", "family", "family_names",
            "family_of_architecture"]

@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.checkpoint import Checkpoint
-    from calibration.quant_folder import QuantModel
-    from calibration.scheme import QuantScheme
+    from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.quant.folder import QuantModel
+    from calibration.quant.scheme import QuantScheme
 
 __all__ = ["OURS", "Format", "check", "format_names", "write"]
 

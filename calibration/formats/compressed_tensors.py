@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.artifact import write_json
-from calibration.quant_folder import QuantModel
-from calibration.safetensors_io import SafetensorsWriter, TensorSpec, read_header
-from calibration.scheme import FLOAT_BITS
-from plugins.core.errors import InputError
+from calibration.out.files import write_json
+from calibration.quant.folder import QuantModel
+from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, read_header
+from calibration.quant.scheme import FLOAT_BITS
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.checkpoint import Checkpoint
-    from calibration.scheme import QuantLinear, QuantScheme
+    from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.quant.scheme import QuantLinear, QuantScheme
 
 __all__ = ["NAME", "check", "pack_words", "write"]
 

@@ -10,12 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
     from plugins.core.op_spec import QuantArrays
 
 __all__ = ["Method", "is_block_method", "method", "method_names"]

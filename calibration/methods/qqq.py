@@ -15,12 +15,12 @@ from calibration.settings import QqqSettings
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import Grid, search_grid
 from calibration.solvers.hessian import Moments, corrected_target
-from calibration.solvers.rotation import Rotation
-from calibration.solvers.smoothing import adaptive_scales, fold_scales
+from calibration.transforms.rotation import Rotation
+from calibration.transforms.smoothing import adaptive_scales, fold_scales
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import Basis, BlockTask
-    from calibration.checkpoint import Checkpoint
+    from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.settings import CalibrationSettings
     from plugins.core.op_spec import QuantArrays
 

@@ -9,7 +9,7 @@ import numpy as np
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
 
 __all__ = ["quantize"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
 
 __all__ = ["AbqGrid", "Grid", "QqqGrid", "search_grid"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 from plugins.core.packing import check_group, check_norm, check_shapes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 
 __all__ = ["check_group", "check_norm", "check_shapes"]

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "core/params.h"
+#include "core/host/params.h"
 
 namespace selftest {
 

@@ -11,7 +11,7 @@
 #include <set>
 #include <stdexcept>
 
-#include "core/config.h"
+#include "core/host/config.h"
 #include "selftest/device.h"
 #include "selftest/layer.h"
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import against_llmcompressor as benchmark
 from benchmarks.llmcompressor_side import w4a8_groups
 from calibration.data import default_text
-from plugins.core.errors import UserError
+from plugins.errors import UserError
 
 
 def test_a_process_is_charged_with_its_own_time_and_memory(tmp_path: Path) -> None:

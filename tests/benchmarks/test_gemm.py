@@ -19,8 +19,8 @@ from benchmarks.gemm_kernels import Kernels, Layer, check
 from benchmarks.gemm_plot import plot
 from benchmarks.gemm_tables import measured_rows, target_table
 from benchmarks.gemm_timing import Time
-from plugins.build import build_sim
-from plugins.core.errors import CheckError
+from plugins.tools.build import build_sim
+from plugins.errors import CheckError
 
 
 def test_every_scheme_is_right_in_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from benchmarks import quality
-from calibration.checkpoint import open_checkpoint
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.data import default_text
-from calibration.model import float_model, quantised_model
-from calibration.quant_folder import read_quant
-from plugins.core.errors import CheckError, InputError
+from calibration.reference.model import float_model, quantised_model
+from calibration.quant.folder import read_quant
+from plugins.errors import CheckError, InputError
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from benchmarks.gemm_model import GPUS
 from benchmarks.w2b_model import KERNELS, Cost, expansion_cost, expansions, predict, rest_cost
 from benchmarks.w2b_packing import LEVELS, STORAGES, Storage, seven_bits
 from benchmarks.w2b_storage import Expander, check
-from plugins.core.errors import CheckError, UserError
-from plugins.sass import Loop
+from plugins.errors import CheckError, UserError
+from plugins.tools.sass import Loop
 
 NAMED = {storage.name: storage for storage in STORAGES}
 KEPT = sorted((Path(w2b_storage.__file__).parent / "results").glob("w2b-storage-model-*.json"))[-1]

@@ -14,8 +14,8 @@ from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope, lo
 from calibration.blocks.ranks import ALONE
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams
-from calibration.checkpoint import Checkpoint, open_checkpoint
-from calibration.scheme import QuantScheme
+from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.quant.scheme import QuantScheme
 from calibration.settings import CalibrationSettings, QqqSettings
 
 __all__ = ["MODELS", "QQQ", "QQQ_GROUPS", "W3A6", "block_task", "calibrate_tiny", "files", "streams", "tokens"]

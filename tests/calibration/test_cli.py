@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from calibration.__main__ import main
-from calibration.artifact import locked
+from calibration.out.files import locked
 from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, schemes_from_args, settings_from_args
-from calibration.quant_folder import read_quant
+from calibration.quant.folder import read_quant
 from calibration.settings import CalibrationSettings, QqqSettings
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -196,7 +196,7 @@ def test_ctrl_c_exits_130_and_gives_the_terminal_back(tiny_model_dir: Path, tmp_
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calibration.quantize.SafetensorsWriter.write", interrupt)
+    monkeypatch.setattr("calibration.quant.quantize.SafetensorsWriter.write", interrupt)
     out = tmp_path / "out"
     command = [str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--method", "rtn", "--out", str(out), "--progress", "rich", "--offline"]
     assert main(command) == 130

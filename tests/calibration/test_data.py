@@ -11,7 +11,7 @@ import pytest
 
 from calibration.data import calibration_windows, default_text, load_text, tokens_from_text, windows_from_tokens
 from calibration.settings import CalibrationSettings
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 
 class WordTokenizer:

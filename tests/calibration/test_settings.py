@@ -16,7 +16,7 @@ from calibration.settings import (
     QqqSettings,
     calibration_settings,
 )
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 NAMES = ", ".join(item.name for item in fields(QqqSettings))
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from calibration.artifact import file_records, write_json
+from calibration.out.files import file_records, write_json
 
 
 @pytest.fixture(scope="session")
 def artifact(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT of a tiny W8A8 model, up to the ONNX file. Do not change it."""
-    from calibration.bits import SchemeMap
+    from calibration.quant.bits import SchemeMap
     from calibration.progress import NullProgress
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
     from exporter.pipeline import ExportRequest, run_pipeline
 
     out = tmp_path_factory.mktemp("deploy") / "out"
@@ -35,12 +35,12 @@ def copy(artifact: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """set(["8.9"]): pretend that a GPU of this compute capability, and TensorRT-RTX 1.7.1.116, are here."""
-    from exporter.edition import Edition
+    from exporter.engine.edition import Edition
 
     def pretend(capabilities: list[str]) -> None:
         for module in ("edition", "engine_session"):
             monkeypatch.setattr(f"exporter.{module}.gpu_capabilities", lambda: capabilities)
-        monkeypatch.setattr("exporter.edition._installed", lambda name: Edition(name, "1.7.1.116"))
+        monkeypatch.setattr("exporter.engine.edition._installed", lambda name: Edition(name, "1.7.1.116"))
 
     return pretend
 
@@ -52,7 +52,7 @@ def engine_record(copy: Path) -> Callable[..., Path]:
     def make(**changes: object) -> Path:
         import onnx
 
-        from exporter.engine import EngineOptions, profile_shapes
+        from exporter.engine.build import EngineOptions, profile_shapes
 
         model = onnx.load(copy / "onnx" / "model.onnx", load_external_data=False)
         dims = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.artifact import check_artifact, choose_runner, open_artifact
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 Pretend = Callable[[list[str]], None]
 DAMAGED = "The artefact is damaged: make this stage again"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.__main__ import main
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 TEXT = str(Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt")
 Run = Callable[..., "CompletedProcess[str]"]
@@ -67,7 +67,7 @@ def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_a_failed_check_is_exit_code_3(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("exporter.perplexity.window_nll", lambda session, window: float("nan"))
+    monkeypatch.setattr("exporter.proof.perplexity.window_nll", lambda session, window: float("nan"))
     assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "none"]) == 3
     assert capsys.readouterr().out == ""
 
@@ -84,7 +84,7 @@ def test_the_terminal_is_given_back(artifact: Path, monkeypatch: pytest.MonkeyPa
     def fail(*arguments: Any) -> float:
         raise failure
 
-    monkeypatch.setattr("exporter.perplexity.window_nll", fail)
+    monkeypatch.setattr("exporter.proof.perplexity.window_nll", fail)
     assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "rich"]) == code
     assert [live.is_started for live in lives] == [False]
     assert capsys.readouterr().err.splitlines()[-1] == ("Interrupted." if code == 130 else "a: b. c.")
@@ -94,6 +94,6 @@ def test_ctrl_c_is_exit_code_130(artifact: Path, monkeypatch: pytest.MonkeyPatch
     def interrupt(*arguments: Any) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("exporter.perplexity.window_nll", interrupt)
+    monkeypatch.setattr("exporter.proof.perplexity.window_nll", interrupt)
     assert main(["eval", str(artifact), "--text", TEXT, "--first", "1", "--progress", "none"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"

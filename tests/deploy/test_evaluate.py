@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from deploy.evaluate import evaluate
-from exporter.perplexity import EvalRequest, select_windows, text_windows, window_nll
-from plugins.core.errors import CheckError, InputError
+from exporter.proof.perplexity import EvalRequest, select_windows, text_windows, window_nll
+from plugins.errors import CheckError, InputError
 
 TEXT = Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt"
 
@@ -45,8 +45,8 @@ def test_window_nll_scores_every_token_but_the_first(length: int) -> None:
 def test_perplexity_is_that_of_transformers(artifact: Path) -> None:
     import torch
 
-    from calibration.model import quantised_model
-    from calibration.quant_folder import read_quant
+    from calibration.reference.model import quantised_model
+    from calibration.quant.folder import read_quant
 
     quant = read_quant(artifact / "quant")
     windows = text_windows(quant.tokenizer(), TEXT, 64)[:3]
@@ -62,7 +62,7 @@ def test_perplexity_is_that_of_transformers(artifact: Path) -> None:
 
 
 def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
-    from calibration.quant_folder import read_quant
+    from calibration.quant.folder import read_quant
 
     tokenizer = read_quant(artifact / "quant").tokenizer()
     windows = text_windows(tokenizer, TEXT, 100)
@@ -101,7 +101,7 @@ def test_the_default_window_is_the_models_context_where_that_is_short(artifact: 
     (b"\xff\xfe\x00", None),
 ])
 def test_bad_texts(artifact: Path, tmp_path: Path, content: str | bytes | None, message: str | None) -> None:
-    from calibration.quant_folder import read_quant
+    from calibration.quant.folder import read_quant
 
     path = tmp_path / "text.txt"
     if content is not None:
@@ -123,7 +123,7 @@ def test_a_window_longer_than_the_context(artifact: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_is_a_failed_check(artifact: Path, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
-    from exporter import perplexity as module
+    from exporter.proof import perplexity as module
 
     monkeypatch.setattr(module, "window_nll", lambda session, window: bad)
     with pytest.raises(CheckError) as error:

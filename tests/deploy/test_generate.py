@@ -10,14 +10,14 @@ import pytest
 
 from deploy.generate import GenerateRequest, TextStream, generate_text, generate_tokens, prompt_tokens, stop_tokens
 from deploy.sampling import Sampler, Sampling
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 PROMPT = "The river and the town"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(artifact: Path) -> Any:
-    from calibration.quant_folder import read_quant
+    from calibration.quant.folder import read_quant
 
     return read_quant(artifact / "quant").tokenizer()
 
@@ -60,9 +60,9 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
 def test_greedy_tokens_are_those_of_transformers(artifact: Path, tokenizer: Any) -> None:
     import torch
 
-    from calibration.model import quantised_model
-    from calibration.quant_folder import read_quant
-    from exporter.sessions import open_session
+    from calibration.reference.model import quantised_model
+    from calibration.quant.folder import read_quant
+    from exporter.run.sessions import open_session
 
     prompt = prompt_tokens(tokenizer, PROMPT)
     model = quantised_model(read_quant(artifact / "quant"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deploy.sampling import Sampler, Sampling
-from plugins.core.errors import CheckError, InputError
+from plugins.errors import CheckError, InputError
 
 LOGITS = np.log(np.array([0.1, 0.6, 0.05, 0.25], np.float32))
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from deploy.trtexec import script
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 
 def commands(out: Path) -> list[list[str]]:

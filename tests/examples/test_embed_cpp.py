@@ -15,7 +15,7 @@ def test_it_compiles_without_a_warning() -> None:
     root = os.environ.get("TENSORRT_ROOT")
     if not root:
         pytest.skip("no TensorRT SDK: TENSORRT_ROOT is not set")
-    from plugins.build import find_cuda_include
+    from plugins.tools.build import find_cuda_include
 
     done = subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-isystem", f"{root}/include",
                            "-isystem", str(find_cuda_include()), str(SOURCE)], capture_output=True, text=True, check=False)

@@ -13,9 +13,9 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make(fuse_norms=True, **scheme) -> OUT with quant/, onnx/ and a manifest that names the float model. Do not change it."""
-    from calibration.artifact import write_json
-    from calibration.quant_folder import read_quant
-    from exporter.graph import export_onnx
+    from calibration.out.files import write_json
+    from calibration.quant.folder import read_quant
+    from exporter.graph.decoder import export_onnx
 
     cache: dict[str, Path] = {}
 

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.nodes import NodeFactory
+from exporter.graph.nodes import NodeFactory
 from plugins import op_spec
 from plugins.core.activation import rms_norm
 from plugins.core.op_spec import GemmAttributes, QuantArrays

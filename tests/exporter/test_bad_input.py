@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from plugins.core.errors import EXIT_INPUT
+from plugins.errors import EXIT_INPUT
 
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[[tuple[int, str, str], str], None]

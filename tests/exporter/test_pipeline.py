@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from exporter.graph import DATA_FILE
-from exporter.validate import LayerReport, ValidationResult
-from plugins.core.errors import EXIT_CHECK, EXIT_INTERRUPT
+from exporter.graph.decoder import DATA_FILE
+from exporter.proof.validate import LayerReport, ValidationResult
+from plugins.errors import EXIT_CHECK, EXIT_INTERRUPT
 
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[[tuple[int, str, str], str], None]
@@ -50,12 +50,12 @@ def test_json_progress_is_one_object_per_line(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporter.validate
+    import exporter.proof.validate
 
     out = tmp_path / "out"
     assert run(out)[0] == 0
     scale = out / "onnx" / DATA_FILE
-    real = exporter.validate.validate
+    real = exporter.proof.validate.validate
 
     def broken(folder: Path, options: Any, progress: Any) -> Any:
         data = bytearray(scale.read_bytes())
@@ -64,7 +64,7 @@ def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(run: Run, tmp_path:
         return real(folder, options, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter.validate, "validate", broken)
+        patch.setattr(exporter.proof.validate, "validate", broken)
         code, _, err = run(out, "--resume", "--until", "report")
     assert code == EXIT_CHECK and err.splitlines()[-1].startswith(f"validation of {out}: ")
     assert (out / "report" / "index.html").exists()
@@ -86,7 +86,7 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def find(failure: str) -> None:
         result = ValidationResult((ROW,), failure, (), {"tokens": 8, "steps": 0, "text": "default", "seconds": 1.0})
-        monkeypatch.setattr("exporter.validate.validate", lambda *_: result)
+        monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: result)
 
     return find
 
@@ -118,7 +118,7 @@ def test_nan_perplexity_is_exit_3_after_the_report(run: Run, proof: Callable[[st
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     out, options = tmp_path / "out", ("--until", "report", "--eval", str(TEXT))
     proof("")
-    monkeypatch.setattr("exporter.perplexity.window_nll", lambda session, window: float("nan"))
+    monkeypatch.setattr("exporter.proof.perplexity.window_nll", lambda session, window: float("nan"))
     for more in ((), ("--resume",)):
         code, _, err = run(out, *options, *more)
         assert code == EXIT_CHECK
@@ -131,7 +131,7 @@ def test_nan_perplexity_is_exit_3_after_the_report(run: Run, proof: Callable[[st
 def test_a_model_out_of_tolerance_is_not_scored(run: Run, proof: Callable[[str], None], tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     proof("layer 0 is wrong")
-    monkeypatch.setattr("exporter.perplexity.window_nll", None)
+    monkeypatch.setattr("exporter.proof.perplexity.window_nll", None)
     code, _, err = run(tmp_path / "out", "--until", "report", "--eval", str(TEXT))
     assert code == EXIT_CHECK and err.splitlines()[-1].startswith(f"validation of {tmp_path / 'out'}: layer 0 is wrong. See ")
     assert report_of(tmp_path / "out")["validation"]["notes"] == ["The perplexity was not scored, because a layer is out of tolerance."]
@@ -153,7 +153,7 @@ def test_a_bad_eval_text_is_refused_early(run: Run, refused: Refused, tmp_path: 
 def test_the_terminal_is_given_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     from rich.live import Live
 
-    from plugins.core.errors import CheckError
+    from plugins.errors import CheckError
 
     lives: list[Live] = []
     start = Live.start
@@ -162,6 +162,6 @@ def test_the_terminal_is_given_back(run: Run, tmp_path: Path, monkeypatch: pytes
     def fail(*arguments: Any) -> None:
         raise KeyboardInterrupt if code == EXIT_INTERRUPT else CheckError("a", "b", "c")
 
-    monkeypatch.setattr("calibration.quantize.SafetensorsWriter.write", fail)
+    monkeypatch.setattr("calibration.quant.quantize.SafetensorsWriter.write", fail)
     assert run(tmp_path / "out", "--progress", "rich")[0] == code
     assert [live.is_started for live in lives] == [False]

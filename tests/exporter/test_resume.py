@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-import exporter.graph
-from calibration.artifact import write_json
-from exporter.edition import Edition
-from exporter.manifest import STAGES
-from exporter.validate import ValidationResult
-from plugins.core.errors import EXIT_INPUT, EXIT_INTERRUPT
+import exporter.graph.decoder
+from calibration.out.files import write_json
+from exporter.engine.edition import Edition
+from calibration.out.manifest import STAGES
+from exporter.proof.validate import ValidationResult
+from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT
 
 Run = Callable[..., tuple[int, str, str]]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def test_resume_redoes_only_what_changed(run: Run, tmp_path: Path) -> None:
     assert run(out)[0] == 0
     _, _, err = run(out, "--resume")
     assert "quant: kept, nothing changed\nonnx: kept, nothing changed\n" in err
-    data = out / "onnx" / exporter.graph.DATA_FILE
+    data = out / "onnx" / exporter.graph.decoder.DATA_FILE
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + b"\xff")
     _, _, err = run(out, "--resume")
@@ -50,7 +50,7 @@ def test_a_stage_that_dies_can_be_resumed(run: Run, tmp_path: Path, monkeypatch:
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter.graph, "export_onnx", die)
+        patch.setattr(exporter.graph.decoder, "export_onnx", die)
         result = run(out)
     if isinstance(failure, KeyboardInterrupt):
         assert result[0] == EXIT_INTERRUPT
@@ -125,14 +125,14 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_json(folder / "engine.json", record)
         return record
 
-    monkeypatch.setattr("calibration.fingerprint._ROOT", world.root)
+    monkeypatch.setattr("calibration.out.fingerprint._ROOT", world.root)
     monkeypatch.setattr("exporter.pipeline.package_versions", lambda names: world.versions)
-    monkeypatch.setattr("exporter.edition.gpu_capabilities", lambda: world.gpus)
-    monkeypatch.setattr("exporter.engine.select_edition", lambda choice: world.edition)
-    monkeypatch.setattr("exporter.engine.build_engine", build_engine)
-    monkeypatch.setattr("plugins.build.build_library", lambda: world.library)
-    monkeypatch.setattr("exporter.validate.validate", lambda *_: ValidationResult((), "", ()))
-    monkeypatch.setattr("exporter.report.write_report", lambda folder, data: write_json(folder / "report.json", data))
+    monkeypatch.setattr("exporter.engine.edition.gpu_capabilities", lambda: world.gpus)
+    monkeypatch.setattr("exporter.engine.build.select_edition", lambda choice: world.edition)
+    monkeypatch.setattr("exporter.engine.build.build_engine", build_engine)
+    monkeypatch.setattr("plugins.tools.build.build_library", lambda: world.library)
+    monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: ValidationResult((), "", ()))
+    monkeypatch.setattr("exporter.report.report.write_report", lambda folder, data: write_json(folder / "report.json", data))
     return world
 
 
@@ -214,6 +214,6 @@ def test_a_stage_that_fails_keeps_what_follows(run: Run, world: SimpleNamespace,
     def fail(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporter.graph, "export_onnx", fail)
+    monkeypatch.setattr(exporter.graph.decoder, "export_onnx", fail)
     assert run(out, *WHOLE, model=world.model)[0] == EXIT_INPUT
     assert snapshot(out) == before

@@ -23,7 +23,7 @@ FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
 
 
 class GemmShape(ctypes.Structure):
-    """GemmShape of plugins/core/params.h."""
+    """GemmShape of plugins/core/host/params.h."""
 
     _fields_ = [
         (name, ctypes.c_int32)
@@ -32,7 +32,7 @@ class GemmShape(ctypes.Structure):
 
 
 class GemmBuffers(ctypes.Structure):
-    """GemmBuffers of plugins/core/params.h."""
+    """GemmBuffers of plugins/core/host/params.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace", "gamma")]
 
@@ -111,7 +111,7 @@ class KernelRunner:
     """
 
     def __init__(self, kind: str) -> None:
-        from plugins.build import build_library, build_sim
+        from plugins.tools.build import build_library, build_sim
 
         self.kind = kind
         self.workspace = np.empty(0, np.uint8)  # what the last gemm() left in the scratch memory

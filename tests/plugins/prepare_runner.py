@@ -18,7 +18,7 @@ NATURAL, SLOTS, PLANES, FLOATS = range(4)
 
 
 class PrepareShape(ctypes.Structure):
-    """PrepareShape of plugins/core/params.h."""
+    """PrepareShape of plugins/core/host/params.h."""
 
     _fields_ = [
         (name, ctypes.c_int32)
@@ -27,7 +27,7 @@ class PrepareShape(ctypes.Structure):
 
 
 class PrepareBuffers(ctypes.Structure):
-    """PrepareBuffers of plugins/core/params.h."""
+    """PrepareBuffers of plugins/core/host/params.h."""
 
     _fields_ = [
         (name, ctypes.c_void_p)

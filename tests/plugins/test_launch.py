@@ -42,7 +42,7 @@ template <class F, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunchCo
 """
 PROGRAM = """
 #define __CUDACC__
-#include "core/launch.h"
+#include "core/host/launch.h"
 #include <cstdio>
 using namespace anybit;
 void one(int) {}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from benchmarks.gemm_cases import SCHEMES
 from benchmarks.gemm_tables import measured_rows, merged_table
-from plugins.toolkit import find_cuda_include
+from plugins.tools.toolkit import find_cuda_include
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 LOOKUP = """
 #include <cstdio>
 #include <initializer_list>
-#include "core/measured.h"
+#include "core/host/measured.h"
 using namespace anybit;
 const Measured rows[] = {
 #include "rows.inc"
@@ -41,8 +41,8 @@ int main() {
 # The default choice of QQQGemm for 4 tokens, on GPUs with and without room for the measured kernel.
 CHOICE = """
 #include <cstdio>
-#include "core/frame.h"
-#include "qqq_gemm/config.h"
+#include "core/host/frame.h"
+#include "qqq_gemm/cuda/config.h"
 using namespace anybit;
 const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
 const KernelTable table = {"QQQGemm", kQqqKernelCount, name_of, nullptr, qqq_plan, qqq_choose, nullptr};

@@ -11,7 +11,7 @@ import pytest
 
 from plugins import op_spec
 from plugins.core.activation import rms_norm
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes
 from tests.plugins.kernel_cases import BF16, F16, F32, abq, abq_arrays, assert_close, assert_same_bits, op_of, qqq, qqq_arrays, tokens
 from tests.plugins.kernel_runner import ANY_TACTIC, KERNEL_STEP, SIMPLE, KernelError, KernelRunner

@@ -14,7 +14,7 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("plugin") / "probe"
-    sources = [*PLUGINS.glob("core/*.cpp"), *PLUGINS.glob("core/trt/*.cpp"), *PLUGINS.glob("*/plugin.cpp")]
+    sources = [*PLUGINS.glob("core/tensorrt/*.cpp"), *PLUGINS.glob("core/tensorrt/abi/*.cpp"), *PLUGINS.glob("*/tensorrt.cpp")]
     include = [f"-I{PLUGINS}", f"-I{PLUGINS / 'core' / 'trt'}"]
     subprocess.run(["g++", "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *include,
                     str(PROBES / "plugin.cpp"), *map(str, sources), "-o", str(output)], check=True)

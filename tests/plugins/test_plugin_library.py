@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from plugins.build import build_library
+from plugins.tools.build import build_library
 from plugins.core.op_spec import GemmAttributes
 
 REGISTRY = Path(__file__).parent / "trt" / "registry.py"

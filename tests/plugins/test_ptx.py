@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import plugins
-from plugins.toolkit import find_cuda, find_cuda_include, find_program
+from plugins.tools.toolkit import find_cuda, find_cuda_include, find_program
 from tests.plugins.kernel_runner import Memory, cuda_missing, gpu_sm
 
 SOURCE = Path(__file__).parent / "ptx" / "wrappers.cu"

@@ -10,7 +10,7 @@ import pytest
 
 from plugins import op_spec
 from plugins.core.activation import quantize_activation
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 from tests.plugins.kernel_cases import BF16, F16, F32, qqq, qqq_arrays, tokens
 

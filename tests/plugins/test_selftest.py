@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from plugins.build import build_library, build_selftest, build_sim
-from plugins.toolkit import find_cuda_include
+from plugins.tools.build import build_library, build_selftest, build_sim
+from plugins.tools.toolkit import find_cuda_include
 from tests.plugins.kernel_runner import GemmShape, cuda_missing
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
@@ -20,7 +20,7 @@ USAGE = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel
 SHIM = """
 #include <dlfcn.h>
 #include <cmath>
-#include "core/params.h"
+#include "core/host/params.h"
 static void* library() { static void* opened = dlopen("REAL", RTLD_NOW); return opened; }
 template <class F> static F* real(const char* name) { return reinterpret_cast<F*>(dlsym(library(), name)); }
 #define OP(name) \\

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import plugins
-from plugins.toolkit import find_cuda_include, find_program
+from plugins.tools.toolkit import find_cuda_include, find_program
 
 INVALID_CONFIGURATION = 9  # cudaErrorInvalidConfiguration
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.toolkit import find_cuda_include
+from plugins.tools.toolkit import find_cuda_include
 
 PROBES = Path(__file__).parent / "trt"
 PLUGINS = Path(__file__).parents[2] / "plugins"
@@ -48,7 +48,7 @@ def test_nvidias_declarations_are_as_recorded(include: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(not NVIDIA, reason="needs NVIDIA's headers: set ANYBIT_TENSORRT_INCLUDE")
 @pytest.mark.parametrize("include", NVIDIA, ids=str)
-@pytest.mark.parametrize("source", ["core/plugin_base.cpp", "core/registry.cpp", "abq_gemm/plugin.cpp", "qqq_gemm/plugin.cpp"])
+@pytest.mark.parametrize("source", ["core/tensorrt/plugin_base.cpp", "core/tensorrt/registry.cpp", "abq_gemm/tensorrt.cpp", "qqq_gemm/tensorrt.cpp"])
 def test_plugins_compile_with_nvidias_headers(include: Path, source: str) -> None:
     subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-isystem", str(include),
                     "-isystem", str(find_cuda_include()), f"-I{PLUGINS}", str(PLUGINS / source)], check=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from calibration.fake_quant import fake_quantize
+from calibration.reference.fake_quant import fake_quantize
 from calibration.methods.rtn import TINY
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
-    from calibration.scheme import QuantScheme
+    from calibration.quant.scheme import QuantScheme
 
 __all__ = ["WeightQuantizer", "quantize_dequantize_activation"]
 

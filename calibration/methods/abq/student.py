@@ -26,7 +26,7 @@ from calibration.blocks.forward import (
 from calibration.methods.abq.quantizer import WeightQuantizer, quantize_dequantize_activation
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
-from calibration.scheme import FLOAT_BITS, QuantScheme
+from calibration.quant.scheme import FLOAT_BITS, QuantScheme
 
 __all__ = ["BlockTask", "QuantizedBlock", "Statistics", "Student", "Teacher", "keep"]
 

@@ -18,7 +18,7 @@ from calibration.methods.abq.quantizer import WeightQuantizer
 from calibration.methods.abq.student import BlockTask, QuantizedBlock, Student, Teacher
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.tuned import TunedStudent
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
 
 __all__ = ["BlockTask", "TrainSettings", "TrainedBlock", "TunedBlock", "train_block", "tune_block"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calibration.blocks.forward import SITES, BlockWeights
 from calibration.methods.abq.student import BlockTask, QuantizedBlock
 from calibration.methods.abq.training import TrainSettings
-from calibration.scheme import QuantLinear
+from calibration.quant.scheme import QuantLinear
 from plugins.core.op_spec import QuantArrays
 
 __all__ = ["TunedStudent"]

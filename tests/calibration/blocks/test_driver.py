@@ -18,7 +18,7 @@ import pytest
 from calibration.blocks.driver import BlockTask, Calibration, calibrate
 from calibration.blocks.forward import SITES
 from calibration.blocks.store import BlockResult, BlockStore
-from calibration.checkpoint import open_checkpoint
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.methods.qqq import METHOD, Qqq
 from calibration.settings import CalibrationSettings, QqqSettings
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny, files, tokens
@@ -85,7 +85,7 @@ def test_stopped_while_the_folder_is_written(model: Path, whole: dict[str, bytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("calibration.quantize.SafetensorsWriter.write", die)
+        patch.setattr("calibration.quant.quantize.SafetensorsWriter.write", die)
         assert calibrate_tiny(model, tmp_path) == 130
     assert _kept(capsys, model, tmp_path, "--resume") == _names(LAYERS)
     assert files(tmp_path / "quant") == whole
@@ -166,7 +166,7 @@ def test_another_model_or_other_code_starts_over(model: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         _stopped(copy, tmp_path / "out", patch, "--resume")
         assert capsys.readouterr().err.count("Interrupted") == 2
-        patch.setattr("calibration.quant_source.code_digest", lambda *patterns: "other code")
+        patch.setattr("calibration.quant.source.code_digest", lambda *patterns: "other code")
         assert _kept(capsys, copy, tmp_path / "out", "--resume") == []
 
 

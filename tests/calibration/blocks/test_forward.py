@@ -22,7 +22,7 @@ from calibration.blocks.forward import (
     load_block,
     rms_norm,
 )
-from calibration.checkpoint import open_checkpoint
+from calibration.checkpoints.checkpoint import open_checkpoint
 from tests.calibration.block_cases import MODELS, tokens
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.__main__ import main
-from calibration.artifact import locked
+from calibration.out.files import locked
 from calibration.blocks.ranks import ALONE, Ranks, join_ranks
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny, files
 
 PATIENCE = 300  # seconds, on a machine that is busy
-HEAVY = ["calibration.quantize", "calibration.methods.qqq", "transformers.models.auto.modeling_auto",
+HEAVY = ["calibration.quant.quantize", "calibration.methods.qqq", "transformers.models.auto.modeling_auto",
          "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"]  # imported once for all processes
 Ended = list[tuple[int, str, str]]  # exit code, stdout, stderr of every process
 

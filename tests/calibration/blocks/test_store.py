@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calibration.blocks.store import BlockResult, BlockStore
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.streams import ActivationWindows, StreamBudget, Windows
-from calibration.fake_quant import Activation
-from calibration.scheme import QuantScheme
+from calibration.reference.fake_quant import Activation
+from calibration.quant.scheme import QuantScheme
 
 
 def _items(count: int = 3) -> list[Tensor]:

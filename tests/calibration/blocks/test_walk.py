@@ -29,8 +29,8 @@ from calibration.blocks.forward import (
 )
 from calibration.blocks.streams import StreamBudget
 from calibration.blocks.walk import WalkBlock, site_weight, walk
-from calibration.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
-from calibration.scheme import QuantLinear, QuantScheme
+from calibration.reference.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
+from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.solvers.grid import search_grid
 from calibration.solvers.hessian import Moments
 from plugins.core.op_spec import QuantArrays

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from calibration.families import ModelDims, accepted_architectures, family, family_names, family_of_architecture
-from plugins.core.errors import InputError
+from plugins.errors import InputError
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "vocab_size": 32}

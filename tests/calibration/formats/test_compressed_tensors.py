@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from calibration import formats
-from calibration.checkpoint import open_checkpoint
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.formats.compressed_tensors import NAME, check, pack_words
-from calibration.model import quantised_model
-from calibration.quant_folder import QuantModel, read_quant
-from calibration.quantize import QuantizeOptions, quant_bytes, quantize_model
-from calibration.scheme import QuantLinear, QuantScheme
-from plugins.core.errors import InputError
+from calibration.reference.model import quantised_model
+from calibration.quant.folder import QuantModel, read_quant
+from calibration.quant.quantize import QuantizeOptions, quant_bytes, quantize_model
+from calibration.quant.scheme import QuantLinear, QuantScheme
+from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny
 
 TOKENS = torch.arange(48)[None] * 7 % 500

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from calibration.blocks.driver import BlockTask
 from calibration.blocks.forward import OUT, QKV, SITES, block_output, float_linear
-from calibration.checkpoint import open_checkpoint
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.methods.qqq import METHOD, Plain, SiteSolver
-from calibration.quant_folder import read_quant
+from calibration.quant.folder import read_quant
 from calibration.settings import QqqSettings
 from calibration.solvers.hessian import Moments
-from calibration.solvers.rotation import Rotation
+from calibration.transforms.rotation import Rotation
 from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
 from tests.calibration.block_cases import MODELS, QQQ, QQQ_GROUPS, W3A6, block_task, calibrate_tiny, files, streams
@@ -120,7 +120,7 @@ def test_codes_reach_the_folder_and_the_packed_words_untouched(tiny_model_dir: P
     """The published code derives the codes again from rounded weights when it packs."""
     import onnx
 
-    from exporter.graph import export_onnx
+    from exporter.graph.decoder import export_onnx
 
     solved: list[tuple[str, QuantArrays]] = []
     real = SiteSolver.__call__
@@ -157,7 +157,7 @@ def test_codes_reach_the_folder_and_the_packed_words_untouched(tiny_model_dir: P
 
 
 def _logits(out: Path) -> Tensor:
-    from calibration.model import quantised_model
+    from calibration.reference.model import quantised_model
 
     with torch.no_grad():
         logits: Tensor = quantised_model(read_quant(out / "quant"))(torch.arange(40)[None] % 512).logits

@@ -7,8 +7,8 @@ import pytest
 
 from calibration.methods import is_block_method, method, method_names
 from calibration.methods.rtn import quantize
-from calibration.scheme import QuantLinear, QuantScheme
-from plugins.core.errors import InputError
+from calibration.quant.scheme import QuantLinear, QuantScheme
+from plugins.errors import InputError
 
 RNG = np.random.default_rng(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibration.scheme import QuantLinear, QuantScheme
+from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import search_grid
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.scheme import QuantScheme
+from calibration.quant.scheme import QuantScheme
 from calibration.solvers.gptq import GptqResult, factored, gptq, quadratic_error
 from calibration.solvers.grid import Grid, search_grid
 from calibration.solvers.hessian import Moments
@@ -73,7 +73,7 @@ def test_descending_order_keeps_static_groups(scheme: QuantScheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
 def test_output_error_is_below_that_of_nearest_and_is_the_ops_own(scheme: QuantScheme, act_order: bool) -> None:
     """The error counted with the op's weights: with groups the published code re-rounds to int8 when GPTQ is over."""
-    from calibration.scheme import QuantLinear
+    from calibration.quant.scheme import QuantLinear
 
     weight, hessian, grid, group = _case(scheme)
     result = _gptq(weight, hessian, grid, group, act_order=act_order)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.scheme import QuantLinear, QuantScheme
+from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.solvers.gptq import quadratic_error
 from calibration.solvers.grid import AbqGrid, Grid, QqqGrid, search_grid
 from plugins import op_spec

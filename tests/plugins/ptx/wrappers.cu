@@ -1,9 +1,9 @@
-// One kernel for each wrapper of plugins/core/ptx.cuh: a warp takes `in` words per lane and gives `out` words per lane. Those of
+// One kernel for each wrapper of plugins/core/device/ptx.cuh: a warp takes `in` words per lane and gives `out` words per lane. Those of
 // ptx_sm90.cuh work together in one kernel of four warps.
 // Compiles with nvcc and with g++ (the CPU simulation); tests/plugins/test_ptx.py compares both with numpy.
-#include "core/launch.h"
-#include "core/ptx.cuh"
-#include "core/ptx_sm90.cuh"
+#include "core/host/launch.h"
+#include "core/device/ptx.cuh"
+#include "core/device/ptx_sm90.cuh"
 
 #include <cstring>
 

@@ -1,7 +1,7 @@
 // Kernels with planted faults, to prove that the CPU simulation notices them.
-#include "core/launch.h"
-#include "core/ptx.cuh"
-#include "core/ptx_sm90.cuh"
+#include "core/host/launch.h"
+#include "core/device/ptx.cuh"
+#include "core/device/ptx_sm90.cuh"
 
 using namespace anybit;
 

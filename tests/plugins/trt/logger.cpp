@@ -1,6 +1,6 @@
 // Registers a logger finder as one TensorRT version lays it out, logs through it, and prints what arrived.
 // -DLAYOUT=10 or 11: the classes below, which repeat that version's layout; -DLAYOUT=0: the classes of NVIDIA's own headers.
-#include "core/trt/logger.h"
+#include "core/tensorrt/abi/logger.h"
 
 #include <cstdint>
 #include <cstdio>

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "core/config.h"
-#include "core/params.h"
+#include "core/host/config.h"
+#include "core/host/params.h"
 
 using namespace nvinfer1;
 

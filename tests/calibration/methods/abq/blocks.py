@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope
-from calibration.scheme import QuantScheme
+from calibration.quant.scheme import QuantScheme
 
 __all__ = ["HEAD_DIM", "HIDDEN", "block", "rope", "scheme", "streams"]
 

@@ -14,8 +14,8 @@ import pytest
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.streams import StreamBudget
 from calibration.methods.abq.method import METHOD, _train_settings, _train_task
-from calibration.quant_folder import read_quant
-from calibration.scheme import QuantScheme
+from calibration.quant.folder import read_quant
+from calibration.quant.scheme import QuantScheme
 from calibration.settings import AbqSettings
 from tests.calibration.block_cases import block_task
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.fake_quant import quantize_activation
+from calibration.reference.fake_quant import quantize_activation
 from calibration.methods.abq.quantizer import WeightQuantizer, quantize_dequantize_activation
-from calibration.scheme import QuantLinear, QuantScheme
+from calibration.quant.scheme import QuantLinear, QuantScheme
 
 LEVELS = {2: (1, False), 3: (1, True), 4: (2, False), 5: (2, True), 8: (3, False), 16: (4, False), 256: (8, False)}
 

@@ -20,7 +20,7 @@ from calibration.blocks.forward import (
     mlp_product,
     rms_norm,
 )
-from calibration.fake_quant import quantize_activation
+from calibration.reference.fake_quant import quantize_activation
 from calibration.methods.abq import student as module
 from calibration.methods.abq.quantizer import WeightQuantizer
 from calibration.methods.abq.student import BlockTask, Student, Teacher

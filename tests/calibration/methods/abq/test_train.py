@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.forward import DOWN, OUT, SITES, BlockShape, BlockWeights, Rope, block_output, float_linear, load_block
-from calibration.checkpoint import open_checkpoint
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.data import default_text, tokens_from_text
-from calibration.fake_quant import ActivationQuantizer, FakeQuantLinear
+from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear
 from calibration.methods.abq import train
 from calibration.methods.abq.losses import LossWeights, output_error
 from calibration.methods.abq.train import BlockTask, TrainedBlock, TrainSettings, train_block
 from calibration.methods.abq.transforms import EquivalentTransform, TransformParts
-from calibration.scheme import QuantLinear, QuantScheme
-from plugins.core.errors import InputError
+from calibration.quant.scheme import QuantLinear, QuantScheme
+from plugins.errors import InputError
 from tests.calibration.methods.abq.blocks import block, rope, scheme, streams
 
 SHORT = TrainSettings(epochs=3, transform_rate=3e-2, powers=(0.0,), rows=8)  # leaves the large input channels to training

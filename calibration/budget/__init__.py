@@ -1,0 +1,1 @@
+"""Bits of every node within a budget, by measured sensitivity."""

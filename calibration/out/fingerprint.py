@@ -1,0 +1,49 @@
+"""What a stage's result depends on, as short hashes: settings, code, texts, files, package versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from calibration.out.files import sha256_file
+
+__all__ = ["code_digest", "digest", "file_stamps", "package_versions", "text_digest"]
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def digest(*parts: Any) -> str:
+    """Hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_digest(*patterns: str) -> str:
+    """Hash of the project's source files that match."""
+    files = sorted({path for pattern in patterns for path in _ROOT.glob(pattern)})
+    return digest(*((str(path.relative_to(_ROOT)), sha256_file(path)) for path in files))
+
+
+def text_digest(calib: str | None) -> str:
+    """Hash of what is in a calibration text; a dataset goes by its name."""
+    path = _ROOT / "calibration" / "default_text.txt" if calib is None else Path(calib).expanduser()
+    return sha256_file(path) if path.is_file() else str(calib)
+
+
+def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file."""
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """{package: version} of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,125 @@
+"""The artefact folder's manifest: whose folder it is, which stages are done, and what made them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from calibration.out.files import read_json
+from calibration.out.fingerprint import package_versions
+from plugins.errors import InputError
+
+__all__ = ["FORMAT", "MANIFEST", "STAGES", "installed_versions", "open_manifest", "peak_rss", "read_manifest", "reset_peak_rss"]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STAGES = ("quant", "onnx", "engine", "report")
+PACKAGES = ("anybit-trt", "torch", "transformers", "onnx", "onnxruntime", "polygraphy", "tensorrt-rtx-cu13", "tensorrt", "numpy",
+            "nvidia-cuda-nvcc")
+_RECORD = {"fingerprint": str, "seconds": (int, float), "peak_rss": int, "files": dict}
+_FILE = {"bytes": int, "sha256": str}
+
+
+def installed_versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], **package_versions(PACKAGES)}
+
+
+def peak_rss() -> int:
+    """Peak resident bytes since the last reset (Linux VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_rss() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return  # the peak then counts earlier stages too
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest whose every field has the right type, its stages in order.
+
+    Raises:
+        InputError: it is missing, damaged, or of another format.
+    """
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise InputError(str(path), f"got format {json.dumps(manifest.get('format'))}, expected {FORMAT}",
+                         "It is damaged or of another version: export the model again into a new folder")
+    if flaw := _flaw(manifest):
+        raise InputError(str(path), f"got {flaw}, expected the manifest of an artefact folder",
+                         "It is damaged: export the model again into a new folder")
+    stages = manifest["stages"]
+    return manifest | {"stages": {name: stages[name] for name in STAGES if name in stages}}
+
+
+def _flaw(manifest: dict[str, Any]) -> str:
+    for key in ("request", "stages"):
+        if not isinstance(manifest.get(key), dict):
+            return f"no {key}"
+    for name, record in manifest["stages"].items():
+        if not _has(record, _RECORD) or not isinstance(record.get("facts", {}), dict):
+            return f"a broken record of stage {name}"
+        for file, entry in record["files"].items():
+            if not _has(entry, _FILE):
+                return f"a broken record of {name}/{file}"
+    return ""
+
+
+def _has(record: Any, fields: dict[str, Any]) -> bool:
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in fields.items())
+
+
+def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of OUT, fresh or existing.
+
+    Args:
+        out: the artefact folder.
+        identity: model and settings; a folder with a finished stage must have been made with the same.
+
+    Raises:
+        InputError: OUT cannot be read, is not ours, or belongs to another model or setting, or its manifest is damaged.
+    """
+    try:
+        strangers = _strangers(out)
+    except OSError as error:
+        raise InputError(str(out), f"got {error.strerror}, expected a folder that can be read", "Choose another --out") from error
+    if strangers:
+        raise InputError(str(out), f"got a folder with other files in it ({strangers[0]}), expected a new or an artefact folder",
+                         "Choose another --out")
+    fresh = {"format": FORMAT, "request": identity, "stages": {}}
+    if not (out / MANIFEST).exists():
+        return fresh
+    manifest = read_manifest(out / MANIFEST)
+    if not manifest["stages"]:
+        return fresh
+    for key, expected in identity.items():
+        got = manifest["request"].get(key)
+        if got != expected:
+            raise InputError(str(out), f"got an artefact with {key} {_short(got, expected)}, expected {_short(expected, got)}",
+                             "Choose another --out, or delete this folder")
+    return manifest
+
+
+def _strangers(out: Path) -> list[str]:
+    """What lies in a folder that has no manifest."""
+    if not out.exists():
+        return []
+    if not out.is_dir():
+        raise InputError(str(out), "got a file, expected a folder", "Choose another --out")
+    names = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+    return [] if MANIFEST in names else names
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value for a message; of two dicts only what differs."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {key: item for key, item in value.items() if other.get(key) != item}
+    return json.dumps(value)

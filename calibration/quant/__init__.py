@@ -1,0 +1,1 @@
+"""Quantised models: schemes, bits, sizes, the quant folder."""

@@ -1,0 +1,201 @@
+"""Reads the quant folder: integer codes, scales, the float rest, the tokenizer. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.out.files import read_json, sha256_file
+from calibration.families import ModelFamily, family
+from calibration.checkpoints.safetensors import read_header, read_tensor
+from calibration.quant.scheme import QuantLinear, QuantScheme
+from plugins.errors import InputError
+from plugins.core.op_spec import QuantArrays
+
+__all__ = ["FORMAT", "QUANT_JSON", "QuantModel", "fuse", "read_quant"]
+
+FORMAT = 1
+QUANT_JSON = "quant.json"
+_KEYS = {"family": str, "source": dict, "config": dict, "scheme": dict, "layers": dict, "files": dict, "sizes": dict}
+_AGAIN = "The folder is damaged: quantise the model again"
+
+
+class QuantModel:
+    """A quantised model on disk; tensors are read when asked for.
+
+    Attributes:
+        path: the folder.
+        config: sizes and token ids (see calibration/quant/quantize.py), "hf" holds the whole Hugging Face config.
+        scheme: how it is quantised, but for the nodes in `exceptions`.
+        exceptions: {GEMM node: its scheme} of a model in mixed precision.
+        source: {"name", "kind", "fingerprint"} of the float model.
+        files: {file name: SHA-256}.
+        sizes: bytes and bits before and after.
+        calibration: settings and what became of each block; empty for methods without data.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        meta = _read_meta(path / QUANT_JSON)
+        self.config: dict[str, Any] = meta["config"]
+        self.source: dict[str, str] = meta["source"]
+        self.files: dict[str, str] = meta["files"]
+        self.sizes: dict[str, Any] = meta["sizes"]
+        self.calibration: dict[str, Any] = meta.get("calibration", {})
+        self.family: ModelFamily = family(meta["family"])
+        self.scheme = _scheme(str(path / QUANT_JSON), meta["scheme"])
+        self.exceptions = {node: self._exception(node, fields) for node, fields in meta["layers"].items()}
+        self._check_present()
+        shards = [path / name for name in sorted(self.files) if name.endswith(".safetensors")]
+        self._entries = {name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()}
+
+    def _exception(self, node: str, fields: Any) -> QuantScheme:
+        where, nodes = f"{self.path / QUANT_JSON}, layers", self.family.nodes(self.layers)
+        if node not in nodes:
+            raise InputError(where, f"got {node}, expected GEMM nodes such as {nodes[0]}", _AGAIN)
+        scheme = _scheme(f"{where}, {node}", fields)
+        for key in ("dtype", "kv_bits"):
+            got, wanted = getattr(scheme, key), getattr(self.scheme, key)
+            if got != wanted:
+                raise InputError(f"{where}, {node}", f"got {key} {got}, expected the model's {wanted}", _AGAIN)
+        return scheme
+
+    def _check_present(self) -> None:
+        missing = [name for name in self.files if not (self.path / name).is_file()]
+        if missing:
+            raise InputError(str(self.path), f"got no {missing[0]}, expected it from {QUANT_JSON}", _AGAIN)
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            InputError: a file has changed since it was written.
+        """
+        for name, wanted in self.files.items():
+            got = sha256_file(self.path / name)
+            if got != wanted:
+                raise InputError(str(self.path / name),
+                                 f"got SHA-256 {got[:12]}..., expected {wanted[:12]}... from {QUANT_JSON}", _AGAIN)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._entries
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor, a read-only view of the file (bfloat16 as the ml_dtypes type).
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if name not in self._entries:
+            raise InputError(str(self.path), f"got no tensor {name}, expected it from the config", _AGAIN)
+        return read_tensor(*self._entries[name])
+
+    def _optional(self, name: str) -> np.ndarray | None:
+        return self.tensor(name) if self.has(name) else None
+
+    def scheme_of(self, name: str) -> QuantScheme:
+        """How a linear, or a GEMM node, is quantised; by its full name."""
+        return self.exceptions.get(self.family.node(name), self.scheme)
+
+    @property
+    def label(self) -> str:
+        """Of the scheme; w4a8-mixed where some nodes have another."""
+        return f"{self.scheme.model_label}-mixed" if self.exceptions else self.scheme.model_label
+
+    @property
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """Every scheme in use, by first use."""
+        return tuple(dict.fromkeys(map(self.scheme_of, self.family.nodes(self.layers))))
+
+    def weights(self) -> dict[QuantScheme, int]:
+        """{scheme: how many weights it has}, by first use."""
+        found = dict.fromkeys(self.schemes, 0)
+        for node in self.family.nodes(self.layers):
+            found[self.scheme_of(node)] += sum(self.tensor(f"{member}.codes").size for member in self.family.members(node))
+        return found
+
+    def linear(self, name: str) -> QuantLinear:
+        """One quantised linear by its Hugging Face name, such as model.layers.0.self_attn.q_proj."""
+        arrays = QuantArrays(self.tensor(f"{name}.codes"), self.tensor(f"{name}.scale"), self._optional(f"{name}.zero"),
+                             self._optional(f"{name}.scale_group"), self._optional(f"{name}.bias"))
+        return QuantLinear(name, self.scheme_of(name), arrays)
+
+    def fused(self, names: Sequence[str], name: str = "") -> QuantLinear:
+        """Several linears that read the same tensor, stacked along the output in the order given."""
+        return fuse([self.linear(member) for member in names], name or "+".join(names))
+
+    def groups(self, layer: int) -> list[QuantLinear]:
+        """The fused linears of a decoder layer in execution order, named as its GEMM nodes."""
+        prefix = self.family.layer(layer)
+        return [self.fused([f"{prefix}.{member.name}" for member in group.members], f"{prefix}.{group.node}")
+                for group in self.family.groups]
+
+    @cached_property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer (this imports transformers)."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+
+
+def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:
+    """Stack linears along the output; where only some have a bias, the others get zeros."""
+    if len(linears) == 1:
+        return QuantLinear(name, linears[0].scheme, linears[0].arrays)
+    parts = [linear.arrays for linear in linears]
+
+    def stacked(field: str) -> np.ndarray | None:
+        values = [getattr(part, field) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = np.concatenate([np.zeros(len(part.codes), np.float32) if part.bias is None else part.bias for part in parts])
+    codes = np.concatenate([part.codes for part in parts])
+    scale = np.concatenate([part.scale for part in parts])
+    return QuantLinear(name, linears[0].scheme, QuantArrays(codes, scale, stacked("zero"), stacked("scale_group"), bias))
+
+
+def _scheme(where: str, fields: Any) -> QuantScheme:
+    try:
+        return QuantScheme(**fields)
+    except TypeError:
+        raise InputError(where, "got a scheme with unknown or missing fields", _AGAIN) from None
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    meta = read_json(path)
+    if meta.get("format") != FORMAT:
+        raise InputError(str(path), f"got format {json.dumps(meta.get('format'))}, expected {FORMAT}",
+                         "Quantise the model again with this version")
+    meta = {"layers": {}, **meta}  # absent where all nodes have one scheme
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(meta.get(key), kind)]
+    if wrong:
+        raise InputError(str(path), f"got no valid {wrong[0]}, expected a whole {QUANT_JSON}", _AGAIN)
+    return meta
+
+
+def read_quant(path: Path | str, verify: bool = True) -> QuantModel:
+    """Open a quant folder.
+
+    Args:
+        path: the folder (OUT/quant).
+        verify: compare every file with its checksum.
+
+    Raises:
+        InputError: missing, corrupt or changed files.
+    """
+    model = QuantModel(Path(path))
+    if verify:
+        model.verify()
+    return model

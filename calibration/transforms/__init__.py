@@ -1,0 +1,1 @@
+"""Changes of a float model that keep its function: rotation and smoothing."""

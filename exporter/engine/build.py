@@ -1,0 +1,295 @@
+"""Builds a TensorRT engine from the ONNX model and the plugin library, and proves that the plugins are in it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.out.files import sha256_file, write_json
+from calibration.progress import NullProgress, Progress
+from exporter.engine.edition import (
+    ENGINE_FILE,
+    ENGINE_RECORD,
+    captured_log,
+    check_engine,
+    gpu_capabilities,
+    load_plugins,
+    prepare_parser,
+    select_edition,
+)
+from plugins.errors import CheckError, InputError
+from plugins.core.op_spec import is_custom
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["EngineOptions", "build_engine", "check_engine", "custom_nodes", "load_plugins", "profile_shapes", "select_edition"]
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Settings of an engine.
+
+    Attributes:
+        edition: "auto", "tensorrt" or "tensorrt-rtx".
+        max_batch: largest batch.
+        max_seq: largest number of new tokens, and of cached tokens, in one call.
+    """
+
+    edition: str = "auto"
+    max_batch: int = 1
+    max_seq: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, value in (("--max-batch", self.max_batch), ("--max-seq", self.max_seq)):
+            if value < 1:
+                raise InputError(name, f"got {value}, expected at least 1", "Give a positive number")
+
+
+def custom_nodes(model: onnx.ModelProto) -> dict[str, str]:
+    """Op type by node name of every custom node, in subgraphs and in called local functions too."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+
+    def visit(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+        for node in nodes:
+            if is_custom(node.domain):
+                yield node  # its own function body is what the plugin replaces
+                continue
+            for attribute in node.attribute:
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from visit(graph.node)
+            if function := functions.get((node.domain, node.op_type)):
+                yield from visit(function.node)
+
+    found: dict[str, str] = {}
+    for index, node in enumerate(visit(model.graph.node)):
+        name = node.name or f"unnamed {node.op_type}"
+        found[name if name not in found else f"{name} #{index}"] = node.op_type
+    return found
+
+
+def profile_shapes(inputs: Mapping[str, Sequence[int | str]], options: EngineOptions) -> list[dict[str, Any]]:
+    """Shapes of the two optimisation profiles, as engine.json holds them.
+
+    "prefill" takes 1..max_seq new tokens behind 0..max_seq cached ones, so a prompt may come in pieces and a conversation go
+    on; "decode" takes one new token. The largest shapes fit each other (T = P + S), because TensorRT infers shapes at them.
+
+    Args:
+        inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens, T = P + S.
+        options: the limits.
+
+    Raises:
+        InputError: a dimension has another name.
+    """
+    batch, seq = options.max_batch, options.max_seq
+    middle = max(seq // 2, 1)
+    ranges: dict[str, dict[str, tuple[int, int, int]]] = {  # least, likely, most
+        "prefill": {"B": (1, 1, batch), "S": (1, middle, seq), "P": (0, 0, seq), "T": (1, middle, 2 * seq)},
+        "decode": {"B": (1, 1, batch), "S": (1, 1, 1), "P": (0, middle, seq), "T": (1, middle + 1, seq + 1)},
+    }
+
+    def shape(name: str, which: int, sizes: dict[str, tuple[int, int, int]]) -> list[int]:
+        for dim in inputs[name]:
+            if isinstance(dim, str) and dim not in sizes:
+                known = ", ".join(sizes)
+                raise InputError(f"model input {name}", f"got dimension {dim!r}, expected a number or one of {known}",
+                                 "Export the model again with this version")
+        return [sizes[dim][which] if isinstance(dim, str) else dim for dim in inputs[name]]
+
+    def bounds(name: str, sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[int]]:
+        return {key: shape(name, which, sizes) for which, key in enumerate(("min", "opt", "max"))}
+
+    return [{"name": profile, "inputs": {name: bounds(name, sizes) for name in inputs}} for profile, sizes in ranges.items()]
+
+
+def _input_dims(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input}
+    return {name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
+            for name, dims in shapes.items()}
+
+
+def _shorten(items: Sequence[str]) -> str:
+    more = len(items) - _NAMES_SHOWN
+    return ", ".join(items[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _parser_errors(parser: Any) -> str:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return "; ".join(f"node {error.node_name() or error.node()} ({error.node_operator()}): {error.desc().strip()}"
+                     for error in errors[:_NAMES_SHOWN])
+
+
+class EngineBuilder:
+    """One build: network, parser and configuration, which must live until the engine is written."""
+
+    def __init__(self, trt: Any, onnx_path: Path) -> None:
+        from polygraphy.backend.trt import create_network, get_trt_logger
+
+        self.trt = trt
+        self.where = str(onnx_path)
+        # TensorRT 11 knows nothing but strongly typed networks and may drop the flag.
+        strongly_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        self.builder, self.network = create_network(strongly_typed=strongly_typed)
+        self.parser = trt.OnnxParser(self.network, get_trt_logger())
+
+    def layer_counts(self) -> Counter[str]:
+        """Layers of the network by type."""
+        layers = (self.network.get_layer(index) for index in range(self.network.num_layers))
+        return Counter(str(layer.type).removeprefix("LayerType.") for layer in layers)
+
+    def parse(self, nodes: Mapping[str, str]) -> None:
+        """Parse the ONNX file, and check that every custom node became a plugin.
+
+        Raises:
+            CheckError: the parser refused the file, or left a custom node to its function body.
+        """
+        if not self.parser.parse_from_file(self.where):
+            errors = _parser_errors(self.parser)
+            raise CheckError(self.where, f"got parser errors: {errors}; expected a model that this TensorRT takes",
+                             "If a custom op is named, export the model again with this version; "
+                             "else use a newer TensorRT (10.15, 11, or RTX 1.7)")
+        layers = [self.network.get_layer(index) for index in range(self.network.num_layers)]
+        plugins = [layer.name for layer in layers if layer.type == self.trt.LayerType.PLUGIN_V3]
+        if len(plugins) == len(nodes):
+            return
+        missing = sorted(set(nodes) - set(plugins)) or sorted(nodes)
+        raise CheckError(self.where, f"got {len(plugins)} plugin layers for {len(nodes)} custom nodes, expected one each; "
+                         f"missing: {_shorten(missing)}",
+                         "Without attribute plugin_namespace on a node TensorRT takes its function body: "
+                         "export the model again with this version")
+
+    def allow_fp32_attention(self) -> bool:
+        """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for that type."""
+        from polygraphy.backend.trt import SetDecomposableAttentions
+
+        inputs = (self.network.get_input(index) for index in range(self.network.num_inputs))
+        has_attention = hasattr(self.trt.LayerType, "ATTENTION_INPUT")  # from TensorRT 10.14 on
+        if not has_attention or not any(tensor.dtype == self.trt.float32 for tensor in inputs):
+            return False
+        SetDecomposableAttentions((self.builder, self.network, self.parser))()
+        return True
+
+    def serialize(self, profiles: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
+        """Build; returns TensorRT's buffer with the engine."""
+        from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network
+        from polygraphy.exception import PolygraphyException
+
+        made = []
+        for profile in profiles:
+            made.append(Profile())
+            for name, shapes in profile["inputs"].items():
+                made[-1].add(name, shapes["min"], shapes["opt"], shapes["max"])
+        with _monitored(self.trt, progress) as monitor:
+            config = PostprocessConfig(CreateConfig(profiles=made, progress_monitor=monitor), _without_tf32(self.trt))
+            try:
+                return engine_bytes_from_network((self.builder, self.network), config=config)
+            except PolygraphyException:
+                return None
+
+
+def _without_tf32(trt: Any) -> Callable[..., None]:
+    """fp32 means fp32: TensorFloat-32 keeps 10 bits."""
+
+    def clear(builder: Any, network: Any, config: Any) -> None:
+        if hasattr(trt.BuilderFlag, "TF32"):
+            config.clear_flag(trt.BuilderFlag.TF32)
+
+    return clear
+
+
+@contextmanager
+def _monitored(trt: Any, progress: Progress) -> Iterator[Any]:
+    """A progress monitor whose outermost phase drives the bar; after Ctrl-C the build ends with its current step.
+
+    An exception inside TensorRT's callbacks is lost, so Ctrl-C only sets a flag that the callbacks return.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.root: str | None = None
+            self.interrupted = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if self.root is None and not parent_phase:
+                self.root = phase_name
+                progress.start("engine", num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name == self.root:
+                progress.advance()
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    monitor = Monitor()
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, frame: setattr(monitor, "interrupted", True)) if in_main else None
+    try:
+        yield monitor
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+        if monitor.root is not None:
+            progress.finish()
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+
+
+def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: EngineOptions = EngineOptions(),
+                 progress: Progress | None = None) -> dict[str, Any]:
+    """Write model.engine, the plugin library and engine.json into `folder`; returns what engine.json holds.
+
+    Memory: the weights are held once by the parser and once in the finished engine.
+
+    Raises:
+        InputError: no TensorRT, or an unfit library. CheckError: the model does not parse or build, or a plugin is missing.
+    """
+    import onnx
+
+    progress = progress or NullProgress()
+    edition = select_edition(options.edition)
+    model = onnx.load(str(onnx_path), load_external_data=False)
+    nodes, profiles = custom_nodes(model), profile_shapes(_input_dims(model), options)
+    trt = edition.activate()
+    with captured_log() as log:
+        load_plugins(edition, plugin_library)
+        prepare_parser(edition)
+        build = EngineBuilder(trt, onnx_path)
+        began = time.monotonic()
+        build.parse(nodes)
+        decomposable = build.allow_fp32_attention()
+        parsed, layers = time.monotonic(), build.layer_counts()
+        engine = build.serialize(profiles, progress)
+        if engine is None:
+            raise CheckError(str(onnx_path), f"got no engine from {edition}: {_shorten(log.errors)}; expected one",
+                             "Lower --max-batch or --max-seq if memory is named; else report this")
+        built = time.monotonic()
+        with (folder / ENGINE_FILE).open("wb") as file:
+            file.write(memoryview(engine))
+        del engine, build
+    for text in log.warnings:
+        progress.message(f"{edition.name}: {text}")
+    shutil.copyfile(plugin_library, folder / plugin_library.name)
+    record = {
+        "format": 1, "edition": edition.name, "version": edition.version,
+        "compute_capabilities": gpu_capabilities()[:1] if edition.name == "tensorrt" else [],  # empty: all it supports
+        "profiles": profiles, "layers": dict(layers), "custom_nodes": dict(Counter(nodes.values())),
+        "decomposable_attention": decomposable,
+        "parse_seconds": round(parsed - began, 2), "build_seconds": round(built - parsed, 2),
+        "bytes": (folder / ENGINE_FILE).stat().st_size,
+        "plugin_library": {"name": plugin_library.name, "sha256": sha256_file(plugin_library)},
+    }
+    write_json(folder / ENGINE_RECORD, record)
+    return record

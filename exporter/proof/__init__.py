@@ -1,0 +1,1 @@
+"""Compares what was made with its references, level by level."""

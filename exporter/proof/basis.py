@@ -1,0 +1,58 @@
+"""The float model's outputs in the coordinates of the quantised one: a rotation is no error of quantisation."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from exporter.proof.runners import Feed, SessionRunner
+
+if TYPE_CHECKING:
+    from calibration.quant.folder import QuantModel
+    from calibration.transforms.rotation import Rotation
+    from exporter.run.sessions import DecoderSession
+
+__all__ = ["RotatedRunner", "recorded_rotation"]
+
+
+def recorded_rotation(quant: QuantModel) -> Rotation | None:
+    """The rotation that calibration folded into the weights, made again from its recorded kind and seed; None if it rotated nothing."""
+    from calibration.transforms.rotation import Rotation
+
+    settings = quant.calibration.get("settings", {})
+    kind = settings.get("switches", {}).get("rotation", "none")
+    if kind == "none":
+        return None
+    hf = quant.config["hf"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return Rotation.make(kind, int(hf["hidden_size"]), int(head_dim), int(settings["seed"]))
+
+
+class RotatedRunner(SessionRunner):
+    """A session of the float model; decoder layers' outputs [B, S, hidden] become x Q and cached values [B, heads, S, d] v R.
+
+    Args:
+        name, make: see SessionRunner.
+        rotation: of the quantised model, or None for outputs as they are.
+    """
+
+    def __init__(self, name: str, make: Callable[[], DecoderSession], rotation: Rotation | None) -> None:
+        super().__init__(name, make)
+        self._matrices: list[tuple[re.Pattern[str], np.ndarray]] = []
+        if rotation is not None:
+            self._matrices = [(re.compile(r"model\.layers\.\d+\.output"), rotation.residual.numpy()),
+                              (re.compile(r"present\.\d+\.value"), rotation.head.numpy())]
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        """Run one call and turn its outputs."""
+        outputs = super().infer_impl(feed_dict)
+        for name, array in outputs.items():
+            for pattern, matrix in self._matrices:
+                if pattern.fullmatch(name):
+                    outputs[name] = (array.astype(np.float64) @ matrix).astype(array.dtype)
+        self.outputs = outputs
+        return outputs

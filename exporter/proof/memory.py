@@ -1,0 +1,55 @@
+"""Refuses a validation that would not fit into the free memory, before hours of other work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.quant.scheme import QuantScheme
+
+__all__ = ["check_memory"]
+
+_REFERENCE = 4  # bytes per weight: the torch references hold fp32, one of them at a time
+# Bytes per weight while ONNX Runtime loads: it unpacks every weight in steps and keeps all of them until it has finished.
+# SmolLM2-135M, per weight of its linears: 18 (QQQGemm), 47 (with groups), 31 (ABQGemm W4A4), 46 (W4A16), 55 (W8A8).
+_UNPACKED_PLANE, _UNPACKED, _UNPACKED_FLOAT = 6, 7, 15
+_NIBBLES, _GROUPED_NIBBLES = 18, 47
+
+
+def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
+    """Compare what validation needs at its peak with the free memory, where the system tells it (Linux).
+
+    Args:
+        weights: of the whole model, such as Checkpoint.parameter_count.
+        schemes: how many of them are (to be) quantised how; the others are counted like their average.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _meminfo(), re.MULTILINE)
+    if found is None:
+        return
+    unpacked = sum(_bytes_per_weight(scheme) * count for scheme, count in schemes.items())
+    free, needed = int(found.group(1)) * 1024, unpacked * weights // sum(schemes.values())
+    if needed > free:
+        raise InputError("validation", f"got {free / 1e9:.2f} GB of free memory, expected {needed / 1e9:.2f} GB to unpack "
+                         f"{weights / 1e6:.0f} M weights", "Use --until engine here, and validate on a machine with more memory")
+
+
+def _bytes_per_weight(scheme: QuantScheme) -> int:
+    if scheme.op == "QQQGemm":
+        return max(_REFERENCE, _GROUPED_NIBBLES if scheme.group_size else _NIBBLES)
+    unpacked = _UNPACKED_PLANE * (scheme.levels - 1).bit_length() + _UNPACKED
+    return max(_REFERENCE, unpacked + (_UNPACKED_FLOAT if scheme.abits == 16 else 0))
+
+
+def _meminfo() -> str:
+    try:
+        return Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return ""  # not Linux

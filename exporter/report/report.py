@@ -1,0 +1,83 @@
+"""Writes report.json and index.html: what was made, how exact it is, what it cost, and what was not run."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.out.files import read_json, write_json
+from exporter.engine.edition import ENGINE_RECORD, gpu_capabilities
+from exporter.report.html import page
+
+if TYPE_CHECKING:
+    from calibration.quant.folder import QuantModel
+    from exporter.proof.validate import ValidationResult
+
+__all__ = ["HTML_FILE", "JSON_FILE", "report_data", "write_report"]
+
+JSON_FILE = "report.json"
+HTML_FILE = "index.html"
+
+
+def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult) -> dict[str, Any]:
+    """Gather everything the report shows, as plain JSON.
+
+    Args:
+        out: the artefact folder.
+        manifest: of the stages so far; "perplexity" in it is shown.
+        result: from exporter.proof.validate.
+    """
+    from calibration.quant.folder import read_quant
+    from calibration.quant.quantize import STAGE
+
+    quant = read_quant(out / STAGE, verify=False)
+    engine = read_json(out / "engine" / ENGINE_RECORD) if "engine" in manifest.get("stages", {}) else None
+    stages = [{"name": name, "seconds": record["seconds"], "peak_rss": record["peak_rss"],
+               "bytes": sum(file["bytes"] for file in record["files"].values())} for name, record in manifest.get("stages", {}).items()
+              if name != "report"]  # an older report's record says nothing about this one
+    validation = result.as_dict()
+    return {
+        "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.label, "scheme": quant.scheme.as_dict(),
+        "mixed": _mixed(quant), "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
+        "request": dict(manifest.get("request", {})), "command": shlex.join(manifest.get("command", [])), "stages": stages,
+        "engine": engine, "validation": validation, "calibration": quant.calibration,
+        "perplexity": manifest.get("perplexity"), "environment": environment(manifest.get("versions", {})),
+    }
+
+
+def _mixed(quant: QuantModel) -> dict[str, Any] | None:
+    """Which node has which bits, and each scheme's share; None where all have one scheme."""
+    if not quant.exceptions:
+        return None
+    family, weights = quant.family, quant.weights()
+    nodes = Counter(quant.scheme_of(node) for node in family.nodes(quant.layers))
+    layers = [{group.node: quant.scheme_of(f"{family.layer(index)}.{group.node}").label for group in family.groups}
+              for index in range(quant.layers)]
+    schemes = [{**scheme.as_dict(), "label": scheme.label, "nodes": nodes[scheme], "weights": weights[scheme]} for scheme in nodes]
+    return {"exceptions": len(quant.exceptions), "nodes": nodes.total(), "schemes": schemes, "layers": layers}
+
+
+def environment(versions: Mapping[str, str]) -> dict[str, Any]:
+    """This machine: system, processor, GPU, versions."""
+    gpus = gpu_capabilities()
+    gpu = ", ".join(f"compute capability {item}" for item in gpus) if gpus else "no GPU"
+    return {"system": f"{platform.system()} {platform.release()}", "cpu": _cpu_name(), "gpu": gpu, "versions": dict(versions)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} threads)" if names else platform.machine()
+
+
+def write_report(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON_FILE and HTML_FILE, which needs no network, into `folder`."""
+    write_json(folder / JSON_FILE, dict(data))
+    (folder / HTML_FILE).write_text(page(data), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Runs a decoder: one file per runtime."""

@@ -1,0 +1,131 @@
+// QQQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
+#include "core/host/frame.h"
+#include "core/device/norm.cuh"
+#include "qqq_gemm/cuda/config.h"
+#include "qqq_gemm/cuda/families.h"
+#include "qqq_gemm/cuda/kernel.cuh"
+
+namespace anybit {
+namespace {
+
+constexpr int kMaxGridY = 65535;
+
+bool supported(const GemmShape& s) {
+  if (s.m < 0 || s.n < 1 || s.k < 1 || s.n > INT32_MAX - 64 || s.k > INT32_MAX - 16) return false;
+  if (s.group_size != 0 && s.group_size != 64 && s.group_size != 128) return false;
+  if (s.group_size && s.k % s.group_size) return false;
+  if (s.wbits != 4 || s.levels != 16 || s.abits != 8 || s.act_symmetric != 1) return false;
+  if (s.dtype < kFloat16 || s.dtype > kFloat32 || !norm_supported(s)) return false;
+  return 127 * 127 * int64_t(s.k) < int64_t(1) << 31;  // int32 sums must not overflow
+}
+
+QqqArgs simple_args(const GemmShape& s) {
+  QqqArgs p = {};
+  p.m = s.m, p.n = s.n, p.k = s.k, p.group_size = s.group_size;
+  p.k_pad = qqq_k_pad(s), p.n_pad = qqq_n_pad(s);
+  return p;
+}
+
+size_t carve_simple(QqqArgs& p, const GemmShape& s, void* workspace) {
+  Carver carver(workspace);
+  p.normed = carve_normed(carver, s);
+  p.token_scale = carver.take<float>(p.m);
+  p.token_codes = carver.take<int8_t>(size_t(p.m) * p.k_pad);
+  return carver.used();
+}
+
+template <class T>
+cudaError_t run_simple(const QqqArgs& p, cudaStream_t stream) {
+  const cudaError_t error = launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, qqq_quantize<T>, p);
+  if (error != cudaSuccess) return error;
+  const dim3 outputs(ceil_div(p.n, kQqqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
+  return launch({outputs, dim3(kQqqThreads)}, stream, qqq_gemm<T>, p);
+}
+
+PrepareShape prepare_shape(const GemmShape& s) {
+  PrepareShape p = {};
+  p.m = s.m, p.k = s.k, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
+  p.order = kNaturalCodes, p.epsilon = s.norm_epsilon;
+  return p;
+}
+
+QqqGemmArgs fast_args(const GemmShape& s) {
+  QqqGemmArgs p = {};
+  p.m = s.m, p.n = s.n, p.columns_per_token = 1, p.dtype = s.dtype, p.group_size = s.group_size;
+  p.chunks = qqq_chunks(s), p.packed_rows = qqq_k_pad(s) / 16, p.blocks = qqq_n_pad(s) / 64;
+  return p;
+}
+
+// Lays out the workspace; with none only counts its bytes.
+size_t carve_fast(QqqGemmArgs& p, const Plan& plan, const GemmShape& s, void* workspace) {
+  Carver carver(workspace);
+  carve_partials(carver, p, plan);
+  carve_tokens(carver, p.tokens, prepare_shape(s), 0);
+  return carver.used();
+}
+
+size_t workspace_of(int kernel, const GemmShape& s) {
+  if (kernel == kSimple) {
+    QqqArgs p = simple_args(s);
+    return carve_simple(p, s, nullptr);
+  }
+  QqqGemmArgs p = fast_args(s);
+  return carve_fast(p, qqq_plan(kernel, s, {}), s, nullptr);
+}
+
+const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
+
+constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose, workspace_of};
+
+cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
+  QqqArgs p = simple_args(s);
+  carve_simple(p, s, b.workspace);
+  p.scale = b.scale, p.bias = b.bias, p.y = b.y;
+  p.scale_group = static_cast<const __half*>(b.scale_group);
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  const cudaError_t error = norm_input(s, b, p.normed, p.x, stream);
+  if (error != cudaSuccess) return error;
+  return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
+}
+
+cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
+  const Plan plan = qqq_plan(config.kernel, s, device);
+  QqqGemmArgs p = fast_args(s);
+  carve_fast(p, plan, s, b.workspace);
+  p.scale = b.scale, p.bias = b.bias, p.y = b.y;
+  p.scale_group = static_cast<const uint16_t*>(b.scale_group);
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  p.stages = ceil_div(p.chunks, plan.tile.chunks);
+  PrepareShape prepare = prepare_shape(s);
+  prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
+  const cudaError_t error = prepare_tokens(prepare, b.x, norm_of(s, b), p.tokens, false, stream);
+  if (error != cudaSuccess) return error;
+  const auto run = kQqqKernels[config.kernel].family == QqqFamily::kWarpgroup ? qqq_warpgroup : qqq_int8;
+  return run(config.kernel, p, {config.shares, device, stream});
+}
+
+}  // namespace
+}  // namespace anybit
+
+size_t anybit_qqq_gemm_workspace(const GemmShape* shape) { return anybit::workspace_bytes(anybit::kTable, shape); }
+
+int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
+  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
+}
+
+const char* anybit_qqq_gemm_kernel(int32_t tactic) { return anybit::kernel_name(anybit::kTable, tactic); }
+
+int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
+  using namespace anybit;
+  if (!supported(*shape)) return cudaErrorInvalidValue;
+  if (shape->m == 0) return cudaSuccess;
+  if (!b->x || !b->weight || !b->scale || !b->y || !b->workspace) return cudaErrorInvalidValue;
+  if ((shape->group_size && !b->scale_group) || (has_norm(*shape) && !b->gamma)) return cudaErrorInvalidValue;
+  Device device;
+  Config config;
+  cudaError_t error = query_device(device);
+  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
+  if (error != cudaSuccess) return error;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
+}

@@ -1,0 +1,1 @@
+"""Building and inspecting the libraries: compilers, toolkits, machine code."""

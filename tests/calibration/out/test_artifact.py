@@ -1,0 +1,146 @@
+"""A stage's folder appears whole or not at all, and damage is named."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from calibration.out.files import StageWriter, file_records, read_json, verify_files, write_json
+from plugins.errors import InputError
+
+
+def test_folder_appears_only_when_whole(tmp_path: Path) -> None:
+    with StageWriter(tmp_path, "quant") as writer:
+        (writer.path / "a.bin").write_bytes(b"new")
+        assert not (tmp_path / "quant").exists()
+    assert (tmp_path / "quant" / "a.bin").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["quant"]
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
+def test_failure_keeps_the_earlier_result(tmp_path: Path, error: BaseException) -> None:
+    with StageWriter(tmp_path, "quant") as writer:
+        (writer.path / "a.bin").write_bytes(b"old")
+    with pytest.raises(type(error)), StageWriter(tmp_path, "quant") as writer:
+        (writer.path / "a.bin").write_bytes(b"half")
+        raise error
+    assert (tmp_path / "quant" / "a.bin").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["quant"]
+
+
+def test_no_space_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        StageWriter(tmp_path, "onnx", needed_bytes=3_000_000, free_bytes=lambda _: 1_000_000)
+    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got 1 MB of free space, expected at least 3 MB. "
+                                 "Free some space or choose another --out.")
+    assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_no_half_artefact(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught, StageWriter(tmp_path, "onnx") as writer:
+        (writer.path / "model.onnx").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got No space left on device while writing, expected a writable folder with enough "
+                                 "space. Check the disk and the permissions; earlier results are whole.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_about_another_file_tells_its_own_story(tmp_path: Path) -> None:
+    for error in (BrokenPipeError(errno.EPIPE, "Broken pipe"), FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "weights"))):
+        with pytest.raises(type(error)), StageWriter(tmp_path, "onnx"):
+            raise error
+    with pytest.raises(InputError) as caught, StageWriter(tmp_path, "onnx") as writer:
+        (writer.path / "folder" / "file").write_bytes(b"")
+    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got No such file or directory while writing, expected a writable folder with "
+                                 "enough space. Check the disk and the permissions; earlier results are whole.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _made(out: Path, content: bytes) -> StageWriter:
+    """A writer of OUT/quant whose file is written, on top of an earlier result."""
+    with StageWriter(out, "quant") as writer:
+        (writer.path / "a.bin").write_bytes(b"old")
+    writer = StageWriter(out, "quant")
+    (writer.__enter__().path / "a.bin").write_bytes(content)
+    return writer
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("moment", ["fsync", "first rename", "second rename"])
+def test_a_failing_commit_restores_the_earlier_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException,
+                                                      moment: str) -> None:
+    writer = _made(tmp_path, b"new")
+    rename, failed = Path.rename, "quant" if moment == "first rename" else ".quant.partial"
+
+    def fail(*arguments: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        if moment == "fsync":
+            patch.setattr("os.fsync", fail)
+        else:
+            patch.setattr(Path, "rename", lambda self, target: fail() if self.name == failed else rename(self, target))
+        with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError) as caught:
+            writer.__exit__(None, None, None)
+    if isinstance(caught.value, InputError):
+        assert str(caught.value) == (f"{tmp_path / 'quant'}: got Input/output error while writing, expected a writable folder with enough "
+                                     "space. Check the disk and the permissions; earlier results are whole.")
+    assert [path.name for path in tmp_path.iterdir()] == ["quant"]
+    assert (tmp_path / "quant" / "a.bin").read_bytes() == b"old"
+
+
+def test_a_process_killed_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    writer = _made(tmp_path, b"new")
+    writer.final.rename(tmp_path / ".quant.old")  # and here it dies
+    with pytest.raises(ValueError, match="broken"), StageWriter(tmp_path, "quant"):
+        raise ValueError("broken")
+    assert [path.name for path in tmp_path.iterdir()] == ["quant"]
+    assert (tmp_path / "quant" / "a.bin").read_bytes() == b"old"
+
+
+def test_json_round_trip_and_corruption(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    write_json(path, {"b": 1, "a": [1, 2]})
+    assert path.read_text() == '{\n  "a": [\n    1,\n    2\n  ],\n  "b": 1\n}\n'
+    assert read_json(path) == {"a": [1, 2], "b": 1}
+    path.write_text(path.read_text()[:10])
+    with pytest.raises(InputError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: got unreadable JSON (")
+    assert str(caught.value).endswith("expected a whole file. It is truncated or damaged: make this stage again.")
+    path.write_text("[1]")
+    with pytest.raises(InputError) as caught:
+        read_json(path)
+    assert str(caught.value) == f"{path}: got a JSON list, expected an object. Make this stage again."
+
+
+def test_a_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
+    lost = tmp_path / "gone" / "a.json"
+    with pytest.raises(InputError) as caught:
+        write_json(lost, {})
+    assert str(caught.value) == (f"{lost}: got No such file or directory while writing, expected a writable folder with enough space. "
+                                 "Check the disk and the permissions; earlier results are whole.")
+
+
+@pytest.mark.parametrize(("damage", "problem"), [
+    (lambda path: path.unlink(), "got no such file, expected it from the manifest"),
+    (lambda path: path.write_bytes(b"12"), "got 2 bytes, expected 3"),
+    (lambda path: path.write_bytes(b"abd"), "got SHA-256 a52d159f262b..., expected ba7816bf8f01..."),
+])
+def test_damage_is_named(tmp_path: Path, damage: object, problem: str) -> None:
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    records = file_records(tmp_path)
+    verify_files(tmp_path, records)
+    damage(tmp_path / "a.bin")  # type: ignore[operator]
+    with pytest.raises(InputError) as caught:
+        verify_files(tmp_path, records)
+    assert str(caught.value) == f"{tmp_path / 'a.bin'}: {problem}. The artefact is damaged: make this stage again."

@@ -1,0 +1,253 @@
+"""Engines built by a real TensorRT-RTX from tiny ONNX files, each in its own process: plugin registration is global."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from exporter.engine.edition import check_engine, select_edition
+from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
+from exporter.graph.nodes import NodeFactory
+from plugins import op_spec
+from plugins.tools.build import build_library
+from plugins.errors import InputError, UserError
+from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
+
+OPSET = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(f"{DOMAIN}.v1", 1)]
+ABQ = GemmAttributes(4, 16, 8, 0, 32, 64, 48, 0)
+QQQ = GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1, norm_epsilon=1e-5)
+
+
+def arrays(op: str, attrs: GemmAttributes) -> QuantArrays:
+    """Some valid weights."""
+    rng = np.random.default_rng(0)
+    shape, scale = (attrs.out_features, attrs.in_features), np.full((attrs.out_features, attrs.n_groups), 0.01, np.float32)
+    zero = np.full(scale.shape, 8, np.int32)
+    bias = rng.standard_normal(attrs.out_features).astype(np.float32) if attrs.has_bias else None
+    if op == "QQQGemm":
+        return QuantArrays(rng.integers(-7, 8, shape).astype(np.int8), scale, bias=bias)
+    return QuantArrays(rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, zero, bias=bias)
+
+
+def two_gemms(folder: Path, dtype: int = TensorProto.FLOAT16, second: tuple[str, GemmAttributes] = ("QQQGemm", QQQ)) -> onnx.ModelProto:
+    """X -> ABQGemm "up" -> QQQGemm (or another) "down" -> Y, saved with function bodies as model.onnx."""
+    factory, nodes, initializers, source = NodeFactory(dtype), [], [], "X"
+    for op, attrs, name in (("ABQGemm", ABQ, "up"), (*second, "down")):
+        spec = op_spec(op)
+        packed = spec.pack(arrays(op, attrs), attrs, name)
+        packed["gamma"] = np.ones(attrs.in_features, helper.tensor_dtype_to_np_dtype(dtype))
+        inputs = [f"{name}.{key}" for key in spec.input_names(attrs)[1:]]
+        initializers += [numpy_helper.from_array(packed[key.split(".", 1)[1]], key) for key in inputs]
+        nodes.append(factory.gemm(op, attrs, name, [source, *inputs], f"{name}.output"))
+        source = f"{name}.output"
+    return save(folder, nodes, initializers, source, dtype, list(factory.functions()))
+
+
+def save(folder: Path, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], output: str, dtype: int,
+         functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+    """Write model.onnx with input X [B, S, 64] and one output."""
+    info = [helper.make_tensor_value_info(name, dtype, ["B", "S", 64]) for name in ("X", output)]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], initializers)
+    model = helper.make_model(graph, opset_imports=OPSET, functions=functions, ir_version=11)
+    onnx.save(model, str(folder / "model.onnx"))
+    return model
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from calibration.progress import JsonProgress
+from exporter.engine.build import EngineOptions, build_engine
+from plugins.errors import UserError
+folder, library, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+try:
+    for _ in range(times):
+        options = EngineOptions("tensorrt-rtx", 2, 16)
+        record = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(sys.stderr))
+    print(json.dumps(record))
+except UserError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def build(folder: Path, times: int = 1) -> tuple[Any, list[dict[str, Any]]]:
+    """engine.json, or [class, text] of the error; and the progress events. Fails if anything else is printed."""
+    result = subprocess.run([sys.executable, "-c", DRIVER, str(folder), str(build_library()), str(times)],
+                            capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), [json.loads(line) for line in result.stderr.splitlines()]
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT])
+def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
+    two_gemms(tmp_path, dtype)
+    record, events = build(tmp_path)
+    assert record["layers"]["PLUGIN_V3"] == 2
+    assert record["custom_nodes"] == {"ABQGemm": 1, "QQQGemm": 1}
+    assert record["edition"] == "tensorrt-rtx"
+    assert [profile["name"] for profile in record["profiles"]] == ["prefill", "decode"]
+    assert record["bytes"] == (tmp_path / "model.engine").stat().st_size > 1000
+    plan = (tmp_path / "model.engine").read_bytes()  # what the runtime hands to createPlugin again
+    assert all(name.encode() in plan for name in ("ABQGemm", "QQQGemm", *GemmAttributes.__dataclass_fields__))
+    assert (tmp_path / "libanybit_plugins.so").read_bytes() == build_library().read_bytes()
+    assert json.loads((tmp_path / "engine.json").read_text()) == record
+    assert [event["event"] for event in events if event["event"] != "message"][:: len(events) - 1] == ["start", "finish"]
+    assert check_engine(tmp_path) == record
+
+
+@needs_rtx
+def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
+    model = two_gemms(tmp_path, second=("ABQGemm", GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1)))
+    assert [node.domain for node in model.graph.node] == [DOMAIN, f"{DOMAIN}.v1"]
+    record, _ = build(tmp_path)
+    assert record["layers"]["PLUGIN_V3"] == 2
+    assert record["custom_nodes"] == {"ABQGemm": 2}
+
+
+@needs_rtx
+def test_every_node_of_a_mixed_model_becomes_a_plugin(tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(tiny_export(**mixed) / "onnx", tmp_path, dirs_exist_ok=True)
+    record, _ = build(tmp_path)
+    assert record["layers"]["PLUGIN_V3"] == 8
+    assert record["custom_nodes"] == {"QQQGemm": 3, "ABQGemm": 5}
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_low_bit_cache_is_built_from_standard_ops(tiny_export: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    layers = {}
+    for bits in (16, 4):
+        folder = tmp_path / str(bits)
+        shutil.copytree(tiny_export(kv_bits=bits, dtype=dtype) / "onnx", folder)
+        record, _ = build(folder)
+        assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+        layers[bits] = record["layers"]
+    assert layers[4]["REDUCE"] == layers[16]["REDUCE"] + 3 * 2  # smallest, largest and NaN, of keys and values of each layer at once
+
+
+@needs_rtx
+def test_builds_twice_in_one_process(tmp_path: Path) -> None:
+    two_gemms(tmp_path)
+    record, _ = build(tmp_path, times=2)
+    assert record["layers"]["PLUGIN_V3"] == 2
+
+
+@needs_rtx
+def test_node_without_namespace_is_named(tmp_path: Path) -> None:
+    """TensorRT silently takes the function body of such a node; here one that it can build."""
+    relu = helper.make_node("Relu", ["X"], ["Y"])
+    body = helper.make_function(DOMAIN, "ABQGemm", ["X", "weight", "scale", "zero"], ["Y"], [relu], OPSET[:1])
+    attrs = GemmAttributes(4, 16, 8, 0, 32, 64, 64, 0)
+    packed = op_spec("ABQGemm").pack(arrays("ABQGemm", attrs), attrs, "gemm")
+    names = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+    body.attribute.extend([*attrs.as_dict(), *names])
+    nodes = [helper.make_node("ABQGemm", [source, *packed], [output], name=name, domain=DOMAIN, **attrs.as_dict(), **extra)
+             for source, output, name, extra in (("X", "a", "first", names), ("a", "b", "second", {}), ("b", "c", "third", {}))]
+    initializers = [numpy_helper.from_array(value, name) for name, value in packed.items()]
+    save(tmp_path, nodes, initializers, "c", TensorProto.FLOAT16, [body])
+    error, _ = build(tmp_path)
+    assert error == [
+        "CheckError", f"{tmp_path / 'model.onnx'}: got 1 plugin layers for 3 custom nodes, expected one each; missing: second, "
+        "third. Without attribute plugin_namespace on a node TensorRT takes its function body: "
+        "export the model again with this version."]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@needs_rtx
+def test_parser_errors_are_shown(tmp_path: Path) -> None:
+    node = helper.make_node("BitwiseNot", ["X"], ["Y"], name="odd")
+    save(tmp_path, [node], [], "Y", TensorProto.INT32, [])
+    error, _ = build(tmp_path)
+    assert error[0] == "CheckError"
+    assert re.sub(r"\(BitwiseNot\): .*; expected", "(BitwiseNot): REASON; expected", error[1], flags=re.DOTALL) == (
+        f"{tmp_path / 'model.onnx'}: got parser errors: node odd (BitwiseNot): REASON; expected a model that this TensorRT "
+        "takes. If a custom op is named, export the model again with this version; "
+        "else use a newer TensorRT (10.15, 11, or RTX 1.7).")
+
+
+@needs_rtx
+def test_weights_that_do_not_fit_the_attributes(tmp_path: Path) -> None:
+    model = two_gemms(tmp_path)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "up.weight")
+    weight.CopyFrom(numpy_helper.from_array(np.zeros((4, 48, 8), np.int32), "up.weight"))
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    error, _ = build(tmp_path)
+    assert error[0] == "CheckError"
+    assert ("ABQGemm 'up' input weight: got shape [4, 48, 8], expected [4, 48, 4]. The weights do not fit the node's "
+            "attributes: export the model again.") in error[1]
+
+
+@needs_rtx
+def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
+    """TensorRT has no fused attention kernel for fp32, so without our setting the build fails."""
+    names = ["query", "key", "value"]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 2, "S", 64]) for name in [*names, "Y"]]
+    node = helper.make_node("Attention", names, ["Y"], name="attention", scale=0.125)
+    model = helper.make_model(helper.make_graph([node], "g", info[:3], info[3:]), opset_imports=OPSET[:1], ir_version=11)
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    record, _ = build(tmp_path)
+    assert (record["decomposable_attention"], record["bytes"] > 1000) == (True, True)
+
+
+def test_custom_nodes_are_counted_everywhere() -> None:
+    """In the graph, in both branches of an If, and in a local function that is called twice."""
+
+    def gemm(name: str, domain: str = DOMAIN) -> onnx.NodeProto:
+        return helper.make_node("ABQGemm", ["x"], ["y"], name=name, domain=domain)
+
+    def graph(*nodes: onnx.NodeProto) -> onnx.GraphProto:
+        return helper.make_graph(nodes, "g", [], [])
+
+    function = helper.make_function("local", "Block", ["x"], ["y"], [gemm("inner")], OPSET)
+    own_body = helper.make_function(DOMAIN, "ABQGemm", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], OPSET)
+    otherwise = graph(gemm("else", f"{DOMAIN}.v1"), gemm(""))
+    branch = helper.make_node("If", ["c"], ["y"], then_branch=graph(gemm("then")), else_branch=otherwise)
+    calls = [helper.make_node("Block", ["x"], ["y"], domain="local") for _ in range(2)]
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    model = helper.make_model(graph(gemm("top"), branch, *calls, relu), functions=[function, own_body])
+    assert sorted(custom_nodes(model)) == ["else", "inner", "inner #5", "then", "top", "unnamed ABQGemm"]
+    assert set(custom_nodes(model).values()) == {"ABQGemm"}
+
+
+def test_profiles_fit_each_other() -> None:
+    inputs: dict[str, list[int | str]] = {"input_ids": ["B", "S"], "attention_mask": ["B", "T"], "past": ["B", 2, "P", 64]}
+    prefill, decode = profile_shapes(inputs, EngineOptions(max_batch=4, max_seq=1024))
+    assert (prefill["name"], decode["name"]) == ("prefill", "decode")
+    assert prefill["inputs"] == {
+        "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
+        "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2048]},
+        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1024, 64]},
+    }
+    assert decode["inputs"] == {
+        "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
+        "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1025]},
+        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1024, 64]},
+    }
+
+
+@pytest.mark.parametrize(("call", "text"), [
+    (lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
+     "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export the model again with this version."),
+    (lambda: EngineOptions(max_batch=0), "--max-batch: got 0, expected at least 1. Give a positive number."),
+    (lambda: EngineOptions(max_seq=-1), "--max-seq: got -1, expected at least 1. Give a positive number."),
+    (lambda: select_edition("cuda"), "--engine: got 'cuda', expected auto, tensorrt or tensorrt-rtx. Choose one of these."),
+])
+def test_bad_settings(call: Any, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert (type(caught.value), str(caught.value)) == (InputError, text)
