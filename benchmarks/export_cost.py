@@ -45,15 +45,25 @@ print(json.dumps({"seconds": round(time.monotonic() - began, 2), "bytes": size,
 
 def main() -> None:
     """Measure each layer count in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("quant", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[30, 60, 120])
     args = parser.parse_args()
     rows = {}
     for layers in args.layers:
-        done = subprocess.run([sys.executable, "-c", CHILD, str(args.quant), str(layers)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(args.quant), str(layers)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         rows[layers] = row = json.loads(done.stdout)
-        print(f"{layers:4d} layers  {row['seconds']:6.2f} s  peak {row['peak_rss'] / 1e6:6.0f} MB  written {row['bytes'] / 1e6:7.1f} MB")
+        print(
+            f"{layers:4d} layers  {row['seconds']:6.2f} s  peak {row['peak_rss'] / 1e6:6.0f} MB "
+            f" written {row['bytes'] / 1e6:7.1f} MB"
+        )
     date = datetime.date.today().isoformat()
     path = Path(__file__).parent / "results" / f"export-cost-{date}.json"
     path.write_text(json.dumps({"date": date, "rows": rows}, indent=2) + "\n", encoding="utf-8")

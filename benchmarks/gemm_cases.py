@@ -1,4 +1,6 @@
-"""What benchmarks/gemm.py measures: shapes, numbers of tokens, schemes, and the ratios to fp16 that each scheme is to reach."""
+"""What benchmarks/gemm.py measures: shapes, numbers of tokens, schemes, and the ratios to fp16 that
+each scheme is to reach.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,26 @@ from plugins.core.op_spec import GemmAttributes
 
 __all__ = ["QUICK_SHAPES", "QUICK_TOKENS", "SCHEMES", "SHAPES", "TARGET_SHAPE", "TOKENS", "Scheme"]
 
-# N x K of y = x w^T: the four fused GEMMs of a layer (qkv, o, gate+up, down), then the shapes of the QQQ and ABQ-LLM papers.
+# N x K of y = x w^T: the four fused GEMMs of a layer (qkv, o, gate+up, down), then the shapes of
+# the QQQ and ABQ-LLM papers.
 SHAPES: dict[str, tuple[int, int]] = {
-    "llama-7b qkv": (12288, 4096), "llama-7b o": (4096, 4096), "llama-7b gate+up": (22016, 4096), "llama-7b down": (4096, 11008),
-    "llama-13b qkv": (15360, 5120), "llama-13b o": (5120, 5120), "llama-13b gate+up": (27648, 5120), "llama-13b down": (5120, 13824),
-    "llama-70b qkv": (10240, 8192), "llama-70b o": (8192, 8192), "llama-70b gate+up": (57344, 8192), "llama-70b down": (8192, 28672),
-    "llama-3-8b qkv": (6144, 4096), "llama-3-8b gate+up": (28672, 4096), "llama-3-8b down": (4096, 14336),
-    "11008x4096": (11008, 4096), "8192x21760": (8192, 21760),
+    "llama-7b qkv": (12288, 4096),
+    "llama-7b o": (4096, 4096),
+    "llama-7b gate+up": (22016, 4096),
+    "llama-7b down": (4096, 11008),
+    "llama-13b qkv": (15360, 5120),
+    "llama-13b o": (5120, 5120),
+    "llama-13b gate+up": (27648, 5120),
+    "llama-13b down": (5120, 13824),
+    "llama-70b qkv": (10240, 8192),
+    "llama-70b o": (8192, 8192),
+    "llama-70b gate+up": (57344, 8192),
+    "llama-70b down": (8192, 28672),
+    "llama-3-8b qkv": (6144, 4096),
+    "llama-3-8b gate+up": (28672, 4096),
+    "llama-3-8b down": (4096, 14336),
+    "11008x4096": (11008, 4096),
+    "8192x21760": (8192, 21760),
 }
 TARGET_SHAPE = "8192x21760"
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -29,7 +44,8 @@ class Scheme:
         name: as printed.
         op: of the plugins registry.
         wbits, levels, abits, act_symmetric, group_size: of GemmAttributes.
-        targets: smallest ratio to fp16 with up to 16 tokens, with 64, and from 1024 on; empty where none is set.
+        targets: smallest ratio to fp16 with up to 16 tokens, with 64, and from 1024 on; empty where
+            none is set.
     """
 
     name: str
@@ -43,7 +59,9 @@ class Scheme:
 
     def attributes(self, n: int, k: int) -> GemmAttributes:
         """Of a layer [n, k]."""
-        return GemmAttributes(self.wbits, self.levels, self.abits, self.act_symmetric, self.group_size, k, n, 0)
+        return GemmAttributes(
+            self.wbits, self.levels, self.abits, self.act_symmetric, self.group_size, k, n, 0
+        )
 
     def target(self, tokens: int) -> float | None:
         """The ratio to reach with this many tokens; None where none is set."""

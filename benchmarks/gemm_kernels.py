@@ -1,4 +1,6 @@
-"""Layers of random weights, run through the kernels' C interface on the GPU or in the simulation, and checked against reference()."""
+"""Layers of random weights, run through the kernels' C interface on the GPU or in the simulation,
+and checked against reference().
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,25 @@ import torch
 
 from benchmarks.gemm_cases import Scheme
 from plugins import op_spec
-from plugins.errors import CheckError
 from plugins.core.op_spec import GemmAttributes
+from plugins.errors import CheckError
 
 __all__ = ["Kernels", "Layer", "check"]
 
 _FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
-_SHAPE = ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype", "tactic")
+_SHAPE = (
+    "m",
+    "n",
+    "k",
+    "group_size",
+    "planes",
+    "wbits",
+    "levels",
+    "abits",
+    "act_symmetric",
+    "dtype",
+    "tactic",
+)
 _BUFFERS = ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace", "gamma")
 _FP16, _MOST_TACTICS, SIMPLE = 0, 64, 65
 BLOCK = 64  # output channels that are checked: one column block of QQQGemm
@@ -49,14 +63,31 @@ class Kernels:
     def shape(self, op: str, attrs: GemmAttributes, tokens: int, tactic: int = 0) -> _Shape:
         """The C struct of a call with fp16 activations."""
         a = attrs
-        return _Shape(tokens, a.out_features, a.in_features, a.group_size, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, _FP16,
-                      tactic, a.norm_epsilon)
+        return _Shape(
+            tokens,
+            a.out_features,
+            a.in_features,
+            a.group_size,
+            a.planes,
+            a.wbits,
+            a.levels,
+            a.abits,
+            a.act_symmetric,
+            _FP16,
+            tactic,
+            a.norm_epsilon,
+        )
 
     def tactics(self, op: str, attrs: GemmAttributes, tokens: int) -> dict[int, str]:
         """Kernel names by tactic, the default choice first."""
         listed, shape = (ctypes.c_int32 * _MOST_TACTICS)(), self.shape(op, attrs, tokens)
-        count = getattr(self._library, f"{_FUNCTIONS[op]}_tactics")(ctypes.byref(shape), listed, _MOST_TACTICS)
-        return {tactic: getattr(self._library, f"{_FUNCTIONS[op]}_kernel")(tactic).decode() for tactic in listed[:count]}
+        count = getattr(self._library, f"{_FUNCTIONS[op]}_tactics")(
+            ctypes.byref(shape), listed, _MOST_TACTICS
+        )
+        return {
+            tactic: getattr(self._library, f"{_FUNCTIONS[op]}_kernel")(tactic).decode()
+            for tactic in listed[:count]
+        }
 
     def workspace(self, op: str, shape: _Shape) -> torch.Tensor:
         """Scratch memory for a call, filled with a byte that is neither 0 nor harmless."""
@@ -69,13 +100,21 @@ class Kernels:
         Raises:
             CheckError: it returned an error code.
         """
-        code = getattr(self._library, _FUNCTIONS[op])(ctypes.byref(shape), ctypes.byref(_Buffers(**pointers)), ctypes.c_void_p(stream))
+        code = getattr(self._library, _FUNCTIONS[op])(
+            ctypes.byref(shape), ctypes.byref(_Buffers(**pointers)), ctypes.c_void_p(stream)
+        )
         if code:
-            raise CheckError(op, f"got CUDA error {code} for {shape.m} x {shape.n} x {shape.k}, expected success", "Run the self-test")
+            raise CheckError(
+                op,
+                f"got CUDA error {code} for {shape.m} x {shape.n} x {shape.k}, expected success",
+                "Run the self-test",
+            )
 
 
 class Layer:
-    """Random packed weights of one layer, in `copies` copies so that none of them stays in the cache between calls."""
+    """Random packed weights of one layer, in `copies` copies so that none of them stays in the
+    cache between calls.
+    """
 
     def __init__(self, kernels: Kernels, scheme: Scheme, n: int, k: int, copies: int) -> None:
         self.kernels, self.scheme, self.attrs = kernels, scheme, scheme.attributes(n, k)
@@ -83,39 +122,74 @@ class Layer:
         self.copies = [self._weights() for _ in range(copies)]
 
     def _uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=self.kernels.device).uniform_(low, high, generator=self._generator)
+        return torch.empty(shape, device=self.kernels.device).uniform_(
+            low, high, generator=self._generator
+        )
 
     def _words(self, *shape: int) -> torch.Tensor:
-        return torch.randint(-(1 << 31), (1 << 31) - 1, shape, dtype=torch.int32, device=self.kernels.device, generator=self._generator)
+        return torch.randint(
+            -(1 << 31),
+            (1 << 31) - 1,
+            shape,
+            dtype=torch.int32,
+            device=self.kernels.device,
+            generator=self._generator,
+        )
 
     def _weights(self) -> dict[str, torch.Tensor]:
         a, groups = self.attrs, self.attrs.n_groups
         if self.scheme.op == "QQQGemm":
-            weights = {"weight": self._words(-(-a.in_features // 16), 2 * -(-a.out_features // 64) * 64),
-                       "scale": self._uniform(1e-4, 2e-4, a.out_features, 1)}
-            return weights | ({"scale_group": self._uniform(4, 15, groups, a.out_features).half()} if a.group_size else {})
+            weights = {
+                "weight": self._words(-(-a.in_features // 16), 2 * -(-a.out_features // 64) * 64),
+                "scale": self._uniform(1e-4, 2e-4, a.out_features, 1),
+            }
+            return weights | (
+                {"scale_group": self._uniform(4, 15, groups, a.out_features).half()}
+                if a.group_size
+                else {}
+            )
         words = -(-groups * -(-a.group_len // 32) // 4) * 4
         if a.group_len % 32 or words * 32 != a.in_features:
             raise ValueError(f"{a}: random words need rows without padding")
         weight = self._words(a.planes, a.out_features, words)
-        if a.levels & (a.levels - 1):  # 5 or 3 codes: the top plane is 1 only where the others are 0
+        if a.levels & (
+            a.levels - 1
+        ):  # 5 or 3 codes: the top plane is 1 only where the others are 0
             for plane in weight[:-1]:
                 plane &= ~weight[-1]
-        zero = torch.randint(0, a.levels, (a.out_features, groups), dtype=torch.int32, device=weight.device, generator=self._generator)
-        return {"weight": weight, "scale": self._uniform(1e-3, 2e-3, a.out_features, groups), "zero": zero}
+        zero = torch.randint(
+            0,
+            a.levels,
+            (a.out_features, groups),
+            dtype=torch.int32,
+            device=weight.device,
+            generator=self._generator,
+        )
+        return {
+            "weight": weight,
+            "scale": self._uniform(1e-3, 2e-3, a.out_features, groups),
+            "zero": zero,
+        }
 
     def tokens(self, m: int) -> torch.Tensor:
         """x [m, k] fp16."""
-        x = torch.empty(m, self.attrs.in_features, device=self.kernels.device).normal_(generator=self._generator)
+        x = torch.empty(m, self.attrs.in_features, device=self.kernels.device).normal_(
+            generator=self._generator
+        )
         return x.half()
 
     def prepare(self, x: torch.Tensor, tactic: int = 0) -> tuple[torch.Tensor, Any]:
         """y, poisoned, and a function that enqueues the call with copy i on a stream."""
         shape = self.kernels.shape(self.scheme.op, self.attrs, len(x), tactic)
-        y = torch.full((len(x), self.attrs.out_features), float("nan"), dtype=torch.float16, device=x.device)
+        y = torch.full(
+            (len(x), self.attrs.out_features), float("nan"), dtype=torch.float16, device=x.device
+        )
         workspace = self.kernels.workspace(self.scheme.op, shape)
         fixed = {"x": x.data_ptr(), "y": y.data_ptr(), "workspace": workspace.data_ptr()}
-        pointers = [fixed | {name: tensor.data_ptr() for name, tensor in copy.items()} for copy in self.copies]
+        pointers = [
+            fixed | {name: tensor.data_ptr() for name, tensor in copy.items()}
+            for copy in self.copies
+        ]
 
         def run(i: int, stream: int, keep: object = (workspace, x, y)) -> None:
             self.kernels.run(self.scheme.op, shape, pointers[i % len(pointers)], stream)
@@ -123,16 +197,25 @@ class Layer:
         return y, run
 
     def block(self, first: int) -> tuple[GemmAttributes, dict[str, np.ndarray]]:
-        """Attributes and tensors of BLOCK output channels from `first` (a multiple of BLOCK) of the first copy, in host memory."""
+        """Attributes and tensors of BLOCK output channels from `first` (a multiple of BLOCK) of the
+        first copy, in host memory.
+        """
         a, part = self.attrs, slice(first, first + BLOCK)
         count = min(BLOCK, a.out_features - first)
         attrs = GemmAttributes(**{**a.as_dict(), "out_features": count})
         copy = self.copies[0]
         if self.scheme.op == "QQQGemm":
-            cut = {"weight": copy["weight"][:, 2 * first : 2 * first + 2 * BLOCK], "scale": copy["scale"][part]}
+            cut = {
+                "weight": copy["weight"][:, 2 * first : 2 * first + 2 * BLOCK],
+                "scale": copy["scale"][part],
+            }
             cut |= {"scale_group": copy["scale_group"][:, part]} if a.group_size else {}
         else:
-            cut = {"weight": copy["weight"][:, part], "scale": copy["scale"][part], "zero": copy["zero"][part]}
+            cut = {
+                "weight": copy["weight"][:, part],
+                "scale": copy["scale"][part],
+                "zero": copy["zero"][part],
+            }
         return attrs, {name: tensor.contiguous().cpu().numpy() for name, tensor in cut.items()}
 
 
@@ -146,9 +229,16 @@ def check(layer: Layer, x: torch.Tensor, tactic: int = 0, rows: int = 16) -> Non
     run(0, 0)
     if x.is_cuda:
         torch.cuda.synchronize()
-    where = f"{layer.scheme.name} {len(x)} x {layer.attrs.out_features} x {layer.attrs.in_features}, tactic {tactic}"
+    where = (
+        f"{layer.scheme.name} {len(x)} x {layer.attrs.out_features} x "
+        f"{layer.attrs.in_features}, tactic {tactic}"
+    )
     if bool(torch.isnan(y).any()):
-        raise CheckError(where, f"got {int(torch.isnan(y).sum())} outputs that nothing wrote, expected none", "Run the self-test")
+        raise CheckError(
+            where,
+            f"got {int(torch.isnan(y).sum())} outputs that nothing wrote, expected none",
+            "Run the self-test",
+        )
     last = (layer.attrs.out_features - 1) // BLOCK * BLOCK
     some = torch.unique(torch.linspace(0, len(x) - 1, min(rows, len(x)), device=x.device).long())
     tokens = x[some].cpu().numpy()
@@ -161,5 +251,9 @@ def check(layer: Layer, x: torch.Tensor, tactic: int = 0, rows: int = 16) -> Non
             limit = np.zeros_like(want)  # integers until the last steps: equal to the last bit
         if (np.abs(got - want) > limit).any():
             worst = np.unravel_index(int(np.argmax(np.abs(got - want) - limit)), want.shape)
-            raise CheckError(where, f"got {got[worst]} for token {int(some[worst[0]])}, channel {first + worst[1]}, expected {want[worst]}",
-                             "Run the self-test")
+            raise CheckError(
+                where,
+                f"got {got[worst]} for token {int(some[worst[0]])}, channel {first + worst[1]}, "
+                f"expected {want[worst]}",
+                "Run the self-test",
+            )

@@ -1,8 +1,9 @@
-"""llm-compressor's half of against_llmcompressor.py: SmoothQuant, then GPTQ to W4A8, with its own defaults otherwise.
+"""llm-compressor's half of against_llmcompressor.py: SmoothQuant, then GPTQ to W4A8, with its own
+defaults otherwise.
 
-PYTHONPATH=. PEER_PYTHON benchmarks/llmcompressor_side.py FOLDER --calib TEXT --nsamples N --seqlen L [--group-size G] --out DIR
-Runs where llm-compressor is installed. DIR/seconds.json holds the seconds of import, load, calibrate and save.
-PEER_PYTHON benchmarks/llmcompressor_side.py --versions
+PYTHONPATH=. PEER_PYTHON benchmarks/llmcompressor_side.py FOLDER --calib TEXT --nsamples N --seqlen
+L [--group-size G] --out DIR Runs where llm-compressor is installed. DIR/seconds.json holds the
+seconds of import, load, calibrate and save. PEER_PYTHON benchmarks/llmcompressor_side.py --versions
 Imports what the other form imports and prints the versions as JSON.
 """
 
@@ -35,17 +36,31 @@ class Stopwatch:
 
 
 def w4a8_groups(group_size: int) -> dict[str, Any]:
-    """llm-compressor's config_groups: symmetric int4 weights, one scale per output channel (0) or group; dynamic int8 per token."""
-    shape = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
-    return {"group_0": {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 4, "type": "int", "symmetric": True, **shape},
-        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-    }}
+    """llm-compressor's config_groups: symmetric int4 weights, one scale per output channel (0) or
+    group; dynamic int8 per token.
+    """
+    shape = (
+        {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    )
+    return {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, **shape},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    }
 
 
 def quantise(args: argparse.Namespace) -> None:
-    """Read the model, quantise it on the windows that python -m calibration takes too, write it and the seconds."""
+    """Read the model, quantise it on the windows that python -m calibration takes too, write it and
+    the seconds.
+    """
     watch = Stopwatch()
     import torch
     from datasets import Dataset
@@ -59,15 +74,30 @@ def quantise(args: argparse.Namespace) -> None:
 
     watch.lap("import")
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, local_files_only=True
+    )
     watch.lap("load")
-    settings = CalibrationSettings(calib=str(args.calib), nsamples=args.nsamples, seqlen=args.seqlen)
+    settings = CalibrationSettings(
+        calib=str(args.calib), nsamples=args.nsamples, seqlen=args.seqlen
+    )
     windows = calibration_windows(tokenizer, settings, args.seqlen, offline=True)[0].tolist()
-    recipe = [SmoothQuantModifier(smoothing_strength=SMOOTHING),
-              GPTQModifier(config_groups=w4a8_groups(args.group_size), ignore=["lm_head"])]
-    dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * args.seqlen for _ in windows]})
-    oneshot(model=model, tokenizer=tokenizer, recipe=recipe, dataset=dataset, max_seq_length=args.seqlen,
-            num_calibration_samples=args.nsamples, shuffle_calibration_samples=False)
+    recipe = [
+        SmoothQuantModifier(smoothing_strength=SMOOTHING),
+        GPTQModifier(config_groups=w4a8_groups(args.group_size), ignore=["lm_head"]),
+    ]
+    dataset = Dataset.from_dict(
+        {"input_ids": windows, "attention_mask": [[1] * args.seqlen for _ in windows]}
+    )
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        dataset=dataset,
+        max_seq_length=args.seqlen,
+        num_calibration_samples=args.nsamples,
+        shuffle_calibration_samples=False,
+    )
     watch.lap("calibrate")
     model.save_pretrained(args.out, save_compressed=True)
     tokenizer.save_pretrained(args.out)
@@ -77,15 +107,23 @@ def quantise(args: argparse.Namespace) -> None:
 
 def versions() -> dict[str, str]:
     """Of the packages that decide the result; fails where one is missing."""
-    for module in ("calibration.data", "datasets", "llmcompressor.modifiers.gptq", "llmcompressor.modifiers.transform.smoothquant",
-                   "ml_dtypes", "transformers.models.llama.modeling_llama"):
+    for module in (
+        "calibration.data",
+        "datasets",
+        "llmcompressor.modifiers.gptq",
+        "llmcompressor.modifiers.transform.smoothquant",
+        "ml_dtypes",
+        "transformers.models.llama.modeling_llama",
+    ):
         importlib.import_module(module)
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def main() -> int:
     """Run one of the two forms."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", metavar="FOLDER", help="a Hugging Face folder in fp32")
     parser.add_argument("--calib")
     parser.add_argument("--nsamples", type=int)
@@ -94,7 +132,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--versions", action="store_true")
     args = parser.parse_args()
-    missing = [name for name in ("model", "calib", "nsamples", "seqlen", "out") if getattr(args, name) is None]
+    missing = [
+        name
+        for name in ("model", "calib", "nsamples", "seqlen", "out")
+        if getattr(args, name) is None
+    ]
     if missing and not args.versions:
         parser.error(f"missing: {', '.join(missing)}")
     if args.versions:

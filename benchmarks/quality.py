@@ -1,12 +1,15 @@
-"""How far quantised models are from their float model on held-out text: perplexity, top-1 agreement, KL divergence.
+"""How far quantised models are from their float model on held-out text: perplexity, top-1
+agreement, KL divergence.
 
-python benchmarks/quality.py OUT [OUT ...] --text wiki.test.raw [--first 20] [--seqlen 2048] [--model smollm2-135m]
+python benchmarks/quality.py OUT [OUT ...] --text wiki.test.raw [--first 20] [--seqlen 2048]
+[--model smollm2-135m]
     [--hf-folder DIR ...] [--name quality | --json FILE]
 
-OUT is an artefact folder, DIR a Hugging Face folder, one that llm-compressor wrote too (this takes the package compressed-tensors).
-The windows do not overlap, each is scored alone, without BOS. All arithmetic is fp32, with the activation quantisation of each model;
-log-probabilities and sums are fp64. Every model is in memory at once, logits only of CHUNK positions.
-Prints a table and writes benchmarks/results/<name>-<date>.json, or FILE.
+OUT is an artefact folder, DIR a Hugging Face folder, one that llm-compressor wrote too (this takes
+the package compressed-tensors). The windows do not overlap, each is scored alone, without BOS. All
+arithmetic is fp32, with the activation quantisation of each model; log-probabilities and sums are
+fp64. Every model is in memory at once, logits only of CHUNK positions. Prints a table and writes
+benchmarks/results/<name>-<date>.json, or FILE.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["FLOAT", "Quality", "main", "open_models", "score", "table"]
 
 FLOAT = "float"
-CHUNK = 128  # positions whose fp64 log-probabilities are held at once: 50 MB each for a vocabulary of 49152
+# positions whose fp64 log-probabilities are held at once: 50 MB each for a vocabulary of 49152
+CHUNK = 128
 
 
 @dataclass
@@ -54,25 +58,38 @@ class Quality:
     divergence: float = 0.0
 
     def add(self, reference: Tensor, log_probabilities: Tensor, targets: Tensor) -> None:
-        """Count more predictions: log-probabilities [S, V] of the float model and of this one, and the true tokens [S]."""
+        """Count more predictions: log-probabilities [S, V] of the float model and of this one, and
+        the true tokens [S].
+        """
         from torch.nn.functional import kl_div, nll_loss
 
         self.tokens += len(targets)
         self.nll += float(nll_loss(log_probabilities, targets, reduction="sum"))
         self.same += int((log_probabilities.argmax(-1) == reference.argmax(-1)).sum())
-        self.divergence += float(kl_div(log_probabilities, reference, reduction="sum", log_target=True))
+        self.divergence += float(
+            kl_div(log_probabilities, reference, reduction="sum", log_target=True)
+        )
 
     def means(self, name: str) -> dict[str, float]:
-        """{"ppl", "top1", "kl"}: perplexity, share of predictions that agree, mean divergence in nats.
+        """{"ppl", "top1", "kl"}: perplexity, share of predictions that agree, mean divergence in
+        nats.
 
         Raises:
             CheckError: the model computes NaN, or probabilities of zero.
         """
         nll, divergence = self.nll / self.tokens, self.divergence / self.tokens
         if not math.isfinite(nll) or not math.isfinite(divergence):
-            raise CheckError(name, f"got a mean negative log-likelihood of {nll} and a divergence of {divergence}, expected numbers",
-                             "The model is broken: quantise it again, and look at its report")
-        return {"ppl": math.exp(nll) if nll < 709 else math.inf, "top1": self.same / self.tokens, "kl": divergence}
+            raise CheckError(
+                name,
+                f"got a mean negative log-likelihood of {nll} and a divergence of {divergence}, "
+                f"expected numbers",
+                "The model is broken: quantise it again, and look at its report",
+            )
+        return {
+            "ppl": math.exp(nll) if nll < 709 else math.inf,
+            "top1": self.same / self.tokens,
+            "kl": divergence,
+        }
 
 
 def score(models: dict[str, Any], windows: ndarray) -> dict[str, Quality]:
@@ -91,7 +108,10 @@ def score(models: dict[str, Any], windows: ndarray) -> dict[str, Quality]:
     with torch.no_grad():  # inference tensors have no version, which ActivationQuantizer looks at
         for window in torch.from_numpy(windows):
             inputs, targets = window[None, :-1], window[1:]
-            hidden = {name: model.model(inputs, use_cache=False).last_hidden_state[0] for name, model in models.items()}
+            hidden = {
+                name: model.model(inputs, use_cache=False).last_hidden_state[0]
+                for name, model in models.items()
+            }
             for start in range(0, len(targets), CHUNK):
                 piece = slice(start, start + CHUNK)
                 reference: Tensor | None = None
@@ -102,26 +122,39 @@ def score(models: dict[str, Any], windows: ndarray) -> dict[str, Quality]:
     return totals
 
 
-def open_models(checkpoint: Checkpoint, outs: Sequence[Path], folders: Sequence[Path]) -> dict[str, Any]:
-    """The float model, then the quantised ones under their folders' names, all with fp32 arithmetic.
+def open_models(
+    checkpoint: Checkpoint, outs: Sequence[Path], folders: Sequence[Path]
+) -> dict[str, Any]:
+    """The float model, then the quantised ones under their folders' names, all with fp32
+    arithmetic.
 
     Raises:
         InputError: a folder cannot be read, has another vocabulary, or two have one name.
     """
-    from calibration.reference.model import float_model, quantised_model
     from calibration.quant.folder import read_quant
+    from calibration.reference.model import float_model, quantised_model
 
     models = {FLOAT: float_model(checkpoint)}
     for path in (*outs, *folders):
         name = path.resolve().name
         if name in models:
-            raise InputError(str(path), f"got a second model named {name}, expected different names", "Rename the folder")
-        models[name] = model = (_hf_model(path) if path in folders
-                                else quantised_model(read_quant(path / "quant"), round_activations=False))
+            raise InputError(
+                str(path),
+                f"got a second model named {name}, expected different names",
+                "Rename the folder",
+            )
+        models[name] = model = (
+            _hf_model(path)
+            if path in folders
+            else quantised_model(read_quant(path / "quant"), round_activations=False)
+        )
         got, expected = model.config.vocab_size, checkpoint.config.vocab_size
         if got != expected:
-            raise InputError(str(path), f"got a vocabulary of {got} tokens, expected the {expected} of {checkpoint.name}",
-                             "Give the float model it was made from with --model")
+            raise InputError(
+                str(path),
+                f"got a vocabulary of {got} tokens, expected the {expected} of {checkpoint.name}",
+                "Give the float model it was made from with --model",
+            )
     return models
 
 
@@ -130,13 +163,24 @@ def _hf_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
-        raise InputError(str(folder), "got no config.json in it, expected a Hugging Face model folder", "Check the path")
+        raise InputError(
+            str(folder),
+            "got no config.json in it, expected a Hugging Face model folder",
+            "Check the path",
+        )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
     except ImportError as error:
-        raise InputError(str(folder), f"got a model that needs a package which is not there ({str(error).strip().splitlines()[0]})",
-                         "Run this script with the Python that wrote the folder") from None
-    # compressed-tensors unpacks its weights in the first call of the whole model; score() calls only its parts.
+        raise InputError(
+            str(folder),
+            f"got a model that needs a package which is not there "
+            f"({str(error).strip().splitlines()[0]})",
+            "Run this script with the Python that wrote the folder",
+        ) from None
+    # compressed-tensors unpacks its weights in the first call of the whole model; score() calls
+    # only its parts.
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long))
     return model
@@ -146,8 +190,15 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """One line for each model."""
     width = max(len(name) for name in rows)
     lines = [f"{'':<{width}}  {'perplexity':>14}  {'top-1':>8}  {'KL, nats':>9}"]
-    return "\n".join([*lines, *(f"{name:<{width}}  {row['ppl']:14,.4f}  {row['top1']:8.2%}  {row['kl']:9.5f}"
-                                for name, row in rows.items())])
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"{name:<{width}}  {row['ppl']:14,.4f}  {row['top1']:8.2%}  {row['kl']:9.5f}"
+                for name, row in rows.items()
+            ),
+        ]
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -161,19 +212,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     windows = text_windows(checkpoint.tokenizer(), args.text, args.seqlen)
     windows = windows[select_windows(len(windows), 0, args.first)]
     totals = score(open_models(checkpoint, args.outs, args.hf_folder), windows)
-    return {"date": datetime.date.today().isoformat(), "model": checkpoint.name, "text": args.text.name, "windows": len(windows),
-            "seqlen": args.seqlen, "tokens": totals[FLOAT].tokens, "machine": platform.machine(), "torch": torch.__version__,
-            "rows": {name: quality.means(name) for name, quality in totals.items()}}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "model": checkpoint.name,
+        "text": args.text.name,
+        "windows": len(windows),
+        "seqlen": args.seqlen,
+        "tokens": totals[FLOAT].tokens,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "rows": {name: quality.means(name) for name, quality in totals.items()},
+    }
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("outs", metavar="OUT", nargs="*", type=Path)
     add("--text", type=Path, required=True)
-    add("--first", type=whole_number(0), default=20, help="windows to score, from the start; 0 is all (default 20)")
+    add(
+        "--first",
+        type=whole_number(0),
+        default=20,
+        help="windows to score, from the start; 0 is all (default 20)",
+    )
     add("--seqlen", type=whole_number(2), default=2048)
-    add("--model", default="smollm2-135m", help="the float model: alias, Hugging Face folder or .gguf file")
+    add(
+        "--model",
+        default="smollm2-135m",
+        help="the float model: alias, Hugging Face folder or .gguf file",
+    )
     add("--hf-folder", metavar="DIR", nargs="+", type=Path, default=[])
     add("--name", default="quality", help="of the result file")
     add("--json", metavar="FILE", type=Path, help="write the result here instead")

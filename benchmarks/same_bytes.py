@@ -1,9 +1,12 @@
-"""Records the bytes of quant/ and onnx/ for a set of exports, to show that a change of the code changed none of them.
+"""Records the bytes of quant/ and onnx/ for a set of exports, to show that a change of the code
+changed none of them.
 
     python benchmarks/same_bytes.py record before.json           # in the checkout before the change
-    python benchmarks/same_bytes.py check before.json [--demo]   # in the one after it: exit code 3 where a file differs
+    python benchmarks/same_bytes.py check before.json [--demo]   # in the one after it: exit code 3
+    where a file differs
 
-Bytes depend on the processor, so both must run on one machine. `--demo` adds the demo model, which takes several minutes.
+Bytes depend on the processor, so both must run on one machine. `--demo` adds the demo model, which
+takes several minutes.
 """
 
 from __future__ import annotations
@@ -18,22 +21,54 @@ import tempfile
 import time
 from pathlib import Path
 
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 512, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 MODELS = {
     "llama": ("Llama", {**TINY, "tie_word_embeddings": True}),
-    "bias": ("Llama", {**TINY, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
-    "mistral": ("Mistral", {**TINY, "tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 4}),
+    "bias": (
+        "Llama",
+        {
+            **TINY,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "mistral": (
+        "Mistral",
+        {**TINY, "tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 4},
+    ),
 }
 FEW = "--nsamples 3 --seqlen 64"
 CASES = {  # name: (model, arguments of python -m exporter)
     "qqq": ("llama", f"--wbits 4 --abits 8 {FEW}"),
     "qqq-bias-g64": ("bias", f"--wbits 4 --abits 8 --group-size 64 --dtype bfloat16 {FEW}"),
-    "qqq-smooth": ("bias", f"--wbits 4 --abits 8 --set rotation=none --set smooth=all --kv-bits 4 {FEW}"),
-    "qqq-orthogonal": ("mistral", f"--wbits 4 --abits 8 --set rotation=orthogonal --set smooth=down --set refits=1 {FEW}"),
+    "qqq-smooth": (
+        "bias",
+        f"--wbits 4 --abits 8 --set rotation=none --set smooth=all --kv-bits 4 {FEW}",
+    ),
+    "qqq-orthogonal": (
+        "mistral",
+        f"--wbits 4 --abits 8 --set rotation=orthogonal --set smooth=down --set refits=1 {FEW}",
+    ),
     "abq-w2b": ("llama", f"--wbits 2b --abits 8 --group-size 32 {FEW}"),
     "abq-train": ("bias", f"--wbits 3 --abits 6 --kv-bits 4 --set epochs=1 --set tune=1 {FEW}"),
-    "abq-paper": ("llama", "--wbits 2 --abits 8 --effort paper --nsamples 3 --seqlen 64 --set epochs=1 --set train_windows=2"),
+    "abq-paper": (
+        "llama",
+        "--wbits 2 --abits 8 --effort paper --nsamples 3 --seqlen 64 --set epochs=1 --set "
+        "train_windows=2",
+    ),
     "abq-a16": ("mistral", f"--wbits 4 --abits 16 --dtype float32 {FEW}"),
     "abq-1b": ("bias", f"--wbits 1b --abits 4 --act-quant sym {FEW}"),
     "mixed": ("llama", f"--wbits 4 --abits 8 --bits-file BITS {FEW}"),
@@ -58,7 +93,9 @@ def make_model(folder: Path, architecture: str, config: dict[str, object]) -> No
     from calibration.data import default_text
 
     torch.manual_seed(0)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(getattr(transformers, f"{architecture}Config")(**config))
+    model = getattr(transformers, f"{architecture}ForCausalLM")(
+        getattr(transformers, f"{architecture}Config")(**config)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -67,38 +104,77 @@ def make_model(folder: Path, architecture: str, config: dict[str, object]) -> No
                 parameter.mul_(5.0)
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([default_text()], trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
+    ).save_pretrained(folder)
 
 
 def hashes(out: Path) -> dict[str, str]:
     """{name: SHA-256} of every file below quant/ and onnx/."""
-    files = sorted(path for stage in ("quant", "onnx") for path in (out / stage).rglob("*") if path.is_file())
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = sorted(
+        path for stage in ("quant", "onnx") for path in (out / stage).rglob("*") if path.is_file()
+    )
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def run_case(name: str, model: str, arguments: str, folder: Path) -> dict[str, str]:
     """Export one case and hash it."""
     out, began = folder / "out" / name, time.monotonic()
-    command = [sys.executable, "-m", "exporter", model, *arguments.replace("BITS", str(folder / "bits.txt")).split(), "--until", "onnx",
-               "--engine", "none", "--offline", "--progress", "none", "--out", str(out)]
-    subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "exporter",
+        model,
+        *arguments.replace("BITS", str(folder / "bits.txt")).split(),
+        "--until",
+        "onnx",
+        "--engine",
+        "none",
+        "--offline",
+        "--progress",
+        "none",
+        "--out",
+        str(out),
+    ]
+    subprocess.run(
+        command,
+        check=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.DEVNULL,
+    )
     print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     return hashes(out)
 
 
 def main() -> int:
     """Record or check; 3 where bytes differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=("record", "check"))
     parser.add_argument("file", type=Path)
     parser.add_argument("--demo", action="store_true", help="the demo model too")
     parser.add_argument("--only", nargs="*", help="these cases")
     args = parser.parse_args()
-    wanted = {name for name in (*CASES, *(DEMO if args.demo else ())) if not args.only or name in args.only}
+    wanted = {
+        name
+        for name in (*CASES, *(DEMO if args.demo else ()))
+        if not args.only or name in args.only
+    }
     found: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -116,9 +192,15 @@ def main() -> int:
         args.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return 0
     before = json.loads(args.file.read_text(encoding="utf-8"))
-    wrong = [f"{case}: {file}" for case, files in found.items() for file in sorted({*files, *before[case]})
-             if files.get(file) != before[case].get(file)]
-    print("\n".join(f"differs: {line}" for line in wrong) or f"{len(found)} exports, the same bytes")
+    wrong = [
+        f"{case}: {file}"
+        for case, files in found.items()
+        for file in sorted({*files, *before[case]})
+        if files.get(file) != before[case].get(file)
+    ]
+    print(
+        "\n".join(f"differs: {line}" for line in wrong) or f"{len(found)} exports, the same bytes"
+    )
     return 3 if wrong else 0
 
 

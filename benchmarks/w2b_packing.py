@@ -1,7 +1,8 @@
 """Five-level codes in the storages that benchmarks/w2b_storage.cu reads, and back, in numpy.
 
-A warp's lane takes `parts` 16-byte parts in a step and makes `registers` registers of 4 codes of them, so that codes are
-[rows, steps, 32 lanes, registers, 4] uint8 and packed weights [rows, steps, parts, 32 lanes, 4 words] uint32.
+A warp's lane takes `parts` 16-byte parts in a step and makes `registers` registers of 4 codes of
+them, so that codes are [rows, steps, 32 lanes, registers, 4] uint8 and packed weights [rows, steps,
+parts, 32 lanes, 4 words] uint32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ __all__ = ["LEVELS", "STORAGES", "Storage", "seven_bits"]
 
 LEVELS = 5
 _LANES = 32
-_DIGITS = np.array(list(product(range(LEVELS), repeat=3)), np.uint8)  # [125, 3], row v = 25 a + 5 b + c
+_DIGITS = np.array(
+    list(product(range(LEVELS), repeat=3)), np.uint8
+)  # [125, 3], row v = 25 a + 5 b + c
 _VALUES = np.array([25, 5, 1], np.uint8)
 
 
@@ -51,11 +54,15 @@ class Storage:
 
     def random_codes(self, rows: int, steps: int, seed: int) -> np.ndarray:
         """Codes [rows, steps, 32, registers, 4] uint8."""
-        return np.random.default_rng(seed).integers(0, LEVELS, (rows, steps, _LANES, self.registers, 4), dtype=np.uint8)
+        return np.random.default_rng(seed).integers(
+            0, LEVELS, (rows, steps, _LANES, self.registers, 4), dtype=np.uint8
+        )
 
 
 def seven_bits(a: int, b: int, c: int) -> int:
-    """The number m AA BB CC of three codes in `planes7`; w2b_storage.cu, Planes7::split() has the rule."""
+    """The number m AA BB CC of three codes in `planes7`; w2b_storage.cu, Planes7::split() has the
+    rule.
+    """
     large = [code == LEVELS - 1 for code in (a, b, c)]
     if not any(large):
         return a << 4 | b << 2 | c
@@ -73,9 +80,14 @@ _V_OF_PLANES7[_PLANES7] = np.arange(LEVELS**3)
 
 
 def _plane_words(values: np.ndarray, planes: int) -> np.ndarray:
-    """Bit planes of values [..., 8 registers s, 4 bytes i]: words [..., planes] uint32, bit 8 i + s."""
+    """Bit planes of values [..., 8 registers s, 4 bytes i]: words [..., planes] uint32, bit 8 i +
+    s.
+    """
     place = (8 * np.arange(4)[None, :] + np.arange(8)[:, None]).astype(np.uint32)
-    words = [((values >> j & 1).astype(np.uint32) << place).sum((-2, -1), dtype=np.uint32) for j in range(planes)]
+    words = [
+        ((values >> j & 1).astype(np.uint32) << place).sum((-2, -1), dtype=np.uint32)
+        for j in range(planes)
+    ]
     return np.stack(words, -1)
 
 
@@ -83,14 +95,18 @@ def _values_of(words: np.ndarray) -> np.ndarray:
     """Inverse of _plane_words(): uint8 [..., 8, 4]."""
     place = (8 * np.arange(4)[None, :] + np.arange(8)[:, None]).astype(np.uint32)
     bits = words[..., None, None, :] >> place[..., None] & 1
-    values: np.ndarray = (bits << np.arange(words.shape[-1], dtype=np.uint32)).sum(-1).astype(np.uint8)
+    values: np.ndarray = (
+        (bits << np.arange(words.shape[-1], dtype=np.uint32)).sum(-1).astype(np.uint8)
+    )
     return values
 
 
 def _to_parts(words: np.ndarray) -> np.ndarray:
     """Packed weights of words [rows, steps, 32, halves, 4 words of a part, parts of a half]."""
     rows, steps = words.shape[:2]
-    return np.ascontiguousarray(words.transpose(0, 1, 3, 5, 2, 4)).reshape(rows, steps, -1, _LANES, 4)
+    return np.ascontiguousarray(words.transpose(0, 1, 3, 5, 2, 4)).reshape(
+        rows, steps, -1, _LANES, 4
+    )
 
 
 def _from_parts(packed: np.ndarray, halves: int) -> np.ndarray:
@@ -108,7 +124,9 @@ def _unpack_planes(packed: np.ndarray) -> np.ndarray:
 
 
 def _pack_planes7(codes: np.ndarray) -> np.ndarray:
-    digits = codes.reshape(*codes.shape[:3], 1, 4, 3, 8, 4)  # word of a part, digit, register s, byte i
+    digits = codes.reshape(
+        *codes.shape[:3], 1, 4, 3, 8, 4
+    )  # word of a part, digit, register s, byte i
     v = np.einsum("...dsi,d->...si", digits, _VALUES)
     return _to_parts(_plane_words(_PLANES7[v], 7))
 
@@ -120,20 +138,35 @@ def _unpack_planes7(packed: np.ndarray) -> np.ndarray:
 
 
 def _pack_base5(codes: np.ndarray) -> np.ndarray:
-    digits = codes.reshape(*codes.shape[:3], 1, 4, 8, 3, 4)  # word of a part, number's word, digit, byte
+    digits = codes.reshape(
+        *codes.shape[:3], 1, 4, 8, 3, 4
+    )  # word of a part, number's word, digit, byte
     v = np.einsum("...di,d->...i", digits, _VALUES).astype(np.uint32)
     q = ((v * 128 + 124) // 125).astype(np.uint8)  # [..., 8, 4]: q / 128 is v / 125, rounded up
     eighth = np.zeros((*q.shape[:-2], 7, 4), np.uint8)  # of each byte of the 7 words
     for bit, word, turned in _SPARE:
         of_byte = q[..., 7, :] >> (bit - 1) & 1
         eighth[..., word, :] = np.roll(of_byte, -1, -1) if turned else of_byte
-    low = np.array([1, 0, 1, 0, 1, 0, 0], np.uint8)[:, None]  # where the eighth bit is the lowest one
-    data = np.ascontiguousarray(np.where(low, q[..., :7, :] << 1 | eighth, q[..., :7, :] | eighth << 7).astype(np.uint8))
+    low = np.array([1, 0, 1, 0, 1, 0, 0], np.uint8)[
+        :, None
+    ]  # where the eighth bit is the lowest one
+    data = np.ascontiguousarray(
+        np.where(low, q[..., :7, :] << 1 | eighth, q[..., :7, :] | eighth << 7).astype(np.uint8)
+    )
     return _to_parts(data.view("<u4")[..., 0])
 
 
-# The number in the eighth bits: its bit (from 1), the word that holds it, and whether it comes from the byte before (a rotation).
-_SPARE = [(1, 3, True), (2, 2, False), (3, 5, True), (4, 4, False), (5, 1, True), (6, 0, False), (7, 6, False)]
+# The number in the eighth bits: its bit (from 1), the word that holds it, and whether it comes from
+# the byte before (a rotation).
+_SPARE = [
+    (1, 3, True),
+    (2, 2, False),
+    (3, 5, True),
+    (4, 4, False),
+    (5, 1, True),
+    (6, 0, False),
+    (7, 6, False),
+]
 
 
 def _unpack_base5(packed: np.ndarray) -> np.ndarray:
@@ -142,7 +175,9 @@ def _unpack_base5(packed: np.ndarray) -> np.ndarray:
     low = np.array([1, 0, 1, 0, 1, 0, 0], np.uint8)[:, None]
     eighth, last = np.where(low, data & 1, data >> 7), np.zeros((*data.shape[:-2], 4), np.uint8)
     for bit, word, turned in _SPARE:
-        last |= (np.roll(eighth[..., word, :], 1, -1) if turned else eighth[..., word, :]) << (bit - 1)
+        last |= (np.roll(eighth[..., word, :], 1, -1) if turned else eighth[..., word, :]) << (
+            bit - 1
+        )
     q = np.concatenate([np.where(low, data >> 1, data & 127), last[..., None, :]], -2)
     digits = _DIGITS[q.astype(np.uint32) * 125 // 128]  # [..., 8, 4, 3]
     codes: np.ndarray = np.moveaxis(digits, -1, -2).reshape(*packed.shape[:2], _LANES, 96, 4)

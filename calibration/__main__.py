@@ -9,16 +9,16 @@ from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.out.files import StageWriter, locked, read_json
 from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
+from calibration.out.files import StageWriter, locked, read_json
 from calibration.progress import Progress, make_progress
 from plugins.cli import run_cli
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.quant.bits import SchemeMap
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.quant.bits import SchemeMap
 
 __all__ = ["main"]
 
@@ -31,14 +31,28 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
 
     from calibration.budget.choice import CACHE, Budget, bits_within, schemes_within
     from calibration.checkpoints.checkpoint import open_checkpoint
-    from calibration.quant.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
     from calibration.quant.checks import check_scheme
+    from calibration.quant.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
 
-    options = QuantizeOptions(args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks)
+    options = QuantizeOptions(
+        args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks
+    )
     checkpoint = open_checkpoint(args.model, args.offline)
     check_scheme(checkpoint, schemes, args.format)
-    budget = None if args.budget is None else Budget(
-        args.budget, schemes.base, settings, args.format, args.offline, out / CACHE, args.resume, ranks)
+    budget = (
+        None
+        if args.budget is None
+        else Budget(
+            args.budget,
+            schemes.base,
+            settings,
+            args.format,
+            args.offline,
+            out / CACHE,
+            args.resume,
+            ranks,
+        )
+    )
     if budget is not None:
         bits_within(checkpoint, budget)
     if not ranks.first:  # calibrates with the first one, which alone locks the folder and writes it
@@ -59,12 +73,19 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
 
 def _refuse_exporters(out: Path) -> None:
     if (out / "manifest.json").exists():
-        raise InputError(str(out), "got a folder with manifest.json, which python -m exporter keeps, expected another",
-                         "Choose another --out, or run python -m exporter with --until quant")
+        raise InputError(
+            str(out),
+            "got a folder with manifest.json, which python -m exporter keeps, expected another",
+            "Choose another --out, or run python -m exporter with --until quant",
+        )
 
 
-def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap, nodes: bool = True) -> None:
-    """An existing quant folder is replaced only by the same model in the same setting, of each node too where these are known."""
+def _refuse_other(
+    folder: Path, checkpoint: Checkpoint, schemes: SchemeMap, nodes: bool = True
+) -> None:
+    """An existing quant folder is replaced only by the same model in the same setting, of each node
+    too where these are known.
+    """
     if not folder.exists():
         return
     from calibration.quant.folder import QUANT_JSON
@@ -73,28 +94,53 @@ def _refuse_other(folder: Path, checkpoint: Checkpoint, schemes: SchemeMap, node
     try:
         meta = read_json(folder / QUANT_JSON)
     except InputError as error:
-        raise InputError(str(folder), f"got a folder without a readable {QUANT_JSON} ({error.problem})", fix) from None
-    source, found, layers = (value if isinstance(value := meta.get(key), dict) else {} for key in ("source", "scheme", "layers"))
+        raise InputError(
+            str(folder), f"got a folder without a readable {QUANT_JSON} ({error.problem})", fix
+        ) from None
+    source, found, layers = (
+        value if isinstance(value := meta.get(key), dict) else {}
+        for key in ("source", "scheme", "layers")
+    )
     if source.get("fingerprint") != checkpoint.fingerprint:
-        raise InputError(str(folder), f"got a model quantised from other weights (of {source.get('name')}), "
-                         f"expected those of {checkpoint.name}", fix)
+        raise InputError(
+            str(folder),
+            f"got a model quantised from other weights (of {source.get('name')}), "
+            f"expected those of {checkpoint.name}",
+            fix,
+        )
     known = schemes.nodes(checkpoint.family, checkpoint.dims.layers) if nodes else {}
-    for place, scheme in (("", schemes.base), *((f" in {node}", scheme) for node, scheme in known.items())):
+    for place, scheme in (
+        ("", schemes.base),
+        *((f" in {node}", scheme) for node, scheme in known.items()),
+    ):
         own = layers.get(place.removeprefix(" in "))
         fields, wanted = own if isinstance(own, dict) else found, scheme.as_dict()
         different = [key for key, value in wanted.items() if fields.get(key) != value]
         if different:
-            got, expected = (", ".join(f"{key} {values.get(key)}" for key in different) for values in (fields, wanted))
-            raise InputError(str(folder), f"got a model quantised with {got}{place}, expected {expected}", fix)
+            got, expected = (
+                ", ".join(f"{key} {values.get(key)}" for key in different)
+                for values in (fields, wanted)
+            )
+            raise InputError(
+                str(folder), f"got a model quantised with {got}{place}, expected {expected}", fix
+            )
 
 
 def _main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser("python -m calibration", description="Quantise a model into OUT/quant.")
+    parser = argparse.ArgumentParser(
+        "python -m calibration", description="Quantise a model into OUT/quant."
+    )
     add_quant_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the blocks that an interrupted run has finished")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the blocks that an interrupted run has finished",
+    )
     ranks = join_ranks()
     with ranks.one_voice():
-        with nullcontext() if ranks.first else redirect_stderr(io.StringIO()):  # argparse tells of its errors by itself
+        with (
+            nullcontext() if ranks.first else redirect_stderr(io.StringIO())
+        ):  # argparse tells of its errors by itself
             args = parser.parse_args(argv)
         progress = make_progress(args.progress if ranks.first else "none")
         try:
@@ -106,7 +152,10 @@ def _main(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_cli(lambda: _main(argv), "Interrupted; finished blocks are kept. Run the same command with --resume to go on.")
+    return run_cli(
+        lambda: _main(argv),
+        "Interrupted; finished blocks are kept. Run the same command with --resume to go on.",
+    )
 
 
 if __name__ == "__main__":

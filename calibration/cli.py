@@ -1,4 +1,6 @@
-"""Command-line arguments that say what to quantise and how, shared by every command; imports nothing heavy."""
+"""Command-line arguments that say what to quantise and how, shared by every command; imports
+nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration import formats
-from calibration.quant.bits import SchemeMap, read_bits_file
-from calibration.methods import method_names
-from calibration.quant.scheme import FLOAT_BITS, Bits, QuantScheme, check_abits, check_kv_bits, parse_wbits, scheme_for
-from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
 from calibration.checkpoints.sources import ALIASES, model_slug
+from calibration.methods import method_names
+from calibration.quant.bits import SchemeMap, read_bits_file
+from calibration.quant.scheme import (
+    FLOAT_BITS,
+    Bits,
+    QuantScheme,
+    check_abits,
+    check_kv_bits,
+    parse_wbits,
+    scheme_for,
+)
+from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
 from plugins.cli import number, whole_number
 from plugins.errors import InputError
 
-__all__ = ["add_quant_arguments", "default_out", "model_slug", "scheme_from_args", "schemes_from_args", "settings_from_args"]
+__all__ = [
+    "add_quant_arguments",
+    "default_out",
+    "model_slug",
+    "scheme_from_args",
+    "schemes_from_args",
+    "settings_from_args",
+]
 
 _LAYOUTS = {"qqq": "QQQGemm", "abq": "ABQGemm"}
 _METHODS = {op: method for method, op in _LAYOUTS.items()}
@@ -24,41 +41,132 @@ _METHODS = {op: method for method, op in _LAYOUTS.items()}
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and every option that decides the quantised numbers, and --out, --offline, --progress."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"alias ({', '.join(ALIASES)}), hub id, Hugging Face folder or .gguf file")
-    add("--wbits", required=True, metavar="W", help="weight bits 1 to 8; 2b (or '2*') for 5 levels, 1b for 3 levels")
-    add("--abits", required=True, type=int, metavar="A", help="activation bits 2 to 8, or 16 for weight-only")
-    add("--method", default="auto", choices=sorted({"auto", *_LAYOUTS, *method_names()}), help="auto: qqq for W4A8, else abq")
-    add("--group-size", type=int, default=0, metavar="G",
-        help="input channels per weight scale; 0 (default): one scale per output channel")
-    add("--kv-bits", type=int, default=FLOAT_BITS, metavar="B",
-        help="bits of keys and values in the KV cache, 2 to 8; 16 (default): as --dtype says")
-    add("--act-quant", choices=("sym", "asym"), help="activation codes; default: sym for qqq, asym for abq")
+    add(
+        "model",
+        metavar="MODEL",
+        help=f"alias ({', '.join(ALIASES)}), hub id, Hugging Face folder or .gguf file",
+    )
+    add(
+        "--wbits",
+        required=True,
+        metavar="W",
+        help="weight bits 1 to 8; 2b (or '2*') for 5 levels, 1b for 3 levels",
+    )
+    add(
+        "--abits",
+        required=True,
+        type=int,
+        metavar="A",
+        help="activation bits 2 to 8, or 16 for weight-only",
+    )
+    add(
+        "--method",
+        default="auto",
+        choices=sorted({"auto", *_LAYOUTS, *method_names()}),
+        help="auto: qqq for W4A8, else abq",
+    )
+    add(
+        "--group-size",
+        type=int,
+        default=0,
+        metavar="G",
+        help="input channels per weight scale; 0 (default): one scale per output channel",
+    )
+    add(
+        "--kv-bits",
+        type=int,
+        default=FLOAT_BITS,
+        metavar="B",
+        help="bits of keys and values in the KV cache, 2 to 8; 16 (default): as --dtype says",
+    )
+    add(
+        "--act-quant",
+        choices=("sym", "asym"),
+        help="activation codes; default: sym for qqq, asym for abq",
+    )
     mixed = parser.add_mutually_exclusive_group()
-    mixed.add_argument("--bits-file", type=Path, metavar="FILE",
-                       help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'")
-    mixed.add_argument("--budget", type=number(0), metavar="B",
-                       help="weight bits of each GEMM node by its measured sensitivity, on average at most B with scales and zero points")
-    add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"),
-        help="of all that is not integer (default float16)")
-    add("--format", default=formats.OURS, choices=formats.format_names(),
-        help="also write quant/<format>, a folder for other tools (default anybit: ours alone)")
-    add("--calib", metavar="FILE|DATASET",
-        help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library")
-    add("--nsamples", type=whole_number(1), metavar="N", help="calibration windows (default: of --effort)")
-    add("--seqlen", type=whole_number(2), metavar="L", help="tokens per calibration window (default: of --effort)")
-    add("--effort", default="default", choices=list(EFFORTS), help="how much data and training (default: default; paper: 128 x 2048)")
-    add("--seed", type=whole_number(0), default=0, metavar="S", help="fixes everything random (default 0)")
-    add("--set", action="append", default=[], dest="switches", metavar="NAME=VALUE",
-        help="a switch of the method, such as rotation=none; docs/calibration.md lists them")
-    add("--max-memory", type=_gigabytes, metavar="GB", help="activations beyond this go to the disk (default: no limit)")
+    mixed.add_argument(
+        "--bits-file",
+        type=Path,
+        metavar="FILE",
+        help="other bits for some linears, a line each: PATTERN BITS, such as 'down_proj w8a8'",
+    )
+    mixed.add_argument(
+        "--budget",
+        type=number(0),
+        metavar="B",
+        help="weight bits of each GEMM node by its measured sensitivity, on average at most B "
+        "with scales and zero points",
+    )
+    add(
+        "--dtype",
+        default="float16",
+        choices=("float16", "bfloat16", "float32"),
+        help="of all that is not integer (default float16)",
+    )
+    add(
+        "--format",
+        default=formats.OURS,
+        choices=formats.format_names(),
+        help="also write quant/<format>, a folder for other tools (default anybit: ours alone)",
+    )
+    add(
+        "--calib",
+        metavar="FILE|DATASET",
+        help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library",
+    )
+    add(
+        "--nsamples",
+        type=whole_number(1),
+        metavar="N",
+        help="calibration windows (default: of --effort)",
+    )
+    add(
+        "--seqlen",
+        type=whole_number(2),
+        metavar="L",
+        help="tokens per calibration window (default: of --effort)",
+    )
+    add(
+        "--effort",
+        default="default",
+        choices=list(EFFORTS),
+        help="how much data and training (default: default; paper: 128 x 2048)",
+    )
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        metavar="S",
+        help="fixes everything random (default 0)",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        dest="switches",
+        metavar="NAME=VALUE",
+        help="a switch of the method, such as rotation=none; docs/calibration.md lists them",
+    )
+    add(
+        "--max-memory",
+        type=_gigabytes,
+        metavar="GB",
+        help="activations beyond this go to the disk (default: no limit)",
+    )
     add("--out", type=Path, metavar="DIR", help="artefact folder (default out/<model>-w<W>a<A>)")
     add("--offline", action="store_true", help="never touch the network")
-    add("--progress", default="auto", choices=("auto", "rich", "plain", "json", "none"),
-        help="json: one object per line on stdout")
+    add(
+        "--progress",
+        default="auto",
+        choices=("auto", "rich", "plain", "json", "none"),
+        help="json: one object per line on stdout",
+    )
 
 
 def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
-    """The scheme that the arguments ask for, of every node that --bits-file does not name or --budget does not change.
+    """The scheme that the arguments ask for, of every node that --bits-file does not name or
+    --budget does not change.
 
     Raises:
         InputError: bits out of range, or a combination that does not exist.
@@ -66,11 +174,20 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
     wbits, balanced = parse_wbits(args.wbits)
     bits = Bits(wbits, balanced, check_abits(args.abits), args.group_size)
     if bits.group_size < 0:
-        raise InputError("--group-size", f"got {bits.group_size}, expected 0 or a positive number",
-                         "Use 0 for one scale per output channel")
+        raise InputError(
+            "--group-size",
+            f"got {bits.group_size}, expected 0 or a positive number",
+            "Use 0 for one scale per output channel",
+        )
     symmetric = None if args.act_quant is None else args.act_quant == "sym"
-    scheme = scheme_for(bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, args.method, args.dtype)
-    scheme = replace(scheme, method=_METHODS[scheme.op] if args.method == "auto" else args.method, kv_bits=check_kv_bits(args.kv_bits))
+    scheme = scheme_for(
+        bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, args.method, args.dtype
+    )
+    scheme = replace(
+        scheme,
+        method=_METHODS[scheme.op] if args.method == "auto" else args.method,
+        kv_bits=check_kv_bits(args.kv_bits),
+    )
     if args.method == "qqq" and scheme.op != "QQQGemm":
         raise _no_qqq(args, bits, symmetric)
     return scheme
@@ -78,17 +195,26 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
 
 def _no_qqq(args: argparse.Namespace, bits: Bits, symmetric: bool | None) -> InputError:
     if bits.w4a8 and symmetric is not False:
-        return InputError("--group-size", f"got {bits.group_size}, expected 0, 64 or 128 for --method qqq",
-                          "Use one of these, or --method abq")
+        return InputError(
+            "--group-size",
+            f"got {bits.group_size}, expected 0, 64 or 128 for --method qqq",
+            "Use one of these, or --method abq",
+        )
     got = f"W{args.wbits}A{args.abits}" + (" with --act-quant asym" if symmetric is False else "")
-    return InputError("--method qqq", f"got {got}, expected W4A8 with symmetric activations", "Use --wbits 4 --abits 8, or --method abq")
+    return InputError(
+        "--method qqq",
+        f"got {got}, expected W4A8 with symmetric activations",
+        "Use --wbits 4 --abits 8, or --method abq",
+    )
 
 
 def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
-    """That scheme as the base, with the rules of --bits-file over it; those of --budget take a measurement, calibration/budget/choice.py.
+    """That scheme as the base, with the rules of --bits-file over it; those of --budget take a
+    measurement, calibration/budget/choice.py.
 
     Raises:
-        InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot say.
+        InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot
+            say.
     """
     base = scheme_from_args(args)
     schemes = SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
@@ -103,10 +229,25 @@ def settings_from_args(args: argparse.Namespace, scheme: QuantScheme) -> Calibra
     Raises:
         InputError: a switch that the method does not have, or a value that does not fit.
     """
-    longer = args.effort == "paper" and scheme.method == "abq" and (scheme.balanced or (scheme.wbits, scheme.abits) == (8, 8))
-    switches = [*(["epochs=40"] if longer else []), *args.switches]  # as the published scripts, 20 elsewhere
-    return calibration_settings(scheme.method, args.effort, switches, calib=args.calib, nsamples=args.nsamples,
-                                seqlen=args.seqlen, seed=args.seed, max_memory=args.max_memory)
+    longer = (
+        args.effort == "paper"
+        and scheme.method == "abq"
+        and (scheme.balanced or (scheme.wbits, scheme.abits) == (8, 8))
+    )
+    switches = [
+        *(["epochs=40"] if longer else []),
+        *args.switches,
+    ]  # as the published scripts, 20 elsewhere
+    return calibration_settings(
+        scheme.method,
+        args.effort,
+        switches,
+        calib=args.calib,
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        max_memory=args.max_memory,
+    )
 
 
 def _gigabytes(text: str) -> int:
@@ -120,6 +261,18 @@ def _gigabytes(text: str) -> int:
 
 
 def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:
-    """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -mixed or -b<B> where a bits file or budget changes bits."""
-    mixed = "-mixed" if args.bits_file is not None else "" if args.budget is None else f"-b{args.budget:g}"
-    return args.out if args.out is not None else Path("out") / f"{model_slug(args.model)}-{scheme.model_label}{mixed}"
+    """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -mixed or -b<B> where a
+    bits file or budget changes bits.
+    """
+    mixed = (
+        "-mixed"
+        if args.bits_file is not None
+        else ""
+        if args.budget is None
+        else f"-b{args.budget:g}"
+    )
+    return (
+        args.out
+        if args.out is not None
+        else Path("out") / f"{model_slug(args.model)}-{scheme.model_label}{mixed}"
+    )

@@ -1,4 +1,6 @@
-"""Calibration and evaluation text: files, `datasets` names or the text that comes with the package, cut into token windows."""
+"""Calibration and evaluation text: files, `datasets` names or the text that comes with the package,
+cut into token windows.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ if TYPE_CHECKING:
 
     from calibration.settings import CalibrationSettings
 
-__all__ = ["calibration_windows", "default_text", "load_text", "tokens_from_text", "windows_from_tokens"]
+__all__ = [
+    "calibration_windows",
+    "default_text",
+    "load_text",
+    "tokens_from_text",
+    "windows_from_tokens",
+]
 
 _DEFAULT = Path(__file__).with_name("default_text.txt")
 _TEXT_FIELDS = ("text", "content")
@@ -24,7 +32,9 @@ def default_text() -> str:
     return _DEFAULT.read_text(encoding="utf-8")
 
 
-def load_text(spec: str | None, offline: bool = False, where: str = "--calib", strict: bool = True) -> str:
+def load_text(
+    spec: str | None, offline: bool = False, where: str = "--calib", strict: bool = True
+) -> str:
     """The text behind a specification.
 
     Args:
@@ -32,7 +42,8 @@ def load_text(spec: str | None, offline: bool = False, where: str = "--calib", s
             a name of the `datasets` library as NAME[:CONFIG[:SPLIT]], or None for the default text.
         offline: never touch the network.
         where: the option named in errors.
-        strict: refuse bytes that are not UTF-8; else they become U+FFFD, for calibration takes what it gets.
+        strict: refuse bytes that are not UTF-8; else they become U+FFFD, for calibration takes what
+            it gets.
 
     Raises:
         InputError: it is missing, not text, or empty.
@@ -44,22 +55,38 @@ def load_text(spec: str | None, offline: bool = False, where: str = "--calib", s
         text = _read_file(path, strict)
     elif path.exists() or path.suffix in (".txt", ".jsonl", ".json", ".md"):
         kind = "a folder" if path.is_dir() else "no such file"
-        raise InputError(where, f"got {kind} {spec}, expected a .txt or .jsonl file or a dataset name", "Check the path")
+        raise InputError(
+            where,
+            f"got {kind} {spec}, expected a .txt or .jsonl file or a dataset name",
+            "Check the path",
+        )
     else:
         text = _read_dataset(spec, offline, where)
     if not text.strip():
-        raise InputError(where, f"got {spec} with no text in it", "Give a file with at least a few thousand words")
+        raise InputError(
+            where,
+            f"got {spec} with no text in it",
+            "Give a file with at least a few thousand words",
+        )
     return text
 
 
 def _read_file(path: Path, strict: bool) -> str:
     try:
-        text = path.read_text(encoding="utf-8", errors="strict" if strict or path.suffix == ".jsonl" else "replace")
+        text = path.read_text(
+            encoding="utf-8", errors="strict" if strict or path.suffix == ".jsonl" else "replace"
+        )
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(str(path), f"got a file that is not UTF-8 text ({error})", "Save it as UTF-8") from None
+        raise InputError(
+            str(path), f"got a file that is not UTF-8 text ({error})", "Save it as UTF-8"
+        ) from None
     if path.suffix != ".jsonl":
         return text
-    return "\n\n".join(_json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    return "\n\n".join(
+        _json_text(path, number, line)
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    )
 
 
 def _json_text(path: Path, number: int, line: str) -> str:
@@ -70,7 +97,11 @@ def _json_text(path: Path, number: int, line: str) -> str:
         raise InputError(f"{path}, line {number}", "got no valid JSON", fix) from None
     if isinstance(record, str):
         return record
-    text = next((record[field] for field in _TEXT_FIELDS if field in record), None) if isinstance(record, dict) else None
+    text = (
+        next((record[field] for field in _TEXT_FIELDS if field in record), None)
+        if isinstance(record, dict)
+        else None
+    )
     if not isinstance(text, str):
         raise InputError(f"{path}, line {number}", 'got no field "text" with a string', fix)
     return text
@@ -80,20 +111,31 @@ def _read_dataset(spec: str, offline: bool, where: str) -> str:
     try:
         import datasets
     except ImportError:
-        raise InputError(where, f"got {spec}, no such file, and dataset names need the package datasets",
-                         "Give a .txt or .jsonl file, or pip install datasets") from None
+        raise InputError(
+            where,
+            f"got {spec}, no such file, and dataset names need the package datasets",
+            "Give a .txt or .jsonl file, or pip install datasets",
+        ) from None
     name, config, split = [*spec.split(":"), "", ""][:3]
     download = datasets.DownloadConfig(local_files_only=offline)
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", download_config=download)
+        rows = datasets.load_dataset(
+            name, config or None, split=split or "train", download_config=download
+        )
         field = next(field for field in _TEXT_FIELDS if field in rows.column_names)
     except StopIteration:
-        raise InputError(where, f"got dataset {spec} with the columns {', '.join(rows.column_names)}, expected text",
-                         "Choose another dataset") from None
+        raise InputError(
+            where,
+            f"got dataset {spec} with the columns {', '.join(rows.column_names)}, expected text",
+            "Choose another dataset",
+        ) from None
     except Exception as error:  # the library raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(where, f"got {spec}, neither a file nor a dataset that can be loaded ({reason})",
-                         "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file") from None
+        raise InputError(
+            where,
+            f"got {spec}, neither a file nor a dataset that can be loaded ({reason})",
+            "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file",
+        ) from None
     return "\n\n".join(text for text in rows[field] if text.strip())
 
 
@@ -103,8 +145,11 @@ def windows_from_tokens(tokens: np.ndarray, seqlen: int) -> np.ndarray:
     return tokens[: count * seqlen].reshape(count, seqlen)
 
 
-def tokens_from_text(tokenizer: Any, text: str, nsamples: int, seqlen: int, where: str = "--calib") -> np.ndarray:
-    """The first `nsamples` non-overlapping windows of `seqlen` tokens, int64 [nsamples, seqlen]; no BOS is added.
+def tokens_from_text(
+    tokenizer: Any, text: str, nsamples: int, seqlen: int, where: str = "--calib"
+) -> np.ndarray:
+    """The first `nsamples` non-overlapping windows of `seqlen` tokens, int64 [nsamples, seqlen]; no
+    BOS is added.
 
     Raises:
         InputError: the text is empty or too short, with the counts.
@@ -112,20 +157,35 @@ def tokens_from_text(tokenizer: Any, text: str, nsamples: int, seqlen: int, wher
     import numpy as np
 
     if nsamples < 1 or seqlen < 2:
-        raise InputError("--nsamples, --seqlen", f"got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2",
-                         "Give larger numbers")
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        raise InputError(
+            "--nsamples, --seqlen",
+            f"got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2",
+            "Give larger numbers",
+        )
+    tokens = np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
+    )
     if len(tokens) < nsamples * seqlen:
-        fits = (len(tokens) // seqlen, seqlen) if len(tokens) >= seqlen else (1, max(len(tokens), 2))
-        raise InputError(where, f"got a text of {len(tokens)} tokens, expected at least {nsamples * seqlen} "
-                         f"({nsamples} windows of {seqlen})", f"Give a longer text, or --nsamples {fits[0]} --seqlen {fits[1]}")
+        fits = (
+            (len(tokens) // seqlen, seqlen) if len(tokens) >= seqlen else (1, max(len(tokens), 2))
+        )
+        raise InputError(
+            where,
+            f"got a text of {len(tokens)} tokens, expected at least {nsamples * seqlen} "
+            f"({nsamples} windows of {seqlen})",
+            f"Give a longer text, or --nsamples {fits[0]} --seqlen {fits[1]}",
+        )
     return windows_from_tokens(tokens, seqlen)[:nsamples]
 
 
-def calibration_windows(tokenizer: Any, settings: CalibrationSettings, longest: int, offline: bool = False) -> tuple[np.ndarray, str]:
-    """Windows of the calibration text: whole, not overlapping, drawn from all of the text by the seed; no BOS is added.
+def calibration_windows(
+    tokenizer: Any, settings: CalibrationSettings, longest: int, offline: bool = False
+) -> tuple[np.ndarray, str]:
+    """Windows of the calibration text: whole, not overlapping, drawn from all of the text by the
+    seed; no BOS is added.
 
-    A text too short for what was asked gives the windows it has; one shorter than a window gives a single shorter one.
+    A text too short for what was asked gives the windows it has; one shorter than a window gives a
+    single shorter one.
 
     Args:
         longest: most tokens the model takes.
@@ -139,12 +199,23 @@ def calibration_windows(tokenizer: Any, settings: CalibrationSettings, longest: 
     import numpy as np
 
     text = load_text(settings.calib, offline, strict=False)
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    tokens = np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
+    )
     if len(tokens) < 2:
-        raise InputError("--calib", f"got a text of {len(tokens)} tokens, expected at least 2", "Give a longer text")
+        raise InputError(
+            "--calib",
+            f"got a text of {len(tokens)} tokens, expected at least 2",
+            "Give a longer text",
+        )
     seqlen = min(settings.seqlen, longest, len(tokens))
     windows = windows_from_tokens(tokens, seqlen)
     order = np.random.default_rng(settings.seed).permutation(len(windows))[: settings.nsamples]
     asked, found = (settings.nsamples, settings.seqlen), (len(order), seqlen)
-    note = "" if asked == found else f"Calibrating on {found[0]} windows of {found[1]} tokens; {asked[0]} of {asked[1]} were asked for."
+    note = (
+        ""
+        if asked == found
+        else f"Calibrating on {found[0]} windows of {found[1]} tokens; {asked[0]} of {asked[1]} "
+        f"were asked for."
+    )
     return windows[order], note

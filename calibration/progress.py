@@ -1,4 +1,6 @@
-"""How long work tells where it is: bars on a terminal, one JSON object per line for programs, or nothing."""
+"""How long work tells where it is: bars on a terminal, one JSON object per line for programs, or
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
 
-__all__ = ["JsonProgress", "NullProgress", "PlainProgress", "Progress", "RichProgress", "make_progress"]
+__all__ = [
+    "JsonProgress",
+    "NullProgress",
+    "PlainProgress",
+    "Progress",
+    "RichProgress",
+    "make_progress",
+]
 
 
 class Progress(Protocol):
@@ -60,7 +69,14 @@ class JsonProgress:
 
     def _emit(self, event: str, **fields: Any) -> None:
         seconds = round(time.monotonic() - self._began, 3)
-        line = {"event": event, "stage": self._stage, "done": self._done, "total": self._total, "seconds": seconds, **fields}
+        line = {
+            "event": event,
+            "stage": self._stage,
+            "done": self._done,
+            "total": self._total,
+            "seconds": seconds,
+            **fields,
+        }
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
 
@@ -122,12 +138,26 @@ class RichProgress:
     def start(self, stage: str, total: int) -> None:
         """Show a bar."""
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
 
         self._stage, self._began = stage, time.monotonic()
-        self._bars = Bars(TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                          TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"), console=Console(stderr=True), transient=True)
+        self._bars = Bars(
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
         self._bars.add_task(stage, total=max(total, 1), note="")
         self._bars.start()
 
@@ -156,8 +186,15 @@ class RichProgress:
 
 
 def make_progress(kind: str) -> Progress:
-    """The display for --progress auto|rich|plain|json|none; auto is bars on a terminal, else plain lines."""
+    """The display for --progress auto|rich|plain|json|none; auto is bars on a terminal, else plain
+    lines.
+    """
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() else "plain"
-    kinds: dict[str, type[Progress]] = {"rich": RichProgress, "plain": PlainProgress, "json": JsonProgress, "none": NullProgress}
+    kinds: dict[str, type[Progress]] = {
+        "rich": RichProgress,
+        "plain": PlainProgress,
+        "json": JsonProgress,
+        "none": NullProgress,
+    }
     return kinds[kind]()

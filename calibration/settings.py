@@ -9,7 +9,15 @@ from typing import Any
 
 from plugins.errors import InputError
 
-__all__ = ["EFFORTS", "METHOD_SETTINGS", "AbqSettings", "CalibrationSettings", "NoSettings", "QqqSettings", "calibration_settings"]
+__all__ = [
+    "EFFORTS",
+    "METHOD_SETTINGS",
+    "AbqSettings",
+    "CalibrationSettings",
+    "NoSettings",
+    "QqqSettings",
+    "calibration_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,15 @@ class QqqSettings:
         damp: part of the Hessian's mean diagonal that is added to it.
         act_order: GPTQ takes columns in descending order of their activations.
         clip_steps: clip ratios tried in the search for scales; 1 takes min and max.
-        refits: how often scales are fitted to GPTQ's codes and the codes made again; where that is no better, the first stay.
-        correct: 0 to 1, how far weights make up for what earlier layers and activation codes got wrong.
+        refits: how often scales are fitted to GPTQ's codes and the codes made again; where that is
+            no better, the first stay.
+        correct: 0 to 1, how far weights make up for what earlier layers and activation codes got
+            wrong.
     """
 
-    rotation: str = field(default="hadamard", metadata={"choices": ("hadamard", "orthogonal", "none")})
+    rotation: str = field(
+        default="hadamard", metadata={"choices": ("hadamard", "orthogonal", "none")}
+    )
     smooth: str = field(default="none", metadata={"choices": ("none", "all", "down")})
     gptq: bool = True
     damp: float = 0.01
@@ -44,20 +56,23 @@ class QqqSettings:
 
 @dataclass(frozen=True)
 class AbqSettings(QqqSettings):
-    """ABQ-LLM (arXiv 2408.08554): transforms and clips learned block by block, then the rounding of QqqSettings, then scales.
+    """ABQ-LLM (arXiv 2408.08554): transforms and clips learned block by block, then the rounding of
+    QqqSettings, then scales.
 
     Attributes:
-        epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them out.
+        epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them
+            out.
         transforms: learn equivalent transforms (LET).
         compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
-        tune: passes that train weight scales and norm gains once the codes are final, in blocks with weights of 1 or 2 bits, where
-            it pays; 0 leaves them.
+        tune: passes that train weight scales and norm gains once the codes are final, in blocks
+            with weights of 1 or 2 bits, where it pays; 0 leaves them.
         train_windows: calibration windows that training sees, at most.
         batch: windows per step, over all processes.
         alpha: start of the transforms, SmoothQuant's.
-        transform_rate, clip_rate, compensation_rate, scale_rate, gain_rate: learning rates; 0 keeps a part at its start.
-        loss_error, loss_direction, loss_attention: factors of the squared error, of the distribution correction and of the
-            attention divergence.
+        transform_rate, clip_rate, compensation_rate, scale_rate, gain_rate: learning rates; 0 keeps
+        a part at its start.
+        loss_error, loss_direction, loss_attention: factors of the squared error, of the
+            distribution correction and of the attention divergence.
     """
 
     refits: int = 1
@@ -87,7 +102,8 @@ class CalibrationSettings:
         calib: text file or dataset; None is the text that ships with the project.
         nsamples, seqlen: calibration windows and their tokens.
         seed: of everything random: choice of windows, rotation, order of training.
-        max_memory: bytes that activations may take before they are put on the disk; None is no limit.
+        max_memory: bytes that activations may take before they are put on the disk; None is no
+            limit.
         method: the switches of the method.
     """
 
@@ -101,21 +117,37 @@ class CalibrationSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """What the result depends on, as plain JSON: where activations are kept changes nothing."""
-        return {"effort": self.effort, "calib": self.calib or "default", "nsamples": self.nsamples, "seqlen": self.seqlen,
-                "seed": self.seed, "switches": dataclasses.asdict(self.method)}
+        return {
+            "effort": self.effort,
+            "calib": self.calib or "default",
+            "nsamples": self.nsamples,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+            "switches": dataclasses.asdict(self.method),
+        }
 
 
-METHOD_SETTINGS: Mapping[str, type[NoSettings | QqqSettings | AbqSettings]] = {"qqq": QqqSettings, "abq": AbqSettings}
+METHOD_SETTINGS: Mapping[str, type[NoSettings | QqqSettings | AbqSettings]] = {
+    "qqq": QqqSettings,
+    "abq": AbqSettings,
+}
 _PAPER = {"rotation": "none", "clip_steps": 1, "correct": 0.0}
-EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # effort: {"data" or a method: its values}
+EFFORTS: Mapping[
+    str, Mapping[str, Mapping[str, Any]]
+] = {  # effort: {"data" or a method: its values}
     "fast": {"data": {"nsamples": 16, "seqlen": 512}, "abq": {"tune": 0, "refits": 0}},
     "default": {"data": {"nsamples": 64, "seqlen": 1024}},
-    "paper": {"data": {"nsamples": 128, "seqlen": 2048}, "qqq": _PAPER | {"smooth": "all"},
-              "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128}},
+    "paper": {
+        "data": {"nsamples": 128, "seqlen": 2048},
+        "qqq": _PAPER | {"smooth": "all"},
+        "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128},
+    },
 }
 
 
-def calibration_settings(method: str, effort: str, switches: Iterable[str] = (), **given: Any) -> CalibrationSettings:
+def calibration_settings(
+    method: str, effort: str, switches: Iterable[str] = (), **given: Any
+) -> CalibrationSettings:
     """The settings of a command line.
 
     Args:
@@ -142,18 +174,30 @@ def _parsed(switch: str, kind: type[Any], method: str) -> tuple[str, Any]:
     known = {item.name: item for item in fields(kind)}
     where, listed = f"--set {switch}", ", ".join(known) or "none"
     if name not in known:
-        raise InputError(where, f"got the switch {name!r}, expected one of {method}'s: {listed}", "Write --set NAME=VALUE")
+        raise InputError(
+            where,
+            f"got the switch {name!r}, expected one of {method}'s: {listed}",
+            "Write --set NAME=VALUE",
+        )
     choices = known[name].metadata.get("choices")
     if choices:
         if text in choices:
             return name, text
-        raise InputError(where, f"got {text!r}, expected one of {', '.join(choices)}", "Give one of these")
+        raise InputError(
+            where, f"got {text!r}, expected one of {', '.join(choices)}", "Give one of these"
+        )
     default = getattr(kind(), name)
     try:
         return name, _read(text, type(default))
     except ValueError:
-        expected = {bool: "on or off", int: "a whole number of at least 0", float: "a number of at least 0"}[type(default)]
-        raise InputError(where, f"got {text!r}, expected {expected}", f"The default is {name}={_shown(default)}") from None
+        expected = {
+            bool: "on or off",
+            int: "a whole number of at least 0",
+            float: "a number of at least 0",
+        }[type(default)]
+        raise InputError(
+            where, f"got {text!r}, expected {expected}", f"The default is {name}={_shown(default)}"
+        ) from None
 
 
 _SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}

@@ -1,1 +1,3 @@
-"""Runs what the exporter made: text generation, perplexity, and the commands for NVIDIA's own tools."""
+"""Runs what the exporter made: text generation, perplexity, and the commands for NVIDIA's own
+tools.
+"""

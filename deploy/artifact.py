@@ -1,4 +1,6 @@
-"""Opens an artefact folder for running: checks what is there against the manifest and picks the runtime."""
+"""Opens an artefact folder for running: checks what is there against the manifest and picks the
+runtime.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,36 @@ if TYPE_CHECKING:
 __all__ = ["GENERATE_RUNNERS", "check_artifact", "choose_runner", "open_artifact"]
 
 GENERATE_RUNNERS = ("auto", "onnxruntime", "tensorrt")
-_STAGES = {"torch": "quant", "onnxruntime": "onnx", "tensorrt": "engine"}  # the stage a runner executes
+_STAGES = {
+    "torch": "quant",
+    "onnxruntime": "onnx",
+    "tensorrt": "engine",
+}  # the stage a runner executes
 _SMALL = ("quant.json",)  # files of quant/ that quant.json itself cannot vouch for
 
 
 def _needs(out: Path, stage: str, why: str) -> InputError:
-    return InputError(str(out), f"got no {stage} folder, expected it for {why}",
-                      f"Make it with: python -m exporter MODEL --wbits W --abits A --until {stage} --out {out}")
+    return InputError(
+        str(out),
+        f"got no {stage} folder, expected it for {why}",
+        f"Make it with: python -m exporter MODEL --wbits W --abits A --until {stage} --out {out}",
+    )
 
 
 def check_artifact(out: Path, runner: str) -> None:
-    """Check that OUT holds what `runner` reads, whole and unchanged; quant/ checks its own weights when it is read.
+    """Check that OUT holds what `runner` reads, whole and unchanged; quant/ checks its own weights
+    when it is read.
 
     Raises:
         InputError: OUT or a stage is missing, or a file differs from the manifest.
     """
     if not out.is_dir():
         kind = "a file" if out.exists() else "no such folder"
-        raise InputError(str(out), f"got {kind}, expected an artefact folder",
-                         "Make one with: python -m exporter MODEL --wbits W --abits A --out DIR")
+        raise InputError(
+            str(out),
+            f"got {kind}, expected an artefact folder",
+            "Make one with: python -m exporter MODEL --wbits W --abits A --out DIR",
+        )
     stage = _STAGES[runner]
     for needed in ("quant", stage):
         if not (out / needed).is_dir():
@@ -46,13 +59,18 @@ def check_artifact(out: Path, runner: str) -> None:
     for needed in ("quant", stage):
         if needed not in records:
             raise _needs(out, needed, f"--runner {runner}, listed in {MANIFEST}")
-    verify_files(out / "quant", {name: record for name, record in records["quant"]["files"].items() if name in _SMALL})
+    verify_files(
+        out / "quant",
+        {name: record for name, record in records["quant"]["files"].items() if name in _SMALL},
+    )
     if stage != "quant":
         verify_files(out / stage, records[stage]["files"])
 
 
 def choose_runner(out: Path, runner: str) -> str:
-    """`runner`, or for "auto" tensorrt where there is a GPU and an engine that fits it, else onnxruntime."""
+    """`runner`, or for "auto" tensorrt where there is a GPU and an engine that fits it, else
+    onnxruntime.
+    """
     if runner != "auto":
         return runner
     from exporter.engine.edition import check_engine, gpu_capabilities

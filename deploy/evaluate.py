@@ -13,7 +13,8 @@ __all__ = ["evaluate"]
 
 
 def evaluate(out: Path, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Score a text with the runner of the request; returns what exporter.proof.perplexity.score does.
+    """Score a text with the runner of the request; returns what exporter.proof.perplexity.score
+    does.
 
     Raises:
         InputError: OUT, the text or the numbers are wrong. CheckError: the model computes NaN.

@@ -16,9 +16,18 @@ from plugins.errors import InputError
 if TYPE_CHECKING:
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["GenerateRequest", "TextStream", "generate_text", "generate_tokens", "prompt_tokens", "stop_tokens"]
+__all__ = [
+    "GenerateRequest",
+    "TextStream",
+    "generate_text",
+    "generate_tokens",
+    "prompt_tokens",
+    "stop_tokens",
+]
 
-_CONTEXT_TOKENS = 6  # decoded together with new ones, so that spaces and multi-token characters come out right
+_CONTEXT_TOKENS = (
+    6  # decoded together with new ones, so that spaces and multi-token characters come out right
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class GenerateRequest:
 
     Attributes:
         prompt: the text to continue.
-        max_new_tokens: most tokens to add; generation also ends at the model's end token and at its context.
+        max_new_tokens: most tokens to add; generation also ends at the model's end token and at its
+            context.
         runner: "auto", "onnxruntime" or "tensorrt".
         sampling: how tokens are chosen.
         stream: print tokens as they come rather than all at the end.
@@ -69,10 +79,14 @@ class TextStream:
 
     def _new_text(self) -> str:
         old, new = self._decode(self._tokens[: self._shown]), self._decode(self._tokens)
-        return new[len(old):]
+        return new[len(old) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
@@ -84,10 +98,20 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError("--prompt", "got bytes that are not UTF-8, expected text", "Check the terminal's encoding") from None
-    tokens = [int(token) for token in tokenizer(prompt, verbose=False)["input_ids"]] if prompt else []
+        raise InputError(
+            "--prompt",
+            "got bytes that are not UTF-8, expected text",
+            "Check the terminal's encoding",
+        ) from None
+    tokens = (
+        [int(token) for token in tokenizer(prompt, verbose=False)["input_ids"]] if prompt else []
+    )
     if not tokens:
-        raise InputError("--prompt", "got an empty text, expected at least one word", 'Give some: --prompt "Once upon a time"')
+        raise InputError(
+            "--prompt",
+            "got an empty text, expected at least one word",
+            'Give some: --prompt "Once upon a time"',
+        )
     return tokens
 
 
@@ -97,14 +121,21 @@ def stop_tokens(config: dict[str, Any]) -> frozenset[int]:
     return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
 
 
-def generate_tokens(session: DecoderSession, prompt: Sequence[int], sampler: Sampler, limit: int) -> Iterator[int]:
-    """Up to `limit` new tokens, fewer if the context ends: one prefill, then one decode step per token."""
+def generate_tokens(
+    session: DecoderSession, prompt: Sequence[int], sampler: Sampler, limit: int
+) -> Iterator[int]:
+    """Up to `limit` new tokens, fewer if the context ends: one prefill, then one decode step per
+    token.
+    """
     import numpy as np
 
     limit = min(limit, session.max_context - len(prompt))
     if limit < 1:
-        raise InputError("--prompt", f"got {len(prompt)} tokens, expected fewer than the context of {session.max_context}",
-                         "Give a shorter prompt, or build the engine with a larger --max-seq")
+        raise InputError(
+            "--prompt",
+            f"got {len(prompt)} tokens, expected fewer than the context of {session.max_context}",
+            "Give a shorter prompt, or build the engine with a larger --max-seq",
+        )
     logits = session.run(np.array([prompt], np.int64), reset=True, last_only=True)
     for count in range(1, limit + 1):
         token = sampler.choose(logits[0, -1])
@@ -114,7 +145,8 @@ def generate_tokens(session: DecoderSession, prompt: Sequence[int], sampler: Sam
 
 
 def generate_text(out: Path, request: GenerateRequest) -> int:
-    """Print the prompt and its continuation on stdout, the speed on stderr; returns the number of new tokens.
+    """Print the prompt and its continuation on stdout, the speed on stderr; returns the number of
+    new tokens.
 
     Raises:
         InputError: OUT, the prompt or the runner is wrong. CheckError: the model computes NaN.

@@ -29,8 +29,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.top_k and not self.temperature:
-            raise InputError("--top-k", f"got {self.top_k} with temperature 0, expected none: 0 always takes the best token",
-                             "Add --temperature 0.8, or leave --top-k out")
+            raise InputError(
+                "--top-k",
+                f"got {self.top_k} with temperature 0, expected none: 0 always takes the best token",
+                "Add --temperature 0.8, or leave --top-k out",
+            )
 
 
 class Sampler:
@@ -54,8 +57,12 @@ class Sampler:
         import numpy as np
 
         if np.isnan(logits).any():
-            raise CheckError("logits", f"got {int(np.isnan(logits).sum())} NaN of {logits.size}, expected finite numbers",
-                             "An activation overflowed: look at the report's first bad layer, or export with --dtype bfloat16")
+            raise CheckError(
+                "logits",
+                f"got {int(np.isnan(logits).sum())} NaN of {logits.size}, expected finite numbers",
+                "An activation overflowed: look at the report's first bad layer, or export with "
+                "--dtype bfloat16",
+            )
         if not self._sampling.temperature:
             return int(logits.argmax())
         order = np.argsort(-logits, kind="stable")[: self._sampling.top_k or None]

@@ -1,4 +1,6 @@
-"""Writes the commands of NVIDIA's trtexec for an artefact: build from the ONNX file, time prefill, time decode."""
+"""Writes the commands of NVIDIA's trtexec for an artefact: build from the ONNX file, time prefill,
+time decode.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ _BREAK = " \\\n    "
 
 
 def _shapes(inputs: Mapping[str, Mapping[str, Sequence[int]]], which: str) -> str:
-    return ",".join(f"{name}:{'x'.join(str(size) for size in shape[which])}" for name, shape in inputs.items())
+    return ",".join(
+        f"{name}:{'x'.join(str(size) for size in shape[which])}" for name, shape in inputs.items()
+    )
 
 
 def _plugins(engine: Path, record: Mapping[str, Any]) -> str:
-    # --staticPlugins only opens a library and waits for creators that register themselves; ours hands its out through
-    # getCreators, which is what --dynamicPlugins asks for.
+    # --staticPlugins only opens a library and waits for creators that register themselves; ours
+    # hands its out through getCreators, which is what --dynamicPlugins asks for.
     return f"--dynamicPlugins={engine / record['plugin_library']['name']}"
 
 
@@ -31,15 +35,27 @@ def _join(words: Sequence[str]) -> str:
 
 
 def build_command(out: Path, record: Mapping[str, Any]) -> str:
-    """The command that builds OUT/engine/trtexec.engine with the same profiles, as the data-centre edition must on its GPU."""
+    """The command that builds OUT/engine/trtexec.engine with the same profiles, as the data-centre
+    edition must on its GPU.
+    """
     engine = out / "engine"
-    words = [_TOOLS[record["edition"]], f"--onnx={out / 'onnx' / 'model.onnx'}", f"--saveEngine={engine / 'trtexec.engine'}",
-             _plugins(engine, record), "--skipInference"]
+    words = [
+        _TOOLS[record["edition"]],
+        f"--onnx={out / 'onnx' / 'model.onnx'}",
+        f"--saveEngine={engine / 'trtexec.engine'}",
+        _plugins(engine, record),
+        "--skipInference",
+    ]
     if record["edition"] == "tensorrt":
-        words.append("--stronglyTyped")  # a no-op from TensorRT 11 on; TensorRT-RTX knows nothing else
+        words.append(
+            "--stronglyTyped"
+        )  # a no-op from TensorRT 11 on; TensorRT-RTX knows nothing else
     for index, profile in enumerate(record["profiles"]):
         words.append(f"--profile={index}")
-        words += [f"--{which}Shapes={_shapes(profile['inputs'], which)}" for which in ("min", "opt", "max")]
+        words += [
+            f"--{which}Shapes={_shapes(profile['inputs'], which)}"
+            for which in ("min", "opt", "max")
+        ]
     if record.get("decomposable_attention"):
         layers = sum(name.endswith(".key") for name in record["profiles"][0]["inputs"])
         names = [f"model.layers.{index}.self_attn.context_heads" for index in range(layers)]
@@ -50,8 +66,13 @@ def build_command(out: Path, record: Mapping[str, Any]) -> str:
 def time_command(out: Path, record: Mapping[str, Any], index: int) -> str:
     """The command that times the built engine at the likely shapes of one profile, on random input."""
     engine = out / "engine"
-    words = [_TOOLS[record["edition"]], f"--loadEngine={engine / 'model.engine'}", _plugins(engine, record),
-             f"--useProfile={index}", f"--shapes={_shapes(record['profiles'][index]['inputs'], 'opt')}"]
+    words = [
+        _TOOLS[record["edition"]],
+        f"--loadEngine={engine / 'model.engine'}",
+        _plugins(engine, record),
+        f"--useProfile={index}",
+        f"--shapes={_shapes(record['profiles'][index]['inputs'], 'opt')}",
+    ]
     return _join(words)
 
 
@@ -63,16 +84,26 @@ def script(out: Path) -> str:
     """
     path = out / "engine" / "engine.json"
     if not path.is_file():
-        raise InputError(str(path), "got no such file, expected the record of a built engine",
-                         f"Build one with: python -m exporter MODEL --wbits W --abits A --until engine --out {out}")
+        raise InputError(
+            str(path),
+            "got no such file, expected the record of a built engine",
+            f"Build one with: python -m exporter MODEL --wbits W --abits A --until engine --out {out}",
+        )
     record = read_json(path)
     try:
         nodes = sum(record["custom_nodes"].values())
-        parts = [f"# {record['edition']} {record['version']}, {nodes} plugin layers. Times are on random input.",
-                 "# Build the same engine from the ONNX file:", build_command(out, record)]
+        parts = [
+            f"# {record['edition']} {record['version']}, {nodes} plugin layers. Times are on "
+            f"random input.",
+            "# Build the same engine from the ONNX file:",
+            build_command(out, record),
+        ]
         for index, profile in enumerate(record["profiles"]):
             parts += [f"# Time {profile['name']}:", time_command(out, record, index)]
     except (KeyError, TypeError, AttributeError, IndexError):
-        raise InputError(str(path), "got a record without profiles or plugin library, expected a whole engine.json",
-                         "It is damaged: build the engine again") from None
+        raise InputError(
+            str(path),
+            "got a record without profiles or plugin library, expected a whole engine.json",
+            "It is damaged: build the engine again",
+        ) from None
     return "\n".join(parts)

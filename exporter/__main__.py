@@ -1,4 +1,6 @@
-"""python -m exporter MODEL --wbits W --abits A: quantise, export, build an engine, prove it, report."""
+"""python -m exporter MODEL --wbits W --abits A: quantise, export, build an engine, prove it,
+report.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,47 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m exporter", description=__doc__)
     add_quant_arguments(parser)
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--engine", choices=["auto", "tensorrt", "tensorrt-rtx", "none"], default="auto",
-                        help="auto: tensorrt where it imports and a GPU is there, else tensorrt-rtx (default: auto)")
-    engine.add_argument("--max-batch", type=whole_number(1), default=1, metavar="B", help="largest batch of the profiles (default: 1)")
-    engine.add_argument("--max-seq", type=whole_number(1), default=2048, metavar="S",
-                        help="largest context of the profiles (default: 2048)")
+    engine.add_argument(
+        "--engine",
+        choices=["auto", "tensorrt", "tensorrt-rtx", "none"],
+        default="auto",
+        help="auto: tensorrt where it imports and a GPU is there, else tensorrt-rtx (default: auto)",
+    )
+    engine.add_argument(
+        "--max-batch",
+        type=whole_number(1),
+        default=1,
+        metavar="B",
+        help="largest batch of the profiles (default: 1)",
+    )
+    engine.add_argument(
+        "--max-seq",
+        type=whole_number(1),
+        default=2048,
+        metavar="S",
+        help="largest context of the profiles (default: 2048)",
+    )
     proof = parser.add_argument_group("report")
-    proof.add_argument("--eval", type=Path, metavar="FILE", help="also score this text: the report then shows the perplexity")
-    proof.add_argument("--eval-windows", type=whole_number(1), default=5, metavar="K",
-                       help="at most how many windows of 2048 tokens, from the beginning (default: 5)")
+    proof.add_argument(
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="also score this text: the report then shows the perplexity",
+    )
+    proof.add_argument(
+        "--eval-windows",
+        type=whole_number(1),
+        default=5,
+        metavar="K",
+        help="at most how many windows of 2048 tokens, from the beginning (default: 5)",
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--until", choices=STAGES, default="report", help="last stage to run (default: report)")
-    run.add_argument("--resume", action="store_true", help="keep finished stages whose inputs did not change")
+    run.add_argument(
+        "--until", choices=STAGES, default="report", help="last stage to run (default: report)"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="keep finished stages whose inputs did not change"
+    )
     return parser
 
 
@@ -47,24 +78,47 @@ def print_summary(out: Path, manifest: dict[str, object]) -> None:
     assert isinstance(stages, dict)
     for name, record in stages.items():
         size = sum(item["bytes"] for item in record["files"].values()) / 1e6
-        table.add_row(name, f"{record['seconds']:.1f}", f"{record['peak_rss'] / 1e6:.0f}", f"{size:.1f}",
-                      str(record.get("facts", {}).get("summary", "")))
+        table.add_row(
+            name,
+            f"{record['seconds']:.1f}",
+            f"{record['peak_rss'] / 1e6:.0f}",
+            f"{size:.1f}",
+            str(record.get("facts", {}).get("summary", "")),
+        )
     Console().print(table)
 
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torchrun", f"got {os.environ['WORLD_SIZE']} processes, expected one: only calibration is shared among several",
-                         "Run python -m exporter alone, or torchrun -m calibration")
+        raise InputError(
+            "torchrun",
+            f"got {os.environ['WORLD_SIZE']} processes, expected one: only calibration is "
+            f"shared among several",
+            "Run python -m exporter alone, or torchrun -m calibration",
+        )
     from calibration.progress import make_progress
 
     schemes = schemes_from_args(args)
     out = default_out(args, schemes.base)
     progress = make_progress(args.progress)
-    request = ExportRequest(args.model, schemes, out, settings_from_args(args, schemes.base), args.engine, args.max_batch,
-                            args.max_seq, args.until, args.resume, args.offline, args.eval, args.eval_windows,
-                            ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)), args.format, args.budget)
+    request = ExportRequest(
+        args.model,
+        schemes,
+        out,
+        settings_from_args(args, schemes.base),
+        args.engine,
+        args.max_batch,
+        args.max_seq,
+        args.until,
+        args.resume,
+        args.offline,
+        args.eval,
+        args.eval_windows,
+        ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)),
+        args.format,
+        args.budget,
+    )
     manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)
@@ -72,8 +126,13 @@ def _main(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 input, 3 a check failed, 1 anything else, 130 interrupted."""
-    return run_cli(lambda: _main(argv), "Interrupted; finished stages are kept. Run the same command with --resume to go on.")
+    """Entry point; returns the exit code: 0 done, 2 input, 3 a check failed, 1 anything else, 130
+    interrupted.
+    """
+    return run_cli(
+        lambda: _main(argv),
+        "Interrupted; finished stages are kept. Run the same command with --resume to go on.",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The stages from a model to a proven engine: their folders, their fingerprints, the manifest, and resume."""
+"""The stages from a model to a proven engine: their folders, their fingerprints, the manifest, and
+resume.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,48 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.files import StageWriter, file_records, locked, sha256_file, verify_files, write_json
-from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
+from calibration.out.files import (
+    StageWriter,
+    file_records,
+    locked,
+    sha256_file,
+    verify_files,
+    write_json,
+)
+from calibration.out.fingerprint import (
+    code_digest,
+    digest,
+    file_stamps,
+    package_versions,
+    text_digest,
+)
+from calibration.out.manifest import (
+    MANIFEST,
+    STAGES,
+    installed_versions,
+    open_manifest,
+    peak_rss,
+    reset_peak_rss,
+)
 from calibration.progress import Progress
 from calibration.settings import CalibrationSettings
-from calibration.out.manifest import MANIFEST, STAGES, installed_versions, open_manifest, peak_rss, reset_peak_rss
 from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from calibration.quant.bits import SchemeMap
     from calibration.budget.choice import Budget
+    from calibration.quant.bits import SchemeMap
     from exporter.engine.edition import Edition
     from exporter.proof.perplexity import EvalRequest
     from exporter.proof.validate import ValidationResult
 
 __all__ = ["STAGES", "ExportRequest", "run_pipeline"]
 
-_RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # what the report's numbers depend on
+_RUNTIMES = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "polygraphy",
+)  # what the report's numbers depend on
 
 
 @dataclass(frozen=True)
@@ -46,7 +73,8 @@ class ExportRequest:
         eval_windows: at most how many windows of it are scored, from the beginning.
         command: the command line, for the manifest and the report.
         format: one of calibration.formats, in which the quant folder is written too.
-        budget: average weight bits within which each node's are picked by its sensitivity; None leaves the schemes.
+        budget: average weight bits within which each node's are picked by its sensitivity; None
+            leaves the schemes.
     """
 
     model: str
@@ -66,8 +94,15 @@ class ExportRequest:
     budget: float | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What makes an OUT folder belong to this request: another model or setting needs another folder."""
-        return {"model": self.model, "scheme": self.schemes.as_dict(), "budget": self.budget, **self.settings.as_dict()}
+        """What makes an OUT folder belong to this request: another model or setting needs another
+        folder.
+        """
+        return {
+            "model": self.model,
+            "scheme": self.schemes.as_dict(),
+            "budget": self.budget,
+            **self.settings.as_dict(),
+        }
 
 
 class Pipeline:
@@ -92,13 +127,26 @@ class Pipeline:
         self.manifest = open_manifest(request.out, request.identity())
         text = request.eval_text
         if text is not None and not text.is_file():
-            raise InputError("--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path")
+            raise InputError(
+                "--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path"
+            )
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
-        self.budget = None if request.budget is None else Budget(
-            request.budget, request.schemes.base, request.settings, request.format, request.offline, request.out / CACHE, request.resume)
+        self.budget = (
+            None
+            if request.budget is None
+            else Budget(
+                request.budget,
+                request.schemes.base,
+                request.settings,
+                request.format,
+                request.offline,
+                request.out / CACHE,
+                request.resume,
+            )
+        )
         if self.budget is not None:
             bits_within(self.checkpoint, self.budget)
         self._check_memory()
@@ -114,17 +162,28 @@ class Pipeline:
         from exporter.proof.memory import check_memory
 
         if self.request.until == "report":
-            check_memory(self.checkpoint.parameter_count, self.schemes.weights(self.checkpoint.family, self.checkpoint.dims))
+            check_memory(
+                self.checkpoint.parameter_count,
+                self.schemes.weights(self.checkpoint.family, self.checkpoint.dims),
+            )
 
     def run(self) -> dict[str, Any]:
         """Run every stage up to request.until; returns the manifest.
 
         Raises:
-            InputError: bad input. CheckError: plugin layers are missing, or a layer is out of tolerance.
+            InputError: bad input. CheckError: plugin layers are missing, or a layer is out of
+                tolerance.
         """
-        steps = {"quant": self._quant, "onnx": self._onnx, "engine": self._engine, "report": self._report}
+        steps = {
+            "quant": self._quant,
+            "onnx": self._onnx,
+            "engine": self._engine,
+            "report": self._report,
+        }
         with locked(self.request.out):
-            self.manifest = open_manifest(self.request.out, self.request.identity())  # now that nobody else writes it
+            self.manifest = open_manifest(
+                self.request.out, self.request.identity()
+            )  # now that nobody else writes it
             if not self.manifest["stages"]:
                 self._save()
             if self.budget is not None:
@@ -143,18 +202,30 @@ class Pipeline:
         self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}
         write_json(self.request.out / MANIFEST, self.manifest)
 
-    def stage(self, name: str, inputs: Any, work: Callable[[StageWriter], dict[str, Any] | None], needed_bytes: int = 0) -> None:
+    def stage(
+        self,
+        name: str,
+        inputs: Any,
+        work: Callable[[StageWriter], dict[str, Any] | None],
+        needed_bytes: int = 0,
+    ) -> None:
         """Run one stage, or keep its finished result when resuming.
 
         Args:
             name: one of STAGES.
             inputs: whatever the result depends on besides the stage before.
-            work: writes the stage's files into the writer's path; what it returns goes into the manifest.
+            work: writes the stage's files into the writer's path; what it returns goes into the
+                manifest.
             needed_bytes: estimate of what it writes.
         """
         self.fingerprint = digest(self.fingerprint, name, inputs)
         record = self.manifest["stages"].get(name)
-        if self.request.resume and record and record["fingerprint"] == self.fingerprint and self._whole(name, record):
+        if (
+            self.request.resume
+            and record
+            and record["fingerprint"] == self.fingerprint
+            and self._whole(name, record)
+        ):
             self.progress.message(f"{name}: kept, nothing changed")
             return
         reset_peak_rss()
@@ -164,14 +235,23 @@ class Pipeline:
             files = file_records(writer.path)
             writer.sync()
             self._forget_after(name)
-        record = {"fingerprint": self.fingerprint, "seconds": round(time.monotonic() - began, 2), "peak_rss": peak_rss(), "files": files}
+        record = {
+            "fingerprint": self.fingerprint,
+            "seconds": round(time.monotonic() - began, 2),
+            "peak_rss": peak_rss(),
+            "files": files,
+        }
         self.manifest["stages"][name] = record | ({"facts": facts} if facts else {})
         self._save()
 
     def _forget_after(self, name: str) -> None:
-        """Later stages were made from an earlier result of this one: away with their records, then with their folders."""
+        """Later stages were made from an earlier result of this one: away with their records, then
+        with their folders.
+        """
         later = STAGES[STAGES.index(name) + 1 :]
-        self.manifest["stages"] = {key: record for key, record in self.manifest["stages"].items() if key not in later}
+        self.manifest["stages"] = {
+            key: record for key, record in self.manifest["stages"].items() if key not in later
+        }
         self._save()
         for stage in later:
             shutil.rmtree(self.request.out / stage, ignore_errors=True)
@@ -192,17 +272,35 @@ class Pipeline:
 
         request, schemes, checkpoint = self.request, self.schemes, self.checkpoint
         del self.checkpoint  # its mapped pages must not count in later stages' memory
-        options = QuantizeOptions(request.offline, request.settings, request.out / WORK, request.resume, format=request.format)
-        inputs = [checkpoint.fingerprint, file_stamps(checkpoint.input_files()), request.identity(), schemes.as_dict(),
-                  text_digest(request.settings.calib), request.format,
-                  code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")]
-        self.stage("quant", inputs, lambda writer: quantize_model(checkpoint, schemes, options, writer.path, self.progress),
-                   needed_bytes=quant_bytes(checkpoint, schemes, request.format))
+        options = QuantizeOptions(
+            request.offline,
+            request.settings,
+            request.out / WORK,
+            request.resume,
+            format=request.format,
+        )
+        inputs = [
+            checkpoint.fingerprint,
+            file_stamps(checkpoint.input_files()),
+            request.identity(),
+            schemes.as_dict(),
+            text_digest(request.settings.calib),
+            request.format,
+            code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py"),
+        ]
+        self.stage(
+            "quant",
+            inputs,
+            lambda writer: quantize_model(checkpoint, schemes, options, writer.path, self.progress),
+            needed_bytes=quant_bytes(checkpoint, schemes, request.format),
+        )
         if request.eval_text is not None and "report" in self.wanted:
             self.eval = self._eval_request(request.eval_text)
 
     def _eval_request(self, text: Path) -> EvalRequest:
-        """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer stages."""
+        """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer
+        stages.
+        """
         from calibration.quant.folder import read_quant
         from exporter.proof.perplexity import EvalRequest, whole_windows
 
@@ -215,57 +313,103 @@ class Pipeline:
         from exporter.graph.decoder import export_onnx
 
         folder = self.request.out / "quant"
-        inputs = code_digest("exporter/graph/decoder.py", "exporter/graph/nodes.py", "exporter/graph/weights.py", "plugins/**/*.py")
-        self.stage("onnx", inputs, lambda writer: export_onnx(read_quant(folder), writer.path, self.progress),
-                   needed_bytes=self._bytes("quant"))
+        inputs = code_digest(
+            "exporter/graph/decoder.py",
+            "exporter/graph/nodes.py",
+            "exporter/graph/weights.py",
+            "plugins/**/*.py",
+        )
+        self.stage(
+            "onnx",
+            inputs,
+            lambda writer: export_onnx(read_quant(folder), writer.path, self.progress),
+            needed_bytes=self._bytes("quant"),
+        )
 
     def _engine(self) -> None:
         if self.edition is None:
             self.progress.message("engine: skipped, because of --engine none")
             return
-        from exporter.engine.edition import gpu_capabilities
         from exporter.engine.build import EngineOptions, build_engine
+        from exporter.engine.edition import gpu_capabilities
         from exporter.graph.decoder import MODEL_FILE
         from plugins.tools.build import build_library
 
         request = self.request
-        options = EngineOptions(edition=self.edition.name, max_batch=request.max_batch, max_seq=request.max_seq)
+        options = EngineOptions(
+            edition=self.edition.name, max_batch=request.max_batch, max_seq=request.max_seq
+        )
         library = build_library()
 
         def work(writer: StageWriter) -> dict[str, Any]:
-            record = build_engine(request.out / "onnx" / MODEL_FILE, library, writer.path, options, self.progress)
+            record = build_engine(
+                request.out / "onnx" / MODEL_FILE, library, writer.path, options, self.progress
+            )
             plugins = record["layers"]["PLUGIN_V3"]
-            return {"summary": f"{plugins} plugin layers, {record['edition']} {record['version']}", "plugin_layers": plugins}
+            return {
+                "summary": f"{plugins} plugin layers, {record['edition']} {record['version']}",
+                "plugin_layers": plugins,
+            }
 
-        gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []  # the other edition's engines do not depend on them
-        inputs = [asdict(options), str(self.edition), gpus, sha256_file(library), code_digest("exporter/engine/build.py", "exporter/engine/edition.py")]
+        gpus = (
+            gpu_capabilities() if self.edition.name == "tensorrt" else []
+        )  # the other edition's engines do not depend on them
+        inputs = [
+            asdict(options),
+            str(self.edition),
+            gpus,
+            sha256_file(library),
+            code_digest("exporter/engine/build.py", "exporter/engine/edition.py"),
+        ]
         self.stage("engine", inputs, work, needed_bytes=2 * self._bytes("onnx"))
 
     def _report(self) -> None:
         from exporter.engine.edition import gpu_capabilities
-        from exporter.report.report import report_data, write_report
         from exporter.proof.validate import ValidateOptions, validate
+        from exporter.report.report import report_data, write_report
 
         request = self.request
 
         def work(writer: StageWriter) -> dict[str, Any]:
-            options = ValidateOptions(calib=request.settings.calib, offline=request.offline, model=request.model)
+            options = ValidateOptions(
+                calib=request.settings.calib, offline=request.offline, model=request.model
+            )
             result, perplexity = self._perplexity(validate(request.out, options, self.progress))
-            write_report(writer.path, report_data(request.out, self.manifest | {"perplexity": perplexity}, result))
+            write_report(
+                writer.path,
+                report_data(request.out, self.manifest | {"perplexity": perplexity}, result),
+            )
             summary = "every layer within tolerance" if result.ok else "a check failed"
             if perplexity:
                 summary += f", perplexity {perplexity['ppl']:.2f}"
             return {"first_failure": result.first_failure, "summary": summary}
 
         scored = [sha256_file(self.eval.text), self.eval.first] if self.eval else []
-        self.stage("report", [scored, text_digest(request.settings.calib), code_digest("exporter/**/*.py"), package_versions(_RUNTIMES),
-                              gpu_capabilities()], work)
+        self.stage(
+            "report",
+            [
+                scored,
+                text_digest(request.settings.calib),
+                code_digest("exporter/**/*.py"),
+                package_versions(_RUNTIMES),
+                gpu_capabilities(),
+            ],
+            work,
+        )
         failure = self.manifest["stages"]["report"].get("facts", {}).get("first_failure")
         if failure:
-            raise CheckError(f"validation of {request.out}", str(failure), f"See {request.out / 'report' / 'index.html'}")
+            raise CheckError(
+                f"validation of {request.out}",
+                str(failure),
+                f"See {request.out / 'report' / 'index.html'}",
+            )
 
-    def _perplexity(self, result: ValidationResult) -> tuple[ValidationResult, dict[str, Any] | None]:
-        """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the result's first failure."""
+    def _perplexity(
+        self, result: ValidationResult
+    ) -> tuple[ValidationResult, dict[str, Any] | None]:
+        """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the
+        result's first failure.
+        """
         from calibration.quant.folder import read_quant
         from exporter.proof.perplexity import score
         from exporter.run.sessions import open_session
@@ -273,12 +417,27 @@ class Pipeline:
         if self.eval is None:
             return result, None
         if not result.ok:
-            return replace(result, notes=(*result.notes, "The perplexity was not scored, because a layer is out of tolerance.")), None
+            return replace(
+                result,
+                notes=(
+                    *result.notes,
+                    "The perplexity was not scored, because a layer is out of tolerance.",
+                ),
+            ), None
         try:
             with open_session(self.eval.runner, self.request.out) as session:
-                return result, score(session, read_quant(self.request.out / "quant", verify=False), self.eval, self.progress)
+                return result, score(
+                    session,
+                    read_quant(self.request.out / "quant", verify=False),
+                    self.eval,
+                    self.progress,
+                )
         except CheckError as error:
-            return replace(result, first_failure=f"perplexity of {self.eval.text.name}, {error.where}: {error.problem}"), None
+            return replace(
+                result,
+                first_failure=f"perplexity of {self.eval.text.name}, {error.where}: "
+                f"{error.problem}",
+            ), None
 
 
 def run_pipeline(request: ExportRequest, progress: Progress) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The custom ops, one folder each; the folder's op.py defines SPEC and the registry finds it by op name."""
+"""The custom ops, one folder each; the folder's op.py defines SPEC and the registry finds it by op
+name.
+"""
 
 from __future__ import annotations
 
@@ -34,5 +36,9 @@ def op_spec(name: str) -> OpSpec:
         InputError: no such op.
     """
     if name not in _registry():
-        raise InputError(f"custom op {name!r}", f"unknown, expected one of {', '.join(op_names())}", "Check the spelling")
+        raise InputError(
+            f"custom op {name!r}",
+            f"unknown, expected one of {', '.join(op_names())}",
+            "Check the spelling",
+        )
     return _registry()[name]

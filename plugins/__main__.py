@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from plugins.tools.build import build_library, build_selftest, build_sim
 from plugins.cli import run_cli, whole_number
 from plugins.errors import EXIT_CHECK
+from plugins.tools.build import build_library, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
 
 __all__ = ["main"]
@@ -17,15 +17,28 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m plugins", description="Compile and inspect the custom ops.")
+    parser = argparse.ArgumentParser(
+        prog="python -m plugins", description="Compile and inspect the custom ops."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="the TensorRT plugin library, with nvcc")
-    build.add_argument("--arch", default="all", help='"all" or compute capabilities such as "80;90" (default: all)')
+    build.add_argument(
+        "--arch", default="all", help='"all" or compute capabilities such as "80;90" (default: all)'
+    )
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
-    sass = commands.add_parser("sass", help="table and check of the machine code: tensor cores, 16-byte copies, no local memory")
-    sass.add_argument("library", nargs="?", type=Path, help="default: the plugin library, built if it is not")
-    selftest = commands.add_parser("selftest", help="check every kernel against a plain CPU computation")
-    selftest.add_argument("--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU")
+    sass = commands.add_parser(
+        "sass",
+        help="table and check of the machine code: tensor cores, 16-byte copies, no local memory",
+    )
+    sass.add_argument(
+        "library", nargs="?", type=Path, help="default: the plugin library, built if it is not"
+    )
+    selftest = commands.add_parser(
+        "selftest", help="check every kernel against a plain CPU computation"
+    )
+    selftest.add_argument(
+        "--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU"
+    )
     selftest.add_argument("--quick", action="store_true", help="fewer shapes")
     selftest.add_argument("--list", action="store_true", help="only list what would be checked")
     selftest.add_argument("--op", choices=["ABQGemm", "QQQGemm"])
@@ -57,7 +70,10 @@ def _inspect(library: Path) -> int:
     kernels = inspect(library)
     print(table(kernels))
     found, size = failures(kernels, library.stat().st_size), library.stat().st_size / 1e6
-    print(f"\n{len(kernels)} kernels, {size:.1f} MB: " + (f"{len(found)} failures" if found else "all checks passed"))
+    print(
+        f"\n{len(kernels)} kernels, {size:.1f} MB: "
+        + (f"{len(found)} failures" if found else "all checks passed")
+    )
     print("\n".join(found))
     return EXIT_CHECK if found else 0
 

@@ -1,4 +1,6 @@
-"""What every command line does around its work: exit codes, one message without a traceback, checked numbers."""
+"""What every command line does around its work: exit codes, one message without a traceback,
+checked numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ __all__ = ["number", "run_cli", "whole_number"]
 
 
 def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
-    """Run `main` and turn what it raises into an exit code: 2 bad input, 3 a failed check, 130 Ctrl-C, 1 anything else.
+    """Run `main` and turn what it raises into an exit code: 2 bad input, 3 a failed check, 130
+    Ctrl-C, 1 anything else.
 
-    An error that is not a UserError is a bug and passes through with its traceback (Python then exits with 1).
+    An error that is not a UserError is a bug and passes through with its traceback (Python then
+    exits with 1).
     """
-    # torch's OpenMP threads spin while they wait; on a machine that does anything else that makes them up to ten times slower.
+    # torch's OpenMP threads spin while they wait; on a machine that does anything else that makes
+    # them up to ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main()
@@ -49,7 +54,9 @@ def whole_number(least: int) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}") from None
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected a whole number of at least {least}"
+            ) from None
         if value < least:
             raise argparse.ArgumentTypeError(f"got {value}, expected at least {least}")
         return value
@@ -64,9 +71,13 @@ def number(least: float) -> Callable[[str], float]:
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least {least:g}") from None
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected a number of at least {least:g}"
+            ) from None
         if not math.isfinite(value) or value < least:
-            raise argparse.ArgumentTypeError(f"got {text}, expected a finite number of at least {least:g}")
+            raise argparse.ArgumentTypeError(
+                f"got {text}, expected a finite number of at least {least:g}"
+            )
         return value
 
     return parse

@@ -1,8 +1,18 @@
-"""The one error users see: where it happened, what was got against what was expected, and what to do."""
+"""The one error users see: where it happened, what was got against what was expected, and what to
+do.
+"""
 
 from __future__ import annotations
 
-__all__ = ["CheckError", "EXIT_CHECK", "EXIT_INPUT", "EXIT_INTERRUPT", "EXIT_OTHER", "InputError", "UserError"]
+__all__ = [
+    "CheckError",
+    "EXIT_CHECK",
+    "EXIT_INPUT",
+    "EXIT_INTERRUPT",
+    "EXIT_OTHER",
+    "InputError",
+    "UserError",
+]
 
 EXIT_OTHER = 1
 EXIT_INPUT = 2

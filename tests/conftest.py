@@ -16,15 +16,26 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 TINY_CONFIG: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 512, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
 }
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a byte-level BPE tokenizer of at most 512 tokens, trained on the default calibration text."""
+    """A folder with a byte-level BPE tokenizer of at most 512 tokens, trained on the default
+    calibration text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,34 +44,50 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=TINY_CONFIG["vocab_size"], special_tokens=["<|end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_CONFIG["vocab_size"],
+        special_tokens=["<|end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([default_text()], trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>",
-                            pad_token="<|end|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
-    """make(name="", dtype="float32", shard_size="5GB", architecture="Llama", **config) -> Hugging Face folder.
+def tiny_llama(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path
+) -> Callable[..., Path]:
+    """make(name="", dtype="float32", shard_size="5GB", architecture="Llama", **config) -> Hugging
+    Face folder.
 
     Folders are cached by their arguments: a test that changes one must copy it first.
     """
     cache: dict[str, Path] = {}
 
-    def make(dtype: str = "float32", shard_size: str = "5GB", architecture: str = "Llama", **changes: Any) -> Path:
+    def make(
+        dtype: str = "float32", shard_size: str = "5GB", architecture: str = "Llama", **changes: Any
+    ) -> Path:
         key = repr((dtype, shard_size, architecture, sorted(changes.items())))
         if key not in cache:
-            cache[key] = _make_model(tmp_path_factory.mktemp("model"), tiny_tokenizer, (dtype, shard_size, architecture),
-                                     changes)
+            cache[key] = _make_model(
+                tmp_path_factory.mktemp("model"),
+                tiny_tokenizer,
+                (dtype, shard_size, architecture),
+                changes,
+            )
         return cache[key]
 
     return make
 
 
-def _make_model(folder: Path, tokenizer: Path, kind: tuple[str, str, str], changes: dict[str, Any]) -> Path:
+def _make_model(
+    folder: Path, tokenizer: Path, kind: tuple[str, str, str], changes: dict[str, Any]
+) -> Path:
     import shutil
 
     import torch
@@ -72,7 +99,9 @@ def _make_model(folder: Path, tokenizer: Path, kind: tuple[str, str, str], chang
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms away from 1 and biases away from 0, so that a dropped one shows
+            if (
+                parameter.ndim == 1
+            ):  # norms away from 1 and biases away from 0, so that a dropped one shows
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif "layers" in name:
                 parameter.mul_(5.0)
@@ -84,12 +113,19 @@ def _make_model(folder: Path, tokenizer: Path, kind: tuple[str, str, str], chang
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tiny_llama: Callable[..., Path]) -> Path:
-    """A tiny LLaMA with grouped-query attention and tied embeddings, as a Hugging Face folder. Do not change it."""
+    """A tiny LLaMA with grouped-query attention and tied embeddings, as a Hugging Face folder. Do
+    not change it.
+    """
     return tiny_llama()
 
 
-# Four schemes in one tiny model, over a base of QQQGemm W4A8, which layer 0's attention and layer 1's gate and up keep.
-MIXED_RULES = ("down_proj w8a8", "layers.0.mlp.gate_up_proj w2ba8-g16", "layers.1.self_attn.* w4a16")
+# Four schemes in one tiny model, over a base of QQQGemm W4A8, which layer 0's attention and layer
+# 1's gate and up keep.
+MIXED_RULES = (
+    "down_proj w8a8",
+    "layers.0.mlp.gate_up_proj w2ba8-g16",
+    "layers.1.self_attn.* w4a16",
+)
 
 
 @pytest.fixture(scope="session")
@@ -99,26 +135,40 @@ def mixed() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_quant(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), **scheme fields) -> OUT with a quant folder of the tiny model.
+def tiny_quant(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), **scheme fields) -> OUT with a quant
+    folder of the tiny model.
 
     Do not change it.
     """
+    from calibration.checkpoints.checkpoint import open_checkpoint
     from calibration.out.files import StageWriter
     from calibration.quant.bits import Rule, SchemeMap
-    from calibration.checkpoints.checkpoint import open_checkpoint
     from calibration.quant.quantize import STAGE, QuantizeOptions, quantize_model
     from calibration.quant.scheme import QuantScheme
 
     cache: dict[SchemeMap, Path] = {}
 
-    def make(wbits: int = 4, abits: int = 8, op: str = "ABQGemm", rules: tuple[str, ...] = (), **fields: Any) -> Path:
+    def make(
+        wbits: int = 4,
+        abits: int = 8,
+        op: str = "ABQGemm",
+        rules: tuple[str, ...] = (),
+        **fields: Any,
+    ) -> Path:
         base = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
         schemes = SchemeMap(base, tuple(Rule(*rule.split()) for rule in rules))
         if schemes not in cache:
             out = tmp_path_factory.mktemp("out")
             with StageWriter(out, STAGE) as writer:
-                quantize_model(open_checkpoint(str(tiny_model_dir), offline=True), schemes, QuantizeOptions(), writer.path)
+                quantize_model(
+                    open_checkpoint(str(tiny_model_dir), offline=True),
+                    schemes,
+                    QuantizeOptions(),
+                    writer.path,
+                )
             cache[schemes] = out
         return cache[schemes]
 
@@ -151,10 +201,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
     """run("calibration", "--help") -> the finished `python -m calibration --help`, output captured."""
 
-    def run(module: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        module: str, *arguments: str, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, env=env, capture_output=True,
-                              text=True,
-                              timeout=timeout, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=REPOSITORY,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     return run

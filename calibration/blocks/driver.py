@@ -1,4 +1,6 @@
-"""Calibrates a model block by block: one block and the residual streams in memory, every finished block durable."""
+"""Calibrates a model block by block: one block and the residual streams in memory, every finished
+block durable.
+"""
 
 from __future__ import annotations
 
@@ -124,8 +126,8 @@ class Calibrated:
 def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     """Quantise every block that the store does not have yet.
 
-    Blocks that it has are walked with their finished codes, which is the same arithmetic on the same numbers: going on gives the
-    bits of a run that was never interrupted.
+    Blocks that it has are walked with their finished codes, which is the same arithmetic on the
+    same numbers: going on gives the bits of a run that was never interrupted.
 
     Raises:
         InputError: fewer windows than processes, NaN in the model, or a full disk.
@@ -133,11 +135,18 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     progress, began = progress or NullProgress(), time.monotonic()
     ranks, device = job.ranks, "cuda" if torch.cuda.is_available() else "cpu"
     if len(job.windows) < ranks.world:
-        raise InputError("--nsamples", f"got {len(job.windows)} calibration windows for {ranks.world} processes, expected one each or more",
-                         "Give more windows or a longer text, or start fewer processes")
+        raise InputError(
+            "--nsamples",
+            f"got {len(job.windows)} calibration windows for {ranks.world} processes, expected "
+            f"one each or more",
+            "Give more windows or a longer text, or start fewer processes",
+        )
     checkpoint, layers = job.checkpoint, job.checkpoint.dims.layers
     basis = job.method.basis(checkpoint, job.settings)
-    shape, rope = BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, job.windows.shape[1], device)
+    shape, rope = (
+        BlockShape.from_config(checkpoint.config),
+        Rope.of(checkpoint, job.windows.shape[1], device),
+    )
     budget = StreamBudget(job.settings.max_memory, job.store.folder)
     streams = _embedded(job, basis, budget, ranks, device)
     finished, reports = job.store.finished(), []
@@ -145,16 +154,39 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     for index in range(layers):
         if index == finished:
             fresh = time.monotonic()
-        weights = {name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()}
-        schemes = {site: job.scheme_of(f"{checkpoint.family.layer(index)}.{site}") for site in SITES}
+        weights = {
+            name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()
+        }
+        schemes = {
+            site: job.scheme_of(f"{checkpoint.family.layer(index)}.{site}") for site in SITES
+        }
         if index < finished:
             result = job.store.load(index)
-            gains = {name: torch.from_numpy(array).to(device) for name, array in result.gains.items()}
-            walk(WalkBlock(weights, shape, rope, schemes, gains), streams, result.lookup, measure=False)
+            gains = {
+                name: torch.from_numpy(array).to(device) for name, array in result.gains.items()
+            }
+            walk(
+                WalkBlock(weights, shape, rope, schemes, gains),
+                streams,
+                result.lookup,
+                measure=False,
+            )
             note = f"block {index + 1} of {layers}: kept"
         else:
-            result = job.method.calibrate(BlockTask(index, layers, weights, shape, rope, schemes, streams, job.settings, ranks,
-                                                    len(job.windows)))
+            result = job.method.calibrate(
+                BlockTask(
+                    index,
+                    layers,
+                    weights,
+                    shape,
+                    rope,
+                    schemes,
+                    streams,
+                    job.settings,
+                    ranks,
+                    len(job.windows),
+                )
+            )
             if ranks.first:
                 job.store.save(index, result)
             ranks.wait()
@@ -164,7 +196,11 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         progress.message(note)
         progress.advance(1, note)
     progress.finish()
-    cost = {"seconds": round(time.monotonic() - began, 1), "peak_stream_bytes": budget.peak, "spilled_bytes": budget.spilled}
+    cost = {
+        "seconds": round(time.monotonic() - began, 1),
+        "peak_stream_bytes": budget.peak,
+        "spilled_bytes": budget.spilled,
+    }
     return Calibrated(reports, cost)
 
 
@@ -175,7 +211,9 @@ def _line(index: int, layers: int, report: Mapping[str, Any], left: float) -> st
     return f"block {index + 1} of {layers}: {loss}{time_left}{notes}"
 
 
-def _embedded(job: Calibration, basis: Basis, budget: StreamBudget, ranks: Ranks, device: str) -> Streams:
+def _embedded(
+    job: Calibration, basis: Basis, budget: StreamBudget, ranks: Ranks, device: str
+) -> Streams:
     """The residual streams before the first block: embedded tokens."""
     table = basis.tensor(job.checkpoint, f"{job.checkpoint.family.embedding}.weight")
     mine = job.windows[list(ranks.share(len(job.windows)))]

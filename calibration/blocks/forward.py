@@ -1,4 +1,6 @@
-"""One decoder block as a function of its weights, in fp32 torch: what calibration runs, differentiable, equal to transformers' LLaMA."""
+"""One decoder block as a function of its weights, in fp32 torch: what calibration runs,
+differentiable, equal to transformers' LLaMA.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,36 @@ from calibration.reference.fake_quant import FakeQuantize, fake_quantize, quanti
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["DOWN", "GATE_UP", "INPUT_NORM", "OUT", "POST_NORM", "QKV", "SITES", "BlockShape", "BlockWeights", "Heads", "Linear", "Rope",
-           "attend", "attention_rows", "block_output", "cached_heads", "float_linear", "heads_from_qkv", "load_block", "mlp_product",
-           "rms_norm"]
+__all__ = [
+    "DOWN",
+    "GATE_UP",
+    "INPUT_NORM",
+    "OUT",
+    "POST_NORM",
+    "QKV",
+    "SITES",
+    "BlockShape",
+    "BlockWeights",
+    "Heads",
+    "Linear",
+    "Rope",
+    "attend",
+    "attention_rows",
+    "block_output",
+    "cached_heads",
+    "float_linear",
+    "heads_from_qkv",
+    "load_block",
+    "mlp_product",
+    "rms_norm",
+]
 
-QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
+QKV, OUT, GATE_UP, DOWN = (
+    "self_attn.qkv_proj",
+    "self_attn.o_proj",
+    "mlp.gate_up_proj",
+    "mlp.down_proj",
+)
 SITES = {  # a site is one GEMM node: the linears that read the same tensor, in stacking order
     QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     OUT: ("self_attn.o_proj",),
@@ -28,8 +55,13 @@ SITES = {  # a site is one GEMM node: the linears that read the same tensor, in 
 }
 INPUT_NORM, POST_NORM = "input_layernorm", "post_attention_layernorm"
 
-BlockWeights = dict[str, Tensor]  # "self_attn.q_proj.weight" [N, K], "self_attn.q_proj.bias" [N] if any, "input_layernorm.weight" [H]
-Linear = Callable[[str, Tensor], Tensor]  # (site, x [..., K]) -> [..., N], the site's members stacked along N
+BlockWeights = dict[
+    str, Tensor
+    # "self_attn.q_proj.weight" [N, K], "self_attn.q_proj.bias" [N] if any, "input_layernorm.weight" [H]
+]
+Linear = Callable[
+    [str, Tensor], Tensor
+]  # (site, x [..., K]) -> [..., N], the site's members stacked along N
 
 
 @dataclass(frozen=True)
@@ -45,7 +77,12 @@ class BlockShape:
     def from_config(cls, config: Any) -> BlockShape:
         """Of a Hugging Face config."""
         heads = int(config.num_attention_heads)
-        return cls(heads, int(config.num_key_value_heads), int(config.head_dim or config.hidden_size // heads), float(config.rms_norm_eps))
+        return cls(
+            heads,
+            int(config.num_key_value_heads),
+            int(config.head_dim or config.hidden_size // heads),
+            float(config.rms_norm_eps),
+        )
 
     @property
     def groups(self) -> int:
@@ -64,12 +101,18 @@ class Rope:
     def of(cls, checkpoint: Checkpoint, length: int, device: str | torch.device = "cpu") -> Rope:
         """Tables for windows of `length` tokens."""
         frequencies, scaling = checkpoint.rope()
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.from_numpy(frequencies.copy())
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.from_numpy(
+            frequencies.copy()
+        )
         angles = torch.cat((angles, angles), -1).double()
-        return cls((angles.cos() * scaling).float().to(device), (angles.sin() * scaling).float().to(device))
+        return cls(
+            (angles.cos() * scaling).float().to(device), (angles.sin() * scaling).float().to(device)
+        )
 
     def rotate(self, x: Tensor) -> Tensor:
-        """[..., L, head_dim] -> the same, pairs (i, i + head_dim / 2) turned by their position's angle."""
+        """[..., L, head_dim] -> the same, pairs (i, i + head_dim / 2) turned by their position's
+        angle.
+        """
         low, high = x.chunk(2, -1)
         return x * self.cos + torch.cat((-high, low), -1) * self.sin
 
@@ -89,7 +132,13 @@ def float_linear(weights: Mapping[str, Tensor]) -> Linear:
     """The float block's linears."""
 
     def linear(site: str, x: Tensor) -> Tensor:
-        return torch.cat([F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in SITES[site]], -1)
+        return torch.cat(
+            [
+                F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+                for name in SITES[site]
+            ],
+            -1,
+        )
 
     return linear
 
@@ -100,17 +149,23 @@ def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
 
 
 def heads_from_qkv(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, L, (heads + 2 kv_heads) d] -> rotated queries [B, heads, L, d], rotated keys and values [B, kv_heads, L, d]."""
+    """[B, L, (heads + 2 kv_heads) d] -> rotated queries [B, heads, L, d], rotated keys and values
+    [B, kv_heads, L, d].
+    """
     qkv = qkv.unflatten(-1, (-1, shape.head_dim)).transpose(-3, -2)
     query, key, value = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], -3)
     return rope.rotate(query), rope.rotate(key), value
 
 
-Heads = Callable[[Tensor, BlockShape, Rope], tuple[Tensor, Tensor, Tensor]]  # heads_from_qkv, or one that does more
+Heads = Callable[
+    [Tensor, BlockShape, Rope], tuple[Tensor, Tensor, Tensor]
+]  # heads_from_qkv, or one that does more
 
 
 def cached_heads(bits: int, quantize: FakeQuantize = fake_quantize) -> Heads:
-    """heads_from_qkv, but with keys and values as a cache of these bits gives them back; 16 leaves them."""
+    """heads_from_qkv, but with keys and values as a cache of these bits gives them back; 16 leaves
+    them.
+    """
 
     def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = heads_from_qkv(qkv, shape, rope)
@@ -124,11 +179,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     groups = query.shape[-3] // key.shape[-3]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(-3, -2).flatten(-2)
+    return (
+        F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        .transpose(-3, -2)
+        .flatten(-2)
+    )
 
 
 def attention_rows(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
-    """log of the causal attention probabilities of some query positions: [B, heads, len(rows), L], -inf after each position."""
+    """log of the causal attention probabilities of some query positions: [B, heads, len(rows), L],
+    -inf after each position.
+    """
     groups = query.shape[-3] // key.shape[-3]
     key = key.repeat_interleave(groups, -3) if groups > 1 else key
     scores = query[..., rows, :] @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -142,15 +203,22 @@ def mlp_product(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def block_output(x: Tensor, gains: Mapping[str, Tensor], linear: Linear, shape: BlockShape, rope: Rope,
-                 heads: Heads = heads_from_qkv) -> Tensor:
+def block_output(
+    x: Tensor,
+    gains: Mapping[str, Tensor],
+    linear: Linear,
+    shape: BlockShape,
+    rope: Rope,
+    heads: Heads = heads_from_qkv,
+) -> Tensor:
     """The residual stream after the block, [B, L, H] -> [B, L, H].
 
     Args:
         x: residual stream before it.
         gains: "input_layernorm.weight" and "post_attention_layernorm.weight".
         linear: how each site multiplies, float or quantised.
-        heads: how the stacked projections become rotated queries and keys, and values; cached_heads for a low-bit cache.
+        heads: how the stacked projections become rotated queries and keys, and values; cached_heads
+            for a low-bit cache.
     """
     qkv = linear(QKV, rms_norm(x, gains[f"{INPUT_NORM}.weight"], shape.epsilon))
     x = x + linear(OUT, attend(*heads(qkv, shape, rope)))

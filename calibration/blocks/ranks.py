@@ -1,4 +1,6 @@
-"""The processes that share one calibration: each holds a part of the windows, sums are taken over all of them."""
+"""The processes that share one calibration: each holds a part of the windows, sums are taken over
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,8 @@ ALONE = Ranks()
 
 
 def join_ranks() -> Ranks:
-    """The processes that torchrun started, each on a GPU of its own if there are any; or ALONE, without importing torch.
+    """The processes that torchrun started, each on a GPU of its own if there are any; or ALONE,
+    without importing torch.
 
     To be called once. Waits for the others.
     """
@@ -110,5 +113,7 @@ def join_ranks() -> Ranks:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % gpus)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=world
+    )
     return Ranks(rank, world, store)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import read_json, sha256_file, write_json
-from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,8 @@ class BlockResult:
     Attributes:
         sites: stacked codes and scales by site.
         gains: norm gains by name, fp32.
-        report: what the method has to say of it, plain JSON: "loss_before", "loss_after", "notes", ...
+        report: what the method has to say of it, plain JSON: "loss_before", "loss_after", "notes",
+            ...
     """
 
     sites: dict[str, QuantArrays]
@@ -41,7 +42,8 @@ class BlockResult:
 
 
 class BlockStore:
-    """A folder with one file per finished block, each written whole or not at all, and the files' checksums.
+    """A folder with one file per finished block, each written whole or not at all, and the files'
+    checksums.
 
     Args:
         folder: made if need be.
@@ -50,7 +52,9 @@ class BlockStore:
         writes: whether this process may change the folder.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, keep: bool = True, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: str, keep: bool = True, writes: bool = True
+    ) -> None:
         self.folder = folder
         if not writes:
             return
@@ -61,7 +65,11 @@ class BlockStore:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(str(folder), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
+            raise InputError(
+                str(folder),
+                f"got {error.strerror}, expected a folder that can be written",
+                "Choose another --out",
+            ) from error
         if fresh:
             write_json(folder / _STATE, {"fingerprint": fingerprint, "sha256": []})
 
@@ -75,7 +83,9 @@ class BlockStore:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def finished(self) -> int:
-        """Blocks that are there from the first one on, as they were written: a damaged one counts as missing."""
+        """Blocks that are there from the first one on, as they were written: a damaged one counts
+        as missing.
+        """
         count = 0
         for wanted in self._state().get("sha256", ()):
             path = self._path(count)
@@ -96,7 +106,11 @@ class BlockStore:
 
         tensors = {f"gain/{name}": array for name, array in result.gains.items()}
         for site, arrays in result.sites.items():
-            tensors |= {f"site/{site}/{name}": array for name in _FIELDS if (array := getattr(arrays, name)) is not None}
+            tensors |= {
+                f"site/{site}/{name}": array
+                for name in _FIELDS
+                if (array := getattr(arrays, name)) is not None
+            }
         temporary = self.folder / ".block.tmp"
         try:
             save_file(tensors, str(temporary), {"report": json.dumps(result.report)})
@@ -105,8 +119,11 @@ class BlockStore:
             digest = sha256_file(temporary)
             temporary.replace(self._path(index))
         except Exception as error:  # safetensors reports a full disk as an error of its own
-            raise InputError(str(self._path(index)), f"got {error} while writing, expected a writable folder with enough space",
-                             "Check the disk; finished blocks are whole, go on with --resume") from error
+            raise InputError(
+                str(self._path(index)),
+                f"got {error} while writing, expected a writable folder with enough space",
+                "Check the disk; finished blocks are whole, go on with --resume",
+            ) from error
         state = self._state()
         write_json(self.folder / _STATE, {**state, "sha256": [*state["sha256"][:index], digest]})
 
@@ -127,7 +144,9 @@ class BlockStore:
                 else:
                     site, _, name = rest.partition("/")
                     sites.setdefault(site, {})[name] = file.get_tensor(key)
-        return BlockResult({site: QuantArrays(**values) for site, values in sites.items()}, gains, report)
+        return BlockResult(
+            {site: QuantArrays(**values) for site, values in sites.items()}, gains, report
+        )
 
     def remove(self) -> None:
         """When everything is in the quant folder."""

@@ -1,4 +1,6 @@
-"""Activations of all calibration windows: in memory while they fit, in a file beyond that, read and written one window at a time."""
+"""Activations of all calibration windows: in memory while they fit, in a file beyond that, read and
+written one window at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ _NUMPY = {torch.float32: np.float32, torch.int8: np.int8}
 
 
 class StreamBudget:
-    """Hands out room for activations: at most `limit` bytes of memory at a time, the rest in temporary files.
+    """Hands out room for activations: at most `limit` bytes of memory at a time, the rest in
+    temporary files.
 
     Args:
         limit: bytes; None never spills.
@@ -44,7 +47,13 @@ class StreamBudget:
         self.peak = max(self.peak, self.held)
         return True
 
-    def windows(self, count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Windows:
+    def windows(
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Windows:
         """Room for `count` tensors of one shape."""
         return Windows(self, (count, *shape), dtype, device)
 
@@ -54,15 +63,21 @@ class StreamBudget:
 
 
 class Windows:
-    """A sequence of tensors of one shape that live in memory or in a file; items come to, and leave from, `device`."""
+    """A sequence of tensors of one shape that live in memory or in a file; items come to, and leave
+    from, `device`.
+    """
 
-    def __init__(self, budget: StreamBudget, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, budget: StreamBudget, shape: tuple[int, ...], dtype: torch.dtype, device: str
+    ) -> None:
         self.shape, self.device, self._dtype, self._budget = shape, device, dtype, budget
         self._item_bytes = prod(shape[1:]) * dtype.itemsize
         self._written = bytearray(shape[0])
         self._in_memory = budget.take(shape[0] * self._item_bytes)
         if self._in_memory:
-            self._data = torch.empty(shape, dtype=dtype)  # in one piece: single windows between passing tensors would tear the heap
+            self._data = torch.empty(
+                shape, dtype=dtype
+            )  # in one piece: single windows between passing tensors would tear the heap
         else:
             self._file = budget.file()
 
@@ -70,7 +85,9 @@ class Windows:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
-        """Window `index` [L, K]; it may be the memory itself: do not change it in place, and not use it after writing another there."""
+        """Window `index` [L, K]; it may be the memory itself: do not change it in place, and not
+        use it after writing another there.
+        """
         assert self._written[index], "read before it was written"
         if self._in_memory:
             return self._data[index].to(self.device)
@@ -90,8 +107,11 @@ class Windows:
                 self._file.flush()
             except OSError as error:
                 needed = f"expected room for {self.shape[0] * self._item_bytes} bytes"
-                raise InputError("activations on the disk", f"got {error.strerror}, {needed}",
-                                 "Free some space or raise --max-memory, and go on with --resume") from error
+                raise InputError(
+                    "activations on the disk",
+                    f"got {error.strerror}, {needed}",
+                    "Free some space or raise --max-memory, and go on with --resume",
+                ) from error
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
@@ -106,20 +126,35 @@ class Windows:
 
 
 class ActivationWindows:
-    """Quantised inputs of one site: codes in int8 (A16: floats), with scales and zeros, each as Windows.
+    """Quantised inputs of one site: codes in int8 (A16: floats), with scales and zeros, each as
+    Windows.
 
     Args:
         shape: [L, K] of a window.
         scheme: how the site's activations are quantised.
     """
 
-    def __init__(self, budget: StreamBudget, count: int, shape: tuple[int, int], scheme: QuantScheme, device: str) -> None:
+    def __init__(
+        self,
+        budget: StreamBudget,
+        count: int,
+        shape: tuple[int, int],
+        scheme: QuantScheme,
+        device: str,
+    ) -> None:
         quantised = scheme.abits < 16
         parts = {"codes": True, "scale": quantised, "zero": quantised and not scheme.act_symmetric}
         self._count = count
-        self._parts = {name: budget.windows(count, shape if name == "codes" else (shape[0], 1),
-                                            torch.int8 if name == "codes" and quantised else torch.float32, device)
-                       for name, there in parts.items() if there}
+        self._parts = {
+            name: budget.windows(
+                count,
+                shape if name == "codes" else (shape[0], 1),
+                torch.int8 if name == "codes" and quantised else torch.float32,
+                device,
+            )
+            for name, there in parts.items()
+            if there
+        }
 
     def __len__(self) -> int:
         return self._count

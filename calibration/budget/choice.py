@@ -1,4 +1,6 @@
-"""Picks the bits of every GEMM node under an average-bits budget, from what each choice is expected to cost in loss."""
+"""Picks the bits of every GEMM node under an average-bits budget, from what each choice is expected
+to cost in loss.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration import formats
-from calibration.out.files import read_json, write_json
-from calibration.quant.bits import Rule, SchemeMap
 from calibration.blocks.ranks import ALONE, Ranks
-from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions, text_digest
+from calibration.out.files import read_json, write_json
+from calibration.out.fingerprint import (
+    code_digest,
+    digest,
+    file_stamps,
+    package_versions,
+    text_digest,
+)
+from calibration.quant.bits import Rule, SchemeMap
 from calibration.quant.scheme import QuantScheme
-from calibration.settings import CalibrationSettings
 from calibration.quant.sizes import node_bits, node_weights
+from calibration.settings import CalibrationSettings
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +33,19 @@ if TYPE_CHECKING:
 __all__ = ["CACHE", "Budget", "allocate", "bits_within", "candidates", "schemes_within"]
 
 CACHE = ".sensitivity.json"  # in OUT: what was measured, for --resume
-_WBITS = (2, 3, 4, 5, 6, 7, 8)  # not 1, which is beyond second order, nor W2*, whose 5 levels take the 3 planes of W3's 8
-_WINDOWS, _SEQLEN = 8, 512  # at most: sums over all weights of a node settle long before a calibration does
+_WBITS = (
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+)  # not 1, which is beyond second order, nor W2*, whose 5 levels take the 3 planes of W3's 8
+_WINDOWS, _SEQLEN = (
+    8,
+    512,
+)  # at most: sums over all weights of a node settle long before a calibration does
 _CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
 
 Option = tuple[int, float]  # bits, cost
@@ -37,9 +56,11 @@ class Budget:
     """What to choose from, and how much of it.
 
     Attributes:
-        bits: per weight of the linears on average, at most; scales and zero points count, as in quant.json's bits_per_weight.
+        bits: per weight of the linears on average, at most; scales and zero points count, as in
+            quant.json's bits_per_weight.
         base: the scheme whose method, activation bits and groups every choice keeps.
-        settings: of the calibration; the measurement takes windows of the same text, but fewer and shorter ones.
+        settings: of the calibration; the measurement takes windows of the same text, but fewer and
+            shorter ones.
         format: of calibration.formats; only what it can say is chosen.
         offline: never touch the network.
         cache: JSON file that keeps the measurement.
@@ -58,9 +79,13 @@ class Budget:
 
 
 def candidates(base: QuantScheme, format_name: str = formats.OURS) -> tuple[QuantScheme, ...]:
-    """The base and all other weight bits that the format can say, with the base's activation bits and groups."""
+    """The base and all other weight bits that the format can say, with the base's activation bits
+    and groups.
+    """
     group = f"-g{base.group_size}" if base.group_size else ""
-    found = dict.fromkeys((base, *(Rule("*", f"w{bits}a{base.abits}{group}").scheme(base) for bits in _WBITS)))
+    found = dict.fromkeys(
+        (base, *(Rule("*", f"w{bits}a{base.abits}{group}").scheme(base) for bits in _WBITS))
+    )
     return tuple(scheme for scheme in found if _can_say(format_name, scheme))
 
 
@@ -80,7 +105,9 @@ def _weights(checkpoint: Checkpoint) -> int:
 def _sizes(checkpoint: Checkpoint, schemes: Sequence[QuantScheme]) -> list[list[int]]:
     """Bits of each node in each scheme."""
     family, dims = checkpoint.family, checkpoint.dims
-    return [[node_bits(family, dims, group, scheme) for scheme in schemes] for group in family.groups] * dims.layers
+    return [
+        [node_bits(family, dims, group, scheme) for scheme in schemes] for group in family.groups
+    ] * dims.layers
 
 
 def bits_within(checkpoint: Checkpoint, budget: Budget) -> int:
@@ -89,46 +116,77 @@ def bits_within(checkpoint: Checkpoint, budget: Budget) -> int:
     Raises:
         InputError: fewer than the smallest choice everywhere takes, or more than the largest.
     """
-    sizes, weights = _sizes(checkpoint, candidates(budget.base, budget.format)), _weights(checkpoint)
-    bits, least, most = math.floor(budget.bits * weights), sum(map(min, sizes)), sum(map(max, sizes))
+    sizes, weights = (
+        _sizes(checkpoint, candidates(budget.base, budget.format)),
+        _weights(checkpoint),
+    )
+    bits, least, most = (
+        math.floor(budget.bits * weights),
+        sum(map(min, sizes)),
+        sum(map(max, sizes)),
+    )
     low, high = (math.ceil(100 * total / weights) / 100 for total in (least, most))
     if bits < least or budget.bits > high:
-        raise InputError("--budget", f"got {budget.bits:g} bits per weight, expected {low:.2f} to {high:.2f} for this model, "
-                         "scales and zero points included", "Choose a budget in between")
+        raise InputError(
+            "--budget",
+            f"got {budget.bits:g} bits per weight, expected {low:.2f} to {high:.2f} for this model, "
+            "scales and zero points included",
+            "Choose a budget in between",
+        )
     return bits
 
 
 def schemes_within(checkpoint: Checkpoint, budget: Budget, progress: Progress) -> SchemeMap:
-    """The schemes of least expected loss within the budget: a rule for every node that does not keep the base.
+    """The schemes of least expected loss within the budget: a rule for every node that does not
+    keep the base.
 
     Raises:
-        InputError: the budget is outside of what the choices give, or the calibration text is missing or empty.
+        InputError: the budget is outside of what the choices give, or the calibration text is
+            missing or empty.
     """
     family, dims = checkpoint.family, checkpoint.dims
     schemes = candidates(budget.base, budget.format)
     room, sizes = bits_within(checkpoint, budget), _sizes(checkpoint, schemes)
     costs = _costs(checkpoint, budget, schemes, progress)
     nodes, weights = family.nodes(dims.layers), _weights(checkpoint)
-    options = [list(zip(size, costs[node], strict=True)) for node, size in zip(nodes, sizes, strict=True)]
+    options = [
+        list(zip(size, costs[node], strict=True)) for node, size in zip(nodes, sizes, strict=True)
+    ]
     chosen = allocate(options, room)
-    rules = tuple(Rule(node, schemes[at].label, "--budget") for node, at in zip(nodes, chosen, strict=True) if schemes[at] != budget.base)
+    rules = tuple(
+        Rule(node, schemes[at].label, "--budget")
+        for node, at in zip(nodes, chosen, strict=True)
+        if schemes[at] != budget.base
+    )
 
     def total(choice: Sequence[int]) -> str:
-        bits, cost = (sum(parts) for parts in zip(*(node[at] for node, at in zip(options, choice, strict=True)), strict=True))
-        return f"{bits / weights:.3f} bits per weight, expected rise in loss {cost:.4f} nats per token"
+        bits, cost = (
+            sum(parts)
+            for parts in zip(
+                *(node[at] for node, at in zip(options, choice, strict=True)), strict=True
+            )
+        )
+        return (
+            f"{bits / weights:.3f} bits per weight, expected rise in loss {cost:.4f} nats per token"
+        )
 
     everywhere = [schemes.index(budget.base)] * len(nodes)
-    progress.message(f"budget {budget.bits:g}: {total(chosen)}; {len(rules)} of {len(nodes)} nodes differ from {budget.base.label}, "
-                     f"which everywhere would be {total(everywhere)}")
+    progress.message(
+        f"budget {budget.bits:g}: {total(chosen)}; {len(rules)} of {len(nodes)} nodes differ "
+        f"from {budget.base.label}, "
+        f"which everywhere would be {total(everywhere)}"
+    )
     return SchemeMap(budget.base, rules)
 
 
 def allocate(options: Sequence[Sequence[Option]], room: int) -> list[int]:
-    """One option per node, of least total cost within `room` bits: the number of each node's option.
+    """One option per node, of least total cost within `room` bits: the number of each node's
+    option.
 
-    From the fewest bits of every node, the step that saves most cost per bit of all that still fit is taken until none is left. As
-    long as all fit, the steps follow each node's lower convex hull, whose totals are optimal for their size (the Lagrangian of the
-    problem); the last ones fill the room that is left. What it costs above the optimum is less than one step saves.
+    From the fewest bits of every node, the step that saves most cost per bit of all that still fit
+    is taken until none is left. As long as all fit, the steps follow each node's lower convex hull,
+    whose totals are optimal for their size (the Lagrangian of the problem); the last ones fill the
+    room that is left. What it costs above the optimum is less than one step saves.
 
     Args:
         options: (bits, cost) of each node's options.
@@ -137,9 +195,12 @@ def allocate(options: Sequence[Sequence[Option]], room: int) -> list[int]:
     chosen = [min(range(len(node)), key=node.__getitem__) for node in options]
     room -= sum(node[at][0] for node, at in zip(options, chosen, strict=True))
     while True:
-        steps = [((node[at][1] - cost) / (bits - node[at][0]), number, choice)
-                 for number, (node, at) in enumerate(zip(options, chosen, strict=True))
-                 for choice, (bits, cost) in enumerate(node) if 0 < bits - node[at][0] <= room]
+        steps = [
+            ((node[at][1] - cost) / (bits - node[at][0]), number, choice)
+            for number, (node, at) in enumerate(zip(options, chosen, strict=True))
+            for choice, (bits, cost) in enumerate(node)
+            if 0 < bits - node[at][0] <= room
+        ]
         saving, number, choice = max(steps, default=(0.0, 0, 0))
         if saving <= 0:
             return chosen
@@ -147,22 +208,43 @@ def allocate(options: Sequence[Sequence[Option]], room: int) -> list[int]:
         chosen[number] = choice
 
 
-def _costs(checkpoint: Checkpoint, budget: Budget, schemes: tuple[QuantScheme, ...], progress: Progress) -> dict[str, list[float]]:
+def _costs(
+    checkpoint: Checkpoint, budget: Budget, schemes: tuple[QuantScheme, ...], progress: Progress
+) -> dict[str, list[float]]:
     """{node: nats per token of each scheme}: measured, or as an earlier run did."""
-    settings = replace(budget.settings, nsamples=min(budget.settings.nsamples, _WINDOWS), seqlen=min(budget.settings.seqlen, _SEQLEN))
-    stamp = digest(checkpoint.fingerprint, file_stamps(checkpoint.input_files()), [scheme.as_dict() for scheme in schemes],
-                   settings.as_dict(), text_digest(settings.calib), code_digest(*_CODE), package_versions(("torch", "numpy")))
+    settings = replace(
+        budget.settings,
+        nsamples=min(budget.settings.nsamples, _WINDOWS),
+        seqlen=min(budget.settings.seqlen, _SEQLEN),
+    )
+    stamp = digest(
+        checkpoint.fingerprint,
+        file_stamps(checkpoint.input_files()),
+        [scheme.as_dict() for scheme in schemes],
+        settings.as_dict(),
+        text_digest(settings.calib),
+        code_digest(*_CODE),
+        package_versions(("torch", "numpy")),
+    )
     if budget.resume and budget.cache.is_file():
         found = read_json(budget.cache)
         if found.get("fingerprint") == stamp:
             progress.message("budget: measured before, nothing changed")
             return dict(found["costs"])
 
-    from calibration.data import calibration_windows
     from calibration.budget.sensitivity import Measurement, measure
+    from calibration.data import calibration_windows
 
-    windows, _ = calibration_windows(checkpoint.tokenizer(), settings, int(checkpoint.config.max_position_embeddings), budget.offline)
-    costs = measure(Measurement(checkpoint, settings, schemes, windows, budget.cache.parent, budget.ranks), progress)
+    windows, _ = calibration_windows(
+        checkpoint.tokenizer(),
+        settings,
+        int(checkpoint.config.max_position_embeddings),
+        budget.offline,
+    )
+    costs = measure(
+        Measurement(checkpoint, settings, schemes, windows, budget.cache.parent, budget.ranks),
+        progress,
+    )
     if budget.ranks.first:
         write_json(budget.cache, {"fingerprint": stamp, "costs": costs})
     return costs

@@ -1,4 +1,6 @@
-"""What rounding each GEMM node costs in loss, to second order, from one pass forward and one back over the float model."""
+"""What rounding each GEMM node costs in loss, to second order, from one pass forward and one back
+over the float model.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope, block_output, float_linear, rms_norm
+from calibration.blocks.forward import (
+    SITES,
+    BlockShape,
+    BlockWeights,
+    Rope,
+    block_output,
+    float_linear,
+    rms_norm,
+)
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import site_weight
-from calibration.reference.fake_quant import Activation
 from calibration.methods import is_block_method, method
 from calibration.methods.qqq import Plain
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
+from calibration.reference.fake_quant import Activation
 from calibration.solvers.grid import search_grid
 
 if TYPE_CHECKING:
@@ -42,7 +52,8 @@ class Measurement:
 
     Attributes:
         checkpoint: the float model.
-        settings: of the calibration; the method's rotation is measured in, and the seed draws the labels.
+        settings: of the calibration; the method's rotation is measured in, and the seed draws the
+            labels.
         schemes: tried on every node; all of one method, with the same activations.
         windows: token ids int64 [n, L].
         folder: where activations beyond settings.max_memory go.
@@ -60,12 +71,14 @@ class Measurement:
 def measure(job: Measurement, progress: Progress | None = None) -> dict[str, list[float]]:
     """{node: expected rise of the loss, in nats per token, of each scheme}, in execution order.
 
-    The rise is 1/2 E[sum F dW^2] + 1/2 E[(dL/dx . dx)^2], with dW the rounding error of the weights to nearest on the method's grid,
-    dx that of the activations, and F = E[(dL/dW)^2] the diagonal of the Fisher information: squares of whole windows' gradients, with
-    labels drawn from the model itself. Then it is the second-order term of the divergence between the two models' predictions, and
-    the first-order one vanishes. On SmolLM2-135M at 3 bits it is within a factor of 1.4 (one standard deviation) of the divergence
-    measured node by node. Labels of a text are off by 2.3 instead of 1.2 on average, and what factors F into inputs and outputs
-    (K-FAC, arXiv 1503.05671) strays by 1.7 instead of 1.4.
+    The rise is 1/2 E[sum F dW^2] + 1/2 E[(dL/dx . dx)^2], with dW the rounding error of the weights
+    to nearest on the method's grid, dx that of the activations, and F = E[(dL/dW)^2] the diagonal
+    of the Fisher information: squares of whole windows' gradients, with labels drawn from the model
+    itself. Then it is the second-order term of the divergence between the two models' predictions,
+    and the first-order one vanishes. On SmolLM2-135M at 3 bits it is within a factor of 1.4 (one
+    standard deviation) of the divergence measured node by node. Labels of a text are off by 2.3
+    instead of 1.2 on average, and what factors F into inputs and outputs (K-FAC, arXiv 1503.05671)
+    strays by 1.7 instead of 1.4.
 
     Smoothing and learned transforms are not in it, nor is what GPTQ saves.
 
@@ -77,7 +90,8 @@ def measure(job: Measurement, progress: Progress | None = None) -> dict[str, lis
     layers, costs = job.checkpoint.dims.layers, {}
     mine = list(ranks.share(len(job.windows)))
     progress.start("budget", 2 * layers)
-    # Of torch's kernels the plain one alone has a backward pass that gives the same bits every time on a GPU.
+    # Of torch's kernels the plain one alone has a backward pass that gives the same bits every time
+    # on a GPU.
     with sdpa_kernel(SDPBackend.MATH):
         inputs = model.forward(job.windows[mine], progress)
         gradients = model.loss_gradients(inputs.pop(), mine, job.settings.seed)
@@ -86,7 +100,9 @@ def measure(job: Measurement, progress: Progress | None = None) -> dict[str, lis
             sites = model.backward(weights, inputs.pop(), gradients, job.schemes[0])
             for site, sums in sites.items():
                 ranks.sum([sums.fisher, sums.squares, sums.activation])
-                costs[f"{job.checkpoint.family.layer(index)}.{site}"] = _costs(sums, site_weight(weights, site)[0], job)
+                costs[f"{job.checkpoint.family.layer(index)}.{site}"] = _costs(
+                    sums, site_weight(weights, site)[0], job
+                )
             progress.advance(1, f"back, block {index + 1} of {layers}")
     progress.finish()
     return {node: costs[node] for node in job.checkpoint.family.nodes(layers)}
@@ -106,7 +122,9 @@ class Head:
 
 
 def head_gradient(x: Tensor, head: Head, generator: torch.Generator) -> Tensor:
-    """Gradient [L, H] of a window's summed loss, -log p of one token drawn from every position's prediction, with respect to x [L, H]."""
+    """Gradient [L, H] of a window's summed loss, -log p of one token drawn from every position's
+    prediction, with respect to x [L, H].
+    """
     gradients = []
     for part in x.split(_POSITIONS):
         part = part.detach().requires_grad_()
@@ -116,11 +134,17 @@ def head_gradient(x: Tensor, head: Head, generator: torch.Generator) -> Tensor:
     return torch.cat(gradients)
 
 
-Sites = Mapping[str, tuple[Tensor, Tensor]]  # {site: its input [L, K], gradient at its output [L, N]}
+Sites = Mapping[
+    str, tuple[Tensor, Tensor]
+]  # {site: its input [L, K], gradient at its output [L, N]}
 
 
-def site_gradients(x: Tensor, gradient: Tensor, weights: BlockWeights, shape: BlockShape, rope: Rope) -> tuple[Tensor, Sites]:
-    """One window back through a block: from the gradient at its output [L, H] to that at its input x [L, H], and what the sites see."""
+def site_gradients(
+    x: Tensor, gradient: Tensor, weights: BlockWeights, shape: BlockShape, rope: Rope
+) -> tuple[Tensor, Sites]:
+    """One window back through a block: from the gradient at its output [L, H] to that at its input
+    x [L, H], and what the sites see.
+    """
     multiply = float_linear(weights)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -131,12 +155,16 @@ def site_gradients(x: Tensor, gradient: Tensor, weights: BlockWeights, shape: Bl
     x = x.detach()[None].requires_grad_()
     y = block_output(x, weights, linear, shape, rope)
     first, *others = torch.autograd.grad(y, [x, *(seen[site][1] for site in SITES)], gradient[None])
-    return first[0], {site: (seen[site][0][0], other[0]) for site, other in zip(SITES, others, strict=True)}
+    return first[0], {
+        site: (seen[site][0][0], other[0]) for site, other in zip(SITES, others, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over the windows, of one site: squares of the weight's gradient [N, K] and of the inputs [K], and the activations' part [1]."""
+    """Over the windows, of one site: squares of the weight's gradient [N, K] and of the inputs [K],
+    and the activations' part [1].
+    """
 
     fisher: Tensor
     squares: Tensor
@@ -144,7 +172,9 @@ class _Sums:
 
     @classmethod
     def of(cls, weight: Tensor) -> _Sums:
-        return cls(torch.zeros_like(weight), torch.zeros_like(weight[0]), torch.zeros_like(weight[0, :1]))
+        return cls(
+            torch.zeros_like(weight), torch.zeros_like(weight[0]), torch.zeros_like(weight[0, :1])
+        )
 
     def add(self, x: Tensor, gradient: Tensor, weight: Tensor, scheme: QuantScheme) -> None:
         """A window's inputs [L, K] and gradients [L, N]."""
@@ -159,7 +189,10 @@ def _costs(sums: _Sums, weight: Tensor, job: Measurement) -> list[float]:
 
     def cost(scheme: QuantScheme) -> float:
         error = _rounded(weight, scheme, sums.squares) - weight
-        total = sums.fisher.mul(error.square_()).sum(dtype=torch.float64) + sums.activation.double().sum()
+        total = (
+            sums.fisher.mul(error.square_()).sum(dtype=torch.float64)
+            + sums.activation.double().sum()
+        )
         return float(total) / (2 * job.windows.size)
 
     return [cost(scheme) for scheme in job.schemes]
@@ -170,7 +203,9 @@ def _rounded(weight: Tensor, scheme: QuantScheme, importance: Tensor) -> Tensor:
     if not is_block_method(scheme.method):
         arrays = method(scheme.method).quantize(weight.cpu().numpy(), None, scheme)
         return torch.from_numpy(QuantLinear("", scheme, arrays).dequantize()).to(weight.device)
-    groups = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
+    groups = torch.arange(weight.shape[1], device=weight.device) // (
+        scheme.group_size or weight.shape[1]
+    )
     return search_grid(weight, scheme, importance, _CLIP_STEPS).round(weight, groups)[1]
 
 
@@ -188,12 +223,25 @@ class _Model:
     @classmethod
     def of(cls, job: Measurement) -> _Model:
         device, name = "cuda" if torch.cuda.is_available() else "cpu", job.schemes[0].method
-        basis = method(name).METHOD.basis(job.checkpoint, job.settings) if is_block_method(name) else Plain()
-        return cls(job.checkpoint, basis, BlockShape.from_config(job.checkpoint.config),
-                   Rope.of(job.checkpoint, job.windows.shape[1], device), StreamBudget(job.settings.max_memory, job.folder), device)
+        basis = (
+            method(name).METHOD.basis(job.checkpoint, job.settings)
+            if is_block_method(name)
+            else Plain()
+        )
+        return cls(
+            job.checkpoint,
+            basis,
+            BlockShape.from_config(job.checkpoint.config),
+            Rope.of(job.checkpoint, job.windows.shape[1], device),
+            StreamBudget(job.settings.max_memory, job.folder),
+            device,
+        )
 
     def load(self, index: int) -> BlockWeights:
-        return {name: tensor.to(self.device) for name, tensor in self.basis.load(self.checkpoint, index).items()}
+        return {
+            name: tensor.to(self.device)
+            for name, tensor in self.basis.load(self.checkpoint, index).items()
+        }
 
     def tensor(self, name: str) -> Tensor:
         return self.basis.tensor(self.checkpoint, f"{name}.weight")
@@ -208,10 +256,17 @@ class _Model:
     def forward(self, tokens: np.ndarray, progress: Progress) -> list[Windows]:
         """What every block, and then the head, reads: tokens [n, L] -> [n][L, hidden] each."""
         table, layers = self.tensor(self.checkpoint.family.embedding), self.checkpoint.dims.layers
-        found = [self.stream((table[row] for row in torch.from_numpy(tokens)), (*tokens.shape, table.shape[1]))]
+        found = [
+            self.stream(
+                (table[row] for row in torch.from_numpy(tokens)), (*tokens.shape, table.shape[1])
+            )
+        ]
         for index in range(layers):
             weights = self.load(index)
-            outputs = (block_output(x[None], weights, float_linear(weights), self.shape, self.rope)[0] for x in found[-1])
+            outputs = (
+                block_output(x[None], weights, float_linear(weights), self.shape, self.rope)[0]
+                for x in found[-1]
+            )
             found.append(self.stream(outputs, found[0].shape))
             progress.advance(1, f"forward, block {index + 1} of {layers}")
         return found
@@ -219,14 +274,27 @@ class _Model:
     def loss_gradients(self, x: Windows, numbers: list[int], seed: int) -> Windows:
         """At the head's input; `numbers` are those of the windows, which fix their labels."""
         family, own = self.checkpoint.family, not self.checkpoint.dims.tied or self.basis.unties
-        gain, table = (self.tensor(name).to(self.device) for name in (family.final_norm, family.head if own else family.embedding))
+        gain, table = (
+            self.tensor(name).to(self.device)
+            for name in (family.final_norm, family.head if own else family.embedding)
+        )
         head = Head(gain, table, self.shape.epsilon)
-        generators = (torch.Generator(self.device).manual_seed((seed << 16) + number) for number in numbers)
-        found = self.stream((head_gradient(item, head, generator) for item, generator in zip(x, generators, strict=True)), x.shape)
+        generators = (
+            torch.Generator(self.device).manual_seed((seed << 16) + number) for number in numbers
+        )
+        found = self.stream(
+            (
+                head_gradient(item, head, generator)
+                for item, generator in zip(x, generators, strict=True)
+            ),
+            x.shape,
+        )
         x.close()
         return found
 
-    def backward(self, weights: BlockWeights, inputs: Windows, gradients: Windows, scheme: QuantScheme) -> dict[str, _Sums]:
+    def backward(
+        self, weights: BlockWeights, inputs: Windows, gradients: Windows, scheme: QuantScheme
+    ) -> dict[str, _Sums]:
         """A block's sums; `gradients` move from behind it to before it."""
         stacked = {site: site_weight(weights, site)[0] for site in SITES}
         sums = {site: _Sums.of(weight) for site, weight in stacked.items()}
@@ -234,6 +302,8 @@ class _Model:
             before, sites = site_gradients(x, gradients[number], weights, self.shape, self.rope)
             for site, (value, gradient) in sites.items():
                 sums[site].add(value, gradient, stacked[site], scheme)
-            gradients[number] = before  # last: the gradient of down_proj is the window that it replaces
+            gradients[number] = (
+                before  # last: the gradient of down_proj is the window that it replaces
+            )
         inputs.close()
         return sums

@@ -1,4 +1,6 @@
-"""Opens a float model (Hugging Face folder, hub id, alias or GGUF) and checks it as a whole before any work."""
+"""Opens a float model (Hugging Face folder, hub id, alias or GGUF) and checks it as a whole before
+any work.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.families import ModelDims, ModelFamily, accepted_architectures, family_of_architecture
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, check_tensors
+from calibration.families import (
+    ModelDims,
+    ModelFamily,
+    accepted_architectures,
+    family_of_architecture,
+)
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the sequence length
+STATIC_ROPE = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # the others change their frequencies with the sequence length
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -37,14 +49,18 @@ class Checkpoint:
         dims: the sizes that fix its shapes.
     """
 
-    def __init__(self, source: Source, family: ModelFamily, config: Any, weights: WeightSource) -> None:
+    def __init__(
+        self, source: Source, family: ModelFamily, config: Any, weights: WeightSource
+    ) -> None:
         self.source = source
         self.family = family
         self.config = config
         self.dims = ModelDims.from_config(config)
         self._weights = weights
         where = source.hub_id or str(source.path)
-        check_tensors(where, dict(family.tensor_shapes(self.dims)), weights.shapes(), self.dims.layers)
+        check_tensors(
+            where, dict(family.tensor_shapes(self.dims)), weights.shapes(), self.dims.layers
+        )
 
     @property
     def name(self) -> str:
@@ -58,7 +74,9 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and of the weight files' sizes and sampled pieces; the same on every machine."""
+        """Hash of the config and of the weight files' sizes and sampled pieces; the same on every
+        machine.
+        """
         digest = hashlib.sha256(json.dumps(self.hf_config(), sort_keys=True).encode())
         for path in self._weights.files:
             size = path.stat().st_size
@@ -72,13 +90,21 @@ class Checkpoint:
 
     def input_files(self) -> list[Path]:
         """The local files that decide the result: weights, config, tokenizer."""
-        small = [] if self.source.kind == "gguf" else [path for pattern in SMALL_FILES for path in self.source.path.glob(pattern)]
+        small = (
+            []
+            if self.source.kind == "gguf"
+            else [path for pattern in SMALL_FILES for path in self.source.path.glob(pattern)]
+        )
         return sorted({*self._weights.files, *small})
 
     def hf_config(self) -> dict[str, Any]:
         """The transformers config as plain JSON, without anything that depends on this machine."""
         config = json.loads(self.config.to_json_string(use_diff=False))
-        return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+        return {
+            key: value
+            for key, value in config.items()
+            if key not in ("_name_or_path", "transformers_version")
+        }
 
     def array(self, name: str) -> np.ndarray:
         """One tensor in its stored type (GGUF: fp32).
@@ -103,7 +129,9 @@ class Checkpoint:
         rotary = LlamaRotaryEmbedding(self.config)
         frequencies = np.asarray(rotary.inv_freq.numpy(), np.float32)
         factors = getattr(self._weights, "rope_factors", lambda: None)()
-        return frequencies if factors is None else frequencies / factors, float(rotary.attention_scaling)
+        return frequencies if factors is None else frequencies / factors, float(
+            rotary.attention_scaling
+        )
 
     def tokenizer(self) -> Any:
         """The transformers tokenizer.
@@ -114,27 +142,40 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         path = self.source.path
-        folder, extra = (path.parent, {"gguf_file": path.name}) if self.source.kind == "gguf" else (path, {})
+        folder, extra = (
+            (path.parent, {"gguf_file": path.name}) if self.source.kind == "gguf" else (path, {})
+        )
         try:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
         except Exception as error:  # transformers and tokenizers raise many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(str(path), f"got no readable tokenizer ({reason})",
-                             "Put the model's tokenizer.json and tokenizer_config.json beside its weights") from None
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise InputError(
+                str(path),
+                f"got no readable tokenizer ({reason})",
+                "Put the model's tokenizer.json and tokenizer_config.json beside its weights",
+            ) from None
 
 
 def open_checkpoint(model: str, offline: bool = False) -> Checkpoint:
     """Open a model by alias, hub id, folder or .gguf file; weights are not read yet.
 
     Raises:
-        InputError: it is not there, damaged, incomplete, already quantised or of an unknown architecture.
+        InputError: it is not there, damaged, incomplete, already quantised or of an unknown
+            architecture.
     """
     source = resolve_source(model, offline)
     if source.kind == "gguf":
         return _open_gguf(source)
     family, config = _open_config(source.path)
     folder = fetch_weights(source, offline)
-    return Checkpoint(Source(source.name, source.kind, folder, source.hub_id), family, config, open_hf_weights(folder))
+    return Checkpoint(
+        Source(source.name, source.kind, folder, source.hub_id),
+        family,
+        config,
+        open_hf_weights(folder),
+    )
 
 
 def _open_gguf(source: Source) -> Checkpoint:
@@ -149,19 +190,32 @@ def _open_gguf(source: Source) -> Checkpoint:
 def _open_config(folder: Path) -> tuple[ModelFamily, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(str(folder), "got a folder without config.json, expected a Hugging Face model folder",
-                         "Give the folder that holds config.json and the weights")
+        raise InputError(
+            str(folder),
+            "got a folder without config.json, expected a Hugging Face model folder",
+            "Give the folder that holds config.json and the weights",
+        )
     raw = read_source_json(path)
     quantised = raw.get("quantization_config") or raw.get("compression_config")
     if quantised:
-        method = quantised.get("quant_method", "of unknown name") if isinstance(quantised, dict) else "of unknown name"
-        raise InputError(str(path), f"got an already quantised checkpoint (quant_method {method}), "
-                         "expected float32, float16 or bfloat16 weights, or a .gguf file",
-                         "Give the float model it was made from")
+        method = (
+            quantised.get("quant_method", "of unknown name")
+            if isinstance(quantised, dict)
+            else "of unknown name"
+        )
+        raise InputError(
+            str(path),
+            f"got an already quantised checkpoint (quant_method {method}), "
+            "expected float32, float16 or bfloat16 weights, or a .gguf file",
+            "Give the float model it was made from",
+        )
     architectures = raw.get("architectures") or []
     if not architectures:
-        raise InputError(str(path), f"got no architectures, expected one of {', '.join(accepted_architectures())}",
-                         "Add the model's class to config.json")
+        raise InputError(
+            str(path),
+            f"got no architectures, expected one of {', '.join(accepted_architectures())}",
+            "Add the model's class to config.json",
+        )
     family = family_of_architecture(str(architectures[0]), str(path))
     return family, _make_config(str(path), raw, family)
 
@@ -174,10 +228,14 @@ def _make_config(where: str, raw: dict[str, Any], family: ModelFamily) -> Any:
         config = AutoConfig.for_model(family.model_type, **values)
     except Exception as error:  # transformers' strict configs raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(where, f"got a config that transformers refuses ({reason})", "Correct the named field") from None
+        raise InputError(
+            where, f"got a config that transformers refuses ({reason})", "Correct the named field"
+        ) from None
     objection = _objection(config) or family.objection(config)
     if objection:
-        raise InputError(where, objection, "Choose a model without it; this export would compute something else")
+        raise InputError(
+            where, objection, "Choose a model without it; this export would compute something else"
+        )
     return config
 
 
@@ -185,10 +243,20 @@ def _objection(config: Any) -> str:
     rope = config.rope_parameters
     rope_type = rope.get("rope_type", "default")
     if rope_type not in STATIC_ROPE:
-        return f"got rope_type {rope_type} (frequencies that change with the length), expected one of {', '.join(STATIC_ROPE)}"
+        return (
+            f"got rope_type {rope_type} (frequencies that change with the length), expected "
+            f"one of {', '.join(STATIC_ROPE)}"
+        )
     if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        return f"got partial_rotary_factor {rope['partial_rotary_factor']}, expected 1 (the whole head rotates)"
+        return (
+            f"got partial_rotary_factor {rope['partial_rotary_factor']}, expected 1 (the "
+            f"whole head rotates)"
+        )
     if config.hidden_act not in ("silu", "swish"):
         return f"got hidden_act {config.hidden_act}, expected silu"
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return f"got {heads} attention heads on {kv_heads} key-value heads, expected a multiple" if heads % kv_heads else ""
+    return (
+        f"got {heads} attention heads on {kv_heads} key-value heads, expected a multiple"
+        if heads % kv_heads
+        else ""
+    )

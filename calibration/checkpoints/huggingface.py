@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from calibration.out.files import read_json
 from calibration.checkpoints.safetensors import read_header, read_tensor
+from calibration.out.files import read_json
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BinWeights", "SafetensorsWeights", "WeightSource", "open_hf_weights", "read_source_json"]
+__all__ = [
+    "BinWeights",
+    "SafetensorsWeights",
+    "WeightSource",
+    "open_hf_weights",
+    "read_source_json",
+]
 
 
 class WeightSource(Protocol):
@@ -36,7 +42,9 @@ class SafetensorsWeights:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = sorted(files)
-        self._entries = {name: (path, entry) for path in self.files for name, entry in read_header(path).items()}
+        self._entries = {
+            name: (path, entry) for path in self.files for name, entry in read_header(path).items()
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
@@ -78,9 +86,14 @@ def _load_bin(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged or foreign pickle
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(str(path), f"got an unreadable PyTorch file ({reason})",
-                         "It is damaged or not plain tensors: download it again, or convert it to safetensors") from None
-    return {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+        raise InputError(
+            str(path),
+            f"got an unreadable PyTorch file ({reason})",
+            "It is damaged or not plain tensors: download it again, or convert it to safetensors",
+        ) from None
+    return {
+        str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)
+    }
 
 
 def read_source_json(path: Path) -> dict[str, Any]:
@@ -92,7 +105,9 @@ def read_source_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except InputError as error:
-        raise InputError(error.where, error.problem, "It is truncated or damaged: download it again") from None
+        raise InputError(
+            error.where, error.problem, "It is truncated or damaged: download it again"
+        ) from None
 
 
 def open_hf_weights(folder: Path) -> WeightSource:
@@ -105,9 +120,12 @@ def open_hf_weights(folder: Path) -> WeightSource:
         files = _weight_files(folder, stem, suffix)
         if files:
             return SafetensorsWeights(files) if suffix == "safetensors" else BinWeights(files)
-    raise InputError(str(folder),
-                     "got no weights, expected model.safetensors, model.safetensors.index.json or pytorch_model.bin",
-                     "Check that the download is complete")
+    raise InputError(
+        str(folder),
+        "got no weights, expected model.safetensors, model.safetensors.index.json or "
+        "pytorch_model.bin",
+        "Check that the download is complete",
+    )
 
 
 def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
@@ -117,12 +135,17 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
         return [single] if single.is_file() else []
     weight_map = read_source_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(str(index), "got no weight_map, expected {tensor: file}", "Download the index again")
+        raise InputError(
+            str(index), "got no weight_map, expected {tensor: file}", "Download the index again"
+        )
     names = sorted({str(name) for name in weight_map.values()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise InputError(str(folder),
-                         f"got {len(names) - len(missing)} of the {len(names)} weight files in {index.name}, missing {shown}",
-                         "The download is incomplete: fetch the missing files")
+        raise InputError(
+            str(folder),
+            f"got {len(names) - len(missing)} of the {len(names)} weight files in {index.name}, "
+            f"missing {shown}",
+            "The download is incomplete: fetch the missing files",
+        )
     return [folder / name for name in names]

@@ -1,4 +1,6 @@
-"""Reads and writes .safetensors one tensor at a time, as numpy arrays, checking the header against the file before any work."""
+"""Reads and writes .safetensors one tensor at a time, as numpy arrays, checking the header against
+the file before any work.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,33 @@ import numpy as np
 
 from plugins.errors import InputError
 
-__all__ = ["SafetensorsWriter", "TensorEntry", "TensorSpec", "numpy_dtype", "read_header", "read_tensor"]
+__all__ = [
+    "SafetensorsWriter",
+    "TensorEntry",
+    "TensorSpec",
+    "numpy_dtype",
+    "read_header",
+    "read_tensor",
+]
 
-# https://huggingface.co/docs/safetensors: 8 bytes header length (little endian), JSON header, then the tensors without gaps.
+# https://huggingface.co/docs/safetensors: 8 bytes header length (little endian), JSON header, then
+# the tensors without gaps.
 _DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
@@ -68,8 +88,11 @@ def _header_bytes(path: Path, size: int) -> tuple[bytes, int]:
     with path.open("rb") as file:
         start = file.read(8)
         if start.startswith(b"version "):
-            raise InputError(str(path), "got a Git LFS pointer, expected the weights themselves",
-                             "Run `git lfs pull` in the model folder")
+            raise InputError(
+                str(path),
+                "got a Git LFS pointer, expected the weights themselves",
+                "Run `git lfs pull` in the model folder",
+            )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise _damaged(path, f"got {size} bytes with no safetensors header at the start")
@@ -86,14 +109,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         size = path.stat().st_size
         raw, base = _header_bytes(path, size)
     except OSError as error:
-        raise InputError(str(path), f"got {error.strerror}, expected a safetensors file",
-                         "Check the path and the permissions") from None
+        raise InputError(
+            str(path),
+            f"got {error.strerror}, expected a safetensors file",
+            "Check the path and the permissions",
+        ) from None
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {
-            name: TensorEntry(str(info["dtype"]), tuple(int(n) for n in info["shape"]),
-                              *(base + int(n) for n in info["data_offsets"]))
+            name: TensorEntry(
+                str(info["dtype"]),
+                tuple(int(n) for n in info["shape"]),
+                *(base + int(n) for n in info["data_offsets"]),
+            )
             for name, info in header.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -106,11 +135,16 @@ def _check_tiling(path: Path, entries: dict[str, TensorEntry], base: int, size: 
     position = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.dtype not in _DTYPES:
-            raise InputError(f"{path}, tensor {name}", f"got dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}",
-                             "Save the checkpoint as float32, float16 or bfloat16")
+            raise InputError(
+                f"{path}, tensor {name}",
+                f"got dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}",
+                "Save the checkpoint as float32, float16 or bfloat16",
+            )
         wanted = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
         if entry.start != position or entry.end - entry.start != wanted:
-            raise _damaged(path, f"got a header whose tensor {name} does not fit its place in the file")
+            raise _damaged(
+                path, f"got a header whose tensor {name} does not fit its place in the file"
+            )
         position = entry.end
     if position != size:
         raise _damaged(path, f"got {size} bytes, expected {position} from its header")
@@ -125,7 +159,8 @@ def read_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
 
 
 class SafetensorsWriter:
-    """Writes tensors in the order of `specs`; the header is known first, so no tensor needs to stay in memory.
+    """Writes tensors in the order of `specs`; the header is known first, so no tensor needs to stay
+    in memory.
 
     After the `with` block, `sha256` holds the hash of the whole file.
     """
@@ -142,7 +177,12 @@ class SafetensorsWriter:
         self._put(self._header())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
         if error is None and self._next != len(self._specs):
             raise RuntimeError(f"{self._path}: {len(self._specs) - self._next} tensors not written")
@@ -152,8 +192,11 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for spec in self._specs:
-            header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape),
-                                 "data_offsets": [position, position + spec.nbytes]}
+            header[spec.name] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [position, position + spec.nbytes],
+            }
             position += spec.nbytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)  # the data begins on a multiple of 8
@@ -167,6 +210,8 @@ class SafetensorsWriter:
         """Write the next tensor of the specs."""
         spec = self._specs[self._next]
         if array.dtype != spec.dtype or array.shape != spec.shape:
-            raise RuntimeError(f"{spec.name}: got {array.dtype} {array.shape}, planned {spec.dtype} {spec.shape}")
+            raise RuntimeError(
+                f"{spec.name}: got {array.dtype} {array.shape}, planned {spec.dtype} {spec.shape}"
+            )
         self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._next += 1

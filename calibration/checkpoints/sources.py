@@ -1,4 +1,6 @@
-"""Turns what the user calls a model into a local folder or file: aliases, Hugging Face hub ids, paths."""
+"""Turns what the user calls a model into a local folder or file: aliases, Hugging Face hub ids,
+paths.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ __all__ = ["ALIASES", "Alias", "Source", "fetch_weights", "model_slug", "resolve
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name: the hub id it stands for, and the installed Python package that carries its GGUF, if any."""
+    """A short name: the hub id it stands for, and the installed Python package that carries its
+    GGUF, if any.
+    """
 
     hub_id: str
     package: str = ""
@@ -41,7 +45,8 @@ ALIASES = {
     "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     "tinyllama-1.1b": Alias("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
 }
-MODELS_VARIABLE = "ANYBIT_MODELS"  # a folder with <alias>, <alias>.gguf or <alias>/ inside, looked at before the network
+# a folder with <alias>, <alias>.gguf or <alias>/ inside, looked at before the network
+MODELS_VARIABLE = "ANYBIT_MODELS"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.model"]
@@ -55,7 +60,8 @@ class Source:
     Attributes:
         name: what the user called it.
         kind: "folder", "gguf" or "hub".
-        path: local folder or file; for "hub" the folder with the small files only, until fetch_weights.
+        path: local folder or file; for "hub" the folder with the small files only, until
+            fetch_weights.
         hub_id: for "hub".
     """
 
@@ -73,7 +79,8 @@ def model_slug(model: str) -> str:
 
 
 def resolve_source(model: str, offline: bool) -> Source:
-    """Find a model; for a hub id the small files are fetched (or taken from the cache when offline).
+    """Find a model; for a hub id the small files are fetched (or taken from the cache when
+    offline).
 
     Raises:
         InputError: nothing goes by that name, or the hub refuses.
@@ -94,8 +101,11 @@ def _local(model: str, path: Path) -> Source:
         return Source(model, "folder", path)
     if path.suffix == ".gguf":
         return Source(model, "gguf", path)
-    raise InputError(str(path), "got a file that is not .gguf, expected a Hugging Face folder or a .gguf file",
-                     "Give the folder that holds config.json")
+    raise InputError(
+        str(path),
+        "got a file that is not .gguf, expected a Hugging Face folder or a .gguf file",
+        "Give the folder that holds config.json",
+    )
 
 
 def _alias_path(alias: str) -> Path | None:
@@ -111,25 +121,35 @@ def _alias_path(alias: str) -> Path | None:
 def _not_found(model: str) -> InputError:
     aliases = ", ".join(ALIASES)
     if model.endswith(".gguf") or "/" in model or "\\" in model:
-        return InputError(model,
-                          "got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub id or an alias",
-                          f"Check the path; aliases are {aliases}")
+        return InputError(
+            model,
+            "got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub id or an alias",
+            f"Check the path; aliases are {aliases}",
+        )
     near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
     hint = f"Did you mean {near[0]}? Aliases are {aliases}" if near else f"Aliases are {aliases}"
-    return InputError(f"model {model!r}",
-                      "got an unknown name, expected an alias, a hub id (owner/name), a folder or a .gguf file", hint)
+    return InputError(
+        f"model {model!r}",
+        "got an unknown name, expected an alias, a hub id (owner/name), a folder or a .gguf file",
+        hint,
+    )
 
 
 def _hub(name: str, hub_id: str, offline: bool) -> Source:
     folder = _snapshot(hub_id, _SMALL_FILES, offline)
     if not (folder / "config.json").is_file():
-        raise InputError(f"model {hub_id}", "got a repository without config.json, expected a Hugging Face transformers model",
-                         "Choose the repository with the transformers weights")
+        raise InputError(
+            f"model {hub_id}",
+            "got a repository without config.json, expected a Hugging Face transformers model",
+            "Choose the repository with the transformers weights",
+        )
     return Source(name, "hub", folder, hub_id)
 
 
 def fetch_weights(source: Source, offline: bool) -> Path:
-    """The folder with the weights: of a hub model they are downloaded now, safetensors first, else .bin files."""
+    """The folder with the weights: of a hub model they are downloaded now, safetensors first, else
+    .bin files.
+    """
     if source.kind != "hub":
         return source.path
     for pattern in ("*.safetensors", "*.bin"):
@@ -137,8 +157,11 @@ def fetch_weights(source: Source, offline: bool) -> Path:
         if any(folder.glob(pattern)):
             return folder
     where = "the local cache" if offline else "the repository"
-    raise InputError(f"model {source.hub_id}", f"got no weights in {where}, expected .safetensors or .bin files",
-                     "Run once without --offline" if offline else "Choose a repository that holds weights")
+    raise InputError(
+        f"model {source.hub_id}",
+        f"got no weights in {where}, expected .safetensors or .bin files",
+        "Run once without --offline" if offline else "Choose a repository that holds weights",
+    )
 
 
 def _package_hint(hub_id: str) -> str:
@@ -152,18 +175,38 @@ def _snapshot(hub_id: str, patterns: list[str], offline: bool) -> Path:
 
     where = f"model {hub_id}"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_IGNORED, local_files_only=offline))
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=patterns, ignore_patterns=_IGNORED, local_files_only=offline
+            )
+        )
     except hub.GatedRepoError:
-        raise InputError(where, "got access denied, expected an account that accepted the model's licence",
-                         f"Accept it on https://huggingface.co/{hub_id}, then run `hf auth login`") from None
+        raise InputError(
+            where,
+            "got access denied, expected an account that accepted the model's licence",
+            f"Accept it on https://huggingface.co/{hub_id}, then run `hf auth login`",
+        ) from None
     except hub.RepositoryNotFoundError:
-        raise InputError(where, "got no such repository on the hub, or a private one",
-                         "Check the spelling, or run `hf auth login`") from None
-    except (hub.LocalEntryNotFoundError, hub.HFValidationError, hub.HfHubHTTPError, OSError) as error:
+        raise InputError(
+            where,
+            "got no such repository on the hub, or a private one",
+            "Check the spelling, or run `hf auth login`",
+        ) from None
+    except (
+        hub.LocalEntryNotFoundError,
+        hub.HFValidationError,
+        hub.HfHubHTTPError,
+        OSError,
+    ) as error:
         if offline:
-            raise InputError(where, "got nothing in the local cache, and --offline forbids the network",
-                             f"Run once without --offline, {_package_hint(hub_id)}or give a local folder or .gguf file"
-                             ) from None
+            raise InputError(
+                where,
+                "got nothing in the local cache, and --offline forbids the network",
+                f"Run once without --offline, {_package_hint(hub_id)}or give a local folder or .gguf file",
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(where, f"got no answer from the hub ({reason})",
-                         "Check the network, or download the model elsewhere and give its folder") from None
+        raise InputError(
+            where,
+            f"got no answer from the hub ({reason})",
+            "Check the network, or download the model elsewhere and give its folder",
+        ) from None

@@ -9,13 +9,25 @@ from pathlib import Path
 from calibration.families.base import LinearGroup, LinearSpec, ModelDims, ModelFamily
 from plugins.errors import InputError
 
-__all__ = ["LinearGroup", "LinearSpec", "ModelDims", "ModelFamily", "accepted_architectures", "family", "family_names",
-           "family_of_architecture"]
+__all__ = [
+    "LinearGroup",
+    "LinearSpec",
+    "ModelDims",
+    "ModelFamily",
+    "accepted_architectures",
+    "family",
+    "family_names",
+    "family_of_architecture",
+]
 
 
 @cache
 def _registry() -> dict[str, ModelFamily]:
-    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    names = sorted(
+        path.stem
+        for path in Path(__file__).parent.glob("*.py")
+        if path.stem not in ("__init__", "base")
+    )
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
@@ -31,8 +43,11 @@ def family(name: str) -> ModelFamily:
         InputError: no such family.
     """
     if name not in _registry():
-        raise InputError(f"model family {name!r}", f"unknown, expected one of {', '.join(family_names())}",
-                         "Make the quantised folder again with this version")
+        raise InputError(
+            f"model family {name!r}",
+            f"unknown, expected one of {', '.join(family_names())}",
+            "Make the quantised folder again with this version",
+        )
     return _registry()[name]
 
 
@@ -50,5 +65,8 @@ def family_of_architecture(architecture: str, where: str) -> ModelFamily:
     for found in _registry().values():
         if found.architecture == architecture:
             return found
-    raise InputError(where, f"got architecture {architecture}, expected one of {', '.join(accepted_architectures())}",
-                     "Choose a model of a supported architecture, or add a file to calibration/families")
+    raise InputError(
+        where,
+        f"got architecture {architecture}, expected one of {', '.join(accepted_architectures())}",
+        "Choose a model of a supported architecture, or add a file to calibration/families",
+    )

@@ -39,16 +39,22 @@ class ModelDims:
         """The sizes in a Hugging Face config."""
         head_dim = int(config.head_dim or config.hidden_size // config.num_attention_heads)
         return cls(
-            int(config.hidden_size), int(config.num_attention_heads) * head_dim, int(config.num_key_value_heads) * head_dim,
-            int(config.intermediate_size), int(config.vocab_size), int(config.num_hidden_layers),
-            bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False)),
+            int(config.hidden_size),
+            int(config.num_attention_heads) * head_dim,
+            int(config.num_key_value_heads) * head_dim,
+            int(config.intermediate_size),
+            int(config.vocab_size),
+            int(config.num_hidden_layers),
+            bool(getattr(config, "attention_bias", False)),
+            bool(getattr(config, "mlp_bias", False)),
             bool(config.tie_word_embeddings),
         )
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear layer of a decoder layer: weight [out, in] with the sizes named as ModelDims fields.
+    """One linear layer of a decoder layer: weight [out, in] with the sizes named as ModelDims
+    fields.
 
     Attributes:
         name: name below the layer's prefix, such as "self_attn.q_proj".
@@ -93,7 +99,8 @@ class ModelFamily:
         name: key, equal to the file name.
         architecture: Hugging Face class.
         model_type: Hugging Face config type.
-        gguf_architecture: value of general.architecture in GGUF files, or "" if this family does not read them.
+        gguf_architecture: value of general.architecture in GGUF files, or "" if this family does
+            not read them.
         groups: linears of a decoder layer in execution order.
         layer_norms: {HF name: GGUF name} below the layer's prefix.
         objection: says why a config cannot be exported, or "".
@@ -122,10 +129,14 @@ class ModelFamily:
 
     def nodes(self, layers: int) -> list[str]:
         """Every GEMM node of a model of so many decoder layers, in execution order."""
-        return [f"{self.layer(index)}.{group.node}" for index in range(layers) for group in self.groups]
+        return [
+            f"{self.layer(index)}.{group.node}" for index in range(layers) for group in self.groups
+        ]
 
     def node(self, name: str) -> str:
-        """The GEMM node of a linear: ...self_attn.q_proj -> ...self_attn.qkv_proj; any other name stays."""
+        """The GEMM node of a linear: ...self_attn.q_proj -> ...self_attn.qkv_proj; any other name
+        stays.
+        """
         for group in self.groups:
             for member in group.members:
                 if name.endswith(f".{member.name}"):
@@ -136,7 +147,9 @@ class ModelFamily:
         """The linears of a GEMM node, in stacking order; of any other name itself."""
         for group in self.groups:
             if node.endswith(f".{group.node}"):
-                return tuple(node.removesuffix(group.node) + member.name for member in group.members)
+                return tuple(
+                    node.removesuffix(group.node) + member.name for member in group.members
+                )
         return (node,)
 
     def has_bias(self, linear: LinearSpec, dims: ModelDims) -> bool:

@@ -1,4 +1,6 @@
-"""The formats a finished quant folder is also written in, one file each; the file name, with hyphens, is the key."""
+"""The formats a finished quant folder is also written in, one file each; the file name, with
+hyphens, is the key.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +28,29 @@ class Format(Protocol):
         """Raise InputError if the format cannot say this scheme or, where it is given, this model."""
 
     def write(self, quant: QuantModel, folder: Path) -> None:
-        """Write the model into an empty folder, by streaming; raise InputError for a layer that the format cannot say."""
+        """Write the model into an empty folder, by streaming; raise InputError for a layer that the
+        format cannot say.
+        """
 
 
 @cache
 def format_names() -> tuple[str, ...]:
     """Our own format, then every other, sorted."""
-    others = (path.stem.replace("_", "-") for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    others = (
+        path.stem.replace("_", "-")
+        for path in Path(__file__).parent.glob("*.py")
+        if path.stem != "__init__"
+    )
     return OURS, *sorted(others)
 
 
 def _format(name: str) -> Format:
     if name not in format_names():
-        raise InputError(f"format {name!r}", f"unknown, expected one of {', '.join(format_names())}", "Check the spelling")
+        raise InputError(
+            f"format {name!r}",
+            f"unknown, expected one of {', '.join(format_names())}",
+            "Check the spelling",
+        )
     module: Format = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")  # type: ignore[assignment]
     return module
 
@@ -54,15 +66,21 @@ def check(name: str, scheme: QuantScheme, checkpoint: Checkpoint | None = None) 
 
 
 def write(name: str, quant: QuantModel) -> None:
-    """Write a finished quant folder in another format too, into its sub-folder of that name; "anybit" writes nothing.
+    """Write a finished quant folder in another format too, into its sub-folder of that name;
+    "anybit" writes nothing.
 
     Raises:
-        InputError: a layer that the format cannot say, the folder is there already, or there is no such format.
+        InputError: a layer that the format cannot say, the folder is there already, or there is no
+            such format.
     """
     if name != OURS:
         writer, folder = _format(name), quant.path / name
         try:
             folder.mkdir()
         except FileExistsError:
-            raise InputError(str(folder), "got a folder that is there already, expected none", "Delete it to write it again") from None
+            raise InputError(
+                str(folder),
+                "got a folder that is there already, expected none",
+                "Delete it to write it again",
+            ) from None
         writer.write(quant, folder)

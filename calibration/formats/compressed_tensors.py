@@ -1,8 +1,10 @@
-"""Writes a quantised model as a Hugging Face folder in the compressed-tensors format, which transformers and others open.
+"""Writes a quantised model as a Hugging Face folder in the compressed-tensors format, which
+transformers and others open.
 
-The layout is that of the Python package compressed-tensors (0.15 to 0.20 read the same from it): weights with integer activations are
-"int-quantized" (one int8 per weight), weights alone "pack-quantized" (low bits first in int32 words). Only widths that divide 32 are
-written: the package has changed how it packs the others.
+The layout is that of the Python package compressed-tensors (0.15 to 0.20 read the same from it):
+weights with integer activations are "int-quantized" (one int8 per weight), weights alone
+"pack-quantized" (low bits first in int32 words). Only widths that divide 32 are written: the
+package has changed how it packs the others.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, read_header
 from calibration.out.files import write_json
 from calibration.quant.folder import QuantModel
-from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, read_header
 from calibration.quant.scheme import FLOAT_BITS
 from plugins.errors import InputError
 
@@ -45,23 +47,40 @@ def check(scheme: QuantScheme, checkpoint: Checkpoint | None = None) -> None:
 
 def _check_scheme(scheme: QuantScheme, where: str) -> None:
     if scheme.balanced or scheme.wbits not in _WEIGHT_BITS or scheme.abits not in _ACTIVATION_BITS:
-        raise InputError(where, f"got W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}, "
-                         "expected W4A8, W8A8, W4A16 or W8A16", f"Use such bits, {_STAY}")
+        raise InputError(
+            where,
+            f"got W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}, "
+            "expected W4A8, W8A8, W4A16 or W8A16",
+            f"Use such bits, {_STAY}",
+        )
     if scheme.kv_bits < FLOAT_BITS:
-        raise InputError(where, f"got a KV cache of {scheme.kv_bits} bits, expected {FLOAT_BITS}: the format has no word for ours",
-                         f"Leave out --kv-bits, {_STAY}")
+        raise InputError(
+            where,
+            f"got a KV cache of {scheme.kv_bits} bits, expected {FLOAT_BITS}: the format has no "
+            f"word for ours",
+            f"Leave out --kv-bits, {_STAY}",
+        )
 
 
 def _check_rope(config: dict[str, Any], frequencies: np.ndarray, where: str) -> None:
-    """A GGUF file may divide the frequencies by a tensor of its own, for which config.json has no word."""
+    """A GGUF file may divide the frequencies by a tensor of its own, for which config.json has no
+    word.
+    """
     rope = config["rope_parameters"]
     if rope["rope_type"] not in ("default", "linear"):
         return  # made from the config, by transformers
     exponents = -np.arange(len(frequencies)) / len(frequencies)
-    expected = rope["rope_theta"] ** exponents / (rope["factor"] if rope["rope_type"] == "linear" else 1.0)
+    expected = rope["rope_theta"] ** exponents / (
+        rope["factor"] if rope["rope_type"] == "linear" else 1.0
+    )
     if not np.allclose(frequencies, expected, rtol=_RTOL, atol=0):
-        raise InputError(where, f"got rotary frequencies that do not follow from rope_type {rope['rope_type']}, expected those of "
-                         f"config.json for --format {NAME}", f"Give the model as a Hugging Face folder, {_STAY}")
+        raise InputError(
+            where,
+            f"got rotary frequencies that do not follow from rope_type {rope['rope_type']}, "
+            f"expected those of "
+            f"config.json for --format {NAME}",
+            f"Give the model as a Hugging Face folder, {_STAY}",
+        )
 
 
 # ---------------------------------------------------------------- config.json
@@ -72,22 +91,53 @@ def _quantization_config(head: str, linears: Iterable[QuantLinear]) -> dict[str,
     members: dict[QuantScheme, list[str]] = {}
     for linear in linears:
         members.setdefault(linear.scheme, []).append(linear.name)
-    groups = {f"group_{index}": _group(scheme) | {"targets": names if len(members) > 1 else ["Linear"]}
-              for index, (scheme, names) in enumerate(members.items())}
+    groups = {
+        f"group_{index}": _group(scheme) | {"targets": names if len(members) > 1 else ["Linear"]}
+        for index, (scheme, names) in enumerate(members.items())
+    }
     formats = {group["format"] for group in groups.values()}
-    return {"quant_method": NAME, "quantization_status": "compressed", "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "config_groups": groups, "ignore": [head], "kv_cache_scheme": None, "global_compression_ratio": None}
+    return {
+        "quant_method": NAME,
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": [head],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
 
 
 def _group(scheme: QuantScheme) -> dict[str, Any]:
     group_size = 0 if scheme.op == "QQQGemm" else scheme.group_size
-    weights = {"num_bits": _stored_bits(scheme), "type": "int", "symmetric": scheme.op == "QQQGemm", "dynamic": False,
-               "strategy": "group" if group_size else "channel", "group_size": group_size or None}
-    activations = {"num_bits": scheme.abits, "type": "int", "symmetric": scheme.act_symmetric, "dynamic": True,
-                   "strategy": "token", "group_size": None}
+    weights = {
+        "num_bits": _stored_bits(scheme),
+        "type": "int",
+        "symmetric": scheme.op == "QQQGemm",
+        "dynamic": False,
+        "strategy": "group" if group_size else "channel",
+        "group_size": group_size or None,
+    }
+    activations = {
+        "num_bits": scheme.abits,
+        "type": "int",
+        "symmetric": scheme.act_symmetric,
+        "dynamic": True,
+        "strategy": "token",
+        "group_size": None,
+    }
     if scheme.abits == _WEIGHT_ONLY:
-        return {"format": "pack-quantized", "weights": weights, "input_activations": None, "output_activations": None}
-    return {"format": "int-quantized", "weights": weights, "input_activations": activations, "output_activations": None}
+        return {
+            "format": "pack-quantized",
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "format": "int-quantized",
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+    }
 
 
 def _stored_bits(scheme: QuantScheme) -> int:
@@ -99,15 +149,18 @@ def _stored_bits(scheme: QuantScheme) -> int:
 
 
 def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [rows, columns] of 4 or 8 bits, 0 to 2^bits - 1, in int32 words [rows, ceil(columns * bits / 32)], low bits first."""
+    """Codes [rows, columns] of 4 or 8 bits, 0 to 2^bits - 1, in int32 words [rows, ceil(columns *
+    bits / 32)], low bits first.
+    """
     per_word = 32 // bits
     padded = np.zeros((len(codes), -(-codes.shape[1] // per_word) * per_word), np.uint8)
-    padded[:, :codes.shape[1]] = codes
+    padded[:, : codes.shape[1]] = codes
     return (padded[:, ::2] | padded[:, 1::2] << 4 if bits == 4 else padded).view("<i4")
 
 
 def _linear_tensors(linear: QuantLinear) -> Iterator[_Tensor]:
-    """The tensors of a layer; int8 codes and zero points are stored minus half the number of codes, packed ones as they are.
+    """The tensors of a layer; int8 codes and zero points are stored minus half the number of codes,
+    packed ones as they are.
 
     Raises:
         InputError: the format cannot say its scheme or its zero points.
@@ -117,7 +170,10 @@ def _linear_tensors(linear: QuantLinear) -> Iterator[_Tensor]:
     bits, (rows, columns), groups = _stored_bits(scheme), arrays.codes.shape, arrays.scale.shape[1]
     packed = scheme.abits == _WEIGHT_ONLY
     if packed:
-        yield TensorSpec(f"{name}.weight_packed", _INT32, (rows, -(-columns * bits // 32))), lambda: pack_words(arrays.codes, bits)
+        yield (
+            TensorSpec(f"{name}.weight_packed", _INT32, (rows, -(-columns * bits // 32))),
+            lambda: pack_words(arrays.codes, bits),
+        )
         yield TensorSpec(f"{name}.weight_shape", _INT64, (2,)), lambda: np.array((rows, columns))
     else:
         yield TensorSpec(f"{name}.weight", _INT8, (rows, columns)), lambda: _signed(linear)
@@ -125,9 +181,15 @@ def _linear_tensors(linear: QuantLinear) -> Iterator[_Tensor]:
     if (zero := arrays.zero) is not None:
         _check_zero(zero, bits, name)
         if packed:  # along the output
-            yield TensorSpec(f"{name}.weight_zero_point", _INT32, (-(-rows * bits // 32), groups)), lambda: pack_words(zero.T, bits).T
+            yield (
+                TensorSpec(f"{name}.weight_zero_point", _INT32, (-(-rows * bits // 32), groups)),
+                lambda: pack_words(zero.T, bits).T,
+            )
         else:
-            yield TensorSpec(f"{name}.weight_zero_point", _INT8, (rows, groups)), lambda: _centred(zero.astype(np.uint8), bits)
+            yield (
+                TensorSpec(f"{name}.weight_zero_point", _INT8, (rows, groups)),
+                lambda: _centred(zero.astype(np.uint8), bits),
+            )
     if (bias := arrays.bias) is not None:
         yield TensorSpec(f"{name}.bias", _FP32, (rows,)), lambda: bias
 
@@ -135,8 +197,11 @@ def _linear_tensors(linear: QuantLinear) -> Iterator[_Tensor]:
 def _check_zero(zero: np.ndarray, bits: int, name: str) -> None:
     low, high, largest = int(zero.min()), int(zero.max()), (1 << bits) - 1
     if low < 0 or high > largest:
-        raise InputError(name, f"got zero points from {low} to {high}, expected 0 to {largest} for --format {NAME}",
-                         f"Use --group-size 0 or larger groups, {_STAY}")
+        raise InputError(
+            name,
+            f"got zero points from {low} to {high}, expected 0 to {largest} for --format {NAME}",
+            f"Use --group-size 0 or larger groups, {_STAY}",
+        )
 
 
 def _signed(linear: QuantLinear) -> np.ndarray:
@@ -147,10 +212,14 @@ def _signed(linear: QuantLinear) -> np.ndarray:
 
 
 def _centred(codes: np.ndarray, bits: int) -> np.ndarray:
-    return (codes - np.uint8(1 << bits - 1)).view(np.int8)  # uint8 wraps around where int8 goes below 0
+    return (codes - np.uint8(1 << bits - 1)).view(
+        np.int8
+    )  # uint8 wraps around where int8 goes below 0
 
 
-def _shard_tensors(quant: QuantModel, names: Iterable[str], linears: dict[str, QuantLinear]) -> Iterator[_Tensor]:
+def _shard_tensors(
+    quant: QuantModel, names: Iterable[str], linears: dict[str, QuantLinear]
+) -> Iterator[_Tensor]:
     for name in names:
         layer, _, part = name.rpartition(".")
         if part == "codes":
@@ -164,7 +233,8 @@ def _shard_tensors(quant: QuantModel, names: Iterable[str], linears: dict[str, Q
 
 
 def write(quant: QuantModel, folder: Path) -> None:
-    """Write config.json, weight files that are cut as those of the quant folder, their index, and copies of all other files.
+    """Write config.json, weight files that are cut as those of the quant folder, their index, and
+    copies of all other files.
 
     One tensor at a time is in memory.
 
@@ -173,23 +243,47 @@ def write(quant: QuantModel, folder: Path) -> None:
         folder: an empty folder.
 
     Raises:
-        InputError: the format cannot say a layer's scheme or zero points, or the rotary frequencies.
+        InputError: the format cannot say a layer's scheme or zero points, or the rotary
+            frequencies.
     """
     config = quant.config["hf"]
     _check_rope(config, quant.tensor(_ROPE), str(quant.source["name"]))
-    names = {file: list(read_header(quant.path / file)) for file in sorted(quant.files) if file.endswith(".safetensors")}
-    layers = [name.removesuffix(".codes") for shard in names.values() for name in shard if name.endswith(".codes")]
+    names = {
+        file: list(read_header(quant.path / file))
+        for file in sorted(quant.files)
+        if file.endswith(".safetensors")
+    }
+    layers = [
+        name.removesuffix(".codes")
+        for shard in names.values()
+        for name in shard
+        if name.endswith(".codes")
+    ]
     linears = {layer: quant.linear(layer) for layer in layers}
-    planned = {file: list(_shard_tensors(quant, shard, linears)) for file, shard in names.items()}  # checks before it writes
-    shards = {file: tensors for file, tensors in planned.items() if tensors}  # the last may have held the frequencies alone
+    planned = {
+        file: list(_shard_tensors(quant, shard, linears)) for file, shard in names.items()
+    }  # checks before it writes
+    shards = {
+        file: tensors for file, tensors in planned.items() if tensors
+    }  # the last may have held the frequencies alone
     for file, tensors in shards.items():
         with SafetensorsWriter(folder / file, [spec for spec, _ in tensors]) as writer:
             for _, make in tensors:
                 writer.write(make())
     weight_map = {spec.name: file for file, tensors in shards.items() for spec, _ in tensors}
     size = sum(spec.nbytes for tensors in shards.values() for spec, _ in tensors)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    write_json(folder / "config.json", config | {"architectures": [quant.family.architecture], "dtype": quant.scheme.dtype,
-                                                 "quantization_config": _quantization_config(quant.family.head, linears.values())})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": weight_map},
+    )
+    write_json(
+        folder / "config.json",
+        config
+        | {
+            "architectures": [quant.family.architecture],
+            "dtype": quant.scheme.dtype,
+            "quantization_config": _quantization_config(quant.family.head, linears.values()),
+        },
+    )
     for name in quant.files.keys() - names.keys():
         shutil.copyfile(quant.path / name, folder / name)

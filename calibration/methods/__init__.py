@@ -1,6 +1,7 @@
 """The quantisation methods, one file or folder each; its name is the key.
 
-A method that looks at weights alone defines quantize(); one that looks at data defines METHOD, see calibration/blocks/driver.py.
+A method that looks at weights alone defines quantize(); one that looks at data defines METHOD, see
+calibration/blocks/driver.py.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ __all__ = ["Method", "is_block_method", "method", "method_names"]
 class Method(Protocol):
     """What the file of a method without data defines at its top level."""
 
-    def quantize(self, weight: np.ndarray, bias: np.ndarray | None, scheme: QuantScheme) -> QuantArrays:
+    def quantize(
+        self, weight: np.ndarray, bias: np.ndarray | None, scheme: QuantScheme
+    ) -> QuantArrays:
         """Integer codes of one linear layer: weight [N, K] of any float type, bias [N] or None."""
 
 
 @cache
 def method_names() -> tuple[str, ...]:
     """Names of every method, sorted."""
-    found = [path for path in Path(__file__).parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    found = [
+        path
+        for path in Path(__file__).parent.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ]
     return tuple(sorted(path.stem for path in found if path.stem != "__init__"))
 
 
@@ -42,7 +49,11 @@ def method(name: str) -> Any:
         InputError: no such method.
     """
     if name not in method_names():
-        raise InputError(f"method {name!r}", f"unknown, expected one of {', '.join(method_names())}", "Check the spelling")
+        raise InputError(
+            f"method {name!r}",
+            f"unknown, expected one of {', '.join(method_names())}",
+            "Check the spelling",
+        )
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -1,4 +1,6 @@
-"""QQQ (arXiv 2406.09904): W4A8 by smoothing or rotation, then GPTQ on inputs as the quantised model sees them."""
+"""QQQ (arXiv 2406.09904): W4A8 by smoothing or rotation, then GPTQ on inputs as the quantised model
+sees them.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def smoothed(task: BlockTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 class SiteSolver:
-    """Codes of a site from its float weight and the moments of its inputs; adds up what rounding costs.
+    """Codes of a site from its float weight and the moments of its inputs; adds up what rounding
+    costs.
 
     Args:
         task: the block.
@@ -60,7 +63,9 @@ class SiteSolver:
         grids: of sites whose grid is known; the others' are searched.
     """
 
-    def __init__(self, task: BlockTask, weights: dict[str, Tensor], grids: Mapping[str, Grid] | None = None) -> None:
+    def __init__(
+        self, task: BlockTask, weights: dict[str, Tensor], grids: Mapping[str, Grid] | None = None
+    ) -> None:
         self._task, self._weights, self._grids = task, weights, grids or {}
         assert isinstance(task.settings.method, QqqSettings)
         self._settings = task.settings.method
@@ -71,12 +76,18 @@ class SiteSolver:
         assert moments is not None
         settings, scheme = self._settings, self._task.schemes[site]
         moments.reduce(self._task.ranks)
-        if not torch.isfinite(moments.hessian).all():  # an activation overflowed: as if nothing had been seen
+        if not torch.isfinite(
+            moments.hessian
+        ).all():  # an activation overflowed: as if nothing had been seen
             moments = Moments(len(moments.hessian), cross=False, device=self._task.device)
         weight, bias = site_weight(self._weights, site)
-        group = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
+        group = torch.arange(weight.shape[1], device=weight.device) // (
+            scheme.group_size or weight.shape[1]
+        )
         target = corrected_target(weight, moments, settings.correct)
-        grid = self._grids.get(site) or search_grid(target, scheme, torch.diagonal(moments.hessian), settings.clip_steps)
+        grid = self._grids.get(site) or search_grid(
+            target, scheme, torch.diagonal(moments.hessian), settings.clip_steps
+        )
         codes, values = grid.round(target, group)
         self.signal += quadratic_error(target, torch.zeros_like(target), moments.hessian)
         self.before += (plain := quadratic_error(target, values, moments.hessian))
@@ -84,7 +95,11 @@ class SiteSolver:
         hessian = factored(moments.hessian, settings.damp, settings.act_order)
         for _ in range(settings.gptq * (1 + settings.refits)):
             result = gptq(target, hessian, grid, group)
-            best = min(best, (quadratic_error(target, result.values, moments.hessian), result.codes, grid), key=lambda found: found[0])
+            best = min(
+                best,
+                (quadratic_error(target, result.values, moments.hessian), result.codes, grid),
+                key=lambda found: found[0],
+            )
             if result.note:
                 self.notes.append(f"{site}: {result.note}")
                 break
@@ -95,9 +110,15 @@ class SiteSolver:
         return best[2].arrays(best[1], bias)
 
     def report(self) -> dict[str, object]:
-        """Squared output errors of all sites before and after GPTQ, as parts of the outputs' squares."""
+        """Squared output errors of all sites before and after GPTQ, as parts of the outputs'
+        squares.
+        """
         signal = max(self.signal, 1e-300)
-        return {"loss_before": self.before / signal, "loss_after": self.after / signal, "notes": self.notes}
+        return {
+            "loss_before": self.before / signal,
+            "loss_after": self.after / signal,
+            "notes": self.notes,
+        }
 
 
 class Qqq:
@@ -109,7 +130,12 @@ class Qqq:
         if settings.method.rotation == "none":
             return Plain()
         dims, config = checkpoint.dims, checkpoint.config
-        return Rotation.make(settings.method.rotation, dims.hidden, dims.q // int(config.num_attention_heads), settings.seed)
+        return Rotation.make(
+            settings.method.rotation,
+            dims.hidden,
+            dims.q // int(config.num_attention_heads),
+            settings.seed,
+        )
 
     def wants_real(self, settings: CalibrationSettings) -> bool:
         """For the correction of earlier errors."""
@@ -121,8 +147,14 @@ class Qqq:
         weights, scales = smoothed(task)
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
         solver = SiteSolver(task, weights)
-        sites = walk(WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales), task.streams, solver)
-        return BlockResult(sites, {name: gain.cpu().numpy() for name, gain in gains.items()}, solver.report())
+        sites = walk(
+            WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales),
+            task.streams,
+            solver,
+        )
+        return BlockResult(
+            sites, {name: gain.cpu().numpy() for name, gain in gains.items()}, solver.report()
+        )
 
 
 METHOD = Qqq()

@@ -15,8 +15,12 @@ __all__ = ["quantize"]
 
 TINY = np.float32(2.0**-126)  # smallest scale: its reciprocal is finite and no GPU flushes it
 _LARGEST = np.finfo(np.float32).max
-_FLAT = np.float32(2.0**-15)  # a row with a narrower range than this part of its absmax keeps a zero point of 16 bits
-_ONE_BIT_LEVEL = 1.5  # best level of {0, s} or {-s, 0, s} for Gaussian weights, in units of mean |w| (Lloyd-Max)
+_FLAT = np.float32(
+    2.0**-15
+)  # a row with a narrower range than this part of its absmax keeps a zero point of 16 bits
+_ONE_BIT_LEVEL = (
+    1.5  # best level of {0, s} or {-s, 0, s} for Gaussian weights, in units of mean |w| (Lloyd-Max)
+)
 _QQQ_MAX = 7  # codes -7..7: symmetric, so +absmax is not clipped
 _INT8_MAX = 127
 _CHUNK = 1 << 22  # weights converted to fp32 together
@@ -32,14 +36,22 @@ def quantize(weight: np.ndarray, bias: np.ndarray | None, scheme: QuantScheme) -
     """
     rows = max(1, _CHUNK // weight.shape[1])
     one = _qqq_rows if scheme.op == "QQQGemm" else _abq_rows
-    parts = [one(np.asarray(weight[start:start + rows], np.float32), scheme) for start in range(0, len(weight), rows)]
+    parts = [
+        one(np.asarray(weight[start : start + rows], np.float32), scheme)
+        for start in range(0, len(weight), rows)
+    ]
 
     def stacked(field: str) -> np.ndarray | None:
         values = [getattr(part, field) for part in parts]
         return None if values[0] is None else np.concatenate(values)
 
-    return QuantArrays(np.concatenate([part.codes for part in parts]), np.concatenate([part.scale for part in parts]),
-                       stacked("zero"), stacked("scale_group"), None if bias is None else np.asarray(bias, np.float32))
+    return QuantArrays(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scale for part in parts]),
+        stacked("zero"),
+        stacked("scale_group"),
+        None if bias is None else np.asarray(bias, np.float32),
+    )
 
 
 def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
@@ -55,7 +67,9 @@ def _abq_rows(weight: np.ndarray, scheme: QuantScheme) -> QuantArrays:
 
 
 def _min_max(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point, both [N, G] fp32, that put the smallest weight on code 0 and the largest on the last."""
+    """Scale and zero point, both [N, G] fp32, that put the smallest weight on code 0 and the
+    largest on the last.
+    """
     low, high = groups.min(-1), groups.max(-1)
     absmax = np.maximum(np.abs(low), np.abs(high))
     width = high / (levels - 1) - low / (levels - 1)  # divided first: high - low may overflow
@@ -66,7 +80,8 @@ def _min_max(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
 def _few_levels(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
     """W1: {0, s} or {-s, 0}, the side with more energy; W1*: {-s, 0, s}.
 
-    Zero points are integers, so two levels cannot lie at +-s, and min/max would round nearly all weights to 0.
+    Zero points are integers, so two levels cannot lie at +-s, and min/max would round nearly all
+    weights to 0.
     """
     level = np.abs(groups).mean(-1, dtype=np.float64) * _ONE_BIT_LEVEL
     scale = np.clip(level, TINY, _LARGEST).astype(np.float32)

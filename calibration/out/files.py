@@ -1,4 +1,6 @@
-"""Writes artefact folders, one process at a time, so that a reader sees a whole stage or none of it; checks what it reads back."""
+"""Writes artefact folders, one process at a time, so that a reader sees a whole stage or none of
+it; checks what it reads back.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from typing import Any
 
 from plugins.errors import InputError
 
-__all__ = ["StageWriter", "file_records", "locked", "read_json", "sha256_file", "verify_files", "write_json"]
+__all__ = [
+    "StageWriter",
+    "file_records",
+    "locked",
+    "read_json",
+    "sha256_file",
+    "verify_files",
+    "write_json",
+]
 
 _CHUNK = 1 << 22
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -29,13 +39,20 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
     except OSError as error:
-        raise InputError(str(out), f"got {error.strerror}, expected a folder that can be written", "Choose another --out") from error
+        raise InputError(
+            str(out),
+            f"got {error.strerror}, expected a folder that can be written",
+            "Choose another --out",
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(str(out), "got a folder that another process is writing, expected a free one",
-                             "Wait for it to end or choose another --out") from None
+            raise InputError(
+                str(out),
+                "got a folder that another process is writing, expected a free one",
+                "Wait for it to end or choose another --out",
+            ) from None
         yield
 
 
@@ -70,8 +87,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(str(path), f"got {error.strerror or error} while writing, expected a writable folder with enough space",
-                      "Check the disk and the permissions; earlier results are whole")
+    return InputError(
+        str(path),
+        f"got {error.strerror or error} while writing, expected a "
+        f"writable folder with enough space",
+        "Check the disk and the permissions; earlier results are whole",
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,20 +104,33 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(str(path), "got no such file, expected a JSON file of an artefact folder",
-                         "Check the path, or make the artefact with python -m exporter") from None
+        raise InputError(
+            str(path),
+            "got no such file, expected a JSON file of an artefact folder",
+            "Check the path, or make the artefact with python -m exporter",
+        ) from None
     except (ValueError, OSError) as error:
-        raise InputError(str(path), f"got unreadable JSON ({error}), expected a whole file",
-                         "It is truncated or damaged: make this stage again") from None
+        raise InputError(
+            str(path),
+            f"got unreadable JSON ({error}), expected a whole file",
+            "It is truncated or damaged: make this stage again",
+        ) from None
     if not isinstance(value, dict):
-        raise InputError(str(path), f"got a JSON {type(value).__name__}, expected an object", "Make this stage again")
+        raise InputError(
+            str(path),
+            f"got a JSON {type(value).__name__}, expected an object",
+            "Make this stage again",
+        )
     return value
 
 
 def file_records(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative name: {"bytes": n, "sha256": hex}} of every file below `folder`, in name order."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    }
 
 
 def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -111,9 +145,13 @@ def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         if not path.is_file():
             raise InputError(str(path), "got no such file, expected it from the manifest", fix)
         if path.stat().st_size != record["bytes"]:
-            raise InputError(str(path), f"got {path.stat().st_size} bytes, expected {record['bytes']}", fix)
+            raise InputError(
+                str(path), f"got {path.stat().st_size} bytes, expected {record['bytes']}", fix
+            )
         if (got := sha256_file(path)) != record["sha256"]:
-            raise InputError(str(path), f"got SHA-256 {got[:12]}..., expected {record['sha256'][:12]}...", fix)
+            raise InputError(
+                str(path), f"got SHA-256 {got[:12]}..., expected {record['sha256'][:12]}...", fix
+            )
 
 
 def _free_bytes(folder: Path) -> int:
@@ -124,7 +162,8 @@ def _free_bytes(folder: Path) -> int:
 class StageWriter:
     """Context manager for one stage's folder: written under a temporary name, renamed when whole.
 
-    An error or Ctrl-C inside the block removes the temporary folder and leaves an earlier result untouched.
+    An error or Ctrl-C inside the block removes the temporary folder and leaves an earlier result
+    untouched.
 
     Args:
         out: the artefact folder OUT.
@@ -135,15 +174,24 @@ class StageWriter:
         InputError: too little space, or OUT cannot be written.
     """
 
-    def __init__(self, out: Path, stage: str, needed_bytes: int = 0,
-                 free_bytes: Callable[[Path], int] = _free_bytes) -> None:
+    def __init__(
+        self,
+        out: Path,
+        stage: str,
+        needed_bytes: int = 0,
+        free_bytes: Callable[[Path], int] = _free_bytes,
+    ) -> None:
         self.final = out / stage
         self.path = out / f".{stage}.partial"
         self._old = out / f".{stage}.old"
         free = free_bytes(out)
         if free < needed_bytes:
-            raise InputError(str(self.final), f"got {free / 1e6:.0f} MB of free space, expected at least {needed_bytes / 1e6:.0f} MB",
-                             "Free some space or choose another --out")
+            raise InputError(
+                str(self.final),
+                f"got {free / 1e6:.0f} MB of free space, expected "
+                f"at least {needed_bytes / 1e6:.0f} MB",
+                "Free some space or choose another --out",
+            )
 
     def __enter__(self) -> StageWriter:
         try:
@@ -154,7 +202,12 @@ class StageWriter:
             raise _unwritable(self.final, error) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if error is None:
                 self._commit()
@@ -188,7 +241,13 @@ class StageWriter:
             self._old.rename(self.final)
 
     def _concerns(self, error: OSError) -> bool:
-        """Whether an error is about the disk or about a file of this stage; any other has its own story to tell."""
-        names = (name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
+        """Whether an error is about the disk or about a file of this stage; any other has its own
+        story to tell.
+        """
+        names = (
+            name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))
+        )
         folder = self.path.absolute()
-        return error.errno in _DISK_ERRORS or any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)
+        return error.errno in _DISK_ERRORS or any(
+            Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names
+        )

@@ -1,4 +1,6 @@
-"""What a stage's result depends on, as short hashes: settings, code, texts, files, package versions."""
+"""What a stage's result depends on, as short hashes: settings, code, texts, files, package
+versions.
+"""
 
 from __future__ import annotations
 

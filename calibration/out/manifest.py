@@ -12,13 +12,32 @@ from calibration.out.files import read_json
 from calibration.out.fingerprint import package_versions
 from plugins.errors import InputError
 
-__all__ = ["FORMAT", "MANIFEST", "STAGES", "installed_versions", "open_manifest", "peak_rss", "read_manifest", "reset_peak_rss"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "STAGES",
+    "installed_versions",
+    "open_manifest",
+    "peak_rss",
+    "read_manifest",
+    "reset_peak_rss",
+]
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STAGES = ("quant", "onnx", "engine", "report")
-PACKAGES = ("anybit-trt", "torch", "transformers", "onnx", "onnxruntime", "polygraphy", "tensorrt-rtx-cu13", "tensorrt", "numpy",
-            "nvidia-cuda-nvcc")
+PACKAGES = (
+    "anybit-trt",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "polygraphy",
+    "tensorrt-rtx-cu13",
+    "tensorrt",
+    "numpy",
+    "nvidia-cuda-nvcc",
+)
 _RECORD = {"fingerprint": str, "seconds": (int, float), "peak_rss": int, "files": dict}
 _FILE = {"bytes": int, "sha256": str}
 
@@ -31,7 +50,10 @@ def peak_rss() -> int:
     """Peak resident bytes since the last reset (Linux VmHWM)."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+        return (
+            next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+            * 1024
+        )
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -51,11 +73,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise InputError(str(path), f"got format {json.dumps(manifest.get('format'))}, expected {FORMAT}",
-                         "It is damaged or of another version: export the model again into a new folder")
+        raise InputError(
+            str(path),
+            f"got format {json.dumps(manifest.get('format'))}, expected {FORMAT}",
+            "It is damaged or of another version: export the model again into a new folder",
+        )
     if flaw := _flaw(manifest):
-        raise InputError(str(path), f"got {flaw}, expected the manifest of an artefact folder",
-                         "It is damaged: export the model again into a new folder")
+        raise InputError(
+            str(path),
+            f"got {flaw}, expected the manifest of an artefact folder",
+            "It is damaged: export the model again into a new folder",
+        )
     stages = manifest["stages"]
     return manifest | {"stages": {name: stages[name] for name in STAGES if name in stages}}
 
@@ -74,7 +102,9 @@ def _flaw(manifest: dict[str, Any]) -> str:
 
 
 def _has(record: Any, fields: dict[str, Any]) -> bool:
-    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in fields.items())
+    return isinstance(record, dict) and all(
+        isinstance(record.get(key), kind) for key, kind in fields.items()
+    )
 
 
 def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -82,18 +112,28 @@ def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the artefact folder.
-        identity: model and settings; a folder with a finished stage must have been made with the same.
+        identity: model and settings; a folder with a finished stage must have been made with the
+            same.
 
     Raises:
-        InputError: OUT cannot be read, is not ours, or belongs to another model or setting, or its manifest is damaged.
+        InputError: OUT cannot be read, is not ours, or belongs to another model or setting, or its
+            manifest is damaged.
     """
     try:
         strangers = _strangers(out)
     except OSError as error:
-        raise InputError(str(out), f"got {error.strerror}, expected a folder that can be read", "Choose another --out") from error
+        raise InputError(
+            str(out),
+            f"got {error.strerror}, expected a folder that can be read",
+            "Choose another --out",
+        ) from error
     if strangers:
-        raise InputError(str(out), f"got a folder with other files in it ({strangers[0]}), expected a new or an artefact folder",
-                         "Choose another --out")
+        raise InputError(
+            str(out),
+            f"got a folder with other files in it ({strangers[0]}), "
+            f"expected a new or an artefact folder",
+            "Choose another --out",
+        )
     fresh = {"format": FORMAT, "request": identity, "stages": {}}
     if not (out / MANIFEST).exists():
         return fresh
@@ -103,8 +143,12 @@ def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     for key, expected in identity.items():
         got = manifest["request"].get(key)
         if got != expected:
-            raise InputError(str(out), f"got an artefact with {key} {_short(got, expected)}, expected {_short(expected, got)}",
-                             "Choose another --out, or delete this folder")
+            raise InputError(
+                str(out),
+                f"got an artefact with {key} {_short(got, expected)}, "
+                f"expected {_short(expected, got)}",
+                "Choose another --out, or delete this folder",
+            )
     return manifest
 
 

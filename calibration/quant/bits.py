@@ -22,7 +22,9 @@ _LABEL = re.compile(r"w(\d+[b*]?)a(\d+)(?:-g(\d+))?", re.IGNORECASE)
 
 @cache
 def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:.*\.)?{fnmatch.translate(pattern)}")  # the whole name, or what follows one of its dots
+    return re.compile(
+        rf"(?:.*\.)?{fnmatch.translate(pattern)}"
+    )  # the whole name, or what follows one of its dots
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Rule:
     """One line of a bits file.
 
     Attributes:
-        pattern: shell pattern (* ? [0-9]) over full names, or over their ends after a dot: "down_proj", "layers.0.*".
-        bits: as QuantScheme.label: w4a8, w4a8-g64, w2ba8; without -g the base's group size, -g0 is per output channel.
+        pattern: shell pattern (* ? [0-9]) over full names, or over their ends after a dot:
+            "down_proj", "layers.0.*".
+        bits: as QuantScheme.label: w4a8, w4a8-g64, w2ba8; without -g the base's group size, -g0 is
+            per output channel.
         where: file and line, for messages.
     """
 
@@ -44,29 +48,39 @@ class Rule:
         return _regex(self.pattern).fullmatch(name) is not None
 
     def scheme(self, base: QuantScheme) -> QuantScheme:
-        """What it asks for over a base, whose method, symmetry, type and cache it keeps; W4A8 stays QQQGemm where the base is.
+        """What it asks for over a base, whose method, symmetry, type and cache it keeps; W4A8 stays
+        QQQGemm where the base is.
 
         Raises:
             InputError: not the grammar above, or bits out of range.
         """
         found = _LABEL.fullmatch(self.bits)
         if found is None:
-            raise InputError(self.where, f"got bits {self.bits!r}, expected w<W>a<A> or w<W>a<A>-g<G>, such as w4a8, w2ba8-g64 or w8a16",
-                             "Write weight bits, activation bits (16 for weight-only) and, if you like, the group size")
+            raise InputError(
+                self.where,
+                f"got bits {self.bits!r}, expected w<W>a<A> or w<W>a<A>-g<G>, such as w4a8, "
+                f"w2ba8-g64 or w8a16",
+                "Write weight bits, activation bits (16 for weight-only) and, if you like, the group size",
+            )
         wbits, abits, group = found.groups()
-        bits = Bits(*parse_wbits(wbits.lower(), self.where), check_abits(int(abits), self.where),
-                    base.group_size if group is None else int(group))
+        bits = Bits(
+            *parse_wbits(wbits.lower(), self.where),
+            check_abits(int(abits), self.where),
+            base.group_size if group is None else int(group),
+        )
         # A16 has no activation codes, so such a base says nothing of their symmetry.
         symmetric = base.act_symmetric if base.abits < 16 else None
-        return replace(scheme_for(bits, base.op, symmetric, base.method, base.dtype), kv_bits=base.kv_bits)
+        return replace(
+            scheme_for(bits, base.op, symmetric, base.method, base.dtype), kv_bits=base.kv_bits
+        )
 
 
 @dataclass(frozen=True)
 class SchemeMap:
     """A scheme for every GEMM node: the last rule that matches, else the base.
 
-    A rule matches a linear by its own name or by its node's (q_proj by "self_attn.qkv_proj"); the linears of a node, such as q, k and v,
-    need one scheme.
+    A rule matches a linear by its own name or by its node's (q_proj by "self_attn.qkv_proj"); the
+    linears of a node, such as q, k and v, need one scheme.
     """
 
     base: QuantScheme
@@ -80,16 +94,28 @@ class SchemeMap:
         """
         node = family.node(name)
         members = {member: self._last(node, member) for member in family.members(node)}
-        schemes = {member: rule.scheme(self.base) if rule else self.base for member, rule in members.items()}
+        schemes = {
+            member: rule.scheme(self.base) if rule else self.base
+            for member, rule in members.items()
+        }
         if len(set(schemes.values())) > 1:
-            got = ", ".join(f"{member.rpartition('.')[2]} {schemes[member].label} ({rule.where if rule else 'the base'})"
-                            for member, rule in members.items())
-            raise InputError(node, f"got {got}; expected one scheme, because these linears are one GEMM node",
-                             f"Name {node.rpartition('.')[2]} or every linear of it")
+            got = ", ".join(
+                f"{member.rpartition('.')[2]} {schemes[member].label} "
+                f"({rule.where if rule else 'the base'})"
+                for member, rule in members.items()
+            )
+            raise InputError(
+                node,
+                f"got {got}; expected one scheme, because these linears are one GEMM node",
+                f"Name {node.rpartition('.')[2]} or every linear of it",
+            )
         return next(iter(schemes.values()))
 
     def _last(self, node: str, member: str) -> Rule | None:
-        return next((rule for rule in reversed(self.rules) if rule.matches(node) or rule.matches(member)), None)
+        return next(
+            (rule for rule in reversed(self.rules) if rule.matches(node) or rule.matches(member)),
+            None,
+        )
 
     def nodes(self, family: ModelFamily, layers: int) -> dict[str, QuantScheme]:
         """{node: scheme} of a model, in execution order.
@@ -98,19 +124,34 @@ class SchemeMap:
             InputError: a pattern matches nothing in this model, or as `of`.
         """
         nodes = family.nodes(layers)
-        names = list(dict.fromkeys(name for node in nodes for name in (node, *family.members(node))))
+        names = list(
+            dict.fromkeys(name for node in nodes for name in (node, *family.members(node)))
+        )
         for rule in self.rules:
             if not any(map(rule.matches, names)):
-                raise InputError(rule.where, f"got pattern {rule.pattern!r}, which matches none of this model's linears, expected names "
-                                 f"as in {', '.join(family.nodes(1))}; layers 0 to {layers - 1}", "Check the spelling and the layer")
+                raise InputError(
+                    rule.where,
+                    f"got pattern {rule.pattern!r}, which matches none of this model's linears, "
+                    f"expected names "
+                    f"as in {', '.join(family.nodes(1))}; layers 0 to {layers - 1}",
+                    "Check the spelling and the layer",
+                )
         return {node: self.of(node, family) for node in nodes}
 
     def exceptions(self, family: ModelFamily, layers: int) -> dict[str, QuantScheme]:
         """{node: scheme} of the nodes whose scheme is not the base. Raises as `nodes`."""
-        return {node: scheme for node, scheme in self.nodes(family, layers).items() if scheme != self.base}
+        return {
+            node: scheme
+            for node, scheme in self.nodes(family, layers).items()
+            if scheme != self.base
+        }
 
-    def linears(self, family: ModelFamily, dims: ModelDims) -> dict[QuantScheme, dict[str, tuple[int, int]]]:
-        """{scheme: {linear: its (out_features, in_features)}} of a model, by first use. Raises as `nodes`."""
+    def linears(
+        self, family: ModelFamily, dims: ModelDims
+    ) -> dict[QuantScheme, dict[str, tuple[int, int]]]:
+        """{scheme: {linear: its (out_features, in_features)}} of a model, by first use. Raises as
+        `nodes`.
+        """
         shapes = dict(family.tensor_shapes(dims))
         found: dict[QuantScheme, dict[str, tuple[int, int]]] = {}
         for node, scheme in self.nodes(family, dims.layers).items():
@@ -121,7 +162,10 @@ class SchemeMap:
 
     def weights(self, family: ModelFamily, dims: ModelDims) -> dict[QuantScheme, int]:
         """{scheme: number of weights} of a model. Raises as `nodes`."""
-        return {scheme: sum(rows * columns for rows, columns in shapes.values()) for scheme, shapes in self.linears(family, dims).items()}
+        return {
+            scheme: sum(rows * columns for rows, columns in shapes.values())
+            for scheme, shapes in self.linears(family, dims).items()
+        }
 
     def schemes(self) -> tuple[QuantScheme, ...]:
         """Every scheme it can give, once: the base, then the rules' in order."""
@@ -141,8 +185,10 @@ class SchemeMap:
     def as_text(self) -> str:
         """The rules as a bits file."""
         width = max((len(rule.pattern) for rule in self.rules), default=0)
-        lines = [f"# Over a base of {self.base.model_label}; the last line that matches counts.",
-                 *(f"{rule.pattern:{width}} {rule.bits}" for rule in self.rules)]
+        lines = [
+            f"# Over a base of {self.base.model_label}; the last line that matches counts.",
+            *(f"{rule.pattern:{width}} {rule.bits}" for rule in self.rules),
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -161,16 +207,25 @@ def read_bits_file(path: Path, base: QuantScheme) -> SchemeMap:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "a file that is not UTF-8"
-        raise InputError("--bits-file", f"got {problem} for {path}, expected a text file", "Check the path") from None
+        raise InputError(
+            "--bits-file", f"got {problem} for {path}, expected a text file", "Check the path"
+        ) from None
     rules = []
     for number, line in enumerate(text.splitlines(), 1):
         words, where = line.partition("#")[0].split(), f"{path}, line {number}"
         if words:
             if len(words) != 2:
-                raise InputError(where, f"got {' '.join(words)!r}, expected a pattern and bits", "Write a line such as: down_proj w8a8")
+                raise InputError(
+                    where,
+                    f"got {' '.join(words)!r}, expected a pattern and bits",
+                    "Write a line such as: down_proj w8a8",
+                )
             rules.append(Rule(words[0], words[1], where))
             rules[-1].scheme(base)
     if not rules:
-        raise InputError(str(path), "got no rule, expected at least one line such as: down_proj w8a8",
-                         "Leave out --bits-file for the same bits everywhere")
+        raise InputError(
+            str(path),
+            "got no rule, expected at least one line such as: down_proj w8a8",
+            "Leave out --bits-file for the same bits everywhere",
+        )
     return SchemeMap(base, tuple(rules))

@@ -20,7 +20,9 @@ __all__ = ["check_scheme"]
 _MIN_GROUP = 16
 
 
-def check_scheme(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS) -> None:
+def check_scheme(
+    checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS
+) -> None:
     """Settings, and another format to write, against this model's layers, before any work.
 
     Raises:
@@ -35,9 +37,15 @@ def check_scheme(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, forma
 
 def _check_one(scheme: QuantScheme, shapes: list[tuple[int, int]], rule: str) -> None:
     bits = f"W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}"
-    if scheme.op == "QQQGemm" and ((scheme.wbits, scheme.abits, scheme.balanced) != (4, 8, False) or not scheme.act_symmetric):
-        raise InputError("QQQGemm", f"got {bits}{'' if scheme.act_symmetric else ' with asymmetric activations'}, "
-                         "expected W4A8 with symmetric activations", "Use --wbits 4 --abits 8, or --method abq for other bits")
+    if scheme.op == "QQQGemm" and (
+        (scheme.wbits, scheme.abits, scheme.balanced) != (4, 8, False) or not scheme.act_symmetric
+    ):
+        raise InputError(
+            "QQQGemm",
+            f"got {bits}{'' if scheme.act_symmetric else ' with asymmetric activations'}, "
+            "expected W4A8 with symmetric activations",
+            "Use --wbits 4 --abits 8, or --method abq for other bits",
+        )
     _check_group(scheme, [in_features for _, in_features in shapes], rule)
     for out_features, in_features in shapes:
         where = f"a linear layer of {out_features} x {in_features}"
@@ -46,17 +54,32 @@ def _check_one(scheme: QuantScheme, shapes: list[tuple[int, int]], rule: str) ->
 
 def _check_group(scheme: QuantScheme, widths: list[int], rule: str) -> None:
     """The group size of the command line, or of a rule of a bits file, which is then named."""
-    size, where, option = scheme.group_size, rule or "--group-size", "-g" if rule else "--group-size "
+    size, where, option = (
+        scheme.group_size,
+        rule or "--group-size",
+        "-g" if rule else "--group-size ",
+    )
     common = reduce(math.gcd, widths)
     qqq = scheme.op == "QQQGemm"
-    fitting = [n for n in range(_MIN_GROUP, common + 1) if common % n == 0 and (not qqq or n in QQQ_GROUPS)]
+    fitting = [
+        n for n in range(_MIN_GROUP, common + 1) if common % n == 0 and (not qqq or n in QQQ_GROUPS)
+    ]
     if size == 0 or (size in fitting):
         return
-    choices = f"Use {option}0 (one scale per output channel){' or ' + ', '.join(map(str, fitting)) if fitting else ''}"
+    choices = (
+        f"Use {option}0 (one scale per output "
+        f"channel){' or ' + ', '.join(map(str, fitting)) if fitting else ''}"
+    )
     if qqq and size not in QQQ_GROUPS:
-        raise InputError(where, f"got {size}, expected 0, 64 or 128 for QQQGemm", f"{choices}; --method abq takes other sizes")
+        raise InputError(
+            where,
+            f"got {size}, expected 0, 64 or 128 for QQQGemm",
+            f"{choices}; --method abq takes other sizes",
+        )
     if size < _MIN_GROUP:
         raise InputError(where, f"got {size}, expected 0 or at least {_MIN_GROUP}", choices)
     bad = ", ".join(str(width) for width in sorted(set(widths)) if width % size)
     these = "the linear layers it is for" if rule else "this model's linear layers"
-    raise InputError(where, f"got {size}, which does not divide the in_features {bad} of {these}", choices)
+    raise InputError(
+        where, f"got {size}, which does not divide the in_features {bad} of {these}", choices
+    )

@@ -10,18 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from calibration.out.files import read_json, sha256_file
-from calibration.families import ModelFamily, family
 from calibration.checkpoints.safetensors import read_header, read_tensor
+from calibration.families import ModelFamily, family
+from calibration.out.files import read_json, sha256_file
 from calibration.quant.scheme import QuantLinear, QuantScheme
-from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
+from plugins.errors import InputError
 
 __all__ = ["FORMAT", "QUANT_JSON", "QuantModel", "fuse", "read_quant"]
 
 FORMAT = 1
 QUANT_JSON = "quant.json"
-_KEYS = {"family": str, "source": dict, "config": dict, "scheme": dict, "layers": dict, "files": dict, "sizes": dict}
+_KEYS = {
+    "family": str,
+    "source": dict,
+    "config": dict,
+    "scheme": dict,
+    "layers": dict,
+    "files": dict,
+    "sizes": dict,
+}
 _AGAIN = "The folder is damaged: quantise the model again"
 
 
@@ -30,7 +38,8 @@ class QuantModel:
 
     Attributes:
         path: the folder.
-        config: sizes and token ids (see calibration/quant/quantize.py), "hf" holds the whole Hugging Face config.
+        config: sizes and token ids (see calibration/quant/quantize.py), "hf" holds the whole
+            Hugging Face config.
         scheme: how it is quantised, but for the nodes in `exceptions`.
         exceptions: {GEMM node: its scheme} of a model in mixed precision.
         source: {"name", "kind", "fingerprint"} of the float model.
@@ -49,10 +58,14 @@ class QuantModel:
         self.calibration: dict[str, Any] = meta.get("calibration", {})
         self.family: ModelFamily = family(meta["family"])
         self.scheme = _scheme(str(path / QUANT_JSON), meta["scheme"])
-        self.exceptions = {node: self._exception(node, fields) for node, fields in meta["layers"].items()}
+        self.exceptions = {
+            node: self._exception(node, fields) for node, fields in meta["layers"].items()
+        }
         self._check_present()
         shards = [path / name for name in sorted(self.files) if name.endswith(".safetensors")]
-        self._entries = {name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()}
+        self._entries = {
+            name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()
+        }
 
     def _exception(self, node: str, fields: Any) -> QuantScheme:
         where, nodes = f"{self.path / QUANT_JSON}, layers", self.family.nodes(self.layers)
@@ -62,13 +75,17 @@ class QuantModel:
         for key in ("dtype", "kv_bits"):
             got, wanted = getattr(scheme, key), getattr(self.scheme, key)
             if got != wanted:
-                raise InputError(f"{where}, {node}", f"got {key} {got}, expected the model's {wanted}", _AGAIN)
+                raise InputError(
+                    f"{where}, {node}", f"got {key} {got}, expected the model's {wanted}", _AGAIN
+                )
         return scheme
 
     def _check_present(self) -> None:
         missing = [name for name in self.files if not (self.path / name).is_file()]
         if missing:
-            raise InputError(str(self.path), f"got no {missing[0]}, expected it from {QUANT_JSON}", _AGAIN)
+            raise InputError(
+                str(self.path), f"got no {missing[0]}, expected it from {QUANT_JSON}", _AGAIN
+            )
 
     def verify(self) -> None:
         """Compare every file with its checksum.
@@ -79,8 +96,11 @@ class QuantModel:
         for name, wanted in self.files.items():
             got = sha256_file(self.path / name)
             if got != wanted:
-                raise InputError(str(self.path / name),
-                                 f"got SHA-256 {got[:12]}..., expected {wanted[:12]}... from {QUANT_JSON}", _AGAIN)
+                raise InputError(
+                    str(self.path / name),
+                    f"got SHA-256 {got[:12]}..., expected {wanted[:12]}... from {QUANT_JSON}",
+                    _AGAIN,
+                )
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -93,7 +113,9 @@ class QuantModel:
             InputError: there is none of this name.
         """
         if name not in self._entries:
-            raise InputError(str(self.path), f"got no tensor {name}, expected it from the config", _AGAIN)
+            raise InputError(
+                str(self.path), f"got no tensor {name}, expected it from the config", _AGAIN
+            )
         return read_tensor(*self._entries[name])
 
     def _optional(self, name: str) -> np.ndarray | None:
@@ -117,13 +139,20 @@ class QuantModel:
         """{scheme: how many weights it has}, by first use."""
         found = dict.fromkeys(self.schemes, 0)
         for node in self.family.nodes(self.layers):
-            found[self.scheme_of(node)] += sum(self.tensor(f"{member}.codes").size for member in self.family.members(node))
+            found[self.scheme_of(node)] += sum(
+                self.tensor(f"{member}.codes").size for member in self.family.members(node)
+            )
         return found
 
     def linear(self, name: str) -> QuantLinear:
         """One quantised linear by its Hugging Face name, such as model.layers.0.self_attn.q_proj."""
-        arrays = QuantArrays(self.tensor(f"{name}.codes"), self.tensor(f"{name}.scale"), self._optional(f"{name}.zero"),
-                             self._optional(f"{name}.scale_group"), self._optional(f"{name}.bias"))
+        arrays = QuantArrays(
+            self.tensor(f"{name}.codes"),
+            self.tensor(f"{name}.scale"),
+            self._optional(f"{name}.zero"),
+            self._optional(f"{name}.scale_group"),
+            self._optional(f"{name}.bias"),
+        )
         return QuantLinear(name, self.scheme_of(name), arrays)
 
     def fused(self, names: Sequence[str], name: str = "") -> QuantLinear:
@@ -133,8 +162,12 @@ class QuantModel:
     def groups(self, layer: int) -> list[QuantLinear]:
         """The fused linears of a decoder layer in execution order, named as its GEMM nodes."""
         prefix = self.family.layer(layer)
-        return [self.fused([f"{prefix}.{member.name}" for member in group.members], f"{prefix}.{group.node}")
-                for group in self.family.groups]
+        return [
+            self.fused(
+                [f"{prefix}.{member.name}" for member in group.members], f"{prefix}.{group.node}"
+            )
+            for group in self.family.groups
+        ]
 
     @cached_property
     def layers(self) -> int:
@@ -160,10 +193,19 @@ def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:
 
     bias = None
     if any(part.bias is not None for part in parts):
-        bias = np.concatenate([np.zeros(len(part.codes), np.float32) if part.bias is None else part.bias for part in parts])
+        bias = np.concatenate(
+            [
+                np.zeros(len(part.codes), np.float32) if part.bias is None else part.bias
+                for part in parts
+            ]
+        )
     codes = np.concatenate([part.codes for part in parts])
     scale = np.concatenate([part.scale for part in parts])
-    return QuantLinear(name, linears[0].scheme, QuantArrays(codes, scale, stacked("zero"), stacked("scale_group"), bias))
+    return QuantLinear(
+        name,
+        linears[0].scheme,
+        QuantArrays(codes, scale, stacked("zero"), stacked("scale_group"), bias),
+    )
 
 
 def _scheme(where: str, fields: Any) -> QuantScheme:
@@ -176,12 +218,17 @@ def _scheme(where: str, fields: Any) -> QuantScheme:
 def _read_meta(path: Path) -> dict[str, Any]:
     meta = read_json(path)
     if meta.get("format") != FORMAT:
-        raise InputError(str(path), f"got format {json.dumps(meta.get('format'))}, expected {FORMAT}",
-                         "Quantise the model again with this version")
+        raise InputError(
+            str(path),
+            f"got format {json.dumps(meta.get('format'))}, expected {FORMAT}",
+            "Quantise the model again with this version",
+        )
     meta = {"layers": {}, **meta}  # absent where all nodes have one scheme
     wrong = [key for key, kind in _KEYS.items() if not isinstance(meta.get(key), kind)]
     if wrong:
-        raise InputError(str(path), f"got no valid {wrong[0]}, expected a whole {QUANT_JSON}", _AGAIN)
+        raise InputError(
+            str(path), f"got no valid {wrong[0]}, expected a whole {QUANT_JSON}", _AGAIN
+        )
     return meta
 
 

@@ -1,4 +1,6 @@
-"""Turns a float model into the quant folder, one tensor at a time: bounded memory, the same bytes every time."""
+"""Turns a float model into the quant folder, one tensor at a time: bounded memory, the same bytes
+every time.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration import formats
-from calibration.out.files import sha256_file, write_json
-from calibration.quant.bits import SchemeMap, as_map
 from calibration.blocks.ranks import ALONE, Ranks
-from calibration.progress import NullProgress
-from calibration.quant.folder import FORMAT, QUANT_JSON, read_quant
-from calibration.quant.source import QuantSource, open_source
 from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, numpy_dtype
-from calibration.quant.scheme import QuantScheme
+from calibration.out.files import sha256_file, write_json
+from calibration.progress import NullProgress
+from calibration.quant.bits import SchemeMap, as_map
 from calibration.quant.checks import check_scheme
-from calibration.settings import CalibrationSettings
+from calibration.quant.folder import FORMAT, QUANT_JSON, read_quant
+from calibration.quant.scheme import QuantScheme
 from calibration.quant.sizes import linear_specs, stored_bits
+from calibration.quant.source import QuantSource, open_source
+from calibration.settings import CalibrationSettings
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ class QuantizeOptions:
     Attributes:
         offline: never touch the network.
         settings: of the calibration.
-        work: where finished blocks are kept until all are there; None: beside the folder, under the name WORK.
+        work: where finished blocks are kept until all are there; None: beside the folder, under the
+            name WORK.
         resume: go on from the blocks that are there already.
         shard_bytes: largest weight file.
         format: one of calibration.formats, written into the quant folder too.
@@ -62,14 +65,20 @@ class QuantizeOptions:
     ranks: Ranks = ALONE
 
 
-def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, options: QuantizeOptions, folder: Path,
-                   progress: Progress | None = None) -> dict[str, Any]:
+def quantize_model(
+    checkpoint: Checkpoint,
+    schemes: QuantScheme | SchemeMap,
+    options: QuantizeOptions,
+    folder: Path,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Quantise a checkpoint into an existing empty folder (OUT/quant, through a StageWriter).
 
     Of several processes (torchrun) all calibrate, and the first one writes.
 
     Returns:
-        Facts for the manifest: "summary", the sizes, and what the calibration cost; {} in the processes that do not write.
+        Facts for the manifest: "summary", the sizes, and what the calibration cost; {} in the
+        processes that do not write.
 
     Raises:
         InputError: settings that do not fit this model, NaN in its weights, no calibration text.
@@ -78,7 +87,13 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     schemes = as_map(schemes)
     check_scheme(checkpoint, schemes, options.format)
     tokenizer = checkpoint.tokenizer()
-    source = open_source(checkpoint, schemes, replace(options, work=options.work or folder.parent / WORK), tokenizer, progress)
+    source = open_source(
+        checkpoint,
+        schemes,
+        replace(options, work=options.work or folder.parent / WORK),
+        tokenizer,
+        progress,
+    )
     items = _plan(checkpoint, schemes, source.dims)
     if not source.writes:
         return {}
@@ -92,19 +107,28 @@ def quantize_model(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, opt
     progress.finish()
     source.close()
     sizes = meta["sizes"]
-    summary = (f"{sizes['bits_per_weight']:.2f} bits per weight, "
-               f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB")
+    summary = (
+        f"{sizes['bits_per_weight']:.2f} bits per weight, "
+        f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB"
+    )
     return {"summary": summary, **sizes, **source.cost}
 
 
-def _write_shards(checkpoint: Checkpoint, source: QuantSource, shards: list[list[_Item]], folder: Path,
-                  progress: Progress) -> dict[str, str]:
+def _write_shards(
+    checkpoint: Checkpoint,
+    source: QuantSource,
+    shards: list[list[_Item]],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, str]:
     """Weight files, one tensor in memory at a time; {name: SHA-256}."""
     progress.start(STAGE, sum(map(len, shards)))
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with SafetensorsWriter(folder / name, [spec for item in shard for spec in item.specs]) as file:
+        with SafetensorsWriter(
+            folder / name, [spec for item in shard for spec in item.specs]
+        ) as file:
             for item in shard:
                 for array in _arrays(checkpoint, source, item):
                     file.write(array)
@@ -113,11 +137,16 @@ def _write_shards(checkpoint: Checkpoint, source: QuantSource, shards: list[list
     return files
 
 
-def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS) -> int:
+def quant_bytes(
+    checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format_name: str = formats.OURS
+) -> int:
     """Upper estimate of what quantize_model writes, to check the free space first."""
-    # A method may untie the head. Its finished blocks lie on the disk while the folder is written; so may another format.
+    # A method may untie the head. Its finished blocks lie on the disk while the folder is written;
+    # so may another format.
     dims = replace(checkpoint.dims, tied=False)
-    total = sum(spec.nbytes for item in _plan(checkpoint, as_map(schemes), dims) for spec in item.specs)
+    total = sum(
+        spec.nbytes for item in _plan(checkpoint, as_map(schemes), dims) for spec in item.specs
+    )
     copies = 2 if format_name == formats.OURS else 3
     return copies * total + total // 50 + (1 << 24)  # headers and tokenizer
 
@@ -127,7 +156,9 @@ def quant_bytes(checkpoint: Checkpoint, schemes: QuantScheme | SchemeMap, format
 
 @dataclass(frozen=True)
 class _Item:
-    """A float tensor ("float"), a quantised linear ("linear") or the rotary frequencies ("rope"), with its tensors to write."""
+    """A float tensor ("float"), a quantised linear ("linear") or the rotary frequencies ("rope"),
+    with its tensors to write.
+    """
 
     kind: str
     name: str
@@ -137,7 +168,11 @@ class _Item:
 
 def _plan(checkpoint: Checkpoint, schemes: SchemeMap, dims: ModelDims) -> list[_Item]:
     family, base_scheme = checkpoint.family, schemes.base
-    linears = {f"{family.layer(i)}.{linear.name}": linear for i in range(dims.layers) for linear in family.linears()}
+    linears = {
+        f"{family.layer(i)}.{linear.name}": linear
+        for i in range(dims.layers)
+        for linear in family.linears()
+    }
     rest = numpy_dtype(base_scheme.dtype)
     items = []
     for name, shape in family.tensor_shapes(dims):
@@ -146,7 +181,9 @@ def _plan(checkpoint: Checkpoint, schemes: SchemeMap, dims: ModelDims) -> list[_
             items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
         elif end == "weight":
             scheme = schemes.of(base, family)
-            specs = linear_specs(base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme)
+            specs = linear_specs(
+                base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme
+            )
             items.append(_Item("linear", base, tuple(specs), scheme))
     frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
     return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
@@ -167,7 +204,11 @@ def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
 
 def _arrays(checkpoint: Checkpoint, source: QuantSource, item: _Item) -> Iterator[np.ndarray]:
     if item.kind == "float":
-        yield _cast(f"{checkpoint.source.path}, tensor {item.name}", source.rest(item.name), item.scheme.dtype)
+        yield _cast(
+            f"{checkpoint.source.path}, tensor {item.name}",
+            source.rest(item.name),
+            item.scheme.dtype,
+        )
     elif item.kind == "rope":
         yield checkpoint.rope()[0]
     else:
@@ -180,8 +221,11 @@ def _cast(where: str, array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = array.astype(numpy_dtype(dtype))
     if dtype == "float16" and array.dtype != cast.dtype and not np.isfinite(cast).all():
-        raise InputError(where, f"got {np.abs(array).max():g}, expected at most 65504 to fit float16",
-                         "Use --dtype bfloat16 or float32")
+        raise InputError(
+            where,
+            f"got {np.abs(array).max():g}, expected at most 65504 to fit float16",
+            "Use --dtype bfloat16 or float32",
+        )
     return cast
 
 
@@ -197,31 +241,70 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- quant.json
 
 
-def _meta(checkpoint: Checkpoint, schemes: SchemeMap, items: list[_Item], files: dict[str, str],
-          quantised: QuantSource) -> dict[str, Any]:
-    source, exceptions = checkpoint.source, schemes.exceptions(checkpoint.family, checkpoint.dims.layers)
-    layers = {"layers": {node: scheme.as_dict() for node, scheme in exceptions.items()}} if exceptions else {}
+def _meta(
+    checkpoint: Checkpoint,
+    schemes: SchemeMap,
+    items: list[_Item],
+    files: dict[str, str],
+    quantised: QuantSource,
+) -> dict[str, Any]:
+    source, exceptions = (
+        checkpoint.source,
+        schemes.exceptions(checkpoint.family, checkpoint.dims.layers),
+    )
+    layers = (
+        {"layers": {node: scheme.as_dict() for node, scheme in exceptions.items()}}
+        if exceptions
+        else {}
+    )
     return {
-        "format": FORMAT, "family": checkpoint.family.name,
-        "source": {"name": checkpoint.name, "kind": source.kind, "hub_id": source.hub_id,
-                   "fingerprint": checkpoint.fingerprint},
-        "config": _model_config(checkpoint, quantised.dims.tied), "scheme": schemes.base.as_dict(), **layers, "files": files,
-        "sizes": _sizes(items), "calibration": quantised.facts,
+        "format": FORMAT,
+        "family": checkpoint.family.name,
+        "source": {
+            "name": checkpoint.name,
+            "kind": source.kind,
+            "hub_id": source.hub_id,
+            "fingerprint": checkpoint.fingerprint,
+        },
+        "config": _model_config(checkpoint, quantised.dims.tied),
+        "scheme": schemes.base.as_dict(),
+        **layers,
+        "files": files,
+        "sizes": _sizes(items),
+        "calibration": quantised.facts,
     }
 
 
 def _model_config(checkpoint: Checkpoint, tied: bool) -> dict[str, Any]:
     config = checkpoint.config
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-             "vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+    )
     values = {name: getattr(config, name) for name in names}
     values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
     untied = {} if tied else {"tie_word_embeddings": False}
-    return values | untied | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config() | untied}
+    return (
+        values
+        | untied
+        | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config() | untied}
+    )
 
 
 def _sizes(items: list[_Item]) -> dict[str, Any]:
-    """Bytes before (in scheme.dtype) and bits after, with scales and zero points, without the kernels' padding."""
+    """Bytes before (in scheme.dtype) and bits after, with scales and zero points, without the
+    kernels' padding.
+    """
     width = numpy_dtype(items[0].scheme.dtype).itemsize
     weights, bits, rest = 0, 0, 0
     for item in items:
@@ -231,7 +314,11 @@ def _sizes(items: list[_Item]) -> dict[str, Any]:
         else:
             rest += sum(spec.nbytes for spec in item.specs)
     return {
-        "linear_weights": weights, "linear_float_bytes": weights * width, "linear_quant_bits": bits,
-        "bits_per_weight": round(bits / weights, 4), "rest_bytes": rest,
-        "model_float_bytes": weights * width + rest, "model_quant_bytes": bits // 8 + rest,
+        "linear_weights": weights,
+        "linear_float_bytes": weights * width,
+        "linear_quant_bits": bits,
+        "bits_per_weight": round(bits / weights, 4),
+        "rest_bytes": rest,
+        "model_float_bytes": weights * width + rest,
+        "model_quant_bytes": bits // 8 + rest,
     }

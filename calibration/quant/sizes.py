@@ -1,4 +1,6 @@
-"""How much room quantised linears take: the tensors of each, and its bits with scales and zero points."""
+"""How much room quantised linears take: the tensors of each, and its bits with scales and zero
+points.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["linear_specs", "node_bits", "node_weights", "stored_bits"]
 
 
-def linear_specs(name: str, shape: tuple[int, int], has_bias: bool, scheme: QuantScheme) -> Iterator[TensorSpec]:
-    """The tensors of a quantised linear of shape (out_features, in_features), in the order of the quant folder."""
+def linear_specs(
+    name: str, shape: tuple[int, int], has_bias: bool, scheme: QuantScheme
+) -> Iterator[TensorSpec]:
+    """The tensors of a quantised linear of shape (out_features, in_features), in the order of the
+    quant folder.
+    """
     rows, groups = shape[0], scheme.attributes(*shape, has_bias).n_groups
     qqq, fp32 = scheme.op == "QQQGemm", np.dtype(np.float32)
     yield TensorSpec(f"{name}.codes", np.dtype(np.int8 if qqq else np.uint8), shape)
@@ -32,15 +38,27 @@ def linear_specs(name: str, shape: tuple[int, int], has_bias: bool, scheme: Quan
 
 
 def stored_bits(specs: Iterable[TensorSpec], scheme: QuantScheme) -> int:
-    """Bits of a linear's tensors: codes packed to their planes, scales, zero points and bias as they are, no padding of the kernels."""
+    """Bits of a linear's tensors: codes packed to their planes, scales, zero points and bias as
+    they are, no padding of the kernels.
+    """
     code_bits = scheme.attributes(1, 1, False).planes if scheme.op == "ABQGemm" else scheme.wbits
-    return sum(math.prod(spec.shape) * code_bits if spec.name.endswith(".codes") else spec.nbytes * 8 for spec in specs)
+    return sum(
+        math.prod(spec.shape) * code_bits if spec.name.endswith(".codes") else spec.nbytes * 8
+        for spec in specs
+    )
 
 
 def node_bits(family: ModelFamily, dims: ModelDims, group: LinearGroup, scheme: QuantScheme) -> int:
     """Bits of a GEMM node in a scheme: what its linears take together."""
-    return sum(stored_bits(linear_specs("", family.linear_shape(linear, dims), family.has_bias(linear, dims), scheme), scheme)
-               for linear in group.members)
+    return sum(
+        stored_bits(
+            linear_specs(
+                "", family.linear_shape(linear, dims), family.has_bias(linear, dims), scheme
+            ),
+            scheme,
+        )
+        for linear in group.members
+    )
 
 
 def node_weights(family: ModelFamily, dims: ModelDims, group: LinearGroup) -> int:

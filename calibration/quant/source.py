@@ -1,4 +1,6 @@
-"""Where the tensors of a quant folder come from: a method that looks at weights alone, or a block-wise calibration."""
+"""Where the tensors of a quant folder come from: a method that looks at weights alone, or a
+block-wise calibration.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from calibration.data import calibration_windows, load_text
-from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions
 from calibration.methods import Method, is_block_method, method
+from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions
 from calibration.settings import AbqSettings
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
-    from calibration.quant.bits import SchemeMap
     from calibration.blocks.driver import Basis, BlockMethod, Calibrated, Calibration
     from calibration.blocks.store import BlockResult
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.families.base import ModelDims
     from calibration.progress import Progress
+    from calibration.quant.bits import SchemeMap
     from calibration.quant.quantize import QuantizeOptions
     from calibration.quant.scheme import QuantScheme
 
@@ -67,8 +69,10 @@ class _PlainSource:
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         maker: Method = method(scheme.method)
-        has_bias = any(name.endswith(f".{linear.name}") and self._checkpoint.family.has_bias(linear, self.dims)
-                       for linear in self._checkpoint.family.linears())
+        has_bias = any(
+            name.endswith(f".{linear.name}") and self._checkpoint.family.has_bias(linear, self.dims)
+            for linear in self._checkpoint.family.linears()
+        )
         bias = self._checkpoint.array(f"{name}.bias") if has_bias else None
         return maker.quantize(self._checkpoint.array(f"{name}.weight"), bias, scheme)
 
@@ -81,8 +85,18 @@ class _CalibratedSource:
 
     def __init__(self, job: Calibration, basis: Basis, done: Calibrated) -> None:
         checkpoint = job.checkpoint
-        self._checkpoint, self._basis, self._store, self.cost, self.writes = checkpoint, basis, job.store, done.cost, job.ranks.first
-        self.facts = {"settings": job.settings.as_dict(), "windows": list(job.windows.shape), "blocks": done.reports}
+        self._checkpoint, self._basis, self._store, self.cost, self.writes = (
+            checkpoint,
+            basis,
+            job.store,
+            done.cost,
+            job.ranks.first,
+        )
+        self.facts = {
+            "settings": job.settings.as_dict(),
+            "windows": list(job.windows.shape),
+            "blocks": done.reports,
+        }
         self.dims = replace(checkpoint.dims, tied=checkpoint.dims.tied and not basis.unties)
         self._block: tuple[int, BlockResult] | None = None
 
@@ -117,8 +131,18 @@ class _CalibratedSource:
                 if linear.name == member:
                     part, has_bias = slice(start, start + rows), family.has_bias(linear, self.dims)
                     arrays = self._result(index).sites[group.node]
-                    values = {key: np.ascontiguousarray(array[part]) for key, array in vars(arrays).items() if array is not None}
-                    return QuantArrays(**(values if has_bias else {key: array for key, array in values.items() if key != "bias"}))
+                    values = {
+                        key: np.ascontiguousarray(array[part])
+                        for key, array in vars(arrays).items()
+                        if array is not None
+                    }
+                    return QuantArrays(
+                        **(
+                            values
+                            if has_bias
+                            else {key: array for key, array in values.items() if key != "bias"}
+                        )
+                    )
                 start += rows
             start = 0
         raise KeyError(name)
@@ -127,7 +151,13 @@ class _CalibratedSource:
         self._store.remove()
 
 
-def open_source(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOptions, tokenizer: Any, progress: Progress) -> QuantSource:
+def open_source(
+    checkpoint: Checkpoint,
+    schemes: SchemeMap,
+    options: QuantizeOptions,
+    tokenizer: Any,
+    progress: Progress,
+) -> QuantSource:
     """Calibrate, where the method does, and give the result's tensors.
 
     Raises:
@@ -146,12 +176,22 @@ def open_source(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOpt
     from calibration.blocks.store import BlockStore
 
     maker: BlockMethod = method(name).METHOD
-    windows, note = calibration_windows(tokenizer, settings, int(checkpoint.config.max_position_embeddings), options.offline)
+    windows, note = calibration_windows(
+        tokenizer, settings, int(checkpoint.config.max_position_embeddings), options.offline
+    )
     if note:
         progress.message(note)
-    stamp = digest(checkpoint.fingerprint, file_stamps(checkpoint.input_files()), schemes.as_dict(), settings.as_dict(),
-                   hashlib.sha256(windows.tobytes()).hexdigest(), code_digest(*_CODE), package_versions(("torch", "numpy")),
-                   torch.cuda.is_available(), options.ranks.world if isinstance(settings.method, AbqSettings) else 0)  # order of sums
+    stamp = digest(
+        checkpoint.fingerprint,
+        file_stamps(checkpoint.input_files()),
+        schemes.as_dict(),
+        settings.as_dict(),
+        hashlib.sha256(windows.tobytes()).hexdigest(),
+        code_digest(*_CODE),
+        package_versions(("torch", "numpy")),
+        torch.cuda.is_available(),
+        options.ranks.world if isinstance(settings.method, AbqSettings) else 0,
+    )  # order of sums
     assert options.work is not None
     store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
     options.ranks.wait()

@@ -1,4 +1,6 @@
-"""The torch twin of the quantised arithmetic: per-token activation codes and a linear layer that computes with them."""
+"""The torch twin of the quantised arithmetic: per-token activation codes and a linear layer that
+computes with them.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,25 @@ from torch import Tensor, nn
 
 from calibration.quant.scheme import FLOAT_BITS, QuantLinear
 
-__all__ = ["Activation", "ActivationQuantizer", "FakeQuantLinear", "FakeQuantize", "fake_quantize", "integer_product",
-           "quantize_activation", "quantize_cache", "round_to"]
+__all__ = [
+    "Activation",
+    "ActivationQuantizer",
+    "FakeQuantLinear",
+    "FakeQuantize",
+    "fake_quantize",
+    "integer_product",
+    "quantize_activation",
+    "quantize_cache",
+    "round_to",
+]
 
 _TINY = 2.0**-118
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def quantize_activation(x: Tensor, bits: int, symmetric: bool,
-                        rounding: Callable[[Tensor], Tensor] = torch.round) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(
+    x: Tensor, bits: int, symmetric: bool, rounding: Callable[[Tensor], Tensor] = torch.round
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token codes, bit-equal to plugins.core.activation.quantize_activation.
 
     Args:
@@ -29,7 +41,8 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool,
         rounding: rounds half to even; training passes one with a straight-through gradient.
 
     Returns:
-        codes [..., K], scale [..., 1], zero [..., 1], all fp32; the codes and the zero hold integers.
+        codes [..., K], scale [..., 1], zero [..., 1], all fp32; the codes and the zero hold
+        integers.
     """
     x = x.float()
     top = 2 ** (bits - 1) - 1
@@ -47,27 +60,37 @@ def quantize_activation(x: Tensor, bits: int, symmetric: bool,
     return codes, scale, zero
 
 
-def fake_quantize(x: Tensor, bits: int, symmetric: bool, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
-    """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; 16 bits return x itself."""
+def fake_quantize(
+    x: Tensor, bits: int, symmetric: bool, rounding: Callable[[Tensor], Tensor] = torch.round
+) -> Tensor:
+    """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; 16 bits
+    return x itself.
+    """
     if bits >= FLOAT_BITS:
         return x
     codes, scale, zero = quantize_activation(x, bits, symmetric, rounding)
     return (codes - zero) * scale
 
 
-FakeQuantize = Callable[[Tensor, int, bool], Tensor]  # fake_quantize, or training's, which has a gradient
+FakeQuantize = Callable[
+    [Tensor, int, bool], Tensor
+]  # fake_quantize, or training's, which has a gradient
 
 
 def quantize_cache(x: Tensor, bits: int, quantize: FakeQuantize = fake_quantize) -> Tensor:
-    """Keys (after RoPE) or values [..., head_dim] as a cache of these bits gives them back: asymmetric codes per token and head.
+    """Keys (after RoPE) or values [..., head_dim] as a cache of these bits gives them back:
+    asymmetric codes per token and head.
 
-    The one definition for training, calibration and the torch reference; exporter/graph/nodes.py writes the same into the graph.
+    The one definition for training, calibration and the torch reference; exporter/graph/nodes.py
+    writes the same into the graph.
     """
     return quantize(x, bits, False)
 
 
 def round_to(x: Tensor, dtype: str) -> Tensor:
-    """x (fp32 or fp64) rounded to a dtype and back to fp32; finite 16-bit overflow is clamped as the kernels do."""
+    """x (fp32 or fp64) rounded to a dtype and back to fp32; finite 16-bit overflow is clamped as
+    the kernels do.
+    """
     if dtype not in _DTYPES:
         return x.float()
     limit = torch.finfo(_DTYPES[dtype]).max
@@ -119,10 +142,15 @@ class ActivationQuantizer:
 
 @cache
 def _exact_int8() -> bool:
-    """Whether torch's int8 product on this CPU is exact: without VNNI some libraries saturate pairs of products to 16 bits."""
+    """Whether torch's int8 product on this CPU is exact: without VNNI some libraries saturate pairs
+    of products to 16 bits.
+    """
     a, b = torch.full((32, 64), -128, dtype=torch.int8), torch.full((64, 32), 127, dtype=torch.int8)
     try:
-        return bool((torch._int_mm(a, b) == -128 * 127 * 64).all() and (torch._int_mm(b.T.contiguous(), b) == 127 * 127 * 64).all())
+        return bool(
+            (torch._int_mm(a, b) == -128 * 127 * 64).all()
+            and (torch._int_mm(b.T.contiguous(), b) == 127 * 127 * 64).all()
+        )
     except RuntimeError:
         return False
 
@@ -130,13 +158,18 @@ def _exact_int8() -> bool:
 def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
     """codes int8 [..., K] times weight int8 [N, K]: int32 [..., N]."""
     if codes.device.type == "cpu" and _exact_int8():
-        return torch._int_mm(codes.reshape(-1, codes.shape[-1]), weight.T).unflatten(0, codes.shape[:-1])
-    wide = torch.float32 if codes.shape[-1] << 14 <= 1 << 24 else torch.float64  # every partial sum is exact
+        return torch._int_mm(codes.reshape(-1, codes.shape[-1]), weight.T).unflatten(
+            0, codes.shape[:-1]
+        )
+    wide = (
+        torch.float32 if codes.shape[-1] << 14 <= 1 << 24 else torch.float64
+    )  # every partial sum is exact
     return (codes.to(wide) @ weight.to(wide).T).to(torch.int32)
 
 
 class FakeQuantLinear(nn.Module):  # type: ignore[misc]
-    """y = scale_x * sum_g scale_w[g] * ((codes_x - zero_x) (codes_w - zero_w)^T)[g] + b, in the kernels' order; A16 multiplies x itself.
+    """y = scale_x * sum_g scale_w[g] * ((codes_x - zero_x) (codes_w - zero_w)^T)[g] + b, in the
+    kernels' order; A16 multiplies x itself.
 
     The products are whole numbers, equal to the kernels' bit for bit.
 
@@ -144,7 +177,8 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         linear: integer codes and scales.
         quantizer: shared by a model's layers of these activation bits; None for A16.
         dtype: the scheme's, to which the output is rounded; "float32" rounds nothing.
-        exact: False takes one fp32 product where there is a scale per group: the same numbers up to fp32 rounding, several times as fast.
+        exact: False takes one fp32 product where there is a scale per group: the same numbers up to
+            fp32 rounding, several times as fast.
     """
 
     weight: Tensor  # int8 around `offset`, or fp32 for A16 and for ranges beyond int8
@@ -152,7 +186,13 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: QuantLinear, quantizer: ActivationQuantizer | None, dtype: str = "float32", exact: bool = True) -> None:
+    def __init__(
+        self,
+        linear: QuantLinear,
+        quantizer: ActivationQuantizer | None,
+        dtype: str = "float32",
+        exact: bool = True,
+    ) -> None:
         super().__init__()
         bias = linear.arrays.bias
         integers, scale = linear.integers()
@@ -179,7 +219,9 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
 
     def _quantized(self, x: Activation) -> Tensor:
         groups = self.scale.shape[1]
-        parts = zip(x.codes.chunk(groups, -1), self.weight.chunk(groups, 1), self.scale.T, strict=True)
+        parts = zip(
+            x.codes.chunk(groups, -1), self.weight.chunk(groups, 1), self.scale.T, strict=True
+        )
         y = torch.zeros((), dtype=torch.float32)
         for group, (codes, weight, weight_scale) in enumerate(parts):
             y = y + self._integers(codes, weight, x.zero, group) * weight_scale
@@ -193,13 +235,17 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         if zeros is not None:
             product -= zeros * weight.sum(-1, dtype=torch.int32)
         if self.offset is not None:
-            total = codes.sum(-1, keepdim=True, dtype=torch.int32) - (0 if zeros is None else zeros * codes.shape[-1])
+            total = codes.sum(-1, keepdim=True, dtype=torch.int32) - (
+                0 if zeros is None else zeros * codes.shape[-1]
+            )
             product += total * self.offset[:, group]
         return product.float()
 
 
 def _int8_and_offset(integers: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
-    """Whole numbers [N, K] as int8 plus an offset per row and group, if they have one; else as they are."""
+    """Whole numbers [N, K] as int8 plus an offset per row and group, if they have one; else as they
+    are.
+    """
     if integers.min() >= -128 and integers.max() <= 127:
         return integers.to(torch.int8), None
     parts = integers.unflatten(1, (groups, -1))

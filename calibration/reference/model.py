@@ -8,8 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear, quantize_cache, round_to
 from calibration.quant.scheme import FLOAT_BITS
+from calibration.reference.fake_quant import (
+    ActivationQuantizer,
+    FakeQuantLinear,
+    quantize_cache,
+    round_to,
+)
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
@@ -26,14 +31,17 @@ def float_model(checkpoint: Checkpoint) -> Any:
 
 
 def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
-    """The transformers model with its linears replaced by FakeQuantLinear, fp32 arithmetic, eval mode.
+    """The transformers model with its linears replaced by FakeQuantLinear, fp32 arithmetic, eval
+    mode.
 
-    A low-bit KV cache is each attention's `cache_quantizer`; the cache then holds what it gives back.
+    A low-bit KV cache is each attention's `cache_quantizer`; the cache then holds what it gives
+    back.
 
     Args:
         quant: the quant folder.
-        round_activations: round what flows between modules to scheme.dtype, as the exported graph does; without, grouped linears may
-            differ from it in fp32's last bits too, and are several times as fast.
+        round_activations: round what flows between modules to scheme.dtype, as the exported graph
+            does; without, grouped linears may differ from it in fp32's last bits too, and are
+            several times as fast.
     """
     from transformers import AutoConfig
 
@@ -47,7 +55,9 @@ def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
         if isinstance(module, nn.Linear) and quant.has(f"{name}.codes"):
             linear = quant.linear(name)
             quantizer = quantizers.get((linear.scheme.abits, linear.scheme.act_symmetric))
-            model.set_submodule(name, FakeQuantLinear(linear, quantizer, dtype, exact=round_activations))
+            model.set_submodule(
+                name, FakeQuantLinear(linear, quantizer, dtype, exact=round_activations)
+            )
     for name in model.state_dict():
         if quant.has(name):
             state[name] = torch.from_numpy(quant.tensor(name).astype(np.float32))
@@ -86,10 +96,12 @@ def _fill(model: Any, state: dict[str, Tensor], rope: tuple[np.ndarray, float]) 
 
 
 def _round_every_op(model: Any, dtype: str) -> None:
-    """Round the result of every operator of the exported graph that HF computes between linears, each where the graph does.
+    """Round the result of every operator of the exported graph that HF computes between linears,
+    each where the graph does.
 
-    FakeQuantLinear rounds its own output. Norms, sigmoid and attention compute in fp64, whose roundings to 16 bits are the same in
-    every library: otherwise some activation codes move by a step, and a chaotic low-bit model drifts away from the exported one.
+    FakeQuantLinear rounds its own output. Norms, sigmoid and attention compute in fp64, whose
+    roundings to 16 bits are the same in every library: otherwise some activation codes move by a
+    step, and a chaotic low-bit model drifts away from the exported one.
     """
 
     def round_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -131,7 +143,11 @@ class _RoundedNorm(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         wide = x.double()
-        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._epsilon) * self.weight.double()
+        y = (
+            wide
+            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._epsilon)
+            * self.weight.double()
+        )
         return round_to(y, self._dtype)
 
 
@@ -140,13 +156,19 @@ class _RoundedRotary(nn.Module):  # type: ignore[misc]
 
     def __init__(self, rotary: nn.Module, dtype: str) -> None:
         super().__init__()
-        self._inv_freq, self._scaling, self._dtype = rotary.inv_freq, rotary.attention_scaling, dtype
+        self._inv_freq, self._scaling, self._dtype = (
+            rotary.inv_freq,
+            rotary.attention_scaling,
+            dtype,
+        )
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, head_dim] of positions [B, S]."""
         angles = (position_ids[..., None].float() * self._inv_freq).double()
         angles = torch.cat((angles, angles), -1)
-        return round_to(angles.cos() * self._scaling, self._dtype), round_to(angles.sin() * self._scaling, self._dtype)
+        return round_to(angles.cos() * self._scaling, self._dtype), round_to(
+            angles.sin() * self._scaling, self._dtype
+        )
 
 
 class _RoundedSilu(nn.Module):  # type: ignore[misc]
@@ -170,25 +192,41 @@ class CacheQuantizer(nn.Module):  # type: ignore[misc]
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[B, kv_heads, S, head_dim] each, keys after RoPE -> the same."""
-        return round_to(quantize_cache(key, self._bits), self._dtype), round_to(quantize_cache(value, self._bits), self._dtype)
+        return round_to(quantize_cache(key, self._bits), self._dtype), round_to(
+            quantize_cache(value, self._bits), self._dtype
+        )
 
 
 def _use_attention(model: Any, dtype: str, wide: torch.dtype) -> None:
-    """Attention in `wide` on rounded rotated queries and keys, its result rounded; a `cache_quantizer` sees new keys and values first."""
+    """Attention in `wide` on rounded rotated queries and keys, its result rounded; a
+    `cache_quantizer` sees new keys and values first.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
-                  **options: Any) -> Any:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **options: Any,
+    ) -> Any:
         if hasattr(module, "cache_quantizer"):
-            # In place: the cache holds these very tensors. What was in it before went through here then.
-            new = key[..., -query.shape[-2]:, :], value[..., -query.shape[-2]:, :]
-            for part, cached in zip(new, module.cache_quantizer(round_to(new[0], dtype), new[1]), strict=True):
+            # In place: the cache holds these very tensors. What was in it before went through here
+            # then.
+            new = key[..., -query.shape[-2] :, :], value[..., -query.shape[-2] :, :]
+            for part, cached in zip(
+                new, module.cache_quantizer(round_to(new[0], dtype), new[1]), strict=True
+            ):
                 part.copy_(cached)
         rotated = round_to(query, dtype).to(wide), round_to(key, dtype).to(wide)
         scale = float(np.float32(scaling))  # as the ONNX attribute holds it
-        context, weights = sdpa_attention_forward(module, *rotated, value.to(wide), mask, scaling=scale, **options)
+        context, weights = sdpa_attention_forward(
+            module, *rotated, value.to(wide), mask, scaling=scale, **options
+        )
         return round_to(context, dtype), weights
 
     name = f"anybit_{dtype}_{wide}"

@@ -1,4 +1,6 @@
-"""GPTQ (arXiv 2210.17323): rounds columns one by one and makes up for each error in the columns not yet rounded."""
+"""GPTQ (arXiv 2210.17323): rounds columns one by one and makes up for each error in the columns not
+yet rounded.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class GptqResult:
 
 
 def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
-    """tr((W - W^) H (W - W^)^T): the squared output error over the calibration data, up to H's normalisation."""
+    """tr((W - W^) H (W - W^)^T): the squared output error over the calibration data, up to H's
+    normalisation.
+    """
     difference = (values - weight).double()
     return float(((difference @ hessian.double()) * difference).sum())
 
@@ -43,7 +47,8 @@ class Factored:
     Attributes:
         order: of the columns.
         dead: channels that are always 0, [K].
-        factor: upper Cholesky factor of the damped inverse, in that order; None if there is no usable one.
+        factor: upper Cholesky factor of the damped inverse, in that order; None if there is no
+            usable one.
         note: what had to be done to it, or "".
     """
 
@@ -58,16 +63,24 @@ def factored(hessian: Tensor, damp: float = 0.01, act_order: bool = True) -> Fac
 
     Args:
         hessian: sum of x x^T over calibration inputs as the kernel sees them, [K, K], any scale.
-        damp: part of the mean diagonal that is added to it; raised tenfold while the matrix is singular.
+        damp: part of the mean diagonal that is added to it; raised tenfold while the matrix is
+            singular.
         act_order: columns in descending order of the diagonal instead of from left to right.
     """
     hessian = hessian.double().clone()
     diagonal = torch.diagonal(hessian)  # a view
     order = torch.arange(len(diagonal), device=hessian.device)
     if not torch.isfinite(hessian).all() or diagonal.sum() <= 0:
-        return Factored(order, torch.zeros_like(diagonal, dtype=torch.bool), None, "no usable calibration inputs, rounded to nearest")
+        return Factored(
+            order,
+            torch.zeros_like(diagonal, dtype=torch.bool),
+            None,
+            "no usable calibration inputs, rounded to nearest",
+        )
     dead = diagonal <= 0
-    diagonal[dead] = diagonal[~dead].mean()  # a channel that is always 0: any weight does, so the nearest code to 0
+    diagonal[dead] = diagonal[
+        ~dead
+    ].mean()  # a channel that is always 0: any weight does, so the nearest code to 0
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     factor, note = _inverse_factor(hessian[order][:, order], damp)
@@ -86,7 +99,9 @@ def gptq(weight: Tensor, hessian: Factored, grid: Grid, group: Tensor) -> GptqRe
     if hessian.factor is None:
         codes, values = grid.round(weight, group)
         return GptqResult(codes, values, hessian.note)
-    columns = torch.where(hessian.dead, 0.0, weight.double()).T[hessian.order].contiguous()  # [K, N]
+    columns = (
+        torch.where(hessian.dead, 0.0, weight.double()).T[hessian.order].contiguous()
+    )  # [K, N]
     codes, values = _rounded(columns, hessian.factor, grid, group[hessian.order])
     inverse = torch.argsort(hessian.order)
     return GptqResult(codes[inverse].T.contiguous(), values[inverse].T.contiguous(), hessian.note)
@@ -102,15 +117,25 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, str]:
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(factor).all():
-                return factor, "" if used == damp else f"singular Hessian, damped by {used:g} of its mean diagonal"
+                return (
+                    factor,
+                    ""
+                    if used == damp
+                    else f"singular Hessian, damped by {used:g} of its mean diagonal",
+                )
         if used >= _MAX_DAMP:
-            return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), "singular Hessian, rounded to nearest"
+            return torch.eye(
+                len(hessian), dtype=hessian.dtype, device=hessian.device
+            ), "singular Hessian, rounded to nearest"
         used = max(used, 1e-4) * 10
 
 
 def _rounded(columns: Tensor, factor: Tensor, grid: Grid, group: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and values [K, N] of columns [K, N], which are consumed."""
-    codes, values = torch.empty_like(columns, dtype=torch.float32), torch.empty_like(columns, dtype=torch.float32)
+    codes, values = (
+        torch.empty_like(columns, dtype=torch.float32),
+        torch.empty_like(columns, dtype=torch.float32),
+    )
     groups, pivots = group.tolist(), torch.diagonal(factor).tolist()
     for start in range(0, len(columns), _BLOCK):
         end = min(start + _BLOCK, len(columns))

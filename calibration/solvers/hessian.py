@@ -1,4 +1,6 @@
-"""Second moments of a site's inputs over the calibration windows, summed so that the order of the windows does not matter."""
+"""Second moments of a site's inputs over the calibration windows, summed so that the order of the
+windows does not matter.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,17 @@ from calibration.blocks.ranks import ALONE, Ranks
 
 __all__ = ["Moments", "corrected_target"]
 
-_CROSS_DAMP = 0.05  # of the mean diagonal: the least-squares correction sees fewer tokens than unknowns in narrow directions
+# of the mean diagonal: the least-squares correction sees fewer tokens than unknowns in narrow
+# directions
+_CROSS_DAMP = 0.05
 
 
 class Moments:
-    """H = sum x^ x^^T of the inputs x^ that the kernel sees, and C = sum (x - x^) x^^T against the float model's inputs x.
+    """H = sum x^ x^^T of the inputs x^ that the kernel sees, and C = sum (x - x^) x^^T against the
+    float model's inputs x.
 
-    Each window's product is made in fp32 and added in fp64, whose rounding differs by 1e-16 with the order of the windows: the same
-    codes come out however many processes share the windows.
+    Each window's product is made in fp32 and added in fp64, whose rounding differs by 1e-16 with
+    the order of the windows: the same codes come out however many processes share the windows.
 
     Args:
         size: K.
@@ -40,10 +45,12 @@ class Moments:
 
 
 def corrected_target(weight: Tensor, moments: Moments, share: float = 1.0) -> Tensor:
-    """The weight whose product with the inputs that the kernel sees comes nearest to W x of the float model, least squares.
+    """The weight whose product with the inputs that the kernel sees comes nearest to W x of the
+    float model, least squares.
 
-    min over W' of sum ||W' x^ - W x||^2 gives W' = W + W C H^-1. GPTQ alone aims at W x^ and lets the errors of earlier layers and
-    of the activation codes stand (GPTAQ, arXiv 2504.02692, and QEP, arXiv 2504.09629, correct for them in their own ways).
+    min over W' of sum ||W' x^ - W x||^2 gives W' = W + W C H^-1. GPTQ alone aims at W x^ and lets
+    the errors of earlier layers and of the activation codes stand (GPTAQ, arXiv 2504.02692, and
+    QEP, arXiv 2504.09629, correct for them in their own ways).
 
     Args:
         weight: [N, K].

@@ -1,7 +1,9 @@
-"""Rotation of the residual stream and of value heads, folded into weights in fp64: the same function, without outlier channels.
+"""Rotation of the residual stream and of value heads, folded into weights in fp64: the same
+function, without outlier channels.
 
-RMSNorm commutes with an orthogonal matrix once its gain is moved into the linears that read it (QuaRot, arXiv 2404.00456; QQQ's
-rotation option). With x' = x Q: weights that read x become W Q, weights that write x become Q^T W. Nothing is left to do at run time.
+RMSNorm commutes with an orthogonal matrix once its gain is moved into the linears that read it
+(QuaRot, arXiv 2404.00456; QQQ's rotation option). With x' = x Q: weights that read x become W Q,
+weights that write x become Q^T W. Nothing is left to do at run time.
 """
 
 from __future__ import annotations
@@ -20,14 +22,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Rotation", "fold_gains", "hadamard", "orthogonal"]
 
-_READERS = {"self_attn.q_proj": INPUT_NORM, "self_attn.k_proj": INPUT_NORM, "self_attn.v_proj": INPUT_NORM,
-            "mlp.gate_proj": POST_NORM, "mlp.up_proj": POST_NORM}
+_READERS = {
+    "self_attn.q_proj": INPUT_NORM,
+    "self_attn.k_proj": INPUT_NORM,
+    "self_attn.v_proj": INPUT_NORM,
+    "mlp.gate_proj": POST_NORM,
+    "mlp.up_proj": POST_NORM,
+}
 _ROWS = 4096  # of a table, in fp64 together
 _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, Haar distributed, fp64 [size, size]: QR of a Gaussian with the signs of R fixed."""
+    """A random orthogonal matrix, Haar distributed, fp64 [size, size]: QR of a Gaussian with the
+    signs of R fixed.
+    """
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
     return (q * torch.sign(torch.diagonal(r))).contiguous()
 
@@ -35,8 +44,9 @@ def orthogonal(size: int, generator: torch.Generator) -> Tensor:
 def hadamard(size: int, generator: torch.Generator) -> Tensor:
     """A randomised Hadamard matrix fp64 [size, size], H diag(+-1) / sqrt(size).
 
-    For size = 2^k m with m odd > 1 the Kronecker product of the 2^k Hadamard matrix and a random orthogonal m x m one: no Hadamard
-    matrix of an odd order exists, and this keeps every entry of the order of 1 / sqrt(size).
+    For size = 2^k m with m odd > 1 the Kronecker product of the 2^k Hadamard matrix and a random
+    orthogonal m x m one: no Hadamard matrix of an odd order exists, and this keeps every entry of
+    the order of 1 / sqrt(size).
     """
     odd = size // (size & -size)
     h = torch.ones(1, 1, dtype=torch.float64)
@@ -49,10 +59,14 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
 
 
 def fold_gains(weights: BlockWeights) -> BlockWeights:
-    """Norm gains moved into the columns of the linears that read them; gains become ones. fp64 inside."""
+    """Norm gains moved into the columns of the linears that read them; gains become ones. fp64
+    inside.
+    """
     folded = dict(weights)
     for name, norm in _READERS.items():
-        folded[f"{name}.weight"] = (weights[f"{name}.weight"].double() * weights[f"{norm}.weight"].double()).float()
+        folded[f"{name}.weight"] = (
+            weights[f"{name}.weight"].double() * weights[f"{norm}.weight"].double()
+        ).float()
     for norm in (INPUT_NORM, POST_NORM):
         folded[f"{norm}.weight"] = torch.ones_like(weights[f"{norm}.weight"])
     return folded
@@ -85,7 +99,9 @@ class Rotation:
             return weights[f"{name}.weight"].double()
 
         for name, norm in _READERS.items():
-            rotated[f"{name}.weight"] = wide(name) * weights[f"{norm}.weight"].double() @ self.residual
+            rotated[f"{name}.weight"] = (
+                wide(name) * weights[f"{norm}.weight"].double() @ self.residual
+            )
         for name in _WRITERS:
             rotated[f"{name}.weight"] = self.residual.T @ wide(name)
             if f"{name}.bias" in weights:
@@ -109,7 +125,8 @@ class Rotation:
     unties = True
 
     def tensor(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """A tensor outside the blocks, fp32: the embedding E Q, a final norm of ones, the head W diag(gain) Q.
+        """A tensor outside the blocks, fp32: the embedding E Q, a final norm of ones, the head W
+        diag(gain) Q.
 
         A tied embedding gives both tables, which are no longer the same.
         """
@@ -119,7 +136,11 @@ class Rotation:
             return _product(checkpoint.tensor(name), None, self.residual)
         if name == gain:
             return torch.ones_like(checkpoint.tensor(name))
-        return _product(checkpoint.tensor(embedding if checkpoint.dims.tied else name), checkpoint.tensor(gain), self.residual)
+        return _product(
+            checkpoint.tensor(embedding if checkpoint.dims.tied else name),
+            checkpoint.tensor(gain),
+            self.residual,
+        )
 
 
 def _product(table: Tensor, gain: Tensor | None, residual: Tensor) -> Tensor:

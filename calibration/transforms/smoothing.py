@@ -1,7 +1,9 @@
-"""Channel scales between a site's input and the weights before it, folded into weights: the same function, smoother activations.
+"""Channel scales between a site's input and the weights before it, folded into weights: the same
+function, smoother activations.
 
-For every site the input x becomes x / s and the weight's columns are multiplied by s. The norm gain (qkv, gate and up), the value rows
-(o_proj) or the up rows (down_proj) take 1 / s in, so nothing is left to do at run time.
+For every site the input x becomes x / s and the weight's columns are multiplied by s. The norm gain
+(qkv, gate and up), the value rows (o_proj) or the up rows (down_proj) take 1 / s in, so nothing is
+left to do at run time.
 """
 
 from __future__ import annotations
@@ -44,8 +46,12 @@ _STEPS = 40
 _TOKENS = 4096  # of the calibration windows, for the search
 
 
-def fold_scales(weights: BlockWeights, scales: Mapping[str, Tensor], shape: BlockShape) -> BlockWeights:
-    """The same block with the inputs of some sites divided by s [K]; at o_proj the query heads of a group must share theirs."""
+def fold_scales(
+    weights: BlockWeights, scales: Mapping[str, Tensor], shape: BlockShape
+) -> BlockWeights:
+    """The same block with the inputs of some sites divided by s [K]; at o_proj the query heads of a
+    group must share theirs.
+    """
     folded = dict(weights)
     for site, scale in scales.items():
         for name in SITES[site]:
@@ -71,7 +77,8 @@ def _shared_by_groups(scale: Tensor, shape: BlockShape) -> Tensor:
 
 
 def clip_scales(low: Tensor, high: Tensor, threshold: float) -> Tensor:
-    """s_c = max(1, high_c / t, low_c / -t): only channels that reach beyond t are shrunk (QQQ section 3.1, after OS+).
+    """s_c = max(1, high_c / t, low_c / -t): only channels that reach beyond t are shrunk (QQQ
+    section 3.1, after OS+).
 
     Args:
         low, high: smallest and largest activation of each channel [K].
@@ -80,8 +87,11 @@ def clip_scales(low: Tensor, high: Tensor, threshold: float) -> Tensor:
     return torch.maximum(high / threshold, -low / threshold).clamp(min=1.0)
 
 
-def site_outputs(site: str, outputs: Tensor, task: BlockTask, heads: Heads = heads_from_qkv) -> Tensor:
-    """What the smoothing loss compares: attention of qkv, the product of gate and up, else the linear's own output.
+def site_outputs(
+    site: str, outputs: Tensor, task: BlockTask, heads: Heads = heads_from_qkv
+) -> Tensor:
+    """What the smoothing loss compares: attention of qkv, the product of gate and up, else the
+    linear's own output.
 
     Args:
         heads: of the quantised block those that go through its cache.
@@ -93,10 +103,12 @@ def site_outputs(site: str, outputs: Tensor, task: BlockTask, heads: Heads = hea
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def adaptive_scales(task: BlockTask, sites: tuple[str, ...]) -> dict[str, Tensor]:
-    """Scales of some sites, each by a search over clip thresholds that sees the sites before it smoothed and quantised.
+    """Scales of some sites, each by a search over clip thresholds that sees the sites before it
+    smoothed and quantised.
 
-    Loss: squared difference of the site's output from the float one's, with activations and weights (round to nearest) quantised.
-    Several processes search together on the windows that one alone would take.
+    Loss: squared difference of the site's output from the float one's, with activations and weights
+    (round to nearest) quantised. Several processes search together on the windows that one alone
+    would take.
     """
     together = max(1, _TOKENS // task.streams.quant.shape[1])
     count = min(len(task.streams.quant), len(task.ranks.share(together)))
@@ -128,19 +140,29 @@ def _quantised(site: str, weights: BlockWeights, task: BlockTask) -> Callable[[T
     scheme = task.schemes[site]
     weight, bias = site_weight(weights, site)
     grid = search_grid(weight, scheme, steps=1)
-    group = torch.arange(weight.shape[1], device=weight.device) // (scheme.group_size or weight.shape[1])
+    group = torch.arange(weight.shape[1], device=weight.device) // (
+        scheme.group_size or weight.shape[1]
+    )
     values = grid.round(weight, group)[1]
-    return lambda x: torch.nn.functional.linear(Activation.of(x, scheme.abits, scheme.act_symmetric).values(), values, bias)
+    return lambda x: torch.nn.functional.linear(
+        Activation.of(x, scheme.abits, scheme.act_symmetric).values(), values, bias
+    )
 
 
 def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockTask) -> Tensor:
-    reaches = torch.zeros(2, weights[f"{SITES[site][0]}.weight"].shape[1], device=task.device)  # how far beyond 0, down and up
+    reaches = torch.zeros(
+        2, weights[f"{SITES[site][0]}.weight"].shape[1], device=task.device
+    )  # how far beyond 0, down and up
     for x in inputs:
         reaches = torch.maximum(reaches, torch.stack((-x.amin(0), x.amax(0))))
     task.ranks.largest(reaches)
     (low, high), reach = (-reaches[0], reaches[1]), float(reaches.max())
     exact = [site_outputs(site, float_linear(weights)(site, x), task) for x in inputs]
-    best, found, cached = float("inf"), torch.ones_like(high), cached_heads(task.schemes[QKV].kv_bits)
+    best, found, cached = (
+        float("inf"),
+        torch.ones_like(high),
+        cached_heads(task.schemes[QKV].kv_bits),
+    )
     for step in range(_STEPS):
         threshold = reach * (1 - step / _STEPS)
         if reach == 0:
@@ -151,7 +173,12 @@ def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockT
         quantised = _quantised(site, weights | scaled, task)
         total = torch.zeros((), dtype=torch.float64, device=task.device)
         for x, wanted in zip(inputs, exact, strict=True):
-            total += (site_outputs(site, quantised(x / scale), task, cached) - wanted).double().square().sum()
+            total += (
+                (site_outputs(site, quantised(x / scale), task, cached) - wanted)
+                .double()
+                .square()
+                .sum()
+            )
         task.ranks.sum([total])
         if total < best:  # False for NaN
             best, found = float(total), scale

@@ -1,4 +1,6 @@
-"""Builds a TensorRT engine from the ONNX model and the plugin library, and proves that the plugins are in it."""
+"""Builds a TensorRT engine from the ONNX model and the plugin library, and proves that the plugins
+are in it.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,21 @@ from exporter.engine.edition import (
     prepare_parser,
     select_edition,
 )
-from plugins.errors import CheckError, InputError
 from plugins.core.op_spec import is_custom
+from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["EngineOptions", "build_engine", "check_engine", "custom_nodes", "load_plugins", "profile_shapes", "select_edition"]
+__all__ = [
+    "EngineOptions",
+    "build_engine",
+    "check_engine",
+    "custom_nodes",
+    "load_plugins",
+    "profile_shapes",
+    "select_edition",
+]
 
 _NAMES_SHOWN = 5
 
@@ -53,7 +63,9 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name, value in (("--max-batch", self.max_batch), ("--max-seq", self.max_seq)):
             if value < 1:
-                raise InputError(name, f"got {value}, expected at least 1", "Give a positive number")
+                raise InputError(
+                    name, f"got {value}, expected at least 1", "Give a positive number"
+                )
 
 
 def custom_nodes(model: onnx.ModelProto) -> dict[str, str]:
@@ -78,14 +90,18 @@ def custom_nodes(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-def profile_shapes(inputs: Mapping[str, Sequence[int | str]], options: EngineOptions) -> list[dict[str, Any]]:
+def profile_shapes(
+    inputs: Mapping[str, Sequence[int | str]], options: EngineOptions
+) -> list[dict[str, Any]]:
     """Shapes of the two optimisation profiles, as engine.json holds them.
 
-    "prefill" takes 1..max_seq new tokens behind 0..max_seq cached ones, so a prompt may come in pieces and a conversation go
-    on; "decode" takes one new token. The largest shapes fit each other (T = P + S), because TensorRT infers shapes at them.
+    "prefill" takes 1..max_seq new tokens behind 0..max_seq cached ones, so a prompt may come in
+    pieces and a conversation go on; "decode" takes one new token. The largest shapes fit each other
+    (T = P + S), because TensorRT infers shapes at them.
 
     Args:
-        inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens, T = P + S.
+        inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens,
+            T = P + S.
         options: the limits.
 
     Raises:
@@ -94,28 +110,46 @@ def profile_shapes(inputs: Mapping[str, Sequence[int | str]], options: EngineOpt
     batch, seq = options.max_batch, options.max_seq
     middle = max(seq // 2, 1)
     ranges: dict[str, dict[str, tuple[int, int, int]]] = {  # least, likely, most
-        "prefill": {"B": (1, 1, batch), "S": (1, middle, seq), "P": (0, 0, seq), "T": (1, middle, 2 * seq)},
-        "decode": {"B": (1, 1, batch), "S": (1, 1, 1), "P": (0, middle, seq), "T": (1, middle + 1, seq + 1)},
+        "prefill": {
+            "B": (1, 1, batch),
+            "S": (1, middle, seq),
+            "P": (0, 0, seq),
+            "T": (1, middle, 2 * seq),
+        },
+        "decode": {
+            "B": (1, 1, batch),
+            "S": (1, 1, 1),
+            "P": (0, middle, seq),
+            "T": (1, middle + 1, seq + 1),
+        },
     }
 
     def shape(name: str, which: int, sizes: dict[str, tuple[int, int, int]]) -> list[int]:
         for dim in inputs[name]:
             if isinstance(dim, str) and dim not in sizes:
                 known = ", ".join(sizes)
-                raise InputError(f"model input {name}", f"got dimension {dim!r}, expected a number or one of {known}",
-                                 "Export the model again with this version")
+                raise InputError(
+                    f"model input {name}",
+                    f"got dimension {dim!r}, expected a number or one of {known}",
+                    "Export the model again with this version",
+                )
         return [sizes[dim][which] if isinstance(dim, str) else dim for dim in inputs[name]]
 
     def bounds(name: str, sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[int]]:
         return {key: shape(name, which, sizes) for which, key in enumerate(("min", "opt", "max"))}
 
-    return [{"name": profile, "inputs": {name: bounds(name, sizes) for name in inputs}} for profile, sizes in ranges.items()]
+    return [
+        {"name": profile, "inputs": {name: bounds(name, sizes) for name in inputs}}
+        for profile, sizes in ranges.items()
+    ]
 
 
 def _input_dims(model: onnx.ModelProto) -> dict[str, list[int | str]]:
     shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input}
-    return {name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
-            for name, dims in shapes.items()}
+    return {
+        name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
+        for name, dims in shapes.items()
+    }
 
 
 def _shorten(items: Sequence[str]) -> str:
@@ -125,8 +159,11 @@ def _shorten(items: Sequence[str]) -> str:
 
 def _parser_errors(parser: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return "; ".join(f"node {error.node_name() or error.node()} ({error.node_operator()}): {error.desc().strip()}"
-                     for error in errors[:_NAMES_SHOWN])
+    return "; ".join(
+        f"node {error.node_name() or error.node()} ({error.node_operator()}): "
+        f"{error.desc().strip()}"
+        for error in errors[:_NAMES_SHOWN]
+    )
 
 
 class EngineBuilder:
@@ -155,21 +192,29 @@ class EngineBuilder:
         """
         if not self.parser.parse_from_file(self.where):
             errors = _parser_errors(self.parser)
-            raise CheckError(self.where, f"got parser errors: {errors}; expected a model that this TensorRT takes",
-                             "If a custom op is named, export the model again with this version; "
-                             "else use a newer TensorRT (10.15, 11, or RTX 1.7)")
+            raise CheckError(
+                self.where,
+                f"got parser errors: {errors}; expected a model that this TensorRT takes",
+                "If a custom op is named, export the model again with this version; "
+                "else use a newer TensorRT (10.15, 11, or RTX 1.7)",
+            )
         layers = [self.network.get_layer(index) for index in range(self.network.num_layers)]
         plugins = [layer.name for layer in layers if layer.type == self.trt.LayerType.PLUGIN_V3]
         if len(plugins) == len(nodes):
             return
         missing = sorted(set(nodes) - set(plugins)) or sorted(nodes)
-        raise CheckError(self.where, f"got {len(plugins)} plugin layers for {len(nodes)} custom nodes, expected one each; "
-                         f"missing: {_shorten(missing)}",
-                         "Without attribute plugin_namespace on a node TensorRT takes its function body: "
-                         "export the model again with this version")
+        raise CheckError(
+            self.where,
+            f"got {len(plugins)} plugin layers for {len(nodes)} custom nodes, expected one each; "
+            f"missing: {_shorten(missing)}",
+            "Without attribute plugin_namespace on a node TensorRT takes its function body: "
+            "export the model again with this version",
+        )
 
     def allow_fp32_attention(self) -> bool:
-        """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for that type."""
+        """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for
+        that type.
+        """
         from polygraphy.backend.trt import SetDecomposableAttentions
 
         inputs = (self.network.get_input(index) for index in range(self.network.num_inputs))
@@ -181,7 +226,12 @@ class EngineBuilder:
 
     def serialize(self, profiles: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
         """Build; returns TensorRT's buffer with the engine."""
-        from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network
+        from polygraphy.backend.trt import (
+            CreateConfig,
+            PostprocessConfig,
+            Profile,
+            engine_bytes_from_network,
+        )
         from polygraphy.exception import PolygraphyException
 
         made = []
@@ -190,7 +240,9 @@ class EngineBuilder:
             for name, shapes in profile["inputs"].items():
                 made[-1].add(name, shapes["min"], shapes["opt"], shapes["max"])
         with _monitored(self.trt, progress) as monitor:
-            config = PostprocessConfig(CreateConfig(profiles=made, progress_monitor=monitor), _without_tf32(self.trt))
+            config = PostprocessConfig(
+                CreateConfig(profiles=made, progress_monitor=monitor), _without_tf32(self.trt)
+            )
             try:
                 return engine_bytes_from_network((self.builder, self.network), config=config)
             except PolygraphyException:
@@ -209,9 +261,11 @@ def _without_tf32(trt: Any) -> Callable[..., None]:
 
 @contextmanager
 def _monitored(trt: Any, progress: Progress) -> Iterator[Any]:
-    """A progress monitor whose outermost phase drives the bar; after Ctrl-C the build ends with its current step.
+    """A progress monitor whose outermost phase drives the bar; after Ctrl-C the build ends with its
+    current step.
 
-    An exception inside TensorRT's callbacks is lost, so Ctrl-C only sets a flag that the callbacks return.
+    An exception inside TensorRT's callbacks is lost, so Ctrl-C only sets a flag that the callbacks
+    return.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -235,7 +289,11 @@ def _monitored(trt: Any, progress: Progress) -> Iterator[Any]:
 
     monitor = Monitor()
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda number, frame: setattr(monitor, "interrupted", True)) if in_main else None
+    before = (
+        signal.signal(signal.SIGINT, lambda number, frame: setattr(monitor, "interrupted", True))
+        if in_main
+        else None
+    )
     try:
         yield monitor
     finally:
@@ -247,14 +305,21 @@ def _monitored(trt: Any, progress: Progress) -> Iterator[Any]:
         raise KeyboardInterrupt
 
 
-def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: EngineOptions = EngineOptions(),
-                 progress: Progress | None = None) -> dict[str, Any]:
-    """Write model.engine, the plugin library and engine.json into `folder`; returns what engine.json holds.
+def build_engine(
+    onnx_path: Path,
+    plugin_library: Path,
+    folder: Path,
+    options: EngineOptions = EngineOptions(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write model.engine, the plugin library and engine.json into `folder`; returns what
+    engine.json holds.
 
     Memory: the weights are held once by the parser and once in the finished engine.
 
     Raises:
-        InputError: no TensorRT, or an unfit library. CheckError: the model does not parse or build, or a plugin is missing.
+        InputError: no TensorRT, or an unfit library. CheckError: the model does not parse or build,
+            or a plugin is missing.
     """
     import onnx
 
@@ -273,8 +338,11 @@ def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: E
         parsed, layers = time.monotonic(), build.layer_counts()
         engine = build.serialize(profiles, progress)
         if engine is None:
-            raise CheckError(str(onnx_path), f"got no engine from {edition}: {_shorten(log.errors)}; expected one",
-                             "Lower --max-batch or --max-seq if memory is named; else report this")
+            raise CheckError(
+                str(onnx_path),
+                f"got no engine from {edition}: {_shorten(log.errors)}; expected one",
+                "Lower --max-batch or --max-seq if memory is named; else report this",
+            )
         built = time.monotonic()
         with (folder / ENGINE_FILE).open("wb") as file:
             file.write(memoryview(engine))
@@ -283,11 +351,18 @@ def build_engine(onnx_path: Path, plugin_library: Path, folder: Path, options: E
         progress.message(f"{edition.name}: {text}")
     shutil.copyfile(plugin_library, folder / plugin_library.name)
     record = {
-        "format": 1, "edition": edition.name, "version": edition.version,
-        "compute_capabilities": gpu_capabilities()[:1] if edition.name == "tensorrt" else [],  # empty: all it supports
-        "profiles": profiles, "layers": dict(layers), "custom_nodes": dict(Counter(nodes.values())),
+        "format": 1,
+        "edition": edition.name,
+        "version": edition.version,
+        "compute_capabilities": gpu_capabilities()[:1]
+        if edition.name == "tensorrt"
+        else [],  # empty: all it supports
+        "profiles": profiles,
+        "layers": dict(layers),
+        "custom_nodes": dict(Counter(nodes.values())),
         "decomposable_attention": decomposable,
-        "parse_seconds": round(parsed - began, 2), "build_seconds": round(built - parsed, 2),
+        "parse_seconds": round(parsed - began, 2),
+        "build_seconds": round(built - parsed, 2),
         "bytes": (folder / ENGINE_FILE).stat().st_size,
         "plugin_library": {"name": plugin_library.name, "sha256": sha256_file(plugin_library)},
     }

@@ -1,4 +1,6 @@
-"""Which TensorRT is used: the data-centre edition or TensorRT for RTX; both are driven the same way from here on."""
+"""Which TensorRT is used: the data-centre edition or TensorRT for RTX; both are driven the same way
+from here on.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,22 @@ from typing import Any
 
 from calibration.out.files import read_json, sha256_file
 from plugins import op_names
-from plugins.tools.build import build_soname
-from plugins.errors import CheckError, InputError
 from plugins.core.op_spec import DOMAIN
+from plugins.errors import CheckError, InputError
+from plugins.tools.build import build_soname
 
-__all__ = ["EDITIONS", "ENGINE_FILE", "ENGINE_RECORD", "Edition", "captured_log", "check_engine", "gpu_capabilities",
-           "load_plugins", "prepare_parser", "select_edition"]
+__all__ = [
+    "EDITIONS",
+    "ENGINE_FILE",
+    "ENGINE_RECORD",
+    "Edition",
+    "captured_log",
+    "check_engine",
+    "gpu_capabilities",
+    "load_plugins",
+    "prepare_parser",
+    "select_edition",
+]
 
 ENGINE_FILE = "model.engine"
 ENGINE_RECORD = "engine.json"
@@ -57,8 +69,11 @@ class Edition:
 
         if rtx != config.USE_TENSORRT_RTX:
             if "polygraphy.backend.trt" in sys.modules:
-                raise InputError("TensorRT", f"got {self.name} in a process that uses the other edition, expected one edition",
-                                 "Start a new process for the other edition")
+                raise InputError(
+                    "TensorRT",
+                    f"got {self.name} in a process that uses the other edition, expected one edition",
+                    "Start a new process for the other edition",
+                )
             config.USE_TENSORRT_RTX = rtx
         return importlib.import_module(EDITIONS[self.name])
 
@@ -66,12 +81,18 @@ class Edition:
 def _installed(name: str) -> Edition | None:
     try:
         return Edition(name, str(importlib.import_module(EDITIONS[name]).__version__))
-    except (ImportError, OSError, AttributeError):  # PyPI's `tensorrt` may be there without its libraries
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+    ):  # PyPI's `tensorrt` may be there without its libraries
         return None
 
 
 def gpu_capabilities() -> list[str]:
-    """Compute capability of every GPU here, such as ["9.0"]; empty where there is no GPU or no driver."""
+    """Compute capability of every GPU here, such as ["9.0"]; empty where there is no GPU or no
+    driver.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -84,35 +105,56 @@ def gpu_capabilities() -> list[str]:
         driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
         return value.value
 
-    return [f"{attribute(_COMPUTE_CAPABILITY_MAJOR, device)}.{attribute(_COMPUTE_CAPABILITY_MINOR, device)}"
-            for device in range(count.value)]
+    return [
+        f"{attribute(_COMPUTE_CAPABILITY_MAJOR, device)}.{attribute(_COMPUTE_CAPABILITY_MINOR, device)}"
+        for device in range(count.value)
+    ]
 
 
 def select_edition(choice: str = "auto") -> Edition:
-    """The edition to use: auto takes tensorrt where it imports and a GPU is there, else tensorrt-rtx.
+    """The edition to use: auto takes tensorrt where it imports and a GPU is there, else
+    tensorrt-rtx.
 
     Raises:
         InputError: the edition is unknown, not installed, or needs a GPU that is not there.
     """
     if choice not in ("auto", *EDITIONS):
-        raise InputError("--engine", f"got {choice!r}, expected auto, {' or '.join(EDITIONS)}", "Choose one of these")
+        raise InputError(
+            "--engine",
+            f"got {choice!r}, expected auto, {' or '.join(EDITIONS)}",
+            "Choose one of these",
+        )
     has_gpu = bool(gpu_capabilities())
     if choice == "tensorrt" and not has_gpu:
-        raise InputError("--engine tensorrt", "got no CUDA device, expected one: this edition builds for the GPU it runs on",
-                         "Use --engine tensorrt-rtx, which needs no GPU to build, or run on a machine with a GPU")
-    wanted = [choice] if choice != "auto" else ["tensorrt", "tensorrt-rtx"] if has_gpu else ["tensorrt-rtx"]
+        raise InputError(
+            "--engine tensorrt",
+            "got no CUDA device, expected one: this edition builds for the GPU it runs on",
+            "Use --engine tensorrt-rtx, which needs no GPU to build, or run on a machine with a GPU",
+        )
+    wanted = (
+        [choice]
+        if choice != "auto"
+        else ["tensorrt", "tensorrt-rtx"]
+        if has_gpu
+        else ["tensorrt-rtx"]
+    )
     for name in wanted:
         if edition := _installed(name):
             return edition
     modules = " or ".join(EDITIONS[name] for name in wanted)
-    raise InputError(f"--engine {choice}", f"got no module {modules}, expected it installed",
-                     "; or ".join(_INSTALL[name] for name in wanted) + "; or use --engine none")
+    raise InputError(
+        f"--engine {choice}",
+        f"got no module {modules}, expected it installed",
+        "; or ".join(_INSTALL[name] for name in wanted) + "; or use --engine none",
+    )
 
 
 def prepare_parser(edition: Edition) -> None:
-    """Make the name libtensorrt_rtx.so resolvable, which TensorRT-RTX's ONNX parser opens when it meets a plugin.
+    """Make the name libtensorrt_rtx.so resolvable, which TensorRT-RTX's ONNX parser opens when it
+    meets a plugin.
 
-    The wheel ships only libtensorrt_rtx.so.1, and the parser aborts the process when the name without the suffix is missing.
+    The wheel ships only libtensorrt_rtx.so.1, and the parser aborts the process when the name
+    without the suffix is missing.
     """
     if edition.name != "tensorrt-rtx":
         return
@@ -121,37 +163,61 @@ def prepare_parser(edition: Edition) -> None:
 
 
 def _mapped(name: str) -> list[Path]:
-    """Files of this process's memory map whose base name matches the pattern `name`; a deleted one ends in " (deleted)"."""
+    """Files of this process's memory map whose base name matches the pattern `name`; a deleted one
+    ends in " (deleted)".
+    """
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    return sorted({Path(path) for path in re.findall(rf"(/\S.*/{name}(?: \(deleted\))?)$", maps, re.MULTILINE)})
+    return sorted(
+        {
+            Path(path)
+            for path in re.findall(rf"(/\S.*/{name}(?: \(deleted\))?)$", maps, re.MULTILINE)
+        }
+    )
 
 
 def load_plugins(edition: Edition, library: Path) -> None:
-    """Register our plugins with TensorRT, once per process; a second call with an equal library does nothing.
+    """Register our plugins with TensorRT, once per process; a second call with an equal library
+    does nothing.
 
-    They stay registered: a network or engine that outlives its library crashes the process when it is destroyed.
+    They stay registered: a network or engine that outlives its library crashes the process when it
+    is destroyed.
 
     Raises:
-        InputError: the library does not load, or the process holds a different one. CheckError: it lacks an op.
+        InputError: the library does not load, or the process holds a different one. CheckError: it
+            lacks an op.
     """
     registry = edition.activate().get_plugin_registry()
     missing = _missing(registry)
     if len(missing) < len(op_names()):
         here = sha256_file(library)
-        if not any(path.is_file() and sha256_file(path) == here for path in _mapped(re.escape(library.name))):
-            raise InputError(str(library), "got a second plugin library in one process, expected the one that is loaded",
-                             "Start a new process for it")
+        if not any(
+            path.is_file() and sha256_file(path) == here
+            for path in _mapped(re.escape(library.name))
+        ):
+            raise InputError(
+                str(library),
+                "got a second plugin library in one process, expected the one that is loaded",
+                "Start a new process for it",
+            )
         return
     if registry.load_library(str(library)) is None:
-        raise InputError(str(library), f"got a library that {edition} cannot load, expected the plugin library",
-                         "Build it again with: python -m plugins build")
+        raise InputError(
+            str(library),
+            f"got a library that {edition} cannot load, expected the plugin library",
+            "Build it again with: python -m plugins build",
+        )
     if missing := _missing(registry):
-        raise CheckError(str(library), f"got no plugin for {', '.join(missing)}, expected {', '.join(op_names())}",
-                         "Build it again with: python -m plugins build")
+        raise CheckError(
+            str(library),
+            f"got no plugin for {', '.join(missing)}, expected {', '.join(op_names())}",
+            "Build it again with: python -m plugins build",
+        )
 
 
 def _missing(registry: Any) -> list[str]:
-    found = {creator.name for creator in registry.all_creators if creator.plugin_namespace == DOMAIN}
+    found = {
+        creator.name for creator in registry.all_creators if creator.plugin_namespace == DOMAIN
+    }
     return [name for name in op_names() if name not in found]
 
 
@@ -174,11 +240,18 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def captured_log() -> Iterator[_Collector]:
-    """Collect warnings and errors of Polygraphy and, through it, of TensorRT instead of printing them."""
+    """Collect warnings and errors of Polygraphy and, through it, of TensorRT instead of printing
+    them.
+    """
     from polygraphy.logger import G_LOGGER
 
     logger, collector = logging.getLogger("Polygraphy"), _Collector()
-    settings = {"use_python_logging_system": True, "colors": False, "letter": False, "line_info": False}
+    settings = {
+        "use_python_logging_system": True,
+        "colors": False,
+        "letter": False,
+        "line_info": False,
+    }
     before = {name: getattr(G_LOGGER, name) for name in settings}
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(collector)
@@ -195,22 +268,38 @@ def captured_log() -> Iterator[_Collector]:
 
 
 def check_engine(folder: Path) -> dict[str, Any]:
-    """Check that the engine in `folder` fits the TensorRT and the GPU that are here; returns its engine.json.
+    """Check that the engine in `folder` fits the TensorRT and the GPU that are here; returns its
+    engine.json.
 
     Raises:
         InputError: it was built by another edition or version, or for another GPU.
     """
     record = read_json(folder / ENGINE_RECORD)
-    where, fix = str(folder / ENGINE_FILE), "Build the engine again on this machine (python -m exporter ... --resume)"
+    where, fix = (
+        str(folder / ENGINE_FILE),
+        "Build the engine again on this machine (python -m exporter ... --resume)",
+    )
     made_by = Edition(str(record.get("edition")), str(record.get("version")))
     if made_by.name not in EDITIONS:
-        raise InputError(where, f"got an engine of {made_by}, expected {' or '.join(EDITIONS)}", fix)
+        raise InputError(
+            where, f"got an engine of {made_by}, expected {' or '.join(EDITIONS)}", fix
+        )
     installed = _installed(made_by.name)
     if installed is None:
-        raise InputError(where, f"got an engine of {made_by}, expected that edition to be installed", _INSTALL[made_by.name])
+        raise InputError(
+            where,
+            f"got an engine of {made_by}, expected that edition to be installed",
+            _INSTALL[made_by.name],
+        )
     if installed != made_by:
-        raise InputError(where, f"got an engine of {made_by}, expected one of the installed {installed}", fix)
+        raise InputError(
+            where, f"got an engine of {made_by}, expected one of the installed {installed}", fix
+        )
     here, built_for = gpu_capabilities(), record.get("compute_capabilities", [])
     if built_for and here and here[0] not in built_for:
-        raise InputError(where, f"got an engine for compute capability {', '.join(built_for)}, expected {here[0]}", fix)
+        raise InputError(
+            where,
+            f"got an engine for compute capability {', '.join(built_for)}, expected {here[0]}",
+            fix,
+        )
     return record

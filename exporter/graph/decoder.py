@@ -1,4 +1,6 @@
-"""Writes a quantised checkpoint as an ONNX decoder, layer by layer: no tracing, no torch, deterministic names and bytes."""
+"""Writes a quantised checkpoint as an ONNX decoder, layer by layer: no tracing, no torch,
+deterministic names and bytes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
     from calibration.quant.scheme import QuantLinear
 
-__all__ = ["DATA_FILE", "IR_VERSION", "MODEL_FILE", "OPSET", "export_onnx", "layer_output", "new_key"]
+__all__ = [
+    "DATA_FILE",
+    "IR_VERSION",
+    "MODEL_FILE",
+    "OPSET",
+    "export_onnx",
+    "layer_output",
+    "new_key",
+]
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -34,13 +44,17 @@ def layer_output(index: int) -> str:
 
 
 def new_key(index: int) -> str:
-    """Name of decoder layer `index`'s new keys after RoPE, [B, kv_heads, S, head_dim]; a low-bit cache quantises them next."""
+    """Name of decoder layer `index`'s new keys after RoPE, [B, kv_heads, S, head_dim]; a low-bit
+    cache quantises them next.
+    """
     return f"model.layers.{index}.self_attn.key"
 
 
 @dataclass
 class DecoderWriter:
-    """Appends nodes and initializers of one decoder; every method returns the name of the tensor it made."""
+    """Appends nodes and initializers of one decoder; every method returns the name of the tensor it
+    made.
+    """
 
     quant: QuantModel
     weights: ExternalWeights
@@ -49,8 +63,12 @@ class DecoderWriter:
     fuse_norms: bool = True
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
-    linears: dict[str, QuantLinear] = field(default_factory=dict)  # of the layer being written, by node name
-    norms: dict[str, str] = field(default_factory=dict)  # the same of the weights of the norms in front of them
+    linears: dict[str, QuantLinear] = field(
+        default_factory=dict
+    )  # of the layer being written, by node name
+    norms: dict[str, str] = field(
+        default_factory=dict
+    )  # the same of the weights of the norms in front of them
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A standard node named after its single output."""
@@ -63,7 +81,15 @@ class DecoderWriter:
         """Split `source` along `axis` into pieces of the given sizes."""
         from onnx import helper
 
-        self.nodes.append(helper.make_node("Split", [source, self.ints("split", sizes)], outputs, name=f"{source}.split", axis=axis))
+        self.nodes.append(
+            helper.make_node(
+                "Split",
+                [source, self.ints("split", sizes)],
+                outputs,
+                name=f"{source}.split",
+                axis=axis,
+            )
+        )
         return outputs
 
     def ints(self, prefix: str, values: list[int]) -> str:
@@ -80,13 +106,17 @@ class DecoderWriter:
         return self.weights.add(name, self.quant.tensor(name))
 
     def gemm(self, name: str, source: str) -> str:
-        """The custom node of this layer's fused linears called `name`, with the norm in front of it: [B, S, K] -> [B, S, N]."""
+        """The custom node of this layer's fused linears called `name`, with the norm in front of
+        it: [B, S, K] -> [B, S, N].
+        """
         from onnx import helper
 
         linear, epsilon = self.linears[name], float(self.quant.config["rms_norm_eps"])
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
         packed = spec.pack(linear.arrays, attrs, name)
-        names = [self.weights.add(f"{name}.{key}", packed[key]) for key in spec.input_names(attrs)[1:]]
+        names = [
+            self.weights.add(f"{name}.{key}", packed[key]) for key in spec.input_names(attrs)[1:]
+        ]
         norm = self.norms.get(name, "")
         if norm and self.fuse_norms and epsilon:  # a node takes an epsilon of 0 for no norm
             attrs = replace(attrs, norm_epsilon=epsilon)
@@ -95,24 +125,34 @@ class DecoderWriter:
             source = self.norm(norm, source, norm.removesuffix(".weight"))
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
-        self.infos.append(helper.make_tensor_value_info(output, self.dtype, ["B", "S", attrs.out_features]))
+        self.infos.append(
+            helper.make_tensor_value_info(output, self.dtype, ["B", "S", attrs.out_features])
+        )
         return output
 
     def norm(self, name: str, source: str, output: str) -> str:
         """RMSNorm over the last axis, computed in fp32."""
-        return self.node("RMSNormalization", [source, self.tensor(name)], output, axis=-1,
-                         epsilon=float(self.quant.config["rms_norm_eps"]))
+        return self.node(
+            "RMSNormalization",
+            [source, self.tensor(name)],
+            output,
+            axis=-1,
+            epsilon=float(self.quant.config["rms_norm_eps"]),
+        )
 
     def attention_mask(self) -> str:
         """Boolean [B, 1, S, T], true where a query may look; T = P + S.
 
-        A query always sees itself: a padding row would otherwise be all masked, give NaN, and spoil the cache.
+        A query always sees itself: a padding row would otherwise be all masked, give NaN, and spoil
+        the cache.
         """
         self.node("Shape", ["attention_mask"], "mask.total", start=1, end=2)
         self.node("Shape", ["input_ids"], "mask.new", start=1, end=2)
         zero, one = self.scalar("mask.zero", 0), self.scalar("mask.one", 1)
         total = self.node("Squeeze", ["mask.total"], "mask.total_scalar")
-        past = self.node("Sub", [total, self.node("Squeeze", ["mask.new"], "mask.new_scalar")], "mask.past")
+        past = self.node(
+            "Sub", [total, self.node("Squeeze", ["mask.new"], "mask.new_scalar")], "mask.past"
+        )
         keys = self.node("Range", [zero, total, one], "mask.keys")
         queries = self.node("Range", [past, total, one], "mask.queries")
         column = self.node("Unsqueeze", [queries, self.ints("axes", [1])], "mask.query_column")
@@ -135,37 +175,76 @@ class DecoderWriter:
 
         config = self.quant.config
         inv_freq = self.quant.tensor("rope.inv_freq").astype(np.float32)
-        angles = np.arange(config["max_position_embeddings"], dtype=np.float32)[:, None] * inv_freq[None, :]
+        angles = (
+            np.arange(config["max_position_embeddings"], dtype=np.float32)[:, None]
+            * inv_freq[None, :]
+        )
         wide, scaling = angles.astype(np.float64), float(config["rope_attention_scaling"])
         as_dtype = self.quant.tensor("model.norm.weight").dtype
-        return (self.weights.add("rope.cos", (np.cos(wide) * scaling).astype(np.float32).astype(as_dtype)),
-                self.weights.add("rope.sin", (np.sin(wide) * scaling).astype(np.float32).astype(as_dtype)))
+        return (
+            self.weights.add(
+                "rope.cos", (np.cos(wide) * scaling).astype(np.float32).astype(as_dtype)
+            ),
+            self.weights.add(
+                "rope.sin", (np.sin(wide) * scaling).astype(np.float32).astype(as_dtype)
+            ),
+        )
 
     def attention(self, index: int, source: str, mask: str, rope: tuple[str, str]) -> str:
-        """Norm and attention block of one layer, KV cache by Concat; [B, S, hidden] -> [B, S, hidden]."""
+        """Norm and attention block of one layer, KV cache by Concat; [B, S, hidden] -> [B, S,
+        hidden].
+        """
         config = self.quant.config
-        heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        heads, kv_heads, head_dim = (
+            config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        )
         prefix = f"model.layers.{index}.self_attn"
         qkv = self.gemm(f"{prefix}.qkv_proj", source)
-        qkv = self.node("Reshape", [qkv, self.ints("shape", [0, 0, heads + 2 * kv_heads, head_dim])], f"{prefix}.qkv_heads")
+        qkv = self.node(
+            "Reshape",
+            [qkv, self.ints("shape", [0, 0, heads + 2 * kv_heads, head_dim])],
+            f"{prefix}.qkv_heads",
+        )
         qkv = self.node("Transpose", [qkv], f"{prefix}.qkv", perm=[0, 2, 1, 3])
-        qk, value = self.split(qkv, [heads + kv_heads, kv_heads], 1, [f"{prefix}.qk", f"{prefix}.value"])
-        qk = self.node("RotaryEmbedding", [qk, *rope, "position_ids"], f"{prefix}.qk_rotated", interleaved=0)
+        qk, value = self.split(
+            qkv, [heads + kv_heads, kv_heads], 1, [f"{prefix}.qk", f"{prefix}.value"]
+        )
+        qk = self.node(
+            "RotaryEmbedding", [qk, *rope, "position_ids"], f"{prefix}.qk_rotated", interleaved=0
+        )
         query, key = self.split(qk, [heads, kv_heads], 1, [f"{prefix}.query", new_key(index)])
         key, value = self.cached(prefix, key, value)
-        present_key = self.node("Concat", [f"past_key_values.{index}.key", key], f"present.{index}.key", axis=2)
-        present_value = self.node("Concat", [f"past_key_values.{index}.value", value], f"present.{index}.value", axis=2)
-        out = self.node("Attention", [query, present_key, present_value, mask], f"{prefix}.context_heads", scale=head_dim**-0.5)
+        present_key = self.node(
+            "Concat", [f"past_key_values.{index}.key", key], f"present.{index}.key", axis=2
+        )
+        present_value = self.node(
+            "Concat", [f"past_key_values.{index}.value", value], f"present.{index}.value", axis=2
+        )
+        out = self.node(
+            "Attention",
+            [query, present_key, present_value, mask],
+            f"{prefix}.context_heads",
+            scale=head_dim**-0.5,
+        )
         out = self.node("Transpose", [out], f"{prefix}.context_rows", perm=[0, 2, 1, 3])
-        out = self.node("Reshape", [out, self.ints("shape", [0, 0, heads * head_dim])], f"{prefix}.context")
+        out = self.node(
+            "Reshape", [out, self.ints("shape", [0, 0, heads * head_dim])], f"{prefix}.context"
+        )
         return self.gemm(f"{prefix}.o_proj", out)
 
     def cached(self, prefix: str, key: str, value: str) -> tuple[str, str]:
         """New keys and values as the cache holds them."""
-        bits, outputs = self.quant.scheme.kv_bits, [f"{prefix}.cached_key", f"{prefix}.cached_value"]
+        bits, outputs = (
+            self.quant.scheme.kv_bits,
+            [f"{prefix}.cached_key", f"{prefix}.cached_value"],
+        )
         if bits == FLOAT_BITS:
             return key, value
-        self.nodes.append(self.factory.cache(bits, self.quant.config["head_dim"], f"{prefix}.cache", [key, value], outputs))
+        self.nodes.append(
+            self.factory.cache(
+                bits, self.quant.config["head_dim"], f"{prefix}.cache", [key, value], outputs
+            )
+        )
         return outputs[0], outputs[1]
 
     def mlp(self, index: int, source: str) -> str:
@@ -174,7 +253,9 @@ class DecoderWriter:
         both = self.gemm(f"{prefix}.gate_up_proj", source)
         width = self.quant.config["intermediate_size"]
         gate, up = self.split(both, [width, width], -1, [f"{prefix}.gate", f"{prefix}.up"])
-        gate = self.node("Mul", [gate, self.node("Sigmoid", [gate], f"{prefix}.sigmoid")], f"{prefix}.silu")
+        gate = self.node(
+            "Mul", [gate, self.node("Sigmoid", [gate], f"{prefix}.sigmoid")], f"{prefix}.silu"
+        )
         return self.gemm(f"{prefix}.down_proj", self.node("Mul", [gate, up], f"{prefix}.product"))
 
     def layer(self, index: int, hidden: str, mask: str, rope: tuple[str, str]) -> str:
@@ -183,10 +264,20 @@ class DecoderWriter:
 
         prefix = f"model.layers.{index}"
         self.linears = {linear.name: linear for linear in self.quant.groups(index)}
-        self.norms = {f"{prefix}.{group.node}": f"{prefix}.{group.norm}.weight" for group in self.quant.family.groups if group.norm}
-        hidden = self.node("Add", [hidden, self.attention(index, hidden, mask, rope)], f"{prefix}.residual")
+        self.norms = {
+            f"{prefix}.{group.node}": f"{prefix}.{group.norm}.weight"
+            for group in self.quant.family.groups
+            if group.norm
+        }
+        hidden = self.node(
+            "Add", [hidden, self.attention(index, hidden, mask, rope)], f"{prefix}.residual"
+        )
         output = self.node("Add", [hidden, self.mlp(index, hidden)], layer_output(index))
-        self.infos.append(helper.make_tensor_value_info(output, self.dtype, ["B", "S", self.quant.config["hidden_size"]]))
+        self.infos.append(
+            helper.make_tensor_value_info(
+                output, self.dtype, ["B", "S", self.quant.config["hidden_size"]]
+            )
+        )
         return output
 
     def head(self, hidden: str) -> str:
@@ -199,28 +290,46 @@ class DecoderWriter:
         return self.node("Cast", [scores], "logits", to=1)
 
 
-def _graph_values(writer: DecoderWriter) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+def _graph_values(
+    writer: DecoderWriter,
+) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     """Graph inputs and outputs, in the documented order."""
     from onnx import TensorProto, helper
 
     config, info = writer.quant.config, helper.make_tensor_value_info
     cache = [(i, kind) for i in range(config["num_hidden_layers"]) for kind in ("key", "value")]
     kv_heads, head_dim = config["num_key_value_heads"], config["head_dim"]
-    inputs = [info("input_ids", TensorProto.INT64, ["B", "S"]), info("attention_mask", TensorProto.INT64, ["B", "T"]),
-              info("position_ids", TensorProto.INT64, ["B", "S"]),
-              *(info(f"past_key_values.{i}.{kind}", writer.dtype, ["B", kv_heads, "P", head_dim]) for i, kind in cache)]
-    outputs = [info("logits", TensorProto.FLOAT, ["B", "S", config["vocab_size"]]),
-               *(info(f"present.{i}.{kind}", writer.dtype, ["B", kv_heads, "T", head_dim]) for i, kind in cache)]
+    inputs = [
+        info("input_ids", TensorProto.INT64, ["B", "S"]),
+        info("attention_mask", TensorProto.INT64, ["B", "T"]),
+        info("position_ids", TensorProto.INT64, ["B", "S"]),
+        *(
+            info(f"past_key_values.{i}.{kind}", writer.dtype, ["B", kv_heads, "P", head_dim])
+            for i, kind in cache
+        ),
+    ]
+    outputs = [
+        info("logits", TensorProto.FLOAT, ["B", "S", config["vocab_size"]]),
+        *(
+            info(f"present.{i}.{kind}", writer.dtype, ["B", kv_heads, "T", head_dim])
+            for i, kind in cache
+        ),
+    ]
     return inputs, outputs
 
 
-def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = None, fuse_norms: bool = True) -> dict[str, Any]:
-    """Write MODEL_FILE and DATA_FILE into `folder`; the graph's tensors are documented in docs/onnx.md.
+def export_onnx(
+    quant: QuantModel, folder: Path, progress: Progress | None = None, fuse_norms: bool = True
+) -> dict[str, Any]:
+    """Write MODEL_FILE and DATA_FILE into `folder`; the graph's tensors are documented in
+    docs/onnx.md.
 
-    Memory stays at a few layers' weights: each layer is packed, appended to the data file and forgotten.
+    Memory stays at a few layers' weights: each layer is packed, appended to the data file and
+    forgotten.
 
     Args:
-        fuse_norms: make the norms before qkv_proj and gate_up_proj part of these nodes; else they are nodes of their own.
+        fuse_norms: make the norms before qkv_proj and gate_up_proj part of these nodes; else they
+            are nodes of their own.
 
     Returns:
         Facts for the manifest: "summary" and the number of custom nodes.
@@ -233,22 +342,44 @@ def export_onnx(quant: QuantModel, folder: Path, progress: Progress | None = Non
 
     progress = progress or NullProgress()
     layers = quant.config["num_hidden_layers"]
-    dtype = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16, "float32": onnx.TensorProto.FLOAT}
+    dtype = {
+        "float16": onnx.TensorProto.FLOAT16,
+        "bfloat16": onnx.TensorProto.BFLOAT16,
+        "float32": onnx.TensorProto.FLOAT,
+    }
     progress.start("onnx", layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         element = dtype[quant.scheme.dtype]
         writer = DecoderWriter(quant, weights, NodeFactory(element), element, fuse_norms)
-        hidden = writer.node("Gather", [writer.tensor("model.embed_tokens.weight"), "input_ids"], "model.embed_tokens")
+        hidden = writer.node(
+            "Gather",
+            [writer.tensor("model.embed_tokens.weight"), "input_ids"],
+            "model.embed_tokens",
+        )
         mask, rope = writer.attention_mask(), writer.rope_cache()
         for index in range(layers):
             hidden = writer.layer(index, hidden, mask, rope)
             progress.advance(note=layer_output(index))
         writer.head(hidden)
         inputs, outputs = _graph_values(writer)
-        graph = helper.make_graph(writer.nodes, "anybit_decoder", inputs, outputs, weights.initializers, value_info=writer.infos)
-        model = helper.make_model(graph, producer_name="anybit-trt", ir_version=IR_VERSION, functions=writer.factory.functions(),
-                                  opset_imports=writer.factory.opset_imports(OPSET))
-        helper.set_model_props(model, {"anybit.scheme": quant.label, "anybit.method": quant.scheme.method})
+        graph = helper.make_graph(
+            writer.nodes,
+            "anybit_decoder",
+            inputs,
+            outputs,
+            weights.initializers,
+            value_info=writer.infos,
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="anybit-trt",
+            ir_version=IR_VERSION,
+            functions=writer.factory.functions(),
+            opset_imports=writer.factory.opset_imports(OPSET),
+        )
+        helper.set_model_props(
+            model, {"anybit.scheme": quant.label, "anybit.method": quant.scheme.method}
+        )
     (folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
     progress.advance(note="written")
     progress.finish()

@@ -1,4 +1,6 @@
-"""Makes the nodes that have a local function of standard ops, the custom GEMMs and the low-bit KV cache, and collects the functions."""
+"""Makes the nodes that have a local function of standard ops, the custom GEMMs and the low-bit KV
+cache, and collects the functions.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CACHE_DOMAIN", "NodeFactory"]
 
-CACHE_DOMAIN = "anybit_cache"  # not below DOMAIN, whose nodes become plugins: every runtime takes the function
+CACHE_DOMAIN = (
+    "anybit_cache"  # not below DOMAIN, whose nodes become plugins: every runtime takes the function
+)
 _CACHE_OP = "QuantizeCache"
 Variant = tuple[str, int, int, int, int, bool, int, bool]
 
@@ -20,9 +24,9 @@ Variant = tuple[str, int, int, int, int, bool, int, bool]
 class NodeFactory:
     """One model's custom nodes; nodes of one scheme share a function, whatever their sizes.
 
-    The first function of an op is in the domain "anybit", the next ones in "anybit.v1", "anybit.v2", ... in order of first
-    use. Overload names are made for this, but ONNX Runtime 1.23 takes the last function of them all, and onnx-graphsurgeon
-    drops them.
+    The first function of an op is in the domain "anybit", the next ones in "anybit.v1",
+    "anybit.v2", ... in order of first use. Overload names are made for this, but ONNX Runtime 1.23
+    takes the last function of them all, and onnx-graphsurgeon drops them.
 
     Args:
         dtype: type of X and Y, onnx.TensorProto.FLOAT16, BFLOAT16 or FLOAT.
@@ -33,7 +37,9 @@ class NodeFactory:
         self._functions: dict[Variant, onnx.FunctionProto] = {}
         self._cache: onnx.FunctionProto | None = None
 
-    def gemm(self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str) -> onnx.NodeProto:
+    def gemm(
+        self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str
+    ) -> onnx.NodeProto:
         """A node of the custom op `op`.
 
         Args:
@@ -51,11 +57,22 @@ class NodeFactory:
         if len(inputs) != len(formal):
             raise ValueError(f"{name}: got {len(inputs)} inputs, {op} takes {', '.join(formal)}")
         function = self._function(op, attrs)
-        return helper.make_node(op, inputs, [output], name=name, domain=function.domain,
-                                plugin_namespace=DOMAIN, plugin_version=PLUGIN_VERSION, **attrs.as_dict())
+        return helper.make_node(
+            op,
+            inputs,
+            [output],
+            name=name,
+            domain=function.domain,
+            plugin_namespace=DOMAIN,
+            plugin_version=PLUGIN_VERSION,
+            **attrs.as_dict(),
+        )
 
-    def cache(self, bits: int, head_dim: int, name: str, inputs: list[str], outputs: list[str]) -> onnx.NodeProto:
-        """A node that gives new keys and values [B, kv_heads, S, head_dim] back as a cache of these bits does; one kind in a model.
+    def cache(
+        self, bits: int, head_dim: int, name: str, inputs: list[str], outputs: list[str]
+    ) -> onnx.NodeProto:
+        """A node that gives new keys and values [B, kv_heads, S, head_dim] back as a cache of these
+        bits does; one kind in a model.
 
         Args:
             inputs, outputs: keys after RoPE, and values.
@@ -66,7 +83,9 @@ class NodeFactory:
         return helper.make_node(_CACHE_OP, inputs, outputs, name=name, domain=CACHE_DOMAIN)
 
     def functions(self) -> list[onnx.FunctionProto]:
-        """The functions of the nodes made so far: the custom ones in order of first use, then the cache's."""
+        """The functions of the nodes made so far: the custom ones in order of first use, then the
+        cache's.
+        """
         return [*self._functions.values(), *([self._cache] if self._cache else [])]
 
     def opset_imports(self, opset: int) -> list[onnx.OperatorSetIdProto]:
@@ -74,18 +93,34 @@ class NodeFactory:
         from onnx import helper
 
         domains = dict.fromkeys([DOMAIN, *(function.domain for function in self.functions())])
-        return [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        return [
+            helper.make_opsetid("", opset),
+            *(helper.make_opsetid(domain, 1) for domain in domains),
+        ]
 
     def _function(self, op: str, attrs: GemmAttributes) -> onnx.FunctionProto:
-        variant = (op, attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric, attrs.group_size > 0, attrs.has_bias, attrs.has_norm)
+        variant = (
+            op,
+            attrs.wbits,
+            attrs.levels,
+            attrs.abits,
+            attrs.act_symmetric,
+            attrs.group_size > 0,
+            attrs.has_bias,
+            attrs.has_norm,
+        )
         if variant not in self._functions:
             number = sum(other[0] == op for other in self._functions)
-            self._functions[variant] = op_spec(op).function_body(attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN)
+            self._functions[variant] = op_spec(op).function_body(
+                attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN
+            )
         return self._functions[variant]
 
 
 def _cache_function(bits: int, head_dim: int, dtype: int) -> onnx.FunctionProto:
-    """calibration.reference.fake_quant.quantize_cache of keys and values, the very same numbers, rounded to the model's type."""
+    """calibration.reference.fake_quant.quantize_cache of keys and values, the very same numbers,
+    rounded to the model's type.
+    """
     from onnx import helper
 
     from plugins.core.onnx_body import OPSET, NodeBuilder
@@ -94,6 +129,14 @@ def _cache_function(bits: int, head_dim: int, dtype: int) -> onnx.FunctionProto:
     both = body.node("Concat", "key", "value", axis=1)  # one pass over both
     rows = body.fake_quantized(body.reshape(body.float32(both), -1, head_dim), bits)
     cached = body.node("Reshape", body.saturated(rows), body.node("Shape", both))
-    body.nodes.append(helper.make_node("Split", [cached], ["cached_key", "cached_value"], axis=1, num_outputs=2))
-    return helper.make_function(CACHE_DOMAIN, _CACHE_OP, ["key", "value"], ["cached_key", "cached_value"], body.nodes,
-                                [helper.make_opsetid("", OPSET)])
+    body.nodes.append(
+        helper.make_node("Split", [cached], ["cached_key", "cached_value"], axis=1, num_outputs=2)
+    )
+    return helper.make_function(
+        CACHE_DOMAIN,
+        _CACHE_OP,
+        ["key", "value"],
+        ["cached_key", "cached_value"],
+        body.nodes,
+        [helper.make_opsetid("", OPSET)],
+    )

@@ -1,4 +1,6 @@
-"""The float model's outputs in the coordinates of the quantised one: a rotation is no error of quantisation."""
+"""The float model's outputs in the coordinates of the quantised one: a rotation is no error of
+quantisation.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ __all__ = ["RotatedRunner", "recorded_rotation"]
 
 
 def recorded_rotation(quant: QuantModel) -> Rotation | None:
-    """The rotation that calibration folded into the weights, made again from its recorded kind and seed; None if it rotated nothing."""
+    """The rotation that calibration folded into the weights, made again from its recorded kind and
+    seed; None if it rotated nothing.
+    """
     from calibration.transforms.rotation import Rotation
 
     settings = quant.calibration.get("settings", {})
@@ -33,19 +37,24 @@ def recorded_rotation(quant: QuantModel) -> Rotation | None:
 
 
 class RotatedRunner(SessionRunner):
-    """A session of the float model; decoder layers' outputs [B, S, hidden] become x Q and cached values [B, heads, S, d] v R.
+    """A session of the float model; decoder layers' outputs [B, S, hidden] become x Q and cached
+    values [B, heads, S, d] v R.
 
     Args:
         name, make: see SessionRunner.
         rotation: of the quantised model, or None for outputs as they are.
     """
 
-    def __init__(self, name: str, make: Callable[[], DecoderSession], rotation: Rotation | None) -> None:
+    def __init__(
+        self, name: str, make: Callable[[], DecoderSession], rotation: Rotation | None
+    ) -> None:
         super().__init__(name, make)
         self._matrices: list[tuple[re.Pattern[str], np.ndarray]] = []
         if rotation is not None:
-            self._matrices = [(re.compile(r"model\.layers\.\d+\.output"), rotation.residual.numpy()),
-                              (re.compile(r"present\.\d+\.value"), rotation.head.numpy())]
+            self._matrices = [
+                (re.compile(r"model\.layers\.\d+\.output"), rotation.residual.numpy()),
+                (re.compile(r"present\.\d+\.value"), rotation.head.numpy()),
+            ]
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
         """Run one call and turn its outputs."""

@@ -1,4 +1,6 @@
-"""Turns measured errors into a table per layer, and names the first operator that is out of tolerance."""
+"""Turns measured errors into a table per layer, and names the first operator that is out of
+tolerance.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"]
 
-WEIGHTS = "weights"  # the level before these: tensors of quant/ against the float model's, see validate_weights.py
+# the level before these: tensors of quant/ against the float model's, see validate_weights.py
+WEIGHTS = "weights"
 LEVELS = ("export", "kernel", "quantisation")  # in the order in which a failure is named
 _BETWEEN = {
     WEIGHTS: "the tensors in quant/ against the float model's",
@@ -31,18 +34,21 @@ Errors = Mapping[tuple[str, str, str], list[TensorError]]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Errors of one tensor of the residual stream (or the logits, or a cache tensor) in one phase, or of one tensor in quant/.
+    """Errors of one tensor of the residual stream (or the logits, or a cache tensor) in one phase,
+    or of one tensor in quant/.
 
     Attributes:
         level: "weights", "export", "kernel" or "quantisation": what was compared.
         phase: "prefill", "decode" or "padded batch"; "" for weights.
         tensor: its ONNX name, or its name in quant/.
-        cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat every token alike.
+        cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat
+            every token alike.
         limit: for `relative`; None where any error may be honest.
         agreement: share of tokens with the same largest logit; None for other tensors.
-        operator: this layer's operator nearest to (or furthest beyond) its own limit, given its inputs; "" if not measured;
-            of weights the worst row, such as "row 7".
-        operator_error, operator_limit: relative, of that operator; without a limit the error is shown but not judged.
+        operator: this layer's operator nearest to (or furthest beyond) its own limit, given its
+            inputs; "" if not measured; of weights the worst row, such as "row 7".
+        operator_error, operator_limit: relative, of that operator; without a limit the error is
+            shown but not judged.
     """
 
     level: str
@@ -79,7 +85,9 @@ class Operator:
 
 @dataclass(frozen=True)
 class Stack:
-    """The decoder's shape, for judging it; `exceptions` are the nodes that `scheme` does not hold for."""
+    """The decoder's shape, for judging it; `exceptions` are the nodes that `scheme` does not hold
+    for.
+    """
 
     layers: int
     nodes: list[GemmNode]
@@ -92,10 +100,19 @@ class Stack:
             return [Operator("lm_head", "logits", "pointwise")]
         prefix, found = f"model.layers.{index}.", []
         for number, node in enumerate(item for item in self.nodes if item.name.startswith(prefix)):
-            # The second GEMM of a layer reads the attention's output. With its norm, the first reads the layer before.
+            # The second GEMM of a layer reads the attention's output. With its norm, the first
+            # reads the layer before.
             if node.source != layer_output(index - 1):
-                found.append(Operator(node.source, node.source, "attention" if number == 1 else "pointwise"))
-            found.append(Operator(node.name + (f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""), node.result, "gemm"))
+                found.append(
+                    Operator(node.source, node.source, "attention" if number == 1 else "pointwise")
+                )
+            found.append(
+                Operator(
+                    node.name + (f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""),
+                    node.result,
+                    "gemm",
+                )
+            )
             if not number:
                 found += self._cache(index)
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]
@@ -104,12 +121,18 @@ class Stack:
         kept = (f"present.{index}.key", f"present.{index}.value")
         if self.scheme.kv_bits == FLOAT_BITS:
             return [Operator(name, name, "pointwise") for name in kept]
-        return [Operator(new_key(index), new_key(index), "pointwise"), *(Operator(name, name, "cache") for name in kept)]
+        return [
+            Operator(new_key(index), new_key(index), "pointwise"),
+            *(Operator(name, name, "cache") for name in kept),
+        ]
 
     def limit(self, level: str, tensor: str) -> float | None:
         """Of the accumulated error of a layer's output, a cache tensor or the logits."""
-        depth = next((int(part) + 1 for part in tensor.split(".") if part.isdigit()), self.layers + 1)
-        # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's limit.
+        depth = next(
+            (int(part) + 1 for part in tensor.split(".") if part.isdigit()), self.layers + 1
+        )
+        # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's
+        # limit.
         so_far = self.nodes[: depth * len(self.nodes) // self.layers]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
         return limits.quantisation(depth) if level == "quantisation" else limits.accumulated(depth)
@@ -119,7 +142,11 @@ def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[f
     """(error, limit) of an operator."""
     if operator.kind == "gemm":
         return error.worst_channel[1], limits.gemm()
-    return error.relative, {"attention": limits.attention, "cache": limits.cache, "pointwise": limits.pointwise}[operator.kind]()
+    return error.relative, {
+        "attention": limits.attention,
+        "cache": limits.cache,
+        "pointwise": limits.pointwise,
+    }[operator.kind]()
 
 
 def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
@@ -131,7 +158,10 @@ def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
             for index in range(stack.layers + 1):
                 tensors = [layer_output(index) if index < stack.layers else "logits"]
                 if level == "kernel" and index < stack.layers:
-                    tensors = [f"present.{index}.key", f"present.{index}.value"]  # the engine shows no inner tensors
+                    tensors = [
+                        f"present.{index}.key",
+                        f"present.{index}.value",
+                    ]  # the engine shows no inner tensors
                 rows += [_row(errors, stack, (level, phase, tensor), index) for tensor in tensors]
     return rows
 
@@ -141,11 +171,37 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
     total = total_error(errors[key])
     worst = ("", 0.0, 0.0)
     if level == "export":
-        worst = max(((operator.name, *_measured(operator, total_error(errors["operator", phase, operator.tensor]), Limits(stack.scheme)))
-                     for operator in stack.operators(index)), key=lambda item: item[1] / item[2])
-    measured = {"operator": worst[0], "operator_error": _finite(worst[1]), "operator_limit": worst[2]} if worst[0] else {}
-    return LayerReport(level, phase, tensor, _finite(total.cosine), _finite(total.snr_db), _finite(total.max_abs), _finite(total.relative),
-                       stack.limit(level, tensor), total.agreement if tensor == "logits" else None, **measured)  # type: ignore[arg-type]
+        worst = max(
+            (
+                (
+                    operator.name,
+                    *_measured(
+                        operator,
+                        total_error(errors["operator", phase, operator.tensor]),
+                        Limits(stack.scheme),
+                    ),
+                )
+                for operator in stack.operators(index)
+            ),
+            key=lambda item: item[1] / item[2],
+        )
+    measured = (
+        {"operator": worst[0], "operator_error": _finite(worst[1]), "operator_limit": worst[2]}
+        if worst[0]
+        else {}
+    )
+    return LayerReport(
+        level,
+        phase,
+        tensor,
+        _finite(total.cosine),
+        _finite(total.snr_db),
+        _finite(total.max_abs),
+        _finite(total.relative),
+        stack.limit(level, tensor),
+        total.agreement if tensor == "logits" else None,
+        **measured,  # type: ignore[arg-type]
+    )
 
 
 def _finite(value: float) -> float | None:
@@ -153,7 +209,9 @@ def _finite(value: float) -> float | None:
 
 
 def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
-    """One line on the first operator out of tolerance, else on the first accumulated error; "" if there is none."""
+    """One line on the first operator out of tolerance, else on the first accumulated error; "" if
+    there is none.
+    """
     failed = [row for row in rows if not row.ok]
     if not failed:
         return ""
@@ -165,17 +223,25 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
     row = failed[0]
     got = f"{row.relative:.2g}" if row.relative is not None else "NaN or Inf"
     expected = f"at most {row.limit:.2g}" if row.limit is not None else "finite numbers"
-    return (f"got an accumulated relative error of {got} at {row.tensor} ({row.level}, {row.phase}: {_BETWEEN[row.level]}), "
-            f"expected {expected}")
+    return (
+        f"got an accumulated relative error of {got} at {row.tensor} ({row.level}, {row.phase}: "
+        f"{_BETWEEN[row.level]}), "
+        f"expected {expected}"
+    )
 
 
 def _bad_weights(row: LayerReport) -> str:
     end = f"at {row.tensor} ({WEIGHTS}: {_BETWEEN[WEIGHTS]}), expected"
     if row.relative is None:
-        return f"got a tensor that is missing, of another shape or not finite {end} the float model's"
+        return (
+            f"got a tensor that is missing, of another shape or not finite {end} the float model's"
+        )
     if row.limit is not None and row.relative > row.limit:
         return f"got a relative error of {row.relative:.2g} {end} at most {row.limit:.2g}"
-    return f"got a relative error of {row.operator_error:.2g} in {row.operator} {end} at most {row.operator_limit:.2g}"
+    return (
+        f"got a relative error of {row.operator_error:.2g} in {row.operator} {end} at most "
+        f"{row.operator_limit:.2g}"
+    )
 
 
 def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:
@@ -184,7 +250,14 @@ def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:
             error = total_error(errors["operator", phase, operator.tensor])
             got, limit = _measured(operator, error, Limits(stack.scheme))
             if not got <= limit:
-                channel = f" in output channel {error.worst_channel[0]}" if operator.kind == "gemm" and error.finite else ""
-                return (f"got a relative error of {got:.2g}{channel} at {operator.name} given its inputs (export, {phase}: "
-                        f"{_BETWEEN['export']}), expected at most {limit:.2g}")
+                channel = (
+                    f" in output channel {error.worst_channel[0]}"
+                    if operator.kind == "gemm" and error.finite
+                    else ""
+                )
+                return (
+                    f"got a relative error of {got:.2g}{channel} at {operator.name} given its "
+                    f"inputs (export, {phase}: "
+                    f"{_BETWEEN['export']}), expected at most {limit:.2g}"
+                )
     return ""

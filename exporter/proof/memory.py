@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 __all__ = ["check_memory"]
 
 _REFERENCE = 4  # bytes per weight: the torch references hold fp32, one of them at a time
-# Bytes per weight while ONNX Runtime loads: it unpacks every weight in steps and keeps all of them until it has finished.
-# SmolLM2-135M, per weight of its linears: 18 (QQQGemm), 47 (with groups), 31 (ABQGemm W4A4), 46 (W4A16), 55 (W8A8).
+# Bytes per weight while ONNX Runtime loads: it unpacks every weight in steps and keeps all of them
+# until it has finished. SmolLM2-135M, per weight of its linears: 18 (QQQGemm), 47 (with groups), 31
+# (ABQGemm W4A4), 46 (W4A16), 55 (W8A8).
 _UNPACKED_PLANE, _UNPACKED, _UNPACKED_FLOAT = 6, 7, 15
 _NIBBLES, _GROUPED_NIBBLES = 18, 47
 
 
 def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
-    """Compare what validation needs at its peak with the free memory, where the system tells it (Linux).
+    """Compare what validation needs at its peak with the free memory, where the system tells it
+    (Linux).
 
     Args:
         weights: of the whole model, such as Checkpoint.parameter_count.
-        schemes: how many of them are (to be) quantised how; the others are counted like their average.
+        schemes: how many of them are (to be) quantised how; the others are counted like their
+            average.
 
     Raises:
         InputError: it does not fit.
@@ -37,8 +40,12 @@ def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
     unpacked = sum(_bytes_per_weight(scheme) * count for scheme, count in schemes.items())
     free, needed = int(found.group(1)) * 1024, unpacked * weights // sum(schemes.values())
     if needed > free:
-        raise InputError("validation", f"got {free / 1e9:.2f} GB of free memory, expected {needed / 1e9:.2f} GB to unpack "
-                         f"{weights / 1e6:.0f} M weights", "Use --until engine here, and validate on a machine with more memory")
+        raise InputError(
+            "validation",
+            f"got {free / 1e9:.2f} GB of free memory, expected {needed / 1e9:.2f} GB to unpack "
+            f"{weights / 1e6:.0f} M weights",
+            "Use --until engine here, and validate on a machine with more memory",
+        )
 
 
 def _bytes_per_weight(scheme: QuantScheme) -> int:

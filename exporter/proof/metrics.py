@@ -42,21 +42,30 @@ class TensorError:
     channel_signal: np.ndarray
     finite: bool
 
-    # Polygraphy's Comparator prints quantiles of both tensors under this name, which takes longer than the comparison; none has it.
+    # Polygraphy's Comparator prints quantiles of both tensors under this name, which takes longer
+    # than the comparison; none has it.
     output1_name: ClassVar[str] = ""
 
     def __bool__(self) -> bool:
         return self.finite
 
     def __add__(self, other: TensorError) -> TensorError:
-        return TensorError(self.tokens + other.tokens, self.squared_ratio + other.squared_ratio, self.cosines + other.cosines,
-                           max(self.max_abs, other.max_abs), self.agreements + other.agreements,
-                           self.channel_error + other.channel_error, self.channel_signal + other.channel_signal,
-                           self.finite and other.finite)
+        return TensorError(
+            self.tokens + other.tokens,
+            self.squared_ratio + other.squared_ratio,
+            self.cosines + other.cosines,
+            max(self.max_abs, other.max_abs),
+            self.agreements + other.agreements,
+            self.channel_error + other.channel_error,
+            self.channel_signal + other.channel_signal,
+            self.finite and other.finite,
+        )
 
     @property
     def relative(self) -> float:
-        """Root of the mean over tokens of |error|^2 / |reference|^2; infinite if anything is NaN or Inf."""
+        """Root of the mean over tokens of |error|^2 / |reference|^2; infinite if anything is NaN or
+        Inf.
+        """
         return math.sqrt(self.squared_ratio / self.tokens) if self.finite else math.inf
 
     @property
@@ -97,26 +106,42 @@ def tensor_error(reference: np.ndarray, got: np.ndarray, valid: np.ndarray) -> T
         raise ValueError(f"shapes differ: {reference.shape}, {got.shape}, {valid.shape}")
     rows = np.flatnonzero(valid.reshape(-1))
     pair = [array.reshape(-1, array.shape[-1]) for array in (reference, got)]
-    parts = [_rows_error(*(array[rows[start:start + _ROWS]].astype(np.float64) for array in pair))
-             for start in range(0, len(rows), _ROWS)]
+    parts = [
+        _rows_error(*(array[rows[start : start + _ROWS]].astype(np.float64) for array in pair))
+        for start in range(0, len(rows), _ROWS)
+    ]
     return reduce(TensorError.__add__, parts)
 
 
 def _rows_error(reference: np.ndarray, got: np.ndarray) -> TensorError:
     tokens, channels = reference.shape
     error = got - reference
-    signal, noise, loudness = (np.einsum("tc,tc->t", array, array) for array in (reference, error, got))
+    signal, noise, loudness = (
+        np.einsum("tc,tc->t", array, array) for array in (reference, error, got)
+    )
     if not np.isfinite(signal + noise + loudness).all():
         nothing = np.zeros(channels)
         return TensorError(tokens, math.inf, math.nan, math.inf, 0, nothing, nothing, False)
     dot = (signal + loudness - noise) / 2
     product = np.sqrt(signal) * np.sqrt(loudness)
     # Two silent rows agree; a silent row against a loud one does not.
-    cosine = np.where(product > 0, np.clip(dot / np.maximum(product, _TINY), -1, 1), (signal == loudness).astype(float))
+    cosine = np.where(
+        product > 0,
+        np.clip(dot / np.maximum(product, _TINY), -1, 1),
+        (signal == loudness).astype(float),
+    )
     ratio = np.where(noise > 0, noise / np.maximum(signal, _TINY), 0.0)
     same = int((reference.argmax(1) == got.argmax(1)).sum())
-    return TensorError(tokens, float(ratio.sum()), float(cosine.sum()), float(max(error.max(), -error.min())), same,
-                       np.einsum("tc,tc->c", error, error), np.einsum("tc,tc->c", reference, reference), True)
+    return TensorError(
+        tokens,
+        float(ratio.sum()),
+        float(cosine.sum()),
+        float(max(error.max(), -error.min())),
+        same,
+        np.einsum("tc,tc->c", error, error),
+        np.einsum("tc,tc->c", reference, reference),
+        True,
+    )
 
 
 def total_error(parts: list[TensorError]) -> TensorError:
@@ -134,14 +159,19 @@ class CompareTensors:
     def __init__(self, valid: np.ndarray) -> None:
         self._valid = valid
 
-    def __call__(self, reference: Mapping[str, Any], got: Mapping[str, Any]) -> OrderedDict[str, TensorError]:
+    def __call__(
+        self, reference: Mapping[str, Any], got: Mapping[str, Any]
+    ) -> OrderedDict[str, TensorError]:
         """Compare two iteration results; the first is the reference."""
         names = [name for name in reference if name in got]
-        return OrderedDict((name, tensor_error(self._rows(reference[name]), self._rows(got[name]), self._valid)) for name in names)
+        return OrderedDict(
+            (name, tensor_error(self._rows(reference[name]), self._rows(got[name]), self._valid))
+            for name in names
+        )
 
     def _rows(self, array: np.ndarray) -> np.ndarray:
         """[B, S, C]; of a cache tensor [B, heads, P+S, width] the new tokens."""
         if array.ndim != 4:
             return array
-        new = array[:, :, -self._valid.shape[1]:].transpose(0, 2, 1, 3)
+        new = array[:, :, -self._valid.shape[1] :].transpose(0, 2, 1, 3)
         return new.reshape(*new.shape[:2], -1)

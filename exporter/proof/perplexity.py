@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["DEFAULT_SEQLEN", "EvalRequest", "score", "select_windows", "text_windows", "whole_windows",
-           "window_nll"]
+__all__ = [
+    "DEFAULT_SEQLEN",
+    "EvalRequest",
+    "score",
+    "select_windows",
+    "text_windows",
+    "whole_windows",
+    "window_nll",
+]
 
 DEFAULT_SEQLEN = 2048
 
@@ -58,11 +65,16 @@ def text_windows(tokenizer: Any, path: Path, seqlen: int, option: str = "--text"
         kind = "a folder" if path.is_dir() else "no such file"
         raise InputError(option, f"got {kind} {path}, expected a UTF-8 text file", "Check the path")
     text = load_text(str(path), offline=True, where=option)
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    tokens = np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
+    )
     if len(tokens) < seqlen:
         shorter = f", or --seqlen {len(tokens)}" if len(tokens) > 1 and option == "--text" else ""
-        raise InputError(option, f"got {path} with {len(tokens)} tokens, expected at least one window of {seqlen}",
-                         f"Give a longer text{shorter}")
+        raise InputError(
+            option,
+            f"got {path} with {len(tokens)} tokens, expected at least one window of {seqlen}",
+            f"Give a longer text{shorter}",
+        )
     return windows_from_tokens(tokens, seqlen)
 
 
@@ -76,17 +88,23 @@ def _seqlen(quant: QuantModel, request: EvalRequest) -> int:
 
 
 def select_windows(count: int, windows: int, first: int) -> list[int]:
-    """Which of `count` windows are scored: `windows` of them, spread evenly over the first `first`; 0 is all.
+    """Which of `count` windows are scored: `windows` of them, spread evenly over the first `first`;
+    0 is all.
 
     Raises:
         InputError: more are asked for than there are.
     """
     pool = first or count
-    for option, value, limit, which in (("--first", first, count, "the whole windows of this text"),
-                                        ("--windows", windows, min(pool, count), "the windows to choose from")):
+    for option, value, limit, which in (
+        ("--first", first, count, "the whole windows of this text"),
+        ("--windows", windows, min(pool, count), "the windows to choose from"),
+    ):
         if value > limit:
-            raise InputError(option, f"got {value}, expected at most {limit}, {which}",
-                             "Give a smaller number, a smaller --seqlen or a longer text")
+            raise InputError(
+                option,
+                f"got {value}, expected at most {limit}, {which}",
+                "Give a smaller number, a smaller --seqlen or a longer text",
+            )
     wanted = windows or pool
     return [index * pool // wanted for index in range(wanted)]
 
@@ -94,7 +112,8 @@ def select_windows(count: int, windows: int, first: int) -> list[int]:
 def window_nll(session: DecoderSession, window: np.ndarray) -> float:
     """Sum of -log p(token t | tokens before it) over tokens 1..L-1 of one window [L], in fp64.
 
-    The window goes through the decoder in pieces with the KV cache, so that memory holds one piece's logits.
+    The window goes through the decoder in pieces with the KV cache, so that memory holds one
+    piece's logits.
     """
     import numpy as np
 
@@ -104,12 +123,20 @@ def window_nll(session: DecoderSession, window: np.ndarray) -> float:
         logits = session.run(window[None, start:end], reset=start == 0)[0]  # [S, V] fp32
         largest = logits.max(-1)
         log_sum = largest + np.log(np.exp(logits - largest[:, None]).sum(-1, dtype=np.float64))
-        total += float((log_sum - logits[np.arange(end - start), window[start + 1 : end + 1]]).sum())
+        total += float(
+            (log_sum - logits[np.arange(end - start), window[start + 1 : end + 1]]).sum()
+        )
     return total
 
 
-def score(session: DecoderSession, quant: QuantModel, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Score a text; returns {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens being the predicted ones.
+def score(
+    session: DecoderSession,
+    quant: QuantModel,
+    request: EvalRequest,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score a text; returns {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens
+    being the predicted ones.
 
     Raises:
         InputError: the text or the numbers are wrong. CheckError: the model computes NaN.
@@ -117,9 +144,17 @@ def score(session: DecoderSession, quant: QuantModel, request: EvalRequest, prog
     progress = progress or NullProgress()
     context, seqlen = int(quant.config["max_position_embeddings"]), _seqlen(quant, request)
     if seqlen > session.max_context:
-        rebuild = "" if session.max_context == context else ", or build the engine with a larger --max-seq"
-        raise InputError("--seqlen", f"got {seqlen}, expected at most {session.max_context}, the context with {request.runner}",
-                         f"Give a smaller --seqlen{rebuild}")
+        rebuild = (
+            ""
+            if session.max_context == context
+            else ", or build the engine with a larger --max-seq"
+        )
+        raise InputError(
+            "--seqlen",
+            f"got {seqlen}, expected at most {session.max_context}, the context with "
+            f"{request.runner}",
+            f"Give a smaller --seqlen{rebuild}",
+        )
     windows = whole_windows(quant, request)
     chosen = select_windows(len(windows), request.windows, request.first)
     progress.start("eval", len(chosen))
@@ -129,8 +164,14 @@ def score(session: DecoderSession, quant: QuantModel, request: EvalRequest, prog
         ppl = _perplexity(total, done * (seqlen - 1), index)
         progress.advance(1, f"perplexity {ppl:.4f}")
     progress.finish()
-    return {"ppl": ppl, "windows": len(chosen), "runner": request.runner, "seqlen": seqlen, "tokens": len(chosen) * (seqlen - 1),
-            "seconds": round(time.monotonic() - began, 2)}
+    return {
+        "ppl": ppl,
+        "windows": len(chosen),
+        "runner": request.runner,
+        "seqlen": seqlen,
+        "tokens": len(chosen) * (seqlen - 1),
+        "seconds": round(time.monotonic() - began, 2),
+    }
 
 
 def _perplexity(total: float, tokens: int, window: int) -> float:
@@ -139,7 +180,9 @@ def _perplexity(total: float, tokens: int, window: int) -> float:
     except OverflowError:
         ppl = math.inf
     if not math.isfinite(ppl):
-        raise CheckError(f"window {window}",
-                         f"got a mean negative log-likelihood of {total / tokens}, expected a finite perplexity",
-                         "The model is broken: look at the report's first bad layer")
+        raise CheckError(
+            f"window {window}",
+            f"got a mean negative log-likelihood of {total / tokens}, expected a finite perplexity",
+            "The model is broken: look at the report's first bad layer",
+        )
     return ppl

@@ -1,4 +1,6 @@
-"""Polygraphy runners for validation: any decoder session, and the torch reference in lockstep with another runner."""
+"""Polygraphy runners for validation: any decoder session, and the torch reference in lockstep with
+another runner.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from polygraphy.common import TensorMetadata
 
 from exporter.graph.decoder import MODEL_FILE, layer_output, new_key
 from exporter.run.sessions import TorchSession
-from plugins.errors import CheckError
 from plugins.core.op_spec import is_custom
+from plugins.errors import CheckError
 
 if TYPE_CHECKING:
     import onnx
@@ -33,8 +35,8 @@ Feed = Mapping[str, np.ndarray]
 class SessionRunner(BaseRunner):  # type: ignore[misc]
     """A decoder session as a Polygraphy runner.
 
-    It takes input_ids [B, S] and attention_mask [B, P+S]; the cache stays in the session, and a mask no wider than the ids
-    starts new sequences.
+    It takes input_ids [B, S] and attention_mask [B, P+S]; the cache stays in the session, and a
+    mask no wider than the ids starts new sequences.
 
     Args:
         name: shown in results.
@@ -48,7 +50,11 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, types and shapes of the inputs."""
-        return TensorMetadata().add("input_ids", np.int64, ("B", "S")).add("attention_mask", np.int64, ("B", "T"))
+        return (
+            TensorMetadata()
+            .add("input_ids", np.int64, ("B", "S"))
+            .add("attention_mask", np.int64, ("B", "T"))
+        )
 
     def activate_impl(self) -> None:
         """Open the session."""
@@ -93,8 +99,8 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
     """The custom nodes of a graph in the family's execution order.
 
     Raises:
-        CheckError: one is missing, whose linear would run in no kernel of ours, so that nobody would compare it; or one reads the
-            weight of another norm than the family's.
+        CheckError: one is missing, whose linear would run in no kernel of ours, so that nobody
+            would compare it; or one reads the weight of another norm than the family's.
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     found = []
@@ -102,17 +108,24 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
         for group in family.groups:
             name = f"{prefix}.{group.node}"
             if name not in nodes:
-                raise CheckError(MODEL_FILE, f"got {len(nodes)} custom nodes without {name}, expected {len(family.groups) * layers}: "
-                                 f"{len(family.groups)} in each of {layers} decoder layers",
-                                 "The graph was changed after its export (inlined functions?): export the model again")
+                raise CheckError(
+                    MODEL_FILE,
+                    f"got {len(nodes)} custom nodes without {name}, expected "
+                    f"{len(family.groups) * layers}: "
+                    f"{len(family.groups)} in each of {layers} decoder layers",
+                    "The graph was changed after its export (inlined functions?): export the model again",
+                )
             members = tuple(f"{prefix}.{member.name}" for member in group.members)
             node = nodes[name]
             fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
             norm = f"{prefix}.{group.norm}" if fused else ""
             expected = f"{norm}.weight" if group.norm else "no norm"
             if fused and node.input[-1] != expected:
-                raise CheckError(f"{MODEL_FILE}, node {name}", f"got {node.input[-1]} as the weight of its norm, expected {expected}",
-                                 "The graph was changed after its export: export the model again")
+                raise CheckError(
+                    f"{MODEL_FILE}, node {name}",
+                    f"got {node.input[-1]} as the weight of its norm, expected {expected}",
+                    "The graph was changed after its export: export the model again",
+                )
             found.append(GemmNode(name, node.input[0], node.output[0], members, norm))
     return found
 
@@ -150,20 +163,26 @@ class ReplayRunner(BaseRunner):  # type: ignore[misc]
 
 
 class LockstepRunner(SessionRunner):
-    """The torch reference held in step with another runner: every operator gets that runner's tensors as its input.
+    """The torch reference held in step with another runner: every operator gets that runner's
+    tensors as its input.
 
-    Errors then do not add up, nor flip activation codes further on: what differs is made by the operator itself, so tolerances
-    are a few roundings and the first bad operator is named exactly.
+    Errors then do not add up, nor flip activation codes further on: what differs is made by the
+    operator itself, so tolerances are a few roundings and the first bad operator is named exactly.
 
     Args:
         make: opens the torch session.
-        leader: the runner to follow, run just before; its outputs must hold the layers' outputs, the nodes' tensors and, with a
-            low-bit cache, the new keys.
+        leader: the runner to follow, run just before; its outputs must hold the layers' outputs,
+            the nodes' tensors and, with a low-bit cache, the new keys.
         nodes: from gemm_nodes.
     """
 
-    def __init__(self, name: str, make: Callable[[], TorchSession], leader: SessionRunner | ReplayRunner,
-                 nodes: Sequence[GemmNode]) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], TorchSession],
+        leader: SessionRunner | ReplayRunner,
+        nodes: Sequence[GemmNode],
+    ) -> None:
         super().__init__(name, make)
         self._leader, self._nodes = leader, nodes
 
@@ -179,10 +198,17 @@ class LockstepRunner(SessionRunner):
         model = self.session.model
         swap = _Swap(self._leader.outputs)
         followers = [*model.model.layers[1:], model.model.norm]
-        hooks = [module.register_forward_pre_hook(swap.input(layer_output(index))) for index, module in enumerate(followers)]
+        hooks = [
+            module.register_forward_pre_hook(swap.input(layer_output(index)))
+            for index, module in enumerate(followers)
+        ]
         for index, layer in enumerate(model.model.layers):
             if hasattr(layer.self_attn, "cache_quantizer"):
-                hooks.append(layer.self_attn.cache_quantizer.register_forward_pre_hook(swap.input(new_key(index))))
+                hooks.append(
+                    layer.self_attn.cache_quantizer.register_forward_pre_hook(
+                        swap.input(new_key(index))
+                    )
+                )
         for node in self._nodes:
             modules = [model.get_submodule(member) for member in node.members]
             ends = np.cumsum([module.weight.shape[0] for module in modules])
@@ -209,7 +235,9 @@ class _Swap:
     def _tensor(self, name: str) -> Tensor:
         import torch
 
-        if name not in self._tensors:  # one object per name: linears that share an input quantise it once
+        if (
+            name not in self._tensors
+        ):  # one object per name: linears that share an input quantise it once
             self._tensors[name] = torch.from_numpy(self._leader[name].astype(np.float32))
         return self._tensors[name]
 
@@ -228,7 +256,9 @@ class _Swap:
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
             whole = self._tensor(name)
-            self.seen.setdefault(name, np.zeros(whole.shape, np.float32))[..., columns] = output.numpy()
+            self.seen.setdefault(name, np.zeros(whole.shape, np.float32))[..., columns] = (
+                output.numpy()
+            )
             return whole[..., columns].contiguous()
 
         return hook

@@ -1,15 +1,20 @@
-"""Proves an export level by level: weights in quant/, ONNX Runtime, the TensorRT engine on a GPU, and the cost of quantising.
+"""Proves an export level by level: weights in quant/, ONNX Runtime, the TensorRT engine on a GPU,
+and the cost of quantising.
 
 What runs where:
-- weights: every tensor in quant/ against the float model's, without running a model (validate_weights.py).
-- export: ONNX Runtime against the fake-quantised torch reference. ONNX Runtime runs the graph after round_every_op
-  (onnx_runner.py), which casts explicitly around standard ops, because its CPU provider has few 16-bit kernels. The file as it is
-  runs in tests/exporter/graph/test_graph.py, in fp32.
-- kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An engine shows no inner tensors, so
-  only logits and the new tokens of the present KV cache are compared, with the limits for accumulated errors.
+- weights: every tensor in quant/ against the float model's, without running a model
+  (validate_weights.py).
+- export: ONNX Runtime against the fake-quantised torch reference. ONNX Runtime runs the graph after
+  round_every_op (onnx_runner.py), which casts explicitly around standard ops, because its CPU
+  provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
+  fp32.
+- kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
+  engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
+  compared, with the limits for accumulated errors.
 - quantisation: the fake-quantised reference against the float model.
 
-One model is in memory at a time: ONNX Runtime's outputs are recorded and replayed beside the torch reference.
+One model is in memory at a time: ONNX Runtime's outputs are recorded and replayed beside the torch
+reference.
 """
 
 from __future__ import annotations
@@ -26,20 +31,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.out.files import read_json
+from calibration.out.manifest import MANIFEST
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import ENGINE_FILE, captured_log, gpu_capabilities
-from exporter.run.tensorrt import TensorrtSession
 from exporter.graph.decoder import layer_output, new_key
-from calibration.out.manifest import MANIFEST
-from exporter.run.onnxruntime import load_model
-from exporter.run.sessions import OnnxSession, TorchSession
 from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
 from exporter.proof.runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
 from exporter.proof.weights import compare_weights, compared_tensors
+from exporter.run.onnxruntime import load_model
+from exporter.run.sessions import OnnxSession, TorchSession
+from exporter.run.tensorrt import TensorrtSession
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,9 +54,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerReport", "ValidateOptions", "ValidationResult", "validate"]
 
-ONNX, TORCH, LOCKSTEP, FLOAT, ENGINE = "onnxruntime", "torch-fake-quant", "torch-lockstep", "torch-float", "tensorrt"
+ONNX, TORCH, LOCKSTEP, FLOAT, ENGINE = (
+    "onnxruntime",
+    "torch-fake-quant",
+    "torch-lockstep",
+    "torch-float",
+    "tensorrt",
+)
 _PADDED = 16  # tokens of the padded batch
-Errors = dict[tuple[str, str, str], list[TensorError]]  # (comparison, phase, tensor) -> one per call
+Errors = dict[
+    tuple[str, str, str], list[TensorError]
+]  # (comparison, phase, tensor) -> one per call
 Outputs = dict[str, np.ndarray]
 
 
@@ -62,7 +75,8 @@ class ValidateOptions:
     Attributes:
         calib: text file or dataset; None is the text shipped with the project.
         offline: never use the network.
-        model: the float model that was quantised; without it neither the weights nor the quantisation error are checked.
+        model: the float model that was quantised; without it neither the weights nor the
+            quantisation error are checked.
         tokens: length of the prefill, cut to the model's context.
         steps: greedy decode steps.
     """
@@ -98,7 +112,13 @@ class ValidationResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
-        return {"ok": self.ok, "first_failure": self.first_failure, "notes": list(self.notes), **self.facts, "rows": rows}
+        return {
+            "ok": self.ok,
+            "first_failure": self.first_failure,
+            "notes": list(self.notes),
+            **self.facts,
+            "rows": rows,
+        }
 
 
 @dataclass(frozen=True)
@@ -125,14 +145,20 @@ class _Validator:
         self.tokens = max(min(options.tokens, context - options.steps), 2)
         self.nodes = gemm_nodes(load_model(out / "onnx"), self.quant.family, self.quant.layers)
         inner = [name for node in self.nodes for name in (node.source, node.result)]
-        keys = map(new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0))
-        self.marked = list(dict.fromkeys([*inner, *map(layer_output, range(self.quant.layers)), *keys]))
+        keys = map(
+            new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0)
+        )
+        self.marked = list(
+            dict.fromkeys([*inner, *map(layer_output, range(self.quant.layers)), *keys])
+        )
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
 
     def windows(self) -> np.ndarray:
-        """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration takes it too."""
+        """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration
+        takes it too.
+        """
         from calibration.data import load_text
 
         text = load_text(self.options.calib, self.options.offline, strict=False)
@@ -140,27 +166,43 @@ class _Validator:
         return np.resize(np.asarray(tokens, np.int64), (3, self.tokens))
 
     def feeds(self, leader: SessionRunner) -> Iterator[dict[str, np.ndarray]]:
-        """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the left, and a step on that."""
+        """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the
+        left, and a step on that.
+        """
         windows = self.windows()
-        plans = [("prefill", "decode", windows[:1], np.ones((1, self.tokens), np.int64), self.options.steps)]
+        plans = [
+            (
+                "prefill",
+                "decode",
+                windows[:1],
+                np.ones((1, self.tokens), np.int64),
+                self.options.steps,
+            )
+        ]
         width = min(self.tokens, _PADDED)
         mask = np.ones((2, width), np.int64)
         mask[0, : width // 4] = 0
         plans.append(("padded batch", "padded batch", windows[1:, :width], mask, 1))
         for first, then, ids, mask, steps in plans:
             for step in range(steps + 1):
-                self.calls.append(_Call(then if step else first, {"input_ids": ids, "attention_mask": mask}))
+                self.calls.append(
+                    _Call(then if step else first, {"input_ids": ids, "attention_mask": mask})
+                )
                 yield self.calls[-1].feed
                 ids = leader.outputs["logits"][:, -1:].argmax(-1)
                 mask = np.concatenate([mask, np.ones_like(ids)], 1)
 
     def compare(self, stream: Any, pairs: dict[str, tuple[int, int]]) -> None:
-        """Add a Polygraphy stream's errors to self.errors; pairs: {comparison: (reference, runner) by position}."""
+        """Add a Polygraphy stream's errors to self.errors; pairs: {comparison: (reference, runner)
+        by position}.
+        """
         from polygraphy.comparator import Comparator
 
         for number, results in enumerate(stream):
             call = self.calls[number]
-            found = Comparator.compare_accuracy(results, comparisons=list(pairs.values()), compare_func=CompareTensors(call.valid))[0]
+            found = Comparator.compare_accuracy(
+                results, comparisons=list(pairs.values()), compare_func=CompareTensors(call.valid)
+            )[0]
             names = [name for name, _ in results]
             for comparison, (reference, runner) in pairs.items():
                 for tensor, error in found[names[reference], names[runner]][0].items():
@@ -171,7 +213,9 @@ class _Validator:
         """What ONNX Runtime computes at each call; its own next tokens lead the decode steps."""
         from polygraphy.comparator import Comparator
 
-        onnx = SessionRunner(ONNX, lambda: OnnxSession(self.out / "onnx", self.quant.config, self.marked))
+        onnx = SessionRunner(
+            ONNX, lambda: OnnxSession(self.out / "onnx", self.quant.config, self.marked)
+        )
         record = []
         for _ in Comparator.run([onnx], self.feeds(onnx), streaming=True):
             record.append(dict(onnx.outputs))
@@ -179,7 +223,9 @@ class _Validator:
         return record
 
     def run_export(self, record: list[Outputs]) -> list[Outputs]:
-        """ONNX Runtime and, if there is one, the engine against the fake-quantised torch model; returns the latter's outputs."""
+        """ONNX Runtime and, if there is one, the engine against the fake-quantised torch model;
+        returns the latter's outputs.
+        """
         from polygraphy.comparator import Comparator
 
         from calibration.reference.model import quantised_model
@@ -187,7 +233,9 @@ class _Validator:
         model = quantised_model(self.quant)
         onnx = ReplayRunner(ONNX, record)
         torch = SessionRunner(TORCH, lambda: TorchSession(model, watch_layers=True))
-        lockstep = LockstepRunner(LOCKSTEP, lambda: TorchSession(model, watch_layers=True), onnx, self.nodes)
+        lockstep = LockstepRunner(
+            LOCKSTEP, lambda: TorchSession(model, watch_layers=True), onnx, self.nodes
+        )
         pairs = {"export": (1, 0), "operator": (2, 0)}
         engine = self.engine_runner()
         if engine is not None:
@@ -210,23 +258,39 @@ class _Validator:
 
         from calibration.reference.model import float_model
 
-        runners = [RotatedRunner(FLOAT, lambda: TorchSession(float_model(checkpoint), watch_layers=True), recorded_rotation(self.quant)),
-                   ReplayRunner(TORCH, references)]
-        self.compare(Comparator.run(runners, self.replayed(), streaming=True), {"quantisation": (0, 1)})
+        runners = [
+            RotatedRunner(
+                FLOAT,
+                lambda: TorchSession(float_model(checkpoint), watch_layers=True),
+                recorded_rotation(self.quant),
+            ),
+            ReplayRunner(TORCH, references),
+        ]
+        self.compare(
+            Comparator.run(runners, self.replayed(), streaming=True), {"quantisation": (0, 1)}
+        )
 
     def replayed(self) -> list[dict[str, np.ndarray]]:
         """The calls that ONNX Runtime got."""
         return [call.feed for call in self.calls]
 
     def engine_runner(self) -> SessionRunner | None:
-        """The engine's runner; None, with a note, where this export has no engine or there is no GPU."""
+        """The engine's runner; None, with a note, where this export has no engine or there is no
+        GPU.
+        """
         folder = self.out / "engine"
         if not _has_stage(self.out, "engine"):
-            stale = f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
+            stale = (
+                f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
+            )
             self.notes.append(f"No engine was built, so the CUDA kernels were not run{stale}.")
         elif not gpu_capabilities():
-            self.notes.append("No GPU here: the engine was built but not run, so the CUDA kernels were not executed in this validation.")
+            self.notes.append(
+                "No GPU here: the engine was built but not run, so the CUDA kernels were not "
+                "executed in this validation."
+            )
         else:
+
             def make() -> DecoderSession:
                 return TensorrtSession(folder, self.quant.config)
 
@@ -248,7 +312,9 @@ class _Validator:
             return None
         if checkpoint.fingerprint == self.quant.source["fingerprint"]:
             return checkpoint
-        self.notes.append(f"The float model at {checkpoint.source.path} is not the one that was quantised, so {lost}.")
+        self.notes.append(
+            f"The float model at {checkpoint.source.path} is not the one that was quantised, so {lost}."
+        )
         return None
 
     def run(self) -> ValidationResult:
@@ -267,16 +333,26 @@ class _Validator:
         self.progress.finish()
         stack = Stack(self.quant.layers, self.nodes, self.quant.scheme, self.quant.exceptions)
         rows += judge(self.errors, stack)
-        facts = {"tokens": self.tokens, "steps": self.options.steps, "text": self.options.calib or "the project's default text",
-                 "seconds": round(time.monotonic() - began, 2)}
-        return ValidationResult(tuple(rows), first_failure(self.errors, rows, stack), tuple(self.notes), facts)
+        facts = {
+            "tokens": self.tokens,
+            "steps": self.options.steps,
+            "text": self.options.calib or "the project's default text",
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        return ValidationResult(
+            tuple(rows), first_failure(self.errors, rows, stack), tuple(self.notes), facts
+        )
 
 
 def _freed(work: Callable[..., list[Outputs]], *arguments: Any) -> list[Outputs]:
-    """Run, then let go of the model it held (modules and their hooks refer to each other) and of what the heap keeps of it."""
+    """Run, then let go of the model it held (modules and their hooks refer to each other) and of
+    what the heap keeps of it.
+    """
     outputs = work(*arguments)
     gc.collect()
-    with suppress(OSError, AttributeError):  # glibc only; ONNX Runtime leaves 1.6 GB in the heap for a model of 135 M weights
+    with suppress(
+        OSError, AttributeError
+    ):  # glibc only; ONNX Runtime leaves 1.6 GB in the heap for a model of 135 M weights
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return outputs
 
@@ -287,13 +363,16 @@ def _has_stage(out: Path, name: str) -> bool:
     return path.is_file() and name in read_json(path).get("stages", {})
 
 
-def validate(out: Path, options: ValidateOptions | None = None, progress: Progress | None = None) -> ValidationResult:
+def validate(
+    out: Path, options: ValidateOptions | None = None, progress: Progress | None = None
+) -> ValidationResult:
     """Compare an artefact folder's ONNX model (and engine) with the torch references on real text.
 
     Args:
         out: OUT with quant/ and onnx/; engine/ takes part where there is a GPU.
 
     Raises:
-        InputError: a stage is missing or damaged, the text is too short, or the memory does not suffice.
+        InputError: a stage is missing or damaged, the text is too short, or the memory does not
+            suffice.
     """
     return _Validator(Path(out), options or ValidateOptions(), progress or NullProgress()).run()

@@ -1,12 +1,15 @@
-"""Holds every tensor in quant/ against the float model's, one at a time: a broken code or scale that both sides of "export" read.
+"""Holds every tensor in quant/ against the float model's, one at a time: a broken code or scale
+that both sides of "export" read.
 
-Rounding to nearest moves a weight by at most half a step, and never further than to 0, which is on the grid. The step follows from the
-number of levels and the float weights' own range in their group, never from the scales in quant/, so a wrong scale shows as well as a
-wrong code. An honest error is about 0.6 of that limit. W1 and W1* have one magnitude per group, 1.5 mean |w|, instead of a step.
-Tensors that are not quantised may differ by their rounding to the model's type.
+Rounding to nearest moves a weight by at most half a step, and never further than to 0, which is on
+the grid. The step follows from the number of levels and the float weights' own range in their
+group, never from the scales in quant/, so a wrong scale shows as well as a wrong code. An honest
+error is about 0.6 of that limit. W1 and W1* have one magnitude per group, 1.5 mean |w|, instead of
+a step. Tensors that are not quantised may differ by their rounding to the model's type.
 
-Methods other than "rtn" may transform the weights (scale channels, rotate, correct errors), so that single weights need not be close
-to the float model's. Their errors are shown without a limit; only NaN, Inf and missing tensors fail.
+Methods other than "rtn" may transform the weights (scale channels, rotate, correct errors), so that
+single weights need not be close to the float model's. Their errors are shown without a limit; only
+NaN, Inf and missing tensors fail.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ _SMALLEST_HALF = 2.0**-24  # spacing of fp16 subnormals
 
 def rounding_bound(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
     """Largest honest error of every weight [N, K] (fp32) after rounding to nearest; same shape."""
-    groups = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])  # [N, G, group_len]
+    groups = weight.reshape(
+        len(weight), -1, scheme.group_size or weight.shape[1]
+    )  # [N, G, group_len]
     size = np.abs(groups)
     absmax = size.max(-1, keepdims=True)
     if scheme.op == "QQQGemm":
@@ -52,7 +57,9 @@ def rounding_bound(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
     elif scheme.levels <= _FEW_LEVELS:
         bound = _one_magnitude(groups, scheme.levels)
     else:
-        width = groups.max(-1, keepdims=True) / (scheme.levels - 1) - groups.min(-1, keepdims=True) / (scheme.levels - 1)
+        width = groups.max(-1, keepdims=True) / (scheme.levels - 1) - groups.min(
+            -1, keepdims=True
+        ) / (scheme.levels - 1)
         bound = np.minimum(np.maximum(width, absmax * _FLAT) / 2, size)
     return np.asarray(bound + _TINY, np.float32).reshape(weight.shape)
 
@@ -60,7 +67,9 @@ def rounding_bound(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
 def _one_magnitude(groups: np.ndarray, levels: int) -> np.ndarray:
     """{-s, 0, s}, or with two levels {0, s} on the side that holds more energy."""
     size = np.abs(groups)
-    near = np.minimum(size, np.abs(size - _MEAN_FACTOR * size.mean(-1, keepdims=True, dtype=np.float64)))
+    near = np.minimum(
+        size, np.abs(size - _MEAN_FACTOR * size.mean(-1, keepdims=True, dtype=np.float64))
+    )
     if levels == _FEW_LEVELS:
         return np.asarray(near)
     side = np.sign((np.square(groups, dtype=np.float64) * np.sign(groups)).sum(-1, keepdims=True))
@@ -83,10 +92,16 @@ class _Sums:
     def add(self, weight: np.ndarray, got: np.ndarray, bound: np.ndarray) -> None:
         """Rows [n, K] of the float tensor, of what quant/ holds, and of the largest honest error."""
         difference = got - weight
-        error, limit, signal, loudness = (np.einsum("nk,nk->n", array, array, dtype=np.float64)
-                                          for array in (difference, bound, weight, got))
+        error, limit, signal, loudness = (
+            np.einsum("nk,nk->n", array, array, dtype=np.float64)
+            for array in (difference, bound, weight, got)
+        )
         error = np.where(np.isfinite(error), error, np.inf)
-        self.error, self.bound, self.signal = self.error + error.sum(), self.bound + limit.sum(), self.signal + signal.sum()
+        self.error, self.bound, self.signal = (
+            self.error + error.sum(),
+            self.bound + limit.sum(),
+            self.signal + signal.sum(),
+        )
         self.loudness += loudness.sum()
         self.dot += float(np.einsum("nk,nk->", weight, got, dtype=np.float64))
         self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
@@ -101,11 +116,27 @@ class _Sums:
         if not math.isfinite(self.error):
             return LayerReport(WEIGHTS, "", name, None, None, None, None, None)
         relative = _relative(self.error, self.signal)
-        cosine = self.dot / math.sqrt(self.signal * self.loudness) if self.signal * self.loudness > 0 else float(self.error == 0)
+        cosine = (
+            self.dot / math.sqrt(self.signal * self.loudness)
+            if self.signal * self.loudness > 0
+            else float(self.error == 0)
+        )
         snr = min(-20 * math.log10(relative), EXACT_DB) if relative > 0 else EXACT_DB
         row, error, limit = self.worst
-        report = LayerReport(WEIGHTS, "", name, min(cosine, 1.0), snr, self.max_abs, relative,
-                             _MARGIN * _relative(self.bound, self.signal), None, f"row {row}", error, limit)
+        report = LayerReport(
+            WEIGHTS,
+            "",
+            name,
+            min(cosine, 1.0),
+            snr,
+            self.max_abs,
+            relative,
+            _MARGIN * _relative(self.bound, self.signal),
+            None,
+            f"row {row}",
+            error,
+            limit,
+        )
         return report if plain else replace(report, limit=None, operator_limit=None)
 
 
@@ -123,7 +154,14 @@ def _pieces(linear: QuantLinear) -> Iterator[tuple[slice, QuantLinear]]:
     step = max(1, _CHUNK // width)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        arrays = replace(linear.arrays, **{name: array[part] for name, array in vars(linear.arrays).items() if array is not None})
+        arrays = replace(
+            linear.arrays,
+            **{
+                name: array[part]
+                for name, array in vars(linear.arrays).items()
+                if array is not None
+            },
+        )
         yield part, QuantLinear(linear.name, linear.scheme, arrays)
 
 
@@ -140,8 +178,14 @@ def _float_sums(weight: np.ndarray, got: np.ndarray, scheme: QuantScheme) -> _Su
     weight, got = (array.reshape(len(array), -1) for array in (weight, got))
     sums, step = _Sums(), max(1, _CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
-        rows, others = (np.asarray(array[start:start + step], np.float32) for array in (weight, got))
-        sums.add(rows, others, np.abs(rows) * np.float32(Limits(scheme).roundoff) + np.float32(_SMALLEST_HALF))
+        rows, others = (
+            np.asarray(array[start : start + step], np.float32) for array in (weight, got)
+        )
+        sums.add(
+            rows,
+            others,
+            np.abs(rows) * np.float32(Limits(scheme).roundoff) + np.float32(_SMALLEST_HALF),
+        )
     return sums
 
 
@@ -150,15 +194,22 @@ def compared_tensors(checkpoint: Checkpoint) -> int:
     return sum(1 for _ in checkpoint.family.tensor_shapes(checkpoint.dims)) + 1
 
 
-def compare_weights(checkpoint: Checkpoint, quant: QuantModel, progress: Progress | None = None) -> list[LayerReport]:
-    """One row per tensor of the float model, in its order; relative errors are Frobenius norms, of the whole and of the worst row.
+def compare_weights(
+    checkpoint: Checkpoint, quant: QuantModel, progress: Progress | None = None
+) -> list[LayerReport]:
+    """One row per tensor of the float model, in its order; relative errors are Frobenius norms, of
+    the whole and of the worst row.
 
     Memory: one tensor of the float model and a few million weights in fp32.
     """
     progress, reports = progress or NullProgress(), []
     # A method that transforms some weights may do so by changing the norms before them.
     plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
-    linears = {f"{quant.family.layer(index)}.{linear.name}" for index in range(quant.layers) for linear in quant.family.linears()}
+    linears = {
+        f"{quant.family.layer(index)}.{linear.name}"
+        for index in range(quant.layers)
+        for linear in quant.family.linears()
+    }
     for name, shape in checkpoint.family.tensor_shapes(checkpoint.dims):
         base = name.removesuffix(".weight")
         quantised = name != base and base in linears
@@ -167,7 +218,11 @@ def compare_weights(checkpoint: Checkpoint, quant: QuantModel, progress: Progres
             reports.append(_missing(base if quantised else name))
         else:
             weight = checkpoint.array(name)
-            sums = _linear_sums(weight, quant.linear(base)) if quantised else _float_sums(weight, quant.tensor(name), quant.scheme)
+            sums = (
+                _linear_sums(weight, quant.linear(base))
+                if quantised
+                else _float_sums(weight, quant.tensor(name), quant.scheme)
+            )
             reports.append(sums.report(base if quantised else name, plain))
         progress.advance(note=name)
     progress.advance(note=ROPE)

@@ -49,35 +49,56 @@ class Chart:
 
 def line_chart(chart: Chart, series: Sequence[Series], key: str) -> str:
     """A figure with the SVG and its legend; `key` makes element ids unique on the page."""
-    low, high, ticks = _scale([value for line in series for value in line.values if value is not None], chart.log)
+    low, high, ticks = _scale(
+        [value for line in series for value in line.values if value is not None], chart.log
+    )
 
     def x(position: int) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (position + 0.5) / len(chart.labels)
 
     def y(value: float) -> float:
-        share = (math.log10(max(value, 10**low)) - low) / (high - low) if chart.log else (value - low) / (high - low)
+        share = (
+            (math.log10(max(value, 10**low)) - low) / (high - low)
+            if chart.log
+            else (value - low) / (high - low)
+        )
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(share, 0.0), 1.0)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-t {key}-d">',
-             f'<title id="{key}-t">{escape(chart.title)}</title><desc id="{key}-d">{escape(chart.description)}</desc>']
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-t {key}-d">',
+        f'<title id="{key}-t">{escape(chart.title)}</title><desc '
+        f'id="{key}-d">{escape(chart.description)}</desc>',
+    ]
     for tick in ticks:
         at = y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_number(tick, chart.log)}</text>')
-    parts.append(f'<text class="axis" transform="translate(15 {(HEIGHT - BOTTOM + TOP) / 2:.0f}) rotate(-90)" '
-                 f'text-anchor="middle">{escape(chart.unit)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" '
+            f'text-anchor="end">{_number(tick, chart.log)}</text>'
+        )
+    parts.append(
+        f'<text class="axis" transform="translate(15 {(HEIGHT - BOTTOM + TOP) / 2:.0f}) '
+        f'rotate(-90)" '
+        f'text-anchor="middle">{escape(chart.unit)}</text>'
+    )
     parts += _positions(chart.labels, x)
     for line in series:
         parts += _line(line, chart, x, y)
-    legend = "".join(f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {line.style}" d="M1 6H25"/>'
-                     f'{"" if line.style == "limit" else _marker(line.style, 13, 6)}</svg>{escape(line.label)}</li>' for line in series)
+    legend = "".join(
+        f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {line.style}" d="M1 6H25"/>'
+        f"{'' if line.style == 'limit' else _marker(line.style, 13, 6)}</svg>{escape(line.label)}</li>"
+        for line in series
+    )
     return f'<figure>{"".join(parts)}</svg><ul class="legend">{legend}</ul></figure>'
 
 
 def bar(share: float, label: str) -> str:
     """A horizontal bar that fills `share` of its cell."""
     width = 100 * min(max(share, 0.0), 1.0)
-    return f'<span class="bar" role="img" aria-label="{escape(label)}"><i style="width:{width:.1f}%"></i></span>'
+    return (
+        f'<span class="bar" role="img" aria-label="{escape(label)}"><i '
+        f'style="width:{width:.1f}%"></i></span>'
+    )
 
 
 def _scale(values: list[float], log: bool) -> tuple[float, float, list[float]]:
@@ -89,7 +110,9 @@ def _scale(values: list[float], log: bool) -> tuple[float, float, list[float]]:
         return bottom, top, [10.0**power for power in range(bottom, top + 1)]
     low, high = min([0.0, *values]), max([1.0, *values])
     step = 10 ** math.floor(math.log10((high - low) / _TICKS))
-    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= _TICKS)
+    step = next(
+        step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= _TICKS
+    )
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     return low, high, [low + step * number for number in range(round((high - low) / step) + 1)]
 
@@ -98,34 +121,55 @@ def _number(value: float, log: bool) -> str:
     if not log:
         return f"{value:g}"
     power = round(math.log10(value))
-    return f'10<tspan dy="-.45em" style="font-size:.75em">{str(power).replace("-", "−")}</tspan>' if power else "1"
+    return (
+        f'10<tspan dy="-.45em" style="font-size:.75em">{str(power).replace("-", "−")}</tspan>'
+        if power
+        else "1"
+    )
 
 
 def _positions(labels: Sequence[str], x: object) -> list[str]:
     assert callable(x)
     every = max(1, math.ceil(len(labels) / _X_LABELS))
-    shown = [number for number in range(len(labels)) if number % every == 0 or number == len(labels) - 1]
+    shown = [
+        number for number in range(len(labels)) if number % every == 0 or number == len(labels) - 1
+    ]
     if len(shown) > 1 and shown[-1] - shown[-2] < max(every, 2) and len(labels) > _X_LABELS:
         del shown[-2]  # the last label is a long word
-    texts = [f'<text class="tick" x="{x(number):.1f}" y="{HEIGHT - BOTTOM + 22}" text-anchor="middle">{escape(labels[number])}</text>'
-             for number in shown]
-    return [*texts, f'<text class="axis" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">decoder layer</text>']
+    texts = [
+        f'<text class="tick" x="{x(number):.1f}" y="{HEIGHT - BOTTOM + 22}" '
+        f'text-anchor="middle">{escape(labels[number])}</text>'
+        for number in shown
+    ]
+    return [
+        *texts,
+        f'<text class="axis" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 5}" '
+        f'text-anchor="middle">decoder layer</text>',
+    ]
 
 
 def _line(line: Series, chart: Chart, x: object, y: object) -> list[str]:
     assert callable(x) and callable(y)
     path, marks, pen = [], [], "M"
     for position, value in enumerate(line.values):
-        where = f"{escape(line.label)}, {'layer ' if chart.labels[position].isdigit() else ''}{escape(chart.labels[position])}"
+        where = (
+            f"{escape(line.label)}, "
+            f"{'layer ' if chart.labels[position].isdigit() else ''}{escape(chart.labels[position])}"
+        )
         if value is None:
             pen = "M"
             if line.style != "limit":
-                marks.append(f'<g class="bad"><title>{where}: not finite or no value</title>{_cross(x(position), TOP + 6)}</g>')
+                marks.append(
+                    f'<g class="bad"><title>{where}: not finite or no '
+                    f"value</title>{_cross(x(position), TOP + 6)}</g>"
+                )
             continue
         path.append(f"{pen}{x(position):.1f} {y(value):.1f}")
         pen = "L"
         if line.style != "limit":
-            marks.append(f"<g><title>{where}: {value:.3g}</title>{_marker(line.style, x(position), y(value))}</g>")
+            marks.append(
+                f"<g><title>{where}: {value:.3g}</title>{_marker(line.style, x(position), y(value))}</g>"
+            )
     return [f'<path class="line {line.style}" d="{"".join(path)}"/>', *marks] if path else marks
 
 
@@ -133,7 +177,9 @@ def _marker(style: str, x: float, y: float) -> str:
     """A shape for each style, so that colour is not needed to tell lines apart."""
     if style in ("a", "c"):
         return f'<circle class="mark {style}" cx="{x:.1f}" cy="{y:.1f}" r="2.8"/>'
-    return f'<rect class="mark {style}" x="{x - 2.6:.1f}" y="{y - 2.6:.1f}" width="5.2" height="5.2"/>'
+    return (
+        f'<rect class="mark {style}" x="{x - 2.6:.1f}" y="{y - 2.6:.1f}" width="5.2" height="5.2"/>'
+    )
 
 
 def _cross(x: float, y: float) -> str:
@@ -143,7 +189,14 @@ def _cross(x: float, y: float) -> str:
 def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], label: str) -> str:
     """Rows are (CSS class, cells); cells are HTML, the first is the row's heading."""
     columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    body = "".join(f'<tr class="{style}"><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
-                   for style, cells in rows)
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table><thead><tr>{columns}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    body = "".join(
+        f'<tr class="{style}"><th scope="row">{cells[0]}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells[1:])
+        + "</tr>"
+        for style, cells in rows
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(label)}"><table><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )

@@ -15,22 +15,42 @@ __all__ = ["page"]
 
 Data = Mapping[str, Any]
 _MOST_DB = 60  # upper edge of the chart of signal to noise ratios
-_LEVELS = {"weights": "Weights: the tensors in quant/ against the float model's",
-           "export": "Export: ONNX Runtime against the fake-quantised torch reference",
-           "kernel": "Kernel: the TensorRT engine against ONNX Runtime",
-           "quantisation": "Quantisation: the fake-quantised torch reference against the float model"}
-_STYLES = {("export", "prefill"): "a", ("export", "decode"): "b", ("quantisation", "prefill"): "c", ("quantisation", "decode"): "d"}
+_LEVELS = {
+    "weights": "Weights: the tensors in quant/ against the float model's",
+    "export": "Export: ONNX Runtime against the fake-quantised torch reference",
+    "kernel": "Kernel: the TensorRT engine against ONNX Runtime",
+    "quantisation": "Quantisation: the fake-quantised torch reference against the float model",
+}
+_STYLES = {
+    ("export", "prefill"): "a",
+    ("export", "decode"): "b",
+    ("quantisation", "prefill"): "c",
+    ("quantisation", "decode"): "d",
+}
 
 
 def page(data: Data) -> str:
     """The whole document."""
     title = f"{data['model']} {data['label']}"
-    parts = (_header(data), _tiles(data), _operators(data), _accumulated(data), _costs(data), _bits(data),
-             calibration_section(data.get("calibration", {})), _made(data), _tables(data), _environment(data))
+    parts = (
+        _header(data),
+        _tiles(data),
+        _operators(data),
+        _accumulated(data),
+        _costs(data),
+        _bits(data),
+        calibration_section(data.get("calibration", {})),
+        _made(data),
+        _tables(data),
+        _environment(data),
+    )
     body = "\n".join(part for part in parts if part)
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}: export report</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}: export "
+        f"report</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+    )
 
 
 # ---------------------------------------------------------------- top
@@ -38,44 +58,103 @@ def page(data: Data) -> str:
 
 def _header(data: Data) -> str:
     validation, scheme = data["validation"], data["scheme"]
-    style, verdict = ("", "every layer within tolerance") if validation["ok"] else (" bad", "out of tolerance")
-    alert = "" if validation["ok"] else f'<p class="alert"><b>First failure:</b> {escape(validation["first_failure"])}.</p>'
+    style, verdict = (
+        ("", "every layer within tolerance") if validation["ok"] else (" bad", "out of tolerance")
+    )
+    alert = (
+        ""
+        if validation["ok"]
+        else f'<p class="alert"><b>First failure:</b> {escape(validation["first_failure"])}.</p>'
+    )
     mixed = data["mixed"]
-    differ = (f"Mixed, {data['sizes']['bits_per_weight']:.1f} bits per weight on average, scales included: {mixed['exceptions']} of "
-              f"{mixed['nodes']} GEMM nodes differ from " if mixed else "")
+    differ = (
+        f"Mixed, {data['sizes']['bits_per_weight']:.1f} bits per weight on average, scales "
+        f"included: {mixed['exceptions']} of "
+        f"{mixed['nodes']} GEMM nodes differ from "
+        if mixed
+        else ""
+    )
     weights = f"{scheme['wbits']}-bit{' balanced' if scheme['balanced'] else ''} weights"
-    acts = f"{scheme['dtype']} activations" if scheme["abits"] == 16 else f"{scheme['abits']}-bit activations"
-    groups = f"groups of {scheme['group_size']}" if scheme["group_size"] else "one scale per output channel"
+    acts = (
+        f"{scheme['dtype']} activations"
+        if scheme["abits"] == 16
+        else f"{scheme['abits']}-bit activations"
+    )
+    groups = (
+        f"groups of {scheme['group_size']}"
+        if scheme["group_size"]
+        else "one scale per output channel"
+    )
     groups += f", {scheme['kv_bits']}-bit KV cache" if scheme["kv_bits"] < FLOAT_BITS else ""
-    return (f'<header><h1>{escape(data["model"])}</h1><span class="pill{style}">{verdict}</span></header>'
-            f'<p class="soft">{differ}{weights}, {acts}, {groups}; {escape(scheme["op"])}, method {escape(scheme["method"])}.</p>{alert}')
+    return (
+        f"<header><h1>{escape(data['model'])}</h1><span "
+        f'class="pill{style}">{verdict}</span></header>'
+        f'<p class="soft">{differ}{weights}, {acts}, {groups}; {escape(scheme["op"])}, method '
+        f"{escape(scheme['method'])}.</p>{alert}"
+    )
 
 
 def _tiles(data: Data) -> str:
     sizes, engine, perplexity = data["sizes"], data["engine"], data["perplexity"]
     before, after = sizes["model_float_bytes"], sizes["model_quant_bytes"]
-    tiles = [(f"{sizes['bits_per_weight']:.2f}", "bits per weight", "linear layers, scales included"),
-             (f"{after / 1e6:.0f} MB", "model", f"{before / 1e6:.0f} MB before, {before / after:.2f}× smaller")]
+    tiles = [
+        (f"{sizes['bits_per_weight']:.2f}", "bits per weight", "linear layers, scales included"),
+        (
+            f"{after / 1e6:.0f} MB",
+            "model",
+            f"{before / 1e6:.0f} MB before, {before / after:.2f}× smaller",
+        ),
+    ]
     if engine:
         nodes = sum(engine["custom_nodes"].values())
-        tiles.append((str(engine["layers"].get("PLUGIN_V3", 0)), "plugin layers in the engine", f"for {nodes} custom nodes"))
-    shares = [share for row in data["validation"]["rows"] if row["level"] == "export" and (share := _share(row)) is not None]
+        tiles.append(
+            (
+                str(engine["layers"].get("PLUGIN_V3", 0)),
+                "plugin layers in the engine",
+                f"for {nodes} custom nodes",
+            )
+        )
+    shares = [
+        share
+        for row in data["validation"]["rows"]
+        if row["level"] == "export" and (share := _share(row)) is not None
+    ]
     if shares:
-        tiles.append((f"{max(shares):.0%}" if max(shares) < 10 else f"{max(shares):.0f}×", "worst operator", "of its own limit"))
-    logits = [row for row in data["validation"]["rows"] if row["level"] == "export" and row["tensor"] == "logits"]
+        tiles.append(
+            (
+                f"{max(shares):.0%}" if max(shares) < 10 else f"{max(shares):.0f}×",
+                "worst operator",
+                "of its own limit",
+            )
+        )
+    logits = [
+        row
+        for row in data["validation"]["rows"]
+        if row["level"] == "export" and row["tensor"] == "logits"
+    ]
     for row in logits[:1]:
         tiles.append((f"{row['agreement']:.0%}", "same next token", "ONNX Runtime and reference"))
     if perplexity:
-        tiles.append((f"{perplexity['ppl']:.3f}", "perplexity", escape(str(perplexity.get("runner", "")))))
-    return '<div class="tiles">' + "".join(f'<div class="tile"><small>{name}</small><b>{value}</b><small>{note}</small></div>'
-                                           for value, name, note in tiles) + "</div>"
+        tiles.append(
+            (f"{perplexity['ppl']:.3f}", "perplexity", escape(str(perplexity.get("runner", ""))))
+        )
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><small>{name}</small><b>{value}</b><small>{note}</small></div>'
+            for value, name, note in tiles
+        )
+        + "</div>"
+    )
 
 
 # ---------------------------------------------------------------- charts
 
 
 def _rows(data: Data, level: str, phase: str) -> list[Data]:
-    return [row for row in data["validation"]["rows"] if row["level"] == level and row["phase"] == phase]
+    return [
+        row for row in data["validation"]["rows"] if row["level"] == level and row["phase"] == phase
+    ]
 
 
 def _share(row: Data) -> float | None:
@@ -85,23 +164,43 @@ def _share(row: Data) -> float | None:
 
 
 def _labels(rows: Sequence[Data]) -> list[str]:
-    return [next((part for part in row["tensor"].split(".") if part.isdigit()), row["tensor"]) for row in rows]
+    return [
+        next((part for part in row["tensor"].split(".") if part.isdigit()), row["tensor"])
+        for row in rows
+    ]
 
 
 def _operators(data: Data) -> str:
-    phases = [(phase, rows) for phase in ("prefill", "decode") if (rows := _rows(data, "export", phase))]
+    phases = [
+        (phase, rows) for phase in ("prefill", "decode") if (rows := _rows(data, "export", phase))
+    ]
     if not phases:
         return ""
-    series = [Series(f"{phase}, worst operator of the layer", _STYLES["export", phase], [_share(row) for row in rows])
-              for phase, rows in phases]
+    series = [
+        Series(
+            f"{phase}, worst operator of the layer",
+            _STYLES["export", phase],
+            [_share(row) for row in rows],
+        )
+        for phase, rows in phases
+    ]
     rows = phases[0][1]
     series.append(Series("limit", "limit", [1.0] * len(rows)))
-    chart = Chart("Error each layer makes by itself", "Error of the worst operator of every layer, in units of its limit, when it is given "
-                  "exactly the inputs that ONNX Runtime gave it; lower is better, 1 is the limit.",
-                  "error / limit", _labels(rows), log=True)
-    return (f"<section><h2>{chart.title}</h2><p class=\"soft\">Every operator of the torch reference is given the very tensors that ONNX "
-            "Runtime computed before it, so errors do not add up: a wrong scale, zero point or packed weight stands out at its own layer."
-            f"</p>{line_chart(chart, series, 'operators')}</section>")
+    chart = Chart(
+        "Error each layer makes by itself",
+        "Error of the worst operator of every layer, in units of its limit, when it is given "
+        "exactly the inputs that ONNX Runtime gave it; lower is better, 1 is the limit.",
+        "error / limit",
+        _labels(rows),
+        log=True,
+    )
+    return (
+        f'<section><h2>{chart.title}</h2><p class="soft">Every operator of the torch reference '
+        f"is given the very tensors that ONNX "
+        "Runtime computed before it, so errors do not add up: a wrong scale, zero point or "
+        "packed weight stands out at its own layer."
+        f"</p>{line_chart(chart, series, 'operators')}</section>"
+    )
 
 
 def _drawn(snr_db: float | None) -> float | None:
@@ -110,46 +209,114 @@ def _drawn(snr_db: float | None) -> float | None:
 
 
 def _accumulated(data: Data) -> str:
-    found = [(level, phase, rows) for level, phase in _STYLES if (rows := _rows(data, level, phase))]
+    found = [
+        (level, phase, rows) for level, phase in _STYLES if (rows := _rows(data, level, phase))
+    ]
     if not found:
         return ""
-    names = {"export": "ONNX against fake-quantised", "quantisation": "fake-quantised against float"}
-    series = [Series(f"{names[level]}, {phase}", _STYLES[level, phase], [_drawn(row["snr_db"]) for row in rows])
-              for level, phase, rows in found]
-    chart = Chart("Signal to noise ratio through the model", "Signal to noise ratio in decibels after every decoder layer and of the "
-                  "logits; higher is better. Against float it shows the cost of the bit widths, else that of running in ONNX Runtime. "
-                  f"{_MOST_DB} dB stands for more, up to equal tensors.",
-                  "SNR in dB", _labels(found[0][2]))
-    return (f"<section><h2>{chart.title}</h2><p class=\"soft\">Each side runs on its own numbers, so errors add up. 20 dB is an error of "
-            f"10 %; {_MOST_DB} dB stands for more, up to equal tensors. Honest runs can drift apart, since a last-bit difference can move "
-            "an activation code by one step.</p>"
-            f"{line_chart(chart, series, 'snr')}</section>")
+    names = {
+        "export": "ONNX against fake-quantised",
+        "quantisation": "fake-quantised against float",
+    }
+    series = [
+        Series(
+            f"{names[level]}, {phase}",
+            _STYLES[level, phase],
+            [_drawn(row["snr_db"]) for row in rows],
+        )
+        for level, phase, rows in found
+    ]
+    chart = Chart(
+        "Signal to noise ratio through the model",
+        "Signal to noise ratio in decibels after every decoder layer and of the "
+        "logits; higher is better. Against float it shows the cost of the bit widths, else that "
+        "of running in ONNX Runtime. "
+        f"{_MOST_DB} dB stands for more, up to equal tensors.",
+        "SNR in dB",
+        _labels(found[0][2]),
+    )
+    return (
+        f'<section><h2>{chart.title}</h2><p class="soft">Each side runs on its own numbers, so '
+        f"errors add up. 20 dB is an error of "
+        f"10 %; {_MOST_DB} dB stands for more, up to equal tensors. Honest runs can drift "
+        f"apart, since a last-bit difference can move "
+        "an activation code by one step.</p>"
+        f"{line_chart(chart, series, 'snr')}</section>"
+    )
 
 
 # ---------------------------------------------------------------- lists and tables
 
 
 def _list(pairs: Iterable[tuple[str, Any]]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs)
+        + "</dl>"
+    )
 
 
 def _costs(data: Data) -> str:
     sizes, stages = data["sizes"], [*data["stages"]]
-    rows = [("linear layers", sizes["linear_float_bytes"], sizes["linear_quant_bits"] / 8), ("embedding, norms, head", sizes["rest_bytes"],
-            sizes["rest_bytes"]), ("whole model", sizes["model_float_bytes"], sizes["model_quant_bytes"])]
-    size = table(["", "before, MB", "after, MB", "left"],
-                  [("", [name, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", bar(after / before, f"{after / before:.0%} left")])
-                   for name, before, after in rows], "sizes")
-    longest = max([stage["seconds"] for stage in stages] + [data["validation"].get("seconds", 0), 1e-9])
-    lines = [("", [escape(stage["name"]), f"{stage['seconds']:.1f}", bar(stage["seconds"] / longest, f"{stage['seconds']:.1f} seconds"),
-                   f"{stage['peak_rss'] / 1e6:.0f}", f"{stage['bytes'] / 1e6:.1f}"]) for stage in stages]
+    rows = [
+        ("linear layers", sizes["linear_float_bytes"], sizes["linear_quant_bits"] / 8),
+        ("embedding, norms, head", sizes["rest_bytes"], sizes["rest_bytes"]),
+        ("whole model", sizes["model_float_bytes"], sizes["model_quant_bytes"]),
+    ]
+    size = table(
+        ["", "before, MB", "after, MB", "left"],
+        [
+            (
+                "",
+                [
+                    name,
+                    f"{before / 1e6:.1f}",
+                    f"{after / 1e6:.1f}",
+                    bar(after / before, f"{after / before:.0%} left"),
+                ],
+            )
+            for name, before, after in rows
+        ],
+        "sizes",
+    )
+    longest = max(
+        [stage["seconds"] for stage in stages] + [data["validation"].get("seconds", 0), 1e-9]
+    )
+    lines = [
+        (
+            "",
+            [
+                escape(stage["name"]),
+                f"{stage['seconds']:.1f}",
+                bar(stage["seconds"] / longest, f"{stage['seconds']:.1f} seconds"),
+                f"{stage['peak_rss'] / 1e6:.0f}",
+                f"{stage['bytes'] / 1e6:.1f}",
+            ],
+        )
+        for stage in stages
+    ]
     if "seconds" in data["validation"]:
         seconds = data["validation"]["seconds"]
-        lines.append(("", ["validation", f"{seconds:.1f}", bar(seconds / longest, f"{seconds:.1f} seconds"), "", ""]))
+        lines.append(
+            (
+                "",
+                [
+                    "validation",
+                    f"{seconds:.1f}",
+                    bar(seconds / longest, f"{seconds:.1f} seconds"),
+                    "",
+                    "",
+                ],
+            )
+        )
     time = table(["stage", "seconds", "", "peak MB", "files, MB"], lines, "stages")
-    return (f'<div class="two"><section><h2>Size</h2><p class="soft">Before in {escape(data["scheme"]["dtype"])}; after with scales and '
-            f'zero points.</p>{size}</section><section><h2>Stages</h2><p class="soft">Wall time and peak resident memory.</p>{time}'
-            "</section></div>")
+    return (
+        f'<div class="two"><section><h2>Size</h2><p class="soft">Before in '
+        f"{escape(data['scheme']['dtype'])}; after with scales and "
+        f'zero points.</p>{size}</section><section><h2>Stages</h2><p class="soft">Wall time and '
+        f"peak resident memory.</p>{time}"
+        "</section></div>"
+    )
 
 
 def _activations(scheme: Data) -> str:
@@ -159,7 +326,11 @@ def _activations(scheme: Data) -> str:
 
 
 def _cache(scheme: Data) -> str:
-    return str(scheme["dtype"]) if scheme["kv_bits"] == FLOAT_BITS else f"{scheme['kv_bits']} bits, asymmetric per token and head"
+    return (
+        str(scheme["dtype"])
+        if scheme["kv_bits"] == FLOAT_BITS
+        else f"{scheme['kv_bits']} bits, asymmetric per token and head"
+    )
 
 
 def _bits(data: Data) -> str:
@@ -168,36 +339,103 @@ def _bits(data: Data) -> str:
     if mixed is None:
         return ""
     total = sum(scheme["weights"] for scheme in mixed["schemes"])
-    rows = [("", [escape(scheme["label"]), escape(scheme["op"]), escape(_activations(scheme)), str(scheme["nodes"]),
-                  f"{scheme['weights'] / 1e6:.2f}", bar(share := scheme["weights"] / total, f"{share:.0%} of the weights")])
-            for scheme in mixed["schemes"]]
-    shares = table(["bits", "operator", "activations", "nodes", "weights, M", "share"], rows, "bits")
-    grid = table(["layer", *map(escape, mixed["layers"][0])], [("", [str(index), *map(escape, labels.values())])
-                                                                for index, labels in enumerate(mixed["layers"])], "bits by layer")
-    return f"<section><h2>Bits</h2>{shares}<details><summary>Layer by layer</summary>{grid}</details></section>"
+    rows = [
+        (
+            "",
+            [
+                escape(scheme["label"]),
+                escape(scheme["op"]),
+                escape(_activations(scheme)),
+                str(scheme["nodes"]),
+                f"{scheme['weights'] / 1e6:.2f}",
+                bar(share := scheme["weights"] / total, f"{share:.0%} of the weights"),
+            ],
+        )
+        for scheme in mixed["schemes"]
+    ]
+    shares = table(
+        ["bits", "operator", "activations", "nodes", "weights, M", "share"], rows, "bits"
+    )
+    grid = table(
+        ["layer", *map(escape, mixed["layers"][0])],
+        [
+            ("", [str(index), *map(escape, labels.values())])
+            for index, labels in enumerate(mixed["layers"])
+        ],
+        "bits by layer",
+    )
+    return (
+        f"<section><h2>Bits</h2>{shares}<details><summary>Layer by "
+        f"layer</summary>{grid}</details></section>"
+    )
 
 
 def _made(data: Data) -> str:
     scheme, request, shape, engine = data["scheme"], data["request"], data["shape"], data["engine"]
-    others = [("mixed precision", f"{data['mixed']['exceptions']} nodes differ from the following, see Bits")] if data["mixed"] else []
-    settings = [("model", request.get("model", data["model"])), ("fingerprint", data["source"]["fingerprint"][:16]), *others,
-                ("method", scheme["method"]), ("operator", scheme["op"]), ("weights", f"{scheme['wbits']} bits"
-                + (" balanced" if scheme["balanced"] else "")), ("activations", _activations(scheme)),
-                ("group size", scheme["group_size"] or "one group per output channel"), ("KV cache", _cache(scheme)),
-                ("type of the rest", scheme["dtype"]),
-                ("decoder", f"{shape['num_hidden_layers']} layers, width {shape['hidden_size']}, {shape['num_attention_heads']} heads "
-                f"({shape['num_key_value_heads']} key-value), vocabulary {shape['vocab_size']}"),
-                ("calibration", request.get("calib", "default"))]
+    others = (
+        [
+            (
+                "mixed precision",
+                f"{data['mixed']['exceptions']} nodes differ from the following, see Bits",
+            )
+        ]
+        if data["mixed"]
+        else []
+    )
+    settings = [
+        ("model", request.get("model", data["model"])),
+        ("fingerprint", data["source"]["fingerprint"][:16]),
+        *others,
+        ("method", scheme["method"]),
+        ("operator", scheme["op"]),
+        ("weights", f"{scheme['wbits']} bits" + (" balanced" if scheme["balanced"] else "")),
+        ("activations", _activations(scheme)),
+        ("group size", scheme["group_size"] or "one group per output channel"),
+        ("KV cache", _cache(scheme)),
+        ("type of the rest", scheme["dtype"]),
+        (
+            "decoder",
+            f"{shape['num_hidden_layers']} layers, width {shape['hidden_size']}, "
+            f"{shape['num_attention_heads']} heads "
+            f"({shape['num_key_value_heads']} key-value), vocabulary {shape['vocab_size']}",
+        ),
+        ("calibration", request.get("calib", "default")),
+    ]
     left = f"<section><h2>Settings</h2>{_list(settings)}</section>"
     if engine is None:
-        return f'<div class="two">{left}<section><h2>Engine</h2><p class="soft">No engine was built.</p></section></div>'
-    profiles = [(f"profile {profile['name']}", "; ".join(f"{name} {limits['min']} to {limits['max']}" for name, limits in
-                 profile["inputs"].items() if name in ("input_ids", "past_key_values.0.key"))) for profile in engine["profiles"]]
-    layers = ", ".join(f"{count} {name}" for name, count in sorted(engine["layers"].items(), key=lambda item: -item[1])[:6])
-    facts = [("edition", f"{engine['edition']} {engine['version']}"), ("size", f"{engine['bytes'] / 1e6:.1f} MB"),
-             ("parse and build", f"{engine['parse_seconds']:.1f} s and {engine['build_seconds']:.1f} s"),
-             ("plugin layers", f"{engine['layers'].get('PLUGIN_V3', 0)} PLUGIN_V3 for {sum(engine['custom_nodes'].values())} custom nodes ("
-              + ", ".join(f"{count} {name}" for name, count in engine["custom_nodes"].items()) + ")"), ("network", layers), *profiles]
+        return (
+            f'<div class="two">{left}<section><h2>Engine</h2><p class="soft">No engine was '
+            f"built.</p></section></div>"
+        )
+    profiles = [
+        (
+            f"profile {profile['name']}",
+            "; ".join(
+                f"{name} {limits['min']} to {limits['max']}"
+                for name, limits in profile["inputs"].items()
+                if name in ("input_ids", "past_key_values.0.key")
+            ),
+        )
+        for profile in engine["profiles"]
+    ]
+    layers = ", ".join(
+        f"{count} {name}"
+        for name, count in sorted(engine["layers"].items(), key=lambda item: -item[1])[:6]
+    )
+    facts = [
+        ("edition", f"{engine['edition']} {engine['version']}"),
+        ("size", f"{engine['bytes'] / 1e6:.1f} MB"),
+        ("parse and build", f"{engine['parse_seconds']:.1f} s and {engine['build_seconds']:.1f} s"),
+        (
+            "plugin layers",
+            f"{engine['layers'].get('PLUGIN_V3', 0)} PLUGIN_V3 for "
+            f"{sum(engine['custom_nodes'].values())} custom nodes ("
+            + ", ".join(f"{count} {name}" for name, count in engine["custom_nodes"].items())
+            + ")",
+        ),
+        ("network", layers),
+        *profiles,
+    ]
     return f'<div class="two">{left}<section><h2>Engine</h2>{_list(facts)}</section></div>'
 
 
@@ -205,42 +443,81 @@ def _value(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-_WORST = {"export": ["worst operator", "its error", "its limit"], "weights": ["worst row", "its error", "its limit"]}
+_WORST = {
+    "export": ["worst operator", "its error", "its limit"],
+    "weights": ["worst row", "its error", "its limit"],
+}
 
 
 def _cells(row: Data) -> list[str]:
     snr = "equal" if row["relative"] == 0 else _value(row["snr_db"], ".1f")
-    cells = [escape(row["tensor"]), _value(row["cosine"], ".6f"), snr, _value(row["max_abs"], ".3g"), _value(row["relative"], ".2e"),
-             _value(row["limit"], ".2e")]
+    cells = [
+        escape(row["tensor"]),
+        _value(row["cosine"], ".6f"),
+        snr,
+        _value(row["max_abs"], ".3g"),
+        _value(row["relative"], ".2e"),
+        _value(row["limit"], ".2e"),
+    ]
     if row["level"] in _WORST:
-        cells += [escape(row["operator"]), _value(row["operator_error"], ".1e"), _value(row["operator_limit"], ".1e")]
+        cells += [
+            escape(row["operator"]),
+            _value(row["operator_error"], ".1e"),
+            _value(row["operator_limit"], ".1e"),
+        ]
     return cells
 
 
 def _tables(data: Data) -> str:
     parts: list[str] = []
     for level, words in _LEVELS.items():
-        phases = dict.fromkeys(row["phase"] for row in data["validation"]["rows"] if row["level"] == level)
+        phases = dict.fromkeys(
+            row["phase"] for row in data["validation"]["rows"] if row["level"] == level
+        )
         for phase in phases:
             rows = _rows(data, level, phase)
-            head = ["tensor", "cosine", "SNR dB", "max |error|", "relative", "limit", *_WORST.get(level, [])]
+            head = [
+                "tensor",
+                "cosine",
+                "SNR dB",
+                "max |error|",
+                "relative",
+                "limit",
+                *_WORST.get(level, []),
+            ]
             lines = [("" if row["ok"] else "bad", _cells(row)) for row in rows]
-            remark = next((f"Same next token: {row['agreement']:.1%}." for row in rows if row["agreement"] is not None), "")
+            remark = next(
+                (
+                    f"Same next token: {row['agreement']:.1%}."
+                    for row in rows
+                    if row["agreement"] is not None
+                ),
+                "",
+            )
             remark = _weights_remark(rows) if level == "weights" else remark
             first = level == "export" and not any("<details open" in part for part in parts)
             opened = " open" if first or any(not row["ok"] for row in rows) else ""
             title = ", ".join(word for word in (words, phase) if word)
-            parts.append(f'<details{opened}><summary>{escape(title)}</summary><p class="soft">{remark}</p>'
-                         f"{table(head, lines, ', '.join(word for word in (level, phase) if word))}</details>")
-    return ('<section class="long"><h2>Layer by layer</h2><p class="soft">Cosine and SNR are taken token by token in fp64. A dash as the '
-            "limit means that any accumulated error may be honest at these bit widths; the operators are always judged.</p>"
-            f"{''.join(parts)}</section>")
+            parts.append(
+                f'<details{opened}><summary>{escape(title)}</summary><p class="soft">{remark}</p>'
+                f"{table(head, lines, ', '.join(word for word in (level, phase) if word))}</details>"
+            )
+    return (
+        '<section class="long"><h2>Layer by layer</h2><p class="soft">Cosine and SNR are taken '
+        "token by token in fp64. A dash as the "
+        "limit means that any accumulated error may be honest at these bit widths; the "
+        "operators are always judged.</p>"
+        f"{''.join(parts)}</section>"
+    )
 
 
 def _weights_remark(rows: Sequence[Data]) -> str:
     if any(row["limit"] is not None for row in rows):
-        return ("Relative Frobenius errors of whole tensors and of their worst rows. The limit is half a step of the float weights' own "
-                "range, for weights that are not quantised their rounding.")
+        return (
+            "Relative Frobenius errors of whole tensors and of their worst rows. The limit is "
+            "half a step of the float weights' own "
+            "range, for weights that are not quantised their rounding."
+        )
     return "This method may transform the weights, so their errors are shown and not judged."
 
 
@@ -248,9 +525,22 @@ def _environment(data: Data) -> str:
     machine, validation = data["environment"], data["validation"]
     notes = "".join(f"<li>{escape(note)}</li>" for note in validation["notes"])
     not_run = f'<h3>Not run</h3><ul class="notes">{notes}</ul>' if notes else ""
-    pairs = [("processor", machine["cpu"]), ("GPU", machine["gpu"]), ("system", machine["system"]),
-             ("versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
-             ("text", f"{validation.get('text', '')}, {validation.get('tokens', 0)} tokens and {validation.get('steps', 0)} decode steps")]
+    pairs = [
+        ("processor", machine["cpu"]),
+        ("GPU", machine["gpu"]),
+        ("system", machine["system"]),
+        (
+            "versions",
+            ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        ),
+        (
+            "text",
+            f"{validation.get('text', '')}, {validation.get('tokens', 0)} tokens and "
+            f"{validation.get('steps', 0)} decode steps",
+        ),
+    ]
     command = f"<h3>Command</h3><pre>{escape(data['command'])}</pre>" if data["command"] else ""
-    return (f"<section><h2>Environment</h2>{_list(pairs)}{not_run}{command}</section>"
-            "<footer>anybit-trt; the numbers are in report.json.</footer>")
+    return (
+        f"<section><h2>Environment</h2>{_list(pairs)}{not_run}{command}</section>"
+        "<footer>anybit-trt; the numbers are in report.json.</footer>"
+    )

@@ -1,4 +1,6 @@
-"""Writes report.json and index.html: what was made, how exact it is, what it cost, and what was not run."""
+"""Writes report.json and index.html: what was made, how exact it is, what it cost, and what was not
+run.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,39 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
     from calibration.quant.quantize import STAGE
 
     quant = read_quant(out / STAGE, verify=False)
-    engine = read_json(out / "engine" / ENGINE_RECORD) if "engine" in manifest.get("stages", {}) else None
-    stages = [{"name": name, "seconds": record["seconds"], "peak_rss": record["peak_rss"],
-               "bytes": sum(file["bytes"] for file in record["files"].values())} for name, record in manifest.get("stages", {}).items()
-              if name != "report"]  # an older report's record says nothing about this one
+    engine = (
+        read_json(out / "engine" / ENGINE_RECORD)
+        if "engine" in manifest.get("stages", {})
+        else None
+    )
+    stages = [
+        {
+            "name": name,
+            "seconds": record["seconds"],
+            "peak_rss": record["peak_rss"],
+            "bytes": sum(file["bytes"] for file in record["files"].values()),
+        }
+        for name, record in manifest.get("stages", {}).items()
+        if name != "report"
+    ]  # an older report's record says nothing about this one
     validation = result.as_dict()
     return {
-        "format": 1, "model": quant.source["name"], "source": quant.source, "label": quant.label, "scheme": quant.scheme.as_dict(),
-        "mixed": _mixed(quant), "shape": {key: value for key, value in quant.config.items() if key != "hf"}, "sizes": quant.sizes,
-        "request": dict(manifest.get("request", {})), "command": shlex.join(manifest.get("command", [])), "stages": stages,
-        "engine": engine, "validation": validation, "calibration": quant.calibration,
-        "perplexity": manifest.get("perplexity"), "environment": environment(manifest.get("versions", {})),
+        "format": 1,
+        "model": quant.source["name"],
+        "source": quant.source,
+        "label": quant.label,
+        "scheme": quant.scheme.as_dict(),
+        "mixed": _mixed(quant),
+        "shape": {key: value for key, value in quant.config.items() if key != "hf"},
+        "sizes": quant.sizes,
+        "request": dict(manifest.get("request", {})),
+        "command": shlex.join(manifest.get("command", [])),
+        "stages": stages,
+        "engine": engine,
+        "validation": validation,
+        "calibration": quant.calibration,
+        "perplexity": manifest.get("perplexity"),
+        "environment": environment(manifest.get("versions", {})),
     }
 
 
@@ -55,17 +79,40 @@ def _mixed(quant: QuantModel) -> dict[str, Any] | None:
         return None
     family, weights = quant.family, quant.weights()
     nodes = Counter(quant.scheme_of(node) for node in family.nodes(quant.layers))
-    layers = [{group.node: quant.scheme_of(f"{family.layer(index)}.{group.node}").label for group in family.groups}
-              for index in range(quant.layers)]
-    schemes = [{**scheme.as_dict(), "label": scheme.label, "nodes": nodes[scheme], "weights": weights[scheme]} for scheme in nodes]
-    return {"exceptions": len(quant.exceptions), "nodes": nodes.total(), "schemes": schemes, "layers": layers}
+    layers = [
+        {
+            group.node: quant.scheme_of(f"{family.layer(index)}.{group.node}").label
+            for group in family.groups
+        }
+        for index in range(quant.layers)
+    ]
+    schemes = [
+        {
+            **scheme.as_dict(),
+            "label": scheme.label,
+            "nodes": nodes[scheme],
+            "weights": weights[scheme],
+        }
+        for scheme in nodes
+    ]
+    return {
+        "exceptions": len(quant.exceptions),
+        "nodes": nodes.total(),
+        "schemes": schemes,
+        "layers": layers,
+    }
 
 
 def environment(versions: Mapping[str, str]) -> dict[str, Any]:
     """This machine: system, processor, GPU, versions."""
     gpus = gpu_capabilities()
     gpu = ", ".join(f"compute capability {item}" for item in gpus) if gpus else "no GPU"
-    return {"system": f"{platform.system()} {platform.release()}", "cpu": _cpu_name(), "gpu": gpu, "versions": dict(versions)}
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "gpu": gpu,
+        "versions": dict(versions),
+    }
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,6 @@
-"""One decoder, three ways to run it: torch reference, ONNX Runtime, TensorRT; each keeps its KV cache between calls."""
+"""One decoder, three ways to run it: torch reference, ONNX Runtime, TensorRT; each keeps its KV
+cache between calls.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,12 @@ class DecoderSession(ABC):
     def __enter__(self) -> DecoderSession:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @property
@@ -49,13 +56,19 @@ class DecoderSession(ABC):
         self._mask = None
         self._clear()
 
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, reset: bool = False,
-            last_only: bool = False) -> np.ndarray:
+    def run(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        reset: bool = False,
+        last_only: bool = False,
+    ) -> np.ndarray:
         """Append tokens to the sequences.
 
         Args:
             input_ids: [B, S].
-            attention_mask: of the new tokens [B, S] or of all [B, P+S]; 0 is (left) padding. None: all are real.
+            attention_mask: of the new tokens [B, S] or of all [B, P+S]; 0 is (left) padding. None:
+                all are real.
             reset: forget the cache first.
             last_only: return the last token's logits only, which bounds the memory.
 
@@ -78,7 +91,9 @@ class DecoderSession(ABC):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
 
     def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
-        """One call into the runtime: tokens [B, S] with the whole mask [B, P+S]; every output by its ONNX name."""
+        """One call into the runtime: tokens [B, S] with the whole mask [B, P+S]; every output by
+        its ONNX name.
+        """
         past = attention_mask.shape[1] - input_ids.shape[1]
         positions = np.maximum(np.cumsum(attention_mask, 1) - 1, 0)[:, past:]
         outputs = self._forward(input_ids, attention_mask, np.ascontiguousarray(positions))
@@ -88,24 +103,43 @@ class DecoderSession(ABC):
     def _whole_mask(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         fix = "Reset the session to start new sequences"
         if ids.ndim != 2 or not ids.size:
-            raise InputError("input_ids", f"got shape {list(ids.shape)}, expected [batch, tokens] with at least one token", fix)
+            raise InputError(
+                "input_ids",
+                f"got shape {list(ids.shape)}, expected [batch, tokens] with at least one token",
+                fix,
+            )
         batch, tokens = ids.shape
         old = np.ones((batch, 0), np.int64) if self._mask is None else self._mask
         if len(old) != batch:
-            raise InputError("input_ids", f"got a batch of {batch}, expected {len(old)} as in the cache", fix)
+            raise InputError(
+                "input_ids", f"got a batch of {batch}, expected {len(old)} as in the cache", fix
+            )
         total = old.shape[1] + tokens
         if total > self.max_context:
-            raise InputError("input_ids", f"got a context of {total} tokens, expected at most {self.max_context}",
-                             "Give less text, or reset the session")
-        new = np.ones((batch, tokens), np.int64) if mask is None else np.ascontiguousarray(mask, np.int64)
+            raise InputError(
+                "input_ids",
+                f"got a context of {total} tokens, expected at most {self.max_context}",
+                "Give less text, or reset the session",
+            )
+        new = (
+            np.ones((batch, tokens), np.int64)
+            if mask is None
+            else np.ascontiguousarray(mask, np.int64)
+        )
         if new.shape == (batch, tokens):
             return np.concatenate([old, new], 1)
         if new.shape != (batch, total):
-            raise InputError("attention_mask", f"got shape {list(new.shape)}, expected {[batch, tokens]} or {[batch, total]}", fix)
+            raise InputError(
+                "attention_mask",
+                f"got shape {list(new.shape)}, expected {[batch, tokens]} or {[batch, total]}",
+                fix,
+            )
         return new
 
     @abstractmethod
-    def _forward(self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def _forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Run the decoder and keep the cache."""
 
     @abstractmethod
@@ -118,7 +152,9 @@ class DecoderSession(ABC):
 
 
 def cache_names(layers: int) -> list[str]:
-    """"0.key", "0.value", "1.key", ...: the cache tensors, to be prefixed with past_key_values. or present."""
+    """ "0.key", "0.value", "1.key", ...: the cache tensors, to be prefixed with past_key_values. or
+    present.
+    """
     return [f"{index}.{kind}" for index in range(layers) for kind in ("key", "value")]
 
 
@@ -141,23 +177,36 @@ class TorchSession(DecoderSession):
 
         self.cache = DynamicCache(config=self.model.config)
 
-    def _forward(self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def _forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
         import torch
 
         outputs: dict[str, np.ndarray] = {}
-        hooks = [layer.register_forward_hook(_keep(outputs, index)) for index, layer in enumerate(self.model.model.layers)
-                 if self._watch]
+        hooks = [
+            layer.register_forward_hook(_keep(outputs, index))
+            for index, layer in enumerate(self.model.model.layers)
+            if self._watch
+        ]
         try:
             with torch.no_grad():
-                result = self.model(torch.from_numpy(input_ids), attention_mask=torch.from_numpy(attention_mask),
-                                    position_ids=torch.from_numpy(positions), past_key_values=self.cache, use_cache=True)
+                result = self.model(
+                    torch.from_numpy(input_ids),
+                    attention_mask=torch.from_numpy(attention_mask),
+                    position_ids=torch.from_numpy(positions),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
         finally:
             for hook in hooks:
                 hook.remove()
         outputs["logits"] = result.logits.float().numpy()
         if self._watch:
             for index, layer in enumerate(self.cache.layers):
-                outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = layer.keys.numpy(), layer.values.numpy()
+                outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = (
+                    layer.keys.numpy(),
+                    layer.values.numpy(),
+                )
         return outputs
 
     def close(self) -> None:
@@ -178,8 +227,9 @@ def _keep(outputs: dict[str, np.ndarray], index: int) -> Any:
 class OnnxSession(DecoderSession):
     """ONNX Runtime on the CPU, through Polygraphy.
 
-    It runs the graph as round_every_op (onnx_runner.py) rewrites it, with explicit casts around standard ops, so that every 16-bit
-    rounding happens where the file says; the custom nodes and all weights are the file's.
+    It runs the graph as round_every_op (onnx_runner.py) rewrites it, with explicit casts around
+    standard ops, so that every 16-bit rounding happens where the file says; the custom nodes and
+    all weights are the file's.
 
     Args:
         folder: OUT/onnx.
@@ -201,11 +251,18 @@ class OnnxSession(DecoderSession):
     def _clear(self) -> None:
         self._cache: dict[str, np.ndarray] = {}
 
-    def _forward(self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def _forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
         heads, width = self._cache_shape
         empty = np.zeros((len(input_ids), heads, 0, width), self._dtype)
         past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, **past}
+        feeds = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            **past,
+        }
         outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
         self._cache = {name: outputs[f"present.{name}"] for name in self._names}
         return outputs
@@ -224,10 +281,13 @@ def open_session(kind: str, out: Path | str) -> DecoderSession:
         out: the artefact folder OUT.
 
     Raises:
-        InputError: the kind is unknown, a stage is missing or damaged, or there is no CUDA device for "tensorrt".
+        InputError: the kind is unknown, a stage is missing or damaged, or there is no CUDA device
+            for "tensorrt".
     """
     if kind not in KINDS:
-        raise InputError("--runner", f"got {kind!r}, expected {', '.join(KINDS)}", "Choose one of these")
+        raise InputError(
+            "--runner", f"got {kind!r}, expected {', '.join(KINDS)}", "Choose one of these"
+        )
     if kind == "tensorrt":
         from exporter.run.tensorrt import TensorrtSession, require_gpu
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from exporter.engine.edition import ENGINE_FILE, Edition, captured_log, check_engine, gpu_capabilities, load_plugins
+from exporter.engine.edition import (
+    ENGINE_FILE,
+    Edition,
+    captured_log,
+    check_engine,
+    gpu_capabilities,
+    load_plugins,
+)
 from exporter.run.sessions import CHUNK, DecoderSession, cache_names
 from plugins.errors import InputError
 from plugins.tools.toolkit import find_cuda
@@ -24,15 +31,19 @@ def require_gpu() -> None:
         InputError: there is no CUDA device.
     """
     if not gpu_capabilities():
-        raise InputError("--runner tensorrt", "got no CUDA device, expected one to run the engine",
-                         "Use --runner onnxruntime, or run on a machine with an NVIDIA GPU and its driver")
+        raise InputError(
+            "--runner tensorrt",
+            "got no CUDA device, expected one to run the engine",
+            "Use --runner onnxruntime, or run on a machine with an NVIDIA GPU and its driver",
+        )
 
 
 class TensorrtSession(DecoderSession):
     """The built engine on a GPU, through Polygraphy.
 
-    The cache goes through host memory at each call: this proves the engine, the C++ runtime is the fast way. The engine was built
-    from the ONNX file as it is, without the casts that OnnxSession adds, and shows logits and present cache only.
+    The cache goes through host memory at each call: this proves the engine, the C++ runtime is the
+    fast way. The engine was built from the ONNX file as it is, without the casts that OnnxSession
+    adds, and shows logits and present cache only.
 
     Args:
         folder: OUT/engine.
@@ -45,9 +56,14 @@ class TensorrtSession(DecoderSession):
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         require_gpu()
         record = check_engine(folder)
-        prefill, decode = (profile["inputs"]["past_key_values.0.key"]["max"][2] for profile in record["profiles"])
+        prefill, decode = (
+            profile["inputs"]["past_key_values.0.key"]["max"][2] for profile in record["profiles"]
+        )
         tokens = record["profiles"][0]["inputs"]["input_ids"]["max"][1]
-        super().__init__(min(int(config["max_position_embeddings"]), max(prefill + tokens, decode + 1)), min(CHUNK, tokens))
+        super().__init__(
+            min(int(config["max_position_embeddings"]), max(prefill + tokens, decode + 1)),
+            min(CHUNK, tokens),
+        )
         self._decode_past = decode
         self._names = cache_names(config["num_hidden_layers"])
         self._cache_shape = (config["num_key_value_heads"], config["head_dim"])
@@ -68,34 +84,54 @@ class TensorrtSession(DecoderSession):
                 self._runner.activate()
             except PolygraphyException as error:
                 why = "; ".join(log.errors) or str(error)
-                raise InputError(str(engine), f"got an engine that {edition} refuses ({why}), expected one for this GPU",
-                                 "Build it again on this machine, or free GPU memory") from None
-        self._dtype = str(self._runner.get_input_metadata(use_numpy_dtypes=False)["past_key_values.0.key"].dtype.name)
+                raise InputError(
+                    str(engine),
+                    f"got an engine that {edition} refuses ({why}), expected one for this GPU",
+                    "Build it again on this machine, or free GPU memory",
+                ) from None
+        self._dtype = str(
+            self._runner.get_input_metadata(use_numpy_dtypes=False)[
+                "past_key_values.0.key"
+            ].dtype.name
+        )
 
     def _clear(self) -> None:
         self._cache: dict[str, Any] = {}
 
-    def _forward(self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def _forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
         import torch
 
         past = attention_mask.shape[1] - input_ids.shape[1]
         self._runner.set_profile(1 if input_ids.shape[1] == 1 and past <= self._decode_past else 0)
         cache = self._cache or self._empty_cache(len(input_ids))
         # torch tensors, because numpy has no bfloat16
-        feeds = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask),
-                 "position_ids": torch.from_numpy(positions), **{f"past_key_values.{name}": cache[name] for name in self._names}}
-        outputs = {name: tensor.clone() for name, tensor in self._runner.infer(feeds, check_inputs=False).items()}
+        feeds = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "position_ids": torch.from_numpy(positions),
+            **{f"past_key_values.{name}": cache[name] for name in self._names},
+        }
+        outputs = {
+            name: tensor.clone()
+            for name, tensor in self._runner.infer(feeds, check_inputs=False).items()
+        }
         self._cache = {name: outputs[f"present.{name}"] for name in self._names}
         return {name: tensor.float().numpy() for name, tensor in outputs.items()}
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
-        """Tensors of no tokens; TensorRT wants an address all the same, so they point at a few bytes on the GPU."""
+        """Tensors of no tokens; TensorRT wants an address all the same, so they point at a few
+        bytes on the GPU.
+        """
         from polygraphy import cuda
         from polygraphy.datatype import DataType
 
         self._anchor = cuda.DeviceArray(shape=(256,), dtype=DataType.UINT8)
         heads, width = self._cache_shape
-        view = cuda.DeviceView(self._anchor.ptr, (batch, heads, 0, width), getattr(DataType, self._dtype.upper()))
+        view = cuda.DeviceView(
+            self._anchor.ptr, (batch, heads, 0, width), getattr(DataType, self._dtype.upper())
+        )
         return dict.fromkeys(self._names, view)
 
     def close(self) -> None:
@@ -105,7 +141,9 @@ class TensorrtSession(DecoderSession):
 
 
 def _offer_cuda_runtime() -> None:
-    """Let Polygraphy find libcudart where only pip's CUDA wheels have it: it looks along LD_LIBRARY_PATH of this process."""
+    """Let Polygraphy find libcudart where only pip's CUDA wheels have it: it looks along
+    LD_LIBRARY_PATH of this process.
+    """
     with suppress(InputError):
         paths = [os.environ.get("LD_LIBRARY_PATH", ""), str(find_cuda().lib)]
         os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)

@@ -1,4 +1,6 @@
-"""ABQGemm: any weight bits 1..8 with activation bits 2..8 (or 16), weights as bit planes in INT32 words."""
+"""ABQGemm: any weight bits 1..8 with activation bits 2..8 (or 16), weights as bit planes in INT32
+words.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
-from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 from plugins.core.packing import check_group, check_norm, check_shapes
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -32,33 +34,49 @@ def row_words(attrs: GemmAttributes) -> int:
 
 
 class AbqGemm:
-    """Y = X W^T + b with W = scale * (q - zero) and X quantised per token; see README.md for formula and layout."""
+    """Y = X W^T + b with W = scale * (q - zero) and X quantised per token; see README.md for
+    formula and layout.
+    """
 
     name = "ABQGemm"
 
     def check(self, attrs: GemmAttributes, where: str) -> None:
         """Raise InputError if this op cannot run these attributes."""
         if not 1 <= attrs.wbits <= 8:
-            raise InputError(where, f"got {attrs.wbits} weight bits, expected 1 to 8", "Choose other --wbits")
+            raise InputError(
+                where, f"got {attrs.wbits} weight bits, expected 1 to 8", "Choose other --wbits"
+            )
         if attrs.abits != WEIGHT_ONLY and not 2 <= attrs.abits <= 8:
-            raise InputError(where, f"got {attrs.abits} activation bits, expected 2 to 8, or 16 for weight-only",
-                             "Choose other --abits")
+            raise InputError(
+                where,
+                f"got {attrs.abits} activation bits, expected 2 to 8, or 16 for weight-only",
+                "Choose other --abits",
+            )
         if attrs.levels not in (1 << attrs.wbits, BALANCED.get(attrs.wbits)):
-            raise InputError(where, f"got {attrs.levels} weight levels with {attrs.wbits} bits, expected {1 << attrs.wbits}"
-                             " (or 5 for W2*, 3 for W1*)", "Quantise the layer again")
+            raise InputError(
+                where,
+                f"got {attrs.levels} weight levels with {attrs.wbits} bits, expected "
+                f"{1 << attrs.wbits}"
+                " (or 5 for W2*, 3 for W1*)",
+                "Quantise the layer again",
+            )
         check_group(attrs, where)
         check_norm(attrs, where)
         largest = INT8_RANGE * (attrs.levels - 1) * attrs.group_len
         if attrs.abits != WEIGHT_ONLY and largest >= 1 << 31:
-            raise InputError(where, f"got sums of up to {largest}, expected less than 2^31 for int32",
-                             "Use a smaller --group-size")
+            raise InputError(
+                where,
+                f"got sums of up to {largest}, expected less than 2^31 for int32",
+                "Use a smaller --group-size",
+            )
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
         """X, weight, scale, zero and, if there are, bias and the norm's gamma."""
         return ["X", "weight", "scale", "zero", *attrs.optional_inputs]
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
-        """Bit planes [planes, N, row_words] INT32, least significant bit first, and the scales, zeros and bias as they are.
+        """Bit planes [planes, N, row_words] INT32, least significant bit first, and the scales,
+        zeros and bias as they are.
 
         Raises:
             InputError: codes outside 0..levels-1, wrong shapes, scales that are not finite.
@@ -67,8 +85,11 @@ class AbqGemm:
         check_shapes(arrays, attrs, where, scale_columns=attrs.n_groups)
         codes, largest = arrays.codes, attrs.levels - 1
         if codes.dtype != np.uint8 or int(codes.max()) > largest:
-            raise InputError(where, f"got codes {codes.dtype} up to {codes.max()}, expected uint8 0 to {largest}",
-                             "Quantise the layer again; codes are packed as they are, never re-derived")
+            raise InputError(
+                where,
+                f"got codes {codes.dtype} up to {codes.max()}, expected uint8 0 to {largest}",
+                "Quantise the layer again; codes are packed as they are, never re-derived",
+            )
         zero = _checked_zero(arrays, attrs, where)
         rows, group_bits = attrs.out_features, -(-attrs.group_len // WORD) * WORD
         padded = np.zeros((rows, row_words(attrs) * WORD), np.uint8)
@@ -79,7 +100,9 @@ class AbqGemm:
             bits = np.bitwise_and(padded, 1 << plane)  # packbits counts any non-zero byte as 1
             words[plane] = np.packbits(bits, axis=1, bitorder="little").view("<i4")
         packed = {"weight": words, "scale": arrays.scale.astype(np.float32), "zero": zero}
-        return packed | ({"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {})
+        return packed | (
+            {"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {}
+        )
 
     def unpack(self, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> QuantArrays:
         """Inverse of pack()."""
@@ -88,19 +111,25 @@ class AbqGemm:
         for plane in range(attrs.planes):
             words = np.ascontiguousarray(tensors["weight"][plane])
             bits = np.unpackbits(words.view(np.uint8).reshape(rows, -1), axis=1, bitorder="little")
-            bits = bits[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)[:, :, : attrs.group_len]
+            bits = bits[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)[
+                :, :, : attrs.group_len
+            ]
             codes |= bits.reshape(rows, -1) << plane
         return QuantArrays(codes, tensors["scale"], tensors["zero"], None, tensors.get("bias"))
 
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
         """q - zero as fp32 [N, K], and scale fp32 [N, n_groups]."""
         assert arrays.zero is not None
-        groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(np.float32)
+        groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(
+            np.float32
+        )
         if np.abs(arrays.zero).max() < _FP32_WHOLE:  # both numbers and their difference are exact
             groups -= arrays.zero[..., None].astype(np.float32)
         else:
             groups = (groups - arrays.zero[..., None].astype(np.float64)).astype(np.float32)
-        return groups.reshape(attrs.out_features, attrs.in_features), arrays.scale.astype(np.float32)
+        return groups.reshape(attrs.out_features, attrs.in_features), arrays.scale.astype(
+            np.float32
+        )
 
     def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         """scale * (q - zero), fp32 [N, K]."""
@@ -108,12 +137,20 @@ class AbqGemm:
         weight.reshape(attrs.out_features, attrs.n_groups, attrs.group_len)[:] *= scale[..., None]
         return weight
 
-    def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
+    def reference(
+        self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
+    ) -> np.ndarray:
         """Y [..., N] in x's dtype: exact integers per group, then fp32 in the kernel's order."""
         arrays = self.unpack(tensors, attrs)
-        rows = (rms_norm(x, tensors["gamma"], attrs.norm_epsilon) if attrs.has_norm else x).reshape(-1, attrs.in_features)
+        rows = (rms_norm(x, tensors["gamma"], attrs.norm_epsilon) if attrs.has_norm else x).reshape(
+            -1, attrs.in_features
+        )
         with np.errstate(over="ignore", invalid="ignore"):
-            y = self._weight_only(rows, arrays, attrs) if attrs.abits == WEIGHT_ONLY else self._integer(rows, arrays, attrs)
+            y = (
+                self._weight_only(rows, arrays, attrs)
+                if attrs.abits == WEIGHT_ONLY
+                else self._integer(rows, arrays, attrs)
+            )
             if arrays.bias is not None:
                 y = y + arrays.bias.astype(np.float32)
         return saturate_cast(y, x.dtype).reshape(*x.shape[:-1], attrs.out_features)
@@ -121,8 +158,12 @@ class AbqGemm:
     def _weight_only(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         """fp64 inside: the kernel's fp32 sum is compared with a tolerance."""
         assert arrays.zero is not None
-        codes = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(np.float64)
-        weight = ((codes - arrays.zero[..., None]) * arrays.scale[..., None].astype(np.float64)).reshape(attrs.out_features, -1)
+        codes = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(
+            np.float64
+        )
+        weight = (
+            (codes - arrays.zero[..., None]) * arrays.scale[..., None].astype(np.float64)
+        ).reshape(attrs.out_features, -1)
         return np.asarray(x.astype(np.float64) @ weight.T, np.float32)
 
     def _integer(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
@@ -133,7 +174,10 @@ class AbqGemm:
             part = slice(group * attrs.group_len, (group + 1) * attrs.group_len)
             a, q = codes[:, part].astype(np.float64), arrays.codes[:, part].astype(np.float64)
             product = (a @ q.T).astype(np.int64)  # exact: below 2^31 by check()
-            row_sum, column_sum = a.sum(1).astype(np.int64)[:, None], q.sum(1).astype(np.int64)[None, :]
+            row_sum, column_sum = (
+                a.sum(1).astype(np.int64)[:, None],
+                q.sum(1).astype(np.int64)[None, :],
+            )
             zx, zw = zero.astype(np.int64), arrays.zero[:, group].astype(np.int64)[None, :]
             integer = product - zw * row_sum - zx * column_sum + attrs.group_len * zx * zw
             y = y + integer.astype(np.float32) * arrays.scale[:, group].astype(np.float32)[None, :]
@@ -148,17 +192,28 @@ class AbqGemm:
 
 
 def _checked_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> np.ndarray:
-    """Zero points as int32; refuse those that do not fit, or for which the ONNX body's fp64 sums would not be exact."""
+    """Zero points as int32; refuse those that do not fit, or for which the ONNX body's fp64 sums
+    would not be exact.
+    """
     zero, shape = arrays.zero, arrays.scale.shape
     if zero is None or zero.shape != shape or zero.dtype.kind not in "iu":
-        got = "no zero points" if zero is None else f"zero points {zero.dtype} of shape {zero.shape}"
-        raise InputError(where, f"got {got}, expected integers of shape {shape}", "Quantise the layer again")
-    longest = 2 * INT8_RANGE * attrs.group_len  # |sum of a - zero point| over a group stays below this
+        got = (
+            "no zero points" if zero is None else f"zero points {zero.dtype} of shape {zero.shape}"
+        )
+        raise InputError(
+            where, f"got {got}, expected integers of shape {shape}", "Quantise the layer again"
+        )
+    longest = (
+        2 * INT8_RANGE * attrs.group_len
+    )  # |sum of a - zero point| over a group stays below this
     largest = min((1 << 31) - 1, (1 << 52) // longest)
     low, high = int(zero.min()), int(zero.max())
     if low < -largest - 1 or high > largest:
-        raise InputError(where, f"got zero points from {low} to {high}, expected {-largest - 1} to {largest}",
-                         "Quantise the layer again with ranges that reach closer to 0")
+        raise InputError(
+            where,
+            f"got zero points from {low} to {high}, expected {-largest - 1} to {largest}",
+            "Quantise the layer again with ranges that reach closer to 0",
+        )
     return zero.astype(np.int32)
 
 

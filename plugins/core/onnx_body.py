@@ -1,4 +1,6 @@
-"""Builds the bodies of custom ops from standard ONNX ops, so that one file runs in stock ONNX Runtime on any CPU."""
+"""Builds the bodies of custom ops from standard ONNX ops, so that one file runs in stock ONNX
+Runtime on any CPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["CODE_OFFSET", "OPSET", "BodyBuilder", "NodeBuilder"]
 
 OPSET = 23
-CODE_OFFSET = 128  # int8 codes travel as uint8 with this zero point: uint8 x uint8 is exact in every MatMulInteger kernel
+# int8 codes travel as uint8 with this zero point: uint8 x uint8 is exact in every MatMulInteger
+# kernel
+CODE_OFFSET = 128
 _LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895313892515355e38}
 
 
@@ -66,7 +70,9 @@ class NodeBuilder:
         return self.node("Slice", x, self.ints(0), count, self.ints(axis))
 
     def reshape(self, x: str, *sizes: int | str) -> str:
-        """x [sizes], from numbers and int64 [1] tensors; -1 stands for what is left, 0 for an empty axis."""
+        """x [sizes], from numbers and int64 [1] tensors; -1 stands for what is left, 0 for an empty
+        axis.
+        """
         shape = self.join(*(self.ints(size) if isinstance(size, int) else size for size in sizes))
         return self.node("Reshape", x, shape, allowzero=int(-1 not in sizes))
 
@@ -79,10 +85,14 @@ class NodeBuilder:
         if self.dtype not in _LARGEST:
             return y
         largest = _LARGEST[self.dtype]
-        return self.cast(self.node("Clip", y, self.const(-largest, np.float32), self.const(largest, np.float32)), self.dtype)
+        return self.cast(
+            self.node("Clip", y, self.const(-largest, np.float32), self.const(largest, np.float32)),
+            self.dtype,
+        )
 
     def steps(self, x: str, bits: int, symmetric: bool) -> tuple[str, str, str]:
-        """plugins.core.activation.quantize_activation, all but the sum with the zero point, in as few passes over [M, K] as it takes.
+        """plugins.core.activation.quantize_activation, all but the sum with the zero point, in as
+        few passes over [M, K] as it takes.
 
         Args:
             x: fp32 [M, K].
@@ -93,16 +103,26 @@ class NodeBuilder:
         extent, low = self._extent(x, symmetric)
         high = (1 << (bits - 1)) - 1
         steps = high if symmetric else 2 * high + 1
-        scale = self.node("Div", self.node("Max", extent, self.const(TINY, np.float32)), self.const(steps, np.float32))
-        scale = self.node("Add", scale, self.node("Sub", extent, extent))  # NaN where the row has inf, or its range is inf
-        loud = self._per_token("ReduceSum", self.node("Mul", x, self.const(0, np.float32)))  # ReduceMax may lose a NaN
+        scale = self.node(
+            "Div",
+            self.node("Max", extent, self.const(TINY, np.float32)),
+            self.const(steps, np.float32),
+        )
+        scale = self.node(
+            "Add", scale, self.node("Sub", extent, extent)
+        )  # NaN where the row has inf, or its range is inf
+        loud = self._per_token(
+            "ReduceSum", self.node("Mul", x, self.const(0, np.float32))
+        )  # ReduceMax may lose a NaN
         scale = self.node("Add", scale, loud)
-        # The Reshape keeps ONNX Runtime from fusing (1 / scale) * x into x / scale, which rounds some codes differently.
+        # The Reshape keeps ONNX Runtime from fusing (1 / scale) * x into x / scale, which rounds
+        # some codes differently.
         reciprocal = self.reshape(self.node("Div", self.const(1, np.float32), scale), -1, 1)
         scaled = self.node("Mul", x, reciprocal)
-        # Not QuantizeLinear, though it is faster by half a ms for 2048 x 576: ONNX Runtime 1.23 has none at this opset.
-        # A NaN may become any code, since its row's scale is NaN. |x / scale| exceeds its number of steps by rounding only,
-        # so that nothing else clamps but the sum with a zero point: both can round up, to one code too many.
+        # Not QuantizeLinear, though it is faster by half a ms for 2048 x 576: ONNX Runtime 1.23 has
+        # none at this opset. A NaN may become any code, since its row's scale is NaN. |x / scale|
+        # exceeds its number of steps by rounding only, so that nothing else clamps but the sum with
+        # a zero point: both can round up, to one code too many.
         rounded = self.node("Round", scaled)
         if symmetric:
             return rounded, scale, ""
@@ -122,10 +142,14 @@ class NodeBuilder:
             return self._per_token("ReduceMax", self.node("Abs", x)), ""
         nothing = self.const(0, np.float32)
         low = self.node("Min", self._per_token("ReduceMin", x), nothing)
-        return self.node("Sub", self.node("Max", self._per_token("ReduceMax", x), nothing), low), low
+        return self.node(
+            "Sub", self.node("Max", self._per_token("ReduceMax", x), nothing), low
+        ), low
 
     def _per_token(self, op: str, x: str) -> str:
-        """A reduction of [M, K] to [M, 1]; the Reshape is for M = 0, which ONNX Runtime reduces to [0, K]."""
+        """A reduction of [M, K] to [M, 1]; the Reshape is for M = 0, which ONNX Runtime reduces to
+        [0, K].
+        """
         return self.reshape(self.node(op, x, self.ints(-1)), -1, 1)
 
 
@@ -135,7 +159,8 @@ class BodyBuilder(NodeBuilder):
     Sizes are read from the calling node's attributes: one function serves every layer of a scheme.
 
     Args:
-        attrs: the scheme; its sizes and epsilon are not used, but for whether there are groups and a norm.
+        attrs: the scheme; its sizes and epsilon are not used, but for whether there are groups and
+            a norm.
         dtype: onnx.TensorProto type of X and Y.
         prefix: see NodeBuilder.
     """
@@ -149,7 +174,9 @@ class BodyBuilder(NodeBuilder):
         """An integer attribute of the calling node, int64 [1]."""
         if attribute not in self._features:
             scalar = self.node("Constant")
-            value = onnx.AttributeProto(name="value_int", ref_attr_name=attribute, type=onnx.AttributeProto.INT)
+            value = onnx.AttributeProto(
+                name="value_int", ref_attr_name=attribute, type=onnx.AttributeProto.INT
+            )
             self.nodes[-1].attribute.append(value)
             self._features[attribute] = self.node("Reshape", scalar, self.ints(1))
         return self._features[attribute]
@@ -159,7 +186,9 @@ class BodyBuilder(NodeBuilder):
         words = self.node("Unsqueeze", self.cast(words, TensorProto.UINT32), self.ints(0))
         shifts = self.const(np.array([0, 8, 16, 24]).reshape(4, 1, 1), np.uint32)
         parts = self.node("BitShift", words, shifts, direction="RIGHT")
-        return self.cast(self.node("BitwiseAnd", parts, self.const(255, np.uint32)), TensorProto.UINT8)
+        return self.cast(
+            self.node("BitwiseAnd", parts, self.const(255, np.uint32)), TensorProto.UINT8
+        )
 
     def rows(self) -> str:
         """X, or its norm, as fp32 [M, K]."""
@@ -169,12 +198,20 @@ class BodyBuilder(NodeBuilder):
     def normed(self) -> str:
         """plugins.core.activation.rms_norm of X, of the function's type.
 
-        In fp64, because ONNX Runtime casts around a 16-bit norm and then drops its rounding, and because fp32 results differ
-        between libraries. ONNX Runtime computes stage one of an fp64 norm in fp64, whatever stash_type says (the standard's default
-        is fp32), and casts fp64 to 16 bits by way of fp32, as rms_norm does.
+        In fp64, because ONNX Runtime casts around a 16-bit norm and then drops its rounding, and
+        because fp32 results differ between libraries. ONNX Runtime computes stage one of an fp64
+        norm in fp64, whatever stash_type says (the standard's default is fp32), and casts fp64 to
+        16 bits by way of fp32, as rms_norm does.
         """
-        y = self.node("RMSNormalization", self.cast("X", TensorProto.DOUBLE), self.cast("gamma", TensorProto.DOUBLE), axis=-1)
-        epsilon = onnx.AttributeProto(name="epsilon", ref_attr_name="norm_epsilon", type=onnx.AttributeProto.FLOAT)
+        y = self.node(
+            "RMSNormalization",
+            self.cast("X", TensorProto.DOUBLE),
+            self.cast("gamma", TensorProto.DOUBLE),
+            axis=-1,
+        )
+        epsilon = onnx.AttributeProto(
+            name="epsilon", ref_attr_name="norm_epsilon", type=onnx.AttributeProto.FLOAT
+        )
         self.nodes[-1].attribute.append(epsilon)
         return self.cast(y, self.dtype)
 
@@ -182,14 +219,19 @@ class BodyBuilder(NodeBuilder):
         """plugins.core.activation.quantize_activation of X.
 
         Returns:
-            codes + CODE_OFFSET uint8 [M, K], scale fp32 [M, 1], zero fp32 [M, 1] or "" if symmetric.
+            codes + CODE_OFFSET uint8 [M, K], scale fp32 [M, 1], zero fp32 [M, 1] or "" if
+            symmetric.
         """
-        rounded, scale, zero = self.steps(self.rows(), self.attrs.abits, bool(self.attrs.act_symmetric))
+        rounded, scale, zero = self.steps(
+            self.rows(), self.attrs.abits, bool(self.attrs.act_symmetric)
+        )
         offset = self.const(CODE_OFFSET, np.float32)
         if not zero:
             return self.cast(self.node("Add", rounded, offset), TensorProto.UINT8), scale, ""
         codes = self.node("Add", rounded, self.node("Add", zero, offset))
-        codes = self.node("Min", codes, self.const(CODE_OFFSET + (1 << (self.attrs.abits - 1)) - 1, np.float32))
+        codes = self.node(
+            "Min", codes, self.const(CODE_OFFSET + (1 << (self.attrs.abits - 1)) - 1, np.float32)
+        )
         return self.cast(codes, TensorProto.UINT8), scale, zero
 
     def finish(self, y: str) -> None:
@@ -202,5 +244,12 @@ class BodyBuilder(NodeBuilder):
 
     def function(self, name: str, inputs: Sequence[str], domain: str) -> onnx.FunctionProto:
         """The finished function."""
-        return helper.make_function(domain, name, list(inputs), ["Y"], self.nodes, [helper.make_opsetid("", OPSET)],
-                                    [*self.attrs.as_dict(), "plugin_namespace", "plugin_version"])
+        return helper.make_function(
+            domain,
+            name,
+            list(inputs),
+            ["Y"],
+            self.nodes,
+            [helper.make_opsetid("", OPSET)],
+            [*self.attrs.as_dict(), "plugin_namespace", "plugin_version"],
+        )

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DOMAIN", "GemmAttributes", "OpSpec", "PLUGIN_VERSION", "QuantArrays", "is_custom"]
 
-DOMAIN = "anybit"  # TensorRT plugin namespace and ONNX domain; further schemes have domains below it, "anybit.v1"
+# TensorRT plugin namespace and ONNX domain; further schemes have domains below it, "anybit.v1"
+DOMAIN = "anybit"
 PLUGIN_VERSION = "1"
 
 
@@ -84,8 +85,10 @@ class QuantArrays:
     Attributes:
         codes: [N, K] integer codes; uint8 0..levels-1 for ABQGemm, int8 -8..7 for QQQGemm.
         scale: ABQGemm: fp32 [N, n_groups]. QQQGemm: fp32 [N, 1], the channel scale.
-        zero: ABQGemm: int32 [N, n_groups], in code units, may lie outside the code range. QQQGemm: None.
-        scale_group: QQQGemm per group: fp16 [N, n_groups], second-level scale in int8 units. Else None.
+        zero: ABQGemm: int32 [N, n_groups], in code units, may lie outside the code range. QQQGemm:
+            None.
+        scale_group: QQQGemm per group: fp16 [N, n_groups], second-level scale in int8 units. Else
+            None.
         bias: fp32 [N] or None.
     """
 
@@ -105,10 +108,14 @@ class OpSpec(Protocol):
         """Raise InputError if this op cannot run these attributes."""
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
-        """Formal inputs in order; the first is "X", the others but gamma are keys of pack()'s result."""
+        """Formal inputs in order; the first is "X", the others but gamma are keys of pack()'s
+        result.
+        """
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
-        """Initializers by input name, in the layout the kernels read. Raises InputError on bad codes."""
+        """Initializers by input name, in the layout the kernels read. Raises InputError on bad
+        codes.
+        """
 
     def unpack(self, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> QuantArrays:
         """Inverse of pack()."""
@@ -117,14 +124,20 @@ class OpSpec(Protocol):
         """The real numbers that the codes stand for, fp32 [N, K]."""
 
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
-        """What the kernel multiplies activation codes with: integers as fp32 [N, K], and the scale fp32 [N, G] of each of G groups."""
+        """What the kernel multiplies activation codes with: integers as fp32 [N, K], and the scale
+        fp32 [N, G] of each of G groups.
+        """
 
-    def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
-        """Y [..., N] in x's dtype (fp16, bf16 of ml_dtypes, or fp32) from x [..., K], packed tensors and gamma."""
+    def reference(
+        self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
+    ) -> np.ndarray:
+        """Y [..., N] in x's dtype (fp16, bf16 of ml_dtypes, or fp32) from x [..., K], packed
+        tensors and gamma.
+        """
 
     def function_body(self, attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:
         """Local function of standard ops computing the same integers; dtype is onnx.TensorProto.*.
 
-        The body takes in_features and out_features from the node's attributes, so one function serves every
-        layer of a model that has the same scheme.
+        The body takes in_features and out_features from the node's attributes, so one function
+        serves every layer of a model that has the same scheme.
         """

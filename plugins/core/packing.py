@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins.errors import InputError
 
 __all__ = ["check_group", "check_norm", "check_shapes"]
 
@@ -19,12 +19,21 @@ def check_group(attrs: GemmAttributes, where: str) -> None:
         InputError: it does not; lists those that do.
     """
     if attrs.in_features < 1 or attrs.out_features < 1:
-        raise InputError(where, f"got a weight of {attrs.out_features} x {attrs.in_features}, expected at least 1 x 1",
-                         "Check the model")
+        raise InputError(
+            where,
+            f"got a weight of {attrs.out_features} x {attrs.in_features}, expected at least 1 x 1",
+            "Check the model",
+        )
     if attrs.group_size < 0 or (attrs.group_size and attrs.in_features % attrs.group_size):
-        fitting = [size for size in range(1, attrs.in_features + 1) if attrs.in_features % size == 0]
-        raise InputError(where, f"got group size {attrs.group_size}, expected 0 or a divisor of in_features "
-                         f"{attrs.in_features}", f"Use one of {', '.join(map(str, [0, *fitting]))}")
+        fitting = [
+            size for size in range(1, attrs.in_features + 1) if attrs.in_features % size == 0
+        ]
+        raise InputError(
+            where,
+            f"got group size {attrs.group_size}, expected 0 or a divisor of in_features "
+            f"{attrs.in_features}",
+            f"Use one of {', '.join(map(str, [0, *fitting]))}",
+        )
 
 
 def check_norm(attrs: GemmAttributes, where: str) -> None:
@@ -36,11 +45,16 @@ def check_norm(attrs: GemmAttributes, where: str) -> None:
     with np.errstate(over="ignore"):
         epsilon = np.float32(attrs.norm_epsilon)
     if not 0 <= epsilon < np.inf or (attrs.norm_epsilon and not epsilon):
-        raise InputError(where, f"got norm_epsilon {attrs.norm_epsilon}, expected 0 (no norm) or a positive fp32 number",
-                         "Check rms_norm_eps in the model's config.json")
+        raise InputError(
+            where,
+            f"got norm_epsilon {attrs.norm_epsilon}, expected 0 (no norm) or a positive fp32 number",
+            "Check rms_norm_eps in the model's config.json",
+        )
 
 
-def check_shapes(arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_columns: int) -> None:
+def check_shapes(
+    arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_columns: int
+) -> None:
     """Codes, scales and bias must fit the attributes and be finite.
 
     Raises:
@@ -48,15 +62,25 @@ def check_shapes(arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_c
     """
     shape = (attrs.out_features, attrs.in_features)
     if arrays.codes.shape != shape:
-        raise InputError(where, f"got codes of shape {arrays.codes.shape}, expected {shape}", _AGAIN)
+        raise InputError(
+            where, f"got codes of shape {arrays.codes.shape}, expected {shape}", _AGAIN
+        )
     if arrays.scale.shape != (attrs.out_features, scale_columns):
-        raise InputError(where, f"got scales of shape {arrays.scale.shape}, expected {(attrs.out_features, scale_columns)}",
-                         _AGAIN)
+        raise InputError(
+            where,
+            f"got scales of shape {arrays.scale.shape}, expected "
+            f"{(attrs.out_features, scale_columns)}",
+            _AGAIN,
+        )
     if (arrays.bias is not None) != bool(attrs.has_bias):
         got = "a" if arrays.bias is not None else "no"
         raise InputError(where, f"got {got} bias, expected has_bias={attrs.has_bias}", _AGAIN)
     if arrays.bias is not None and arrays.bias.shape != (attrs.out_features,):
-        raise InputError(where, f"got a bias of shape {arrays.bias.shape}, expected {(attrs.out_features,)}", _AGAIN)
+        raise InputError(
+            where,
+            f"got a bias of shape {arrays.bias.shape}, expected {(attrs.out_features,)}",
+            _AGAIN,
+        )
     for name, dtype in (("scale", np.float32), ("scale_group", np.float16), ("bias", np.float32)):
         values = getattr(arrays, name)
         if values is not None:
@@ -64,4 +88,8 @@ def check_shapes(arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_c
                 values = values.astype(dtype)
         if values is not None and not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
-            raise InputError(where, f"got a {name} that is NaN or inf in output channel {row}, expected finite numbers", _AGAIN)
+            raise InputError(
+                where,
+                f"got a {name} that is NaN or inf in output channel {row}, expected finite numbers",
+                _AGAIN,
+            )

@@ -1,4 +1,6 @@
-"""QQQGemm: W4A8 with two-level scales, weights as nibbles in the order of the int8 tensor-core fragment."""
+"""QQQGemm: W4A8 with two-level scales, weights as nibbles in the order of the int8 tensor-core
+fragment.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
-from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 from plugins.core.packing import check_group, check_norm, check_shapes
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -30,10 +32,11 @@ def padded_shape(attrs: GemmAttributes) -> tuple[int, int]:
 
 
 def nibble_order(grouped: bool) -> list[tuple[int, int]]:
-    """(b, r) held by nibble 0..7 of a word: output channel 8b + lane/4 of its 16, input channel 4(lane%4) + r of its 16.
+    """(b, r) held by nibble 0..7 of a word: output channel 8b + lane/4 of its 16, input channel
+    4(lane%4) + r of its 16.
 
-    Per channel the nibble of b=0 is the high half of byte r; per group even and odd r are apart, for the fp16 conversion
-    (arXiv 2406.09904, layout as in the published kernel).
+    Per channel the nibble of b=0 is the high half of byte r; per group even and odd r are apart,
+    for the fp16 conversion (arXiv 2406.09904, layout as in the published kernel).
     """
     if grouped:
         return [(0, 0), (0, 2), (1, 0), (1, 2), (0, 1), (0, 3), (1, 1), (1, 3)]
@@ -41,32 +44,52 @@ def nibble_order(grouped: bool) -> list[tuple[int, int]]:
 
 
 class QqqGemm:
-    """Y = X W^T + b with W = scale * w8, w8 = q or round(q * scale_group), X int8 per token; see README.md."""
+    """Y = X W^T + b with W = scale * w8, w8 = q or round(q * scale_group), X int8 per token; see
+    README.md.
+    """
 
     name = "QQQGemm"
 
     def check(self, attrs: GemmAttributes, where: str) -> None:
         """Raise InputError if this op cannot run these attributes."""
         if (attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric) != (4, 16, 8, 1):
-            raise InputError(where, f"got W{attrs.wbits}A{attrs.abits} with {attrs.levels} levels and "
-                             f"act_symmetric={attrs.act_symmetric}, "
-                             "expected W4A8 with 16 levels and symmetric activations", "Use --method abq for other bits")
+            raise InputError(
+                where,
+                f"got W{attrs.wbits}A{attrs.abits} with {attrs.levels} levels and "
+                f"act_symmetric={attrs.act_symmetric}, "
+                "expected W4A8 with 16 levels and symmetric activations",
+                "Use --method abq for other bits",
+            )
         if attrs.group_size not in GROUP_SIZES:
-            raise InputError(where, f"got group size {attrs.group_size}, expected 0, 64 or 128",
-                             "Use one of these, or --method abq")
+            raise InputError(
+                where,
+                f"got group size {attrs.group_size}, expected 0, 64 or 128",
+                "Use one of these, or --method abq",
+            )
         check_group(attrs, where)
         check_norm(attrs, where)
         if INT8_MAX * INT8_MAX * attrs.in_features >= 1 << 31:
             most = ((1 << 31) - 1) // INT8_MAX**2
-            raise InputError(where, f"got in_features {attrs.in_features}, expected at most {most}: the int32 sum would "
-                             "overflow", "Use --method abq with a group size")
+            raise InputError(
+                where,
+                f"got in_features {attrs.in_features}, expected at most {most}: the int32 sum would "
+                "overflow",
+                "Use --method abq with a group size",
+            )
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
         """X, weight, scale, per group scale_group and, if there are, bias and the norm's gamma."""
-        return ["X", "weight", "scale", *(["scale_group"] if attrs.group_size else []), *attrs.optional_inputs]
+        return [
+            "X",
+            "weight",
+            "scale",
+            *(["scale_group"] if attrs.group_size else []),
+            *attrs.optional_inputs,
+        ]
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
-        """Nibbles as INT32 [K/16, 2N] (K, N padded to 16, 64), scale [N, 1] fp32, scale_group [n_groups, N] fp16, bias.
+        """Nibbles as INT32 [K/16, 2N] (K, N padded to 16, 64), scale [N, 1] fp32, scale_group
+        [n_groups, N] fp16, bias.
 
         Raises:
             InputError: codes outside -8..7, wrong shapes, scales that are not finite.
@@ -75,27 +98,44 @@ class QqqGemm:
         check_shapes(arrays, attrs, where, scale_columns=1)
         low, high = int(arrays.codes.min()), int(arrays.codes.max())
         if arrays.codes.dtype != np.int8 or low < LOW or high > HIGH:
-            raise InputError(where, f"got codes {arrays.codes.dtype} {low} to {high}, expected int8 {LOW} to {HIGH}",
-                             "Quantise the layer again; codes are packed as they are, never re-derived")
+            raise InputError(
+                where,
+                f"got codes {arrays.codes.dtype} {low} to {high}, expected int8 {LOW} to {HIGH}",
+                "Quantise the layer again; codes are packed as they are, never re-derived",
+            )
         group_shape = None if arrays.scale_group is None else arrays.scale_group.shape
         expected = (attrs.out_features, attrs.n_groups) if attrs.group_size else None
         if group_shape != expected:
-            raise InputError(where, f"got group scales of shape {group_shape}, expected {expected}", "Quantise the layer again")
-        packed = {"weight": self._pack_nibbles(arrays.codes, attrs), "scale": arrays.scale.astype(np.float32)}
+            raise InputError(
+                where,
+                f"got group scales of shape {group_shape}, expected {expected}",
+                "Quantise the layer again",
+            )
+        packed = {
+            "weight": self._pack_nibbles(arrays.codes, attrs),
+            "scale": arrays.scale.astype(np.float32),
+        }
         if arrays.scale_group is not None:
             packed["scale_group"] = np.ascontiguousarray(arrays.scale_group.T.astype(np.float16))
-        return packed | ({"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {})
+        return packed | (
+            {"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {}
+        )
 
     def _pack_nibbles(self, codes: np.ndarray, attrs: GemmAttributes) -> np.ndarray:
         rows, columns = padded_shape(attrs)
         grouped = bool(attrs.group_size)
         nibbles = np.full((rows, columns), OFFSET if grouped else 0, np.uint8)
         unsigned = codes.view(np.uint8)
-        nibbles[: attrs.out_features, : attrs.in_features] = unsigned + np.uint8(OFFSET) if grouped else unsigned & np.uint8(15)
-        # [nb, j, b, lane / 4, kt, lane % 4, r]: n = 64 nb + 16 j + 8 b + lane / 4, k = 16 kt + 4 (lane % 4) + r
+        nibbles[: attrs.out_features, : attrs.in_features] = (
+            unsigned + np.uint8(OFFSET) if grouped else unsigned & np.uint8(15)
+        )
+        # [nb, j, b, lane / 4, kt, lane % 4, r]: n = 64 nb + 16 j + 8 b + lane / 4, k = 16 kt + 4
+        # (lane % 4) + r
         tiles = nibbles.reshape(rows // TILE_N, 4, 2, 8, columns // TILE_K, 4, 4)
         order = nibble_order(grouped)
-        words = np.empty((columns // TILE_K, rows // TILE_N, 8, 4, 4, 4), np.uint8)  # [kt, nb, lane / 4, lane % 4, j, byte]
+        words = np.empty(
+            (columns // TILE_K, rows // TILE_N, 8, 4, 4, 4), np.uint8
+        )  # [kt, nb, lane / 4, lane % 4, j, byte]
         for byte in range(4):
             (b_low, r_low), (b_high, r_high) = order[2 * byte], order[2 * byte + 1]
             # [nb, j, lane / 4, kt, lane % 4]
@@ -107,23 +147,41 @@ class QqqGemm:
         """Inverse of pack()."""
         rows, columns = padded_shape(attrs)
         grouped = bool(attrs.group_size)
-        words = np.ascontiguousarray(tensors["weight"]).view(np.uint8).reshape(columns // TILE_K, rows // TILE_N, 8, 4, 4, 4)
+        words = (
+            np.ascontiguousarray(tensors["weight"])
+            .view(np.uint8)
+            .reshape(columns // TILE_K, rows // TILE_N, 8, 4, 4, 4)
+        )
         tiles = np.empty((rows // TILE_N, 4, 2, 8, columns // TILE_K, 4, 4), np.uint8)
         for nibble, (b, r) in enumerate(nibble_order(grouped)):
             value = (words[..., nibble // 2] >> (4 * (nibble % 2))) & 15
             tiles[:, :, b, :, :, :, r] = value.transpose(1, 4, 2, 0, 3)
-        signed = tiles.astype(np.int8) - np.int8(OFFSET) if grouped else ((tiles ^ 8).astype(np.int8) - np.int8(8))
-        codes = np.ascontiguousarray(signed.reshape(rows, columns)[: attrs.out_features, : attrs.in_features])
+        signed = (
+            tiles.astype(np.int8) - np.int8(OFFSET)
+            if grouped
+            else ((tiles ^ 8).astype(np.int8) - np.int8(8))
+        )
+        codes = np.ascontiguousarray(
+            signed.reshape(rows, columns)[: attrs.out_features, : attrs.in_features]
+        )
         group = np.ascontiguousarray(tensors["scale_group"].T) if grouped else None
         return QuantArrays(codes, tensors["scale"], None, group, tensors.get("bias"))
 
     def int8_weights(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
-        """The int8 weights that the tensor core multiplies, [N, K]: q, or round(q * scale_group) per group (half to even)."""
+        """The int8 weights that the tensor core multiplies, [N, K]: q, or round(q * scale_group)
+        per group (half to even).
+        """
         if arrays.scale_group is None:
             return arrays.codes
-        groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(np.float32)
+        groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(
+            np.float32
+        )
         products = np.rint(groups * arrays.scale_group[..., None].astype(np.float32))
-        return np.clip(products, -INT8_MAX, INT8_MAX).astype(np.int8).reshape(attrs.out_features, attrs.in_features)
+        return (
+            np.clip(products, -INT8_MAX, INT8_MAX)
+            .astype(np.int8)
+            .reshape(attrs.out_features, attrs.in_features)
+        )
 
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
         """int8_weights as fp32 [N, K], and the channel scale fp32 [N, 1]."""
@@ -135,15 +193,21 @@ class QqqGemm:
         weight *= scale
         return weight
 
-    def reference(self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> np.ndarray:
+    def reference(
+        self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
+    ) -> np.ndarray:
         """Y [..., N] in x's dtype: exact integers, then fp32 in the kernel's order."""
         arrays = self.unpack(tensors, attrs)
-        rows = (rms_norm(x, tensors["gamma"], attrs.norm_epsilon) if attrs.has_norm else x).reshape(-1, attrs.in_features)
+        rows = (rms_norm(x, tensors["gamma"], attrs.norm_epsilon) if attrs.has_norm else x).reshape(
+            -1, attrs.in_features
+        )
         codes, scale, _ = quantize_activation(rows, 8, True)
         weight = self.int8_weights(arrays, attrs).astype(np.float64)
         integer = codes.astype(np.float64) @ weight.T  # exact: below 2^31 by check()
         with np.errstate(over="ignore", invalid="ignore"):
-            y = (integer.astype(np.int64).astype(np.float32) * arrays.scale.astype(np.float32).T) * scale
+            y = (
+                integer.astype(np.int64).astype(np.float32) * arrays.scale.astype(np.float32).T
+            ) * scale
             if arrays.bias is not None:
                 y = y + arrays.bias.astype(np.float32)
         return saturate_cast(y, x.dtype).reshape(*x.shape[:-1], attrs.out_features)

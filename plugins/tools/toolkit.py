@@ -15,7 +15,9 @@ from plugins.errors import InputError
 __all__ = ["CudaToolkit", "find_cuda", "find_cuda_include", "find_program", "wheel_program"]
 
 WHEELS = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
-INSTALL = f"Install the project's requirements (pip install {WHEELS}) or set CUDA_HOME to a CUDA toolkit"
+INSTALL = (
+    f"Install the project's requirements (pip install {WHEELS}) or set CUDA_HOME to a CUDA toolkit"
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class CudaToolkit:
 
     def version(self) -> str:
         """The line of `nvcc --version` that names the release."""
-        output = subprocess.run([str(self.nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [str(self.nvcc), "--version"], capture_output=True, text=True, check=True
+        ).stdout
         return next((line for line in output.splitlines() if "release" in line), output.strip())
 
 
@@ -40,22 +44,42 @@ def _toolkit_at(root: Path) -> CudaToolkit | None:
     """The toolkit below `root`; toolkits keep libraries in lib64 or targets/*, wheels in lib."""
     nvcc = root / "bin" / "nvcc"
     targets = sorted(root.glob("targets/*"))
-    include = _first_with([root / "include", *(target / "include" for target in targets)], "cuda_runtime.h")
-    lib = _first_with([root / "lib64", root / "lib", *(target / "lib" for target in targets)], "libcudart_static.a")
-    return CudaToolkit(nvcc, include, lib) if nvcc.is_file() and include is not None and lib is not None else None
+    include = _first_with(
+        [root / "include", *(target / "include" for target in targets)], "cuda_runtime.h"
+    )
+    lib = _first_with(
+        [root / "lib64", root / "lib", *(target / "lib" for target in targets)],
+        "libcudart_static.a",
+    )
+    return (
+        CudaToolkit(nvcc, include, lib)
+        if nvcc.is_file() and include is not None and lib is not None
+        else None
+    )
 
 
 def _root_of(nvcc: str) -> Path | None:
-    """The toolkit an nvcc on PATH belongs to; asked of nvcc itself, because it may be a wrapper script."""
-    result = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+    """The toolkit an nvcc on PATH belongs to; asked of nvcc itself, because it may be a wrapper
+    script.
+    """
+    result = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     match = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
     return Path(match.group(1)).resolve() if match else None
 
 
 def _wheel_root() -> Path | None:
     spec = importlib.util.find_spec("nvidia")
-    folders = [Path(entry) / "cu13" for entry in (spec.submodule_search_locations or ())] if spec else []
-    return next((folder for folder in folders if (folder / "include" / "cuda_fp16.h").is_file()), None)
+    folders = (
+        [Path(entry) / "cu13" for entry in (spec.submodule_search_locations or ())] if spec else []
+    )
+    return next(
+        (folder for folder in folders if (folder / "include" / "cuda_fp16.h").is_file()), None
+    )
 
 
 def _from_environment() -> CudaToolkit | None:
@@ -63,8 +87,11 @@ def _from_environment() -> CudaToolkit | None:
         if folder := os.environ.get(variable):
             toolkit = _toolkit_at(Path(folder))
             if toolkit is None:
-                raise InputError(variable, f"got {folder}, expected a CUDA toolkit: bin/nvcc, headers, libcudart_static.a",
-                                 "Correct or unset the variable")
+                raise InputError(
+                    variable,
+                    f"got {folder}, expected a CUDA toolkit: bin/nvcc, headers, libcudart_static.a",
+                    "Correct or unset the variable",
+                )
             return toolkit
     return None
 
@@ -82,7 +109,9 @@ def find_cuda() -> CudaToolkit:
     for root in roots:
         if root is not None and (toolkit := _toolkit_at(root)):
             return toolkit
-    raise InputError("CUDA compiler", "got no nvcc from CUDA_HOME, PATH or the wheels, expected one", INSTALL)
+    raise InputError(
+        "CUDA compiler", "got no nvcc from CUDA_HOME, PATH or the wheels, expected one", INSTALL
+    )
 
 
 def find_cuda_include() -> Path:
@@ -110,5 +139,9 @@ def find_program(name: str, package: str) -> str:
     """
     path = shutil.which(name)
     if path is None:
-        raise InputError(name, "got no such program on PATH, expected it", f"Install it, such as: apt-get install {package}")
+        raise InputError(
+            name,
+            "got no such program on PATH, expected it",
+            f"Install it, such as: apt-get install {package}",
+        )
     return path

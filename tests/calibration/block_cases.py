@@ -18,18 +18,40 @@ from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.quant.scheme import QuantScheme
 from calibration.settings import CalibrationSettings, QqqSettings
 
-__all__ = ["MODELS", "QQQ", "QQQ_GROUPS", "W3A6", "block_task", "calibrate_tiny", "files", "streams", "tokens"]
+__all__ = [
+    "MODELS",
+    "QQQ",
+    "QQQ_GROUPS",
+    "W3A6",
+    "block_task",
+    "calibrate_tiny",
+    "files",
+    "streams",
+    "tokens",
+]
 
 QQQ = QuantScheme("QQQGemm", "qqq", 4, 8, act_symmetric=True)
 QQQ_GROUPS = QuantScheme("QQQGemm", "qqq", 4, 8, group_size=64, act_symmetric=True)
 W3A6 = QuantScheme("ABQGemm", "qqq", 3, 6, group_size=16)
-MODELS: dict[str, dict[str, Any]] = {  # changes to the tiny model, which has grouped queries, tied embeddings and no biases
+MODELS: dict[
+    str, dict[str, Any]
+] = {  # changes to the tiny model, which has grouped queries, tied embeddings and no biases
     "tied, grouped queries": {},
     "untied, one key per query": {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "biases, untied, one key for all": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    "biases, untied, one key for all": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+    },
     "hidden 48": {"hidden_size": 48, "intermediate_size": 80},
-    "hidden 36": {"hidden_size": 36, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "hidden 36": {
+        "hidden_size": 36,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "wide heads": {"head_dim": 24},
 }
 
@@ -52,21 +74,56 @@ def streams(inputs: list[Tensor], budget: StreamBudget | None = None, real: bool
     return Streams(stream(), stream() if real else None, budget)
 
 
-def block_task(model: Path, method: QqqSettings | None = None, scheme: QuantScheme = QQQ, weights: BlockWeights | None = None,
-               index: int = 0) -> BlockTask:
-    """Block `index` of a model, in its own coordinates unless `weights` are given, with four windows of 32 embedded tokens."""
+def block_task(
+    model: Path,
+    method: QqqSettings | None = None,
+    scheme: QuantScheme = QQQ,
+    weights: BlockWeights | None = None,
+    index: int = 0,
+) -> BlockTask:
+    """Block `index` of a model, in its own coordinates unless `weights` are given, with four
+    windows of 32 embedded tokens.
+    """
     checkpoint: Checkpoint = open_checkpoint(str(model), offline=True)
     table = checkpoint.tensor("model.embed_tokens.weight")
     settings = CalibrationSettings(nsamples=4, seqlen=32, method=method or QqqSettings())
-    return BlockTask(index, checkpoint.dims.layers, weights or load_block(checkpoint, index), BlockShape.from_config(checkpoint.config),
-                     Rope.of(checkpoint, 32), dict.fromkeys(SITES, scheme), streams([table[row] for row in tokens()]), settings, ALONE,
-                     len(tokens()))
+    return BlockTask(
+        index,
+        checkpoint.dims.layers,
+        weights or load_block(checkpoint, index),
+        BlockShape.from_config(checkpoint.config),
+        Rope.of(checkpoint, 32),
+        dict.fromkeys(SITES, scheme),
+        streams([table[row] for row in tokens()]),
+        settings,
+        ALONE,
+        len(tokens()),
+    )
 
 
 def calibrate_tiny(model: Path, out: Path, *more: str) -> int:
-    """Exit code of the command on four windows of 32 tokens, without a word and without the network."""
-    return main([str(model), "--wbits", "4", "--abits", "8", "--nsamples", "4", "--seqlen", "32", "--out", str(out), "--offline",
-                 "--progress", "none", *more])
+    """Exit code of the command on four windows of 32 tokens, without a word and without the
+    network.
+    """
+    return main(
+        [
+            str(model),
+            "--wbits",
+            "4",
+            "--abits",
+            "8",
+            "--nsamples",
+            "4",
+            "--seqlen",
+            "32",
+            "--out",
+            str(out),
+            "--offline",
+            "--progress",
+            "none",
+            *more,
+        ]
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:

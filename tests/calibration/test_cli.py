@@ -13,8 +13,15 @@ from pathlib import Path
 import pytest
 
 from calibration.__main__ import main
+from calibration.cli import (
+    add_quant_arguments,
+    default_out,
+    model_slug,
+    scheme_from_args,
+    schemes_from_args,
+    settings_from_args,
+)
 from calibration.out.files import locked
-from calibration.cli import add_quant_arguments, default_out, model_slug, scheme_from_args, schemes_from_args, settings_from_args
 from calibration.quant.folder import read_quant
 from calibration.settings import CalibrationSettings, QqqSettings
 from plugins.errors import InputError
@@ -28,24 +35,32 @@ def _args(line: str) -> argparse.Namespace:
     return parser.parse_args(["llama-7b", *line.split()])
 
 
-@pytest.mark.parametrize(("line", "op", "symmetric", "label", "method"), [
-    ("--wbits 4 --abits 8", "QQQGemm", True, "w4a8", "qqq"),
-    ("--wbits 4 --abits 8 --group-size 64", "QQQGemm", True, "w4a8-g64", "qqq"),
-    ("--wbits 4 --abits 8 --group-size 32", "ABQGemm", False, "w4a8-g32", "abq"),
-    ("--wbits 4 --abits 8 --act-quant asym", "ABQGemm", False, "w4a8", "abq"),
-    ("--wbits 4 --abits 8 --method abq", "ABQGemm", False, "w4a8", "abq"),
-    ("--wbits 4 --abits 8 --method abq --act-quant sym", "ABQGemm", True, "w4a8", "abq"),
-    ("--wbits 4 --abits 8 --method qqq", "QQQGemm", True, "w4a8", "qqq"),
-    ("--wbits 4 --abits 8 --method rtn", "QQQGemm", True, "w4a8", "rtn"),
-    ("--wbits 2b --abits 8", "ABQGemm", False, "w2ba8", "abq"),
-    ("--wbits 2b --abits 8 --method rtn", "ABQGemm", False, "w2ba8", "rtn"),
-    ("--wbits 1* --abits 8", "ABQGemm", False, "w1ba8", "abq"),
-    ("--wbits 3 --abits 16 --act-quant sym", "ABQGemm", False, "w3a16", "abq"),
-])
+@pytest.mark.parametrize(
+    ("line", "op", "symmetric", "label", "method"),
+    [
+        ("--wbits 4 --abits 8", "QQQGemm", True, "w4a8", "qqq"),
+        ("--wbits 4 --abits 8 --group-size 64", "QQQGemm", True, "w4a8-g64", "qqq"),
+        ("--wbits 4 --abits 8 --group-size 32", "ABQGemm", False, "w4a8-g32", "abq"),
+        ("--wbits 4 --abits 8 --act-quant asym", "ABQGemm", False, "w4a8", "abq"),
+        ("--wbits 4 --abits 8 --method abq", "ABQGemm", False, "w4a8", "abq"),
+        ("--wbits 4 --abits 8 --method abq --act-quant sym", "ABQGemm", True, "w4a8", "abq"),
+        ("--wbits 4 --abits 8 --method qqq", "QQQGemm", True, "w4a8", "qqq"),
+        ("--wbits 4 --abits 8 --method rtn", "QQQGemm", True, "w4a8", "rtn"),
+        ("--wbits 2b --abits 8", "ABQGemm", False, "w2ba8", "abq"),
+        ("--wbits 2b --abits 8 --method rtn", "ABQGemm", False, "w2ba8", "rtn"),
+        ("--wbits 1* --abits 8", "ABQGemm", False, "w1ba8", "abq"),
+        ("--wbits 3 --abits 16 --act-quant sym", "ABQGemm", False, "w3a16", "abq"),
+    ],
+)
 def test_scheme(line: str, op: str, symmetric: bool, label: str, method: str) -> None:
     args = _args(line)
     scheme = scheme_from_args(args)
-    assert (scheme.op, scheme.act_symmetric, scheme.label, scheme.method) == (op, symmetric, label, method)
+    assert (scheme.op, scheme.act_symmetric, scheme.label, scheme.method) == (
+        op,
+        symmetric,
+        label,
+        method,
+    )
     assert default_out(args, scheme) == Path("out") / f"llama-7b-{label}"
 
 
@@ -61,9 +76,14 @@ def test_a_bits_file_over_the_base(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_method_that_the_scheme_names() -> None:
-    args = _args("--wbits 4 --abits 8 --effort fast --nsamples 3 --seed 7 --max-memory 0.5 --calib text.txt --set gptq=off --set damp=0.1")
+    args = _args(
+        "--wbits 4 --abits 8 --effort fast --nsamples 3 --seed 7 --max-memory 0.5 --calib "
+        "text.txt --set gptq=off --set damp=0.1"
+    )
     settings = settings_from_args(args, scheme_from_args(args))
-    assert settings == CalibrationSettings("fast", "text.txt", 3, 512, 7, 500_000_000, QqqSettings(gptq=False, damp=0.1))
+    assert settings == CalibrationSettings(
+        "fast", "text.txt", 3, 512, 7, 500_000_000, QqqSettings(gptq=False, damp=0.1)
+    )
     args = _args("--wbits 4 --abits 8 --method rtn")
     assert settings_from_args(args, scheme_from_args(args)) == CalibrationSettings()
 
@@ -73,7 +93,9 @@ def test_memory_that_cannot_be(text: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stop:
         _main("llama-7b", "--wbits", "4", "--abits", "8", f"--max-memory={text}")
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"error: argument --max-memory: got {text!r}, expected gigabytes, such as 8 or 0.5\n")
+    assert capsys.readouterr().err.endswith(
+        f"error: argument --max-memory: got {text!r}, expected gigabytes, such as 8 or 0.5\n"
+    )
 
 
 def test_no_memory_at_all_puts_every_activation_on_the_disk() -> None:
@@ -81,23 +103,49 @@ def test_no_memory_at_all_puts_every_activation_on_the_disk() -> None:
     assert settings_from_args(args, scheme_from_args(args)).max_memory == 0
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("--wbits 9 --abits 8", "--wbits: got '9', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
-     "Give one of these; in a shell write 2b or '2*' for the balanced set."),
-    ("--wbits 0 --abits 8", "--wbits: got '0', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
-     "Give one of these; in a shell write 2b or '2*' for the balanced set."),
-    ("--wbits 4 --abits 1", "--abits: got 1, expected 2 to 8, or 16 for weight-only. Give one of these."),
-    ("--wbits 4 --abits 9", "--abits: got 9, expected 2 to 8, or 16 for weight-only. Give one of these."),
-    ("--wbits 4 --abits 4 --method qqq", "--method qqq: got W4A4, expected W4A8 with symmetric activations. "
-     "Use --wbits 4 --abits 8, or --method abq."),
-    ("--wbits 4 --abits 8 --method qqq --act-quant asym",
-     "--method qqq: got W4A8 with --act-quant asym, expected W4A8 with symmetric "
-     "activations. Use --wbits 4 --abits 8, or --method abq."),
-    ("--wbits 4 --abits 8 --method qqq --group-size 32", "--group-size: got 32, expected 0, 64 or 128 for --method qqq. "
-     "Use one of these, or --method abq."),
-    ("--wbits 4 --abits 8 --group-size -5", "--group-size: got -5, expected 0 or a positive number. "
-     "Use 0 for one scale per output channel."),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--wbits 9 --abits 8",
+            "--wbits: got '9', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
+            "Give one of these; in a shell write 2b or '2*' for the balanced set.",
+        ),
+        (
+            "--wbits 0 --abits 8",
+            "--wbits: got '0', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
+            "Give one of these; in a shell write 2b or '2*' for the balanced set.",
+        ),
+        (
+            "--wbits 4 --abits 1",
+            "--abits: got 1, expected 2 to 8, or 16 for weight-only. Give one of these.",
+        ),
+        (
+            "--wbits 4 --abits 9",
+            "--abits: got 9, expected 2 to 8, or 16 for weight-only. Give one of these.",
+        ),
+        (
+            "--wbits 4 --abits 4 --method qqq",
+            "--method qqq: got W4A4, expected W4A8 with symmetric activations. "
+            "Use --wbits 4 --abits 8, or --method abq.",
+        ),
+        (
+            "--wbits 4 --abits 8 --method qqq --act-quant asym",
+            "--method qqq: got W4A8 with --act-quant asym, expected W4A8 with symmetric "
+            "activations. Use --wbits 4 --abits 8, or --method abq.",
+        ),
+        (
+            "--wbits 4 --abits 8 --method qqq --group-size 32",
+            "--group-size: got 32, expected 0, 64 or 128 for --method qqq. "
+            "Use one of these, or --method abq.",
+        ),
+        (
+            "--wbits 4 --abits 8 --group-size -5",
+            "--group-size: got -5, expected 0 or a positive number. "
+            "Use 0 for one scale per output channel.",
+        ),
+    ],
+)
 def test_refusals(line: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         scheme_from_args(_args(line))
@@ -109,35 +157,66 @@ def test_help_is_quick_and_imports_nothing_heavy(run_module: Run) -> None:
     done = run_module("calibration", "--help", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0 and "smollm2-135m" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "calibration.cli" in imported and not {"torch", "transformers", "onnx", "numpy"} & imported
+    assert (
+        "calibration.cli" in imported and not {"torch", "transformers", "onnx", "numpy"} & imported
+    )
     assert time.monotonic() - began < 2
 
 
-def test_command_writes_the_quant_folder(tiny_model_dir: Path, tmp_path: Path, run_module: Run) -> None:
+def test_command_writes_the_quant_folder(
+    tiny_model_dir: Path, tmp_path: Path, run_module: Run
+) -> None:
     out = tmp_path / "out"
-    done = run_module("calibration", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--nsamples", "4", "--seqlen", "32",
-                      "--out", str(out), "--offline", "--progress", "json")
+    done = run_module(
+        "calibration",
+        str(tiny_model_dir),
+        "--wbits",
+        "4",
+        "--abits",
+        "8",
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+        "--out",
+        str(out),
+        "--offline",
+        "--progress",
+        "json",
+    )
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["stage"] for event in events if event["event"] == "start"] == ["calibrate", "quant"]
+    assert [event["stage"] for event in events if event["event"] == "start"] == [
+        "calibrate",
+        "quant",
+    ]
     told = [event["text"] for event in events if event["event"] == "message"]
-    assert [text.split(":")[0] for text in told] == ["block 1 of 2", "block 2 of 2", str(out / "quant")]
+    assert [text.split(":")[0] for text in told] == [
+        "block 1 of 2",
+        "block 2 of 2",
+        str(out / "quant"),
+    ]
     assert sorted(path.name for path in out.iterdir()) == [".lock", "quant"]
     quant = read_quant(out / "quant")
     assert (quant.scheme.label, quant.scheme.method) == ("w4a8", "qqq")
 
 
 def _main(*arguments: str) -> int:
-    """The command without a word and without the network; rounded to nearest unless a later --method says otherwise."""
-    return main([arguments[0], "--method", "rtn", *arguments[1:], "--progress", "none", "--offline"])
+    """The command without a word and without the network; rounded to nearest unless a later
+    --method says otherwise.
+    """
+    return main(
+        [arguments[0], "--method", "rtn", *arguments[1:], "--progress", "none", "--offline"]
+    )
 
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_errors_are_one_line_exit_2_and_leave_nothing_behind(tiny_model_dir: Path, tmp_path: Path,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line_exit_2_and_leave_nothing_behind(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damaged = shutil.copytree(tiny_model_dir, tmp_path / "damaged")
     path = damaged / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -151,7 +230,11 @@ def test_errors_are_one_line_exit_2_and_leave_nothing_behind(tiny_model_dir: Pat
 
 
 def test_a_quant_folder_of_another_model_or_setting_is_refused_and_kept(
-        tiny_model_dir: Path, tiny_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model_dir: Path,
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out, folder = tmp_path / "out", tmp_path / "out" / "quant"
     bits = ("--wbits", "4", "--abits", "8", "--out", str(out))
     assert _main(str(tiny_model_dir), *bits) == 0
@@ -159,66 +242,114 @@ def test_a_quant_folder_of_another_model_or_setting_is_refused_and_kept(
     other = tiny_llama(tie_word_embeddings=False)
     capsys.readouterr()
     assert _main(str(other), *bits) == 2
-    assert capsys.readouterr().err == (f"{folder}: got a model quantised from other weights (of {model_slug(str(tiny_model_dir))}), "
-                                       f"expected those of {model_slug(str(other))}. {fix}\n")
+    assert capsys.readouterr().err == (
+        f"{folder}: got a model quantised from other weights (of "
+        f"{model_slug(str(tiny_model_dir))}), "
+        f"expected those of {model_slug(str(other))}. {fix}\n"
+    )
     assert _main(str(tiny_model_dir), *bits, "--dtype", "float32") == 2
-    assert capsys.readouterr().err == f"{folder}: got a model quantised with dtype float16, expected dtype float32. {fix}\n"
+    assert (
+        capsys.readouterr().err
+        == f"{folder}: got a model quantised with dtype float16, expected dtype float32. {fix}\n"
+    )
     assert _files(folder) == before
     assert _main(str(tiny_model_dir), *bits) == 0  # the same again may replace it
     (folder / "quant.json").unlink()
     assert _main(str(tiny_model_dir), *bits) == 2
-    assert capsys.readouterr().err == (f"{folder}: got a folder without a readable quant.json (got no such file, expected a JSON file of "
-                                       f"an artefact folder). {fix}\n")
+    assert capsys.readouterr().err == (
+        f"{folder}: got a folder without a readable quant.json (got no such file, expected a "
+        f"JSON file of "
+        f"an artefact folder). {fix}\n"
+    )
 
 
-def test_one_process_at_a_time(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_at_a_time(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with locked(tmp_path):
-        assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path)) == 2
-    assert capsys.readouterr().err == (f"{tmp_path}: got a folder that another process is writing, expected a free one. "
-                                       "Wait for it to end or choose another --out.\n")
+        assert (
+            _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path)) == 2
+        )
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: got a folder that another process is writing, expected a free one. "
+        "Wait for it to end or choose another --out.\n"
+    )
 
 
-@pytest.mark.parametrize(("option", "value", "least"), [("--nsamples", "0", 1), ("--seqlen", "1", 2)])
-def test_numbers_of_calibration_windows(option: str, value: str, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "least"), [("--nsamples", "0", 1), ("--seqlen", "1", 2)]
+)
+def test_numbers_of_calibration_windows(
+    option: str, value: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         _main("llama-7b", "--wbits", "4", "--abits", "8", option, value)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"error: argument {option}: got {value}, expected at least {least}\n")
+    assert capsys.readouterr().err.endswith(
+        f"error: argument {option}: got {value}, expected at least {least}\n"
+    )
 
 
-def test_ctrl_c_exits_130_and_gives_the_terminal_back(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_130_and_gives_the_terminal_back(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.live import Live
 
     lives: list[Live] = []
     start = Live.start
-    monkeypatch.setattr(Live, "start", lambda self, refresh=False: (lives.append(self), start(self, refresh))[-1])
+    monkeypatch.setattr(
+        Live, "start", lambda self, refresh=False: (lives.append(self), start(self, refresh))[-1]
+    )
 
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("calibration.quant.quantize.SafetensorsWriter.write", interrupt)
     out = tmp_path / "out"
-    command = [str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--method", "rtn", "--out", str(out), "--progress", "rich", "--offline"]
+    command = [
+        str(tiny_model_dir),
+        "--wbits",
+        "4",
+        "--abits",
+        "8",
+        "--method",
+        "rtn",
+        "--out",
+        str(out),
+        "--progress",
+        "rich",
+        "--offline",
+    ]
     assert main(command) == 130
     assert [live.is_started for live in lives] == [False]
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_out_that_the_exporter_keeps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_that_the_exporter_keeps_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     assert _main("llama-7b", "--wbits", "4", "--abits", "8", "--out", str(tmp_path)) == 2
     assert capsys.readouterr().err.endswith(
         f"{tmp_path}: got a folder with manifest.json, which python -m exporter keeps, expected another. "
-        "Choose another --out, or run python -m exporter with --until quant.\n")
+        "Choose another --out, or run python -m exporter with --until quant.\n"
+    )
 
 
-def test_no_space_left(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_space_left(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import shutil as module
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    assert _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path / "out")) == 2
+    assert (
+        _main(str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--out", str(tmp_path / "out"))
+        == 2
+    )
     assert "got 1 MB of free space, expected at least " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.data import calibration_windows, default_text, load_text, tokens_from_text, windows_from_tokens
+from calibration.data import (
+    calibration_windows,
+    default_text,
+    load_text,
+    tokens_from_text,
+    windows_from_tokens,
+)
 from calibration.settings import CalibrationSettings
 from plugins.errors import InputError
 
@@ -41,43 +47,62 @@ def test_text_and_json_lines(tmp_path: Path) -> None:
     assert load_text(str(tmp_path / "a.jsonl")) == "one\n\ntwo\n\nthree"
 
 
-@pytest.mark.parametrize(("line", "problem"),
-                         [("{oops", "got no valid JSON"), ('{"id": 1}', 'got no field "text" with a string'),
-                          ('{"text": 5}', 'got no field "text" with a string'),
-                          ("3", 'got no field "text" with a string')])
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{oops", "got no valid JSON"),
+        ('{"id": 1}', 'got no field "text" with a string'),
+        ('{"text": 5}', 'got no field "text" with a string'),
+        ("3", 'got no field "text" with a string'),
+    ],
+)
 def test_bad_json_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n{line}\n')
-    assert _refusal(str(path)) == f'{path}, line 2: {problem}. Write one object per line: {{"text": "..."}}.'
+    assert (
+        _refusal(str(path))
+        == f'{path}, line 2: {problem}. Write one object per line: {{"text": "..."}}.'
+    )
 
 
 @pytest.mark.parametrize("content", ["", " \n\n\t"])
 def test_empty_text(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.txt"
     path.write_text(content)
-    assert _refusal(str(path)) == f"--calib: got {path} with no text in it. Give a file with at least a few thousand words."
+    assert (
+        _refusal(str(path))
+        == f"--calib: got {path} with no text in it. Give a file with at least a few thousand words."
+    )
 
 
 def test_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xff\xfe\x00")
-    assert _refusal(str(path)) == (f"{path}: got a file that is not UTF-8 text ('utf-8' codec can't decode byte 0xff in "
-                                   "position 0: "
-                                   "invalid start byte). Save it as UTF-8.")
+    assert _refusal(str(path)) == (
+        f"{path}: got a file that is not UTF-8 text ('utf-8' codec can't decode byte 0xff in "
+        "position 0: "
+        "invalid start byte). Save it as UTF-8."
+    )
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert _refusal("none/of/this.txt", where="--text") == (
-        "--text: got no such file none/of/this.txt, expected a .txt or .jsonl file or a dataset name. Check the path.")
-    assert _refusal(str(tmp_path)) == (f"--calib: got a folder {tmp_path}, expected a .txt or .jsonl file or a dataset name. "
-                                       "Check the path.")
+        "--text: got no such file none/of/this.txt, expected a .txt or .jsonl file or a dataset "
+        "name. Check the path."
+    )
+    assert _refusal(str(tmp_path)) == (
+        f"--calib: got a folder {tmp_path}, expected a .txt or .jsonl file or a dataset name. "
+        "Check the path."
+    )
 
 
 def test_dataset_name_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert _refusal("wikitext:wikitext-2-raw-v1:test") == (
-        "--calib: got wikitext:wikitext-2-raw-v1:test, no such file, and dataset names need the package datasets. "
-        "Give a .txt or .jsonl file, or pip install datasets.")
+        "--calib: got wikitext:wikitext-2-raw-v1:test, no such file, and dataset names need the "
+        "package datasets. "
+        "Give a .txt or .jsonl file, or pip install datasets."
+    )
 
 
 def test_dataset_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +123,10 @@ def test_dataset_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", Library)
     assert load_text("wiki:v1:test", offline=True) == "first\n\nwiki v1 test True"
     assert load_text("wiki") == "first\n\nwiki None train False"
-    assert _refusal("absent") == ("--calib: got absent, neither a file nor a dataset that can be loaded (no such dataset). "
-                                  "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file.")
+    assert _refusal("absent") == (
+        "--calib: got absent, neither a file nor a dataset that can be loaded (no such dataset). "
+        "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file."
+    )
 
 
 def test_windows() -> None:
@@ -109,30 +136,40 @@ def test_windows() -> None:
     assert windows_from_tokens(np.arange(10), 4).shape == (2, 4)
 
 
-@pytest.mark.parametrize(("nsamples", "seqlen", "advice"),
-                         [(4, 5, "--nsamples 2 --seqlen 5"), (1, 15, "--nsamples 1 --seqlen 12")])
+@pytest.mark.parametrize(
+    ("nsamples", "seqlen", "advice"),
+    [(4, 5, "--nsamples 2 --seqlen 5"), (1, 15, "--nsamples 1 --seqlen 12")],
+)
 def test_too_short_text_states_the_counts(nsamples: int, seqlen: int, advice: str) -> None:
     with pytest.raises(InputError) as caught:
         tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
     windows = f"{nsamples} windows of {seqlen}"
-    assert str(caught.value) == (f"--calib: got a text of 12 tokens, expected at least {nsamples * seqlen} ({windows}). "
-                                 f"Give a longer text, or {advice}.")
+    assert str(caught.value) == (
+        f"--calib: got a text of 12 tokens, expected at least {nsamples * seqlen} ({windows}). "
+        f"Give a longer text, or {advice}."
+    )
 
 
 @pytest.mark.parametrize(("nsamples", "seqlen"), [(0, 64), (4, 1), (-1, -1)])
 def test_counts_that_make_no_sense(nsamples: int, seqlen: int) -> None:
     with pytest.raises(InputError) as caught:
         tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
-    assert str(caught.value) == (f"--nsamples, --seqlen: got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2. "
-                                 "Give larger numbers.")
+    assert str(caught.value) == (
+        f"--nsamples, --seqlen: got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2. "
+        "Give larger numbers."
+    )
 
 
 # ---------------------------------------------------------------- calibration windows
 
 
-def _windows(path: Path, text: str | bytes, longest: int = 2048, **settings: int) -> tuple[np.ndarray, str]:
+def _windows(
+    path: Path, text: str | bytes, longest: int = 2048, **settings: int
+) -> tuple[np.ndarray, str]:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return calibration_windows(WordTokenizer(), CalibrationSettings(calib=str(path), **settings), longest)
+    return calibration_windows(
+        WordTokenizer(), CalibrationSettings(calib=str(path), **settings), longest
+    )
 
 
 def _numbers(count: int) -> str:
@@ -140,40 +177,63 @@ def _numbers(count: int) -> str:
     return " ".join("x" * (index + 1) for index in range(count))
 
 
-def test_calibration_windows_are_whole_and_drawn_from_all_of_the_text_by_the_seed(tmp_path: Path) -> None:
-    """The loader of the evaluation cuts the same windows (no BOS, no overlap); calibration draws from its own text alone."""
+def test_calibration_windows_are_whole_and_drawn_from_all_of_the_text_by_the_seed(
+    tmp_path: Path,
+) -> None:
+    """The loader of the evaluation cuts the same windows (no BOS, no overlap); calibration draws
+    from its own text alone.
+    """
     text, drawn = _numbers(400), []
     for seed in range(20):
         windows, note = _windows(tmp_path / "a.txt", text, nsamples=5, seqlen=8, seed=seed)
         assert windows.shape == (5, 8) and windows.dtype == np.int64 and note == ""
         starts = windows[:, 0] - 1
-        assert (windows == starts[:, None] + 1 + np.arange(8)).all() and (starts % 8 == 0).all() and len(set(starts)) == 5
+        assert (
+            (windows == starts[:, None] + 1 + np.arange(8)).all()
+            and (starts % 8 == 0).all()
+            and len(set(starts)) == 5
+        )
         drawn.append(tuple(starts))
     again, _ = _windows(tmp_path / "a.txt", text, nsamples=5, seqlen=8, seed=7)
     assert tuple(again[:, 0] - 1) == drawn[7]
-    assert len(set(drawn)) == 20 and max(max(starts) for starts in drawn) > 360  # not the beginning alone
+    assert (
+        len(set(drawn)) == 20 and max(max(starts) for starts in drawn) > 360
+    )  # not the beginning alone
 
 
-@pytest.mark.parametrize(("words", "asked", "longest", "found"), [
-    (64, (8, 8), 99, (8, 8)),
-    (63, (8, 8), 99, (7, 8)),  # the end that fills no window is left out
-    (12, (8, 8), 99, (1, 8)),
-    (7, (8, 8), 99, (1, 7)),  # shorter than a window
-    (2, (1, 2), 99, (1, 2)),
-    (64, (4, 32), 16, (4, 16)),  # longer than the model takes
-])
-def test_a_short_text_gives_what_it_has(tmp_path: Path, words: int, asked: tuple[int, int], longest: int, found: tuple[int, int]) -> None:
-    windows, note = _windows(tmp_path / "a.txt", _numbers(words), longest, nsamples=asked[0], seqlen=asked[1])
+@pytest.mark.parametrize(
+    ("words", "asked", "longest", "found"),
+    [
+        (64, (8, 8), 99, (8, 8)),
+        (63, (8, 8), 99, (7, 8)),  # the end that fills no window is left out
+        (12, (8, 8), 99, (1, 8)),
+        (7, (8, 8), 99, (1, 7)),  # shorter than a window
+        (2, (1, 2), 99, (1, 2)),
+        (64, (4, 32), 16, (4, 16)),  # longer than the model takes
+    ],
+)
+def test_a_short_text_gives_what_it_has(
+    tmp_path: Path, words: int, asked: tuple[int, int], longest: int, found: tuple[int, int]
+) -> None:
+    windows, note = _windows(
+        tmp_path / "a.txt", _numbers(words), longest, nsamples=asked[0], seqlen=asked[1]
+    )
     assert windows.shape == found
-    assert note == ("" if asked == found else f"Calibrating on {found[0]} windows of {found[1]} tokens; "
-                    f"{asked[0]} of {asked[1]} were asked for.")
+    assert note == (
+        ""
+        if asked == found
+        else f"Calibrating on {found[0]} windows of {found[1]} tokens; "
+        f"{asked[0]} of {asked[1]} were asked for."
+    )
 
 
 def test_the_default_text_is_too_short_for_the_papers_and_says_so() -> None:
     settings = CalibrationSettings(nsamples=128, seqlen=2048)
     windows, note = calibration_windows(WordTokenizer(), settings, 4096)
     assert windows.shape[1] == 2048 and 1 <= len(windows) < 128
-    assert note == f"Calibrating on {len(windows)} windows of 2048 tokens; 128 of 2048 were asked for."
+    assert (
+        note == f"Calibrating on {len(windows)} windows of 2048 tokens; 128 of 2048 were asked for."
+    )
 
 
 def test_calibration_takes_bytes_that_are_not_text(tmp_path: Path) -> None:
@@ -187,4 +247,7 @@ def test_calibration_takes_bytes_that_are_not_text(tmp_path: Path) -> None:
 def test_one_token_is_too_few(tmp_path: Path, words: str) -> None:
     with pytest.raises(InputError) as caught:
         _windows(tmp_path / "a.txt", words)
-    assert str(caught.value) == "--calib: got a text of 1 tokens, expected at least 2. Give a longer text."
+    assert (
+        str(caught.value)
+        == "--calib: got a text of 1 tokens, expected at least 2. Give a longer text."
+    )

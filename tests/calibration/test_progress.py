@@ -19,9 +19,17 @@ def test_json_lines() -> None:
     progress.message("hello")
     progress.finish()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [line["event"] for line in lines] == ["start", "progress", "progress", "message", "finish"]
+    assert [line["event"] for line in lines] == [
+        "start",
+        "progress",
+        "progress",
+        "message",
+        "finish",
+    ]
     assert [line["done"] for line in lines] == [0, 1, 2, 2, 2]
-    assert all(line["stage"] == "onnx" and line["total"] == 2 and line["seconds"] >= 0 for line in lines)
+    assert all(
+        line["stage"] == "onnx" and line["total"] == 2 and line["seconds"] >= 0 for line in lines
+    )
     assert lines[1]["note"] == "layer 0" and lines[3]["text"] == "hello"
 
 

@@ -15,14 +15,17 @@ from calibration.out.files import file_records, write_json
 @pytest.fixture(scope="session")
 def artifact(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT of a tiny W8A8 model, up to the ONNX file. Do not change it."""
-    from calibration.quant.bits import SchemeMap
     from calibration.progress import NullProgress
+    from calibration.quant.bits import SchemeMap
     from calibration.quant.scheme import QuantScheme
     from exporter.pipeline import ExportRequest, run_pipeline
 
     out = tmp_path_factory.mktemp("deploy") / "out"
     scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
-    run_pipeline(ExportRequest(str(tiny_model_dir), SchemeMap(scheme), out, until="onnx", offline=True), NullProgress())
+    run_pipeline(
+        ExportRequest(str(tiny_model_dir), SchemeMap(scheme), out, until="onnx", offline=True),
+        NullProgress(),
+    )
     return out
 
 
@@ -34,20 +37,26 @@ def copy(artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
-    """set(["8.9"]): pretend that a GPU of this compute capability, and TensorRT-RTX 1.7.1.116, are here."""
+    """set(["8.9"]): pretend that a GPU of this compute capability, and TensorRT-RTX 1.7.1.116, are
+    here.
+    """
     from exporter.engine.edition import Edition
 
     def pretend(capabilities: list[str]) -> None:
         for module in ("edition", "engine_session"):
             monkeypatch.setattr(f"exporter.{module}.gpu_capabilities", lambda: capabilities)
-        monkeypatch.setattr("exporter.engine.edition._installed", lambda name: Edition(name, "1.7.1.116"))
+        monkeypatch.setattr(
+            "exporter.engine.edition._installed", lambda name: Edition(name, "1.7.1.116")
+        )
 
     return pretend
 
 
 @pytest.fixture
 def engine_record(copy: Path) -> Callable[..., Path]:
-    """make(**changes) -> OUT with an engine folder whose record fits the model; its engine file is no engine."""
+    """make(**changes) -> OUT with an engine folder whose record fits the model; its engine file is
+    no engine.
+    """
 
     def make(**changes: object) -> Path:
         import onnx
@@ -55,17 +64,30 @@ def engine_record(copy: Path) -> Callable[..., Path]:
         from exporter.engine.build import EngineOptions, profile_shapes
 
         model = onnx.load(copy / "onnx" / "model.onnx", load_external_data=False)
-        dims = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-                for value in model.graph.input}
+        dims = {
+            value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in model.graph.input
+        }
         folder = copy / "engine"
         folder.mkdir()
         (folder / "model.engine").write_bytes(b"no engine")
-        record = {"edition": "tensorrt-rtx", "version": "1.7.1.116", "custom_nodes": {"ABQGemm": 8}, "compute_capabilities": [],
-                  "profiles": profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64)), "decomposable_attention": False,
-                  "plugin_library": {"name": "libanybit_plugins.so"}}
+        record = {
+            "edition": "tensorrt-rtx",
+            "version": "1.7.1.116",
+            "custom_nodes": {"ABQGemm": 8},
+            "compute_capabilities": [],
+            "profiles": profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64)),
+            "decomposable_attention": False,
+            "plugin_library": {"name": "libanybit_plugins.so"},
+        }
         write_json(folder / "engine.json", record | changes)
         manifest = json.loads((copy / "manifest.json").read_text())
-        manifest["stages"]["engine"] = {"fingerprint": "", "seconds": 1, "peak_rss": 1, "files": file_records(folder)}
+        manifest["stages"]["engine"] = {
+            "fingerprint": "",
+            "seconds": 1,
+            "peak_rss": 1,
+            "files": file_records(folder),
+        }
         write_json(copy / "manifest.json", manifest)
         return copy
 

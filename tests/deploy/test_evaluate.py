@@ -37,7 +37,10 @@ def test_window_nll_scores_every_token_but_the_first(length: int) -> None:
     for _ in range(2):  # the second window must not see the first
         got = window_nll(session, window)
     rows = session.table[window[:-1]].astype(np.float64)
-    expected = -sum(row[target] - math.log(np.exp(row - row.max()).sum()) - row.max() for row, target in zip(rows, window[1:], strict=True))
+    expected = -sum(
+        row[target] - math.log(np.exp(row - row.max()).sum()) - row.max()
+        for row, target in zip(rows, window[1:], strict=True)
+    )
     assert got == pytest.approx(expected, rel=1e-6)
     assert session.fed == window[:-1].tolist()
 
@@ -45,20 +48,30 @@ def test_window_nll_scores_every_token_but_the_first(length: int) -> None:
 def test_perplexity_is_that_of_transformers(artifact: Path) -> None:
     import torch
 
-    from calibration.reference.model import quantised_model
     from calibration.quant.folder import read_quant
+    from calibration.reference.model import quantised_model
 
     quant = read_quant(artifact / "quant")
     windows = text_windows(quant.tokenizer(), TEXT, 64)[:3]
     model = quantised_model(quant)
     with torch.no_grad():
-        losses = [float(model(torch.tensor(window[None]), labels=torch.tensor(window[None])).loss) for window in windows]
+        losses = [
+            float(model(torch.tensor(window[None]), labels=torch.tensor(window[None])).loss)
+            for window in windows
+        ]
     expected = math.exp(sum(losses) / 3)
-    result = {runner: evaluate(artifact, EvalRequest(TEXT, first=3, seqlen=64, runner=runner)) for runner in ("torch", "onnxruntime")}
+    result = {
+        runner: evaluate(artifact, EvalRequest(TEXT, first=3, seqlen=64, runner=runner))
+        for runner in ("torch", "onnxruntime")
+    }
     assert result["torch"]["ppl"] == pytest.approx(expected, rel=1e-4)
     assert result["onnxruntime"]["ppl"] == pytest.approx(expected, rel=5e-3)
     assert {key: result["torch"][key] for key in ("windows", "runner", "seqlen", "tokens")} == {
-        "windows": 3, "runner": "torch", "seqlen": 64, "tokens": 189}
+        "windows": 3,
+        "runner": "torch",
+        "seqlen": 64,
+        "tokens": 189,
+    }
 
 
 def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
@@ -71,36 +84,64 @@ def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
     assert windows.reshape(-1).tolist() == tokens[: len(tokens) // 100 * 100]
 
 
-@pytest.mark.parametrize(("count", "windows", "first", "expected"), [
-    (5, 0, 0, [0, 1, 2, 3, 4]), (5, 0, 2, [0, 1]), (5, 2, 0, [0, 2]), (10, 3, 0, [0, 3, 6]), (5, 5, 0, [0, 1, 2, 3, 4]),
-    (9, 2, 4, [0, 2]), (9, 5, 5, [0, 1, 2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    ("count", "windows", "first", "expected"),
+    [
+        (5, 0, 0, [0, 1, 2, 3, 4]),
+        (5, 0, 2, [0, 1]),
+        (5, 2, 0, [0, 2]),
+        (10, 3, 0, [0, 3, 6]),
+        (5, 5, 0, [0, 1, 2, 3, 4]),
+        (9, 2, 4, [0, 2]),
+        (9, 5, 5, [0, 1, 2, 3, 4]),
+    ],
+)
 def test_select_windows(count: int, windows: int, first: int, expected: list[int]) -> None:
     assert select_windows(count, windows, first) == expected
 
 
-@pytest.mark.parametrize(("windows", "first", "option", "limit", "which"), [
-    (5, 0, "windows", 4, "the windows to choose from"), (3, 2, "windows", 2, "the windows to choose from"),
-    (0, 5, "first", 4, "the whole windows of this text"),
-])
-def test_more_windows_than_the_text_has(windows: int, first: int, option: str, limit: int, which: str) -> None:
+@pytest.mark.parametrize(
+    ("windows", "first", "option", "limit", "which"),
+    [
+        (5, 0, "windows", 4, "the windows to choose from"),
+        (3, 2, "windows", 2, "the windows to choose from"),
+        (0, 5, "first", 4, "the whole windows of this text"),
+    ],
+)
+def test_more_windows_than_the_text_has(
+    windows: int, first: int, option: str, limit: int, which: str
+) -> None:
     with pytest.raises(InputError) as error:
         select_windows(4, windows, first)
-    assert str(error.value) == (f"--{option}: got {windows or first}, expected at most {limit}, {which}. Give a smaller number, "
-                                "a smaller --seqlen or a longer text.")
+    assert str(error.value) == (
+        f"--{option}: got {windows or first}, expected at most {limit}, {which}. Give a smaller number, "
+        "a smaller --seqlen or a longer text."
+    )
 
 
 def test_the_default_window_is_the_models_context_where_that_is_short(artifact: Path) -> None:
     assert evaluate(artifact, EvalRequest(TEXT, first=1))["seqlen"] == 256
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("  \n", "--text: got {path} with no text in it. Give a file with at least a few thousand words."),
-    ("word", "--text: got {path} with {tokens} tokens, expected at least one window of 64. Give a longer text, or --seqlen {tokens}."),
-    (None, "--text: got no such file {path}, expected a UTF-8 text file. Check the path."),
-    (b"\xff\xfe\x00", None),
-])
-def test_bad_texts(artifact: Path, tmp_path: Path, content: str | bytes | None, message: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "  \n",
+            "--text: got {path} with no text in it. Give a file with at least a few thousand words.",
+        ),
+        (
+            "word",
+            "--text: got {path} with {tokens} tokens, expected at least one window of 64. Give "
+            "a longer text, or --seqlen {tokens}.",
+        ),
+        (None, "--text: got no such file {path}, expected a UTF-8 text file. Check the path."),
+        (b"\xff\xfe\x00", None),
+    ],
+)
+def test_bad_texts(
+    artifact: Path, tmp_path: Path, content: str | bytes | None, message: str | None
+) -> None:
     from calibration.quant.folder import read_quant
 
     path = tmp_path / "text.txt"
@@ -109,16 +150,25 @@ def test_bad_texts(artifact: Path, tmp_path: Path, content: str | bytes | None, 
     with pytest.raises(InputError) as error:
         evaluate(artifact, EvalRequest(path, seqlen=64))
     if message is None:
-        assert str(error.value).startswith(f"{path}: got a file that is not UTF-8 text (") and error.value.fix == "Save it as UTF-8"
+        assert (
+            str(error.value).startswith(f"{path}: got a file that is not UTF-8 text (")
+            and error.value.fix == "Save it as UTF-8"
+        )
         return
-    tokens = len(read_quant(artifact / "quant").tokenizer()("word", add_special_tokens=False)["input_ids"])
+    tokens = len(
+        read_quant(artifact / "quant").tokenizer()("word", add_special_tokens=False)["input_ids"]
+    )
     assert str(error.value) == message.format(path=path, tokens=tokens)
 
 
 def test_a_window_longer_than_the_context(artifact: Path) -> None:
     with pytest.raises(InputError) as error:
         evaluate(artifact, EvalRequest(TEXT, seqlen=257))
-    assert str(error.value) == "--seqlen: got 257, expected at most 256, the context with onnxruntime. Give a smaller --seqlen."
+    assert (
+        str(error.value)
+        == "--seqlen: got 257, expected at most 256, the context with onnxruntime. Give a "
+        "smaller --seqlen."
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -128,5 +178,7 @@ def test_nan_is_a_failed_check(artifact: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(module, "window_nll", lambda session, window: bad)
     with pytest.raises(CheckError) as error:
         evaluate(artifact, EvalRequest(TEXT, first=1, seqlen=64))
-    assert str(error.value) == (f"window 0: got a mean negative log-likelihood of {bad}, expected a finite perplexity. "
-                                "The model is broken: look at the report's first bad layer.")
+    assert str(error.value) == (
+        f"window 0: got a mean negative log-likelihood of {bad}, expected a finite perplexity. "
+        "The model is broken: look at the report's first bad layer."
+    )

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.generate import GenerateRequest, TextStream, generate_text, generate_tokens, prompt_tokens, stop_tokens
+from deploy.generate import (
+    GenerateRequest,
+    TextStream,
+    generate_text,
+    generate_tokens,
+    prompt_tokens,
+    stop_tokens,
+)
 from deploy.sampling import Sampler, Sampling
 from plugins.errors import InputError
 
@@ -30,7 +37,9 @@ class CountingSession:
     def __init__(self) -> None:
         self.fed: list[list[int]] = []
 
-    def run(self, input_ids: np.ndarray, reset: bool = False, last_only: bool = False) -> np.ndarray:
+    def run(
+        self, input_ids: np.ndarray, reset: bool = False, last_only: bool = False
+    ) -> np.ndarray:
         assert reset == (not self.fed) and last_only
         self.fed.append(input_ids[0].tolist())
         logits = np.zeros((1, 1, 100), np.float32)
@@ -53,31 +62,44 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
     session: Any = CountingSession()
     with pytest.raises(InputError) as error:
         next(generate_tokens(session, [1] * 20, Sampler(Sampling()), 4))
-    assert str(error.value) == ("--prompt: got 20 tokens, expected fewer than the context of 20. "
-                                "Give a shorter prompt, or build the engine with a larger --max-seq.")
+    assert str(error.value) == (
+        "--prompt: got 20 tokens, expected fewer than the context of 20. "
+        "Give a shorter prompt, or build the engine with a larger --max-seq."
+    )
 
 
 def test_greedy_tokens_are_those_of_transformers(artifact: Path, tokenizer: Any) -> None:
     import torch
 
-    from calibration.reference.model import quantised_model
     from calibration.quant.folder import read_quant
+    from calibration.reference.model import quantised_model
     from exporter.run.sessions import open_session
 
     prompt = prompt_tokens(tokenizer, PROMPT)
     model = quantised_model(read_quant(artifact / "quant"))
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     for runner in ("torch", "onnxruntime"):
         with open_session(runner, artifact) as session:
             tokens = list(generate_tokens(session, prompt, Sampler(Sampling()), 12))
-        assert tokens == expected[0, len(prompt):].tolist(), runner
+        assert tokens == expected[0, len(prompt) :].tolist(), runner
 
 
-@pytest.mark.parametrize("text", ["Plain words, and more.", "naïve café — 水の上 🙂🙂 ok", "  two  spaces\n\nand\tlines "])
+@pytest.mark.parametrize(
+    "text",
+    ["Plain words, and more.", "naïve café — 水の上 🙂🙂 ok", "  two  spaces\n\nand\tlines "],
+)
 def test_streamed_text_is_whole_and_never_shows_half_a_character(tokenizer: Any, text: str) -> None:
     start = tokenizer("Some words 🙂 first")["input_ids"]
     stream = TextStream(tokenizer, start)
-    pieces = [stream.feed(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    pieces = [
+        stream.feed(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) + stream.flush() == text
 
@@ -94,7 +116,9 @@ def test_stop_tokens(eos: Any, expected: set[int]) -> None:
     assert stop_tokens({"eos_token_id": eos}) == expected
 
 
-def test_generation_stops_at_the_end_token(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_stops_at_the_end_token(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from deploy import generate
 
     assert generate_text(artifact, GenerateRequest(PROMPT, 6, "onnxruntime")) == 6
@@ -108,15 +132,27 @@ def test_generation_stops_at_the_end_token(artifact: Path, monkeypatch: pytest.M
 def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for stream in (False, True):
-        generate_text(artifact, GenerateRequest(PROMPT, 8, "onnxruntime", Sampling(0.8, 20, 3), stream))
+        generate_text(
+            artifact, GenerateRequest(PROMPT, 8, "onnxruntime", Sampling(0.8, 20, 3), stream)
+        )
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
 
 
-@pytest.mark.parametrize(("prompt", "text"), [
-    ("", '--prompt: got an empty text, expected at least one word. Give some: --prompt "Once upon a time".'),
-    ("a\udcff", "--prompt: got bytes that are not UTF-8, expected text. Check the terminal's encoding."),
-])
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (
+            "",
+            '--prompt: got an empty text, expected at least one word. Give some: --prompt "Once '
+            'upon a time".',
+        ),
+        (
+            "a\udcff",
+            "--prompt: got bytes that are not UTF-8, expected text. Check the terminal's encoding.",
+        ),
+    ],
+)
 def test_bad_prompts(prompt: str, text: str) -> None:
     with pytest.raises(InputError) as error:
         prompt_tokens(object(), prompt)

@@ -30,7 +30,9 @@ def test_temperature_squeezes_the_odds() -> None:
 
 
 def test_top_k_draws_among_the_best() -> None:
-    np.testing.assert_allclose(draws(Sampling(1.0, top_k=2)), [0, 0.6 / 0.85, 0, 0.25 / 0.85], atol=0.03)
+    np.testing.assert_allclose(
+        draws(Sampling(1.0, top_k=2)), [0, 0.6 / 0.85, 0, 0.25 / 0.85], atol=0.03
+    )
     assert draws(Sampling(1.0, top_k=1), 5)[1] == 1
     assert draws(Sampling(1.0, top_k=99)).min() > 0
 
@@ -53,12 +55,17 @@ def test_minus_infinity_is_never_drawn() -> None:
 def test_top_k_without_temperature_is_refused() -> None:
     with pytest.raises(InputError) as error:
         Sampling(top_k=40)
-    assert str(error.value) == ("--top-k: got 40 with temperature 0, expected none: 0 always takes the best token. "
-                                "Add --temperature 0.8, or leave --top-k out.")
+    assert str(error.value) == (
+        "--top-k: got 40 with temperature 0, expected none: 0 always takes the best token. "
+        "Add --temperature 0.8, or leave --top-k out."
+    )
 
 
 def test_nan_is_an_error() -> None:
     with pytest.raises(CheckError) as error:
         Sampler(Sampling()).choose(np.array([0, np.nan, 1], np.float32))
-    assert str(error.value) == ("logits: got 1 NaN of 3, expected finite numbers. An activation overflowed: look at the report's first "
-                                "bad layer, or export with --dtype bfloat16.")
+    assert str(error.value) == (
+        "logits: got 1 NaN of 3, expected finite numbers. An activation overflowed: look at the "
+        "report's first "
+        "bad layer, or export with --dtype bfloat16."
+    )

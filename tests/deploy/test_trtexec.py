@@ -1,4 +1,6 @@
-"""The printed trtexec commands: shapes that fit the model and each other, plugin flags, names of real nodes."""
+"""The printed trtexec commands: shapes that fit the model and each other, plugin flags, names of
+real nodes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from plugins.errors import InputError
 
 
 def commands(out: Path) -> list[list[str]]:
-    return [line for line in (shlex.split(line, comments=True) for line in script(out).replace("\\\n", "").splitlines()) if line]
+    return [
+        line
+        for line in (
+            shlex.split(line, comments=True)
+            for line in script(out).replace("\\\n", "").splitlines()
+        )
+        if line
+    ]
 
 
 def option(command: list[str], name: str) -> str:
@@ -24,7 +33,10 @@ def option(command: list[str], name: str) -> str:
 
 
 def shapes(text: str) -> dict[str, list[int]]:
-    return {name: [int(size) for size in dims.split("x")] for name, dims in (item.rsplit(":", 1) for item in text.split(","))}
+    return {
+        name: [int(size) for size in dims.split("x")]
+        for name, dims in (item.rsplit(":", 1) for item in text.split(","))
+    }
 
 
 def test_commands(engine_record: Callable[..., Path]) -> None:
@@ -35,7 +47,10 @@ def test_commands(engine_record: Callable[..., Path]) -> None:
         assert option(command, "dynamicPlugins") == str(out / "engine" / "libanybit_plugins.so")
     assert Path(option(build, "onnx")).is_file()
     assert option(prefill, "loadEngine") == str(out / "engine" / "model.engine")
-    names = {value.name for value in onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph.input}
+    names = {
+        value.name
+        for value in onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph.input
+    }
     for index, command in enumerate((prefill, decode)):
         assert option(command, "useProfile") == str(index)
         found = shapes(option(command, "shapes"))
@@ -58,7 +73,9 @@ def test_the_build_command_has_both_profiles_in_order(engine_record: Callable[..
 def test_fp32_attention_is_named(engine_record: Callable[..., Path]) -> None:
     out = engine_record(decomposable_attention=True)
     nodes = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph.node
-    assert option(commands(out)[0], "decomposableAttentions").split(",") == [node.name for node in nodes if node.op_type == "Attention"]
+    assert option(commands(out)[0], "decomposableAttentions").split(",") == [
+        node.name for node in nodes if node.op_type == "Attention"
+    ]
 
 
 def test_the_data_centre_edition_has_its_own_tool(engine_record: Callable[..., Path]) -> None:
@@ -70,14 +87,22 @@ def test_the_data_centre_edition_has_its_own_tool(engine_record: Callable[..., P
 def test_no_engine(artifact: Path) -> None:
     with pytest.raises(InputError) as error:
         script(artifact)
-    assert str(error.value) == (f"{artifact / 'engine' / 'engine.json'}: got no such file, expected the record of a built engine. "
-                                f"Build one with: python -m exporter MODEL --wbits W --abits A --until engine --out {artifact}.")
+    assert str(error.value) == (
+        f"{artifact / 'engine' / 'engine.json'}: got no such file, expected the record of a "
+        f"built engine. "
+        f"Build one with: python -m exporter MODEL --wbits W --abits A --until engine --out {artifact}."
+    )
 
 
-@pytest.mark.parametrize("changes", [{"profiles": None}, {"plugin_library": {}}, {"edition": "other"}])
+@pytest.mark.parametrize(
+    "changes", [{"profiles": None}, {"plugin_library": {}}, {"edition": "other"}]
+)
 def test_a_damaged_record(engine_record: Callable[..., Path], changes: dict[str, object]) -> None:
     out = engine_record(**changes)
     with pytest.raises(InputError) as error:
         script(out)
-    assert str(error.value) == (f"{out / 'engine' / 'engine.json'}: got a record without profiles or plugin library, expected a whole "
-                                "engine.json. It is damaged: build the engine again.")
+    assert str(error.value) == (
+        f"{out / 'engine' / 'engine.json'}: got a record without profiles or plugin library, "
+        f"expected a whole "
+        "engine.json. It is damaged: build the engine again."
+    )

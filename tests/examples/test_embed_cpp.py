@@ -17,6 +17,22 @@ def test_it_compiles_without_a_warning() -> None:
         pytest.skip("no TensorRT SDK: TENSORRT_ROOT is not set")
     from plugins.tools.build import find_cuda_include
 
-    done = subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-isystem", f"{root}/include",
-                           "-isystem", str(find_cuda_include()), str(SOURCE)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fsyntax-only",
+            "-isystem",
+            f"{root}/include",
+            "-isystem",
+            str(find_cuda_include()),
+            str(SOURCE),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

@@ -11,8 +11,12 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make(fuse_norms=True, **scheme) -> OUT with quant/, onnx/ and a manifest that names the float model. Do not change it."""
+def tiny_export(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """make(fuse_norms=True, **scheme) -> OUT with quant/, onnx/ and a manifest that names the float
+    model. Do not change it.
+    """
     from calibration.out.files import write_json
     from calibration.quant.folder import read_quant
     from exporter.graph.decoder import export_onnx
@@ -26,7 +30,9 @@ def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_
             shutil.copytree(tiny_quant(**scheme), out)
             (out / "onnx").mkdir()
             export_onnx(read_quant(out / "quant"), out / "onnx", fuse_norms=fuse_norms)
-            write_json(out / "manifest.json", {"request": {"model": str(tiny_model_dir)}, "stages": {}})
+            write_json(
+                out / "manifest.json", {"request": {"model": str(tiny_model_dir)}, "stages": {}}
+            )
             cache[key] = out
         return cache[key]
 
@@ -34,13 +40,38 @@ def tiny_export(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_
 
 
 @pytest.fixture
-def run(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """run(out, *more) -> (exit code, stdout, stderr) of the exporter on the tiny model, rounded to nearest, up to the ONNX stage."""
+def run(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """run(out, *more) -> (exit code, stdout, stderr) of the exporter on the tiny model, rounded to
+    nearest, up to the ONNX stage.
+    """
     from exporter.__main__ import main
 
-    def call(out: Path, *more: str, model: Path = tiny_model_dir, wbits: str = "4", abits: str = "8") -> tuple[int, str, str]:
-        code = main([str(model), "--wbits", wbits, "--abits", abits, "--method", "rtn", "--out", str(out), "--until", "onnx",
-                     "--engine", "none", "--offline", "--progress", "plain", *more])
+    def call(
+        out: Path, *more: str, model: Path = tiny_model_dir, wbits: str = "4", abits: str = "8"
+    ) -> tuple[int, str, str]:
+        code = main(
+            [
+                str(model),
+                "--wbits",
+                wbits,
+                "--abits",
+                abits,
+                "--method",
+                "rtn",
+                "--out",
+                str(out),
+                "--until",
+                "onnx",
+                "--engine",
+                "none",
+                "--offline",
+                "--progress",
+                "plain",
+                *more,
+            ]
+        )
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -49,7 +80,9 @@ def run(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
 
 @pytest.fixture
 def refused() -> Callable[[tuple[int, str, str], str], None]:
-    """refused(result of run, message): exit code 2 and one message, no traceback, as the last line on stderr."""
+    """refused(result of run, message): exit code 2 and one message, no traceback, as the last line
+    on stderr.
+    """
 
     def check(result: tuple[int, str, str], message: str) -> None:
         code, _, err = result
@@ -64,6 +97,10 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
     """snapshot(out) -> every file of a folder but the lock."""
 
     def read(out: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"}
+        return {
+            str(path.relative_to(out)): path.read_bytes()
+            for path in sorted(out.rglob("*"))
+            if path.is_file() and path.name != ".lock"
+        }
 
     return read

@@ -1,4 +1,6 @@
-"""Every bad input gives one message and exit code 2 through the exporter's command line, and leaves earlier results whole."""
+"""Every bad input gives one message and exit code 2 through the exporter's command line, and leaves
+earlier results whole.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +21,54 @@ Refused = Callable[[tuple[int, str, str], str], None]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 
-def test_a_full_disk_is_refused_before_writing(run: Run, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_writing(
+    run: Run, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     code, _, err = run(tmp_path / "out")
     assert code == EXIT_INPUT
-    assert err.splitlines()[-1].startswith(f"{tmp_path / 'out' / 'quant'}: got 1 MB of free space, expected at least ")
+    assert err.splitlines()[-1].startswith(
+        f"{tmp_path / 'out' / 'quant'}: got 1 MB of free space, expected at least "
+    )
     assert err.endswith("Free some space or choose another --out.\n")
     assert not (tmp_path / "out" / "quant").exists()
 
 
-def test_a_folder_of_another_setting_is_refused_and_kept(run: Run, refused: Refused, tmp_path: Path, tiny_llama: Callable[..., Path],
-                                                          snapshot: Snapshot) -> None:
+def test_a_folder_of_another_setting_is_refused_and_kept(
+    run: Run, refused: Refused, tmp_path: Path, tiny_llama: Callable[..., Path], snapshot: Snapshot
+) -> None:
     out = tmp_path / "out"
     run(out)
     before = snapshot(out)
-    refused(run(out, wbits="3"), f'{out}: got an artefact with scheme {{"act_symmetric": true, "op": "QQQGemm", "wbits": 4}}, expected '
-            '{"op": "ABQGemm", "wbits": 3, "act_symmetric": false}. Choose another --out, or delete this folder.')
+    refused(
+        run(out, wbits="3"),
+        f"{out}: got an artefact with scheme "
+        f'{{"act_symmetric": true, "op": "QQQGemm", "wbits": 4}}, expected '
+        '{"op": "ABQGemm", "wbits": 3, "act_symmetric": false}. Choose another --out, or delete '
+        "this folder.",
+    )
     other = tiny_llama(tie_word_embeddings=False)
     _, _, err = run(out, model=other)
-    assert err.splitlines()[-1].endswith(f'expected "{other}". Choose another --out, or delete this folder.')
+    assert err.splitlines()[-1].endswith(
+        f'expected "{other}". Choose another --out, or delete this folder.'
+    )
     assert snapshot(out) == before
 
 
 def test_a_strangers_folder_is_refused_and_kept(run: Run, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(run(tmp_path), f"{tmp_path}: got a folder with other files in it (thesis.tex), expected a new or an artefact folder. "
-            "Choose another --out.")
+    refused(
+        run(tmp_path),
+        f"{tmp_path}: got a folder with other files in it (thesis.tex), expected a new or an "
+        f"artefact folder. "
+        "Choose another --out.",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    refused(run(tmp_path / "thesis.tex"), f"{tmp_path / 'thesis.tex'}: got a file, expected a folder. Choose another --out.")
+    refused(
+        run(tmp_path / "thesis.tex"),
+        f"{tmp_path / 'thesis.tex'}: got a file, expected a folder. Choose another --out.",
+    )
 
 
 def test_two_exports_do_not_share_a_folder(run: Run, refused: Refused, tmp_path: Path) -> None:
@@ -55,8 +76,11 @@ def test_two_exports_do_not_share_a_folder(run: Run, refused: Refused, tmp_path:
     out.mkdir()
     with (out / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused(run(out), f"{out}: got a folder that another process is writing, expected a free one. "
-                "Wait for it to end or choose another --out.")
+        refused(
+            run(out),
+            f"{out}: got a folder that another process is writing, expected a free one. "
+            "Wait for it to end or choose another --out.",
+        )
 
 
 def test_bits_and_limits_out_of_range(run: Run, refused: Refused, tmp_path: Path) -> None:
@@ -65,9 +89,15 @@ def test_bits_and_limits_out_of_range(run: Run, refused: Refused, tmp_path: Path
         with pytest.raises(SystemExit) as caught:
             run(out, *more)
         assert caught.value.code == EXIT_INPUT
-    refused(run(out, wbits="9"), "--wbits: got '9', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
-            "Give one of these; in a shell write 2b or '2*' for the balanced set.")
-    refused(run(out, abits="9"), "--abits: got 9, expected 2 to 8, or 16 for weight-only. Give one of these.")
+    refused(
+        run(out, wbits="9"),
+        "--wbits: got '9', expected 1 to 8, 1* (3 levels) or 2* (5 levels). "
+        "Give one of these; in a shell write 2b or '2*' for the balanced set.",
+    )
+    refused(
+        run(out, abits="9"),
+        "--abits: got 9, expected 2 to 8, or 16 for weight-only. Give one of these.",
+    )
     assert not out.exists()
 
 
@@ -75,38 +105,61 @@ def test_an_unknown_model_leaves_nothing(run: Run, refused: Refused, tmp_path: P
     out, missing = tmp_path / "out", tmp_path / "missing.gguf"
     code, _, err = run(out, model=Path("smollm3"))
     assert code == EXIT_INPUT
-    assert err.splitlines()[-1].startswith("model 'smollm3': got an unknown name, expected an alias, a hub id (owner/name), a folder or a "
-                                           ".gguf file. Did you mean smollm2-")
+    assert err.splitlines()[-1].startswith(
+        "model 'smollm3': got an unknown name, expected an alias, a hub id (owner/name), a "
+        "folder or a "
+        ".gguf file. Did you mean smollm2-"
+    )
     code, _, err = run(out, model=missing)
-    assert code == EXIT_INPUT and err.splitlines()[-1].startswith(f"{missing}: got no such file or folder, expected a Hugging")
+    assert code == EXIT_INPUT and err.splitlines()[-1].startswith(
+        f"{missing}: got no such file or folder, expected a Hugging"
+    )
     assert not out.exists()
 
 
 def test_a_group_size_that_does_not_divide(run: Run, refused: Refused, tmp_path: Path) -> None:
-    refused(run(tmp_path / "out", "--method", "abq", "--group-size", "48"),
-            "--group-size: got 48, which does not divide the in_features 64, 128 of this model's linear layers. "
-            "Use --group-size 0 (one scale per output channel) or 16, 32, 64.")
+    refused(
+        run(tmp_path / "out", "--method", "abq", "--group-size", "48"),
+        "--group-size: got 48, which does not divide the in_features 64, 128 of this model's "
+        "linear layers. "
+        "Use --group-size 0 (one scale per output channel) or 16, 32, 64.",
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_that_cannot_be_read(run: Run, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_that_cannot_be_read(
+    run: Run, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = tmp_path / ("x" * 300)
-    refused(run(long), f"{long}: got File name too long, expected a folder that can be read. Choose another --out.")
+    refused(
+        run(long),
+        f"{long}: got File name too long, expected a folder that can be read. Choose another --out.",
+    )
 
     def forbid(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", forbid)
-    refused(run(tmp_path), f"{tmp_path}: got Permission denied, expected a folder that can be read. Choose another --out.")
+    refused(
+        run(tmp_path),
+        f"{tmp_path}: got Permission denied, expected a folder that can be read. Choose another --out.",
+    )
 
 
-def test_calibration_text_that_is_empty_or_one_token(run: Run, refused: Refused, tmp_path: Path) -> None:
+def test_calibration_text_that_is_empty_or_one_token(
+    run: Run, refused: Refused, tmp_path: Path
+) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text(" \n")
-    refused(run(out, "--calib", str(text)), f"--calib: got {text} with no text in it. Give a file with at least a few thousand words.")
+    refused(
+        run(out, "--calib", str(text)),
+        f"--calib: got {text} with no text in it. Give a file with at least a few thousand words.",
+    )
     text.write_text("a")
-    refused(run(out, "--calib", str(text), "--method", "qqq"),
-            "--calib: got a text of 1 tokens, expected at least 2. Give a longer text.")
+    refused(
+        run(out, "--calib", str(text), "--method", "qqq"),
+        "--calib: got a text of 1 tokens, expected at least 2. Give a longer text.",
+    )
     assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json"]
     assert run(out)[0] == 0  # a folder without a finished stage is nobody's
 
@@ -121,19 +174,26 @@ def _set_nan(data: bytearray) -> None:
     data[-4:] = np.float32("nan").tobytes()
 
 
-def test_damaged_weights_leave_earlier_results_whole(run: Run, refused: Refused, tmp_path: Path, tiny_model_dir: Path,
-                                                     snapshot: Snapshot) -> None:
+def test_damaged_weights_leave_earlier_results_whole(
+    run: Run, refused: Refused, tmp_path: Path, tiny_model_dir: Path, snapshot: Snapshot
+) -> None:
     out, model = tmp_path / "out", shutil.copytree(tiny_model_dir, tmp_path / "model")
     assert run(out, model=model)[0] == 0
     before, path = snapshot(out), model / "model.safetensors"
     size = path.stat().st_size
     _damage(path, _set_nan)
     code, _, err = run(out, "--resume", model=model)
-    assert code == EXIT_INPUT and err.splitlines()[-1].startswith(f"{model}, tensor model.") and "got nan at" in err
+    assert (
+        code == EXIT_INPUT
+        and err.splitlines()[-1].startswith(f"{model}, tensor model.")
+        and "got nan at" in err
+    )
     assert snapshot(out) == before
     _damage(path, lambda data: data.__delitem__(slice(-100, None)))
     code, _, err = run(out, "--resume", model=model)
-    assert code == EXIT_INPUT and err.splitlines()[-1].startswith(f"{path}: got {size - 100} bytes, expected {size}")
+    assert code == EXIT_INPUT and err.splitlines()[-1].startswith(
+        f"{path}: got {size - 100} bytes, expected {size}"
+    )
     assert "Traceback" not in err and snapshot(out) == before
 
 
@@ -148,18 +208,29 @@ def test_a_truncated_gguf(run: Run, refused: Refused, tmp_path: Path) -> None:
     writer.close()
     size = path.stat().st_size
     _damage(path, lambda data: data.__delitem__(slice(-1000, None)))
-    refused(run(tmp_path / "out", model=path), f"{path}: got {size - 1000} bytes, expected at least {size}. "
-            "The file is truncated or damaged: download it again.")
+    refused(
+        run(tmp_path / "out", model=path),
+        f"{path}: got {size - 1000} bytes, expected at least {size}. "
+        "The file is truncated or damaged: download it again.",
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_no_space_before_the_onnx_stage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_before_the_onnx_stage(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, usage, real = tmp_path / "out", shutil.disk_usage(tmp_path), shutil.disk_usage
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000) if (out / "quant").exists() else real(path))
+        patch.setattr(
+            shutil,
+            "disk_usage",
+            lambda path: usage._replace(free=1000) if (out / "quant").exists() else real(path),
+        )
         code, _, err = run(out)
     assert code == EXIT_INPUT
-    assert err.splitlines()[-1].startswith(f"{out / 'onnx'}: got 0 MB of free space, expected at least ")
+    assert err.splitlines()[-1].startswith(
+        f"{out / 'onnx'}: got 0 MB of free space, expected at least "
+    )
     assert err.endswith("Free some space or choose another --out.\n")
     assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json", "quant"]
     code, _, err = run(out, "--resume")

@@ -1,4 +1,6 @@
-"""The whole way on a tiny model: stages, manifest, checks that fail, progress (resume: test_resume.py, refusals: test_bad_input.py)."""
+"""The whole way on a tiny model: stages, manifest, checks that fail, progress (resume:
+test_resume.py, refusals: test_bad_input.py).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ from plugins.errors import EXIT_CHECK, EXIT_INTERRUPT
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[[tuple[int, str, str], str], None]
 TEXT = Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt"
-ROW = LayerReport("export", "prefill", "model.layers.0.output", 0.99, 17.0, 1.0, 0.14, 0.2, None, "model.layers.0.mlp.product", 1e-3, 4e-3)
+ROW = LayerReport(
+    "export",
+    "prefill",
+    "model.layers.0.output",
+    0.99,
+    17.0,
+    1.0,
+    0.14,
+    0.2,
+    None,
+    "model.layers.0.mlp.product",
+    1e-3,
+    4e-3,
+)
 
 
 def test_manifest_names_everything(run: Run, tmp_path: Path) -> None:
@@ -24,19 +39,50 @@ def test_manifest_names_everything(run: Run, tmp_path: Path) -> None:
     assert code == 0 and "onnx" in stdout
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["format"] == 1 and list(manifest["stages"]) == ["onnx", "quant"]
-    assert manifest["request"]["scheme"]["method"] == "rtn" and manifest["request"]["scheme"]["op"] == "QQQGemm"
-    assert manifest["versions"]["torch"].startswith("2.13.0") and manifest["command"][:3] == ["python", "-m", "exporter"]
+    assert (
+        manifest["request"]["scheme"]["method"] == "rtn"
+        and manifest["request"]["scheme"]["op"] == "QQQGemm"
+    )
+    assert manifest["versions"]["torch"].startswith("2.13.0") and manifest["command"][:3] == [
+        "python",
+        "-m",
+        "exporter",
+    ]
     for stage, record in manifest["stages"].items():
-        on_disk = {str(path.relative_to(tmp_path / "out" / stage)) for path in (tmp_path / "out" / stage).rglob("*") if path.is_file()}
-        assert set(record["files"]) == on_disk and record["seconds"] > 0 and record["peak_rss"] > 1e6
+        on_disk = {
+            str(path.relative_to(tmp_path / "out" / stage))
+            for path in (tmp_path / "out" / stage).rglob("*")
+            if path.is_file()
+        }
+        assert (
+            set(record["files"]) == on_disk and record["seconds"] > 0 and record["peak_rss"] > 1e6
+        )
     assert manifest["stages"]["onnx"]["facts"]["custom_nodes"] == 8
 
 
-def test_same_command_same_bytes(run_module: Any, snapshot: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_same_command_same_bytes(
+    run_module: Any, snapshot: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     made = []
     for seed in ("1", "2"):
-        done = run_module("exporter", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--nsamples", "4", "--seqlen", "32",
-                          "--out", str(tmp_path / seed), "--until", "onnx", "--offline", PYTHONHASHSEED=seed)
+        done = run_module(
+            "exporter",
+            str(tiny_model_dir),
+            "--wbits",
+            "4",
+            "--abits",
+            "8",
+            "--nsamples",
+            "4",
+            "--seqlen",
+            "32",
+            "--out",
+            str(tmp_path / seed),
+            "--until",
+            "onnx",
+            "--offline",
+            PYTHONHASHSEED=seed,
+        )
         assert done.returncode == 0, done.stderr
         made.append(snapshot(tmp_path / seed))
         made[-1].pop("manifest.json")
@@ -46,10 +92,15 @@ def test_same_command_same_bytes(run_module: Any, snapshot: Any, tiny_model_dir:
 def test_json_progress_is_one_object_per_line(run: Run, tmp_path: Path) -> None:
     code, stdout, _ = run(tmp_path / "out", "--progress", "json")
     lines = [json.loads(line) for line in stdout.splitlines()]
-    assert code == 0 and {line["stage"] for line in lines if line["event"] == "finish"} == {"quant", "onnx"}
+    assert code == 0 and {line["stage"] for line in lines if line["event"] == "finish"} == {
+        "quant",
+        "onnx",
+    }
 
 
-def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import exporter.proof.validate
 
     out = tmp_path / "out"
@@ -85,7 +136,9 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """proof(first failure): what the validation finds from here on."""
 
     def find(failure: str) -> None:
-        result = ValidationResult((ROW,), failure, (), {"tokens": 8, "steps": 0, "text": "default", "seconds": 1.0})
+        result = ValidationResult(
+            (ROW,), failure, (), {"tokens": 8, "steps": 0, "text": "default", "seconds": 1.0}
+        )
         monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: result)
 
     return find
@@ -106,58 +159,87 @@ def test_perplexity_in_the_report(run: Run, proof: Callable[[str], None], tmp_pa
     assert "report: kept" not in run(tmp_path / "out", "--until", "report", "--resume")[2]
 
 
-def test_a_text_with_fewer_windows_is_scored_whole(run: Run, proof: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_text_with_fewer_windows_is_scored_whole(
+    run: Run, proof: Callable[[str], None], tmp_path: Path
+) -> None:
     proof("")
     text = tmp_path / "text.txt"
     text.write_text("The river runs to the sea. " * 60)
-    assert run(tmp_path / "out", "--until", "report", "--eval", str(text), "--eval-windows", "50")[0] == 0
+    assert (
+        run(tmp_path / "out", "--until", "report", "--eval", str(text), "--eval-windows", "50")[0]
+        == 0
+    )
     assert 1 <= report_of(tmp_path / "out")["perplexity"]["windows"] < 50
 
 
-def test_nan_perplexity_is_exit_3_after_the_report(run: Run, proof: Callable[[str], None], tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_perplexity_is_exit_3_after_the_report(
+    run: Run, proof: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, options = tmp_path / "out", ("--until", "report", "--eval", str(TEXT))
     proof("")
-    monkeypatch.setattr("exporter.proof.perplexity.window_nll", lambda session, window: float("nan"))
+    monkeypatch.setattr(
+        "exporter.proof.perplexity.window_nll", lambda session, window: float("nan")
+    )
     for more in ((), ("--resume",)):
         code, _, err = run(out, *options, *more)
         assert code == EXIT_CHECK
-        assert err.splitlines()[-1] == (f"validation of {out}: perplexity of default_text.txt, window 0: got a mean negative log-"
-                                        f"likelihood of nan, expected a finite perplexity. See {out / 'report' / 'index.html'}.")
+        assert err.splitlines()[-1] == (
+            f"validation of {out}: perplexity of default_text.txt, window 0: got a mean "
+            f"negative log-"
+            f"likelihood of nan, expected a finite perplexity. See {out / 'report' / 'index.html'}."
+        )
     assert "report: kept" in err and report_of(out)["perplexity"] is None
     assert "perplexity of default_text.txt" in (out / "report" / "index.html").read_text()
 
 
-def test_a_model_out_of_tolerance_is_not_scored(run: Run, proof: Callable[[str], None], tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_out_of_tolerance_is_not_scored(
+    run: Run, proof: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proof("layer 0 is wrong")
     monkeypatch.setattr("exporter.proof.perplexity.window_nll", None)
     code, _, err = run(tmp_path / "out", "--until", "report", "--eval", str(TEXT))
-    assert code == EXIT_CHECK and err.splitlines()[-1].startswith(f"validation of {tmp_path / 'out'}: layer 0 is wrong. See ")
-    assert report_of(tmp_path / "out")["validation"]["notes"] == ["The perplexity was not scored, because a layer is out of tolerance."]
+    assert code == EXIT_CHECK and err.splitlines()[-1].startswith(
+        f"validation of {tmp_path / 'out'}: layer 0 is wrong. See "
+    )
+    assert report_of(tmp_path / "out")["validation"]["notes"] == [
+        "The perplexity was not scored, because a layer is out of tolerance."
+    ]
 
 
 def test_a_bad_eval_text_is_refused_early(run: Run, refused: Refused, tmp_path: Path) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     options = ("--until", "report", "--eval", str(text))
-    refused(run(out, *options), f"--eval: got no such file {text}, expected a UTF-8 text file. Check the path.")
+    refused(
+        run(out, *options),
+        f"--eval: got no such file {text}, expected a UTF-8 text file. Check the path.",
+    )
     assert not out.exists()
     text.write_text("")
-    refused(run(out, *options), f"--eval: got {text} with no text in it. Give a file with at least a few thousand words.")
+    refused(
+        run(out, *options),
+        f"--eval: got {text} with no text in it. Give a file with at least a few thousand words.",
+    )
     text.write_text("a")
-    refused(run(out, *options), f"--eval: got {text} with 1 tokens, expected at least one window of 256. Give a longer text.")
+    refused(
+        run(out, *options),
+        f"--eval: got {text} with 1 tokens, expected at least one window of 256. Give a longer text.",
+    )
     assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json", "quant"]
 
 
 @pytest.mark.parametrize("code", [EXIT_INTERRUPT, EXIT_CHECK])
-def test_the_terminal_is_given_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_the_terminal_is_given_back(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     from rich.live import Live
 
     from plugins.errors import CheckError
 
     lives: list[Live] = []
     start = Live.start
-    monkeypatch.setattr(Live, "start", lambda self, refresh=False: (lives.append(self), start(self, refresh))[-1])
+    monkeypatch.setattr(
+        Live, "start", lambda self, refresh=False: (lives.append(self), start(self, refresh))[-1]
+    )
 
     def fail(*arguments: Any) -> None:
         raise KeyboardInterrupt if code == EXIT_INTERRUPT else CheckError("a", "b", "c")

@@ -1,4 +1,6 @@
-"""Resume: what changed is redone with all that follows from it, and no moment of interruption leaves a folder that cannot go on."""
+"""Resume: what changed is redone with all that follows from it, and no moment of interruption
+leaves a folder that cannot go on.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ import pytest
 
 import exporter.graph.decoder
 from calibration.out.files import write_json
-from exporter.engine.edition import Edition
 from calibration.out.manifest import STAGES
+from exporter.engine.edition import Edition
 from exporter.proof.validate import ValidationResult
 from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT
 
@@ -41,8 +43,13 @@ def test_resume_redoes_only_what_changed(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_stage_that_dies_can_be_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException,
-                                          refused: Callable[[tuple[int, str, str], str], None]) -> None:
+def test_a_stage_that_dies_can_be_resumed(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    refused: Callable[[tuple[int, str, str], str], None],
+) -> None:
     out = tmp_path / "out"
 
     def die(quant: Any, folder: Path, progress: Any) -> None:
@@ -54,17 +61,30 @@ def test_a_stage_that_dies_can_be_resumed(run: Run, tmp_path: Path, monkeypatch:
         result = run(out)
     if isinstance(failure, KeyboardInterrupt):
         assert result[0] == EXIT_INTERRUPT
-        assert result[2].splitlines()[-1] == "Interrupted; finished stages are kept. Run the same command with --resume to go on."
+        assert (
+            result[2].splitlines()[-1]
+            == "Interrupted; finished stages are kept. Run the same command with --resume to go on."
+        )
     else:
-        refused(result, f"{out / 'onnx'}: got No space left on device while writing, expected a writable folder with enough space. "
-                        "Check the disk and the permissions; earlier results are whole.")
+        refused(
+            result,
+            f"{out / 'onnx'}: got No space left on device while writing, expected a writable "
+            f"folder with enough space. "
+            "Check the disk and the permissions; earlier results are whole.",
+        )
     assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json", "quant"]
     code, _, err = run(out, "--resume")
-    assert code == 0 and "quant: kept, nothing changed" in err and (out / "onnx" / "model.onnx").exists()
+    assert (
+        code == 0
+        and "quant: kept, nothing changed" in err
+        and (out / "onnx" / "model.onnx").exists()
+    )
 
 
 @pytest.mark.parametrize("moment", range(1, 6))
-def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
     out, calls = tmp_path / "out", iter(range(1, 100))
 
     def write(path: Path, value: Any) -> None:
@@ -82,11 +102,34 @@ def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(run: Run, tmp_path: 
 
 def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "exporter", str(tiny_model_dir), "--wbits", "4", "--abits", "8", "--method", "rtn", "--out", str(out),
-               "--engine", "none", "--offline", "--progress", "json"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    command = [
+        sys.executable,
+        "-m",
+        "exporter",
+        str(tiny_model_dir),
+        "--wbits",
+        "4",
+        "--abits",
+        "8",
+        "--method",
+        "rtn",
+        "--out",
+        str(out),
+        "--engine",
+        "none",
+        "--offline",
+        "--progress",
+        "json",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout is not None
     for line in process.stdout:
         event = json.loads(line)
@@ -95,10 +138,23 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
             break
     _, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPT and "Traceback" not in err
-    assert err.splitlines()[-1] == "Interrupted; finished stages are kept. Run the same command with --resume to go on."
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json", "onnx", "quant"]
+    assert (
+        err.splitlines()[-1]
+        == "Interrupted; finished stages are kept. Run the same command with --resume to go on."
+    )
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
+        "manifest.json",
+        "onnx",
+        "quant",
+    ]
     code, _, err = run(out, "--resume", "--until", "report")
-    assert code == 0 and "quant: kept" in err and "onnx: kept" in err and (out / "report" / "index.html").exists()
+    assert (
+        code == 0
+        and "quant: kept" in err
+        and "onnx: kept" in err
+        and (out / "report" / "index.html").exists()
+    )
 
 
 # ---------------------------------------------------------------- what a stage depends on
@@ -106,22 +162,36 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
 
 @pytest.fixture
 def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Everything that decides a result, to be touched: a copy of model and sources, a pretended GPU, TensorRT and packages.
+    """Everything that decides a result, to be touched: a copy of model and sources, a pretended
+    GPU, TensorRT and packages.
 
     quant/ and onnx/ are real; the engine and the validation are stand-ins.
     """
-    world = SimpleNamespace(model=tmp_path / "model", root=tmp_path / "sources", library=tmp_path / "libanybit_plugins.so",
-                            calib=tmp_path / "calib.txt", text=tmp_path / "text.txt", edition=Edition("tensorrt", "10.13"), gpus=["8.9"],
-                            versions={"torch": "1"})
+    world = SimpleNamespace(
+        model=tmp_path / "model",
+        root=tmp_path / "sources",
+        library=tmp_path / "libanybit_plugins.so",
+        calib=tmp_path / "calib.txt",
+        text=tmp_path / "text.txt",
+        edition=Edition("tensorrt", "10.13"),
+        gpus=["8.9"],
+        versions={"torch": "1"},
+    )
     shutil.copytree(tiny_model_dir, world.model)
     for package in ("calibration", "exporter", "plugins"):
-        shutil.copytree(REPOSITORY / package, world.root / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPOSITORY / package, world.root / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     world.library.write_bytes(b"library")
     world.calib.write_text("The river runs to the sea. " * 20)
     world.text.write_text("The river runs to the sea. " * 100)
 
     def build_engine(onnx: Path, library: Path, folder: Path, *_: Any) -> dict[str, Any]:
-        record = {"edition": world.edition.name, "version": world.edition.version, "layers": {"PLUGIN_V3": 8}}
+        record = {
+            "edition": world.edition.name,
+            "version": world.edition.version,
+            "layers": {"PLUGIN_V3": 8},
+        }
         write_json(folder / "engine.json", record)
         return record
 
@@ -132,7 +202,10 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("exporter.engine.build.build_engine", build_engine)
     monkeypatch.setattr("plugins.tools.build.build_library", lambda: world.library)
     monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: ValidationResult((), "", ()))
-    monkeypatch.setattr("exporter.report.report.write_report", lambda folder, data: write_json(folder / "report.json", data))
+    monkeypatch.setattr(
+        "exporter.report.report.write_report",
+        lambda folder, data: write_json(folder / "report.json", data),
+    )
     return world
 
 
@@ -144,32 +217,45 @@ def touch(path: Path) -> None:
     os.utime(path, ns=(1, 1))
 
 
-@pytest.mark.parametrize(("stage", "change", "options"), [
-    ("nothing", lambda world: None, ()),
-    ("quant", lambda world: touch(world.model / "model.safetensors"), ()),
-    ("nothing", lambda world: append(world.model / "README.md"), ()),
-    ("quant", lambda world: touch(world.model / "tokenizer.json"), ()),
-    ("quant", lambda world: append(world.root / "calibration" / "methods" / "rtn.py"), ()),
-    ("quant", lambda world: append(world.root / "plugins" / "qqq_gemm" / "op.py"), ()),
-    ("quant", lambda world: append(world.root / "calibration" / "default_text.txt"), ()),
-    ("quant", lambda world: append(world.calib), ("--calib", "CALIB", "--nsamples", "2", "--seqlen", "16")),
-    ("onnx", lambda world: append(world.root / "plugins" / "abq_gemm" / "body.py"), ()),
-    ("onnx", lambda world: append(world.root / "exporter" / "graph.py"), ()),
-    ("onnx", lambda world: append(world.root / "exporter" / "nodes.py"), ()),
-    ("onnx", lambda world: append(world.root / "exporter" / "weights.py"), ()),
-    ("engine", lambda world: append(world.root / "exporter" / "engine.py"), ()),
-    ("engine", lambda world: append(world.root / "exporter" / "edition.py"), ()),
-    ("engine", lambda world: append(world.library), ()),
-    ("engine", lambda world: setattr(world, "edition", Edition("tensorrt", "10.14")), ()),
-    ("engine", lambda world: setattr(world, "gpus", ["9.0"]), ()),
-    ("report", lambda world: setattr(world, "gpus", ["9.0"]), ("rtx",)),
-    ("report", lambda world: append(world.root / "exporter" / "validate_limits.py"), ()),
-    ("report", lambda world: append(world.root / "exporter" / "sessions.py"), ()),
-    ("report", lambda world: world.versions.update(torch="2"), ()),
-    ("report", lambda world: append(world.text), ("--eval", "TEXT", "--eval-windows", "1")),
-])
-def test_a_change_redoes_its_stage_and_what_follows(run: Run, world: SimpleNamespace, tmp_path: Path, stage: str,
-                                                    change: Callable[[SimpleNamespace], None], options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("stage", "change", "options"),
+    [
+        ("nothing", lambda world: None, ()),
+        ("quant", lambda world: touch(world.model / "model.safetensors"), ()),
+        ("nothing", lambda world: append(world.model / "README.md"), ()),
+        ("quant", lambda world: touch(world.model / "tokenizer.json"), ()),
+        ("quant", lambda world: append(world.root / "calibration" / "methods" / "rtn.py"), ()),
+        ("quant", lambda world: append(world.root / "plugins" / "qqq_gemm" / "op.py"), ()),
+        ("quant", lambda world: append(world.root / "calibration" / "default_text.txt"), ()),
+        (
+            "quant",
+            lambda world: append(world.calib),
+            ("--calib", "CALIB", "--nsamples", "2", "--seqlen", "16"),
+        ),
+        ("onnx", lambda world: append(world.root / "plugins" / "abq_gemm" / "body.py"), ()),
+        ("onnx", lambda world: append(world.root / "exporter" / "graph.py"), ()),
+        ("onnx", lambda world: append(world.root / "exporter" / "nodes.py"), ()),
+        ("onnx", lambda world: append(world.root / "exporter" / "weights.py"), ()),
+        ("engine", lambda world: append(world.root / "exporter" / "engine.py"), ()),
+        ("engine", lambda world: append(world.root / "exporter" / "edition.py"), ()),
+        ("engine", lambda world: append(world.library), ()),
+        ("engine", lambda world: setattr(world, "edition", Edition("tensorrt", "10.14")), ()),
+        ("engine", lambda world: setattr(world, "gpus", ["9.0"]), ()),
+        ("report", lambda world: setattr(world, "gpus", ["9.0"]), ("rtx",)),
+        ("report", lambda world: append(world.root / "exporter" / "validate_limits.py"), ()),
+        ("report", lambda world: append(world.root / "exporter" / "sessions.py"), ()),
+        ("report", lambda world: world.versions.update(torch="2"), ()),
+        ("report", lambda world: append(world.text), ("--eval", "TEXT", "--eval-windows", "1")),
+    ],
+)
+def test_a_change_redoes_its_stage_and_what_follows(
+    run: Run,
+    world: SimpleNamespace,
+    tmp_path: Path,
+    stage: str,
+    change: Callable[[SimpleNamespace], None],
+    options: tuple[str, ...],
+) -> None:
     if options == ("rtx",):
         world.edition, options = Edition("tensorrt-rtx", "1.7"), ()
     (world.model / "README.md").write_text("")
@@ -183,7 +269,9 @@ def test_a_change_redoes_its_stage_and_what_follows(run: Run, world: SimpleNames
     assert code == 0 and kept == list(STAGES[: STAGES.index(stage)] if stage in STAGES else STAGES)
 
 
-def test_stages_that_follow_a_new_one_are_gone(run: Run, world: SimpleNamespace, tmp_path: Path) -> None:
+def test_stages_that_follow_a_new_one_are_gone(
+    run: Run, world: SimpleNamespace, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     def stages() -> list[str]:
@@ -198,14 +286,21 @@ def test_stages_that_follow_a_new_one_are_gone(run: Run, world: SimpleNamespace,
     assert json.loads(report.read_text())["engine"]["version"] == "10.13"
     touch(world.model / "model.safetensors")
     assert run(out, *WHOLE, "--engine", "none", model=world.model)[0] == 0
-    assert stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None
+    assert (
+        stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None
+    )
     append(world.root / "exporter" / "graph.py")
     assert run(out, *WHOLE, "--until", "onnx", model=world.model)[0] == 0
     assert stages() == ["onnx", "quant"]
 
 
-def test_a_stage_that_fails_keeps_what_follows(run: Run, world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                               snapshot: Callable[[Path], dict[str, bytes]]) -> None:
+def test_a_stage_that_fails_keeps_what_follows(
+    run: Run,
+    world: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    snapshot: Callable[[Path], dict[str, bytes]],
+) -> None:
     out = tmp_path / "out"
     assert run(out, *WHOLE, model=world.model)[0] == 0
     before = snapshot(out)

@@ -11,7 +11,9 @@ from tests.plugins.kernel_runner import KernelRunner, cuda_missing
 
 @pytest.fixture(scope="module", params=["sim", "cuda"])
 def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
-    """The kernels in the simulation and, where there is one, on a GPU; a test may choose the simulated GPU."""
+    """The kernels in the simulation and, where there is one, on a GPU; a test may choose the
+    simulated GPU.
+    """
     if request.param == "cuda" and (reason := cuda_missing()):
         pytest.skip(reason)
     runner = KernelRunner(request.param)

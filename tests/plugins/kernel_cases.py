@@ -28,10 +28,22 @@ __all__ = [
 ]
 
 F16, BF16, F32 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-LEVELS = [(bits, 2**bits) for bits in range(1, 9)] + [(1, 3), (2, 5)]  # (wbits, levels), the last two balanced
+LEVELS = [(bits, 2**bits) for bits in range(1, 9)] + [
+    (1, 3),
+    (2, 5),
+]  # (wbits, levels), the last two balanced
 
 
-def abq(n: int, k: int, *, w: tuple[int, int] = (4, 16), a: int = 8, sym: int = 0, g: int = 0, bias: int = 0) -> GemmAttributes:
+def abq(
+    n: int,
+    k: int,
+    *,
+    w: tuple[int, int] = (4, 16),
+    a: int = 8,
+    sym: int = 0,
+    g: int = 0,
+    bias: int = 0,
+) -> GemmAttributes:
     return GemmAttributes(w[0], w[1], a, sym, g, k, n, bias)
 
 
@@ -56,7 +68,9 @@ def abq_arrays(attrs: GemmAttributes, seed: int = 0) -> QuantArrays:
 
 
 def qqq_arrays(attrs: GemmAttributes, seed: int = 0) -> QuantArrays:
-    """Random weights; some group scales are so large that the int8 weight clamps at +-127, and half of the finest scales are negative."""
+    """Random weights; some group scales are so large that the int8 weight clamps at +-127, and half
+    of the finest scales are negative.
+    """
     rng = np.random.default_rng(seed)
     n = attrs.out_features
     scale = rng.uniform(0.0001, 0.002, (n, 1)).astype(np.float32)
@@ -84,18 +98,29 @@ def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
     got_nan, want_nan = np.isnan(got.astype(np.float32)), np.isnan(want.astype(np.float32))
     np.testing.assert_array_equal(got_nan, want_nan)
     word = np.uint16 if got.itemsize == 2 else np.uint32
-    np.testing.assert_array_equal(np.where(got_nan, 0, got.view(word)), np.where(want_nan, 0, want.view(word)))
+    np.testing.assert_array_equal(
+        np.where(got_nan, 0, got.view(word)), np.where(want_nan, 0, want.view(word))
+    )
 
 
 def assert_close(
-    got: np.ndarray, want: np.ndarray, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray, reordered: bool = False
+    got: np.ndarray,
+    want: np.ndarray,
+    attrs: GemmAttributes,
+    arrays: QuantArrays,
+    x: np.ndarray,
+    reordered: bool = False,
 ) -> None:
-    """Equal to the last bit; with A16, or fp32 terms of groups added in another order, within their rounding."""
+    """Equal to the last bit; with A16, or fp32 terms of groups added in another order, within their
+    rounding.
+    """
     assert want.dtype == got.dtype == x.dtype
     if attrs.abits < 16 and not reordered:
         assert_same_bits(got, want)
         return
-    np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), np.isnan(want.astype(np.float32)))
+    np.testing.assert_array_equal(
+        np.isnan(got.astype(np.float32)), np.isnan(want.astype(np.float32))
+    )
     weight = op_spec(op_of(arrays)).dequantize(arrays, attrs).astype(np.float64)
     # [M, N] sum of |terms|, to which the rounding error is proportional
     size = np.abs(x.astype(np.float64)) @ np.abs(weight).T + 3

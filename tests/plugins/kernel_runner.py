@@ -1,4 +1,6 @@
-"""Runs the C functions of the kernels through ctypes, on the CPU simulation or on a GPU, with guarded and poisoned memory."""
+"""Runs the C functions of the kernels through ctypes, on the CPU simulation or on a GPU, with
+guarded and poisoned memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import numpy as np
 
 from plugins.core.op_spec import GemmAttributes
 
-__all__ = ["ANY_TACTIC", "GUARD_BYTES", "SIMPLE", "KernelError", "KernelRunner", "cuda_missing", "gpu_sm"]
+__all__ = [
+    "ANY_TACTIC",
+    "GUARD_BYTES",
+    "SIMPLE",
+    "KernelError",
+    "KernelRunner",
+    "cuda_missing",
+    "gpu_sm",
+]
 
 GUARD_BYTES = 256
 ANY_TACTIC, KERNEL_STEP = -1, 64  # kAnyTactic and kTacticKernel of plugins/core
@@ -27,14 +37,39 @@ class GemmShape(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("m", "n", "k", "group_size", "planes", "wbits", "levels", "abits", "act_symmetric", "dtype", "tactic")
+        for name in (
+            "m",
+            "n",
+            "k",
+            "group_size",
+            "planes",
+            "wbits",
+            "levels",
+            "abits",
+            "act_symmetric",
+            "dtype",
+            "tactic",
+        )
     ] + [("norm_epsilon", ctypes.c_float)]
 
 
 class GemmBuffers(ctypes.Structure):
     """GemmBuffers of plugins/core/host/params.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace", "gamma")]
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "x",
+            "weight",
+            "scale",
+            "zero",
+            "scale_group",
+            "bias",
+            "y",
+            "workspace",
+            "gamma",
+        )
+    ]
 
 
 class KernelError(RuntimeError):
@@ -71,7 +106,9 @@ class Memory:
         self.size = content.nbytes
         store = np.full(self.size + 3 * GUARD_BYTES, POISON, np.uint8)
         start = -store.ctypes.data % GUARD_BYTES
-        self.host = store[start : start + self.size + 2 * GUARD_BYTES]  # payload starts on a GUARD_BYTES boundary
+        self.host = store[
+            start : start + self.size + 2 * GUARD_BYTES
+        ]  # payload starts on a GUARD_BYTES boundary
         self.payload[:] = np.frombuffer(np.ascontiguousarray(content).tobytes(), np.uint8)
         self.before = self.host.copy()
         self.device: Any = None
@@ -88,7 +125,9 @@ class Memory:
     @property
     def pointer(self) -> int:
         """Address of the payload for the kernel."""
-        return (self.host.ctypes.data if self.device is None else self.device.data_ptr()) + GUARD_BYTES
+        return (
+            self.host.ctypes.data if self.device is None else self.device.data_ptr()
+        ) + GUARD_BYTES
 
     def fetch(self) -> None:
         """Bring the bytes back from the GPU."""
@@ -132,21 +171,40 @@ class KernelRunner:
         if self.kind == "sim":
             self.library.anybit_sim_set_device(sm, multiprocessors, shared_per_block)
 
-    def tactics(self, op: str, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]) -> dict[int, str]:
+    def tactics(
+        self, op: str, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]
+    ) -> dict[int, str]:
         """Kernel names by tactic, the default choice first."""
         listed, shape = (ctypes.c_int32 * MOST_TACTICS)(), self.shape(attrs, tokens, dtype)
-        count = getattr(self.library, FUNCTIONS[op] + "_tactics")(ctypes.byref(shape), listed, MOST_TACTICS)
-        return {tactic: getattr(self.library, FUNCTIONS[op] + "_kernel")(tactic).decode() for tactic in listed[:count]}
+        count = getattr(self.library, FUNCTIONS[op] + "_tactics")(
+            ctypes.byref(shape), listed, MOST_TACTICS
+        )
+        return {
+            tactic: getattr(self.library, FUNCTIONS[op] + "_kernel")(tactic).decode()
+            for tactic in listed[:count]
+        }
 
     def workspace_bytes(self, op: str, shape: GemmShape) -> int:
         """Scratch bytes that the op asks for; 0 for a refused shape."""
         return int(getattr(self.library, FUNCTIONS[op] + "_workspace")(ctypes.byref(shape)))
 
-    def shape(self, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any], tactic: int = 0) -> GemmShape:
+    def shape(
+        self, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any], tactic: int = 0
+    ) -> GemmShape:
         """The C struct for one call; tactic 0 leaves the choice of kernel to the library."""
         a = attrs
         sizes = (tokens, a.out_features, a.in_features, a.group_size)
-        return GemmShape(*sizes, a.planes, a.wbits, a.levels, a.abits, a.act_symmetric, DTYPES[np.dtype(dtype)], tactic, a.norm_epsilon)
+        return GemmShape(
+            *sizes,
+            a.planes,
+            a.wbits,
+            a.levels,
+            a.abits,
+            a.act_symmetric,
+            DTYPES[np.dtype(dtype)],
+            tactic,
+            a.norm_epsilon,
+        )
 
     def call(self, op: str, shape: GemmShape, pointers: Mapping[str, int]) -> None:
         """Call the op's C function.
@@ -154,9 +212,15 @@ class KernelRunner:
         Raises:
             KernelError: it returned an error code.
         """
-        code = getattr(self.library, FUNCTIONS[op])(ctypes.byref(shape), ctypes.byref(GemmBuffers(**pointers)), None)
+        code = getattr(self.library, FUNCTIONS[op])(
+            ctypes.byref(shape), ctypes.byref(GemmBuffers(**pointers)), None
+        )
         if code:
-            text = self.library.anybit_sim_last_error().decode() if self.kind == "sim" else "see cudaError_t"
+            text = (
+                self.library.anybit_sim_last_error().decode()
+                if self.kind == "sim"
+                else "see cudaError_t"
+            )
             raise KernelError(code, text)
         if self.kind == "cuda":
             import torch
@@ -164,9 +228,17 @@ class KernelRunner:
             torch.cuda.synchronize()
 
     def gemm(
-        self, op: str, attrs: GemmAttributes, x: np.ndarray, tensors: Mapping[str, np.ndarray], *, scratch: int = POISON, tactic: int = 0
+        self,
+        op: str,
+        attrs: GemmAttributes,
+        x: np.ndarray,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        scratch: int = POISON,
+        tactic: int = 0,
     ) -> np.ndarray:
-        """Y [M, N] from x [M, K], packed tensors and gamma; checks that nothing but y and the workspace was written.
+        """Y [M, N] from x [M, K], packed tensors and gamma; checks that nothing but y and the
+        workspace was written.
 
         Args:
             scratch: the byte that fills the workspace before the call.
@@ -181,6 +253,10 @@ class KernelRunner:
         for name, part in memory.items():
             part.fetch()
             output = name in ("y", "workspace")
-            assert not part.changed(guards_only=output), f"{op} wrote {'around' if output else 'into'} {name}"
+            assert not part.changed(guards_only=output), (
+                f"{op} wrote {'around' if output else 'into'} {name}"
+            )
         self.workspace = memory["workspace"].payload.copy()
-        return np.frombuffer(memory["y"].payload.tobytes(), x.dtype).reshape(len(x), attrs.out_features)
+        return np.frombuffer(memory["y"].payload.tobytes(), x.dtype).reshape(
+            len(x), attrs.out_features
+        )

@@ -12,7 +12,19 @@ from plugins.core.activation import quantize_activation
 from tests.plugins.kernel_cases import F32, assert_same_bits
 from tests.plugins.kernel_runner import DTYPES, POISON, KernelError, KernelRunner, Memory
 
-__all__ = ["FLOATS", "NATURAL", "PLANES", "SLOTS", "Case", "Prepared", "PrepareShape", "check", "prepare", "rms_norm", "slot_order"]
+__all__ = [
+    "FLOATS",
+    "NATURAL",
+    "PLANES",
+    "SLOTS",
+    "Case",
+    "Prepared",
+    "PrepareShape",
+    "check",
+    "prepare",
+    "rms_norm",
+    "slot_order",
+]
 
 NATURAL, SLOTS, PLANES, FLOATS = range(4)
 
@@ -22,7 +34,17 @@ class PrepareShape(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("m", "k", "group_size", "order", "unit_words", "abits", "act_symmetric", "dtype", "n_counters")
+        for name in (
+            "m",
+            "k",
+            "group_size",
+            "order",
+            "unit_words",
+            "abits",
+            "act_symmetric",
+            "dtype",
+            "n_counters",
+        )
     ] + [("epsilon", ctypes.c_float)]
 
 
@@ -31,7 +53,17 @@ class PrepareBuffers(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("x", "gamma", "residual", "residual_out", "rows", "scale", "zero", "sums", "counters")
+        for name in (
+            "x",
+            "gamma",
+            "residual",
+            "residual_out",
+            "rows",
+            "scale",
+            "zero",
+            "sums",
+            "counters",
+        )
     ]
 
 
@@ -77,8 +109,18 @@ class Case:
         return -(-self.n_groups * self.group_words // multiple) * multiple
 
     def shape(self, m: int, dtype: np.dtype[Any]) -> PrepareShape:
-        return PrepareShape(m, self.k, self.group_size, self.order, self.unit_words, self.abits, self.symmetric,
-                            DTYPES[np.dtype(dtype)], self.n_counters, self.epsilon)
+        return PrepareShape(
+            m,
+            self.k,
+            self.group_size,
+            self.order,
+            self.unit_words,
+            self.abits,
+            self.symmetric,
+            DTYPES[np.dtype(dtype)],
+            self.n_counters,
+            self.epsilon,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,9 +135,17 @@ class Prepared:
     residual_out: np.ndarray
 
 
-def prepare(runner: KernelRunner, case: Case, x: np.ndarray, *, offset: int = 0, gamma: np.ndarray | None = None,
-            residual: np.ndarray | None = None) -> Prepared:
-    """Call the kernel on x [m, k] that starts `offset` elements past an aligned address; nothing else may be written.
+def prepare(
+    runner: KernelRunner,
+    case: Case,
+    x: np.ndarray,
+    *,
+    offset: int = 0,
+    gamma: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+) -> Prepared:
+    """Call the kernel on x [m, k] that starts `offset` elements past an aligned address; nothing
+    else may be written.
 
     Raises:
         KernelError: it returned an error code.
@@ -105,8 +155,17 @@ def prepare(runner: KernelRunner, case: Case, x: np.ndarray, *, offset: int = 0,
     function.restype = ctypes.c_size_t
     n_bytes = int(function(ctypes.byref(shape)))
     moved = np.concatenate([np.zeros(offset, x.dtype), x.ravel()])
-    poison = {"rows": n_bytes, "scale": 4 * m, "zero": 4 * m, "sums": 4 * m * case.n_groups, "counters": 4 * case.n_counters}
-    arrays = {"x": moved, **{name: np.full(size, POISON, np.uint8) for name, size in poison.items()}}
+    poison = {
+        "rows": n_bytes,
+        "scale": 4 * m,
+        "zero": 4 * m,
+        "sums": 4 * m * case.n_groups,
+        "counters": 4 * case.n_counters,
+    }
+    arrays = {
+        "x": moved,
+        **{name: np.full(size, POISON, np.uint8) for name, size in poison.items()},
+    }
     if gamma is not None:
         arrays["gamma"] = gamma
     if residual is not None:
@@ -116,28 +175,49 @@ def prepare(runner: KernelRunner, case: Case, x: np.ndarray, *, offset: int = 0,
     pointers["x"] += offset * x.itemsize
     if not case.with_sums:
         del pointers["sums"]
-    code = runner.library.anybit_prepare_tokens(ctypes.byref(shape), ctypes.byref(PrepareBuffers(**pointers)), None)
+    code = runner.library.anybit_prepare_tokens(
+        ctypes.byref(shape), ctypes.byref(PrepareBuffers(**pointers)), None
+    )
     if code:
-        raise KernelError(code, runner.library.anybit_sim_last_error().decode() if runner.kind == "sim" else "see cudaError_t")
+        raise KernelError(
+            code,
+            runner.library.anybit_sim_last_error().decode()
+            if runner.kind == "sim"
+            else "see cudaError_t",
+        )
     for name, part in memory.items():
         part.fetch()
         output = name in poison or name == "residual_out"
-        assert not part.changed(guards_only=output), f"wrote {'around' if output else 'into'} {name}"
+        assert not part.changed(guards_only=output), (
+            f"wrote {'around' if output else 'into'} {name}"
+        )
 
     def output_of(name: str, dtype: Any) -> np.ndarray:
-        return np.frombuffer(memory[name].payload.tobytes(), dtype) if name in memory else np.empty(0, dtype)
+        return (
+            np.frombuffer(memory[name].payload.tobytes(), dtype)
+            if name in memory
+            else np.empty(0, dtype)
+        )
 
     n_rows = m * case.rows_per_token
     row_count = -(-n_rows // 128) * 128 or 128
     tiles = output_of("rows", np.uint8).reshape(-1, row_count, 8, 16)  # [chunk, row, part, byte]
     rows = np.array([tiles[:, row, np.arange(8) ^ row % 8] for row in range(n_rows)], np.uint8)
     sums = output_of("sums", np.int32).reshape(case.n_groups, m)
-    return Prepared(rows.reshape(n_rows, len(tiles) * 128), output_of("scale", F32), output_of("zero", np.int32), sums,
-                    output_of("counters", np.int32), output_of("residual_out", x.dtype).reshape(-1, case.k))
+    return Prepared(
+        rows.reshape(n_rows, len(tiles) * 128),
+        output_of("scale", F32),
+        output_of("zero", np.int32),
+        sums,
+        output_of("counters", np.int32),
+        output_of("residual_out", x.dtype).reshape(-1, case.k),
+    )
 
 
 def padded(case: Case, values: np.ndarray) -> np.ndarray:
-    """values [m, k] with every group padded to whole words and the row to case.words; [m, 32 * words]."""
+    """values [m, k] with every group padded to whole words and the row to case.words; [m, 32 *
+    words].
+    """
     grouped = np.zeros((len(values), case.n_groups, 32 * case.group_words), values.dtype)
     grouped[:, :, : case.group_len] = values.reshape(len(values), case.n_groups, case.group_len)
     row = np.zeros((len(values), 32 * case.words), values.dtype)
@@ -146,9 +226,11 @@ def padded(case: Case, values: np.ndarray) -> np.ndarray:
 
 
 def slot_order(case: Case) -> np.ndarray:
-    """The k of every element of an output row, for 1-byte codes and 2-byte values alike, from the brief of the GEMM's fragments.
+    """The k of every element of an output row, for 1-byte codes and 2-byte values alike, from the
+    brief of the GEMM's fragments.
 
-    An int8 step has bytes 4q..4q+3 of either half with bits 2 step + half of the lane; a k16 step elements 4 half + 2 q + e.
+    An int8 step has bytes 4q..4q+3 of either half with bits 2 step + half of the lane; a k16 step
+    elements 4 half + 2 q + e.
     """
     words, lanes, row = case.unit_words, 4 // case.unit_words, []
     for unit in range(case.words // words):
@@ -176,8 +258,18 @@ def expected_rows(case: Case, values: np.ndarray) -> np.ndarray:
     return np.packbits(planes, axis=-1, bitorder="little").reshape(-1, row.shape[1] // 8)
 
 
-def check(runner: KernelRunner, case: Case, x: np.ndarray, *, order: int = 1, y: np.ndarray | None = None, **inputs: Any) -> Prepared:
-    """Prepare x and compare everything with numpy, bit for bit; y: what is quantised if that is not x."""
+def check(
+    runner: KernelRunner,
+    case: Case,
+    x: np.ndarray,
+    *,
+    order: int = 1,
+    y: np.ndarray | None = None,
+    **inputs: Any,
+) -> Prepared:
+    """Prepare x and compare everything with numpy, bit for bit; y: what is quantised if that is not
+    x.
+    """
     runner.set_order(order)
     got, y = prepare(runner, case, x, **inputs), x if y is None else y
     np.testing.assert_array_equal(got.counters, np.zeros(case.n_counters, np.int32))
@@ -188,15 +280,28 @@ def check(runner: KernelRunner, case: Case, x: np.ndarray, *, order: int = 1, y:
     assert_same_bits(got.scale, scale[:, 0])
     np.testing.assert_array_equal(got.zero, zero[:, 0])
     np.testing.assert_array_equal(got.rows, expected_rows(case, codes))
-    sums = (codes.astype(np.int32) - zero).reshape(len(x), case.n_groups, case.group_len).sum(-1, dtype=np.int32).T
+    sums = (
+        (codes.astype(np.int32) - zero)
+        .reshape(len(x), case.n_groups, case.group_len)
+        .sum(-1, dtype=np.int32)
+        .T
+    )
     poison = np.full(sums.shape, int.from_bytes([POISON] * 4, "little", signed=True), np.int32)
     np.testing.assert_array_equal(got.sums, sums if case.with_sums else poison)
     return got
 
 
-def rms_norm(x: np.ndarray, gamma: np.ndarray, residual: np.ndarray | None, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+def rms_norm(
+    x: np.ndarray, gamma: np.ndarray, residual: np.ndarray | None, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
     """v = x + residual rounded to x's type, and RMSNorm(v) * gamma in fp64, not rounded."""
-    v = x if residual is None else (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+    v = (
+        x
+        if residual is None
+        else (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+    )
     wide = v.astype(np.float64)
-    inverse_rms = 1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float64(np.float32(epsilon)))
+    inverse_rms = 1 / np.sqrt(
+        (wide * wide).mean(-1, keepdims=True) + np.float64(np.float32(epsilon))
+    )
     return v, wide * inverse_rms * gamma.astype(np.float64)

@@ -1,4 +1,6 @@
-"""Per-token activation quantisation and the saturating cast against scalar arithmetic and hand-computed rows."""
+"""Per-token activation quantisation and the saturating cast against scalar arithmetic and
+hand-computed rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def scalar_row(x: np.ndarray, bits: int, symmetric: bool) -> tuple[list[int], np
         extent, steps, low = max(*values, np.float32(0)) - bottom, 2**bits - 1, -top - 1
     scale = max(extent, TINY) / np.float32(steps)
     inverse = ONE / scale
-    zero = 0 if symmetric else min(max(round(float(-bottom * inverse)) + low, low), top)  # Python rounds half to even
+    zero = (
+        0 if symmetric else min(max(round(float(-bottom * inverse)) + low, low), top)
+    )  # Python rounds half to even
     return [min(max(round(float(v * inverse)) + zero, low), top) for v in values], scale, zero
 
 
@@ -41,11 +45,17 @@ def test_equals_scalar_arithmetic(dtype: np.dtype[np.generic], bits: int, symmet
     assert (codes.shape, scale.shape, zero.shape) == ((9, 40), (9, 1), (9, 1))
     for row in range(9):
         want_codes, want_scale, want_zero = scalar_row(x[row], bits, symmetric)
-        assert (codes[row].tolist(), scale[row, 0], zero[row, 0]) == (want_codes, want_scale, want_zero)
+        assert (codes[row].tolist(), scale[row, 0], zero[row, 0]) == (
+            want_codes,
+            want_scale,
+            want_zero,
+        )
 
 
 def test_symmetric_row_by_hand() -> None:
-    codes, scale, zero = quantize_activation(np.array([[-127, 126.5, 125.5, 0.5, -0.5, 1.5]], np.float32), 8, True)
+    codes, scale, zero = quantize_activation(
+        np.array([[-127, 126.5, 125.5, 0.5, -0.5, 1.5]], np.float32), 8, True
+    )
     assert codes.tolist() == [[-127, 126, 126, 0, 0, 2]]  # halves go to the even code
     assert scale.tolist() == [[1.0]]
     assert zero.tolist() == [[0]]
@@ -75,15 +85,21 @@ def test_both_ends_rounding_up_are_clamped() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_two_bits(symmetric: bool) -> None:
     codes, _, _ = quantize_activation(np.array([[-3, -1, 0, 1, 3]], np.float32), 2, symmetric)
-    assert codes.tolist() == ([[-1, 0, 0, 0, 1]] if symmetric else [[-2, 0, 0, 0, 1]])  # zero point 0, 3 / 2 + 0 clamped to 1
+    assert codes.tolist() == (
+        [[-1, 0, 0, 0, 1]] if symmetric else [[-2, 0, 0, 0, 1]]
+    )  # zero point 0, 3 / 2 + 0 clamped to 1
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_trap_18_zero_tokens_have_a_normal_scale(bits: int, symmetric: bool) -> None:
-    """No division by zero: the scale is a normal number, its reciprocal finite, and every code is the zero point."""
+    """No division by zero: the scale is a normal number, its reciprocal finite, and every code is
+    the zero point.
+    """
     for value in (0.0, -0.0):
-        codes, scale, zero = quantize_activation(np.full((1, 5), value, np.float32), bits, symmetric)
+        codes, scale, zero = quantize_activation(
+            np.full((1, 5), value, np.float32), bits, symmetric
+        )
         assert scale[0, 0] >= np.finfo(np.float32).smallest_normal
         assert np.isfinite(ONE / scale[0, 0])
         assert (codes == zero).all()
@@ -112,15 +128,25 @@ def test_range_beyond_fp32_is_loud() -> None:
 
 
 def test_no_tokens() -> None:
-    assert [part.shape for part in quantize_activation(np.zeros((0, 7), np.float16), 8, False)] == [(0, 7), (0, 1), (0, 1)]
+    assert [part.shape for part in quantize_activation(np.zeros((0, 7), np.float16), 8, False)] == [
+        (0, 7),
+        (0, 1),
+        (0, 1),
+    ]
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(F16, 65504.0), (BF16, float(ml_dtypes.finfo(BF16).max))], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(F16, 65504.0), (BF16, float(ml_dtypes.finfo(BF16).max))],
+    ids=["fp16", "bf16"],
+)
 def test_trap_25_output_saturates(dtype: np.dtype[np.generic], largest: float) -> None:
     y = np.array([3.4e38, -3.4e38, np.inf, -np.inf, np.nan, 1.5, -0.0], np.float32)
     got = saturate_cast(y, dtype)
     assert got.dtype == dtype
-    np.testing.assert_array_equal(got.astype(np.float64), [largest, -largest, largest, -largest, np.nan, 1.5, -0.0])
+    np.testing.assert_array_equal(
+        got.astype(np.float64), [largest, -largest, largest, -largest, np.nan, 1.5, -0.0]
+    )
     assert np.signbit(got[-1])
 
 

@@ -1,4 +1,6 @@
-"""The CUDA kernels against the numpy references: bit for bit on the CPU simulation and, where there is one, on a GPU."""
+"""The CUDA kernels against the numpy references: bit for bit on the CPU simulation and, where there
+is one, on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ from tests.plugins.kernel_runner import ANY_TACTIC, SIMPLE, KernelError, KernelR
 
 
 def check(
-    runner: KernelRunner, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray, order: int = 1, tactic: int = 0
+    runner: KernelRunner,
+    attrs: GemmAttributes,
+    arrays: QuantArrays,
+    x: np.ndarray,
+    order: int = 1,
+    tactic: int = 0,
 ) -> np.ndarray:
     """Run the kernel and compare it with reference(); returns y."""
     spec = op_spec(op_of(arrays))
@@ -59,7 +66,8 @@ def test_abq_sizes_around_words_and_blocks(runner: KernelRunner, k: int) -> None
 
 @pytest.mark.parametrize("abits", [4, 8, 16])
 @pytest.mark.parametrize(
-    ("k", "g"), [(8, 8), (24, 8), (99, 33), (120, 40), (96, 32), (62, 31), (192, 64), (384, 128), (130, 65)]
+    ("k", "g"),
+    [(8, 8), (24, 8), (99, 33), (120, 40), (96, 32), (62, 31), (192, 64), (384, 128), (130, 65)],
 )
 def test_abq_groups(runner: KernelRunner, k: int, g: int, abits: int) -> None:
     for w, sym in (((2, 5), 0), ((4, 16), 1)):
@@ -131,7 +139,9 @@ def test_extreme_finite_inputs(runner: KernelRunner) -> None:
         x[1] = np.float32(info.smallest_subnormal) * rng.integers(-3, 4, 192)
         x[2] = np.where(rng.random(192) < 0.5, -0.0, 0.0)
         x[2, 0] = 1
-        x[3] = np.abs(x[3].astype(np.float32)) + 1  # all positive: the asymmetric range still includes 0
+        x[3] = (
+            np.abs(x[3].astype(np.float32)) + 1
+        )  # all positive: the asymmetric range still includes 0
         x[4] = -x[3]
         x[5] = float(info.max) / 4 * rng.choice([-1, 1], 192)
         x[6] = float(info.smallest_normal) * rng.normal(0, 2, 192)
@@ -147,29 +157,41 @@ def test_rows_with_nan_or_inf_are_nan_and_only_those(runner: KernelRunner) -> No
         assert np.isfinite(y[[0, 2]]).all()
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(F16, 65504.0), (BF16, float(ml_dtypes.finfo(BF16).max))], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(F16, 65504.0), (BF16, float(ml_dtypes.finfo(BF16).max))],
+    ids=["fp16", "bf16"],
+)
 def test_overflow_saturates(runner: KernelRunner, dtype: np.dtype[Any], largest: float) -> None:
-    """An output beyond the type's range becomes its largest finite number, for each sign and for either op."""
+    """An output beyond the type's range becomes its largest finite number, for each sign and for
+    either op.
+    """
     weight_only = abq(6, 192, a=16)
     for attrs, arrays in [*both_ops(), (weight_only, abq_arrays(weight_only))]:
         sign = np.where(np.arange(6) % 2, -1, 1).astype(np.float32)
         bias = sign * np.float32(3.4e38)
         x = (tokens(2, 192, F32) * 1e-3).astype(dtype)
         y = check(runner, replace(attrs, has_bias=1), replace(arrays, bias=bias), x)
-        np.testing.assert_array_equal(y.astype(np.float32), np.broadcast_to(sign * np.float32(largest), (2, 6)))
+        np.testing.assert_array_equal(
+            y.astype(np.float32), np.broadcast_to(sign * np.float32(largest), (2, 6))
+        )
 
 
 def test_zero_points_far_outside_the_code_range(runner: KernelRunner) -> None:
     attrs = abq(5, 100, g=50, sym=0)
     arrays = abq_arrays(attrs)
-    zero = np.array([[-(2**31), 2**31 - 1], [-10_000, 10_000], [-1, 16], [0, 15], [255, -255]], np.int32)
+    zero = np.array(
+        [[-(2**31), 2**31 - 1], [-10_000, 10_000], [-1, 16], [0, 15], [255, -255]], np.int32
+    )
     check(runner, attrs, replace(arrays, zero=zero), tokens(3, 100, F32))
     attrs = replace(attrs, abits=16)
     check(runner, attrs, replace(arrays, zero=zero), tokens(3, 100, F32))
 
 
 def test_largest_sums_do_not_overflow(runner: KernelRunner) -> None:
-    """Every code at its limit, at the longest rows that check() takes: 128 * 255 * K and 127 * 127 * K just below 2^31."""
+    """Every code at its limit, at the longest rows that check() takes: 128 * 255 * K and 127 * 127
+    * K just below 2^31.
+    """
     k = 65_793
     attrs = abq(2, k, w=(8, 256), sym=0)
     codes = np.stack([np.full(k, 255, np.uint8), np.zeros(k, np.uint8)])
@@ -181,11 +203,18 @@ def test_largest_sums_do_not_overflow(runner: KernelRunner) -> None:
     x = np.concatenate([np.full((1, k), -3.0), np.full((1, k), 7.0)]).astype(F32)
     attrs = qqq(2, k, g=128)
     codes = np.stack([np.full(k, 7, np.int8), np.full(k, -8, np.int8)])
-    check(runner, attrs, QuantArrays(codes, one, scale_group=np.full((2, k // 128), 30, np.float16)), x)
+    check(
+        runner,
+        attrs,
+        QuantArrays(codes, one, scale_group=np.full((2, k // 128), 30, np.float16)),
+        x,
+    )
 
 
 def test_trap_23_qqq_many_tokens_and_odd_column_blocks(runner: KernelRunner) -> None:
-    """N % 128 != 0 with more than 8 * 64 tokens: the shape for which the original's lock array was too small."""
+    """N % 128 != 0 with more than 8 * 64 tokens: the shape for which the original's lock array was
+    too small.
+    """
     attrs = qqq(192, 64, g=64)
     check(runner, attrs, qqq_arrays(attrs), tokens(513, 64, F16))
 
@@ -195,9 +224,12 @@ def test_more_tokens_than_the_grid_is_high(runner: KernelRunner) -> None:
     check(runner, attrs, abq_arrays(attrs), tokens(65_538, 1, F16))
 
 
-def quantised_by_kernel(runner: KernelRunner, attrs: GemmAttributes, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token scales [m], zero points [m] and codes [m, row] with all padding, as the last call of a simple kernel left them in its
-    workspace, whose parts begin at multiples of 128 bytes."""
+def quantised_by_kernel(
+    runner: KernelRunner, attrs: GemmAttributes, m: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token scales [m], zero points [m] and codes [m, row] with all padding, as the last call of a
+    simple kernel left them in its workspace, whose parts begin at multiples of 128 bytes.
+    """
     assert 4 * m <= 128
     scale, rest = runner.workspace[: 4 * m].view(np.float32), runner.workspace[128:]
     if attrs.wbits == 4:  # QQQGemm
@@ -210,23 +242,30 @@ def quantised_by_kernel(runner: KernelRunner, attrs: GemmAttributes, m: int) -> 
 
 
 @pytest.mark.parametrize(
-    "attrs", [abq(3, 90, w=(2, 4), a=a, sym=sym, g=g) for a in (2, 5, 8) for sym in (0, 1) for g in (0, 45)] + [qqq(3, 90)]
+    "attrs",
+    [abq(3, 90, w=(2, 4), a=a, sym=sym, g=g) for a in (2, 5, 8) for sym in (0, 1) for g in (0, 45)]
+    + [qqq(3, 90)],
 )
 def test_quantised_tokens(runner: KernelRunner, attrs: GemmAttributes) -> None:
-    """Scales, zero points and codes in the workspace are those of quantize_activation, every pad code is 0, and so is
-    every code of a row that holds a NaN."""
+    """Scales, zero points and codes in the workspace are those of quantize_activation, every pad
+    code is 0, and so is every code of a row that holds a NaN.
+    """
     x = tokens(4, 90, F32)
     x[1] = 0
     arrays = qqq_arrays(attrs) if attrs.wbits == 4 else abq_arrays(attrs)
     check(runner, attrs, arrays, x, tactic=SIMPLE)
     scale, zero, codes = quantised_by_kernel(runner, attrs, 4)
-    want_codes, want_scale, want_zero = quantize_activation(x, attrs.abits, bool(attrs.act_symmetric))
+    want_codes, want_scale, want_zero = quantize_activation(
+        x, attrs.abits, bool(attrs.act_symmetric)
+    )
     assert_same_bits(scale, want_scale[:, 0])
     np.testing.assert_array_equal(zero, want_zero[:, 0])
     group_row = attrs.group_len if attrs.wbits == 4 else -(-attrs.group_len // 32) * 32
     padded = np.zeros_like(codes)
     for g in range(attrs.n_groups):
-        padded[:, g * group_row :][:, : attrs.group_len] = want_codes[:, g * attrs.group_len :][:, : attrs.group_len]
+        padded[:, g * group_row :][:, : attrs.group_len] = want_codes[:, g * attrs.group_len :][
+            :, : attrs.group_len
+        ]
     np.testing.assert_array_equal(codes, padded)
     x[2, 7] = np.nan
     check(runner, attrs, arrays, x, tactic=SIMPLE)
@@ -243,7 +282,9 @@ def test_trap_24_workspace_needs_no_clearing(runner: KernelRunner, scratch: int)
         x = tokens(5, 192, F16)
         y = check(runner, attrs, arrays, x)
         spec = op_spec(op_of(arrays))
-        assert_same_bits(runner.gemm(spec.name, attrs, x, spec.pack(arrays, attrs, "test"), scratch=scratch), y)
+        assert_same_bits(
+            runner.gemm(spec.name, attrs, x, spec.pack(arrays, attrs, "test"), scratch=scratch), y
+        )
 
 
 @pytest.mark.parametrize(
@@ -280,8 +321,16 @@ def test_missing_buffers_are_refused(runner: KernelRunner) -> None:
 
 def test_workspace_size_counts_in_64_bits(runner: KernelRunner) -> None:
     m, k = 1 << 20, 8192
-    assert runner.workspace_bytes("ABQGemm", runner.shape(abq(8, k), m, F16, SIMPLE)) == m * 8 + 8 * m * (k // 8)
-    assert runner.workspace_bytes("QQQGemm", runner.shape(qqq(8, k), m, F16, SIMPLE)) == m * 4 + m * k
+    assert runner.workspace_bytes(
+        "ABQGemm", runner.shape(abq(8, k), m, F16, SIMPLE)
+    ) == m * 8 + 8 * m * (k // 8)
+    assert (
+        runner.workspace_bytes("QQQGemm", runner.shape(qqq(8, k), m, F16, SIMPLE)) == m * 4 + m * k
+    )
     for op, attrs in (("ABQGemm", abq(8, k)), ("QQQGemm", qqq(8, k))):
         codes = m * (k + (12 if op == "ABQGemm" else 8))
-        assert codes < runner.workspace_bytes(op, runner.shape(attrs, m, F16, ANY_TACTIC)) < codes + (9 << 20)
+        assert (
+            codes
+            < runner.workspace_bytes(op, runner.shape(attrs, m, F16, ANY_TACTIC))
+            < codes + (9 << 20)
+        )

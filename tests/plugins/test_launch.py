@@ -1,4 +1,6 @@
-"""How kernels are started, against a CUDA runtime of ours that counts: what a kernel needs is asked once for each device."""
+"""How kernels are started, against a CUDA runtime of ours that counts: what a kernel needs is asked
+once for each device.
+"""
 
 from __future__ import annotations
 
@@ -78,12 +80,29 @@ def test_what_a_kernel_needs_is_asked_once_for_each_device(tmp_path: Path) -> No
     (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
     source, program = tmp_path / "main.cpp", tmp_path / "program"
     source.write_text(PROGRAM)
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", f"-I{tmp_path}", f"-I{PLUGINS}", str(source), "-o", str(program)], check=True)
-    assert subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines() == [
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-Wall",
+            "-Wextra",
+            f"-I{tmp_path}",
+            f"-I{PLUGINS}",
+            str(source),
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
+    assert subprocess.run(
+        [str(program)], capture_output=True, text=True, check=True
+    ).stdout.splitlines() == [
         "2 asked, 2 told, 0 refused, 10 started, 0 failed",
         "4 asked, 4 told, 0 refused, 22 started, 0 failed",
-        "4 asked, 6 told, 0 refused, 26 started, 0 failed",  # 60100 bytes are as many KiB as 60000; 227 are more
+        # 60100 bytes are as many KiB as 60000; 227 are more
+        "4 asked, 6 told, 0 refused, 26 started, 0 failed",
         "4 asked, 6 told, 0 refused, 32 started, 0 failed",  # the size of last time
         "4 asked, 8 told, 0 refused, 34 started, 0 failed",  # a context that was reset
-        "4 asked, 8 told, 2 refused, 34 started, 2 failed",  # more than the GPU has: each kernel is refused once
+        # more than the GPU has: each kernel is refused once
+        "4 asked, 8 told, 2 refused, 34 started, 2 failed",
     ]

@@ -1,4 +1,6 @@
-"""Measured kernels take the place of the rules: which row serves which number of tokens, and the rows that the benchmark writes."""
+"""Measured kernels take the place of the rules: which row serves which number of tokens, and the
+rows that the benchmark writes.
+"""
 
 from __future__ import annotations
 
@@ -67,43 +69,116 @@ def output_of(folder: Path, text: str) -> list[str]:
     source, program = folder / "main.cpp", folder / "program"
     source.write_text(text)
     include = [f"-I{folder}", f"-I{PLUGINS}", "-isystem", str(find_cuda_include())]
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *include, str(source), "-o", str(program)], check=True)
-    return subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *include,
+            str(source),
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
+    return subprocess.run(
+        [str(program)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
 
 
 def test_rows_that_the_benchmark_writes_are_found(tmp_path: Path) -> None:
     w4 = SCHEMES[0]
 
     def row(m: int, kernel: str, shares: int, median: float) -> dict[str, object]:
-        return {"scheme": w4.name, "n": 4096, "k": 4096, "m": m, "kernel": kernel, "tactic": 64 * 2 + shares, "median": median,
-                "complete": True}
+        return {
+            "scheme": w4.name,
+            "n": 4096,
+            "k": 4096,
+            "m": m,
+            "kernel": kernel,
+            "tactic": 64 * 2 + shares,
+            "median": median,
+            "complete": True,
+        }
 
-    rows = [row(1, "int8 64x16", 4, 9.0), row(1, "int8 64x8", 5, 8.0), row(16, "int8 64x16", 3, 9.0), row(2048, "int8 256x64", 2, 20.0)]
+    rows = [
+        row(1, "int8 64x16", 4, 9.0),
+        row(1, "int8 64x8", 5, 8.0),
+        row(16, "int8 64x16", 3, 9.0),
+        row(2048, "int8 256x64", 2, 20.0),
+    ]
     rows.append({**row(16, "int8 64x16", 3, 9.0), "n": 8192})
-    rows.append({**row(32, "int8 64x16", 3, 9.0), "complete": False})  # the fastest of those that there was time for
+    rows.append(
+        {**row(32, "int8 64x16", 3, 9.0), "complete": False}
+    )  # the fastest of those that there was time for
     rows.append({**row(1, "cuBLAS", 0, 1.0), "scheme": "fp16"})
-    lines = measured_rows({"device": "GPU", "date": "today", "capability": "9.0", "multiprocessors": 132, "rows": rows}, [w4])
-    assert lines[0] == '{90, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, 1, "int8 64x8", 5},  // GPU, today'
+    lines = measured_rows(
+        {
+            "device": "GPU",
+            "date": "today",
+            "capability": "9.0",
+            "multiprocessors": 132,
+            "rows": rows,
+        },
+        [w4],
+    )
+    assert (
+        lines[0]
+        == '{90, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, 1, "int8 64x8", 5},  // GPU, today'
+    )
     (tmp_path / "rows.inc").write_text(merged_table("", lines))
-    assert output_of(tmp_path, LOOKUP) == ["1: int8 64x8 5", "2: int8 64x16 3", "8: int8 64x16 3", "16: int8 64x16 3", "17: int8 256x64 2",
-                     "5000: int8 256x64 2", "10000"]
+    assert output_of(tmp_path, LOOKUP) == [
+        "1: int8 64x8 5",
+        "2: int8 64x16 3",
+        "8: int8 64x16 3",
+        "16: int8 64x16 3",
+        "17: int8 256x64 2",
+        "5000: int8 256x64 2",
+        "10000",
+    ]
 
 
 def test_the_library_takes_measured_kernels_where_they_run(tmp_path: Path) -> None:
-    """A row that fits is taken, and named by a tactic too; one whose kernel the GPU lacks room for, or that is gone, is not."""
+    """A row that fits is taken, and named by a tactic too; one whose kernel the GPU lacks room for,
+    or that is gone, is not.
+    """
     (tmp_path / "core").mkdir()
-    rows = [f'{{90, 132, "QQQGemm", 4, 16, 8, 0, {n}, 4096, 8, "{kernel}", 3}},' for n, kernel in ((4096, "int8 256x64"), (4097, "gone"))]
+    rows = [
+        f'{{90, 132, "QQQGemm", 4, 16, 8, 0, {n}, 4096, 8, "{kernel}", 3}},'
+        for n, kernel in ((4096, "int8 256x64"), (4097, "gone"))
+    ]
     (tmp_path / "core" / "measured.inc").write_text(merged_table("", rows))
     assert output_of(tmp_path, CHOICE) == [
-        "4096 227: int8 256x64 3", "4096 64: int8 64x8 by rule", "4097 227: int8 64x8 by rule", "4097 64: int8 64x8 by rule",
-        "4098 227: int8 64x8 by rule", "4098 64: int8 64x8 by rule"]
+        "4096 227: int8 256x64 3",
+        "4096 64: int8 64x8 by rule",
+        "4097 227: int8 64x8 by rule",
+        "4097 64: int8 64x8 by rule",
+        "4098 227: int8 64x8 by rule",
+        "4098 64: int8 64x8 by rule",
+    ]
 
 
 def test_what_was_measured_elsewhere_stays() -> None:
     def row(sm: int, m: int, kernel: str) -> str:
-        return f'{{{sm}, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, {m}, "{kernel}", 5}},  // GPU, today'
+        return (
+            f'{{{sm}, 132, "QQQGemm", 4, 16, 8, 0, 4096, 4096, {m}, "{kernel}", 5}},  // GPU, today'
+        )
 
-    first = merged_table((PLUGINS / "core" / "measured.inc").read_text(), [row(80, 1, "a"), row(90, 1, "a"), row(90, 16, "b")])
+    first = merged_table(
+        (PLUGINS / "core" / "measured.inc").read_text(),
+        [row(80, 1, "a"), row(90, 1, "a"), row(90, 16, "b")],
+    )
     second = merged_table(first, [row(90, 1, "c"), row(90, 2, "d")])
-    assert second.splitlines()[1:] == [row(80, 1, "a"), row(90, 1, "c"), row(90, 16, "b"), row(90, 2, "d")]
-    assert first.splitlines()[0] == second.splitlines()[0] == (PLUGINS / "core" / "measured.inc").read_text().splitlines()[0]
+    assert second.splitlines()[1:] == [
+        row(80, 1, "a"),
+        row(90, 1, "c"),
+        row(90, 16, "b"),
+        row(90, 2, "d"),
+    ]
+    assert (
+        first.splitlines()[0]
+        == second.splitlines()[0]
+        == (PLUGINS / "core" / "measured.inc").read_text().splitlines()[0]
+    )

@@ -1,4 +1,6 @@
-"""GEMMs with an RMSNorm in front: reference() against its definition, and every kernel against reference()."""
+"""GEMMs with an RMSNorm in front: reference() against its definition, and every kernel against
+reference().
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,42 @@ import pytest
 
 from plugins import op_spec
 from plugins.core.activation import rms_norm
-from plugins.errors import InputError
 from plugins.core.op_spec import GemmAttributes
-from tests.plugins.kernel_cases import BF16, F16, F32, abq, abq_arrays, assert_close, assert_same_bits, op_of, qqq, qqq_arrays, tokens
+from plugins.errors import InputError
+from tests.plugins.kernel_cases import (
+    BF16,
+    F16,
+    F32,
+    abq,
+    abq_arrays,
+    assert_close,
+    assert_same_bits,
+    op_of,
+    qqq,
+    qqq_arrays,
+    tokens,
+)
 from tests.plugins.kernel_runner import ANY_TACTIC, KERNEL_STEP, SIMPLE, KernelError, KernelRunner
 
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 EPSILON = 3.0  # of tokens of +-1: the root of the mean square is then exactly 2
 K = 320
 SCHEMES = {
-    "abq": abq(70, K, bias=1), "abq-sym": abq(70, K, a=5, sym=1), "abq-few": abq(70, K, w=(2, 5), a=3), "abq-g64": abq(70, K, g=64, bias=1),
-    "abq-g40": abq(70, K, g=40), "a16": abq(70, K, a=16, bias=1), "a16-g64": abq(70, K, w=(8, 256), a=16, g=64),
-    "qqq": qqq(70, K, bias=1), "qqq-g64": qqq(70, K, g=64),
+    "abq": abq(70, K, bias=1),
+    "abq-sym": abq(70, K, a=5, sym=1),
+    "abq-few": abq(70, K, w=(2, 5), a=3),
+    "abq-g64": abq(70, K, g=64, bias=1),
+    "abq-g40": abq(70, K, g=40),
+    "a16": abq(70, K, a=16, bias=1),
+    "a16-g64": abq(70, K, w=(8, 256), a=16, g=64),
+    "qqq": qqq(70, K, bias=1),
+    "qqq-g64": qqq(70, K, g=64),
 }
 
 
-def case_of(name: str, epsilon: float, dtype: np.dtype[Any]) -> tuple[GemmAttributes, Any, dict[str, np.ndarray]]:
+def case_of(
+    name: str, epsilon: float, dtype: np.dtype[Any]
+) -> tuple[GemmAttributes, Any, dict[str, np.ndarray]]:
     """Attributes with a norm, weights, and the packed tensors with a gamma that has outliers."""
     attrs = replace(SCHEMES[name], norm_epsilon=epsilon)
     arrays = qqq_arrays(attrs) if name.startswith("qqq") else abq_arrays(attrs)
@@ -35,7 +57,9 @@ def case_of(name: str, epsilon: float, dtype: np.dtype[Any]) -> tuple[GemmAttrib
 
 
 def signs(m: int, k: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Tokens of +-1, and the last of zeros: every order of adding up their squares gives the same, so that no rounding is a near tie."""
+    """Tokens of +-1, and the last of zeros: every order of adding up their squares gives the same,
+    so that no rounding is a near tie.
+    """
     x = np.random.default_rng(m).choice(np.array([-1, 1]), (m, k))
     x[-1] = 0
     return x.astype(dtype)
@@ -47,7 +71,11 @@ def test_rms_norm_is_the_formula(dtype: np.dtype[Any]) -> None:
     got = rms_norm(x, gamma, 1e-5)
     assert got.dtype == dtype
     for row, y in zip(x.astype(float), got.astype(float), strict=True):
-        want = row / (sum(v * v for v in row) / 200 + float(np.float32(1e-5))) ** 0.5 * gamma.astype(float)
+        want = (
+            row
+            / (sum(v * v for v in row) / 200 + float(np.float32(1e-5))) ** 0.5
+            * gamma.astype(float)
+        )
         np.testing.assert_allclose(y, want, rtol=0.51 * float(ml_dtypes.finfo(dtype).eps))
 
 
@@ -64,7 +92,9 @@ def test_reference_is_the_gemm_of_the_norm(name: str) -> None:
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_tactic_norms(runner: KernelRunner, name: str, dtype: np.dtype[Any]) -> None:
-    """Where nothing rounds before the codes, every kernel gives the bits that it gives without a norm."""
+    """Where nothing rounds before the codes, every kernel gives the bits that it gives without a
+    norm.
+    """
     attrs, arrays, tensors = case_of(name, EPSILON, dtype)
     spec, kernels = op_spec(op_of(arrays)), set()
     for m, multiprocessors in ((1, MANY), (3, FEW), (17, MANY)):
@@ -83,7 +113,9 @@ def test_every_tactic_norms(runner: KernelRunner, name: str, dtype: np.dtype[Any
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_any_tokens(runner: KernelRunner, name: str, dtype: np.dtype[Any]) -> None:
-    """The simple kernel gives reference()'s bits; of the others a near tie may move a code, or the scale in its last bit."""
+    """The simple kernel gives reference()'s bits; of the others a near tie may move a code, or the
+    scale in its last bit.
+    """
     attrs, arrays, tensors = case_of(name, 1e-5, dtype)
     spec, x = op_spec(op_of(arrays)), tokens(5, K, dtype)
     want, normed = spec.reference(x, tensors, attrs), rms_norm(x, tensors["gamma"], 1e-5)
@@ -92,7 +124,9 @@ def test_any_tokens(runner: KernelRunner, name: str, dtype: np.dtype[Any]) -> No
         y = runner.gemm(spec.name, attrs, x, tensors, tactic=tactic)
         if tactic // KERNEL_STEP == SIMPLE // KERNEL_STEP:
             assert_close(y, want, attrs, arrays, normed)
-        error = np.linalg.norm(y.astype(np.float64) - want.astype(np.float64), axis=1) / np.linalg.norm(want.astype(np.float64), axis=1)
+        error = np.linalg.norm(
+            y.astype(np.float64) - want.astype(np.float64), axis=1
+        ) / np.linalg.norm(want.astype(np.float64), axis=1)
         assert error.max() < {F16: 2e-3, BF16: 8e-3, F32: 1e-3}[dtype], (tactic, error)
 
 
@@ -102,8 +136,13 @@ def test_any_thread_order(runner: KernelRunner, order: int) -> None:
     attrs, arrays, tensors = case_of("qqq", EPSILON, F16)
     x = signs(3, K, F16)
     for tactic in (SIMPLE, 0):
-        assert_close(runner.gemm("QQQGemm", attrs, x, tensors, tactic=tactic), op_spec("QQQGemm").reference(x, tensors, attrs), attrs,
-                     arrays, x)
+        assert_close(
+            runner.gemm("QQQGemm", attrs, x, tensors, tactic=tactic),
+            op_spec("QQQGemm").reference(x, tensors, attrs),
+            attrs,
+            arrays,
+            x,
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -113,17 +152,27 @@ def test_bad_rows_are_nan_and_alone(runner: KernelRunner, bad: float) -> None:
         attrs, arrays, tensors = case_of(name, 1e-5, F16)
         x, spec = tokens(4, K, F16), op_spec(op_of(arrays))
         x[1, 0], x[3] = bad, 0
-        for y in (spec.reference(x, tensors, attrs),
-                  *(runner.gemm(spec.name, attrs, x, tensors, tactic=tactic) for tactic in runner.tactics(spec.name, attrs, 4, F16))):
+        for y in (
+            spec.reference(x, tensors, attrs),
+            *(
+                runner.gemm(spec.name, attrs, x, tensors, tactic=tactic)
+                for tactic in runner.tactics(spec.name, attrs, 4, F16)
+            ),
+        ):
             assert np.isnan(y).all(axis=1).tolist() == [False, True, False, False]
 
 
 def test_workspace_has_room_for_the_norm_of_the_simple_kernel_only(runner: KernelRunner) -> None:
-    for op, attrs in (("ABQGemm", abq(64, 1024)), ("ABQGemm", abq(64, 1024, a=16)), ("QQQGemm", qqq(64, 1024))):
+    for op, attrs in (
+        ("ABQGemm", abq(64, 1024)),
+        ("ABQGemm", abq(64, 1024, a=16)),
+        ("QQQGemm", qqq(64, 1024)),
+    ):
         normed = replace(attrs, norm_epsilon=1e-5)
         for tactic, name in runner.tactics(op, attrs, 8, F16).items():
-            grown = (runner.workspace_bytes(op, runner.shape(normed, 8, F16, tactic))
-                     - runner.workspace_bytes(op, runner.shape(attrs, 8, F16, tactic)))
+            grown = runner.workspace_bytes(
+                op, runner.shape(normed, 8, F16, tactic)
+            ) - runner.workspace_bytes(op, runner.shape(attrs, 8, F16, tactic))
             assert grown == (8 * 1024 * 2 if name == "simple" else 0)
         assert runner.workspace_bytes(op, runner.shape(normed, 8, F16, ANY_TACTIC)) >= 8 * 1024 * 2
 
@@ -141,11 +190,15 @@ def test_a_missing_gamma_and_a_bad_epsilon_are_refused(runner: KernelRunner) -> 
         assert not any(runner.workspace_bytes(op, runner.shape(refused, 2, F16)) for refused in bad)
 
 
-@pytest.mark.parametrize(("epsilon", "text"), [(-1.0, "-1.0"), (float("nan"), "nan"), (1e39, "1e+39"), (1e-50, "1e-50")])
+@pytest.mark.parametrize(
+    ("epsilon", "text"), [(-1.0, "-1.0"), (float("nan"), "nan"), (1e39, "1e+39"), (1e-50, "1e-50")]
+)
 @pytest.mark.parametrize("name", ["abq", "qqq"])
 def test_check_refuses(name: str, epsilon: float, text: str) -> None:
     attrs = replace(SCHEMES[name], norm_epsilon=epsilon)
     with pytest.raises(InputError) as error:
         op_spec("QQQGemm" if name == "qqq" else "ABQGemm").check(attrs, "layer")
-    assert str(error.value) == (f"layer: got norm_epsilon {text}, expected 0 (no norm) or a positive fp32 number. "
-                                "Check rms_norm_eps in the model's config.json.")
+    assert str(error.value) == (
+        f"layer: got norm_epsilon {text}, expected 0 (no norm) or a positive fp32 number. "
+        "Check rms_norm_eps in the model's config.json."
+    )

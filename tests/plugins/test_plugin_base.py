@@ -1,4 +1,6 @@
-"""The IPluginV3 overrides, driven from C++ as TensorRT drives them, with kernels that print what they are called with."""
+"""The IPluginV3 overrides, driven from C++ as TensorRT drives them, with kernels that print what
+they are called with.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,27 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("plugin") / "probe"
-    sources = [*PLUGINS.glob("core/tensorrt/*.cpp"), *PLUGINS.glob("core/tensorrt/abi/*.cpp"), *PLUGINS.glob("*/tensorrt.cpp")]
+    sources = [
+        *PLUGINS.glob("core/tensorrt/*.cpp"),
+        *PLUGINS.glob("core/tensorrt/abi/*.cpp"),
+        *PLUGINS.glob("*/tensorrt.cpp"),
+    ]
     include = [f"-I{PLUGINS}", f"-I{PLUGINS / 'core' / 'trt'}"]
-    subprocess.run(["g++", "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *include,
-                    str(PROBES / "plugin.cpp"), *map(str, sources), "-o", str(output)], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-fsanitize=undefined",
+            "-fno-sanitize-recover",
+            *include,
+            str(PROBES / "plugin.cpp"),
+            *map(str, sources),
+            "-o",
+            str(output),
+        ],
+        check=True,
+    )
     return output
 
 

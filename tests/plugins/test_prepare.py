@@ -1,4 +1,6 @@
-"""The token kernels against numpy: every order bit for bit, on the CPU simulation and, where there is one, on a GPU."""
+"""The token kernels against numpy: every order bit for bit, on the CPU simulation and, where there
+is one, on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,21 @@ import pytest
 
 from tests.plugins.kernel_cases import BF16, F16, F32, assert_same_bits, tokens
 from tests.plugins.kernel_runner import KernelError, KernelRunner
-from tests.plugins.prepare_runner import FLOATS, NATURAL, PLANES, SLOTS, Case, check, prepare, rms_norm, slot_order
+from tests.plugins.prepare_runner import (
+    FLOATS,
+    NATURAL,
+    PLANES,
+    SLOTS,
+    Case,
+    check,
+    prepare,
+    rms_norm,
+    slot_order,
+)
 
-ORDERS = pytest.mark.parametrize("kind", [NATURAL, SLOTS, PLANES, FLOATS], ids=["natural", "slots", "planes", "floats"])
+ORDERS = pytest.mark.parametrize(
+    "kind", [NATURAL, SLOTS, PLANES, FLOATS], ids=["natural", "slots", "planes", "floats"]
+)
 
 
 def case_of(kind: int, k: int, **changes: Any) -> Case:
@@ -24,11 +38,15 @@ def case_of(kind: int, k: int, **changes: Any) -> Case:
 @pytest.mark.parametrize("kind", [NATURAL, SLOTS, PLANES])
 def test_every_bit_width(runner: KernelRunner, kind: int) -> None:
     for abits, sym, m in itertools.product(range(2, 9), (0, 1), (1, 3)):
-        check(runner, case_of(kind, 67, abits=abits, symmetric=sym), tokens(m, 67, F16), order=abits)
+        check(
+            runner, case_of(kind, 67, abits=abits, symmetric=sym), tokens(m, 67, F16), order=abits
+        )
 
 
 @ORDERS
-@pytest.mark.parametrize("k", [1, 2, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256, 1016, 1024, 1025, 1096])
+@pytest.mark.parametrize(
+    "k", [1, 2, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256, 1016, 1024, 1025, 1096]
+)
 def test_lengths_around_words_and_chunks(runner: KernelRunner, kind: int, k: int) -> None:
     for m in (1, 2):
         check(runner, case_of(kind, k, symmetric=m % 2), tokens(m, k, F16), order=k)
@@ -43,12 +61,32 @@ def test_numbers_of_tokens(runner: KernelRunner, kind: int, m: int) -> None:
 
 @pytest.mark.parametrize("kind", [SLOTS, PLANES, FLOATS], ids=["slots", "planes", "floats"])
 @pytest.mark.parametrize(
-    ("k", "g"), [(5, 1), (24, 8), (99, 33), (120, 40), (96, 32), (62, 31), (192, 64), (384, 128), (130, 65), (2304, 1152), (520, 104)]
+    ("k", "g"),
+    [
+        (5, 1),
+        (24, 8),
+        (99, 33),
+        (120, 40),
+        (96, 32),
+        (62, 31),
+        (192, 64),
+        (384, 128),
+        (130, 65),
+        (2304, 1152),
+        (520, 104),
+    ],
 )
 def test_groups(runner: KernelRunner, kind: int, k: int, g: int) -> None:
-    """Units of 4, 2 and 1 words, groups that end inside a word, sums of groups shorter and longer than a warp."""
+    """Units of 4, 2 and 1 words, groups that end inside a word, sums of groups shorter and longer
+    than a warp.
+    """
     for abits, dtype in ((3, F16), (8, BF16)):
-        check(runner, case_of(kind, k, group_size=g, **({} if kind == FLOATS else {"abits": abits})), tokens(3, k, dtype), order=g)
+        check(
+            runner,
+            case_of(kind, k, group_size=g, **({} if kind == FLOATS else {"abits": abits})),
+            tokens(3, k, dtype),
+            order=g,
+        )
 
 
 @ORDERS
@@ -70,7 +108,9 @@ def test_any_thread_order(runner: KernelRunner, kind: int, order: int) -> None:
 
 @ORDERS
 def test_long_rows(runner: KernelRunner, kind: int) -> None:
-    """A few tokens are shared out to several blocks unless they add up sums; rows of more than 64 KiB are read again."""
+    """A few tokens are shared out to several blocks unless they add up sums; rows of more than 64
+    KiB are read again.
+    """
     shared_out = case_of(kind, 8320, with_sums=False)
     check(runner, shared_out, tokens(1, 8320, F16))
     check(runner, shared_out, tokens(3, 8320, F16))
@@ -85,7 +125,9 @@ def test_long_rows(runner: KernelRunner, kind: int) -> None:
 @pytest.mark.parametrize("kind", [NATURAL, SLOTS, PLANES])
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 def test_extreme_rows(runner: KernelRunner, kind: int, dtype: np.dtype[Any]) -> None:
-    """Zeros, negative zeros, the largest and the smallest numbers, halves that round to even, one sign only, NaN and infinity."""
+    """Zeros, negative zeros, the largest and the smallest numbers, halves that round to even, one
+    sign only, NaN and infinity.
+    """
     info, rng = ml_dtypes.finfo(dtype), np.random.default_rng(0)
     x = tokens(14, 200, dtype)
     x[0], x[1], x[2] = 0, -0.0, info.max
@@ -96,7 +138,9 @@ def test_extreme_rows(runner: KernelRunner, kind: int, dtype: np.dtype[Any]) -> 
     x[7], x[8] = abs(x[7]), -abs(x[8])
     x[9, 0] = x[9, 199] = np.nan
     x[10, 77], x[11, 199], x[12, :] = np.inf, -np.inf, np.nan
-    x[13] = float(info.max) * rng.choice([-1, 1], 200)  # an infinite range in fp32, of finite numbers
+    x[13] = float(info.max) * rng.choice(
+        [-1, 1], 200
+    )  # an infinite range in fp32, of finite numbers
     for abits, symmetric in itertools.product((2, 5, 8), (0, 1)):
         got = check(runner, case_of(kind, 200, abits=abits, symmetric=symmetric), x)
         assert np.isnan(got.scale[9:13]).all()
@@ -150,16 +194,25 @@ def normed_by_kernel(runner: KernelRunner, case: Case, x: np.ndarray, **inputs: 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_norm(runner: KernelRunner, dtype: np.dtype[Any], with_residual: bool) -> None:
-    """v is exact; y is the wide result rounded once, but for near ties; codes, scales and zeros are exactly those of y."""
+    """v is exact; y is the wide result rounded once, but for near ties; codes, scales and zeros are
+    exactly those of y.
+    """
     for m, k, g in ((3, 72, 0), (2, 129, 43), (1, 8320, 0), (1, 33_001, 0)):
         x, gamma = tokens(m, k, dtype), tokens(1, k, dtype, seed=1)[0]
-        inputs = {"gamma": gamma, "residual": tokens(m, k, dtype, seed=2)} if with_residual else {"gamma": gamma}
+        inputs = (
+            {"gamma": gamma, "residual": tokens(m, k, dtype, seed=2)}
+            if with_residual
+            else {"gamma": gamma}
+        )
         case = case_of(SLOTS, k, group_size=g)
         v, wide = rms_norm(x, gamma, inputs.get("residual"), case.epsilon)
         y = normed_by_kernel(runner, case, x, **inputs)
         once = wide.astype(dtype)
         assert (y == once).mean() > 0.99
-        spacing = np.maximum(np.abs(wide) * float(ml_dtypes.finfo(dtype).eps), float(ml_dtypes.finfo(dtype).smallest_subnormal))
+        spacing = np.maximum(
+            np.abs(wide) * float(ml_dtypes.finfo(dtype).eps),
+            float(ml_dtypes.finfo(dtype).smallest_subnormal),
+        )
         assert (np.abs(y.astype(np.float64) - wide) <= 0.51 * spacing).all()
         for kind in (NATURAL, SLOTS, PLANES):
             if kind == NATURAL and g:
@@ -172,20 +225,30 @@ def test_norm(runner: KernelRunner, dtype: np.dtype[Any], with_residual: bool) -
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_norm_of_fp32(runner: KernelRunner, with_residual: bool) -> None:
     x, gamma = tokens(2, 200, F32), tokens(1, 200, F32, seed=1)[0]
-    inputs = {"gamma": gamma, "residual": tokens(2, 200, F32, seed=2)} if with_residual else {"gamma": gamma}
+    inputs = (
+        {"gamma": gamma, "residual": tokens(2, 200, F32, seed=2)}
+        if with_residual
+        else {"gamma": gamma}
+    )
     case = case_of(NATURAL, 200)
     v, wide = rms_norm(x, gamma, inputs.get("residual"), case.epsilon)
     got = prepare(runner, case, x, **inputs)
     codes = got.rows.view(np.int8)[:, :200].astype(np.float64)
-    np.testing.assert_allclose(got.scale, (np.maximum(wide.max(1), 0) - np.minimum(wide.min(1), 0)) / 255, rtol=1e-6)
-    assert (np.abs((codes - got.zero[:, None]) * got.scale[:, None] - wide) <= 0.51 * got.scale[:, None]).all()
+    np.testing.assert_allclose(
+        got.scale, (np.maximum(wide.max(1), 0) - np.minimum(wide.min(1), 0)) / 255, rtol=1e-6
+    )
+    assert (
+        np.abs((codes - got.zero[:, None]) * got.scale[:, None] - wide) <= 0.51 * got.scale[:, None]
+    ).all()
     if with_residual:
         assert_same_bits(got.residual_out, v)
 
 
 @pytest.mark.parametrize("k", [4160, 33_001])
 def test_norm_does_not_depend_on_the_other_tokens(runner: KernelRunner, k: int) -> None:
-    """The same bits from one token alone, shared out to several blocks, and among many; also where rows are read again."""
+    """The same bits from one token alone, shared out to several blocks, and among many; also where
+    rows are read again.
+    """
     many = 65 if k < 10_000 else 3
     gamma, case = tokens(1, k, F16, seed=1)[0], case_of(SLOTS, k, with_sums=False)
     x = np.repeat(tokens(1, k, F16), many, 0)
@@ -196,7 +259,9 @@ def test_norm_does_not_depend_on_the_other_tokens(runner: KernelRunner, k: int) 
     for row in (0, many - 1):
         assert_same_bits(among.scale[row : row + 1], alone.scale)
         np.testing.assert_array_equal(among.rows[row], alone.rows[0])
-        np.testing.assert_array_equal(among.residual_out[row].view(np.uint16), alone.residual_out[0].view(np.uint16))
+        np.testing.assert_array_equal(
+            among.residual_out[row].view(np.uint16), alone.residual_out[0].view(np.uint16)
+        )
 
 
 def test_rows_of_a_norm_with_nan_or_infinity(runner: KernelRunner) -> None:

@@ -1,4 +1,6 @@
-"""anybit-selftest in the CPU simulation: all right there, exit code 3 for a library that goes wrong once, 2 for what cannot run."""
+"""anybit-selftest in the CPU simulation: all right there, exit code 3 for a library that goes wrong
+once, 2 for what cannot run.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from plugins.tools.toolkit import find_cuda_include
 from tests.plugins.kernel_runner import GemmShape, cuda_missing
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-USAGE = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list] [--help]"
+USAGE = (
+    "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed "
+    "N] [--list] [--help]"
+)
 
-# A library that passes every call on to the simulation, and then does CHANGE in calls with 7 tokens.
+# A library that passes every call on to the simulation, and then does CHANGE in calls with 7
+# tokens.
 SHIM = """
 #include <dlfcn.h>
 #include <cmath>
@@ -37,9 +43,11 @@ template <class F> static F* real(const char* name) { return reinterpret_cast<F*
 OP(anybit_abq_gemm)
 OP(anybit_qqq_gemm)
 """
-SIMULATED = "ANYBIT_API void anybit_sim_set_seed(unsigned) {}\n"  # what tells the simulation from the library for GPUs
+# what tells the simulation from the library for GPUs
+SIMULATED = "ANYBIT_API void anybit_sim_set_seed(unsigned) {}\n"
 
-# The CUDA driver on host memory; the real header holds the names and types to those of the real one.
+# The CUDA driver on host memory; the real header holds the names and types to those of the real
+# one.
 DRIVER = """
 #include <cuda.h>
 #include <cstdlib>
@@ -76,18 +84,35 @@ FAKE cuGraphDestroy(CUgraph) { return CUDA_SUCCESS; }
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(build_selftest()), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
 
 
 def compiled(folder: Path, name: str, text: str, include: Path = PLUGINS) -> Path:
     source, library = folder / f"{name}.cpp", folder / name
     source.write_text(text)
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{include}", str(source), "-ldl", "-o", str(library)], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            str(source),
+            "-ldl",
+            "-o",
+            str(library),
+        ],
+        check=True,
+    )
     return library
 
 
 def shim(folder: Path, change: str, simulated: bool = True) -> Path:
-    text = SHIM.replace("REAL", str(build_sim())).replace("CHANGE", change) + (SIMULATED if simulated else "")
+    text = SHIM.replace("REAL", str(build_sim())).replace("CHANGE", change) + (
+        SIMULATED if simulated else ""
+    )
     return compiled(folder, "libshim.so", text)
 
 
@@ -96,7 +121,13 @@ def test_every_kernel_is_right() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].startswith("CPU simulation: ")
     assert done.stdout.splitlines()[-1].endswith(" calls, all right")
-    for kernel in ("ABQGemm  int8 64x8", "ABQGemm  b1 64x8", "ABQGemm  a16 64x8", "QQQGemm  int8 64x8", "QQQGemm  simple"):
+    for kernel in (
+        "ABQGemm  int8 64x8",
+        "ABQGemm  b1 64x8",
+        "ABQGemm  a16 64x8",
+        "QQQGemm  int8 64x8",
+        "QQQGemm  simple",
+    ):
         assert f"\n{kernel} " in done.stdout
 
 
@@ -106,8 +137,14 @@ def test_every_kernel_is_right() -> None:
         ("y[y_bytes - 1] ^= 0x40", "got y[6, 65] = "),
         ("__builtin_memset(y, 0xff, 2)", "got y[0, 0] = "),  # a NaN
         ("y[y_bytes] = 0", "got writes past the buffers, expected none"),
-        ("static_cast<unsigned char*>(b->workspace)[-1] = 0", "got writes past the buffers in a graph, expected none"),
-        ("const_cast<float*>(b->scale)[s->n - 1] += 1", "got inputs that changed, expected them as they were"),
+        (
+            "static_cast<unsigned char*>(b->workspace)[-1] = 0",
+            "got writes past the buffers in a graph, expected none",
+        ),
+        (
+            "const_cast<float*>(b->scale)[s->n - 1] += 1",
+            "got inputs that changed, expected them as they were",
+        ),
         ("code = 98", "got CUDA error 98, expected success"),
     ],
     ids=["value", "nan", "past y", "before workspace", "input", "error"],
@@ -116,14 +153,20 @@ def test_what_goes_wrong_once_is_a_mismatch(tmp_path: Path, change: str, problem
     done = run(shim(tmp_path, change), "--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
     assert (done.returncode, done.stderr) == (3, "")
     assert f"QQQGemm int8 64x8 W4A8 sym g64 7x66x256 fp16: {problem}" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith(" MISMATCHES; do not use these kernels here, report the lines above")
+    assert done.stdout.splitlines()[-1].endswith(
+        " MISMATCHES; do not use these kernels here, report the lines above"
+    )
     assert "ABQGemm" not in done.stdout
 
 
 def test_many_failures_are_counted(tmp_path: Path) -> None:
-    done = run(shim(tmp_path, "} y[0] ^= 0x40; {"), "--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+    done = run(
+        shim(tmp_path, "} y[0] ^= 0x40; {"), "--quick", "--op", "QQQGemm", "--kernel", "int8 64x8"
+    )
     assert done.returncode == 3
-    assert done.stdout.count("\nQQQGemm int8 64x8 W4A8") == 19  # the first line has no line before it
+    assert (
+        done.stdout.count("\nQQQGemm int8 64x8 W4A8") == 19
+    )  # the first line has no line before it
     assert " failures more)\n" in done.stdout
 
 
@@ -133,21 +176,33 @@ def test_errors(tmp_path: Path) -> None:
         (["--fast"], f"--fast: got this argument, expected none such. {USAGE}."),
         (["library", "--op"], f"--op: got no value, expected one. {USAGE}."),
         (["library", "--op", "Gemm"], f"--op: got Gemm, expected ABQGemm or QQQGemm. {USAGE}."),
-        (["library", "--seed", "x1"], f"--seed: got x1, expected a whole number of at most 9 digits. {USAGE}."),
-        (["library", "--seed", "-1"], f"--seed: got -1, expected a whole number of at most 9 digits. {USAGE}."),
+        (
+            ["library", "--seed", "x1"],
+            f"--seed: got x1, expected a whole number of at most 9 digits. {USAGE}.",
+        ),
+        (
+            ["library", "--seed", "-1"],
+            f"--seed: got -1, expected a whole number of at most 9 digits. {USAGE}.",
+        ),
     ):
         done = run(*arguments)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
     missing = run(tmp_path / "none.so")
     assert missing.returncode == 2
-    assert missing.stderr.endswith("expected a kernel library. Build it: python -m plugins build.\n")
+    assert missing.stderr.endswith(
+        "expected a kernel library. Build it: python -m plugins build.\n"
+    )
     other = run(compiled(tmp_path, "other.so", "int answer = 42;"))
     assert (other.returncode, other.stderr) == (
-        2, "LIBRARY: got one without anybit_abq_gemm_workspace, expected a kernel library of this version. "
-           "Build it: python -m plugins build.\n")
+        2,
+        "LIBRARY: got one without anybit_abq_gemm_workspace, expected a kernel library of this version. "
+        "Build it: python -m plugins build.\n",
+    )
     nothing = run(build_sim(), "--quick", "--op", "QQQGemm", "--kernel", "int9")
     assert (nothing.returncode, nothing.stdout) == (2, "")
-    assert nothing.stderr.startswith("--kernel: got int9, expected one that runs here: int8 256x64, int8 64x16, ")
+    assert nothing.stderr.startswith(
+        "--kernel: got int9, expected one that runs here: int8 256x64, int8 64x16, "
+    )
     assert nothing.stderr.endswith(f", wgmma 256x64. {USAGE}.\n")
 
 
@@ -164,14 +219,21 @@ def test_without_a_gpu() -> None:
     done = run(build_library(), "--quick")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("GPU: got ")
-    assert done.stderr.endswith(", expected one of compute capability 8.0 or later. Without a GPU give the library of the CPU "
-                                "simulation (python -m plugins selftest --sim).\n")
+    assert done.stderr.endswith(
+        ", expected one of compute capability 8.0 or later. Without a GPU give the library of the CPU "
+        "simulation (python -m plugins selftest --sim).\n"
+    )
 
 
 def test_gpu_through_a_driver_on_host_memory(tmp_path: Path) -> None:
-    """Names, types and order of the driver's calls, without a GPU: a driver too old, none usable, a fault in mid-run."""
+    """Names, types and order of the driver's calls, without a GPU: a driver too old, none usable, a
+    fault in mid-run.
+    """
     compiled(tmp_path, "libcuda.so.1", DRIVER, find_cuda_include())
-    library, few = shim(tmp_path, "", simulated=False), ("--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+    library, few = (
+        shim(tmp_path, "", simulated=False),
+        ("--quick", "--op", "QQQGemm", "--kernel", "int8 64x8"),
+    )
 
     def on_gpu(**settings: str) -> subprocess.CompletedProcess[str]:
         return run(library, *few, LD_LIBRARY_PATH=str(tmp_path), **settings)
@@ -179,23 +241,38 @@ def test_gpu_through_a_driver_on_host_memory(tmp_path: Path) -> None:
     right = on_gpu(FAKE_CAPABILITY="9")
     assert (right.returncode, right.stderr) == (0, "")
     assert right.stdout.splitlines()[-1].startswith("Fake GPU: ")
-    fix = "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim).\n"
+    fix = (
+        "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim).\n"
+    )
     old = on_gpu(FAKE_CAPABILITY="7")
     assert (old.returncode, old.stderr) == (
-        2, f"GPU: got Fake GPU of compute capability 7.x, expected one of compute capability 8.0 or later. {fix}")
+        2,
+        f"GPU: got Fake GPU of compute capability 7.x, expected one of compute capability 8.0 "
+        f"or later. {fix}",
+    )
     none = on_gpu(FAKE_INIT="100")
-    assert (none.returncode, none.stderr) == (2, f"GPU: got error 100 from cuInit, expected one of compute capability 8.0 or later. {fix}")
+    assert (none.returncode, none.stderr) == (
+        2,
+        f"GPU: got error 100 from cuInit, expected one of compute capability 8.0 or later. {fix}",
+    )
     fault = on_gpu(FAKE_CAPABILITY="9", FAKE_FAULT="5")
     assert (fault.returncode, fault.stderr) == (3, "")
     first = fault.stdout.splitlines()[0]
     assert first.startswith("QQQGemm int8 64x8 W4A8 sym g0 ")
-    assert first.endswith(": got error 700 from cuCtxSynchronize, expected success; the cases after it were not run")
+    assert first.endswith(
+        ": got error 700 from cuCtxSynchronize, expected success; the cases after it were not run"
+    )
 
 
 def test_a_launch_error_on_a_gpu_does_not_end_the_run(tmp_path: Path) -> None:
-    """It would spoil the capture of the graph, which then is not tried: one failure for each call, and a verdict."""
+    """It would spoil the capture of the graph, which then is not tried: one failure for each call,
+    and a verdict.
+    """
     compiled(tmp_path, "libcuda.so.1", DRIVER, find_cuda_include())
-    library, few = shim(tmp_path, "} code = 98; {", simulated=False), ("--quick", "--op", "QQQGemm", "--kernel", "int8 64x8")
+    library, few = (
+        shim(tmp_path, "} code = 98; {", simulated=False),
+        ("--quick", "--op", "QQQGemm", "--kernel", "int8 64x8"),
+    )
     done = run(library, *few, LD_LIBRARY_PATH=str(tmp_path), FAKE_CAPABILITY="9", FAKE_CAPTURE="1")
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.count("got CUDA error 98, expected success") == 20
@@ -206,7 +283,10 @@ def test_list_and_seed() -> None:
     listed = run(build_sim(), "--list").stdout.splitlines()
     assert "ABQGemm W2*A8 g0 9x70x320 fp16" in listed
     assert len(listed) > len(run(build_sim(), "--list", "--quick").stdout.splitlines()) > 100
-    assert {line.split()[0] for line in run(build_sim(), "--list", "--op", "QQQGemm").stdout.splitlines()} == {"QQQGemm"}
+    assert {
+        line.split()[0]
+        for line in run(build_sim(), "--list", "--op", "QQQGemm").stdout.splitlines()
+    } == {"QQQGemm"}
     assert run(build_sim(), "--quick", "--op", "QQQGemm", "--seed", "5").returncode == 0
 
 

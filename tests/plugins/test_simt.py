@@ -1,4 +1,6 @@
-"""The CPU simulation of CUDA itself: it runs correct kernels under any thread order and notices planted faults."""
+"""The CPU simulation of CUDA itself: it runs correct kernels under any thread order and notices
+planted faults.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,22 @@ class Faults:
         self.library.anybit_sim_last_error.restype = ctypes.c_char_p
 
     def run(
-        self, name: str, *, order: int = 1, grid: tuple[int, int] = (1, 1), threads: int = THREADS, forget_sync: bool = False
+        self,
+        name: str,
+        *,
+        order: int = 1,
+        grid: tuple[int, int] = (1, 1),
+        threads: int = THREADS,
+        forget_sync: bool = False,
     ) -> tuple[int, np.ndarray]:
         """Error code and output of one kernel on input 0, 1, 2, ..."""
         data = np.arange(threads, dtype=np.int32)
         out = np.full(grid[0] * grid[1] * threads, -1, np.int32)
         self.library.anybit_sim_set_seed(ctypes.c_uint(order))
         pointers = (ctypes.c_void_p(array.ctypes.data) for array in (data, out))
-        return self.library.run_fault(name.encode(), *grid, threads, *pointers, int(forget_sync)), out
+        return self.library.run_fault(
+            name.encode(), *grid, threads, *pointers, int(forget_sync)
+        ), out
 
     def message(self) -> str:
         """Text of the last failure."""
@@ -47,7 +57,16 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
     flags = json.loads((sources / "build_flags.json").read_text(encoding="utf-8"))["sim"]
     includes = ["-I", str(sources), "-isystem", str(find_cuda_include())]
     fault_source = str(Path(__file__).parent / "simt" / "faults.cpp")
-    command = [find_program("g++", "g++"), *flags, "-Wall", "-Wextra", "-Werror", "-shared", *includes, fault_source]
+    command = [
+        find_program("g++", "g++"),
+        *flags,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        *includes,
+        fault_source,
+    ]
     subprocess.run([*command, "-o", str(library)], check=True)
     return Faults(library)
 
@@ -94,7 +113,9 @@ def test_every_block_of_a_large_grid_runs_once(faults: Faults, order: int) -> No
 
 
 @pytest.mark.parametrize("order", range(6))
-def test_bulk_copies_arrive_before_the_wait_ends_and_not_much_sooner(faults: Faults, order: int) -> None:
+def test_bulk_copies_arrive_before_the_wait_ends_and_not_much_sooner(
+    faults: Faults, order: int
+) -> None:
     code, out = faults.run("bulk_copy", order=order)
     assert code == 0
     np.testing.assert_array_equal(out, np.arange(THREADS) % 4)
@@ -112,26 +133,48 @@ def test_a_product_reads_its_rows_until_it_is_waited_for(faults: Faults, order: 
 @pytest.mark.parametrize(
     ("name", "threads", "message"),
     [
-        ("nobody_arrives", 32, "simt: deadlock, block (0,0,0) thread (0,0,0) waits at an mbarrier that another thread never reaches"),
-        ("lonely_part", 64, "simt: deadlock, block (0,0,0) thread (0,0,0) waits at barrier.sync that another thread never reaches"),
+        (
+            "nobody_arrives",
+            32,
+            "simt: deadlock, block (0,0,0) thread (0,0,0) waits at an mbarrier that another "
+            "thread never reaches",
+        ),
+        (
+            "lonely_part",
+            64,
+            "simt: deadlock, block (0,0,0) thread (0,0,0) waits at barrier.sync that another "
+            "thread never reaches",
+        ),
         ("product_without_fence", 32, "simt: wgmma without wgmma.fence before it"),
         ("too_many_arrivals", 32, "simt: more arrivals at an mbarrier than it was told to expect"),
-        ("bulk_of_12_bytes", 32, "simt: cp.async.bulk of 12 bytes: size and addresses must be multiples of 16"),
+        (
+            "bulk_of_12_bytes",
+            32,
+            "simt: cp.async.bulk of 12 bytes: size and addresses must be multiples of 16",
+        ),
         (
             "divergent_barrier",
             96,
-            "simt: deadlock, block (0,0,0) thread (0,0,0) waits at __syncthreads that another thread never reaches",
+            "simt: deadlock, block (0,0,0) thread (0,0,0) waits at __syncthreads that another "
+            "thread never reaches",
         ),
         (
             "early_exit",
             96,
-            "simt: deadlock, block (0,0,0) thread (0,0,0) waits at __syncthreads that another thread never reaches",
+            "simt: deadlock, block (0,0,0) thread (0,0,0) waits at __syncthreads that another "
+            "thread never reaches",
         ),
-        ("shared_overrun", 96, "simt: a thread of block (0,0,0) wrote past its 384 bytes of shared memory"),
+        (
+            "shared_overrun",
+            96,
+            "simt: a thread of block (0,0,0) wrote past its 384 bytes of shared memory",
+        ),
         ("partial_warp", 16, "simt: warp collective in a warp of fewer than 32 threads"),
     ],
 )
-def test_faults_are_reported_and_leave_the_simulation_usable(faults: Faults, name: str, threads: int, message: str) -> None:
+def test_faults_are_reported_and_leave_the_simulation_usable(
+    faults: Faults, name: str, threads: int, message: str
+) -> None:
     code, _ = faults.run(name, order=0, threads=threads)
     assert code == LAUNCH_FAILURE
     assert faults.message() == message
@@ -140,7 +183,11 @@ def test_faults_are_reported_and_leave_the_simulation_usable(faults: Faults, nam
     np.testing.assert_array_equal(out, np.arange(THREADS)[::-1])
 
 
-@pytest.mark.parametrize(("grid", "threads"), [((1, 65536), 32), ((0, 1), 32), ((1, 1), 1056), ((1, 1), 0)])
-def test_launches_that_hardware_refuses(faults: Faults, grid: tuple[int, int], threads: int) -> None:
+@pytest.mark.parametrize(
+    ("grid", "threads"), [((1, 65536), 32), ((0, 1), 32), ((1, 1), 1056), ((1, 1), 0)]
+)
+def test_launches_that_hardware_refuses(
+    faults: Faults, grid: tuple[int, int], threads: int
+) -> None:
     code, _ = faults.run("every_thread", grid=grid, threads=threads)
     assert code == INVALID_CONFIGURATION

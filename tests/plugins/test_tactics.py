@@ -1,4 +1,6 @@
-"""Every kernel that an op lists for a shape against numpy, whatever the library would choose, and the choice itself."""
+"""Every kernel that an op lists for a shape against numpy, whatever the library would choose, and
+the choice itself.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,19 @@ import pytest
 
 from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes, QuantArrays
-from tests.plugins.kernel_cases import BF16, F16, F32, LEVELS, abq, abq_arrays, assert_close, op_of, qqq, qqq_arrays, tokens
+from tests.plugins.kernel_cases import (
+    BF16,
+    F16,
+    F32,
+    LEVELS,
+    abq,
+    abq_arrays,
+    assert_close,
+    op_of,
+    qqq,
+    qqq_arrays,
+    tokens,
+)
 from tests.plugins.kernel_runner import KERNEL_STEP, SIMPLE, KernelError, KernelRunner, gpu_sm
 
 INT8 = {"int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
@@ -25,11 +39,20 @@ def has_wgmma(runner: KernelRunner) -> bool:
 
 
 def check(
-    runner: KernelRunner, attrs: GemmAttributes, x: np.ndarray, *, arrays: QuantArrays | None = None, order: int = 1,
+    runner: KernelRunner,
+    attrs: GemmAttributes,
+    x: np.ndarray,
+    *,
+    arrays: QuantArrays | None = None,
+    order: int = 1,
     gpus: tuple[int, ...] = (FEW, MANY),
 ) -> set[str]:
     """Run every tactic on an undivided and on a divided K; returns the kernels' names."""
-    arrays = arrays or (qqq_arrays(attrs) if (attrs.wbits, attrs.act_symmetric, attrs.levels) == (4, 1, 16) else abq_arrays(attrs))
+    arrays = arrays or (
+        qqq_arrays(attrs)
+        if (attrs.wbits, attrs.act_symmetric, attrs.levels) == (4, 1, 16)
+        else abq_arrays(attrs)
+    )
     spec, names = op_spec(op_of(arrays)), set()
     tensors = spec.pack(arrays, attrs, "test")
     want = spec.reference(x, tensors, attrs)
@@ -42,7 +65,10 @@ def check(
             try:
                 assert_close(y, want, attrs, arrays, x, reordered)
             except AssertionError as error:
-                raise AssertionError(f"{spec.name} {name}, {tactic % KERNEL_STEP} shares, {attrs}, {len(x)} tokens: {error}") from None
+                raise AssertionError(
+                    f"{spec.name} {name}, {tactic % KERNEL_STEP} shares, {attrs}, {len(x)} "
+                    f"tokens: {error}"
+                ) from None
             names.add(name)
     return names
 
@@ -52,7 +78,13 @@ def test_abq_bit_widths(runner: KernelRunner, w: tuple[int, int]) -> None:
     for abits, m in ((2, 9), (3, 1), (4, 4), (5, 2), (8, 3), (8, 17)):
         attrs = abq(66, 640, w=w, a=abits, sym=abits % 2)
         names = check(runner, attrs, tokens(m, 640, F16), arrays=abq_arrays(attrs), order=abits)
-        assert names == {"simple", "b1 64x8", "b1 64x16", *INT8, *(WGMMA if has_wgmma(runner) else ())}
+        assert names == {
+            "simple",
+            "b1 64x8",
+            "b1 64x16",
+            *INT8,
+            *(WGMMA if has_wgmma(runner) else ()),
+        }
 
 
 @pytest.mark.parametrize("g", [32, 40, 64, 96, 128, 192, 256, 512, 33])
@@ -67,22 +99,53 @@ def test_abq_groups(runner: KernelRunner, g: int) -> None:
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("w", LEVELS, ids=lambda w: f"w{w[0]}l{w[1]}")
 def test_abq_weight_only(runner: KernelRunner, w: tuple[int, int], dtype: np.dtype[Any]) -> None:
-    for k, g, m in ((1, 0, 2), (129, 0, 9), (640, 0, 1), (160, 32, 3), (192, 96, 2), (640, 128, 17), (99, 33, 1)):
+    for k, g, m in (
+        (1, 0, 2),
+        (129, 0, 9),
+        (640, 0, 1),
+        (160, 32, 3),
+        (192, 96, 2),
+        (640, 128, 17),
+        (99, 33, 1),
+    ):
         attrs = abq(67, k, w=w, a=16, g=g, bias=1)
         names = check(runner, attrs, tokens(m, k, dtype), arrays=abq_arrays(attrs), order=k)
-        assert names == {"simple", "a16 64x8", "a16 64x16", "a16 128x32"} | (set() if g else {"a16 128x64"})
+        assert names == {"simple", "a16 64x8", "a16 64x16", "a16 128x32"} | (
+            set() if g else {"a16 128x64"}
+        )
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_weight_only_zero_points_far_and_near(runner: KernelRunner, dtype: np.dtype[Any]) -> None:
     """At the borders of what 16-bit numbers hold exactly, and anywhere in int32."""
-    borders = [-1025, -1024, 1024, 1025, -129, -128, 128, 129, -1, 0, 256, 257, 10**6, -(2**31), 2**31 - 1]
+    borders = [
+        -1025,
+        -1024,
+        1024,
+        1025,
+        -129,
+        -128,
+        128,
+        129,
+        -1,
+        0,
+        256,
+        257,
+        10**6,
+        -(2**31),
+        2**31 - 1,
+    ]
     for w, g in itertools.product(((4, 16), (8, 256)), (0, 64)):
         attrs = abq(40, 256, w=w, a=16, g=g)
         arrays = abq_arrays(attrs)
         zero = np.resize(np.array(borders, np.int32), arrays.scale.shape)
         check(runner, attrs, tokens(3, 256, dtype), arrays=replace(arrays, zero=zero))
-        check(runner, attrs, tokens(3, 256, dtype), arrays=replace(arrays, zero=np.full_like(zero, borders[g % 7])))
+        check(
+            runner,
+            attrs,
+            tokens(3, 256, dtype),
+            arrays=replace(arrays, zero=np.full_like(zero, borders[g % 7])),
+        )
 
 
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 16, 17, 63, 64, 65])
@@ -102,7 +165,9 @@ def test_lengths_around_chunks_and_slots(runner: KernelRunner, k: int) -> None:
 
 @pytest.mark.parametrize(("k", "g"), [(64, 64), (320, 64), (128, 128), (1152, 128)])
 def test_qqq_groups(runner: KernelRunner, k: int, g: int) -> None:
-    """Scales that need the limit of +-127, on one row of a tile only as well, negative ones, and one that overflows fp16."""
+    """Scales that need the limit of +-127, on one row of a tile only as well, negative ones, and
+    one that overflows fp16.
+    """
     attrs = qqq(130, k, g=g, bias=1)
     arrays = qqq_arrays(attrs)
     assert arrays.scale_group is not None
@@ -110,13 +175,20 @@ def test_qqq_groups(runner: KernelRunner, k: int, g: int) -> None:
     scale_group[::2] = np.minimum(np.abs(scale_group[::2]), 15.875)
     scale_group[3] = 60000
     scale_group[4] = -0.0001
-    check(runner, attrs, tokens(10, k, F16), arrays=replace(arrays, scale_group=scale_group), order=g)
+    check(
+        runner, attrs, tokens(10, k, F16), arrays=replace(arrays, scale_group=scale_group), order=g
+    )
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 def test_dtypes_and_bias(runner: KernelRunner, dtype: np.dtype[Any]) -> None:
     for bias in (0, 1):
-        for attrs in (abq(70, 256, bias=bias), abq(70, 256, g=64, bias=bias), qqq(70, 256, bias=bias), qqq(70, 256, g=128, bias=bias)):
+        for attrs in (
+            abq(70, 256, bias=bias),
+            abq(70, 256, g=64, bias=bias),
+            qqq(70, 256, bias=bias),
+            qqq(70, 256, g=128, bias=bias),
+        ):
             check(runner, attrs, tokens(3, 256, dtype))
 
 
@@ -127,7 +199,9 @@ def test_any_thread_order(runner: KernelRunner, order: int) -> None:
 
 
 def test_rows_with_nan_or_inf_are_nan_and_only_those(runner: KernelRunner) -> None:
-    for attrs, bad in itertools.product((abq(70, 256), abq(70, 256, g=64), qqq(70, 256)), (np.nan, np.inf)):
+    for attrs, bad in itertools.product(
+        (abq(70, 256), abq(70, 256, g=64), qqq(70, 256)), (np.nan, np.inf)
+    ):
         x = tokens(9, 256, F16)
         x[1, 0] = x[8, 255] = bad
         x[2] = 0
@@ -138,31 +212,50 @@ def test_zero_points_far_outside_the_code_range(runner: KernelRunner) -> None:
     for g in (0, 64):
         attrs = abq(40, 128, g=g)
         arrays = abq_arrays(attrs)
-        zero = np.resize(np.array([-(2**31), 2**31 - 1, -10_000, 10_000, -1, 16, 65_000, -65_500], np.int32), arrays.scale.shape)
+        zero = np.resize(
+            np.array([-(2**31), 2**31 - 1, -10_000, 10_000, -1, 16, 65_000, -65_500], np.int32),
+            arrays.scale.shape,
+        )
         check(runner, attrs, tokens(3, 128, F32), arrays=replace(arrays, zero=zero))
 
 
 def test_largest_sums(runner: KernelRunner) -> None:
-    """The longest rows whose sums the fast kernels can hold, every code at its limit; one element more is left to the simple kernel."""
+    """The longest rows whose sums the fast kernels can hold, every code at its limit; one element
+    more is left to the simple kernel.
+    """
     one = np.ones((2, 1), np.float32)
-    for k, kernels in ((32_896, {"simple", "int8 64x8", "int8 64x16", "int8 128x64", "int8 256x64"}), (32_897, {"simple"})):
+    for k, kernels in (
+        (32_896, {"simple", "int8 64x8", "int8 64x16", "int8 128x64", "int8 256x64"}),
+        (32_897, {"simple"}),
+    ):
         attrs = abq(2, k, w=(8, 256))
         codes = np.stack([np.full(k, 255, np.uint8), np.zeros(k, np.uint8)])
         x = np.concatenate([np.full((1, k), -3.0), np.full((1, k), 7.0)]).astype(F32)
-        assert kernels <= check(runner, attrs, x, arrays=QuantArrays(codes, one, np.array([[0], [255]], np.int32)), gpus=(FEW,))
+        assert kernels <= check(
+            runner,
+            attrs,
+            x,
+            arrays=QuantArrays(codes, one, np.array([[0], [255]], np.int32)),
+            gpus=(FEW,),
+        )
     for k, g in ((132_104, 0), (132_105, 0), (133_120, 128)):
         attrs = qqq(2, k, g=g)
         codes = np.stack([np.full(k, 7, np.int8), np.full(k, -8, np.int8)])
         x = np.concatenate([np.full((1, k), -3.0), np.full((1, k), 7.0)]).astype(F32)
         group = np.full((2, k // 128), 30, np.float16) if g else None
-        names = check(runner, attrs, x, arrays=QuantArrays(codes, one, scale_group=group), gpus=(FEW,))
+        names = check(
+            runner, attrs, x, arrays=QuantArrays(codes, one, scale_group=group), gpus=(FEW,)
+        )
         assert (names == {"simple"}) == (k == 132_105)
 
 
 @pytest.mark.parametrize("scratch", [0x00, 0x7F, 0xFF])
 def test_workspace_needs_no_clearing(runner: KernelRunner, scratch: int) -> None:
     runner.set_device(90, MANY)
-    for attrs, arrays in ((abq(70, 1100), abq_arrays(abq(70, 1100))), (qqq(70, 1100), qqq_arrays(qqq(70, 1100)))):
+    for attrs, arrays in (
+        (abq(70, 1100), abq_arrays(abq(70, 1100))),
+        (qqq(70, 1100), qqq_arrays(qqq(70, 1100))),
+    ):
         spec, x = op_spec(op_of(arrays)), tokens(3, 1100, F16)
         tensors = spec.pack(arrays, attrs, "test")
         y = runner.gemm(spec.name, attrs, x, tensors, scratch=scratch)
@@ -172,7 +265,8 @@ def test_workspace_needs_no_clearing(runner: KernelRunner, scratch: int) -> None
 @pytest.mark.parametrize("op", ["ABQGemm", "QQQGemm"])
 @pytest.mark.parametrize("sm", [80, 89, 90, 120])
 def test_choice_of_kernel(runner: KernelRunner, op: str, sm: int) -> None:
-    """The smallest tile that holds the tokens comes first; tiles are split among multiprocessors only where those would idle.
+    """The smallest tile that holds the tokens comes first; tiles are split among multiprocessors
+    only where those would idle.
 
     On 9.0 and nowhere else many tokens take the wgmma tile that needs the fewest waves.
     """
@@ -194,10 +288,16 @@ def test_choice_of_kernel(runner: KernelRunner, op: str, sm: int) -> None:
     assert chosen(1)[1] > 1
     many = {m: chosen(m) for m in (33, 64, 512, 4096)}
     if sm != 90:
-        assert not [name for name in runner.tactics(op, attrs, 4096, F16).values() if "wgmma" in name]
+        assert not [
+            name for name in runner.tactics(op, attrs, 4096, F16).values() if "wgmma" in name
+        ]
         assert many[4096] == ("int8 256x64", 1)
     else:
-        tiles = ("128x64", "128x64", "128x128", "256x128") if op == "ABQGemm" else ("256x64", "256x64", "256x64", "256x128")
+        tiles = (
+            ("128x64", "128x64", "128x128", "256x128")
+            if op == "ABQGemm"
+            else ("256x64", "256x64", "256x64", "256x128")
+        )
         assert [name for name, _ in many.values()] == [f"wgmma {tile}" for tile in tiles]
 
 
@@ -210,7 +310,12 @@ def test_small_shared_memory_leaves_what_fits(runner: KernelRunner) -> None:
     everything = {"simple", "int8 64x8", "int8 64x16", "int8 64x32", "int8 64x64", "int8 256x64"}
     assert set(runner.tactics("QQQGemm", qqq(256, 512), 100, F16).values()) == everything
     runner.set_device(80, 40, 72 << 10)
-    assert set(runner.tactics("QQQGemm", qqq(256, 512), 100, F16).values()) == {"simple", "int8 64x8", "int8 64x16", "int8 64x64"}
+    assert set(runner.tactics("QQQGemm", qqq(256, 512), 100, F16).values()) == {
+        "simple",
+        "int8 64x8",
+        "int8 64x16",
+        "int8 64x64",
+    }
 
 
 @pytest.mark.parametrize("tactic", [1, 63, 64, SIMPLE + 200 * KERNEL_STEP, -2])

@@ -1,4 +1,6 @@
-"""How far a quantised block is from the float one: output error, direction of each token, attention rows."""
+"""How far a quantised block is from the float one: output error, direction of each token, attention
+rows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LossWeights", "attention_divergence", "block_loss", "direction_loss", "output_error", "sample_rows"]
+__all__ = [
+    "LossWeights",
+    "attention_divergence",
+    "block_loss",
+    "direction_loss",
+    "output_error",
+    "sample_rows",
+]
 
 _LEAST_COSINE = 1e-6  # keeps the logarithm finite where outputs are orthogonal
 
@@ -30,32 +39,43 @@ class LossWeights:
 
 
 def output_error(y: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the target's mean square: a pure number, whatever the scale of the block."""
+    """Mean squared error over the target's mean square: a pure number, whatever the scale of the
+    block.
+    """
     return F.mse_loss(y, target) / target.square().mean().clamp(min=torch.finfo(target.dtype).tiny)
 
 
 def direction_loss(y: Tensor, target: Tensor) -> Tensor:
-    """Distribution correction (DLC), -log |mean over tokens of cos(y, target)|; y and target [..., tokens, hidden]."""
+    """Distribution correction (DLC), -log |mean over tokens of cos(y, target)|; y and target [...,
+    tokens, hidden].
+    """
     return -F.cosine_similarity(y, target, dim=-1).mean().abs().clamp(min=_LEAST_COSINE).log()
 
 
 def attention_divergence(log_p: Tensor, log_target: Tensor) -> Tensor:
-    """KL(P || T) + KL(T || P) of attention rows (AKL), summed over keys, averaged over heads and queries.
+    """KL(P || T) + KL(T || P) of attention rows (AKL), summed over keys, averaged over heads and
+    queries.
 
     Args:
-        log_p, log_target: logarithms of the probabilities, [..., heads, queries, keys]; -inf on the keys after a query, in both.
+        log_p, log_target: logarithms of the probabilities, [..., heads, queries, keys]; -inf on the
+            keys after a query, in both.
     """
     difference = (log_p - log_target).masked_fill(log_target == -torch.inf, 0.0)
     return ((log_p.exp() - log_target.exp()) * difference).sum(-1).mean()
 
 
-def block_loss(y: Tensor, targets: Sequence[Tensor], rows: tuple[Tensor, Tensor] | None, weights: LossWeights) -> Tensor:
-    """The training loss of one window: error and direction terms summed over the targets, and the attention term.
+def block_loss(
+    y: Tensor, targets: Sequence[Tensor], rows: tuple[Tensor, Tensor] | None, weights: LossWeights
+) -> Tensor:
+    """The training loss of one window: error and direction terms summed over the targets, and the
+    attention term.
 
     Args:
         y: output of the quantised block, [..., tokens, hidden].
-        targets: outputs of the float block: on the float stream, and on the quantised one where it counts.
-        rows: log-probabilities of sampled attention rows, quantised and float; None leaves the term out.
+        targets: outputs of the float block: on the float stream, and on the quantised one where it
+            counts.
+        rows: log-probabilities of sampled attention rows, quantised and float; None leaves the term
+            out.
     """
     loss = y.new_zeros(())
     for target in targets:
@@ -69,7 +89,9 @@ def block_loss(y: Tensor, targets: Sequence[Tensor], rows: tuple[Tensor, Tensor]
 
 
 def sample_rows(length: int, count: int, window: int) -> Tensor:
-    """`count` query positions spread evenly over 0..length-1, shifted from window to window, the same at every visit of one."""
+    """`count` query positions spread evenly over 0..length-1, shifted from window to window, the
+    same at every visit of one.
+    """
     count = min(count, length)
     offset = window * 0.6180339887 % 1.0  # golden ratio: windows share few positions
     return ((torch.arange(count, dtype=torch.float64) + offset) * (length / count)).long()

@@ -1,4 +1,6 @@
-"""The method's entry points: rotate, train transforms and clips, round on inputs as the quantised model sees them, tune the scales."""
+"""The method's entry points: rotate, train transforms and clips, round on inputs as the quantised
+model sees them, tune the scales.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["METHOD"]
 
-_TUNED_LEVELS = 5  # with more, rounding is too little of what is wrong with a block to pay for the time
+_TUNED_LEVELS = (
+    5  # with more, rounding is too little of what is wrong with a block to pay for the time
+)
 _FIRST, _LAST = 3, 4  # blocks at either end whose down_proj is compensated
 
 
@@ -66,13 +70,20 @@ class Abq(Qqq):
         if settings.epochs:
             trained = train_block(_train_task(task), _train_settings(task, settings.epochs))
             weights, scales, grids = trained.weights, trained.scales, _learned_grids(trained, task)
-            report = {"train_before": trained.loss_before, "train_after": trained.loss_after, "notes": list(trained.notes)}
+            report = {
+                "train_before": trained.loss_before,
+                "train_after": trained.loss_after,
+                "notes": list(trained.notes),
+            }
         else:
             weights, scales = smoothed(task)
         gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
         solver = SiteSolver(task, weights, grids)
         block = WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales)
-        if not settings.tune or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS:
+        if (
+            not settings.tune
+            or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS
+        ):
             result = BlockResult(walk(block, task.streams, solver), _numpy(gains), {})
         else:
             copied = _copied(task.streams)
@@ -82,10 +93,21 @@ class Abq(Qqq):
                 for windows in (copied.quant, copied.real):
                     if windows is not None:
                         windows.close()
-            tuned = tune_block(_train_task(task), _train_settings(task, settings.tune), sites, gains)
-            result = BlockResult(tuned.arrays, _numpy(tuned.gains), {"tune_before": tuned.loss_before, "tune_after": tuned.loss_after})
+            tuned = tune_block(
+                _train_task(task), _train_settings(task, settings.tune), sites, gains
+            )
+            result = BlockResult(
+                tuned.arrays,
+                _numpy(tuned.gains),
+                {"tune_before": tuned.loss_before, "tune_after": tuned.loss_after},
+            )
             report["notes"] = [*report.get("notes", ()), *tuned.notes]
-            walk(replace(block, gains=tuned.gains, scales={}), task.streams, result.lookup, measure=False)
+            walk(
+                replace(block, gains=tuned.gains, scales={}),
+                task.streams,
+                result.lookup,
+                measure=False,
+            )
         found = solver.report()
         notes = [*report.pop("notes", ()), *solver.notes]
         return replace(result, report={**result.report, **report, **found, "notes": notes})
@@ -95,9 +117,15 @@ def _learned_grids(trained: TrainedBlock, task: BlockTask) -> dict[str, Grid]:
     """Scales and zero points as training left them, members stacked."""
     grids: dict[str, Grid] = {}
     for site, names in SITES.items():
-        arrays = [trained.quantizers[name].arrays(trained.weights[f"{name}.weight"]) for name in names]
-        scale, zero = (torch.from_numpy(np.concatenate([getattr(part, key) for part in arrays])).float().to(task.device)
-                       for key in ("scale", "zero"))
+        arrays = [
+            trained.quantizers[name].arrays(trained.weights[f"{name}.weight"]) for name in names
+        ]
+        scale, zero = (
+            torch.from_numpy(np.concatenate([getattr(part, key) for part in arrays]))
+            .float()
+            .to(task.device)
+            for key in ("scale", "zero")
+        )
         grids[site] = AbqGrid(scale, zero, task.schemes[site].levels)
     return grids
 
@@ -108,13 +136,16 @@ def _numpy(gains: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 def _copied(streams: Streams) -> Streams:
     """The same activations, to be walked while the originals stay."""
+
     def copy(windows: Windows) -> Windows:
         fresh = streams.budget.windows(len(windows), windows.shape[1:], device=windows.device)
         for index, window in enumerate(windows):
             fresh[index] = window
         return fresh
 
-    return Streams(copy(streams.quant), None if streams.real is None else copy(streams.real), streams.budget)
+    return Streams(
+        copy(streams.quant), None if streams.real is None else copy(streams.real), streams.budget
+    )
 
 
 def _train_task(task: BlockTask) -> TrainTask:
@@ -129,23 +160,44 @@ def _train_task(task: BlockTask) -> TrainTask:
     most = min(task.windows, max(settings.train_windows, ranks.world))
     ends = task.index < _FIRST or task.index >= task.count - _LAST
     real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
-    return TrainTask(f"block {task.index + 1}", task.weights, task.shape, task.rope, task.schemes, real, quant, all_reduce=average,
-                     compensation=settings.compensation and ends, kv_bits=task.schemes[QKV].kv_bits, rank=ranks.rank, world=ranks.world,
-                     seed=task.settings.seed)
+    return TrainTask(
+        f"block {task.index + 1}",
+        task.weights,
+        task.shape,
+        task.rope,
+        task.schemes,
+        real,
+        quant,
+        all_reduce=average,
+        compensation=settings.compensation and ends,
+        kv_bits=task.schemes[QKV].kv_bits,
+        rank=ranks.rank,
+        world=ranks.world,
+        seed=task.settings.seed,
+    )
 
 
 def _train_settings(task: BlockTask, epochs: int) -> TrainSettings:
-    """With as many windows per step as were asked for, or the next number that the processes can share."""
+    """With as many windows per step as were asked for, or the next number that the processes can
+    share.
+    """
     settings, world = task.settings.method, task.ranks.world
     assert isinstance(settings, AbqSettings)
     parts = None
     if settings.transforms:
         parts = TransformParts()
-    return TrainSettings(epochs=epochs, batch=max(1, -(-settings.batch // world)) * world,
-                         transform_rate=settings.transform_rate, clip_rate=settings.clip_rate,
-                         compensation_rate=settings.compensation_rate, parts=parts, alpha=settings.alpha,
-                         loss=LossWeights(settings.loss_error, settings.loss_direction, settings.loss_attention),
-                         scale_rate=settings.scale_rate, gain_rate=settings.gain_rate)
+    return TrainSettings(
+        epochs=epochs,
+        batch=max(1, -(-settings.batch // world)) * world,
+        transform_rate=settings.transform_rate,
+        clip_rate=settings.clip_rate,
+        compensation_rate=settings.compensation_rate,
+        parts=parts,
+        alpha=settings.alpha,
+        loss=LossWeights(settings.loss_error, settings.loss_direction, settings.loss_attention),
+        scale_rate=settings.scale_rate,
+        gain_rate=settings.gain_rate,
+    )
 
 
 METHOD = Abq()

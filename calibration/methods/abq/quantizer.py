@@ -1,4 +1,6 @@
-"""Differentiable fake quantisation: the integer codes and scales that inference runs, with gradients to weights, clips and activations."""
+"""Differentiable fake quantisation: the integer codes and scales that inference runs, with
+gradients to weights, clips and activations.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from calibration.reference.fake_quant import fake_quantize
 from calibration.methods.rtn import TINY
+from calibration.reference.fake_quant import fake_quantize
 from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
@@ -17,8 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["WeightQuantizer", "quantize_dequantize_activation"]
 
 _GAMMA = 4.0  # the paper's start of a clip parameter, sigmoid(4) = 0.982 of the range
-_FLAT = 2.0**-15  # least step as a part of the group's absmax: zero points keep to 16 bits, as in round-to-nearest
-_RATIO, _TRIALS = 0.9, 22  # tried clips: 0.982 * 0.9^k down to 0.097, where two levels of a long Gaussian row have their best
+_FLAT = (
+    2.0**-15
+)  # least step as a part of the group's absmax: zero points keep to 16 bits, as in round-to-nearest
+_RATIO, _TRIALS = (
+    0.9,
+    22,
+    # tried clips: 0.982 * 0.9^k down to 0.097, where two levels of a long Gaussian row have their best
+)
 
 
 class _Round(torch.autograd.Function):  # type: ignore[misc]
@@ -39,7 +47,8 @@ def _round(x: Tensor) -> Tensor:
 
 
 def quantize_dequantize_activation(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; the gradient goes through x and its range.
+    """x [..., K] as its per-token codes stand for it, (codes - zero) * scale in fp32; the gradient
+    goes through x and its range.
 
     Args:
         bits: 2..8; 16 returns x itself.
@@ -49,11 +58,13 @@ def quantize_dequantize_activation(x: Tensor, bits: int, symmetric: bool) -> Ten
 
 
 class WeightQuantizer(nn.Module):  # type: ignore[misc]
-    """Asymmetric weight codes of one linear with learnable clipping (OmniQuant's LWC, which ABQ-LLM takes over).
+    """Asymmetric weight codes of one linear with learnable clipping (OmniQuant's LWC, which ABQ-LLM
+    takes over).
 
-    Of each group of a row: high = sigmoid(gamma_high) * max w, low = sigmoid(gamma_low) * min w, scale = (high - low) / (levels - 1),
-    zero = round(-low / scale), q = clamp(round(w / scale) + zero, 0, levels - 1), and the weight becomes scale * (q - zero).
-    W2* is 5 levels and W1* is 3. The range need not hold 0, so the zero may lie outside the codes.
+    Of each group of a row: high = sigmoid(gamma_high) * max w, low = sigmoid(gamma_low) * min w,
+    scale = (high - low) / (levels - 1), zero = round(-low / scale), q = clamp(round(w / scale) +
+    zero, 0, levels - 1), and the weight becomes scale * (q - zero). W2* is 5 levels and W1* is 3.
+    The range need not hold 0, so the zero may lie outside the codes.
 
     Args:
         shape: [N, K] of the weight.
@@ -76,8 +87,8 @@ class WeightQuantizer(nn.Module):  # type: ignore[misc]
     def search(self, weight: Tensor, importance: Tensor | None = None) -> None:
         """Start the clips at the smallest squared error of each group, one ratio for both ends.
 
-        The paper's start keeps nearly the whole range. At 2 or 3 levels that rounds nearly all weights to 0, and at 2 or 3 bits the
-        best clip is further away than a short training gets.
+        The paper's start keeps nearly the whole range. At 2 or 3 levels that rounds nearly all
+        weights to 0, and at 2 or 3 bits the best clip is further away than a short training gets.
 
         Args:
             weight: [N, K].
@@ -92,17 +103,27 @@ class WeightQuantizer(nn.Module):  # type: ignore[misc]
             self.gamma_low.copy_(gamma)
             error = self._grouped((self(weight) - weight).square_().mul_(columns)).sum(-1)
             better = error < best_error
-            best, best_error = torch.where(better, gamma, best), torch.where(better, error, best_error)
+            best, best_error = (
+                torch.where(better, gamma, best),
+                torch.where(better, error, best_error),
+            )
         self.gamma_high.copy_(best)
         self.gamma_low.copy_(best)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def arrays(self, weight: Tensor, bias: Tensor | None = None) -> QuantArrays:
-        """Codes, scales and zero points of [N, K]; dequantised they are forward(weight), bit for bit."""
+        """Codes, scales and zero points of [N, K]; dequantised they are forward(weight), bit for
+        bit.
+        """
         integers, scale, zero = self._integers(weight)
         codes = (integers + zero).flatten(1)
-        return QuantArrays(codes.to(torch.uint8).cpu().numpy(), scale[..., 0].cpu().numpy(), zero[..., 0].to(torch.int32).cpu().numpy(),
-                           None, None if bias is None else bias.float().cpu().numpy())
+        return QuantArrays(
+            codes.to(torch.uint8).cpu().numpy(),
+            scale[..., 0].cpu().numpy(),
+            zero[..., 0].to(torch.int32).cpu().numpy(),
+            None,
+            None if bias is None else bias.float().cpu().numpy(),
+        )
 
     def _grouped(self, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (-1, self._group))
@@ -111,8 +132,13 @@ class WeightQuantizer(nn.Module):  # type: ignore[misc]
         """q - zero [N, G, group], scale and zero [N, G, 1]."""
         groups = self._grouped(weight)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        floor = (torch.maximum(-low, high).detach() * _FLAT).clamp(min=float(TINY))  # normal in fp32, where 1e-5 would not be small
-        low, high = torch.sigmoid(self.gamma_low)[..., None] * low, torch.sigmoid(self.gamma_high)[..., None] * high
+        floor = (torch.maximum(-low, high).detach() * _FLAT).clamp(
+            min=float(TINY)
+        )  # normal in fp32, where 1e-5 would not be small
+        low, high = (
+            torch.sigmoid(self.gamma_low)[..., None] * low,
+            torch.sigmoid(self.gamma_high)[..., None] * high,
+        )
         scale = torch.maximum(high / self._top - low / self._top, floor)
         zero = _round(-low / scale)
         return torch.clamp(_round(groups / scale), -zero, self._top - zero), scale, zero

@@ -1,4 +1,6 @@
-"""The quantised block in training, the float block it learns from, and the task that both are made of."""
+"""The quantised block in training, the float block it learns from, and the task that both are made
+of.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,13 @@ class BlockTask:
         schemes: site -> QuantScheme of ABQGemm, for every site.
         x_fp: windows [L, hidden] fp32 of the float model's stream.
         x_q: the same windows of the quantised model's stream.
-        compensation: add the rank-1 term to down_proj (the paper: in the first three and last four blocks).
+        compensation: add the rank-1 term to down_proj (the paper: in the first three and last four
+            blocks).
         kv_bits: of keys and values, asymmetric per token and head; 16 leaves them.
         q_bits: of queries; 16 leaves them, as a cache of low bits does (the paper: as kv_bits).
         all_reduce: averages tensors over the processes in place.
-        rank, world: this process and how many there are; window i is trained by process (i % batch) % world.
+        rank, world: this process and how many there are; window i is trained by process (i % batch)
+            % world.
         seed: of the order of windows.
     """
 
@@ -86,7 +90,8 @@ class Teacher:
     """The float block: its outputs on both streams, and attention rows on demand.
 
     Args:
-        windows: the indices that this process trains; two outputs [L, hidden] are kept in memory for each.
+        windows: the indices that this process trains; two outputs [L, hidden] are kept in memory
+            for each.
     """
 
     def __init__(self, task: BlockTask, windows: Sequence[int], both: bool) -> None:
@@ -97,13 +102,18 @@ class Teacher:
 
     def targets(self, index: int) -> list[Tensor]:
         """Outputs [1, L, hidden] of the float block: on the float stream, and on the quantised one."""
-        return [self._task.window(self._targets[index], part) for part in range(len(self._targets[index]))]
+        return [
+            self._task.window(self._targets[index], part)
+            for part in range(len(self._targets[index]))
+        ]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def attention_rows(self, index: int, rows: Tensor) -> Tensor:
         """Log-probabilities of the float stream, [1, heads, rows, L]."""
         task = self._task
-        x = rms_norm(task.window(task.x_fp, index), task.weights[f"{INPUT_NORM}.weight"], task.shape.epsilon)
+        x = rms_norm(
+            task.window(task.x_fp, index), task.weights[f"{INPUT_NORM}.weight"], task.shape.epsilon
+        )
         query, key, _ = heads_from_qkv(self._linear(QKV, x), task.shape, task.rope)
         return attention_rows(query, key, rows)
 
@@ -112,7 +122,9 @@ class Teacher:
         task = self._task
 
         def output(windows: Sequence[Tensor], linear: Linear) -> Tensor:
-            return block_output(task.window(windows, index), task.weights, linear, task.shape, task.rope)[0].cpu()
+            return block_output(
+                task.window(windows, index), task.weights, linear, task.shape, task.rope
+            )[0].cpu()
 
         quantised = output(task.x_q, self._observed)
         if task.x_fp is task.x_q:
@@ -123,12 +135,16 @@ class Teacher:
         rows = x.flatten(0, -2)
         absmax, square = rows.abs().amax(0), rows.square().mean(0)
         known = self.statistics
-        known.absmax[site] = torch.maximum(known.absmax[site], absmax) if site in known.absmax else absmax
+        known.absmax[site] = (
+            torch.maximum(known.absmax[site], absmax) if site in known.absmax else absmax
+        )
         known.square[site] = known.square[site] + square if site in known.square else square
         return self._linear(site, x)
 
     def _share(self) -> None:
-        """Statistics over all processes, the same in each: everyone's maxima side by side, brought together by an average."""
+        """Statistics over all processes, the same in each: everyone's maxima side by side, brought
+        together by an average.
+        """
         task, known = self._task, self.statistics
         for site in SITES:
             everyone = known.absmax[site].new_zeros(task.world, len(known.absmax[site]))
@@ -139,7 +155,9 @@ class Teacher:
 
 
 class QuantizedBlock(nn.Module):  # type: ignore[misc]
-    """A block in training: forward() gives the weights that inference uses, outputs() what the block makes of a window with them."""
+    """A block in training: forward() gives the weights that inference uses, outputs() what the
+    block makes of a window with them.
+    """
 
     def __init__(self, task: BlockTask) -> None:
         super().__init__()
@@ -150,15 +168,26 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
 
     def groups(self, settings: TrainSettings, factor: float) -> list[dict[str, object]]:
         """Parameters with their learning rates times `factor`, for the optimiser."""
-        learned = [(part.requires_grad_(rate > 0), rate) for part, rate in self.parts(settings) if part is not None]
-        return [{"params": found, "lr": rate * factor} for part, rate in learned if rate and (found := list(part.parameters()))]
+        learned = [
+            (part.requires_grad_(rate > 0), rate)
+            for part, rate in self.parts(settings)
+            if part is not None
+        ]
+        return [
+            {"params": found, "lr": rate * factor}
+            for part, rate in learned
+            if rate and (found := list(part.parameters()))
+        ]
 
     def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
         """What is learned, and how fast."""
         raise TypeError("a block in training says what it learns")
 
-    def outputs(self, weights: BlockWeights, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The quantised block's output [1, L, hidden], and log-probabilities of some attention rows [1, heads, rows, L].
+    def outputs(
+        self, weights: BlockWeights, x: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The quantised block's output [1, L, hidden], and log-probabilities of some attention rows
+        [1, heads, rows, L].
 
         Args:
             weights: of forward().
@@ -171,7 +200,9 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
 
         def linear(site: str, x: Tensor) -> Tensor:
             scheme = task.schemes[site]
-            return multiply(site, quantize_dequantize_activation(x, scheme.abits, scheme.act_symmetric))
+            return multiply(
+                site, quantize_dequantize_activation(x, scheme.abits, scheme.act_symmetric)
+            )
 
         def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal log_p
@@ -182,6 +213,7 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
 
         return block_output(x, weights, linear, task.shape, task.rope, heads), log_p
 
+
 class Student(QuantizedBlock):
     """The quantised block and everything about it that is learned.
 
@@ -190,21 +222,31 @@ class Student(QuantizedBlock):
         alpha: of their start.
     """
 
-    def __init__(self, task: BlockTask, statistics: Statistics, parts: TransformParts | None, alpha: float) -> None:
+    def __init__(
+        self, task: BlockTask, statistics: Statistics, parts: TransformParts | None, alpha: float
+    ) -> None:
         super().__init__(task)
         if parts is not None and min(task.kv_bits, task.q_bits) >= FLOAT_BITS:
             parts = replace(parts, query_key=False)  # it would follow rounding noise
-        self.transform = None if parts is None else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
+        self.transform = (
+            None
+            if parts is None
+            else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
+        )
         self.compensation = Compensation(task.weights) if task.compensation else None
         self._statistics = statistics
         self._names = {name: site for site, names in SITES.items() for name in names}
-        self.quantizers = nn.ModuleList(WeightQuantizer(tuple(task.weights[f"{name}.weight"].shape), task.schemes[site])
-                                        for name, site in self._names.items()).to(task.weights[f"{INPUT_NORM}.weight"].device)
+        self.quantizers = nn.ModuleList(
+            WeightQuantizer(tuple(task.weights[f"{name}.weight"].shape), task.schemes[site])
+            for name, site in self._names.items()
+        ).to(task.weights[f"{INPUT_NORM}.weight"].device)
         for site in SITES:
             self._search(site)
 
     def restart(self, site: str, power: float) -> None:
-        """Put the scales of a site's input at a power of their start, and its clips at their best for that."""
+        """Put the scales of a site's input at a power of their start, and its clips at their best
+        for that.
+        """
         assert self.transform is not None
         self.transform.restart(site, power)
         self._search(site)
@@ -243,5 +285,8 @@ class Student(QuantizedBlock):
 
     def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
         """Scales of the transforms, clips, the rank-1 term."""
-        return [(self.transform, settings.transform_rate), (self.quantizers, settings.clip_rate),
-                (self.compensation, settings.compensation_rate)]
+        return [
+            (self.transform, settings.transform_rate),
+            (self.quantizers, settings.clip_rate),
+            (self.compensation, settings.compensation_rate),
+        ]

@@ -1,4 +1,6 @@
-"""Trains the learnable parts of one block until its quantised form gives the float block's output; never ends worse than it starts."""
+"""Trains the learnable parts of one block until its quantised form gives the float block's output;
+never ends worse than it starts.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from calibration.methods.abq.quantizer import WeightQuantizer
 from calibration.methods.abq.student import BlockTask, QuantizedBlock, Student, Teacher
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.tuned import TunedStudent
-from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
+from plugins.errors import InputError
 
 __all__ = ["BlockTask", "TrainSettings", "TrainedBlock", "TunedBlock", "train_block", "tune_block"]
 
@@ -66,8 +68,9 @@ class _DivergedError(Exception):
 def train_block(task: BlockTask, settings: TrainSettings) -> TrainedBlock:
     """Train one block.
 
-    The best epoch's parameters are kept, by the loss measured over all windows. A run with a gradient that is not finite, or with no
-    epoch better than the start, is repeated at a quarter of the learning rates; after that the block keeps its start.
+    The best epoch's parameters are kept, by the loss measured over all windows. A run with a
+    gradient that is not finite, or with no epoch better than the start, is repeated at a quarter of
+    the learning rates; after that the block keeps its start.
 
     Raises:
         InputError: windows that are missing or not finite, processes that do not divide the batch.
@@ -79,12 +82,25 @@ def train_block(task: BlockTask, settings: TrainSettings) -> TrainedBlock:
     losses, notes = trainer.train()
     student.requires_grad_(False)
     scales = {} if student.transform is None else student.transform.columns()
-    return TrainedBlock({name: tensor.contiguous() for name, tensor in student.folded().items()}, scales, student.by_name(),
-                        trainer.loss_before, min(losses, default=trainer.loss_before), losses, notes)
+    return TrainedBlock(
+        {name: tensor.contiguous() for name, tensor in student.folded().items()},
+        scales,
+        student.by_name(),
+        trainer.loss_before,
+        min(losses, default=trainer.loss_before),
+        losses,
+        notes,
+    )
 
 
-def tune_block(task: BlockTask, settings: TrainSettings, arrays: Mapping[str, QuantArrays], gains: Mapping[str, Tensor]) -> TunedBlock:
-    """Train the weight scales and norm gains of a block whose codes are final, against the same float block.
+def tune_block(
+    task: BlockTask,
+    settings: TrainSettings,
+    arrays: Mapping[str, QuantArrays],
+    gains: Mapping[str, Tensor],
+) -> TunedBlock:
+    """Train the weight scales and norm gains of a block whose codes are final, against the same
+    float block.
 
     Args:
         arrays: codes, scales and zero points by site; only the scales change.
@@ -95,41 +111,67 @@ def tune_block(task: BlockTask, settings: TrainSettings, arrays: Mapping[str, Qu
     """
     _check(task, settings)
     student = TunedStudent(task, arrays, gains)
-    trainer = _Trainer(task, settings, Teacher(task, _mine(task, settings), settings.both_streams), student)
+    trainer = _Trainer(
+        task, settings, Teacher(task, _mine(task, settings), settings.both_streams), student
+    )
     losses, notes = trainer.train()
-    return TunedBlock(student.arrays(), student.norm_gains(), trainer.loss_before, min(losses, default=trainer.loss_before), notes)
+    return TunedBlock(
+        student.arrays(),
+        student.norm_gains(),
+        trainer.loss_before,
+        min(losses, default=trainer.loss_before),
+        notes,
+    )
 
 
 def _mine(task: BlockTask, settings: TrainSettings) -> list[int]:
-    return [index for index in range(len(task.x_q)) if index % settings.batch % task.world == task.rank]
+    return [
+        index for index in range(len(task.x_q)) if index % settings.batch % task.world == task.rank
+    ]
 
 
 def _check(task: BlockTask, settings: TrainSettings) -> None:
     if len(task.x_fp) != len(task.x_q) or not len(task.x_q):
-        raise InputError(task.name, f"got {len(task.x_fp)} float and {len(task.x_q)} quantised windows, expected as many, at least 1",
-                         "Capture both streams over the same text")
+        raise InputError(
+            task.name,
+            f"got {len(task.x_fp)} float and {len(task.x_q)} quantised windows, expected as "
+            f"many, at least 1",
+            "Capture both streams over the same text",
+        )
     if settings.batch % task.world or len(task.x_q) < settings.batch:
-        raise InputError(task.name, f"got {settings.batch} windows per step for {task.world} processes and {len(task.x_q)} windows in all, "
-                         "expected a multiple of the processes and no more than the windows", "Choose another batch")
+        raise InputError(
+            task.name,
+            f"got {settings.batch} windows per step for {task.world} processes and "
+            f"{len(task.x_q)} windows in all, "
+            "expected a multiple of the processes and no more than the windows",
+            "Choose another batch",
+        )
 
 
 class _Trainer:
     """The loop; `student` always holds the best parameters so far between runs."""
 
-    def __init__(self, task: BlockTask, settings: TrainSettings, teacher: Teacher, student: QuantizedBlock) -> None:
+    def __init__(
+        self, task: BlockTask, settings: TrainSettings, teacher: Teacher, student: QuantizedBlock
+    ) -> None:
         self._task, self._settings, self._mine = task, settings, _mine(task, settings)
         self._teacher, self.student = teacher, student
         self._choose_start()
         self.loss_before = self._measure()
         if not math.isfinite(self.loss_before):
-            raise InputError(task.name, f"got a loss of {self.loss_before} before training, expected a finite one",
-                             "Look for NaN or inf in the block's weights and in its input")
+            raise InputError(
+                task.name,
+                f"got a loss of {self.loss_before} before training, expected a finite one",
+                "Look for NaN or inf in the block's weights and in its input",
+            )
 
     def train(self) -> tuple[tuple[float, ...], tuple[str, ...]]:
         """Losses per epoch of the run that was kept, and notes."""
         name, notes = self._task.name, list[str]()
         for factor in (1.0, _RETRY):
-            with sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext():  # the same gradients every time on a GPU
+            with (
+                sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
+            ):  # the same gradients every time on a GPU
                 losses, problem = self.run(factor)
             if not problem:
                 return losses, tuple(notes)
@@ -137,7 +179,9 @@ class _Trainer:
         return (), (*notes, f"{name}: kept as it was before training")
 
     def _choose_start(self) -> None:
-        """Give each site, one after another, the power of its scales' start with the least loss of the block."""
+        """Give each site, one after another, the power of its scales' start with the least loss of
+        the block.
+        """
         student = self.student
         if not isinstance(student, Student) or student.transform is None:
             return
@@ -149,7 +193,9 @@ class _Trainer:
             student.restart(site, min(losses, key=losses.__getitem__))
 
     def run(self, factor: float) -> tuple[tuple[float, ...], str]:
-        """Train from the start at `factor` of the learning rates: losses per epoch, and what went wrong or ""."""
+        """Train from the start at `factor` of the learning rates: losses per epoch, and what went
+        wrong or "".
+        """
         start = best = deepcopy(self.student.state_dict())
         losses: list[float] = []
         groups = self.student.groups(self._settings, factor)
@@ -173,7 +219,9 @@ class _Trainer:
         return tuple(losses) if not problem else (), problem
 
     def _steps(self, generator: torch.Generator) -> Iterator[list[int]]:
-        """Batches of windows: one of each of `batch` slots, so that a window belongs to the same process in every epoch."""
+        """Batches of windows: one of each of `batch` slots, so that a window belongs to the same
+        process in every epoch.
+        """
         batch, total = self._settings.batch, len(self._task.x_q)
         slots = [torch.arange(slot, total, batch) for slot in range(batch)]
         orders = [slot[torch.randperm(len(slot), generator=generator)].tolist() for slot in slots]
@@ -181,20 +229,34 @@ class _Trainer:
             yield [order[step] for order in orders if step < len(order)]
 
     def _step(self, windows: list[int], optimizer: torch.optim.Optimizer) -> None:
-        """One step: the weights are quantised once, and their gradient is summed window by window, so memory holds one window's graph."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        """One step: the weights are quantised once, and their gradient is summed window by window,
+        so memory holds one window's graph.
+        """
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         optimizer.zero_grad(set_to_none=False)
         weights = self.student()
-        leaves = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in weights.items()}
+        leaves = {
+            name: tensor.detach().requires_grad_(tensor.requires_grad)
+            for name, tensor in weights.items()
+        }
         for index in filter(self._mine.__contains__, windows):
             (self._loss(leaves, index) * (self._task.world / len(windows))).backward()
-        # Averaged here, where a window's gradient is a term of a sum: what follows is then the same arithmetic in every process, and
-        # two processes take the step of one. Averages of the parameters' gradients differ in their last bits, which move codes.
+        # Averaged here, where a window's gradient is a term of a sum: what follows is then the same
+        # arithmetic in every process, and two processes take the step of one. Averages of the
+        # parameters' gradients differ in their last bits, which move codes.
         reached = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        sums = [torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad for name in reached]
+        sums = [
+            torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad
+            for name in reached
+        ]
         self._task.all_reduce(sums)
         torch.autograd.backward([weights[name] for name in reached], sums)
-        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in parameters
+        ]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise _DivergedError
@@ -205,9 +267,17 @@ class _Trainer:
     def _loss(self, weights: BlockWeights, index: int) -> Tensor:
         task, settings = self._task, self._settings
         x = task.window(task.x_q, index)
-        rows = sample_rows(x.shape[1], settings.rows, index).to(x.device) if settings.loss.attention else None
+        rows = (
+            sample_rows(x.shape[1], settings.rows, index).to(x.device)
+            if settings.loss.attention
+            else None
+        )
         y, log_p = self.student.outputs(weights, x, rows)
-        attention = None if rows is None or log_p is None else (log_p, self._teacher.attention_rows(index, rows))
+        attention = (
+            None
+            if rows is None or log_p is None
+            else (log_p, self._teacher.attention_rows(index, rows))
+        )
         return block_loss(y, self._teacher.targets(index), attention, settings.loss)
 
     def _measure(self) -> float:

@@ -17,14 +17,17 @@ class TrainSettings:
     Attributes:
         epochs: passes over the windows.
         batch: windows per step, over all processes.
-        transform_rate, clip_rate, compensation_rate: learning rates of scales, clips and the rank-1 term; 0 keeps one at its start.
+        transform_rate, clip_rate, compensation_rate: learning rates of scales, clips and the rank-1
+            term; 0 keeps one at its start.
         parts: scales to learn; None leaves the float weights as they are.
         alpha: exponent of the scales' start.
-        powers: of the start; with more than one, each site takes the one with the least loss before training.
+        powers: of the start; with more than one, each site takes the one with the least loss before
+            training.
         loss: factors of the loss terms.
         both_streams: compare also with the float block on the quantised stream.
         rows: attention rows per window in the attention term.
-        scale_rate, gain_rate: learning rates of tune_block, relative: of logarithms of weight scales, and of norm gains.
+        scale_rate, gain_rate: learning rates of tune_block, relative: of logarithms of weight
+            scales, and of norm gains.
     """
 
     epochs: int = 20

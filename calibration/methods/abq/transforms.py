@@ -1,4 +1,6 @@
-"""What ABQ-LLM learns about a block's float weights: equivalent rescalings of its channels, and a rank-1 compensation of down_proj."""
+"""What ABQ-LLM learns about a block's float weights: equivalent rescalings of its channels, and a
+rank-1 compensation of down_proj.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.forward import DOWN, GATE_UP, INPUT_NORM, OUT, POST_NORM, QKV, SITES, BlockShape, BlockWeights
+from calibration.blocks.forward import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    OUT,
+    POST_NORM,
+    QKV,
+    SITES,
+    BlockShape,
+    BlockWeights,
+)
 
 __all__ = ["Compensation", "EquivalentTransform", "TransformParts"]
 
@@ -27,8 +39,8 @@ class TransformParts:
         qkv, gate_up: norm gain -> the linears behind it.
         out: v_proj rows -> o_proj columns, one scale per key-value channel.
         down: up_proj rows -> down_proj columns.
-        query_key: k_proj rows -> q_proj rows. It moves no rounding of weights (their codes are per row) and matters only where queries
-            or keys are quantised.
+        query_key: k_proj rows -> q_proj rows. It moves no rounding of weights (their codes are per
+            row) and matters only where queries or keys are quantised.
     """
 
     qkv: bool = True
@@ -39,11 +51,13 @@ class TransformParts:
 
 
 class EquivalentTransform(nn.Module):  # type: ignore[misc]
-    """Learnable equivalent transforms (LET): scales s that cancel in the float block and change what its quantised form rounds.
+    """Learnable equivalent transforms (LET): scales s that cancel in the float block and change
+    what its quantised form rounds.
 
-    They start as a power of SmoothQuant's s = A^alpha / W^(1 - alpha) (arXiv 2211.10438), with A the largest input of a channel and W
-    the largest weight of its column over all linears that read it. Their geometric mean is 1: a common factor changes nothing that is
-    rounded, and learning rates then mean the same in every block. query_key starts at 1.
+    They start as a power of SmoothQuant's s = A^alpha / W^(1 - alpha) (arXiv 2211.10438), with A
+    the largest input of a channel and W the largest weight of its column over all linears that read
+    it. Their geometric mean is 1: a common factor changes nothing that is rounded, and learning
+    rates then mean the same in every block. query_key starts at 1.
 
     Args:
         weights: of the float block.
@@ -53,14 +67,23 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
         alpha: 0.5 in the paper.
     """
 
-    def __init__(self, weights: BlockWeights, shape: BlockShape, absmax: Mapping[str, Tensor], parts: TransformParts,
-                 alpha: float = 0.5) -> None:
+    def __init__(
+        self,
+        weights: BlockWeights,
+        shape: BlockShape,
+        absmax: Mapping[str, Tensor],
+        parts: TransformParts,
+        alpha: float = 0.5,
+    ) -> None:
         super().__init__()
         self._shape = shape
 
         def start(site: str, groups: int = 1) -> nn.Parameter:
             columns = torch.cat([weights[f"{name}.weight"] for name in SITES[site]]).abs().amax(0)
-            ranges = [self._shared(x, groups).amax(1).flatten().clamp(min=_LEAST) for x in (absmax[site], columns)]
+            ranges = [
+                self._shared(x, groups).amax(1).flatten().clamp(min=_LEAST)
+                for x in (absmax[site], columns)
+            ]
             s = ranges[0] ** alpha / ranges[1] ** (1 - alpha)
             return nn.Parameter(s / s.log().mean().exp())
 
@@ -69,8 +92,16 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
         self.out = start(OUT, shape.groups) if parts.out else None
         self.gate_up = start(GATE_UP) if parts.gate_up else None
         self.down = start(DOWN) if parts.down else None
-        self.query_key = nn.Parameter(gain.new_ones(shape.kv_heads, shape.head_dim // 2)) if parts.query_key else None
-        self._start = {site: getattr(self, name).detach().clone() for site, name in _PARTS.items() if getattr(self, name) is not None}
+        self.query_key = (
+            nn.Parameter(gain.new_ones(shape.kv_heads, shape.head_dim // 2))
+            if parts.query_key
+            else None
+        )
+        self._start = {
+            site: getattr(self, name).detach().clone()
+            for site, name in _PARTS.items()
+            if getattr(self, name) is not None
+        }
         self.project()
 
     @property
@@ -86,7 +117,11 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
 
     def _shared(self, channels: Tensor, groups: int) -> Tensor:
         """[heads * d] of query heads -> [kv_heads, groups, d]; of one group [1, 1, K]."""
-        return channels.view(1, 1, -1) if groups == 1 else channels.view(-1, groups, self._shape.head_dim)
+        return (
+            channels.view(1, 1, -1)
+            if groups == 1
+            else channels.view(-1, groups, self._shape.head_dim)
+        )
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def project(self) -> None:
@@ -101,7 +136,9 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
         return {site: s for site, s in scales.items() if s is not None}
 
     def apply_to(self, weights: BlockWeights) -> BlockWeights:
-        """The same function in other weights: scales folded into gains, rows, columns and biases; differentiable."""
+        """The same function in other weights: scales folded into gains, rows, columns and biases;
+        differentiable.
+        """
         scaled = dict(weights)
         for site, s in self.columns().items():
             for name in SITES[site]:
@@ -113,14 +150,20 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
             if s is not None:
                 _scale_rows(scaled, name, 1 / s)
         if self.query_key is not None:
-            pairs = torch.cat((self.query_key, self.query_key), -1).flatten()  # equal on i and i + d/2, which RoPE mixes
+            pairs = torch.cat(
+                (self.query_key, self.query_key), -1
+            ).flatten()  # equal on i and i + d/2, which RoPE mixes
             _scale_rows(scaled, _KEY, pairs)
             _scale_rows(scaled, _QUERY, 1 / self._per_query_head(pairs))
         return scaled
 
     def _per_query_head(self, channels: Tensor) -> Tensor:
         """[kv_heads * d] -> [heads * d], each key-value head's scales for all of its query heads."""
-        return channels.view(-1, self._shape.head_dim).repeat_interleave(self._shape.groups, 0).flatten()
+        return (
+            channels.view(-1, self._shape.head_dim)
+            .repeat_interleave(self._shape.groups, 0)
+            .flatten()
+        )
 
 
 def _scale_rows(weights: BlockWeights, name: str, s: Tensor) -> None:
@@ -130,7 +173,8 @@ def _scale_rows(weights: BlockWeights, name: str, s: Tensor) -> None:
 
 
 class Compensation(nn.Module):  # type: ignore[misc]
-    """A rank-1 matrix added to down_proj before it is quantised; it costs nothing at run time and starts at 0.
+    """A rank-1 matrix added to down_proj before it is quantised; it costs nothing at run time and
+    starts at 0.
 
     Args:
         weights: of the float block.

@@ -1,4 +1,6 @@
-"""A block whose codes are final: what is left to learn are the weight scales and the norm gains, which the op takes as they are."""
+"""A block whose codes are final: what is left to learn are the weight scales and the norm gains,
+which the op takes as they are.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ __all__ = ["TunedStudent"]
 
 
 class _Scales(nn.Module):  # type: ignore[misc]
-    """Factors that start at 1, as logarithms: a step of the optimiser changes every scale by the same part, and none its sign."""
+    """Factors that start at 1, as logarithms: a step of the optimiser changes every scale by the
+    same part, and none its sign.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         super().__init__()
@@ -37,7 +41,9 @@ class TunedStudent(QuantizedBlock):
         gains: norm gains by name.
     """
 
-    def __init__(self, task: BlockTask, arrays: Mapping[str, QuantArrays], gains: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, task: BlockTask, arrays: Mapping[str, QuantArrays], gains: Mapping[str, Tensor]
+    ) -> None:
         super().__init__(task)
         device = next(iter(gains.values())).device
         self._arrays, self._gains = dict(arrays), dict(gains)
@@ -45,9 +51,13 @@ class TunedStudent(QuantizedBlock):
         self._start: dict[str, Tensor] = {}
         for site, values in arrays.items():
             integers, scale = QuantLinear(site, task.schemes[site], values).integers()
-            self._integers[site] = torch.tensor(integers, device=device).unflatten(1, (scale.shape[1], -1))
+            self._integers[site] = torch.tensor(integers, device=device).unflatten(
+                1, (scale.shape[1], -1)
+            )
             self._start[site] = torch.tensor(scale, device=device)
-        self.scales = _Scales({site: tuple(scale.shape) for site, scale in self._start.items()}, device)
+        self.scales = _Scales(
+            {site: tuple(scale.shape) for site, scale in self._start.items()}, device
+        )
         self.norms = _Scales({name: tuple(gain.shape) for name, gain in gains.items()}, device)
 
     def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
@@ -64,7 +74,9 @@ class TunedStudent(QuantizedBlock):
                 weights[f"{name}.weight"] = part
             bias = self._arrays[site].bias
             if bias is not None:
-                for name, part in zip(SITES[site], torch.tensor(bias, device=stacked.device).split(rows), strict=True):
+                for name, part in zip(
+                    SITES[site], torch.tensor(bias, device=stacked.device).split(rows), strict=True
+                ):
                     weights[f"{name}.bias"] = part
         return weights
 
@@ -75,5 +87,7 @@ class TunedStudent(QuantizedBlock):
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def arrays(self) -> dict[str, QuantArrays]:
         """Codes as they came, scales as they are now."""
-        return {site: replace(self._arrays[site], scale=(self._start[site] * factor).cpu().numpy())
-                for site, factor in self.scales.factors().items()}
+        return {
+            site: replace(self._arrays[site], scale=(self._start[site] * factor).cpu().numpy())
+            for site, factor in self.scales.factors().items()
+        }

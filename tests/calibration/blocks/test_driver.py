@@ -1,4 +1,6 @@
-"""The driver over whole tiny models: interrupted anywhere and gone on with, the bytes are those of a run that never stopped."""
+"""The driver over whole tiny models: interrupted anywhere and gone on with, the bytes are those of
+a run that never stopped.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +47,32 @@ def _kept(capsys: pytest.CaptureFixture[str], model: Path, out: Path, *more: str
     """Go on with --resume; which blocks were kept."""
     capsys.readouterr()
     assert calibrate_tiny(model, out, "--progress", "plain", *more) == 0
-    return [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if line.endswith(": kept")]
+    return [
+        line.split(":")[0]
+        for line in capsys.readouterr().err.splitlines()
+        if line.endswith(": kept")
+    ]
 
 
 def _names(count: int) -> list[str]:
     return [f"block {index + 1} of {LAYERS}" for index in range(count)]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full disk"])
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), OSError(28, "No space left on device")],
+    ids=["ctrl-c", "full disk"],
+)
 @pytest.mark.parametrize("block", range(LAYERS))
-def test_stopped_at_a_block(model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                            capsys: pytest.CaptureFixture[str], block: int, error: BaseException) -> None:
+def test_stopped_at_a_block(
+    model: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    block: int,
+    error: BaseException,
+) -> None:
     real = Qqq.calibrate
 
     def die(self: Qqq, task: BlockTask) -> BlockResult:
@@ -69,18 +86,30 @@ def test_stopped_at_a_block(model: Path, whole: dict[str, bytes], tmp_path: Path
         code = calibrate_tiny(model, tmp_path)
     said = capsys.readouterr().err
     if isinstance(error, KeyboardInterrupt):
-        assert code == 130 and said == "Interrupted; finished blocks are kept. Run the same command with --resume to go on.\n"
+        assert (
+            code == 130
+            and said
+            == "Interrupted; finished blocks are kept. Run the same command with --resume to go on.\n"
+        )
     else:
-        assert code == 2 and said == (f"{tmp_path / 'quant'}: got No space left on device while writing, expected a writable folder with "
-                                      "enough space. Check the disk and the permissions; earlier results are whole.\n")
+        assert code == 2 and said == (
+            f"{tmp_path / 'quant'}: got No space left on device while writing, expected a "
+            f"writable folder with "
+            "enough space. Check the disk and the permissions; earlier results are whole.\n"
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == [".calibration", ".lock"]
     assert _kept(capsys, model, tmp_path, "--resume") == _names(block)
     assert files(tmp_path / "quant") == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "quant"]
 
 
-def test_stopped_while_the_folder_is_written(model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_while_the_folder_is_written(
+    model: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def die(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -91,12 +120,33 @@ def test_stopped_while_the_folder_is_written(model: Path, whole: dict[str, bytes
     assert files(tmp_path / "quant") == whole
 
 
-def test_killed(model: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed(
+    model: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL of a real process, behind its first block."""
-    command = [sys.executable, "-m", "calibration", str(model), "--wbits", "4", "--abits", "8", "--nsamples", "4", "--seqlen", "32",
-               "--out", str(tmp_path), "--offline", "--progress", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "calibration",
+        str(model),
+        "--wbits",
+        "4",
+        "--abits",
+        "8",
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+        "--out",
+        str(tmp_path),
+        "--offline",
+        "--progress",
+        "json",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["event"] == "progress":
@@ -105,7 +155,9 @@ def test_killed(model: Path, whole: dict[str, bytes], tmp_path: Path, capsys: py
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "quant").exists()
     kept = _kept(capsys, model, tmp_path, "--resume")
-    assert kept == _names(len(kept)) and kept  # another block may have been finished before the signal came
+    assert (
+        kept == _names(len(kept)) and kept
+    )  # another block may have been finished before the signal came
     assert files(tmp_path / "quant") == whole
 
 
@@ -123,8 +175,13 @@ def _stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str
         assert calibrate_tiny(model, out, *more) == 130
 
 
-def test_a_damaged_block_is_made_again(model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_block_is_made_again(
+    model: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     _stopped(model, tmp_path, monkeypatch)
     path = tmp_path / ".calibration" / "block-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -132,24 +189,49 @@ def test_a_damaged_block_is_made_again(model: Path, whole: dict[str, bytes], tmp
     assert files(tmp_path / "quant") == whole
 
 
-def test_only_with_resume(model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_with_resume(
+    model: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     _stopped(model, tmp_path, monkeypatch)
     assert _kept(capsys, model, tmp_path) == []
     assert files(tmp_path / "quant") == whole
 
 
-def test_memory_may_change_in_between(model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_may_change_in_between(
+    model: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     _stopped(model, tmp_path, monkeypatch, "--max-memory", "0")
     assert _kept(capsys, model, tmp_path, "--resume", "--max-memory", "1") == _names(2)
     assert files(tmp_path / "quant") == whole
 
 
-@pytest.mark.parametrize("more", [("--seed", "1"), ("--nsamples", "5"), ("--set", "damp=0.02"), ("--group-size", "64"), ("--calib", "TEXT"),
-                                  ("--dtype", "bfloat16")], ids=lambda more: more[0])
-def test_other_settings_start_over(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                   more: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--seed", "1"),
+        ("--nsamples", "5"),
+        ("--set", "damp=0.02"),
+        ("--group-size", "64"),
+        ("--calib", "TEXT"),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=lambda more: more[0],
+)
+def test_other_settings_start_over(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: Sequence[str],
+) -> None:
     (tmp_path / "text.txt").write_text("The river runs to the sea. " * 60)
     more = [str(tmp_path / "text.txt") if word == "TEXT" else word for word in more]
     _stopped(model, tmp_path / "out", monkeypatch)
@@ -158,8 +240,9 @@ def test_other_settings_start_over(model: Path, tmp_path: Path, monkeypatch: pyt
     assert files(tmp_path / "out" / "quant") == files(tmp_path / "fresh" / "quant")
 
 
-def test_another_model_or_other_code_starts_over(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_model_or_other_code_starts_over(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(model, tmp_path / "model")
     _stopped(copy, tmp_path / "out", monkeypatch)
     os.utime(copy / "model.safetensors", ns=(1, 1))
@@ -170,8 +253,12 @@ def test_another_model_or_other_code_starts_over(model: Path, tmp_path: Path, mo
         assert _kept(capsys, copy, tmp_path / "out", "--resume") == []
 
 
-@pytest.mark.parametrize("more", [(), ("--set", "smooth=all", "--group-size", "64")], ids=["default", "smoothed groups"])
-def test_without_any_memory_the_bytes_are_the_same(tiny_llama: Callable[..., Path], tmp_path: Path, more: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "more", [(), ("--set", "smooth=all", "--group-size", "64")], ids=["default", "smoothed groups"]
+)
+def test_without_any_memory_the_bytes_are_the_same(
+    tiny_llama: Callable[..., Path], tmp_path: Path, more: tuple[str, ...]
+) -> None:
     model = tiny_llama(**MODELS["biases"])
     for name, memory in (("memory", ()), ("disk", ("--max-memory", "0"))):
         assert calibrate_tiny(model, tmp_path / name, *more, *memory) == 0
@@ -202,27 +289,45 @@ class _Notes:
 
 
 def _job(model: Path, folder: Path, **settings: Any) -> Calibration:
-    return Calibration(open_checkpoint(str(model), offline=True), METHOD, lambda name: QQQ,
-                       CalibrationSettings(method=QqqSettings(), **settings), np.asarray(tokens().numpy()), BlockStore(folder, "print"))
+    return Calibration(
+        open_checkpoint(str(model), offline=True),
+        METHOD,
+        lambda name: QQQ,
+        CalibrationSettings(method=QqqSettings(), **settings),
+        np.asarray(tokens().numpy()),
+        BlockStore(folder, "print"),
+    )
 
 
 def test_reports_costs_and_a_note_per_block(model: Path, tmp_path: Path) -> None:
     notes = _Notes()
     done = calibrate(_job(model, tmp_path / "a", max_memory=10_000), notes)
-    assert [set(report) for report in done.reports] == [{"loss_before", "loss_after", "notes"}] * LAYERS
+    assert [set(report) for report in done.reports] == [
+        {"loss_before", "loss_after", "notes"}
+    ] * LAYERS
     assert set(done.cost) == {"seconds", "peak_stream_bytes", "spilled_bytes"}
-    assert done.cost["seconds"] >= 0 and done.cost["peak_stream_bytes"] <= 10_000 < done.cost["spilled_bytes"]
+    assert (
+        done.cost["seconds"] >= 0
+        and done.cost["peak_stream_bytes"] <= 10_000 < done.cost["spilled_bytes"]
+    )
     assert notes.calls[0] == ("calibrate", LAYERS) and notes.calls[-1] == ("finish",)
     told = [call[0] for call in notes.calls if len(call) == 1 and call != ("finish",)]
     assert told == [call[1] for call in notes.calls if call[0] == 1] and len(told) == LAYERS
     first, last = done.reports[0], done.reports[-1]
-    assert told[0].startswith(f"block 1 of {LAYERS}: loss {first['loss_before']:.3g} -> {first['loss_after']:.3g}, about ")
-    assert told[-1] == f"block {LAYERS} of {LAYERS}: loss {last['loss_before']:.3g} -> {last['loss_after']:.3g}"
+    assert told[0].startswith(
+        f"block 1 of {LAYERS}: loss {first['loss_before']:.3g} -> {first['loss_after']:.3g}, about "
+    )
+    assert (
+        told[-1]
+        == f"block {LAYERS} of {LAYERS}: loss {last['loss_before']:.3g} -> {last['loss_after']:.3g}"
+    )
     again = calibrate(_job(model, tmp_path / "a"))
     assert again.reports == done.reports and again.cost["spilled_bytes"] == 0
 
 
-def test_blocks_arrive_in_order_with_their_schemes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_arrive_in_order_with_their_schemes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     seen: list[tuple[int, int]] = []
     real = Qqq.calibrate
@@ -234,7 +339,16 @@ def test_blocks_arrive_in_order_with_their_schemes(model: Path, tmp_path: Path, 
 
     monkeypatch.setattr(Qqq, "calibrate", spy)
     job = _job(model, tmp_path / "a")
-    calibrate(Calibration(job.checkpoint, METHOD, lambda name: (asked.append(name), QQQ)[1], job.settings, job.windows, job.store))
+    calibrate(
+        Calibration(
+            job.checkpoint,
+            METHOD,
+            lambda name: (asked.append(name), QQQ)[1],
+            job.settings,
+            job.windows,
+            job.store,
+        )
+    )
     assert seen == [(index, LAYERS) for index in range(LAYERS)]
     assert asked == [f"model.layers.{index}.{site}" for index in range(LAYERS) for site in SITES]
     assert BlockStore(tmp_path / "a", "print").finished() == LAYERS

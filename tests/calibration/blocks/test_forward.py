@@ -1,4 +1,6 @@
-"""The block as a function of its weights against transformers' own, and its pieces against their formulas."""
+"""The block as a function of its weights against transformers' own, and its pieces against their
+formulas.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,24 @@ from calibration.blocks.forward import (
 from calibration.checkpoints.checkpoint import open_checkpoint
 from tests.calibration.block_cases import MODELS, tokens
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
-               "original_max_position_embeddings": 64}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+}
 
 
-@pytest.mark.parametrize("changes", [*MODELS.values(), {"rope_parameters": LLAMA3_ROPE}], ids=[*MODELS, "scaled positions"])
-def test_block_is_that_of_transformers(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [*MODELS.values(), {"rope_parameters": LLAMA3_ROPE}],
+    ids=[*MODELS, "scaled positions"],
+)
+def test_block_is_that_of_transformers(
+    tiny_llama: Callable[..., Path], changes: dict[str, Any]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(**changes)
@@ -53,7 +67,9 @@ def test_block_is_that_of_transformers(tiny_llama: Callable[..., Path], changes:
         weights = load_block(checkpoint, index)
         found = block_output(x, weights, float_linear(weights), shape, rope)
         assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
-        assert (x - wanted).abs().max() > 0.1 * wanted.abs().max()  # a block that does nothing would not do
+        assert (
+            x - wanted
+        ).abs().max() > 0.1 * wanted.abs().max()  # a block that does nothing would not do
 
 
 def test_block_reads_its_sites_in_order(tiny_model_dir: Path) -> None:
@@ -64,7 +80,13 @@ def test_block_reads_its_sites_in_order(tiny_model_dir: Path) -> None:
         seen.append((site, x.shape[-1]))
         return float_linear(weights)(site, x)
 
-    block_output(torch.randn(1, 8, 64), weights, linear, BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, 8))
+    block_output(
+        torch.randn(1, 8, 64),
+        weights,
+        linear,
+        BlockShape.from_config(checkpoint.config),
+        Rope.of(checkpoint, 8),
+    )
     assert seen == list(zip(SITES, (64, 64, 64, 128), strict=True))
 
 
@@ -84,7 +106,9 @@ def test_attention_rows_are_log_probabilities(heads: int) -> None:
             torch.testing.assert_close(found[:, head, place, : row + 1].exp(), wanted)
             assert (found[:, head, place, row + 1 :] == -torch.inf).all()
     mixed = found.exp() @ value.repeat_interleave(4 // heads, 1)
-    torch.testing.assert_close(mixed.transpose(1, 2).flatten(-2), attend(query, key, value)[:, rows])
+    torch.testing.assert_close(
+        mixed.transpose(1, 2).flatten(-2), attend(query, key, value)[:, rows]
+    )
 
 
 def test_heads_are_split_as_they_are_stacked() -> None:

@@ -1,4 +1,6 @@
-"""Several processes: the numbers of one, one that writes, one that speaks, and an end for all when one fails."""
+"""Several processes: the numbers of one, one that writes, one that speaks, and an end for all when
+one fails.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,39 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.__main__ import main
-from calibration.out.files import locked
 from calibration.blocks.ranks import ALONE, Ranks, join_ranks
+from calibration.out.files import locked
 from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny, files
 
 PATIENCE = 300  # seconds, on a machine that is busy
-HEAVY = ["calibration.quant.quantize", "calibration.methods.qqq", "transformers.models.auto.modeling_auto",
-         "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"]  # imported once for all processes
+HEAVY = [
+    "calibration.quant.quantize",
+    "calibration.methods.qqq",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+]  # imported once for all processes
 Ended = list[tuple[int, str, str]]  # exit code, stdout, stderr of every process
 
 
-def _child(work: Callable[..., Any], rank: int, world: int, port: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+def _child(
+    work: Callable[..., Any],
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    arguments: tuple[Any, ...],
+) -> None:
     """A process of a group as torchrun starts it, its output in files."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      TORCHELASTIC_USE_AGENT_STORE="True")  # the store outlives the processes
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # the store outlives the processes
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), descriptor)
     torch.set_num_threads(1)
@@ -49,13 +69,21 @@ def _child(work: Callable[..., Any], rank: int, world: int, port: int, folder: P
 
 @pytest.fixture
 def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
-    """together(work, *arguments, world=2): work(rank, *arguments) in so many processes that find each other."""
+    """together(work, *arguments, world=2): work(rank, *arguments) in so many processes that find
+    each other.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload([*HEAVY, __name__])
 
     def run(work: Callable[..., Any], *arguments: Any, world: int = 2) -> Ended:
-        store, folder = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True), tmp_path_factory.mktemp("ranks")
-        children = [context.Process(target=_child, args=(work, rank, world, store.port, folder, arguments)) for rank in range(world)]
+        store, folder = (
+            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True),
+            tmp_path_factory.mktemp("ranks"),
+        )
+        children = [
+            context.Process(target=_child, args=(work, rank, world, store.port, folder, arguments))
+            for rank in range(world)
+        ]
         for child in children:
             child.start()
         for child in children:
@@ -64,8 +92,14 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
         for child in hung:
             child.kill()
         assert not hung, [(folder / f"err{rank}").read_text() for rank in range(world)]
-        return [(child.exitcode or 0, (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text())
-                for rank, child in enumerate(children)]
+        return [
+            (
+                child.exitcode or 0,
+                (folder / f"out{rank}").read_text(),
+                (folder / f"err{rank}").read_text(),
+            )
+            for rank, child in enumerate(children)
+        ]
 
     return run
 
@@ -75,7 +109,20 @@ def _command(rank: int, *arguments: str) -> int:
 
 
 def _tiny(model: Path, out: Path, *more: str) -> tuple[str, ...]:
-    return (str(model), "--wbits", "4", "--abits", "8", "--nsamples", "5", "--seqlen", "32", "--out", str(out), *more)
+    return (
+        str(model),
+        "--wbits",
+        "4",
+        "--abits",
+        "8",
+        "--nsamples",
+        "5",
+        "--seqlen",
+        "32",
+        "--out",
+        str(out),
+        *more,
+    )
 
 
 # ---------------------------------------------------------------- sums and shares
@@ -85,7 +132,10 @@ def _sums(rank: int) -> None:
     ranks = join_ranks()
     assert (ranks.rank, ranks.world, ranks.first) == (rank, 3, rank == 0)
     assert list(ranks.share(7)) == list(range(rank, 7, 3))
-    sums, most = [torch.full((2,), rank + 1.0), torch.tensor(rank, dtype=torch.float64)], torch.tensor([rank, -rank])
+    sums, most = (
+        [torch.full((2,), rank + 1.0), torch.tensor(rank, dtype=torch.float64)],
+        torch.tensor([rank, -rank]),
+    )
     ranks.sum(sums)
     ranks.largest(most)
     ranks.wait()
@@ -125,16 +175,27 @@ def test_an_argparse_exit_is_left_alone() -> None:
 # ---------------------------------------------------------------- a whole calibration
 
 
-@pytest.mark.parametrize(("world", "more"), [(2, ()), (3, ("--set", "smooth=all", "--set", "rotation=none", "--group-size", "64"))],
-                         ids=["two", "three, smoothed"])
-def test_as_many_processes_as_one(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path, world: int,
-                                  more: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [(2, ()), (3, ("--set", "smooth=all", "--set", "rotation=none", "--group-size", "64"))],
+    ids=["two", "three, smoothed"],
+)
+def test_as_many_processes_as_one(
+    together: Callable[..., Ended],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    world: int,
+    more: tuple[str, ...],
+) -> None:
     """Five windows do not divide among them; rank 0 alone writes and talks."""
     ended = together(_command, *_tiny(tiny_model_dir, tmp_path / "many", *more), world=world)
     assert [code for code, *_ in ended] == [0] * world, ended
     assert ended[0][2].splitlines()[-1].startswith(f"{tmp_path / 'many' / 'quant'}: ")
     assert all((out, err) == ("", "") for _, out, err in ended[1:])
-    assert main([*_tiny(tiny_model_dir, tmp_path / "one", *more), "--offline", "--progress", "none"]) == 0
+    assert (
+        main([*_tiny(tiny_model_dir, tmp_path / "one", *more), "--offline", "--progress", "none"])
+        == 0
+    )
     name = "model-00001-of-00001.safetensors"
     many, one = (load_file(tmp_path / folder / "quant" / name) for folder in ("many", "one"))
     assert many.keys() == one.keys() and all(torch.equal(many[key], one[key]) for key in one)
@@ -144,14 +205,29 @@ def test_as_many_processes_as_one(together: Callable[..., Ended], tiny_model_dir
 @pytest.mark.slow
 def test_torchrun(run_module: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
     arguments = ("--standalone", "--nproc-per-node", "2", "-m", "calibration")
-    done = run_module("torch.distributed.run", *arguments, *_tiny(tiny_model_dir, tmp_path / "two"), "--offline", timeout=2 * PATIENCE)
+    done = run_module(
+        "torch.distributed.run",
+        *arguments,
+        *_tiny(tiny_model_dir, tmp_path / "two"),
+        "--offline",
+        timeout=2 * PATIENCE,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("block 1 of 2") == 1
     assert main([*_tiny(tiny_model_dir, tmp_path / "one"), "--offline", "--progress", "none"]) == 0
     assert files(tmp_path / "two" / "quant") == files(tmp_path / "one" / "quant")
-    done = run_module("torch.distributed.run", *arguments, *_tiny(tiny_model_dir, tmp_path / "two", "--dtype", "float32"), "--offline",
-                      timeout=2 * PATIENCE)
-    assert done.returncode != 0 and done.stderr.count("got a model quantised with dtype float16, expected dtype float32") == 1
+    done = run_module(
+        "torch.distributed.run",
+        *arguments,
+        *_tiny(tiny_model_dir, tmp_path / "two", "--dtype", "float32"),
+        "--offline",
+        timeout=2 * PATIENCE,
+    )
+    assert (
+        done.returncode != 0
+        and done.stderr.count("got a model quantised with dtype float16, expected dtype float32")
+        == 1
+    )
 
 
 def _die_at_the_second_block(rank: int, *arguments: str) -> int:
@@ -168,8 +244,12 @@ def _die_at_the_second_block(rank: int, *arguments: str) -> int:
     return _command(rank, *arguments)
 
 
-def test_a_killed_group_goes_on(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The first process is killed; the other one ends too; another number of processes goes on from the block that is there."""
+def test_a_killed_group_goes_on(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The first process is killed; the other one ends too; another number of processes goes on from
+    the block that is there.
+    """
     arguments = _tiny(tiny_model_dir, tmp_path / "many")
     ended = together(_die_at_the_second_block, *arguments)
     assert ended[0][0] == -signal.SIGKILL and ended[1][0] != 0
@@ -178,10 +258,14 @@ def test_a_killed_group_goes_on(together: Callable[..., Ended], tiny_model_dir: 
     assert "block 1 of 2: kept" in ended[0][2] and "block 2 of 2: kept" not in ended[0][2]
     assert main([*_tiny(tiny_model_dir, tmp_path / "one"), "--offline", "--progress", "none"]) == 0
     name = "model-00001-of-00001.safetensors"
-    assert (tmp_path / "many" / "quant" / name).read_bytes() == (tmp_path / "one" / "quant" / name).read_bytes()
+    assert (tmp_path / "many" / "quant" / name).read_bytes() == (
+        tmp_path / "one" / "quant" / name
+    ).read_bytes()
 
 
-def test_a_method_without_data_is_written_once(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_method_without_data_is_written_once(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     ended = together(_command, *_tiny(tiny_model_dir, tmp_path / "out", "--method", "rtn"))
     assert [code for code, *_ in ended] == [0, 0] and ended[1][2] == ""
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "quant"]
@@ -196,10 +280,15 @@ def _said(ended: Ended) -> str:
     return "".join(err for *_, err in ended)
 
 
-def test_a_wrong_input_is_told_once(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_wrong_input_is_told_once(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     ended = together(_command, *_tiny(tiny_model_dir, tmp_path / "out", "--set", "damp=much"))
     assert [code for code, *_ in ended] == [2, 2]
-    assert _said(ended).startswith("--set damp=much: got 'much', expected a number of at least 0.") and _said(ended).count("\n") == 1
+    assert (
+        _said(ended).startswith("--set damp=much: got 'much', expected a number of at least 0.")
+        and _said(ended).count("\n") == 1
+    )
 
 
 def test_an_unknown_option_is_told_once(together: Callable[..., Ended], tmp_path: Path) -> None:
@@ -208,21 +297,29 @@ def test_an_unknown_option_is_told_once(together: Callable[..., Ended], tmp_path
     assert _said(ended).count("unrecognized arguments: --colour red") == 1 and ended[1][2] == ""
 
 
-def test_nan_that_all_meet_at_once_is_told_once(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_nan_that_all_meet_at_once_is_told_once(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     said = _said(together(_command, *_tiny(model, tmp_path / "out", "--progress", "none")))
-    assert said == (f"{model}, tensor model.layers.1.mlp.up_proj.weight: got nan at [0, 0], expected finite numbers. "
-                    "The weights are damaged: download or train them again.\n")
+    assert said == (
+        f"{model}, tensor model.layers.1.mlp.up_proj.weight: got nan at [0, 0], expected finite numbers. "
+        "The weights are damaged: download or train them again.\n"
+    )
 
 
-def test_what_the_first_one_alone_meets_ends_all(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_what_the_first_one_alone_meets_ends_all(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     with locked(tmp_path):
         said = _said(together(_command, *_tiny(tiny_model_dir, tmp_path)))
-    assert said == (f"{tmp_path}: got a folder that another process is writing, expected a free one. "
-                    "Wait for it to end or choose another --out.\n")
+    assert said == (
+        f"{tmp_path}: got a folder that another process is writing, expected a free one. "
+        "Wait for it to end or choose another --out.\n"
+    )
 
 
 def test_a_store_that_is_gone_has_heard(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,14 +345,20 @@ def _second_fails(rank: int, *arguments: str) -> int:
     return _command(rank, *arguments)
 
 
-def test_what_another_one_alone_meets_ends_all(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_what_another_one_alone_meets_ends_all(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     said = _said(together(_second_fails, *_tiny(tiny_model_dir, tmp_path / "out")))
     assert said == "the second process: got no room, expected some. Make room.\n"
     assert not (tmp_path / "out" / "quant").exists()
 
 
-def test_fewer_windows_than_processes(together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_fewer_windows_than_processes(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     said = _said(together(_command, *_tiny(tiny_model_dir, tmp_path / "out", "--nsamples", "1")))
-    assert said == ("--nsamples: got 1 calibration windows for 2 processes, expected one each or more. "
-                    "Give more windows or a longer text, or start fewer processes.\n")
+    assert said == (
+        "--nsamples: got 1 calibration windows for 2 processes, expected one each or more. "
+        "Give more windows or a longer text, or start fewer processes.\n"
+    )
     assert calibrate_tiny(tiny_model_dir, tmp_path / "out", "--nsamples", "1") == 0

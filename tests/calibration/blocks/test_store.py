@@ -1,4 +1,6 @@
-"""Finished blocks on the disk: whole or not there, damaged ones noticed, those of other settings thrown away."""
+"""Finished blocks on the disk: whole or not there, damaged ones noticed, those of other settings
+thrown away.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,31 @@ import numpy as np
 import pytest
 
 from calibration.blocks.store import BlockResult, BlockStore
-from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
+from plugins.errors import InputError
 
 
 def _result(seed: int) -> BlockResult:
     """A site of each op, with and without the optional arrays."""
     rng = np.random.default_rng(seed)
-    qqq = QuantArrays(rng.integers(-8, 8, (4, 64), np.int8), rng.random((4, 1), np.float32), None, rng.random((4, 1)).astype(np.float16))
-    abq = QuantArrays(rng.integers(0, 16, (4, 64), np.uint8), rng.random((4, 2), np.float32), rng.integers(-9, 9, (4, 2), np.int32), None,
-                      rng.random(4, np.float32))
-    return BlockResult({"self_attn.qkv_proj": qqq, "mlp.down_proj": abq}, {"input_layernorm.weight": rng.random(64, np.float32)},
-                       {"loss_before": 1 / 3, "loss_after": 0.1 + seed, "notes": ["a note"]})
+    qqq = QuantArrays(
+        rng.integers(-8, 8, (4, 64), np.int8),
+        rng.random((4, 1), np.float32),
+        None,
+        rng.random((4, 1)).astype(np.float16),
+    )
+    abq = QuantArrays(
+        rng.integers(0, 16, (4, 64), np.uint8),
+        rng.random((4, 2), np.float32),
+        rng.integers(-9, 9, (4, 2), np.int32),
+        None,
+        rng.random(4, np.float32),
+    )
+    return BlockResult(
+        {"self_attn.qkv_proj": qqq, "mlp.down_proj": abq},
+        {"input_layernorm.weight": rng.random(64, np.float32)},
+        {"loss_before": 1 / 3, "loss_after": 0.1 + seed, "notes": ["a note"]},
+    )
 
 
 def _filled(folder: Path, count: int = 3) -> BlockStore:
@@ -33,12 +48,23 @@ def _filled(folder: Path, count: int = 3) -> BlockStore:
 
 def _same(a: BlockResult, b: BlockResult) -> bool:
     def arrays(result: BlockResult) -> dict[str, np.ndarray]:
-        found = {f"{site}/{name}": array for site, one in result.sites.items() for name, array in vars(one).items() if array is not None}
+        found = {
+            f"{site}/{name}": array
+            for site, one in result.sites.items()
+            for name, array in vars(one).items()
+            if array is not None
+        }
         return found | result.gains
 
     ours, theirs = arrays(a), arrays(b)
-    return ours.keys() == theirs.keys() and a.report == b.report and all(
-        ours[key].dtype == theirs[key].dtype and np.array_equal(ours[key], theirs[key]) for key in ours)
+    return (
+        ours.keys() == theirs.keys()
+        and a.report == b.report
+        and all(
+            ours[key].dtype == theirs[key].dtype and np.array_equal(ours[key], theirs[key])
+            for key in ours
+        )
+    )
 
 
 def test_blocks_come_back_as_they_were(tmp_path: Path) -> None:
@@ -52,7 +78,9 @@ def test_blocks_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fingerprint", "keep"), [("another", True), ("print", False)])
-def test_other_settings_or_a_fresh_start_throw_them_away(tmp_path: Path, fingerprint: str, keep: bool) -> None:
+def test_other_settings_or_a_fresh_start_throw_them_away(
+    tmp_path: Path, fingerprint: str, keep: bool
+) -> None:
     _filled(tmp_path / "work")
     store = BlockStore(tmp_path / "work", fingerprint, keep=keep)
     assert store.finished() == 0
@@ -69,9 +97,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [_truncate, _flip, Path.unlink, lambda path: path.write_bytes(b"")]
+)
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_damaged_block_and_those_behind_it_do_not_count(tmp_path: Path, damage: Callable[[Path], None], index: int) -> None:
+def test_a_damaged_block_and_those_behind_it_do_not_count(
+    tmp_path: Path, damage: Callable[[Path], None], index: int
+) -> None:
     _filled(tmp_path / "work")
     damage(tmp_path / "work" / f"block-{index:05d}.safetensors")
     store = BlockStore(tmp_path / "work", "print")
@@ -81,7 +113,9 @@ def test_a_damaged_block_and_those_behind_it_do_not_count(tmp_path: Path, damage
     assert _same(store.load(index), _result(index))
 
 
-def test_a_block_that_is_not_recorded_yet_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_is_not_recorded_yet_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = _filled(tmp_path / "work", 1)
 
     def die(path: Path, value: object) -> None:
@@ -99,13 +133,19 @@ def test_a_damaged_state_starts_over(tmp_path: Path, text: str) -> None:
     _filled(tmp_path / "work")
     (tmp_path / "work" / "state.json").write_text(text)
     assert BlockStore(tmp_path / "work", "print").finished() == 0
-    assert json.loads((tmp_path / "work" / "state.json").read_text()) == {"fingerprint": "print", "sha256": []}
+    assert json.loads((tmp_path / "work" / "state.json").read_text()) == {
+        "fingerprint": "print",
+        "sha256": [],
+    }
 
 
 def test_a_process_that_only_reads_changes_nothing(tmp_path: Path) -> None:
     _filled(tmp_path / "work")
     assert BlockStore(tmp_path / "work", "another", keep=False, writes=False).finished() == 3
-    assert BlockStore(tmp_path / "nowhere", "print", writes=False).finished() == 0 and not (tmp_path / "nowhere").exists()
+    assert (
+        BlockStore(tmp_path / "nowhere", "print", writes=False).finished() == 0
+        and not (tmp_path / "nowhere").exists()
+    )
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +159,12 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("safetensors.numpy.save_file", full)
         with pytest.raises(InputError) as caught:
             store.save(1, _result(1))
-    assert str(caught.value) == (f"{tmp_path / 'work' / 'block-00001.safetensors'}: got [Errno 28] No space left on device while writing, "
-                                 "expected a writable folder with enough space. "
-                                 "Check the disk; finished blocks are whole, go on with --resume.")
+    assert str(caught.value) == (
+        f"{tmp_path / 'work' / 'block-00001.safetensors'}: got [Errno 28] No space left on "
+        f"device while writing, "
+        "expected a writable folder with enough space. "
+        "Check the disk; finished blocks are whole, go on with --resume."
+    )
     assert store.finished() == 1 and _same(store.load(0), _result(0))
     store.save(1, _result(1))
     assert store.finished() == 2
@@ -131,8 +174,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as caught:
         BlockStore(tmp_path / "file" / "work", "print")
-    assert str(caught.value) == (f"{tmp_path / 'file' / 'work'}: got Not a directory, expected a folder that can be written. "
-                                 "Choose another --out.")
+    assert str(caught.value) == (
+        f"{tmp_path / 'file' / 'work'}: got Not a directory, expected a folder that can be written. "
+        "Choose another --out."
+    )
 
 
 def test_removed_when_everything_is_written(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Activation windows: the same values from memory and from files, a bound that holds, and files that nobody sees."""
+"""Activation windows: the same values from memory and from files, a bound that holds, and files
+that nobody sees.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.streams import ActivationWindows, StreamBudget, Windows
-from calibration.reference.fake_quant import Activation
 from calibration.quant.scheme import QuantScheme
+from calibration.reference.fake_quant import Activation
 
 
 def _items(count: int = 3) -> list[Tensor]:
@@ -78,16 +80,25 @@ def test_windows_keep_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 0])
-@pytest.mark.parametrize(("bits", "symmetric", "width"), [(8, True, 1), (4, False, 1), (16, False, 4)])
-def test_quantised_inputs_take_a_byte_each(tmp_path: Path, limit: int | None, bits: int, symmetric: bool, width: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "width"), [(8, True, 1), (4, False, 1), (16, False, 4)]
+)
+def test_quantised_inputs_take_a_byte_each(
+    tmp_path: Path, limit: int | None, bits: int, symmetric: bool, width: int
+) -> None:
     budget = StreamBudget(limit, tmp_path)
-    windows = ActivationWindows(budget, 3, (5, 8), QuantScheme("ABQGemm", "rtn", 4, bits, act_symmetric=symmetric), "cpu")
+    windows = ActivationWindows(
+        budget, 3, (5, 8), QuantScheme("ABQGemm", "rtn", 4, bits, act_symmetric=symmetric), "cpu"
+    )
     wanted = [Activation.of(item, bits, symmetric) for item in _items()]
     for index, activation in enumerate(wanted):
         windows[index] = activation
     per_token = 4 * (0 if bits == 16 else 1 if symmetric else 2)  # scale, zero
     assert len(windows) == 3 and budget.held + budget.spilled == 3 * 5 * (8 * width + per_token)
     for found, activation in zip(windows, wanted, strict=True):
-        assert torch.equal(found.values(), activation.values()) and found.codes.dtype == activation.codes.dtype
+        assert (
+            torch.equal(found.values(), activation.values())
+            and found.codes.dtype == activation.codes.dtype
+        )
     windows.close()
     assert budget.held == 0

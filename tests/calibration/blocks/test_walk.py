@@ -1,4 +1,6 @@
-"""The walk through a block: every site is measured on what the kernel will see, after the sites before it are quantised."""
+"""The walk through a block: every site is measured on what the kernel will see, after the sites
+before it are quantised.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ from calibration.blocks.forward import (
 )
 from calibration.blocks.streams import StreamBudget
 from calibration.blocks.walk import WalkBlock, site_weight, walk
-from calibration.reference.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
 from calibration.quant.scheme import QuantLinear, QuantScheme
+from calibration.reference.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
 from calibration.solvers.grid import search_grid
 from calibration.solvers.hessian import Moments
 from plugins.core.op_spec import QuantArrays
@@ -54,15 +56,23 @@ def _block(task: BlockTask, **changes: Any) -> WalkBlock:
     return replace(WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains), **changes)
 
 
-def _step_by_step(task: BlockTask, arrays: dict[str, QuantArrays], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """One window through the quantised block, written out: what each site's kernel sees, and the stream behind the block."""
+def _step_by_step(
+    task: BlockTask, arrays: dict[str, QuantArrays], x: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One window through the quantised block, written out: what each site's kernel sees, and the
+    stream behind the block.
+    """
     seen: dict[str, Tensor] = {}
 
     def site(name: str, inputs: Tensor) -> Tensor:
         scheme = task.schemes[name]
         seen[name] = Activation.of(inputs, scheme.abits, scheme.act_symmetric).values()
-        quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
-        output: Tensor = FakeQuantLinear(QuantLinear(name, scheme, arrays[name]), quantizer, exact=False)(inputs)
+        quantizer = (
+            ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
+        )
+        output: Tensor = FakeQuantLinear(
+            QuantLinear(name, scheme, arrays[name]), quantizer, exact=False
+        )(inputs)
         return output
 
     gains = (task.weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM))
@@ -72,15 +82,25 @@ def _step_by_step(task: BlockTask, arrays: dict[str, QuantArrays], x: Tensor) ->
     return seen, x + site(DOWN, product)
 
 
-@pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS, W3A6, W3A16], ids=lambda scheme: f"{scheme.op}-{scheme.label}")
-@pytest.mark.parametrize("changes", [MODELS["tied, grouped queries"], MODELS["biases"]], ids=["plain", "biases"])
-def test_moments_are_of_quantised_inputs_behind_quantised_sites(tiny_llama: Callable[..., Path], changes: dict[str, Any],
-                                                               scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "scheme", [QQQ, QQQ_GROUPS, W3A6, W3A16], ids=lambda scheme: f"{scheme.op}-{scheme.label}"
+)
+@pytest.mark.parametrize(
+    "changes", [MODELS["tied, grouped queries"], MODELS["biases"]], ids=["plain", "biases"]
+)
+def test_moments_are_of_quantised_inputs_behind_quantised_sites(
+    tiny_llama: Callable[..., Path],
+    changes: dict[str, Any],
+    scheme: QuantScheme,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The published code of QQQ measures all sites in one float pass."""
     task = block_task(tiny_llama(**changes), scheme=scheme)
     inputs = [window.clone() for window in task.streams.quant]
     added: list[tuple[Tensor, Tensor]] = []
-    monkeypatch.setattr(Moments, "add", lambda self, seen, wanted=None: added.append((seen, wanted)))
+    monkeypatch.setattr(
+        Moments, "add", lambda self, seen, wanted=None: added.append((seen, wanted))
+    )
     arrays = walk(_block(task), task.streams, _nearest(task))
     assert list(arrays) == list(SITES) and len(added) == 4 * len(inputs)
     for index, x in enumerate(inputs):
@@ -88,11 +108,16 @@ def test_moments_are_of_quantised_inputs_behind_quantised_sites(tiny_llama: Call
         for place, name in enumerate(SITES):
             assert torch.equal(added[place * len(inputs) + index][0], seen[name]), name
         assert torch.equal(task.streams.quant[index], output)
-    codes = {int((seen / seen.abs().amax(1, keepdim=True) * 127).round().unique().numel()) for seen, _ in added}
+    codes = {
+        int((seen / seen.abs().amax(1, keepdim=True) * 127).round().unique().numel())
+        for seen, _ in added
+    }
     assert scheme.abits == 16 or max(codes) <= 255  # these are values of codes, not floats
 
 
-def test_the_float_stream_is_the_float_models(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_float_stream_is_the_float_models(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = block_task(tiny_model_dir)
     inputs = torch.stack(list(task.streams.quant))
     wanted: dict[str, Tensor] = {}
@@ -110,15 +135,25 @@ def test_the_float_stream_is_the_float_models(tiny_model_dir: Path, monkeypatch:
     torch.testing.assert_close(torch.stack(list(task.streams.real)), output, rtol=1e-4, atol=1e-5)
     for place, site in enumerate(SITES):  # divided by the scales, as what the kernel sees is
         found = torch.stack(added[4 * place : 4 * place + 4])
-        torch.testing.assert_close(found, wanted[site] / scales.get(site, torch.ones(())), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found, wanted[site] / scales.get(site, torch.ones(())), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_finished_codes_give_the_same_bits_without_measuring(tiny_model_dir: Path) -> None:
     first, again = block_task(tiny_model_dir), block_task(tiny_model_dir)
     arrays = walk(_block(first), first.streams, _nearest(first))
-    walk(_block(again), again.streams, lambda site, moments: arrays[site] if moments is None else pytest.fail("measured"), measure=False)
+    walk(
+        _block(again),
+        again.streams,
+        lambda site, moments: arrays[site] if moments is None else pytest.fail("measured"),
+        measure=False,
+    )
     for name in ("quant", "real"):
-        assert all(torch.equal(a, b) for a, b in zip(getattr(first.streams, name), getattr(again.streams, name), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(getattr(first.streams, name), getattr(again.streams, name), strict=True)
+        )
 
 
 def test_without_a_float_stream_there_is_no_cross_moment(tiny_model_dir: Path) -> None:
@@ -136,7 +171,9 @@ def test_without_a_float_stream_there_is_no_cross_moment(tiny_model_dir: Path) -
 
 
 @pytest.mark.parametrize("limit", [0, 40_000])
-def test_activations_on_the_disk_are_the_same(tiny_model_dir: Path, tmp_path: Path, limit: int) -> None:
+def test_activations_on_the_disk_are_the_same(
+    tiny_model_dir: Path, tmp_path: Path, limit: int
+) -> None:
     """Memory for one of the two streams, or for none: everything else goes through files."""
     memory, task = block_task(tiny_model_dir), block_task(tiny_model_dir)
     budget = StreamBudget(limit, tmp_path)
@@ -145,7 +182,12 @@ def test_activations_on_the_disk_are_the_same(tiny_model_dir: Path, tmp_path: Pa
     for name, one in (("memory", memory), ("disk", disk)):
         hessians: list[Tensor] = []
 
-        def solve(site: str, moments: Moments | None, one: BlockTask = one, hessians: list[Tensor] = hessians) -> QuantArrays:
+        def solve(
+            site: str,
+            moments: Moments | None,
+            one: BlockTask = one,
+            hessians: list[Tensor] = hessians,
+        ) -> QuantArrays:
             assert moments is not None and moments.cross is not None
             hessians.extend((moments.hessian, moments.cross))
             return _nearest(one)(site, moments)
@@ -172,7 +214,12 @@ def test_all_zero_tokens_stay_finite(tiny_model_dir: Path) -> None:
         task = replace(task, streams=streams(x))
         measured: list[Moments] = []
 
-        def solve(site: str, moments: Moments | None, task: BlockTask = task, measured: list[Moments] = measured) -> QuantArrays:
+        def solve(
+            site: str,
+            moments: Moments | None,
+            task: BlockTask = task,
+            measured: list[Moments] = measured,
+        ) -> QuantArrays:
             assert moments is not None
             measured.append(moments)
             return _nearest(task)(site, moments)

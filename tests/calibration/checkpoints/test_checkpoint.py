@@ -42,12 +42,22 @@ def _refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}, {"dtype": "bfloat16"},
-    {"shard_size": "100KB"},
-    {"architecture": "Mistral", "sliding_window": None}, {"head_dim": 32},
-], ids=str)
-def test_variants_open_and_give_their_tensors(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"dtype": "bfloat16"},
+        {"shard_size": "100KB"},
+        {"architecture": "Mistral", "sliding_window": None},
+        {"head_dim": 32},
+    ],
+    ids=str,
+)
+def test_variants_open_and_give_their_tensors(
+    tiny_llama: Callable[..., Path], changes: dict[str, Any]
+) -> None:
     folder = tiny_llama(**changes)
     checkpoint = open_checkpoint(str(folder), offline=True)
     stored: dict[str, torch.Tensor] = {}
@@ -68,7 +78,9 @@ def test_bin_weights_are_the_same_model(model: Path, tiny_model_dir: Path) -> No
         assert torch.equal(original.tensor(name), copy.tensor(name))
 
 
-def test_fingerprint_depends_on_weights_and_config_but_not_on_the_place(tiny_model_dir: Path, model: Path) -> None:
+def test_fingerprint_depends_on_weights_and_config_but_not_on_the_place(
+    tiny_model_dir: Path, model: Path
+) -> None:
     first = open_checkpoint(str(tiny_model_dir), True).fingerprint
     assert open_checkpoint(str(model), True).fingerprint == first
     _change_config(model, rms_norm_eps=1e-4)
@@ -77,12 +89,28 @@ def test_fingerprint_depends_on_weights_and_config_but_not_on_the_place(tiny_mod
     assert len({first, second, open_checkpoint(str(model), True).fingerprint}) == 3
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_type": "default", "rope_theta": 500000.0}, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-     "original_max_position_embeddings": 64},
-    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
-], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
 def test_static_rope_types(tiny_llama: Callable[..., Path], rope: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -97,35 +125,54 @@ def test_static_rope_types(tiny_llama: Callable[..., Path], rope: dict[str, Any]
 def test_old_rope_scaling_key(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     del config["rope_parameters"]
-    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0,
-                                                   "rope_scaling": {"type": "linear", "factor": 2.0}}))
+    (model / "config.json").write_text(
+        json.dumps(
+            {**config, "rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        )
+    )
     frequencies, _ = open_checkpoint(str(model), True).rope()
     np.testing.assert_allclose(frequencies, 0.5 * 5000.0 ** (-np.arange(0, 16, 2) / 16), rtol=1e-6)
 
 
 def test_dynamic_rope_is_refused(model: Path) -> None:
-    _change_config(model, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    _change_config(
+        model, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    )
     assert _refusal(model) == (
-        f"{model / 'config.json'}: got rope_type dynamic (frequencies that change with the length), expected one of default, "
+        f"{model / 'config.json'}: got rope_type dynamic (frequencies that change with the "
+        f"length), expected one of default, "
         "linear, "
-        "llama3, yarn. Choose a model without it; this export would compute something else.")
+        "llama3, yarn. Choose a model without it; this export would compute something else."
+    )
 
 
-@pytest.mark.parametrize(("changes", "problem"), [
-    ({"hidden_act": "gelu"}, "got hidden_act gelu, expected silu"),
-    ({"num_key_value_heads": 3}, "got 4 attention heads on 3 key-value heads, expected a multiple"),
-])
-def test_configs_that_the_graph_cannot_express(model: Path, changes: dict[str, Any], problem: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"hidden_act": "gelu"}, "got hidden_act gelu, expected silu"),
+        (
+            {"num_key_value_heads": 3},
+            "got 4 attention heads on 3 key-value heads, expected a multiple",
+        ),
+    ],
+)
+def test_configs_that_the_graph_cannot_express(
+    model: Path, changes: dict[str, Any], problem: str
+) -> None:
     _change_config(model, **changes)
-    assert _refusal(model) == (f"{model / 'config.json'}: {problem}. Choose a model without it; this export would compute "
-                               "something else.")
+    assert _refusal(model) == (
+        f"{model / 'config.json'}: {problem}. Choose a model without it; this export would compute "
+        "something else."
+    )
 
 
 def test_mistral_with_sliding_window_is_refused(tiny_llama: Callable[..., Path]) -> None:
     folder = tiny_llama(architecture="Mistral", sliding_window=64)
-    assert _refusal(folder) == (f"{folder / 'config.json'}: got sliding_window 64, expected null (attention over the whole "
-                                "context). "
-                                "Choose a model without it; this export would compute something else.")
+    assert _refusal(folder) == (
+        f"{folder / 'config.json'}: got sliding_window 64, expected null (attention over the whole "
+        "context). "
+        "Choose a model without it; this export would compute something else."
+    )
 
 
 def test_config_that_transformers_refuses(model: Path) -> None:
@@ -138,42 +185,56 @@ def test_config_that_transformers_refuses(model: Path) -> None:
 def test_already_quantised_checkpoint(model: Path) -> None:
     _change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
     assert _refusal(model) == (
-        f"{model / 'config.json'}: got an already quantised checkpoint (quant_method gptq), expected float32, float16 or "
+        f"{model / 'config.json'}: got an already quantised checkpoint (quant_method gptq), "
+        f"expected float32, float16 or "
         "bfloat16 "
-        "weights, or a .gguf file. Give the float model it was made from.")
+        "weights, or a .gguf file. Give the float model it was made from."
+    )
 
 
 def test_unknown_architecture(model: Path) -> None:
     _change_config(model, architectures=["Qwen9ForCausalLM"])
     assert _refusal(model) == (
-        f"{model / 'config.json'}: got architecture Qwen9ForCausalLM, expected one of LlamaForCausalLM, MistralForCausalLM. "
-        "Choose a model of a supported architecture, or add a file to calibration/families.")
+        f"{model / 'config.json'}: got architecture Qwen9ForCausalLM, expected one of "
+        f"LlamaForCausalLM, MistralForCausalLM. "
+        "Choose a model of a supported architecture, or add a file to calibration/families."
+    )
 
 
 def test_folder_without_config_and_corrupt_config(model: Path) -> None:
     path = model / "config.json"
     path.write_text('{"hidden_size": 6')
-    assert _refusal(model) == (f"{path}: got unreadable JSON (Expecting ',' delimiter: line 1 column 18 (char 17)), expected "
-                               "a whole file. "
-                               "It is truncated or damaged: download it again.")
+    assert _refusal(model) == (
+        f"{path}: got unreadable JSON (Expecting ',' delimiter: line 1 column 18 (char 17)), expected "
+        "a whole file. "
+        "It is truncated or damaged: download it again."
+    )
     path.unlink()
-    assert _refusal(model) == (f"{model}: got a folder without config.json, expected a Hugging Face model folder. "
-                               "Give the folder that holds config.json and the weights.")
+    assert _refusal(model) == (
+        f"{model}: got a folder without config.json, expected a Hugging Face model folder. "
+        "Give the folder that holds config.json and the weights."
+    )
 
 
 def test_missing_tensors_are_summarised(model: Path) -> None:
     _change_config(model, num_hidden_layers=4)
     assert _refusal(model) == (
-        f"{model}: got 20 of the 38 tensors its config asks for, missing model.layers.2.input_layernorm.weight, "
-        "model.layers.2.post_attention_layernorm.weight, model.layers.2.self_attn.q_proj.weight and 15 more "
-        "(layers in the file: 2, in the config: 4). The file is incomplete or belongs to a smaller model: check the download.")
+        f"{model}: got 20 of the 38 tensors its config asks for, missing "
+        f"model.layers.2.input_layernorm.weight, "
+        "model.layers.2.post_attention_layernorm.weight, model.layers.2.self_attn.q_proj.weight "
+        "and 15 more "
+        "(layers in the file: 2, in the config: 4). The file is incomplete or belongs to a "
+        "smaller model: check the download."
+    )
 
 
 def test_missing_head_of_an_untied_model(model: Path) -> None:
     _change_config(model, tie_word_embeddings=False)
-    assert _refusal(model) == (f"{model}: got 20 of the 21 tensors its config asks for, missing lm_head.weight. "
-                               "If the head is the embedding, set tie_word_embeddings to true in the config; else complete "
-                               "the weights.")
+    assert _refusal(model) == (
+        f"{model}: got 20 of the 21 tensors its config asks for, missing lm_head.weight. "
+        "If the head is the embedding, set tie_word_embeddings to true in the config; else complete "
+        "the weights."
+    )
 
 
 def test_tensors_of_a_model_saved_without_its_head(model: Path) -> None:
@@ -184,31 +245,41 @@ def test_tensors_of_a_model_saved_without_its_head(model: Path) -> None:
     _change_weights(model, strip)
     assert _refusal(model) == (
         f"{model}: got 0 of the 20 tensors its config asks for, missing model.embed_tokens.weight, "
-        "model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight and 17 more (names lack the "
+        "model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight "
+        "and 17 more (names lack the "
         "prefix "
-        "model.). Save the model with its head (LlamaForCausalLM, not LlamaModel).")
+        "model.). Save the model with its head (LlamaForCausalLM, not LlamaModel)."
+    )
 
 
 def test_wrong_shape(model: Path) -> None:
     _change_config(model, num_key_value_heads=4)
     assert _refusal(model) == (
-        f"{model}, tensor model.layers.0.self_attn.k_proj.weight: got shape [32, 64], expected [64, 64] from the config. "
-        "The weights and the config belong to different models: use the config of these weights.")
+        f"{model}, tensor model.layers.0.self_attn.k_proj.weight: got shape [32, 64], expected "
+        f"[64, 64] from the config. "
+        "The weights and the config belong to different models: use the config of these weights."
+    )
 
 
 def test_bias_that_the_config_does_not_ask_for(model: Path) -> None:
-    _change_weights(model, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}))
+    _change_weights(
+        model,
+        lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}),
+    )
     assert _refusal(model) == (
         f"{model}: got tensors the config does not ask for: model.layers.1.self_attn.q_proj.bias. "
-        "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias in the config.")
+        "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias in the config."
+    )
 
 
 def test_truncated_safetensors(model: Path) -> None:
     path = model / "model.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1000])
-    assert _refusal(model) == (f"{path}: got {size - 1000} bytes, expected {size} from its header. "
-                               "The file is truncated or damaged: download or make it again.")
+    assert _refusal(model) == (
+        f"{path}: got {size - 1000} bytes, expected {size} from its header. "
+        "The file is truncated or damaged: download or make it again."
+    )
 
 
 @pytest.mark.parametrize(("value", "text"), [(float("nan"), "nan"), (float("-inf"), "-inf")])
@@ -218,8 +289,10 @@ def test_not_finite_weights_name_the_tensor(model: Path, value: float, text: str
     checkpoint = open_checkpoint(str(model), True)
     with pytest.raises(InputError) as caught:
         checkpoint.array(name)
-    assert str(caught.value) == (f"{model}, tensor {name}: got {text} at [3, 5], expected finite numbers. "
-                                 "The weights are damaged: download or train them again.")
+    assert str(caught.value) == (
+        f"{model}, tensor {name}: got {text} at [3, 5], expected finite numbers. "
+        "The weights are damaged: download or train them again."
+    )
 
 
 def test_integer_weights_are_refused(model: Path) -> None:
@@ -227,9 +300,11 @@ def test_integer_weights_are_refused(model: Path) -> None:
     _change_weights(model, lambda tensors: tensors.update({name: torch.ones(64, dtype=torch.int8)}))
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(model), True).array(name)
-    assert str(caught.value) == (f"{model}, tensor {name}: got dtype int8, expected one of float64, float32, float16, "
-                                 "bfloat16. "
-                                 "Give the float model.")
+    assert str(caught.value) == (
+        f"{model}, tensor {name}: got dtype int8, expected one of float64, float32, float16, "
+        "bfloat16. "
+        "Give the float model."
+    )
 
 
 def test_folder_without_tokenizer(model: Path) -> None:
@@ -239,4 +314,7 @@ def test_folder_without_tokenizer(model: Path) -> None:
         open_checkpoint(str(model), True).tokenizer()
     assert caught.value.where == str(model)
     assert caught.value.problem.startswith("got no readable tokenizer (")
-    assert caught.value.fix == "Put the model's tokenizer.json and tokenizer_config.json beside its weights"
+    assert (
+        caught.value.fix
+        == "Put the model's tokenizer.json and tokenizer_config.json beside its weights"
+    )

@@ -1,4 +1,6 @@
-"""GGUF files: a tiny one written on the spot must give back the Hugging Face model it was made from."""
+"""GGUF files: a tiny one written on the spot must give back the Hugging Face model it was made
+from.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,19 @@ AGAIN = "The file is truncated or damaged: download it again."
 
 def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     """The row order llama.cpp's converter writes for q and k."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, metadata: dict[str, Any] | None = None,
-               extra: dict[str, np.ndarray] | None = None) -> Path:
+def write_gguf(
+    path: Path,
+    checkpoint: Checkpoint,
+    metadata: dict[str, Any] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+) -> Path:
     """Write a checkpoint as GGUF: fp32 norms and head, Q8_0 for the linears whose rows allow it."""
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -49,7 +59,10 @@ def write_gguf(path: Path, checkpoint: Checkpoint, metadata: dict[str, Any] | No
         base, _, end = name.rpartition(".")
         array = checkpoint.array(name).astype(np.float32)
         if "q_proj" in name or "k_proj" in name:
-            array = _interleaved(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            array = _interleaved(
+                array,
+                config.num_attention_heads if "q_proj" in name else config.num_key_value_heads,
+            )
         writer.add_tensor(f"{names[base]}.{end}", np.ascontiguousarray(array))
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
@@ -67,14 +80,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token == "<|end|>" else 1 for token in tokens])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    )
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
 
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", open_checkpoint(str(tiny_model_dir), True))
+    return write_gguf(
+        tmp_path_factory.mktemp("gguf") / "tiny.gguf", open_checkpoint(str(tiny_model_dir), True)
+    )
 
 
 def _same_tensors(first: Checkpoint, second: Checkpoint) -> None:
@@ -84,14 +101,25 @@ def _same_tensors(first: Checkpoint, second: Checkpoint) -> None:
         np.testing.assert_array_equal(first.array(name), second.array(name), err_msg=name)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}], ids=str)
-def test_gguf_gives_back_the_model_it_was_made_from(tiny_llama: Callable[..., Path], tmp_path: Path,
-                                                    changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}],
+    ids=str,
+)
+def test_gguf_gives_back_the_model_it_was_made_from(
+    tiny_llama: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
     original = open_checkpoint(str(tiny_llama(**changes)), True)
     copy = open_checkpoint(str(write_gguf(tmp_path / "m.gguf", original)), True)
     _same_tensors(original, copy)
     assert copy.dims == original.dims
-    for field in ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "head_dim"):
+    for field in (
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "head_dim",
+    ):
         assert getattr(copy.config, field) == pytest.approx(getattr(original.config, field))
     np.testing.assert_array_equal(copy.rope()[0], original.rope()[0])
 
@@ -110,16 +138,29 @@ def test_quantised_types_are_dequantised(tiny_model_dir: Path, tmp_path: Path) -
     writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                key,
+                field.contents(),
+                field.types[0],
+                field.types[-1] if len(field.types) > 1 else None,
+            )
     for tensor in reader.tensors:
         quantised = tensor.name == "blk.0.ffn_down.weight"
-        data = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0) if quantised else tensor.data
-        writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if quantised else None)
+        data = (
+            gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+            if quantised
+            else tensor.data
+        )
+        writer.add_tensor(
+            tensor.name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if quantised else None
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    got = open_checkpoint(str(tmp_path / "q.gguf"), True).array("model.layers.0.mlp.down_proj.weight")
+    got = open_checkpoint(str(tmp_path / "q.gguf"), True).array(
+        "model.layers.0.mlp.down_proj.weight"
+    )
     assert got.dtype == np.float32
     steps = np.abs(weight).reshape(64, -1, 32).max(-1, keepdims=True) / 127
     assert (np.abs(got - weight).reshape(64, -1, 32) <= steps * 0.6).all()
@@ -129,27 +170,47 @@ def test_rope_factors_divide_the_frequencies(tiny_model_dir: Path, tmp_path: Pat
     original = open_checkpoint(str(tiny_model_dir), True)
     factors = np.linspace(1, 8, 8).astype(np.float32)
     path = write_gguf(tmp_path / "m.gguf", original, extra={"rope_freqs.weight": factors})
-    np.testing.assert_array_equal(open_checkpoint(str(path), True).rope()[0], original.rope()[0] / factors)
+    np.testing.assert_array_equal(
+        open_checkpoint(str(path), True).rope()[0], original.rope()[0] / factors
+    )
 
 
-@pytest.mark.parametrize(("metadata", "problem"), [
-    ({"llama.rope.scaling.type": "longrope"},
-     "got rope_type longrope (frequencies that change with the length), expected one of default, linear, llama3, yarn"),
-    ({"llama.rope.dimension_count": 8}, "got partial_rotary_factor 0.5, expected 1 (the whole head rotates)"),
-])
-def test_metadata_the_graph_cannot_express(tiny_model_dir: Path, tmp_path: Path, metadata: dict[str, Any],
-                                           problem: str) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        (
+            {"llama.rope.scaling.type": "longrope"},
+            "got rope_type longrope (frequencies that change with the length), expected one of "
+            "default, linear, llama3, yarn",
+        ),
+        (
+            {"llama.rope.dimension_count": 8},
+            "got partial_rotary_factor 0.5, expected 1 (the whole head rotates)",
+        ),
+    ],
+)
+def test_metadata_the_graph_cannot_express(
+    tiny_model_dir: Path, tmp_path: Path, metadata: dict[str, Any], problem: str
+) -> None:
     path = write_gguf(tmp_path / "m.gguf", open_checkpoint(str(tiny_model_dir), True), metadata)
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
     assert caught.value.where == str(path)
-    assert problem in caught.value.problem or caught.value.problem.startswith("got a config that transformers refuses (")
+    assert problem in caught.value.problem or caught.value.problem.startswith(
+        "got a config that transformers refuses ("
+    )
 
 
 def test_linear_rope_scaling(tiny_model_dir: Path, tmp_path: Path) -> None:
     original = open_checkpoint(str(tiny_model_dir), True)
-    path = write_gguf(tmp_path / "m.gguf", original, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
-    np.testing.assert_array_equal(open_checkpoint(str(path), True).rope()[0], original.rope()[0] / np.float32(4))
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        original,
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    )
+    np.testing.assert_array_equal(
+        open_checkpoint(str(path), True).rope()[0], original.rope()[0] / np.float32(4)
+    )
 
 
 def test_bad_magic(tmp_path: Path) -> None:
@@ -157,8 +218,10 @@ def test_bad_magic(tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
-    assert str(caught.value) == (f"{path}: got first bytes b'PK\\x03\\x04', expected b'GGUF'. "
-                                 "This is not a GGUF file: check the download.")
+    assert str(caught.value) == (
+        f"{path}: got first bytes b'PK\\x03\\x04', expected b'GGUF'. "
+        "This is not a GGUF file: check the download."
+    )
 
 
 def test_truncated_data_section(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -168,7 +231,9 @@ def test_truncated_data_section(tiny_gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
     message = str(caught.value)
-    assert message.startswith(f"{path}: got {len(whole) - 4096} bytes, expected at least ") and message.endswith(f". {AGAIN}")
+    assert message.startswith(
+        f"{path}: got {len(whole) - 4096} bytes, expected at least "
+    ) and message.endswith(f". {AGAIN}")
     wanted = int(message.split("at least ")[1].split(".")[0])
     assert len(whole) - 4096 < wanted <= len(whole)
 
@@ -188,11 +253,16 @@ def test_empty_file(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
-    assert str(caught.value) == f"{path}: got first bytes b'', expected b'GGUF'. This is not a GGUF file: check the download."
+    assert (
+        str(caught.value)
+        == f"{path}: got first bytes b'', expected b'GGUF'. This is not a GGUF file: check the download."
+    )
 
 
 def test_random_damage_in_the_metadata_never_escapes(tiny_gguf: Path, tmp_path: Path) -> None:
-    """One flipped byte anywhere in the header ends in InputError or in a model, never in another exception."""
+    """One flipped byte anywhere in the header ends in InputError or in a model, never in another
+    exception.
+    """
     whole = bytearray(tiny_gguf.read_bytes())
     rng = np.random.default_rng(0)
     path = tmp_path / "m.gguf"
@@ -223,16 +293,20 @@ def test_other_architecture(tmp_path: Path) -> None:
     path = _empty_gguf(tmp_path / "m.gguf", "bert")
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
-    assert str(caught.value) == (f"{path}: got architecture bert, expected one of llama. Choose a model of a supported "
-                                 "architecture.")
+    assert str(caught.value) == (
+        f"{path}: got architecture bert, expected one of llama. Choose a model of a supported "
+        "architecture."
+    )
 
 
 def test_missing_metadata(tmp_path: Path) -> None:
     path = _empty_gguf(tmp_path / "m.gguf", "llama")
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(path), True)
-    assert str(caught.value) == (f"{path}: got no metadata llama.attention.head_count, expected it in a model file. "
-                                 "Convert the model to GGUF again.")
+    assert str(caught.value) == (
+        f"{path}: got no metadata llama.attention.head_count, expected it in a model file. "
+        "Convert the model to GGUF again."
+    )
 
 
 def test_weights_and_frequencies_equal_transformers_own_loading(tiny_gguf: Path) -> None:
@@ -242,7 +316,9 @@ def test_weights_and_frequencies_equal_transformers_own_loading(tiny_gguf: Path)
     from calibration.reference.model import float_model
 
     ours = float_model(open_checkpoint(str(tiny_gguf), True))
-    theirs = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32
+    )
     expected = theirs.state_dict()
     assert set(ours.state_dict()) == set(expected)
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())

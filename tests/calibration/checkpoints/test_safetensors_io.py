@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, numpy_dtype, read_header, read_tensor
+from calibration.checkpoints.safetensors import (
+    SafetensorsWriter,
+    TensorSpec,
+    numpy_dtype,
+    read_header,
+    read_tensor,
+)
 from plugins.errors import InputError
 
 AGAIN = "The file is truncated or damaged: download or make it again."
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> SafetensorsWriter:
-    with SafetensorsWriter(path, [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]) as writer:
+    with SafetensorsWriter(
+        path, [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
+    ) as writer:
         for array in arrays.values():
             writer.write(array)
     return writer
@@ -27,8 +35,13 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> SafetensorsWriter:
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {"b.codes": rng.integers(0, 255, (3, 5), dtype=np.uint8), "a.scale": rng.standard_normal((3, 1)).astype(np.float32),
-            "c": np.arange(4, dtype=np.int32), "d": np.array([1.5, -2.0], np.float16), "empty": np.zeros((0, 4), np.float32)}
+    return {
+        "b.codes": rng.integers(0, 255, (3, 5), dtype=np.uint8),
+        "a.scale": rng.standard_normal((3, 1)).astype(np.float32),
+        "c": np.arange(4, dtype=np.int32),
+        "d": np.array([1.5, -2.0], np.float16),
+        "empty": np.zeros((0, 4), np.float32),
+    }
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -66,25 +79,38 @@ def test_truncated_file_says_both_sizes(tmp_path: Path, arrays: dict[str, np.nda
     path.write_bytes(whole[:-3])
     with pytest.raises(InputError) as caught:
         read_header(path)
-    assert str(caught.value) == f"{path}: got {len(whole) - 3} bytes, expected {len(whole)} from its header. {AGAIN}"
+    assert (
+        str(caught.value)
+        == f"{path}: got {len(whole) - 3} bytes, expected {len(whole)} from its header. {AGAIN}"
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, (100).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 64, (100).to_bytes(8, "little") + b"{}"]
+)
 def test_no_header(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_header(path)
-    assert str(caught.value) == f"{path}: got {len(content)} bytes with no safetensors header at the start. {AGAIN}"
+    assert (
+        str(caught.value)
+        == f"{path}: got {len(content)} bytes with no safetensors header at the start. {AGAIN}"
+    )
 
 
-@pytest.mark.parametrize("header", [b"not json", b'{"w": 3}', b'["w"]', b'{"w": {"dtype": "F32", "shape": [1]}}'])
+@pytest.mark.parametrize(
+    "header", [b"not json", b'{"w": 3}', b'["w"]', b'{"w": {"dtype": "F32", "shape": [1]}}']
+)
 def test_header_that_is_not_tensors(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(InputError) as caught:
         read_header(path)
-    assert str(caught.value) == f"{path}: got a safetensors header that is not valid JSON of tensors. {AGAIN}"
+    assert (
+        str(caught.value)
+        == f"{path}: got a safetensors header that is not valid JSON of tensors. {AGAIN}"
+    )
 
 
 def _raw(path: Path, info: dict[str, object], size: int) -> None:
@@ -97,7 +123,10 @@ def test_tensor_that_does_not_fit_its_place(tmp_path: Path) -> None:
     _raw(path, {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}, 12)
     with pytest.raises(InputError) as caught:
         read_header(path)
-    assert str(caught.value) == f"{path}: got a header whose tensor w does not fit its place in the file. {AGAIN}"
+    assert (
+        str(caught.value)
+        == f"{path}: got a header whose tensor w does not fit its place in the file. {AGAIN}"
+    )
 
 
 def test_unknown_dtype(tmp_path: Path) -> None:
@@ -106,9 +135,11 @@ def test_unknown_dtype(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_header(path)
     assert str(caught.value) == (
-        f"{path}, tensor w: got dtype F4, expected one of F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL, "
+        f"{path}, tensor w: got dtype F4, expected one of F64, F32, F16, BF16, I64, I32, I16, "
+        f"I8, U64, U32, U16, U8, BOOL, "
         "F8_E4M3, "
-        "F8_E5M2. Save the checkpoint as float32, float16 or bfloat16.")
+        "F8_E5M2. Save the checkpoint as float32, float16 or bfloat16."
+    )
 
 
 def test_git_lfs_pointer(tmp_path: Path) -> None:
@@ -116,21 +147,31 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(InputError) as caught:
         read_header(path)
-    assert str(caught.value) == (f"{path}: got a Git LFS pointer, expected the weights themselves. "
-                                 "Run `git lfs pull` in the model folder.")
+    assert str(caught.value) == (
+        f"{path}: got a Git LFS pointer, expected the weights themselves. "
+        "Run `git lfs pull` in the model folder."
+    )
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_header(tmp_path / "none.safetensors")
-    assert str(caught.value) == (f"{tmp_path / 'none.safetensors'}: got No such file or directory, expected a safetensors "
-                                 "file. "
-                                 "Check the path and the permissions.")
+    assert str(caught.value) == (
+        f"{tmp_path / 'none.safetensors'}: got No such file or directory, expected a safetensors "
+        "file. "
+        "Check the path and the permissions."
+    )
 
 
 def test_writer_refuses_another_tensor_and_a_missing_one(tmp_path: Path) -> None:
     spec = TensorSpec("w", np.dtype(np.float32), (2,))
-    with pytest.raises(RuntimeError, match="planned float32"), SafetensorsWriter(tmp_path / "a", [spec]) as writer:
+    with (
+        pytest.raises(RuntimeError, match="planned float32"),
+        SafetensorsWriter(tmp_path / "a", [spec]) as writer,
+    ):
         writer.write(np.zeros(3, np.float32))
-    with pytest.raises(RuntimeError, match="1 tensors not written"), SafetensorsWriter(tmp_path / "b", [spec]):
+    with (
+        pytest.raises(RuntimeError, match="1 tensors not written"),
+        SafetensorsWriter(tmp_path / "b", [spec]),
+    ):
         pass

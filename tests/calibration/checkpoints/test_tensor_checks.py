@@ -13,28 +13,43 @@ from plugins.errors import InputError
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("position", [(0, 0), (2, 3), (2, 4), (9, 6)])
-def test_position_is_right_whatever_the_blocks(dtype: type, position: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_position_is_right_whatever_the_blocks(
+    dtype: type, position: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensor_checks, "_BLOCK", 9)
     array: np.ndarray = np.ones((10, 7), dtype)
     check_finite("here", array)
     array[position] = np.inf
     with pytest.raises(InputError) as caught:
         check_finite("here", array)
-    assert str(caught.value) == (f"here: got inf at {list(position)}, expected finite numbers. "
-                                 "The weights are damaged: download or train them again.")
+    assert str(caught.value) == (
+        f"here: got inf at {list(position)}, expected finite numbers. "
+        "The weights are damaged: download or train them again."
+    )
 
 
 def test_large_finite_weights_do_not_look_infinite() -> None:
     check_finite("here", np.full(1000, 3e38, np.float32))
 
 
-@pytest.mark.parametrize(("found", "cause"), [
-    (["model.layers.0.mlp.up_proj.qweight"],
-     "missing model.layers.0.mlp.up_proj.weight (the weights are quantised). Give the float model it was made from."),
-    (["model.layers.0.mlp.down_proj.weight"],
-     "missing model.layers.0.mlp.up_proj.weight. The download is incomplete or the file belongs to another model."),
-])
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        (
+            ["model.layers.0.mlp.up_proj.qweight"],
+            "missing model.layers.0.mlp.up_proj.weight (the weights are quantised). Give the "
+            "float model it was made from.",
+        ),
+        (
+            ["model.layers.0.mlp.down_proj.weight"],
+            "missing model.layers.0.mlp.up_proj.weight. The download is incomplete or the file "
+            "belongs to another model.",
+        ),
+    ],
+)
 def test_causes(found: list[str], cause: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_tensors("m", {"model.layers.0.mlp.up_proj.weight": (1,)}, dict.fromkeys(found, (1,)), 1)
+        check_tensors(
+            "m", {"model.layers.0.mlp.up_proj.weight": (1,)}, dict.fromkeys(found, (1,)), 1
+        )
     assert str(caught.value) == f"m: got 0 of the 1 tensors its config asks for, {cause}"

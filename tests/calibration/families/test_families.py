@@ -8,11 +8,23 @@ import pytest
 import torch
 import transformers
 
-from calibration.families import ModelDims, accepted_architectures, family, family_names, family_of_architecture
+from calibration.families import (
+    ModelDims,
+    accepted_architectures,
+    family,
+    family_names,
+    family_of_architecture,
+)
 from plugins.errors import InputError
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "vocab_size": 32}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+}
 
 
 def test_the_file_name_is_the_key() -> None:
@@ -21,13 +33,22 @@ def test_the_file_name_is_the_key() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("name", "changes"), [
-    ("llama", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"head_dim": 32}),
-    ("mistral", {"sliding_window": None}),
-])
-def test_declared_tensors_are_those_of_transformers(name: str, changes: dict[str, Any], tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 32}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_declared_tensors_are_those_of_transformers(
+    name: str, changes: dict[str, Any], tied: bool
+) -> None:
     found = family(name)
-    config = transformers.AutoConfig.for_model(found.model_type, **SIZES, **changes, tie_word_embeddings=tied)
+    config = transformers.AutoConfig.for_model(
+        found.model_type, **SIZES, **changes, tie_word_embeddings=tied
+    )
     with torch.device("meta"):
         model = getattr(transformers, found.architecture)(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -38,8 +59,12 @@ def test_declared_tensors_are_those_of_transformers(name: str, changes: dict[str
 
 def test_every_linear_is_in_one_group() -> None:
     llama = family("llama")
-    assert [group.node for group in llama.groups] == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj",
-                                                      "mlp.down_proj"]
+    assert [group.node for group in llama.groups] == [
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    ]
     names = [linear.name for linear in llama.linears()]
     assert len(names) == len(set(names)) == 7
     assert all(len({linear.in_dim for linear in group.members}) == 1 for group in llama.groups)
@@ -48,11 +73,15 @@ def test_every_linear_is_in_one_group() -> None:
 def test_unknown_family_and_architecture() -> None:
     with pytest.raises(InputError) as caught:
         family("gpt2")
-    assert str(caught.value) == ("model family 'gpt2': unknown, expected one of llama, mistral. "
-                                 "Make the quantised folder again with this version.")
+    assert str(caught.value) == (
+        "model family 'gpt2': unknown, expected one of llama, mistral. "
+        "Make the quantised folder again with this version."
+    )
     with pytest.raises(InputError) as caught:
         family_of_architecture("GPT2LMHeadModel", "m/config.json")
-    assert str(caught.value) == ("m/config.json: got architecture GPT2LMHeadModel, expected one of LlamaForCausalLM, "
-                                 "MistralForCausalLM. "
-                                 "Choose a model of a supported architecture, or add a file to calibration/families.")
+    assert str(caught.value) == (
+        "m/config.json: got architecture GPT2LMHeadModel, expected one of LlamaForCausalLM, "
+        "MistralForCausalLM. "
+        "Choose a model of a supported architecture, or add a file to calibration/families."
+    )
     assert accepted_architectures() == ["LlamaForCausalLM", "MistralForCausalLM"]

@@ -1,4 +1,6 @@
-"""QQQ end to end on tiny models: codes that arrive untouched, errors that shrink, and models and texts that are not nice."""
+"""QQQ end to end on tiny models: codes that arrive untouched, errors that shrink, and models and
+texts that are not nice.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,16 @@ from calibration.solvers.hessian import Moments
 from calibration.transforms.rotation import Rotation
 from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
-from tests.calibration.block_cases import MODELS, QQQ, QQQ_GROUPS, W3A6, block_task, calibrate_tiny, files, streams
+from tests.calibration.block_cases import (
+    MODELS,
+    QQQ,
+    QQQ_GROUPS,
+    W3A6,
+    block_task,
+    calibrate_tiny,
+    files,
+    streams,
+)
 
 Make = Callable[..., Path]
 PLAIN = QqqSettings(rotation="none", smooth="none", gptq=False, correct=0.0)
@@ -42,9 +53,15 @@ def _relative_error(task: BlockTask) -> float:
 # ---------------------------------------------------------------- how good
 
 
-@pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS, W3A6], ids=lambda scheme: f"{scheme.op}-{scheme.label}")
-@pytest.mark.parametrize("changes", [MODELS["tied, grouped queries"], MODELS["biases"]], ids=["plain", "biases"])
-def test_gptq_and_correction_shrink_the_error(tiny_llama: Make, changes: dict[str, Any], scheme: Any) -> None:
+@pytest.mark.parametrize(
+    "scheme", [QQQ, QQQ_GROUPS, W3A6], ids=lambda scheme: f"{scheme.op}-{scheme.label}"
+)
+@pytest.mark.parametrize(
+    "changes", [MODELS["tied, grouped queries"], MODELS["biases"]], ids=["plain", "biases"]
+)
+def test_gptq_and_correction_shrink_the_error(
+    tiny_llama: Make, changes: dict[str, Any], scheme: Any
+) -> None:
     model = tiny_llama(**changes)
     nearest = _relative_error(block_task(model, PLAIN, scheme))
     solved = _relative_error(block_task(model, replace(PLAIN, gptq=True), scheme))
@@ -59,15 +76,25 @@ def test_report_counts_the_error_before_and_after(tiny_model_dir: Path) -> None:
     assert report["loss_after"] == report["loss_before"]
 
 
-def test_a_smoothed_output_projection_is_exported_smoothed(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known scales at o_proj, with grouped queries: values carry 1 / s and columns s, also behind the quantisation."""
+def test_a_smoothed_output_projection_is_exported_smoothed(
+    tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known scales at o_proj, with grouped queries: values carry 1 / s and columns s, also behind
+    the quantisation.
+    """
     for changes in (MODELS["tied, grouped queries"], MODELS["biases, untied, one key for all"]):
         model = tiny_llama(**changes)
         task = block_task(model, replace(PLAIN, smooth="all", gptq=True))
-        one = 8 ** torch.rand(task.shape.kv_heads, 1, task.shape.head_dim, generator=torch.Generator().manual_seed(0))
+        one = 8 ** torch.rand(
+            task.shape.kv_heads, 1, task.shape.head_dim, generator=torch.Generator().manual_seed(0)
+        )
         scale = one.expand(-1, task.shape.groups, -1).flatten()
-        monkeypatch.setattr("calibration.methods.qqq.adaptive_scales", lambda task, sites, scale=scale: {OUT: scale})
-        assert _relative_error(task) < 1.5 * _relative_error(block_task(model, replace(PLAIN, gptq=True)))
+        monkeypatch.setattr(
+            "calibration.methods.qqq.adaptive_scales", lambda task, sites, scale=scale: {OUT: scale}
+        )
+        assert _relative_error(task) < 1.5 * _relative_error(
+            block_task(model, replace(PLAIN, gptq=True))
+        )
 
 
 def test_basis(tiny_model_dir: Path) -> None:
@@ -83,8 +110,12 @@ def test_basis(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS, W3A6], ids=lambda scheme: f"{scheme.op}-{scheme.label}")
-def test_moments_that_say_nothing_round_to_nearest_with_a_note(tiny_model_dir: Path, scheme: Any, value: float) -> None:
+@pytest.mark.parametrize(
+    "scheme", [QQQ, QQQ_GROUPS, W3A6], ids=lambda scheme: f"{scheme.op}-{scheme.label}"
+)
+def test_moments_that_say_nothing_round_to_nearest_with_a_note(
+    tiny_model_dir: Path, scheme: Any, value: float
+) -> None:
     task = block_task(tiny_model_dir, scheme=scheme)
     solver, moments = SiteSolver(task, task.weights), Moments(64, cross=True)
     moments.hessian += value
@@ -113,10 +144,14 @@ def test_dead_channels_and_rows_of_zeros(tiny_model_dir: Path) -> None:
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("more", [(), ("--group-size", "64"), ("--set", "smooth=all", "--set", "rotation=none")],
-                         ids=["channel", "groups", "smooth"])
-def test_codes_reach_the_folder_and_the_packed_words_untouched(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                              more: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--group-size", "64"), ("--set", "smooth=all", "--set", "rotation=none")],
+    ids=["channel", "groups", "smooth"],
+)
+def test_codes_reach_the_folder_and_the_packed_words_untouched(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
     """The published code derives the codes again from rounded weights when it packs."""
     import onnx
 
@@ -160,25 +195,47 @@ def _logits(out: Path) -> Tensor:
     from calibration.reference.model import quantised_model
 
     with torch.no_grad():
-        logits: Tensor = quantised_model(read_quant(out / "quant"))(torch.arange(40)[None] % 512).logits
+        logits: Tensor = quantised_model(read_quant(out / "quant"))(
+            torch.arange(40)[None] % 512
+        ).logits
     return logits
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_every_build_of_a_model(tiny_llama: Make, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Rotated and not, the quantised model stays near the float one; a rotated one has a head of its own."""
+    """Rotated and not, the quantised model stays near the float one; a rotated one has a head of
+    its own.
+    """
     from transformers import AutoModelForCausalLM
 
     model = tiny_llama(**changes)
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(torch.arange(40)[None] % 512).logits
+        wanted = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(
+            torch.arange(40)[None] % 512
+        ).logits
     for rotation in ("hadamard", "none"):
         out = tmp_path / rotation
-        assert calibrate_tiny(model, out, "--set", f"rotation={rotation}", "--dtype", "float32", "--nsamples", "16") == 0
+        assert (
+            calibrate_tiny(
+                model,
+                out,
+                "--set",
+                f"rotation={rotation}",
+                "--dtype",
+                "float32",
+                "--nsamples",
+                "16",
+            )
+            == 0
+        )
         quant = read_quant(out / "quant")
         tied = changes.get("tie_word_embeddings", True) and rotation == "none"
-        assert quant.config["tie_word_embeddings"] is tied and quant.has("lm_head.weight") is not tied
-        assert (_logits(out) - wanted).norm() < 0.5 * wanted.norm()  # of another function it is more than all of it
+        assert (
+            quant.config["tie_word_embeddings"] is tied and quant.has("lm_head.weight") is not tied
+        )
+        assert (
+            _logits(out) - wanted
+        ).norm() < 0.5 * wanted.norm()  # of another function it is more than all of it
 
 
 def _altered(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -189,40 +246,66 @@ def _altered(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], No
     return folder
 
 
-def test_nan_in_the_weights_is_named(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_in_the_weights_is_named(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    model = _altered(tiny_model_dir, tmp_path / "model", lambda tensors: tensors[name][3].fill_(float("nan")))
+    model = _altered(
+        tiny_model_dir, tmp_path / "model", lambda tensors: tensors[name][3].fill_(float("nan"))
+    )
     assert calibrate_tiny(model, tmp_path / "out") == 2
-    assert capsys.readouterr().err == (f"{model}, tensor {name}: got nan at [3, 0], expected finite numbers. "
-                                       "The weights are damaged: download or train them again.\n")
+    assert capsys.readouterr().err == (
+        f"{model}, tensor {name}: got nan at [3, 0], expected finite numbers. "
+        "The weights are damaged: download or train them again.\n"
+    )
     assert not (tmp_path / "out" / "quant").exists()
 
 
 def test_weights_with_dead_channels_and_rows_of_zeros(tiny_llama: Make, tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.self_attn.v_proj.weight"][4:9] = 0
-        tensors["model.layers.0.mlp.up_proj.weight"].zero_()  # down_proj of this block sees zeros alone
+        tensors[
+            "model.layers.0.mlp.up_proj.weight"
+        ].zero_()  # down_proj of this block sees zeros alone
         tensors["model.layers.1.input_layernorm.weight"][:10] = 0
         tensors["model.layers.1.self_attn.o_proj.weight"][:, 7] = 0
 
     for more in ((), ("--set", "rotation=none", "--set", "smooth=all", "--group-size", "64")):
         out = tmp_path / str(len(more))
-        assert calibrate_tiny(_altered(tiny_llama(), out.with_suffix(".model"), change), out, *more) == 0
+        assert (
+            calibrate_tiny(_altered(tiny_llama(), out.with_suffix(".model"), change), out, *more)
+            == 0
+        )
         blocks = json.loads((out / "quant" / "quant.json").read_text())["calibration"]["blocks"]
-        assert [block["notes"] for block in blocks] == [["mlp.down_proj: no usable calibration inputs, rounded to nearest"], []]
+        assert [block["notes"] for block in blocks] == [
+            ["mlp.down_proj: no usable calibration inputs, rounded to nearest"],
+            [],
+        ]
         assert torch.isfinite(_logits(out)).all()
 
 
-TEXTS = {"another language": "Der Fluß fließt ruhig durch die weite Ebene, und überall blühen die Wiesen. ".encode() * 60,
-         "random bytes": np.random.default_rng(0).bytes(3000), "one word": b"word", "the same word": b"word " * 2000}
+TEXTS = {
+    "another language": "Der Fluß fließt ruhig durch die weite Ebene, und überall blühen die Wiesen. ".encode()
+    * 60,
+    "random bytes": np.random.default_rng(0).bytes(3000),
+    "one word": b"word",
+    "the same word": b"word " * 2000,
+}
 
 
 @pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
-def test_any_text_ends_in_a_model_without_nan(tiny_model_dir: Path, tmp_path: Path, content: bytes) -> None:
+def test_any_text_ends_in_a_model_without_nan(
+    tiny_model_dir: Path, tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / "text.txt").write_bytes(content)
-    assert calibrate_tiny(tiny_model_dir, tmp_path / "out", "--calib", str(tmp_path / "text.txt")) == 0
+    assert (
+        calibrate_tiny(tiny_model_dir, tmp_path / "out", "--calib", str(tmp_path / "text.txt")) == 0
+    )
     assert torch.isfinite(_logits(tmp_path / "out")).all()
-    json.loads((tmp_path / "out" / "quant" / "quant.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    json.loads(
+        (tmp_path / "out" / "quant" / "quant.json").read_text(),
+        parse_constant=lambda name: pytest.fail(name),
+    )
 
 
 def test_a_text_far_from_the_use_costs_accuracy(tiny_llama: Make, tmp_path: Path) -> None:
@@ -231,7 +314,9 @@ def test_a_text_far_from_the_use_costs_accuracy(tiny_llama: Make, tmp_path: Path
 
     model = tiny_llama()
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(torch.arange(40)[None] % 512).logits
+        wanted = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(
+            torch.arange(40)[None] % 512
+        ).logits
     errors = []
     for name in ("default", "same word"):
         more = () if name == "default" else ("--calib", str(tmp_path / "text.txt"))
@@ -241,7 +326,9 @@ def test_a_text_far_from_the_use_costs_accuracy(tiny_llama: Make, tmp_path: Path
     assert errors[0] < errors[1]
 
 
-def test_the_seed_decides_the_rotation_and_the_windows(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_the_rotation_and_the_windows(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     for name, more in (("a", ()), ("b", ()), ("c", ("--seed", "1"))):
         assert calibrate_tiny(tiny_model_dir, tmp_path / name, *more) == 0
     a, b, c = (files(tmp_path / name / "quant") for name in "abc")

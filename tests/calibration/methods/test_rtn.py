@@ -28,10 +28,15 @@ def _dequantized(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
 def test_registry() -> None:
     assert set(method_names()) >= {"abq", "qqq", "rtn"}
     assert method("rtn").quantize is quantize
-    assert [name for name in method_names() if is_block_method(name)] == [name for name in method_names() if name != "rtn"]
+    assert [name for name in method_names() if is_block_method(name)] == [
+        name for name in method_names() if name != "rtn"
+    ]
     with pytest.raises(InputError) as caught:
         method("magic")
-    assert str(caught.value) == f"method 'magic': unknown, expected one of {', '.join(method_names())}. Check the spelling."
+    assert (
+        str(caught.value)
+        == f"method 'magic': unknown, expected one of {', '.join(method_names())}. Check the spelling."
+    )
 
 
 @pytest.mark.parametrize("group_size", [0, 16])
@@ -45,7 +50,9 @@ def test_abq_error_is_at_most_one_step(wbits: int, group_size: int) -> None:
     assert (error <= arrays.scale * 1.0001).all()
     assert arrays.codes.dtype == np.uint8 and arrays.codes.max() <= 2**wbits - 1
     groups = weight.reshape(7, -1, group_size or 48)
-    np.testing.assert_allclose(arrays.scale, (groups.max(-1) - groups.min(-1)) / (2**wbits - 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        arrays.scale, (groups.max(-1) - groups.min(-1)) / (2**wbits - 1), rtol=1e-6
+    )
 
 
 def test_abq_weights_on_the_grid_come_back_exactly() -> None:
@@ -65,9 +72,21 @@ def test_abq_zero_point_leaves_the_code_range_for_rows_of_one_sign() -> None:
     assert np.abs(_dequantized(weight, _abq(4)) - weight).max() <= arrays.scale.max()
 
 
-@pytest.mark.parametrize("scheme",
-                         [_abq(1), _abq(1, balanced=True), _abq(2), _abq(2, balanced=True), _abq(4), _abq(8), _abq(4, 64),
-                                    _qqq(), _qqq(64)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        _abq(1),
+        _abq(1, balanced=True),
+        _abq(2),
+        _abq(2, balanced=True),
+        _abq(4),
+        _abq(8),
+        _abq(4, 64),
+        _qqq(),
+        _qqq(64),
+    ],
+    ids=str,
+)
 def test_hard_rows_give_finite_positive_scales(scheme: QuantScheme) -> None:
     width = 128
     weight = np.zeros((8, width), np.float32)
@@ -129,7 +148,9 @@ def test_qqq_per_channel_keeps_both_ends() -> None:
 
 
 def test_qqq_per_group_does_not_clip_the_positive_maximum() -> None:
-    """Trap 21: a scale of 2*absmax/15 with codes -8..7 clips +absmax to 0.933 of it, and a group without negatives to 0.47."""
+    """Trap 21: a scale of 2*absmax/15 with codes -8..7 clips +absmax to 0.933 of it, and a group
+    without negatives to 0.47.
+    """
     weight = RNG.uniform(0.1, 1, (6, 128)).astype(np.float32)
     weight[:, 3], weight[:, 70] = 4.0, 4.0
     values = _dequantized(weight, _qqq(64))
@@ -137,11 +158,16 @@ def test_qqq_per_group_does_not_clip_the_positive_maximum() -> None:
 
 
 def test_qqq_per_group_second_level_covers_int8_and_its_rounding_is_small() -> None:
-    """Trap 20: the int8 re-rounding belongs to the numbers; it costs at most half an int8 step of the row."""
+    """Trap 20: the int8 re-rounding belongs to the numbers; it costs at most half an int8 step of
+    the row.
+    """
     weight = RNG.standard_normal((8, 256)).astype(np.float32)
     arrays = quantize(weight, None, _qqq(64))
     assert arrays.scale_group is not None
-    int8 = np.rint(arrays.codes.astype(np.float32).reshape(8, 4, 64) * arrays.scale_group.astype(np.float32)[..., None])
+    int8 = np.rint(
+        arrays.codes.astype(np.float32).reshape(8, 4, 64)
+        * arrays.scale_group.astype(np.float32)[..., None]
+    )
     np.testing.assert_array_equal(np.abs(int8).max((1, 2)), np.full(8, 127))
     group_scale = np.abs(weight.reshape(8, 4, 64)).max(-1) / 7
     first_level = (arrays.codes.reshape(8, 4, 64) * group_scale[..., None]).reshape(8, 256)
@@ -149,8 +175,13 @@ def test_qqq_per_group_second_level_covers_int8_and_its_rounding_is_small() -> N
 
 
 @pytest.mark.parametrize("scheme", [_abq(3, 32), _qqq(64)], ids=str)
-def test_chunks_of_rows_do_not_change_the_result(scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, bias = RNG.standard_normal((9, 128)).astype(np.float16), RNG.standard_normal(9).astype(np.float16)
+def test_chunks_of_rows_do_not_change_the_result(
+    scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = (
+        RNG.standard_normal((9, 128)).astype(np.float16),
+        RNG.standard_normal(9).astype(np.float16),
+    )
     whole = quantize(weight, bias, scheme)
     monkeypatch.setattr("calibration.methods.rtn._CHUNK", 300)
     parts = quantize(weight, bias, scheme)

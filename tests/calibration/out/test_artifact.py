@@ -33,8 +33,11 @@ def test_failure_keeps_the_earlier_result(tmp_path: Path, error: BaseException) 
 def test_no_space_is_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         StageWriter(tmp_path, "onnx", needed_bytes=3_000_000, free_bytes=lambda _: 1_000_000)
-    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got 1 MB of free space, expected at least 3 MB. "
-                                 "Free some space or choose another --out.")
+    assert str(caught.value) == (
+        f"{tmp_path / 'onnx'}: got 1 MB of free space, expected at "
+        f"least 3 MB. "
+        "Free some space or choose another --out."
+    )
     assert caught.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -43,19 +46,29 @@ def test_a_disk_that_fills_up_leaves_no_half_artefact(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught, StageWriter(tmp_path, "onnx") as writer:
         (writer.path / "model.onnx").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got No space left on device while writing, expected a writable folder with enough "
-                                 "space. Check the disk and the permissions; earlier results are whole.")
+    assert str(caught.value) == (
+        f"{tmp_path / 'onnx'}: got No space left on device while "
+        f"writing, expected a writable folder with enough "
+        "space. Check the disk and the permissions; earlier results are whole."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_about_another_file_tells_its_own_story(tmp_path: Path) -> None:
-    for error in (BrokenPipeError(errno.EPIPE, "Broken pipe"), FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "weights"))):
+    for error in (
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "weights")),
+    ):
         with pytest.raises(type(error)), StageWriter(tmp_path, "onnx"):
             raise error
     with pytest.raises(InputError) as caught, StageWriter(tmp_path, "onnx") as writer:
         (writer.path / "folder" / "file").write_bytes(b"")
-    assert str(caught.value) == (f"{tmp_path / 'onnx'}: got No such file or directory while writing, expected a writable folder with "
-                                 "enough space. Check the disk and the permissions; earlier results are whole.")
+    assert str(caught.value) == (
+        f"{tmp_path / 'onnx'}: got No such file or directory while "
+        f"writing, expected a writable folder with "
+        "enough space. Check the disk and the permissions; earlier "
+        "results are whole."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,8 +83,9 @@ def _made(out: Path, content: bytes) -> StageWriter:
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
 @pytest.mark.parametrize("moment", ["fsync", "first rename", "second rename"])
-def test_a_failing_commit_restores_the_earlier_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException,
-                                                      moment: str) -> None:
+def test_a_failing_commit_restores_the_earlier_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, moment: str
+) -> None:
     writer = _made(tmp_path, b"new")
     rename, failed = Path.rename, "quant" if moment == "first rename" else ".quant.partial"
 
@@ -82,12 +96,22 @@ def test_a_failing_commit_restores_the_earlier_result(tmp_path: Path, monkeypatc
         if moment == "fsync":
             patch.setattr("os.fsync", fail)
         else:
-            patch.setattr(Path, "rename", lambda self, target: fail() if self.name == failed else rename(self, target))
-        with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError) as caught:
+            patch.setattr(
+                Path,
+                "rename",
+                lambda self, target: fail() if self.name == failed else rename(self, target),
+            )
+        with pytest.raises(
+            KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError
+        ) as caught:
             writer.__exit__(None, None, None)
     if isinstance(caught.value, InputError):
-        assert str(caught.value) == (f"{tmp_path / 'quant'}: got Input/output error while writing, expected a writable folder with enough "
-                                     "space. Check the disk and the permissions; earlier results are whole.")
+        assert str(caught.value) == (
+            f"{tmp_path / 'quant'}: got Input/output error while "
+            f"writing, expected a writable folder with enough "
+            "space. Check the disk and the permissions; earlier "
+            "results are whole."
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["quant"]
     assert (tmp_path / "quant" / "a.bin").read_bytes() == b"old"
 
@@ -110,11 +134,15 @@ def test_json_round_trip_and_corruption(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_json(path)
     assert str(caught.value).startswith(f"{path}: got unreadable JSON (")
-    assert str(caught.value).endswith("expected a whole file. It is truncated or damaged: make this stage again.")
+    assert str(caught.value).endswith(
+        "expected a whole file. It is truncated or damaged: make this stage again."
+    )
     path.write_text("[1]")
     with pytest.raises(InputError) as caught:
         read_json(path)
-    assert str(caught.value) == f"{path}: got a JSON list, expected an object. Make this stage again."
+    assert (
+        str(caught.value) == f"{path}: got a JSON list, expected an object. Make this stage again."
+    )
 
 
 def test_a_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
@@ -127,15 +155,24 @@ def test_a_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
     lost = tmp_path / "gone" / "a.json"
     with pytest.raises(InputError) as caught:
         write_json(lost, {})
-    assert str(caught.value) == (f"{lost}: got No such file or directory while writing, expected a writable folder with enough space. "
-                                 "Check the disk and the permissions; earlier results are whole.")
+    assert str(caught.value) == (
+        f"{lost}: got No such file or directory while writing, "
+        f"expected a writable folder with enough space. "
+        "Check the disk and the permissions; earlier results are whole."
+    )
 
 
-@pytest.mark.parametrize(("damage", "problem"), [
-    (lambda path: path.unlink(), "got no such file, expected it from the manifest"),
-    (lambda path: path.write_bytes(b"12"), "got 2 bytes, expected 3"),
-    (lambda path: path.write_bytes(b"abd"), "got SHA-256 a52d159f262b..., expected ba7816bf8f01..."),
-])
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "got no such file, expected it from the manifest"),
+        (lambda path: path.write_bytes(b"12"), "got 2 bytes, expected 3"),
+        (
+            lambda path: path.write_bytes(b"abd"),
+            "got SHA-256 a52d159f262b..., expected ba7816bf8f01...",
+        ),
+    ],
+)
 def test_damage_is_named(tmp_path: Path, damage: object, problem: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"abc")
     records = file_records(tmp_path)
@@ -143,4 +180,7 @@ def test_damage_is_named(tmp_path: Path, damage: object, problem: str) -> None:
     damage(tmp_path / "a.bin")  # type: ignore[operator]
     with pytest.raises(InputError) as caught:
         verify_files(tmp_path, records)
-    assert str(caught.value) == f"{tmp_path / 'a.bin'}: {problem}. The artefact is damaged: make this stage again."
+    assert (
+        str(caught.value) == f"{tmp_path / 'a.bin'}: {problem}. The artefact is damaged: "
+        f"make this stage again."
+    )

@@ -30,28 +30,47 @@ def test_a_whole_manifest_has_its_stages_in_order(tmp_path: Path) -> None:
     assert list(read_manifest(path)["stages"]) == ["quant", "onnx"]
 
 
-@pytest.mark.parametrize(("change", "flaw"), [
-    ({"request": 3}, "no request"), ({"request": None}, "no request"), ({"stages": []}, "no stages"),
-    *(({"stages": {"quant": {**RECORD, key: None}}}, "a broken record of stage quant") for key in (*RECORD, "facts")),
-    ({"stages": {"onnx": 3}}, "a broken record of stage onnx"),
-    *(({"stages": {"quant": {**RECORD, "files": {"a": record}}}}, "a broken record of quant/a")
-      for record in (None, {"bytes": 3}, {"bytes": "3", "sha256": "00"})),
-])
+@pytest.mark.parametrize(
+    ("change", "flaw"),
+    [
+        ({"request": 3}, "no request"),
+        ({"request": None}, "no request"),
+        ({"stages": []}, "no stages"),
+        *(
+            ({"stages": {"quant": {**RECORD, key: None}}}, "a broken record of stage quant")
+            for key in (*RECORD, "facts")
+        ),
+        ({"stages": {"onnx": 3}}, "a broken record of stage onnx"),
+        *(
+            (
+                {"stages": {"quant": {**RECORD, "files": {"a": record}}}},
+                "a broken record of quant/a",
+            )
+            for record in (None, {"bytes": 3}, {"bytes": "3", "sha256": "00"})
+        ),
+    ],
+)
 def test_a_damaged_manifest_is_refused(tmp_path: Path, change: dict[str, Any], flaw: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(WHOLE | change))
-    message = (f"{path}: got {flaw}, expected the manifest of an artefact folder. "
-               "It is damaged: export the model again into a new folder.")
+    message = (
+        f"{path}: got {flaw}, expected the manifest of an artefact folder. "
+        "It is damaged: export the model again into a new folder."
+    )
     assert refused(lambda: read_manifest(path)) == message
     assert refused(lambda: open_manifest(tmp_path, {"model": "m"})) == message
 
 
-@pytest.mark.parametrize(("text", "found"), [("{}", "null"), ('{"format": 2}', "2"), ('{"format": "1"}', '"1"')])
+@pytest.mark.parametrize(
+    ("text", "found"), [("{}", "null"), ('{"format": 2}', "2"), ('{"format": "1"}', '"1"')]
+)
 def test_another_format_is_refused(tmp_path: Path, text: str, found: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(text)
     assert refused(lambda: open_manifest(tmp_path, {})) == (
-        f"{path}: got format {found}, expected 1. It is damaged or of another version: export the model again into a new folder.")
+        f"{path}: got format {found}, expected 1. It is damaged or of another version: export "
+        f"the model again into a new folder."
+    )
 
 
 def test_a_truncated_manifest_is_refused(tmp_path: Path) -> None:
@@ -59,7 +78,9 @@ def test_a_truncated_manifest_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(WHOLE)[:40])
     message = refused(lambda: open_manifest(tmp_path, {}))
     assert message.startswith(f"{path}: got unreadable JSON (")
-    assert message.endswith("), expected a whole file. It is truncated or damaged: make this stage again.")
+    assert message.endswith(
+        "), expected a whole file. It is truncated or damaged: make this stage again."
+    )
 
 
 def test_only_a_finished_stage_makes_a_folder_someones(tmp_path: Path) -> None:
@@ -69,4 +90,6 @@ def test_only_a_finished_stage_makes_a_folder_someones(tmp_path: Path) -> None:
     assert open_manifest(tmp_path, {"model": "n"}) == fresh
     (tmp_path / "manifest.json").write_text(json.dumps(WHOLE))
     assert refused(lambda: open_manifest(tmp_path, {"model": "n"})) == (
-        f'{tmp_path}: got an artefact with model "m", expected "n". Choose another --out, or delete this folder.')
+        f'{tmp_path}: got an artefact with model "m", expected "n". Choose another --out, or '
+        f"delete this folder."
+    )

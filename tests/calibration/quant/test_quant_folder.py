@@ -15,8 +15,8 @@ import pytest
 
 from calibration.quant.folder import fuse, read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme
-from plugins.errors import InputError
 from plugins.core.op_spec import QuantArrays
+from plugins.errors import InputError
 
 AGAIN = "The folder is damaged: quantise the model again."
 
@@ -39,16 +39,30 @@ def _change_meta(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("fields", [{}, {"group_size": 16}, {"op": "QQQGemm"}, {"op": "QQQGemm", "group_size": 64}], ids=str)
-def test_groups_are_the_linears_stacked(tiny_quant: Callable[..., Path], fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"group_size": 16}, {"op": "QQQGemm"}, {"op": "QQQGemm", "group_size": 64}],
+    ids=str,
+)
+def test_groups_are_the_linears_stacked(
+    tiny_quant: Callable[..., Path], fields: dict[str, Any]
+) -> None:
     quant = read_quant(tiny_quant(**fields) / "quant")
     groups = quant.groups(1)
-    assert [group.name for group in groups] == [f"model.layers.1.{node}" for node in (
-        "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")]
+    assert [group.name for group in groups] == [
+        f"model.layers.1.{node}"
+        for node in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]
     parts = [quant.linear(f"model.layers.1.self_attn.{name}_proj") for name in "qkv"]
-    np.testing.assert_array_equal(groups[0].dequantize(), np.concatenate([part.dequantize() for part in parts]))
+    np.testing.assert_array_equal(
+        groups[0].dequantize(), np.concatenate([part.dequantize() for part in parts])
+    )
     attributes = groups[0].attributes
-    assert (attributes.out_features, attributes.in_features, attributes.group_size) == (128, 64, fields.get("group_size", 0))
+    assert (attributes.out_features, attributes.in_features, attributes.group_size) == (
+        128,
+        64,
+        fields.get("group_size", 0),
+    )
     assert (quant.layers, quant.scheme.op) == (2, fields.get("op", "ABQGemm"))
 
 
@@ -56,14 +70,26 @@ def test_fuse_gives_zeros_to_parts_without_a_bias() -> None:
     scheme = QuantScheme("ABQGemm", "rtn", 4, 8)
 
     def part(rows: int, bias: np.ndarray | None) -> QuantLinear:
-        return QuantLinear("x", scheme, QuantArrays(np.full((rows, 8), rows, np.uint8), np.ones((rows, 1), np.float32),
-                                                    np.zeros((rows, 1), np.int32), None, bias))
+        return QuantLinear(
+            "x",
+            scheme,
+            QuantArrays(
+                np.full((rows, 8), rows, np.uint8),
+                np.ones((rows, 1), np.float32),
+                np.zeros((rows, 1), np.int32),
+                None,
+                bias,
+            ),
+        )
 
     fused = fuse([part(2, None), part(3, np.ones(3, np.float32))], "both")
     assert fused.name == "both" and fused.arrays.bias is not None
     np.testing.assert_array_equal(fused.arrays.bias, [0, 0, 1, 1, 1])
     np.testing.assert_array_equal(fused.arrays.codes[:, 0], [2, 2, 3, 3, 3])
-    assert fused.arrays.scale_group is None and fuse([part(2, None), part(2, None)], "n").arrays.bias is None
+    assert (
+        fused.arrays.scale_group is None
+        and fuse([part(2, None), part(2, None)], "n").arrays.bias is None
+    )
 
 
 def test_tokenizer_comes_with_the_folder(tiny_quant: Callable[..., Path]) -> None:
@@ -73,10 +99,14 @@ def test_tokenizer_comes_with_the_folder(tiny_quant: Callable[..., Path]) -> Non
 
 
 def test_reading_imports_no_torch(tiny_quant: Callable[..., Path]) -> None:
-    program = ("import sys; from calibration.quant.folder import read_quant; "
-               f"q = read_quant({str(tiny_quant() / 'quant')!r}); q.groups(0)[0].dequantize(); "
-               "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys; from calibration.quant.folder import read_quant; "
+        f"q = read_quant({str(tiny_quant() / 'quant')!r}); q.groups(0)[0].dequantize(); "
+        "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -87,8 +117,9 @@ def test_one_changed_byte_is_found(folder: Path) -> None:
     path.write_bytes(data)
     message = _refusal(folder)
     wanted = json.loads((folder / "quant.json").read_text())["files"][path.name]
-    assert message.startswith(f"{path}: got SHA-256 ") and message.endswith(f", expected {wanted[:12]}... from quant.json. "
-                                                                            f"{AGAIN}")
+    assert message.startswith(f"{path}: got SHA-256 ") and message.endswith(
+        f", expected {wanted[:12]}... from quant.json. {AGAIN}"
+    )
     assert read_quant(folder, verify=False).layers == 2
 
 
@@ -102,49 +133,68 @@ def test_truncated_weights_are_found_without_reading_them(folder: Path) -> None:
     path = folder / "model-00001-of-00001.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-8])
-    assert _refusal(folder, verify=False) == (f"{path}: got {size - 8} bytes, expected {size} from its header. "
-                                              "The file is truncated or damaged: download or make it again.")
+    assert _refusal(folder, verify=False) == (
+        f"{path}: got {size - 8} bytes, expected {size} from its header. "
+        "The file is truncated or damaged: download or make it again."
+    )
 
 
 def test_missing_file(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    assert _refusal(folder) == f"{folder}: got no tokenizer.json, expected it from quant.json. {AGAIN}"
+    assert (
+        _refusal(folder) == f"{folder}: got no tokenizer.json, expected it from quant.json. {AGAIN}"
+    )
 
 
 def test_missing_and_corrupt_quant_json(folder: Path) -> None:
     path = folder / "quant.json"
     path.write_text(path.read_text()[:-20])
     message = _refusal(folder)
-    assert message.startswith(f"{path}: got unreadable JSON (") and message.endswith("It is truncated or damaged: make this "
-                                                                                     "stage again.")
+    assert message.startswith(f"{path}: got unreadable JSON (") and message.endswith(
+        "It is truncated or damaged: make this stage again."
+    )
     path.unlink()
-    assert _refusal(folder) == (f"{path}: got no such file, expected a JSON file of an artefact folder. "
-                                "Check the path, or make the artefact with python -m exporter.")
+    assert _refusal(folder) == (
+        f"{path}: got no such file, expected a JSON file of an artefact folder. "
+        "Check the path, or make the artefact with python -m exporter."
+    )
 
 
 @pytest.mark.parametrize("value", [2, None, "1"])
 def test_other_format(folder: Path, value: object) -> None:
     _change_meta(folder, format=value)
-    assert _refusal(folder) == (f"{folder / 'quant.json'}: got format {json.dumps(value)}, expected 1. "
-                                "Quantise the model again with this version.")
+    assert _refusal(folder) == (
+        f"{folder / 'quant.json'}: got format {json.dumps(value)}, expected 1. "
+        "Quantise the model again with this version."
+    )
 
 
 @pytest.mark.parametrize("key", ["family", "source", "config", "scheme", "files", "sizes"])
 def test_field_of_another_type(folder: Path, key: str) -> None:
     _change_meta(folder, **{key: 3})
-    assert _refusal(folder) == f"{folder / 'quant.json'}: got no valid {key}, expected a whole quant.json. {AGAIN}"
+    assert (
+        _refusal(folder)
+        == f"{folder / 'quant.json'}: got no valid {key}, expected a whole quant.json. {AGAIN}"
+    )
 
 
 def test_scheme_with_unknown_fields_and_unknown_family(folder: Path) -> None:
     _change_meta(folder, scheme={"bits": 4})
-    assert _refusal(folder) == f"{folder / 'quant.json'}: got a scheme with unknown or missing fields. {AGAIN}"
+    assert (
+        _refusal(folder)
+        == f"{folder / 'quant.json'}: got a scheme with unknown or missing fields. {AGAIN}"
+    )
     _change_meta(folder, family="gpt")
-    assert _refusal(folder) == ("model family 'gpt': unknown, expected one of llama, mistral. "
-                                "Make the quantised folder again with this version.")
+    assert _refusal(folder) == (
+        "model family 'gpt': unknown, expected one of llama, mistral. "
+        "Make the quantised folder again with this version."
+    )
 
 
 def test_unknown_tensor(folder: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_quant(folder).tensor("model.layers.9.mlp.down_proj.codes")
-    assert str(caught.value) == (f"{folder}: got no tensor model.layers.9.mlp.down_proj.codes, expected it from the config. "
-                                 f"{AGAIN}")
+    assert str(caught.value) == (
+        f"{folder}: got no tensor model.layers.9.mlp.down_proj.codes, expected it from the config. "
+        f"{AGAIN}"
+    )

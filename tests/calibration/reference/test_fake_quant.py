@@ -1,4 +1,6 @@
-"""The torch twin against the numpy definition: equal codes, and the same GEMM numbers up to fp32 accumulation."""
+"""The torch twin against the numpy definition: equal codes, and the same GEMM numbers up to fp32
+accumulation.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear, quantize_activation, round_to
 from calibration.methods.rtn import quantize
 from calibration.quant.scheme import QuantLinear, QuantScheme
+from calibration.reference.fake_quant import (
+    ActivationQuantizer,
+    FakeQuantLinear,
+    quantize_activation,
+    round_to,
+)
 from plugins import op_spec
 from plugins.core.activation import quantize_activation as numpy_quantize_activation
 from plugins.core.activation import saturate_cast
@@ -56,17 +63,28 @@ def test_a_row_that_is_not_finite_gets_a_nan_scale(bad: float, symmetric: bool) 
 def test_rounding_is_that_of_the_kernels(name: str) -> None:
     import ml_dtypes
 
-    y = np.array([1.0, 1 / 3, 65504.0, 65519.0, 65520.0, 1e6, -1e6, 3.3e38, -3.4e38, 1e-8, -0.0, np.nan], np.float32)
+    y = np.array(
+        [1.0, 1 / 3, 65504.0, 65519.0, 65520.0, 1e6, -1e6, 3.3e38, -3.4e38, 1e-8, -0.0, np.nan],
+        np.float32,
+    )
     dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
-    np.testing.assert_array_equal(round_to(torch.from_numpy(y), name).numpy(), saturate_cast(y, dtype).astype(np.float32))
+    np.testing.assert_array_equal(
+        round_to(torch.from_numpy(y), name).numpy(), saturate_cast(y, dtype).astype(np.float32)
+    )
 
 
-@pytest.mark.parametrize("scheme", [
-    QuantScheme("ABQGemm", "rtn", 4, 8), QuantScheme("ABQGemm", "rtn", 2, 8, True, 16),
-    QuantScheme("ABQGemm", "rtn", 3, 4, act_symmetric=True),
-    QuantScheme("ABQGemm", "rtn", 4, 16), QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True),
-    QuantScheme("QQQGemm", "rtn", 4, 8, False, 64, True),
-], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantScheme("ABQGemm", "rtn", 4, 8),
+        QuantScheme("ABQGemm", "rtn", 2, 8, True, 16),
+        QuantScheme("ABQGemm", "rtn", 3, 4, act_symmetric=True),
+        QuantScheme("ABQGemm", "rtn", 4, 16),
+        QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True),
+        QuantScheme("QQQGemm", "rtn", 4, 8, False, 64, True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear_equals_the_reference_of_the_op(scheme: QuantScheme, has_bias: bool) -> None:
     rng = np.random.default_rng(3)
@@ -75,8 +93,12 @@ def test_linear_equals_the_reference_of_the_op(scheme: QuantScheme, has_bias: bo
     x = rng.standard_normal((2, 5, 128)).astype(np.float32)
     linear = QuantLinear("test", scheme, quantize(weight, bias, scheme))
     spec = op_spec(scheme.op)
-    expected = spec.reference(x, spec.pack(linear.arrays, linear.attributes, "test"), linear.attributes)
-    quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
+    expected = spec.reference(
+        x, spec.pack(linear.arrays, linear.attributes, "test"), linear.attributes
+    )
+    quantizer = (
+        ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
+    )
     module = FakeQuantLinear(linear, quantizer, "float32")
     np.testing.assert_allclose(module(torch.from_numpy(x)).numpy(), expected, rtol=2e-5, atol=2e-4)
     assert (module.in_features, module.out_features) == (128, 24)

@@ -1,4 +1,6 @@
-"""The torch references: the float one equals transformers' own, the quantised one follows the scheme."""
+"""The torch references: the float one equals transformers' own, the quantised one follows the
+scheme.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 
 from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.quant.folder import read_quant
 from calibration.reference.fake_quant import FakeQuantLinear
 from calibration.reference.model import float_model, quantised_model
-from calibration.quant.folder import read_quant
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 512
 
@@ -23,12 +25,29 @@ def _logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 32}, {"dtype": "bfloat16"},
-    {"architecture": "Mistral", "sliding_window": None},
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}},
-], ids=str)
-def test_float_model_equals_transformers_own_loading(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+        {"dtype": "bfloat16"},
+        {"architecture": "Mistral", "sliding_window": None},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+    ids=str,
+)
+def test_float_model_equals_transformers_own_loading(
+    tiny_llama: Callable[..., Path], changes: dict[str, Any]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(**changes)
@@ -38,32 +57,50 @@ def test_float_model_equals_transformers_own_loading(tiny_llama: Callable[..., P
     assert torch.equal(_logits(ours), _logits(theirs))
 
 
-@pytest.mark.parametrize("fields", [
-    {"wbits": 8, "abits": 16, "dtype": "float32"}, {"wbits": 8, "abits": 8}, {}, {"op": "QQQGemm"},
-    {"op": "QQQGemm", "group_size": 64}, {"dtype": "bfloat16"},
-], ids=str)
-def test_quantised_model_is_near_the_float_model(tiny_quant: Callable[..., Path], tiny_model_dir: Path,
-                                                 fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"wbits": 8, "abits": 16, "dtype": "float32"},
+        {"wbits": 8, "abits": 8},
+        {},
+        {"op": "QQQGemm"},
+        {"op": "QQQGemm", "group_size": 64},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_quantised_model_is_near_the_float_model(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, fields: dict[str, Any]
+) -> None:
     expected = _logits(float_model(open_checkpoint(str(tiny_model_dir), True)))
     quant = read_quant(tiny_quant(**fields) / "quant")
     got = _logits(quantised_model(quant))
     error = 10 * torch.log10(expected.square().mean() / (got - expected).square().mean())
-    assert error > (30 if fields.get("wbits") == 8 else 6)  # dB; the random tiny model is harder on 4 bits than a real one
+    assert error > (
+        30 if fields.get("wbits") == 8 else 6
+    )  # dB; the random tiny model is harder on 4 bits than a real one
 
 
-def test_quantised_model_equals_one_with_its_weights_replaced_by_hand(tiny_quant: Callable[..., Path],
-                                                                      tiny_model_dir: Path) -> None:
+def test_quantised_model_equals_one_with_its_weights_replaced_by_hand(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path
+) -> None:
     quant = read_quant(tiny_quant(4, 16, dtype="float32") / "quant")
     model = float_model(open_checkpoint(str(tiny_model_dir), True))
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.weight.data = torch.from_numpy(quant.linear(name).dequantize())
-    torch.testing.assert_close(_logits(quantised_model(quant)), _logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        _logits(quantised_model(quant)), _logits(model), rtol=1e-5, atol=1e-5
+    )
 
 
-def test_every_projection_is_replaced_and_the_head_stays_tied(tiny_quant: Callable[..., Path]) -> None:
+def test_every_projection_is_replaced_and_the_head_stays_tied(
+    tiny_quant: Callable[..., Path],
+) -> None:
     model = quantised_model(read_quant(tiny_quant() / "quant"))
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
     assert linears == ["lm_head"]
     assert sum(isinstance(module, FakeQuantLinear) for module in model.modules()) == 14
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,4 +1,6 @@
-"""GPTQ: equal to the algorithm written out, better than rounding to nearest, and sane on Hessians that are not."""
+"""GPTQ: equal to the algorithm written out, better than rounding to nearest, and sane on Hessians
+that are not.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +23,43 @@ NEAREST = "no usable calibration inputs, rounded to nearest"
 def _inputs(tokens: int = 400, size: int = 192) -> Tensor:
     """Correlated, with a few strong channels."""
     generator = torch.Generator().manual_seed(0)
-    low = torch.randn(tokens, size // 4, generator=generator) @ torch.randn(size // 4, size, generator=generator)
-    return (low + 0.5 * torch.randn(tokens, size, generator=generator)) * (1 + 5 * (torch.rand(size, generator=generator) > 0.95))
+    low = torch.randn(tokens, size // 4, generator=generator) @ torch.randn(
+        size // 4, size, generator=generator
+    )
+    return (low + 0.5 * torch.randn(tokens, size, generator=generator)) * (
+        1 + 5 * (torch.rand(size, generator=generator) > 0.95)
+    )
 
 
 def _case(scheme: QuantScheme, size: int = 192) -> tuple[Tensor, Tensor, Grid, Tensor]:
     """Weight [24, size], Hessian, grid, group of each column."""
     weight = torch.randn(24, size, generator=torch.Generator().manual_seed(1))
     x = _inputs(size=size).double()
-    return weight, x.T @ x, search_grid(weight, scheme, steps=1), torch.arange(size) // (scheme.group_size or size)
+    return (
+        weight,
+        x.T @ x,
+        search_grid(weight, scheme, steps=1),
+        torch.arange(size) // (scheme.group_size or size),
+    )
 
 
-def _gptq(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float = 0.01, act_order: bool = True) -> GptqResult:
+def _gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    group: Tensor,
+    damp: float = 0.01,
+    act_order: bool = True,
+) -> GptqResult:
     return gptq(weight, factored(hessian, damp, act_order), grid, group)
 
 
 def _written_out(weight: Tensor, hessian: Tensor, grid: Grid, group: Tensor, damp: float) -> Tensor:
     """Algorithm 1 of arXiv 2210.17323 in blocks of one column, without reordering: codes [N, K]."""
     size = len(hessian)
-    damped = hessian.double() + damp * torch.diagonal(hessian).mean() * torch.eye(size, dtype=torch.float64)
+    damped = hessian.double() + damp * torch.diagonal(hessian).mean() * torch.eye(
+        size, dtype=torch.float64
+    )
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     left, codes = weight.double().clone(), torch.zeros_like(weight)
     for k in range(size):
@@ -59,30 +79,42 @@ def test_codes_are_those_of_the_algorithm_written_out(scheme: QuantScheme) -> No
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
 def test_descending_order_keeps_static_groups(scheme: QuantScheme) -> None:
-    """Columns put in order by hand, each with its group, give the same; put back, the groups lie as the op has them."""
+    """Columns put in order by hand, each with its group, give the same; put back, the groups lie as
+    the op has them.
+    """
     weight, hessian, grid, group = _case(scheme)
     result = _gptq(weight, hessian, grid, group, damp=0.02)
     order = torch.argsort(torch.diagonal(hessian), descending=True)
     by_hand = _written_out(weight[:, order], hessian[order][:, order], grid, group[order], 0.02)
     assert torch.equal(result.codes[:, order], by_hand)
     assert torch.equal(grid.values(result.codes, group), result.values)
-    assert not torch.equal(result.codes, _gptq(weight, hessian, grid, group, damp=0.02, act_order=False).codes)
+    assert not torch.equal(
+        result.codes, _gptq(weight, hessian, grid, group, damp=0.02, act_order=False).codes
+    )
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
-def test_output_error_is_below_that_of_nearest_and_is_the_ops_own(scheme: QuantScheme, act_order: bool) -> None:
-    """The error counted with the op's weights: with groups the published code re-rounds to int8 when GPTQ is over."""
+def test_output_error_is_below_that_of_nearest_and_is_the_ops_own(
+    scheme: QuantScheme, act_order: bool
+) -> None:
+    """The error counted with the op's weights: with groups the published code re-rounds to int8
+    when GPTQ is over.
+    """
     from calibration.quant.scheme import QuantLinear
 
     weight, hessian, grid, group = _case(scheme)
     result = _gptq(weight, hessian, grid, group, act_order=act_order)
-    stored = torch.from_numpy(QuantLinear("test", scheme, grid.arrays(result.codes, None)).dequantize())
+    stored = torch.from_numpy(
+        QuantLinear("test", scheme, grid.arrays(result.codes, None)).dequantize()
+    )
     assert torch.equal(stored, result.values)
     x, nearest = _inputs(), grid.round(weight, group)[1]
     error = quadratic_error(weight, stored, hessian)
     assert error < 0.6 * quadratic_error(weight, nearest, hessian)
-    assert error == pytest.approx(float((x @ (stored - weight).T).double().square().sum()), rel=1e-3)
+    assert error == pytest.approx(
+        float((x @ (stored - weight).T).double().square().sum()), rel=1e-3
+    )
 
 
 def test_a_diagonal_hessian_leaves_nothing_to_make_up_for() -> None:
@@ -94,7 +126,11 @@ def test_a_diagonal_hessian_leaves_nothing_to_make_up_for() -> None:
 def test_no_order_of_the_windows_changes_a_code() -> None:
     weight, _, grid, group = _case(QQQ)
     found = []
-    for windows in (_inputs().split(50), _inputs().split(50)[::-1], [*_inputs().split(50)[1::2], *_inputs().split(50)[::2]]):
+    for windows in (
+        _inputs().split(50),
+        _inputs().split(50)[::-1],
+        [*_inputs().split(50)[1::2], *_inputs().split(50)[::2]],
+    ):
         moments = Moments(192, cross=False)
         for window in windows:
             moments.add(window)
@@ -106,7 +142,9 @@ def test_no_order_of_the_windows_changes_a_code() -> None:
 def test_the_scale_of_the_hessian_does_not_count(scale: float) -> None:
     weight, hessian, grid, group = _case(QQQ)
     hessian[7] = hessian[:, 7] = 0  # nor that a dead channel stands beside
-    assert torch.equal(_gptq(weight, hessian * scale, grid, group).codes, _gptq(weight, hessian, grid, group).codes)
+    assert torch.equal(
+        _gptq(weight, hessian * scale, grid, group).codes, _gptq(weight, hessian, grid, group).codes
+    )
 
 
 # ---------------------------------------------------------------- Hessians that are not
@@ -118,7 +156,11 @@ def test_a_hessian_that_says_nothing(scheme: QuantScheme, value: float) -> None:
     weight, _, grid, group = _case(scheme)
     result = _gptq(weight, torch.full((192, 192), value), grid, group)
     codes, values = grid.round(weight, group)
-    assert torch.equal(result.codes, codes) and torch.equal(result.values, values) and result.note == NEAREST
+    assert (
+        torch.equal(result.codes, codes)
+        and torch.equal(result.values, values)
+        and result.note == NEAREST
+    )
 
 
 def test_one_nan_in_a_hessian() -> None:
@@ -135,7 +177,9 @@ def test_a_singular_hessian_is_damped_more_and_says_so() -> None:
     result = _gptq(weight, x.T @ x, grid, group, damp=0.0)
     assert result.note == "singular Hessian, damped by 0.001 of its mean diagonal"
     assert torch.isfinite(result.values).all()
-    assert quadratic_error(weight, result.values, x.T @ x) < quadratic_error(weight, grid.round(weight, group)[1], x.T @ x)
+    assert quadratic_error(weight, result.values, x.T @ x) < quadratic_error(
+        weight, grid.round(weight, group)[1], x.T @ x
+    )
 
 
 def test_a_hessian_that_no_damping_saves() -> None:

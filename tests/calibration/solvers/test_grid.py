@@ -1,4 +1,6 @@
-"""Grids: what is rounded on them is what the op computes, bit for bit, and a search never does worse than min/max."""
+"""Grids: what is rounded on them is what the op computes, bit for bit, and a search never does
+worse than min/max.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,27 @@ from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
 from tests.calibration.block_cases import QQQ, QQQ_GROUPS
 
-ABQ = [QuantScheme("ABQGemm", "abq", wbits, 8, balanced, group)
-       for wbits, balanced in ((1, False), (1, True), (2, False), (2, True), (3, False), (4, False), (8, False)) for group in (0, 32)]
+ABQ = [
+    QuantScheme("ABQGemm", "abq", wbits, 8, balanced, group)
+    for wbits, balanced in (
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (8, False),
+    )
+    for group in (0, 32)
+]
 ALL = [QQQ, QQQ_GROUPS, *ABQ]
 FAR = {"plain": 1.0, "tiny": 1e-30, "huge": 1e30}
 
 
 def _weight(scheme: QuantScheme, rows: int = 12) -> Tensor:
-    """[rows, 128] with rows of every kind: heavy tails, one sign only, all zero, constant, far from zero."""
+    """[rows, 128] with rows of every kind: heavy tails, one sign only, all zero, constant, far from
+    zero.
+    """
     weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(0)) ** 3
     weight[1], weight[2] = weight[1].abs(), -weight[2].abs()
     weight[3] = 0
@@ -42,7 +57,9 @@ def _dequantized(arrays: QuantArrays, scheme: QuantScheme) -> Tensor:
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("factor", FAR.values(), ids=FAR)
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
-def test_values_are_those_of_the_op_bit_for_bit(scheme: QuantScheme, factor: float, steps: int) -> None:
+def test_values_are_those_of_the_op_bit_for_bit(
+    scheme: QuantScheme, factor: float, steps: int
+) -> None:
     weight, group = _weight(scheme) * factor, _group(scheme)
     grid = search_grid(weight, scheme, steps=steps)
     codes, values = grid.round(weight, group)
@@ -61,7 +78,9 @@ def test_values_are_those_of_the_op_bit_for_bit(scheme: QuantScheme, factor: flo
 def test_codes_reach_the_packed_words_and_come_back(scheme: QuantScheme) -> None:
     weight = _weight(scheme)
     grid = search_grid(weight, scheme)
-    arrays = grid.arrays(grid.round(weight * 1.5, _group(scheme))[0], torch.arange(12.0))  # weights beyond the grid stay in range
+    arrays = grid.arrays(
+        grid.round(weight * 1.5, _group(scheme))[0], torch.arange(12.0)
+    )  # weights beyond the grid stay in range
     attrs, spec = scheme.attributes(12, 128, True), op_spec(scheme.op)
     back = spec.unpack(spec.pack(arrays, attrs, "test"), attrs)
     for field in ("codes", "scale", "zero", "scale_group", "bias"):
@@ -79,11 +98,20 @@ def _error(weight: Tensor, grid: Grid, scheme: QuantScheme, importance: Tensor |
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
 def test_a_search_never_does_worse_than_min_max(scheme: QuantScheme, weighted: bool) -> None:
     weight = _weight(scheme)
-    importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else None
-    found, plain = (_error(weight, search_grid(weight, scheme, importance, steps), scheme, importance) for steps in (40, 1))
-    slack = 1.05 if scheme.op == "QQQGemm" and scheme.group_size else 1 + 1e-6  # the second level is rounded to int8 after the search
+    importance = (
+        torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else None
+    )
+    found, plain = (
+        _error(weight, search_grid(weight, scheme, importance, steps), scheme, importance)
+        for steps in (40, 1)
+    )
+    slack = (
+        1.05 if scheme.op == "QQQGemm" and scheme.group_size else 1 + 1e-6
+    )  # the second level is rounded to int8 after the search
     assert (found <= plain * slack).all()
-    assert found.sum() < 0.99 * plain.sum() or scheme.wbits == 8  # where min/max is all there is to find
+    assert (
+        found.sum() < 0.99 * plain.sum() or scheme.wbits == 8
+    )  # where min/max is all there is to find
 
 
 def test_importance_decides_what_is_kept() -> None:
@@ -93,7 +121,9 @@ def test_importance_decides_what_is_kept() -> None:
     for name, factor in (("outlier", 1e4), ("rest", 1e-4)):
         importance = torch.ones(128)
         importance[3] = factor
-        error[name] = (search_grid(weight, QQQ, importance).round(weight, _group(QQQ))[1] - weight)[0, 3].abs() / weight[0, 3].abs()
+        error[name] = (search_grid(weight, QQQ, importance).round(weight, _group(QQQ))[1] - weight)[
+            0, 3
+        ].abs() / weight[0, 3].abs()
     assert error["outlier"] < 0.01 and error["rest"] > 0.2
 
 
@@ -101,26 +131,45 @@ def test_importance_decides_what_is_kept() -> None:
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: f"{scheme.op}-{scheme.label}")
 def test_an_importance_that_says_nothing_gives_min_max(scheme: QuantScheme, value: float) -> None:
     weight = _weight(scheme)
-    found, plain = search_grid(weight, scheme, torch.full((128,), value)), search_grid(weight, scheme, steps=1)
-    assert all(torch.equal(getattr(found, name), array) for name, array in vars(plain).items() if isinstance(array, Tensor))
+    found, plain = (
+        search_grid(weight, scheme, torch.full((128,), value)),
+        search_grid(weight, scheme, steps=1),
+    )
+    assert all(
+        torch.equal(getattr(found, name), array)
+        for name, array in vars(plain).items()
+        if isinstance(array, Tensor)
+    )
 
 
 @pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS], ids=["channel", "groups"])
 def test_min_max_clips_nothing(scheme: QuantScheme) -> None:
-    """The published code clips +absmax to 0.933 of it, and to 0.47 in a group without negative weights."""
+    """The published code clips +absmax to 0.933 of it, and to 0.47 in a group without negative
+    weights.
+    """
     weight = _weight(scheme)
     grid = search_grid(weight, scheme, steps=1)
     assert isinstance(grid, QqqGrid)
     values = grid.round(weight, _group(scheme))[1]
-    step = grid.channel.abs() if grid.group is None else (grid.channel * (grid.group[:, _group(scheme)].abs() + 1)).abs()
-    assert ((values - weight).abs() <= step / 2 * (1 + 1e-3)).all()  # half a step, and half an int8 step with groups
+    step = (
+        grid.channel.abs()
+        if grid.group is None
+        else (grid.channel * (grid.group[:, _group(scheme)].abs() + 1)).abs()
+    )
+    assert (
+        (values - weight).abs() <= step / 2 * (1 + 1e-3)
+    ).all()  # half a step, and half an int8 step with groups
     ends = weight.abs().amax(1)
-    assert ((values.abs().amax(1) - ends).abs() <= ends * (1e-6 if grid.group is None else 1 / 127)).all()
+    assert (
+        (values.abs().amax(1) - ends).abs() <= ends * (1e-6 if grid.group is None else 1 / 127)
+    ).all()
 
 
 @pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS], ids=["channel", "groups"])
 def test_the_odd_level_goes_to_the_wider_side(scheme: QuantScheme) -> None:
-    """A scale's sign turns codes -8..7 into levels 8..-7; every group of these rows has its farthest weight on one side."""
+    """A scale's sign turns codes -8..7 into levels 8..-7; every group of these rows has its
+    farthest weight on one side.
+    """
     weight = _weight(scheme)[:2].abs()
     weight[:, ::2] *= -0.9
     for side in (1, -1):
@@ -148,16 +197,26 @@ def test_refitted_scales_suit_the_codes_better_and_are_still_the_ops(scheme: Qua
     assert torch.equal(fitted, _dequantized(refitted.arrays(codes, None), scheme))
     assert quadratic_error(weight, fitted, hessian) < quadratic_error(weight, values, hessian)
     old, new = (one.scale if isinstance(one, AbqGrid) else one.channel for one in (grid, refitted))
-    assert ((new / old > 0.5) & (new / old < 2)).all() and torch.equal(new[3], old[3])  # of a row of zeros there is nothing to fit
+    assert ((new / old > 0.5) & (new / old < 2)).all() and torch.equal(
+        new[3], old[3]
+    )  # of a row of zeros there is nothing to fit
 
 
-@pytest.mark.parametrize("hessian", [torch.zeros(128, 128), torch.full((128, 128), torch.nan)], ids=["zero", "nan"])
-@pytest.mark.parametrize("scheme", [QQQ, QQQ_GROUPS, ABQ[4], ABQ[5]], ids=lambda scheme: f"{scheme.op}-{scheme.label}")
+@pytest.mark.parametrize(
+    "hessian", [torch.zeros(128, 128), torch.full((128, 128), torch.nan)], ids=["zero", "nan"]
+)
+@pytest.mark.parametrize(
+    "scheme", [QQQ, QQQ_GROUPS, ABQ[4], ABQ[5]], ids=lambda scheme: f"{scheme.op}-{scheme.label}"
+)
 def test_a_hessian_that_says_nothing_fits_nothing(scheme: QuantScheme, hessian: Tensor) -> None:
     weight, group = _weight(scheme), _group(scheme)
     grid = search_grid(weight, scheme, steps=1)
     refitted = grid.refitted(weight, grid.round(weight, group)[0], hessian)
-    assert all(torch.equal(getattr(refitted, name), array) for name, array in vars(grid).items() if isinstance(array, Tensor))
+    assert all(
+        torch.equal(getattr(refitted, name), array)
+        for name, array in vars(grid).items()
+        if isinstance(array, Tensor)
+    )
 
 
 def test_chunks_of_rows_do_not_change_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +226,8 @@ def test_chunks_of_rows_do_not_change_the_grid(monkeypatch: pytest.MonkeyPatch) 
         with monkeypatch.context() as patch:
             patch.setattr("calibration.solvers.grid._CHUNK", 128 * 5)
             parts = search_grid(weight, scheme)
-        assert all(torch.equal(getattr(parts, name), array) for name, array in vars(whole).items() if isinstance(array, Tensor))
+        assert all(
+            torch.equal(getattr(parts, name), array)
+            for name, array in vars(whole).items()
+            if isinstance(array, Tensor)
+        )

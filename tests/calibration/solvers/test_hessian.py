@@ -1,4 +1,6 @@
-"""Moments: sums that no order of windows changes, and the weight that makes up for what earlier layers got wrong."""
+"""Moments: sums that no order of windows changes, and the weight that makes up for what earlier
+layers got wrong.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_the_corrected_weight_comes_nearest_to_the_float_product() -> None:
     best = torch.linalg.lstsq(seen.double(), wanted.double() @ weight.double().T).solution.T.float()
     full, half = corrected_target(weight, moments), corrected_target(weight, moments, 0.5)
     assert distance(best) <= distance(full) < distance(half) < distance(weight)
-    assert distance(weight) - distance(full) > 0.8 * (distance(weight) - distance(best))  # damping keeps it from all of it
+    assert distance(weight) - distance(full) > 0.8 * (
+        distance(weight) - distance(best)
+    )  # damping keeps it from all of it
     torch.testing.assert_close(half, (weight + full) / 2)
 
 
@@ -72,7 +76,9 @@ def test_moments_that_are_not_finite_correct_nothing(bad: str, value: float) -> 
 
 
 def test_dead_channels_and_few_tokens_correct_without_blowing_up() -> None:
-    windows = [(seen[:2].clone(), wanted[:2].clone()) for seen, wanted in _windows(2)]  # 4 tokens for 16 channels
+    windows = [
+        (seen[:2].clone(), wanted[:2].clone()) for seen, wanted in _windows(2)
+    ]  # 4 tokens for 16 channels
     for pair in windows:
         for x in pair:
             x[:, 7] = 0

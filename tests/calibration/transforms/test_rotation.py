@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import INPUT_NORM, POST_NORM, BlockShape, Rope, block_output, float_linear, load_block, rms_norm
+from calibration.blocks.forward import (
+    INPUT_NORM,
+    POST_NORM,
+    BlockShape,
+    Rope,
+    block_output,
+    float_linear,
+    load_block,
+    rms_norm,
+)
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.methods.qqq import Plain
 from calibration.transforms.rotation import Rotation, fold_gains, hadamard, orthogonal
@@ -25,17 +34,24 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", [hadamard, orthogonal])
-def test_matrices_are_orthogonal_and_fixed_by_the_seed(make: Callable[[int, torch.Generator], Tensor], size: int) -> None:
+def test_matrices_are_orthogonal_and_fixed_by_the_seed(
+    make: Callable[[int, torch.Generator], Tensor], size: int
+) -> None:
     matrix = make(size, _generator())
     assert matrix.shape == (size, size) and matrix.dtype == torch.float64
-    torch.testing.assert_close(matrix.T @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        matrix.T @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert torch.equal(matrix, make(size, _generator()))
     assert size < 3 or not torch.equal(matrix, make(size, _generator(1)))
 
 
 @pytest.mark.parametrize("size", [64, 16, 2])
 def test_a_power_of_two_spreads_every_channel_evenly(size: int) -> None:
-    torch.testing.assert_close(hadamard(size, _generator()).abs(), torch.full((size, size), size**-0.5, dtype=torch.float64))
+    torch.testing.assert_close(
+        hadamard(size, _generator()).abs(),
+        torch.full((size, size), size**-0.5, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("size", [48, 36])
@@ -59,47 +75,78 @@ def _logits(checkpoint: Checkpoint, basis: Rotation | Plain, ids: Tensor) -> Ten
 
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "none"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_the_function_stays(tiny_llama: Callable[..., Path], changes: dict[str, Any], kind: str) -> None:
-    """Against transformers. Gains folded or rotated in twice, as tied tables are by the published code, give other logits."""
+def test_the_function_stays(
+    tiny_llama: Callable[..., Path], changes: dict[str, Any], kind: str
+) -> None:
+    """Against transformers. Gains folded or rotated in twice, as tied tables are by the published
+    code, give other logits.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(**changes)
     checkpoint = open_checkpoint(str(folder), offline=True)
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens(2, 24)).logits
+        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            tokens(2, 24)
+        ).logits
     head_dim = checkpoint.dims.q // checkpoint.config.num_attention_heads
-    basis = Plain() if kind == "none" else Rotation.make(kind, checkpoint.dims.hidden, head_dim, seed=3)
+    basis = (
+        Plain() if kind == "none" else Rotation.make(kind, checkpoint.dims.hidden, head_dim, seed=3)
+    )
     found = _logits(checkpoint, basis, tokens(2, 24))
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_tied_tables_part(tiny_model_dir: Path) -> None:
-    checkpoint, basis = open_checkpoint(str(tiny_model_dir), offline=True), Rotation.make("hadamard", 64, 16, 0)
+    checkpoint, basis = (
+        open_checkpoint(str(tiny_model_dir), offline=True),
+        Rotation.make("hadamard", 64, 16, 0),
+    )
     assert checkpoint.dims.tied and basis.unties
     table, gain = (checkpoint.tensor(f"model.{name}.weight") for name in ("embed_tokens", "norm"))
-    embedding, head = basis.tensor(checkpoint, "model.embed_tokens.weight"), basis.tensor(checkpoint, "lm_head.weight")
+    embedding, head = (
+        basis.tensor(checkpoint, "model.embed_tokens.weight"),
+        basis.tensor(checkpoint, "lm_head.weight"),
+    )
     torch.testing.assert_close(embedding @ basis.residual.float().T, table, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(head @ basis.residual.float().T, table * gain, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(embedding, head)
     assert torch.equal(basis.tensor(checkpoint, "model.norm.weight"), torch.ones(64))
-    assert torch.equal(checkpoint.tensor("model.embed_tokens.weight"), table)  # the source is left alone
+    assert torch.equal(
+        checkpoint.tensor("model.embed_tokens.weight"), table
+    )  # the source is left alone
 
 
 def test_rotation_spreads_an_outlier_channel(tiny_model_dir: Path) -> None:
     weights = load_block(open_checkpoint(str(tiny_model_dir), offline=True), 0)
     weights["mlp.gate_proj.weight"][:, 5] *= 100
     rotated = Rotation.make("hadamard", 64, 16, 0).block(weights)["mlp.gate_proj.weight"]
-    peak, spread = (w.abs().amax(1) / w.square().mean(1).sqrt() for w in (weights["mlp.gate_proj.weight"], rotated))
+    peak, spread = (
+        w.abs().amax(1) / w.square().mean(1).sqrt()
+        for w in (weights["mlp.gate_proj.weight"], rotated)
+    )
     assert peak.median() > 7 and spread.median() < 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"])
-def test_folded_gains_leave_the_function_and_become_ones(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"]
+)
+def test_folded_gains_leave_the_function_and_become_ones(
+    tiny_llama: Callable[..., Path], changes: dict[str, Any]
+) -> None:
     checkpoint = open_checkpoint(str(tiny_llama(**changes)), offline=True)
     weights = load_block(checkpoint, 0)
     folded = fold_gains(weights)
-    shape, rope, x = BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, 16), torch.randn(1, 16, 64, generator=_generator())
+    shape, rope, x = (
+        BlockShape.from_config(checkpoint.config),
+        Rope.of(checkpoint, 16),
+        torch.randn(1, 16, 64, generator=_generator()),
+    )
     wanted = block_output(x, weights, float_linear(weights), shape, rope)
-    torch.testing.assert_close(block_output(x, folded, float_linear(folded), shape, rope), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block_output(x, folded, float_linear(folded), shape, rope), wanted, rtol=1e-4, atol=1e-4
+    )
     for norm in (INPUT_NORM, POST_NORM):
-        assert torch.equal(folded[f"{norm}.weight"], torch.ones(64)) and not torch.allclose(weights[f"{norm}.weight"], torch.ones(64))
+        assert torch.equal(folded[f"{norm}.weight"], torch.ones(64)) and not torch.allclose(
+            weights[f"{norm}.weight"], torch.ones(64)
+        )

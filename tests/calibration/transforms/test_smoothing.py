@@ -1,4 +1,6 @@
-"""Smoothing: scales folded into weights leave the function, also where queries share keys, and tame outlier channels."""
+"""Smoothing: scales folded into weights leave the function, also where queries share keys, and tame
+outlier channels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.driver import BlockTask
-from calibration.blocks.forward import DOWN, GATE_UP, INPUT_NORM, OUT, QKV, SITES, BlockWeights, block_output, float_linear, load_block
+from calibration.blocks.forward import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    OUT,
+    QKV,
+    SITES,
+    BlockWeights,
+    block_output,
+    float_linear,
+    load_block,
+)
 from calibration.blocks.ranks import Ranks
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.transforms.smoothing import adaptive_scales, clip_scales, fold_scales
@@ -41,12 +54,20 @@ def _run(task: BlockTask, weights: BlockWeights) -> tuple[Tensor, dict[str, Tens
         seen[site] = x
         return float_linear(weights)(site, x)
 
-    return block_output(torch.stack(list(task.streams.quant)), weights, linear, task.shape, task.rope), seen
+    return block_output(
+        torch.stack(list(task.streams.quant)), weights, linear, task.shape, task.rope
+    ), seen
 
 
-@pytest.mark.parametrize("sites", [*((site,) for site in ALL), ALL], ids=lambda sites: sites[0] if len(sites) == 1 else "all")
+@pytest.mark.parametrize(
+    "sites",
+    [*((site,) for site in ALL), ALL],
+    ids=lambda sites: sites[0] if len(sites) == 1 else "all",
+)
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_folded_scales_leave_the_function(tiny_llama: Callable[..., Path], changes: dict[str, Any], sites: tuple[str, ...]) -> None:
+def test_folded_scales_leave_the_function(
+    tiny_llama: Callable[..., Path], changes: dict[str, Any], sites: tuple[str, ...]
+) -> None:
     task = block_task(tiny_llama(**changes))
     scales = _scales(task, sites)
     before, seen = _run(task, task.weights)
@@ -58,7 +79,9 @@ def test_folded_scales_leave_the_function(tiny_llama: Callable[..., Path], chang
 
 
 def test_a_scale_that_is_dropped_on_one_side_shows(tiny_model_dir: Path) -> None:
-    """What the published code does to o_proj where queries share keys; so the test above cannot pass by being loose."""
+    """What the published code does to o_proj where queries share keys; so the test above cannot
+    pass by being loose.
+    """
     task = block_task(tiny_model_dir)
     folded = fold_scales(task.weights, _scales(task, (OUT,)), task.shape)
     before = _run(task, task.weights)[0]
@@ -74,14 +97,18 @@ def test_clip_scales_shrink_what_reaches_beyond() -> None:
 
 
 def _outlier_task(folder: Path) -> BlockTask:
-    """Channel 3 of the first norm 60 times as large, and value row 5 (of the second key-value head's channel) 80 times."""
+    """Channel 3 of the first norm 60 times as large, and value row 5 (of the second key-value
+    head's channel) 80 times.
+    """
     weights = load_block(open_checkpoint(str(folder), offline=True), 0)
     weights[f"{INPUT_NORM}.weight"][3] *= 60
     weights["self_attn.v_proj.weight"][21] *= 80
     return block_task(folder, weights=weights)
 
 
-def test_outlier_channels_are_found_and_shared_by_the_queries_of_a_key(tiny_model_dir: Path) -> None:
+def test_outlier_channels_are_found_and_shared_by_the_queries_of_a_key(
+    tiny_model_dir: Path,
+) -> None:
     task = _outlier_task(tiny_model_dir)
     scales = adaptive_scales(task, ALL)
     assert list(scales) == list(ALL)
@@ -90,7 +117,10 @@ def test_outlier_channels_are_found_and_shared_by_the_queries_of_a_key(tiny_mode
     heads = scales[OUT].view(2, 2, 16)  # [kv_heads, queries per key, head_dim]
     assert torch.equal(heads[:, 0], heads[:, 1]) and heads[1, 0, 5] == scales[OUT].max() > 1.5
     for site, scale in scales.items():  # and all of them fold
-        before, after = _run(task, task.weights)[0], _run(task, fold_scales(task.weights, {site: scale}, task.shape))[0]
+        before, after = (
+            _run(task, task.weights)[0],
+            _run(task, fold_scales(task.weights, {site: scale}, task.shape))[0],
+        )
         assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
@@ -100,7 +130,9 @@ def test_only_the_sites_that_are_asked_for(tiny_model_dir: Path) -> None:
     assert list(adaptive_scales(task, (DOWN,))) == [DOWN]
     inputs = [window.clone() for window in task.streams.quant]
     adaptive_scales(task, ALL)
-    assert all(torch.equal(before, after) for before, after in zip(inputs, task.streams.quant, strict=True))
+    assert all(
+        torch.equal(before, after) for before, after in zip(inputs, task.streams.quant, strict=True)
+    )
 
 
 class _Two(Ranks):
@@ -114,12 +146,16 @@ class _Two(Ranks):
         pass
 
 
-def test_processes_search_on_the_windows_that_one_alone_would_take(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_search_on_the_windows_that_one_alone_would_take(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = _outlier_task(tiny_model_dir)
     monkeypatch.setattr("calibration.transforms.smoothing._TOKENS", 64)  # two windows
     windows = list(task.streams.quant)
     alone = adaptive_scales(replace(task, streams=streams([windows[0], windows[0]])), ALL)
-    together = adaptive_scales(replace(task, streams=streams(windows), ranks=_Two(0, 2)), ALL)  # the first window, counted twice
+    together = adaptive_scales(
+        replace(task, streams=streams(windows), ranks=_Two(0, 2)), ALL
+    )  # the first window, counted twice
     assert all(torch.equal(alone[site], together[site]) for site in ALL)
 
 
@@ -127,4 +163,7 @@ def test_processes_search_on_the_windows_that_one_alone_would_take(tiny_model_di
 def test_activations_that_say_nothing_scale_nothing(tiny_model_dir: Path, value: float) -> None:
     task = block_task(tiny_model_dir)
     task = replace(task, streams=streams([torch.full((32, 64), value)] * 2))
-    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in adaptive_scales(task, (QKV, GATE_UP)).values())
+    assert all(
+        torch.equal(scale, torch.ones_like(scale))
+        for scale in adaptive_scales(task, (QKV, GATE_UP)).values()
+    )

@@ -1,4 +1,6 @@
-"""Engines built by a real TensorRT-RTX from tiny ONNX files, each in its own process: plugin registration is global."""
+"""Engines built by a real TensorRT-RTX from tiny ONNX files, each in its own process: plugin
+registration is global.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,23 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.engine.edition import check_engine, select_edition
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
+from exporter.engine.edition import check_engine, select_edition
 from exporter.graph.nodes import NodeFactory
 from plugins import op_spec
-from plugins.tools.build import build_library
-from plugins.errors import InputError, UserError
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
+from plugins.errors import InputError, UserError
+from plugins.tools.build import build_library
 
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13"
+)
 
-OPSET = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(f"{DOMAIN}.v1", 1)]
+OPSET = [
+    helper.make_opsetid("", 23),
+    helper.make_opsetid(DOMAIN, 1),
+    helper.make_opsetid(f"{DOMAIN}.v1", 1),
+]
 ABQ = GemmAttributes(4, 16, 8, 0, 32, 64, 48, 0)
 QQQ = GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1, norm_epsilon=1e-5)
 
@@ -35,30 +43,49 @@ QQQ = GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1, norm_epsilon=1e-5)
 def arrays(op: str, attrs: GemmAttributes) -> QuantArrays:
     """Some valid weights."""
     rng = np.random.default_rng(0)
-    shape, scale = (attrs.out_features, attrs.in_features), np.full((attrs.out_features, attrs.n_groups), 0.01, np.float32)
+    shape, scale = (
+        (attrs.out_features, attrs.in_features),
+        np.full((attrs.out_features, attrs.n_groups), 0.01, np.float32),
+    )
     zero = np.full(scale.shape, 8, np.int32)
     bias = rng.standard_normal(attrs.out_features).astype(np.float32) if attrs.has_bias else None
     if op == "QQQGemm":
         return QuantArrays(rng.integers(-7, 8, shape).astype(np.int8), scale, bias=bias)
-    return QuantArrays(rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, zero, bias=bias)
+    return QuantArrays(
+        rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, zero, bias=bias
+    )
 
 
-def two_gemms(folder: Path, dtype: int = TensorProto.FLOAT16, second: tuple[str, GemmAttributes] = ("QQQGemm", QQQ)) -> onnx.ModelProto:
-    """X -> ABQGemm "up" -> QQQGemm (or another) "down" -> Y, saved with function bodies as model.onnx."""
+def two_gemms(
+    folder: Path,
+    dtype: int = TensorProto.FLOAT16,
+    second: tuple[str, GemmAttributes] = ("QQQGemm", QQQ),
+) -> onnx.ModelProto:
+    """X -> ABQGemm "up" -> QQQGemm (or another) "down" -> Y, saved with function bodies as
+    model.onnx.
+    """
     factory, nodes, initializers, source = NodeFactory(dtype), [], [], "X"
     for op, attrs, name in (("ABQGemm", ABQ, "up"), (*second, "down")):
         spec = op_spec(op)
         packed = spec.pack(arrays(op, attrs), attrs, name)
         packed["gamma"] = np.ones(attrs.in_features, helper.tensor_dtype_to_np_dtype(dtype))
         inputs = [f"{name}.{key}" for key in spec.input_names(attrs)[1:]]
-        initializers += [numpy_helper.from_array(packed[key.split(".", 1)[1]], key) for key in inputs]
+        initializers += [
+            numpy_helper.from_array(packed[key.split(".", 1)[1]], key) for key in inputs
+        ]
         nodes.append(factory.gemm(op, attrs, name, [source, *inputs], f"{name}.output"))
         source = f"{name}.output"
     return save(folder, nodes, initializers, source, dtype, list(factory.functions()))
 
 
-def save(folder: Path, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], output: str, dtype: int,
-         functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+def save(
+    folder: Path,
+    nodes: list[onnx.NodeProto],
+    initializers: list[onnx.TensorProto],
+    output: str,
+    dtype: int,
+    functions: list[onnx.FunctionProto],
+) -> onnx.ModelProto:
     """Write model.onnx with input X [B, S, 64] and one output."""
     info = [helper.make_tensor_value_info(name, dtype, ["B", "S", 64]) for name in ("X", output)]
     graph = helper.make_graph(nodes, "g", info[:1], info[1:], initializers)
@@ -85,9 +112,16 @@ except UserError as error:
 
 
 def build(folder: Path, times: int = 1) -> tuple[Any, list[dict[str, Any]]]:
-    """engine.json, or [class, text] of the error; and the progress events. Fails if anything else is printed."""
-    result = subprocess.run([sys.executable, "-c", DRIVER, str(folder), str(build_library()), str(times)],
-                            capture_output=True, text=True, timeout=300, check=False)
+    """engine.json, or [class, text] of the error; and the progress events. Fails if anything else
+    is printed.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(folder), str(build_library()), str(times)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), [json.loads(line) for line in result.stderr.splitlines()]
 
@@ -103,10 +137,15 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
     assert [profile["name"] for profile in record["profiles"]] == ["prefill", "decode"]
     assert record["bytes"] == (tmp_path / "model.engine").stat().st_size > 1000
     plan = (tmp_path / "model.engine").read_bytes()  # what the runtime hands to createPlugin again
-    assert all(name.encode() in plan for name in ("ABQGemm", "QQQGemm", *GemmAttributes.__dataclass_fields__))
+    assert all(
+        name.encode() in plan
+        for name in ("ABQGemm", "QQQGemm", *GemmAttributes.__dataclass_fields__)
+    )
     assert (tmp_path / "libanybit_plugins.so").read_bytes() == build_library().read_bytes()
     assert json.loads((tmp_path / "engine.json").read_text()) == record
-    assert [event["event"] for event in events if event["event"] != "message"][:: len(events) - 1] == ["start", "finish"]
+    assert [event["event"] for event in events if event["event"] != "message"][
+        :: len(events) - 1
+    ] == ["start", "finish"]
     assert check_engine(tmp_path) == record
 
 
@@ -120,7 +159,9 @@ def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_every_node_of_a_mixed_model_becomes_a_plugin(tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path) -> None:
+def test_every_node_of_a_mixed_model_becomes_a_plugin(
+    tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path
+) -> None:
     shutil.copytree(tiny_export(**mixed) / "onnx", tmp_path, dirs_exist_ok=True)
     record, _ = build(tmp_path)
     assert record["layers"]["PLUGIN_V3"] == 8
@@ -129,7 +170,9 @@ def test_every_node_of_a_mixed_model_becomes_a_plugin(tiny_export: Callable[...,
 
 @needs_rtx
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_low_bit_cache_is_built_from_standard_ops(tiny_export: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+def test_a_low_bit_cache_is_built_from_standard_ops(
+    tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
     layers = {}
     for bits in (16, 4):
         folder = tmp_path / str(bits)
@@ -137,7 +180,9 @@ def test_a_low_bit_cache_is_built_from_standard_ops(tiny_export: Callable[..., P
         record, _ = build(folder)
         assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
         layers[bits] = record["layers"]
-    assert layers[4]["REDUCE"] == layers[16]["REDUCE"] + 3 * 2  # smallest, largest and NaN, of keys and values of each layer at once
+    assert (
+        layers[4]["REDUCE"] == layers[16]["REDUCE"] + 3 * 2
+    )  # smallest, largest and NaN, of keys and values of each layer at once
 
 
 @needs_rtx
@@ -151,20 +196,39 @@ def test_builds_twice_in_one_process(tmp_path: Path) -> None:
 def test_node_without_namespace_is_named(tmp_path: Path) -> None:
     """TensorRT silently takes the function body of such a node; here one that it can build."""
     relu = helper.make_node("Relu", ["X"], ["Y"])
-    body = helper.make_function(DOMAIN, "ABQGemm", ["X", "weight", "scale", "zero"], ["Y"], [relu], OPSET[:1])
+    body = helper.make_function(
+        DOMAIN, "ABQGemm", ["X", "weight", "scale", "zero"], ["Y"], [relu], OPSET[:1]
+    )
     attrs = GemmAttributes(4, 16, 8, 0, 32, 64, 64, 0)
     packed = op_spec("ABQGemm").pack(arrays("ABQGemm", attrs), attrs, "gemm")
     names = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     body.attribute.extend([*attrs.as_dict(), *names])
-    nodes = [helper.make_node("ABQGemm", [source, *packed], [output], name=name, domain=DOMAIN, **attrs.as_dict(), **extra)
-             for source, output, name, extra in (("X", "a", "first", names), ("a", "b", "second", {}), ("b", "c", "third", {}))]
+    nodes = [
+        helper.make_node(
+            "ABQGemm",
+            [source, *packed],
+            [output],
+            name=name,
+            domain=DOMAIN,
+            **attrs.as_dict(),
+            **extra,
+        )
+        for source, output, name, extra in (
+            ("X", "a", "first", names),
+            ("a", "b", "second", {}),
+            ("b", "c", "third", {}),
+        )
+    ]
     initializers = [numpy_helper.from_array(value, name) for name, value in packed.items()]
     save(tmp_path, nodes, initializers, "c", TensorProto.FLOAT16, [body])
     error, _ = build(tmp_path)
     assert error == [
-        "CheckError", f"{tmp_path / 'model.onnx'}: got 1 plugin layers for 3 custom nodes, expected one each; missing: second, "
+        "CheckError",
+        f"{tmp_path / 'model.onnx'}: got 1 plugin layers for 3 custom nodes, expected one each; "
+        f"missing: second, "
         "third. Without attribute plugin_namespace on a node TensorRT takes its function body: "
-        "export the model again with this version."]
+        "export the model again with this version.",
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -174,10 +238,14 @@ def test_parser_errors_are_shown(tmp_path: Path) -> None:
     save(tmp_path, [node], [], "Y", TensorProto.INT32, [])
     error, _ = build(tmp_path)
     assert error[0] == "CheckError"
-    assert re.sub(r"\(BitwiseNot\): .*; expected", "(BitwiseNot): REASON; expected", error[1], flags=re.DOTALL) == (
-        f"{tmp_path / 'model.onnx'}: got parser errors: node odd (BitwiseNot): REASON; expected a model that this TensorRT "
+    assert re.sub(
+        r"\(BitwiseNot\): .*; expected", "(BitwiseNot): REASON; expected", error[1], flags=re.DOTALL
+    ) == (
+        f"{tmp_path / 'model.onnx'}: got parser errors: node odd (BitwiseNot): REASON; expected "
+        f"a model that this TensorRT "
         "takes. If a custom op is named, export the model again with this version; "
-        "else use a newer TensorRT (10.15, 11, or RTX 1.7).")
+        "else use a newer TensorRT (10.15, 11, or RTX 1.7)."
+    )
 
 
 @needs_rtx
@@ -188,17 +256,25 @@ def test_weights_that_do_not_fit_the_attributes(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     error, _ = build(tmp_path)
     assert error[0] == "CheckError"
-    assert ("ABQGemm 'up' input weight: got shape [4, 48, 8], expected [4, 48, 4]. The weights do not fit the node's "
-            "attributes: export the model again.") in error[1]
+    assert (
+        "ABQGemm 'up' input weight: got shape [4, 48, 8], expected [4, 48, 4]. The weights do "
+        "not fit the node's "
+        "attributes: export the model again."
+    ) in error[1]
 
 
 @needs_rtx
 def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
     """TensorRT has no fused attention kernel for fp32, so without our setting the build fails."""
     names = ["query", "key", "value"]
-    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 2, "S", 64]) for name in [*names, "Y"]]
+    info = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 2, "S", 64])
+        for name in [*names, "Y"]
+    ]
     node = helper.make_node("Attention", names, ["Y"], name="attention", scale=0.125)
-    model = helper.make_model(helper.make_graph([node], "g", info[:3], info[3:]), opset_imports=OPSET[:1], ir_version=11)
+    model = helper.make_model(
+        helper.make_graph([node], "g", info[:3], info[3:]), opset_imports=OPSET[:1], ir_version=11
+    )
     onnx.save(model, str(tmp_path / "model.onnx"))
     record, _ = build(tmp_path)
     assert (record["decomposable_attention"], record["bytes"] > 1000) == (True, True)
@@ -214,18 +290,35 @@ def test_custom_nodes_are_counted_everywhere() -> None:
         return helper.make_graph(nodes, "g", [], [])
 
     function = helper.make_function("local", "Block", ["x"], ["y"], [gemm("inner")], OPSET)
-    own_body = helper.make_function(DOMAIN, "ABQGemm", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], OPSET)
+    own_body = helper.make_function(
+        DOMAIN, "ABQGemm", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], OPSET
+    )
     otherwise = graph(gemm("else", f"{DOMAIN}.v1"), gemm(""))
-    branch = helper.make_node("If", ["c"], ["y"], then_branch=graph(gemm("then")), else_branch=otherwise)
+    branch = helper.make_node(
+        "If", ["c"], ["y"], then_branch=graph(gemm("then")), else_branch=otherwise
+    )
     calls = [helper.make_node("Block", ["x"], ["y"], domain="local") for _ in range(2)]
     relu = helper.make_node("Relu", ["x"], ["y"])
-    model = helper.make_model(graph(gemm("top"), branch, *calls, relu), functions=[function, own_body])
-    assert sorted(custom_nodes(model)) == ["else", "inner", "inner #5", "then", "top", "unnamed ABQGemm"]
+    model = helper.make_model(
+        graph(gemm("top"), branch, *calls, relu), functions=[function, own_body]
+    )
+    assert sorted(custom_nodes(model)) == [
+        "else",
+        "inner",
+        "inner #5",
+        "then",
+        "top",
+        "unnamed ABQGemm",
+    ]
     assert set(custom_nodes(model).values()) == {"ABQGemm"}
 
 
 def test_profiles_fit_each_other() -> None:
-    inputs: dict[str, list[int | str]] = {"input_ids": ["B", "S"], "attention_mask": ["B", "T"], "past": ["B", 2, "P", 64]}
+    inputs: dict[str, list[int | str]] = {
+        "input_ids": ["B", "S"],
+        "attention_mask": ["B", "T"],
+        "past": ["B", 2, "P", 64],
+    }
     prefill, decode = profile_shapes(inputs, EngineOptions(max_batch=4, max_seq=1024))
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     assert prefill["inputs"] == {
@@ -240,13 +333,28 @@ def test_profiles_fit_each_other() -> None:
     }
 
 
-@pytest.mark.parametrize(("call", "text"), [
-    (lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
-     "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export the model again with this version."),
-    (lambda: EngineOptions(max_batch=0), "--max-batch: got 0, expected at least 1. Give a positive number."),
-    (lambda: EngineOptions(max_seq=-1), "--max-seq: got -1, expected at least 1. Give a positive number."),
-    (lambda: select_edition("cuda"), "--engine: got 'cuda', expected auto, tensorrt or tensorrt-rtx. Choose one of these."),
-])
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
+            "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export "
+            "the model again with this version.",
+        ),
+        (
+            lambda: EngineOptions(max_batch=0),
+            "--max-batch: got 0, expected at least 1. Give a positive number.",
+        ),
+        (
+            lambda: EngineOptions(max_seq=-1),
+            "--max-seq: got -1, expected at least 1. Give a positive number.",
+        ),
+        (
+            lambda: select_edition("cuda"),
+            "--engine: got 'cuda', expected auto, tensorrt or tensorrt-rtx. Choose one of these.",
+        ),
+    ],
+)
 def test_bad_settings(call: Any, text: str) -> None:
     with pytest.raises(UserError) as caught:
         call()

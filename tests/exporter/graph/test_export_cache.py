@@ -1,4 +1,6 @@
-"""A KV cache of few bits in the graph: its numbers bit for bit, its node, its proof, its faults, and that OUT knows its bits."""
+"""A KV cache of few bits in the graph: its numbers bit for bit, its node, its proof, its faults,
+and that OUT knows its bits.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +18,56 @@ import torch
 from onnx import TensorProto, helper
 
 from calibration.out.files import read_json, write_json
-from calibration.reference.model import CacheQuantizer
 from calibration.quant.folder import read_quant
+from calibration.reference.model import CacheQuantizer
 from exporter.engine.build import custom_nodes
 from exporter.graph.decoder import export_onnx
 from exporter.graph.nodes import CACHE_DOMAIN, NodeFactory
-from exporter.report.report import report_data
-from exporter.report.html import page
-from exporter.run.sessions import OnnxSession, TorchSession
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.report.html import page
+from exporter.report.report import report_data
+from exporter.run.sessions import OnnxSession, TorchSession
 
 Export = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
-ELEMENT = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}
+ELEMENT = {
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float32": TensorProto.FLOAT,
+}
 HEADS, WIDTH = 2, 24
 
 
 def cache_model(bits: int, dtype: str) -> onnx.ModelProto:
     """Two inputs in fp32 -> cast to dtype -> the cache's node -> cast to fp32."""
     factory = NodeFactory(ELEMENT[dtype])
-    nodes = [helper.make_node("Cast", [f"{name}32"], [name], to=ELEMENT[dtype]) for name in ("key", "value")]
+    nodes = [
+        helper.make_node("Cast", [f"{name}32"], [name], to=ELEMENT[dtype])
+        for name in ("key", "value")
+    ]
     nodes.append(factory.cache(bits, WIDTH, "cache", ["key", "value"], ["kept_key", "kept_value"]))
-    nodes += [helper.make_node("Cast", [f"kept_{name}"], [f"{name}_out"], to=TensorProto.FLOAT) for name in ("key", "value")]
+    nodes += [
+        helper.make_node("Cast", [f"kept_{name}"], [f"{name}_out"], to=TensorProto.FLOAT)
+        for name in ("key", "value")
+    ]
     shape = ["B", HEADS, "S", WIDTH]
-    inputs, outputs = ([helper.make_tensor_value_info(f"{name}{end}", TensorProto.FLOAT, shape) for name in ("key", "value")]
-                       for end in ("32", "_out"))
+    inputs, outputs = (
+        [
+            helper.make_tensor_value_info(f"{name}{end}", TensorProto.FLOAT, shape)
+            for name in ("key", "value")
+        ]
+        for end in ("32", "_out")
+    )
     graph = helper.make_graph(nodes, "cache", inputs, outputs)
-    return helper.make_model(graph, ir_version=11, functions=factory.functions(), opset_imports=factory.opset_imports(23))
+    return helper.make_model(
+        graph, ir_version=11, functions=factory.functions(), opset_imports=factory.opset_imports(23)
+    )
 
 
 def hard_rows(dtype: str, seed: int) -> torch.Tensor:
-    """[2, HEADS, 9, WIDTH] of a type: usual rows, outliers, one sign, ties, zeros, subnormals, the largest numbers, NaN and inf."""
+    """[2, HEADS, 9, WIDTH] of a type: usual rows, outliers, one sign, ties, zeros, subnormals, the
+    largest numbers, NaN and inf.
+    """
     x = torch.randn(2, HEADS, 9, WIDTH, generator=torch.Generator().manual_seed(seed))
     x[0, 0, 0] = 0
     x[0, 0, 1] *= 2.0**-20
@@ -64,13 +85,19 @@ def hard_rows(dtype: str, seed: int) -> torch.Tensor:
 def test_the_graphs_cache_is_the_references_bit_for_bit(bits: int, dtype: str) -> None:
     model = cache_model(bits, dtype)
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     key, value = hard_rows(dtype, bits), hard_rows(dtype, 100 + bits)
     found = session.run(None, {"key32": key.numpy(), "value32": value.numpy()})
-    for got, expected, raw in zip(found, CacheQuantizer(bits, dtype)(key, value), (key, value), strict=True):
+    for got, expected, raw in zip(
+        found, CacheQuantizer(bits, dtype)(key, value), (key, value), strict=True
+    ):
         np.testing.assert_array_equal(got, expected.numpy())
         loud = np.isnan(got).all(-1)
-        assert loud.sum() == 3 and np.isfinite(got[~loud]).all()  # a bad number stays loud in its row, and nowhere else
+        assert (
+            loud.sum() == 3 and np.isfinite(got[~loud]).all()
+        )  # a bad number stays loud in its row, and nowhere else
         assert np.abs(got[~loud] - raw.numpy()[~loud]).max() > 0
 
 
@@ -83,21 +110,46 @@ def test_one_function_and_one_node_a_layer(tiny_export: Export) -> None:
     model = onnx.load(path, load_external_data=False)
     nodes = [node for node in model.graph.node if node.domain == CACHE_DOMAIN]
     assert [(node.name, list(node.input), list(node.output)) for node in nodes] == [
-        (f"{prefix}.cache", [f"{prefix}.key", f"{prefix}.value"], [f"{prefix}.cached_key", f"{prefix}.cached_value"])
-        for prefix in (f"model.layers.{i}.self_attn" for i in range(2))]
+        (
+            f"{prefix}.cache",
+            [f"{prefix}.key", f"{prefix}.value"],
+            [f"{prefix}.cached_key", f"{prefix}.cached_value"],
+        )
+        for prefix in (f"model.layers.{i}.self_attn" for i in range(2))
+    ]
     assert [(item.domain, item.name) for item in model.functions] == [
-        ("anybit", "ABQGemm"), ("anybit.v1", "ABQGemm"), (CACHE_DOMAIN, "QuantizeCache")]
-    joined = {node.output[0]: node.input[1] for node in model.graph.node if node.output[0].startswith("present.")}
-    assert joined == {f"present.{i}.{kind}": f"model.layers.{i}.self_attn.cached_{kind}" for i in range(2) for kind in ("key", "value")}
-    assert set(custom_nodes(model).values()) == {"ABQGemm"} and len(custom_nodes(model)) == 8  # no plugin is asked for
+        ("anybit", "ABQGemm"),
+        ("anybit.v1", "ABQGemm"),
+        (CACHE_DOMAIN, "QuantizeCache"),
+    ]
+    joined = {
+        node.output[0]: node.input[1]
+        for node in model.graph.node
+        if node.output[0].startswith("present.")
+    }
+    assert joined == {
+        f"present.{i}.{kind}": f"model.layers.{i}.self_attn.cached_{kind}"
+        for i in range(2)
+        for kind in ("key", "value")
+    }
+    assert (
+        set(custom_nodes(model).values()) == {"ABQGemm"} and len(custom_nodes(model)) == 8
+    )  # no plugin is asked for
     assert {item.key: item.value for item in model.metadata_props}["anybit.scheme"] == "w4a8-kv4"
 
 
 def test_without_it_the_graph_is_as_it_was(tiny_export: Export) -> None:
     model = onnx.load(tiny_export() / "onnx" / "model.onnx", load_external_data=False)
-    assert {item.domain for item in model.opset_import} == {"", "anybit", "anybit.v1"} == {node.domain for node in model.graph.node}
-    assert {node.input[1] for node in model.graph.node if node.output[0].endswith((".0.key", ".0.value")) and node.op_type == "Concat"} == {
-        "model.layers.0.self_attn.key", "model.layers.0.self_attn.value"}
+    assert (
+        {item.domain for item in model.opset_import}
+        == {"", "anybit", "anybit.v1"}
+        == {node.domain for node in model.graph.node}
+    )
+    assert {
+        node.input[1]
+        for node in model.graph.node
+        if node.output[0].endswith((".0.key", ".0.value")) and node.op_type == "Concat"
+    } == {"model.layers.0.self_attn.key", "model.layers.0.self_attn.value"}
 
 
 def test_the_summary_counts_custom_nodes_alone(tiny_quant: Export, tmp_path: Path) -> None:
@@ -105,22 +157,44 @@ def test_the_summary_counts_custom_nodes_alone(tiny_quant: Export, tmp_path: Pat
     assert facts == {"summary": "8 ABQGemm nodes, opset 23", "custom_nodes": 8}
 
 
-@pytest.mark.parametrize("fields", [{"kv_bits": 4}, {"kv_bits": 8, "op": "QQQGemm"}, {"kv_bits": 3, "dtype": "bfloat16", "wbits": 8}],
-                         ids=str)
-def test_onnx_runtime_and_torch_decode_the_same(tiny_export: Export, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv_bits": 4},
+        {"kv_bits": 8, "op": "QQQGemm"},
+        {"kv_bits": 3, "dtype": "bfloat16", "wbits": 8},
+    ],
+    ids=str,
+)
+def test_onnx_runtime_and_torch_decode_the_same(
+    tiny_export: Export, fields: dict[str, Any]
+) -> None:
     from calibration.reference.model import quantised_model
 
     out = tiny_export(**fields)
     quant = read_quant(out / "quant")
     ids, mask = np.arange(40).reshape(2, 20) * 11 % 512, np.ones((2, 20), np.int64)
     mask[0, :4] = 0
-    with OnnxSession(out / "onnx", quant.config) as ours, TorchSession(quantised_model(quant), watch_layers=True) as reference:
+    with (
+        OnnxSession(out / "onnx", quant.config) as ours,
+        TorchSession(quantised_model(quant), watch_layers=True) as reference,
+    ):
         for start, end in ((0, 15), (15, 16), (16, 20)):
-            found, wanted = (session.step(ids[:, start:end], mask[:, :end]) for session in (ours, reference))
-            for name in ("present.0.key", "present.0.value", "present.1.key", "present.1.value", "logits"):
+            found, wanted = (
+                session.step(ids[:, start:end], mask[:, :end]) for session in (ours, reference)
+            )
+            for name in (
+                "present.0.key",
+                "present.0.value",
+                "present.1.key",
+                "present.1.value",
+                "logits",
+            ):
                 got, expected = found[name].astype(np.float32), wanted[name]
                 axis = 1 if name == "logits" else 2
-                got, expected = (np.moveaxis(array, axis, 1)[1] for array in (got, expected))  # the other row begins with padding
+                got, expected = (
+                    np.moveaxis(array, axis, 1)[1] for array in (got, expected)
+                )  # the other row begins with padding
                 assert got.shape == expected.shape
                 assert np.linalg.norm(got - expected) <= 1e-3 * np.linalg.norm(expected), name
             for row in found["present.1.key"].astype(np.float32).reshape(-1, 16):
@@ -130,7 +204,9 @@ def test_onnx_runtime_and_torch_decode_the_same(tiny_export: Export, fields: dic
 # ---------------------------------------------------------------- its proof
 
 
-def test_another_width_than_quant_json_says_is_found_at_the_cache(tiny_export: Export, tmp_path: Path) -> None:
+def test_another_width_than_quant_json_says_is_found_at_the_cache(
+    tiny_export: Export, tmp_path: Path
+) -> None:
     """The torch reference follows quant.json."""
     for bits, other in ((4, 5), (8, 7)):
         out = shutil.copytree(tiny_export(kv_bits=bits, dtype="bfloat16"), tmp_path / str(bits))
@@ -138,11 +214,15 @@ def test_another_width_than_quant_json_says_is_found_at_the_cache(tiny_export: E
         meta["scheme"]["kv_bits"] = other
         write_json(out / "quant" / "quant.json", meta)
         result = validate(out, ValidateOptions(tokens=24, steps=0))
-        assert " at present.0.key given its inputs (export, prefill: " in result.first_failure, result.first_failure
+        assert " at present.0.key given its inputs (export, prefill: " in result.first_failure, (
+            result.first_failure
+        )
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_a_cache_that_is_not_quantised_is_found(tiny_export: Export, tmp_path: Path, kind: str) -> None:
+def test_a_cache_that_is_not_quantised_is_found(
+    tiny_export: Export, tmp_path: Path, kind: str
+) -> None:
     out = shutil.copytree(tiny_export(kv_bits=8), tmp_path / "out")
     path = out / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -150,43 +230,61 @@ def test_a_cache_that_is_not_quantised_is_found(tiny_export: Export, tmp_path: P
     node.input[1] = f"model.layers.1.self_attn.{kind}"
     path.write_bytes(model.SerializeToString())
     result = validate(out, ValidateOptions(tokens=24, steps=0))
-    assert f" at present.1.{kind} given its inputs (export, prefill: " in result.first_failure, result.first_failure
+    assert f" at present.1.{kind} given its inputs (export, prefill: " in result.first_failure, (
+        result.first_failure
+    )
 
 
 def test_wrong_keys_are_found_before_the_cache(tiny_export: Export, tmp_path: Path) -> None:
     out = shutil.copytree(tiny_export(kv_bits=4), tmp_path / "out")
     path = out / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    node = next(node for node in model.graph.node if node.output[0] == "model.layers.1.self_attn.qk_rotated")
+    node = next(
+        node for node in model.graph.node if node.output[0] == "model.layers.1.self_attn.qk_rotated"
+    )
     node.input[1], node.input[2] = node.input[2], node.input[1]
     path.write_bytes(model.SerializeToString())
     result = validate(out, ValidateOptions(tokens=24, steps=0))
-    assert " at model.layers.1.self_attn.key given its inputs (export, prefill: " in result.first_failure, result.first_failure
+    assert (
+        " at model.layers.1.self_attn.key given its inputs (export, prefill: "
+        in result.first_failure
+    ), result.first_failure
 
 
 def test_the_report_shows_it(tiny_export: Export) -> None:
     data = report_data(tiny_export(kv_bits=4), {}, ValidationResult((), "", ()))
     assert data["label"] == "w4a8-kv4" and data["scheme"]["kv_bits"] == 4
     text = page(json.loads(json.dumps(data)))
-    assert "4-bit weights, 8-bit activations, one scale per output channel, 4-bit KV cache; ABQGemm, method rtn." in text
+    assert (
+        "4-bit weights, 8-bit activations, one scale per output channel, 4-bit KV cache; "
+        "ABQGemm, method rtn." in text
+    )
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def test_out_belongs_to_its_cache(run: Run, refused: Callable[[tuple[int, str, str], str], None], tmp_path: Path) -> None:
+def test_out_belongs_to_its_cache(
+    run: Run, refused: Callable[[tuple[int, str, str], str], None], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     code, stdout, _ = run(out, "--kv-bits", "4")
     assert code == 0 and "8 QQQGemm nodes" in stdout
     assert read_quant(out / "quant").label == "w4a8-kv4"
-    refused(run(out, "--resume"), f'{out}: got an artefact with scheme {{"kv_bits": 4}}, expected {{"kv_bits": 16}}. '
-            "Choose another --out, or delete this folder.")
+    refused(
+        run(out, "--resume"),
+        f'{out}: got an artefact with scheme {{"kv_bits": 4}}, expected {{"kv_bits": 16}}. '
+        "Choose another --out, or delete this folder.",
+    )
     code, _, err = run(out, "--kv-bits", "4", "--resume")
     assert code == 0 and "quant: kept, nothing changed\nonnx: kept, nothing changed\n" in err
 
 
-def test_a_width_that_does_not_exist_is_refused_before_any_work(run: Run, refused: Callable[[tuple[int, str, str], str], None],
-                                                                tmp_path: Path) -> None:
-    refused(run(tmp_path / "out", "--kv-bits", "1"),
-            "--kv-bits: got 1, expected 2 to 8, or 16 for a KV cache in floating point. Give one of these.")
+def test_a_width_that_does_not_exist_is_refused_before_any_work(
+    run: Run, refused: Callable[[tuple[int, str, str], str], None], tmp_path: Path
+) -> None:
+    refused(
+        run(tmp_path / "out", "--kv-bits", "1"),
+        "--kv-bits: got 1, expected 2 to 8, or 16 for a KV cache in floating point. Give one of these.",
+    )
     assert not (tmp_path / "out").exists()

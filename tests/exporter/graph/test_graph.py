@@ -1,4 +1,6 @@
-"""The exported decoder equals the torch reference, grows its cache, ignores padding, and is the same bytes every time."""
+"""The exported decoder equals the torch reference, grows its cache, ignores padding, and is the
+same bytes every time.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.out.files import StageWriter
 from calibration.quant.bits import Rule, SchemeMap
-from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.quant.folder import read_quant
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
@@ -24,28 +26,40 @@ from plugins.core.op_spec import is_custom
 
 SCHEMES = {
     "qqq": QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
-    "qqq-g64": QuantScheme("QQQGemm", "rtn", 4, 8, group_size=64, act_symmetric=True, dtype="float32"),
+    "qqq-g64": QuantScheme(
+        "QQQGemm", "rtn", 4, 8, group_size=64, act_symmetric=True, dtype="float32"
+    ),
     "w8a8": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32"),
     "w2ba8-g32": QuantScheme("ABQGemm", "rtn", 2, 8, balanced=True, group_size=32, dtype="float32"),
     "w3a16": QuantScheme("ABQGemm", "rtn", 3, 16, dtype="float32"),
     "w8a8-kv4": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32", kv_bits=4),
     "qqq-kv8": QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32", kv_bits=8),
-    "mixed": SchemeMap(QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
-                       (Rule("down_proj", "w8a8"), Rule("layers.0.mlp.gate_up_proj", "w2ba8-g16"), Rule("layers.1.self_attn.*", "w4a16"))),
+    "mixed": SchemeMap(
+        QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
+        (
+            Rule("down_proj", "w8a8"),
+            Rule("layers.0.mlp.gate_up_proj", "w2ba8-g16"),
+            Rule("layers.1.self_attn.*", "w4a16"),
+        ),
+    ),
 }
 
 
 def export(model: Path, scheme: QuantScheme | SchemeMap, out: Path) -> Path:
     """Quantise and export; returns the onnx folder."""
     with StageWriter(out, "quant") as writer:
-        quantize_model(open_checkpoint(str(model), offline=True), scheme, QuantizeOptions(), writer.path)
+        quantize_model(
+            open_checkpoint(str(model), offline=True), scheme, QuantizeOptions(), writer.path
+        )
     folder = out / "onnx"
     folder.mkdir()
     export_onnx(read_quant(out / "quant"), folder)
     return folder
 
 
-def feeds(ids: np.ndarray, past: dict[str, np.ndarray], mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def feeds(
+    ids: np.ndarray, past: dict[str, np.ndarray], mask: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Inputs for new tokens after a cache."""
     length = next(iter(past.values())).shape[2]
     if mask is None:
@@ -59,19 +73,28 @@ class Decoder:
 
     def __init__(self, folder: Path) -> None:
         self.session = onnxruntime.InferenceSession(str(folder / MODEL_FILE))
-        self.caches = [value for value in self.session.get_inputs() if value.name.startswith("past")]
+        self.caches = [
+            value for value in self.session.get_inputs() if value.name.startswith("past")
+        ]
 
     def empty(self, batch: int = 1) -> dict[str, np.ndarray]:
         dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        return {value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype[value.type]) for value in self.caches}
+        return {
+            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype[value.type])
+            for value in self.caches
+        }
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logits, *present = self.session.run(None, inputs)
-        return logits, {value.name: array for value, array in zip(self.caches, present, strict=True)}
+        return logits, {
+            value.name: array for value, array in zip(self.caches, present, strict=True)
+        }
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def exported(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The tiny model's onnx folder for a named scheme, made once."""
     cache: dict[str, Path] = {}
 
@@ -96,20 +119,26 @@ def test_logits_equal_the_torch_reference(exported: Callable[[str], Path], name:
     decoder = Decoder(folder)
     logits, _ = decoder(feeds(IDS, decoder.empty()))
     with torch.no_grad():
-        want = quantised_model(read_quant(folder.parent / "quant"))(torch.from_numpy(IDS)).logits.float().numpy()
+        want = (
+            quantised_model(read_quant(folder.parent / "quant"))(torch.from_numpy(IDS))
+            .logits.float()
+            .numpy()
+        )
     assert logits.dtype == np.float32 and logits.shape == want.shape
     error = np.linalg.norm(logits - want) / np.linalg.norm(want)
     assert error < 2e-3, error  # both fp32: only a code on the edge of two roundings may differ
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-kv4"])
-def test_decoding_with_the_cache_equals_one_prefill(exported: Callable[[str], Path], name: str) -> None:
+def test_decoding_with_the_cache_equals_one_prefill(
+    exported: Callable[[str], Path], name: str
+) -> None:
     decoder = Decoder(exported(name))
     whole, _ = decoder(feeds(IDS, decoder.empty()))
     logits, past = decoder(feeds(IDS[:, :4], decoder.empty()))
     steps = [logits]
     for column in range(4, IDS.shape[1]):
-        logits, past = decoder(feeds(IDS[:, column:column + 1], past))
+        logits, past = decoder(feeds(IDS[:, column : column + 1], past))
         steps.append(logits)
     np.testing.assert_allclose(np.concatenate(steps, 1), whole, atol=2e-3 * np.abs(whole).max())
     assert next(iter(past.values())).shape[2] == IDS.shape[1]
@@ -134,31 +163,59 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     custom = [node for node in model.graph.node if is_custom(node.domain)]
     assert [node.name for node in custom[:4]] == [
-        "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.gate_up_proj",
-        "model.layers.0.mlp.down_proj"]
-    assert [node.domain for node in custom] == ["anybit", "anybit.v1"] * 4  # with and without a norm
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.gate_up_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    assert [node.domain for node in custom] == [
+        "anybit",
+        "anybit.v1",
+    ] * 4  # with and without a norm
     assert [node.input[-1] for node in custom[::2]] == [
-        f"model.layers.{i}.{norm}.weight" for i in range(2) for norm in ("input_layernorm", "post_attention_layernorm")]
-    assert [node.name for node in model.graph.node if node.op_type == "RMSNormalization"] == ["model.norm"]
+        f"model.layers.{i}.{norm}.weight"
+        for i in range(2)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    ]
+    assert [node.name for node in model.graph.node if node.op_type == "RMSNormalization"] == [
+        "model.norm"
+    ]
     for node in custom:
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
         assert attributes["plugin_namespace"] == b"anybit" and attributes["plugin_version"] == b"1"
     assert len(model.functions) == 2 and {item.overload for item in model.functions} == {""}
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
     caches = [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
-    assert names == ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in caches),
-                     "logits", *(f"present.{name}" for name in caches)]
-    assert {layer_output(0), layer_output(1)} <= {name for node in model.graph.node for name in node.output}
+    assert names == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *(f"past_key_values.{name}" for name in caches),
+        "logits",
+        *(f"present.{name}" for name in caches),
+    ]
+    assert {layer_output(0), layer_output(1)} <= {
+        name for node in model.graph.node for name in node.output
+    }
     assert sorted(path.name for path in folder.iterdir()) == [MODEL_FILE, DATA_FILE]
-    inline = [tensor for tensor in model.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
-    assert all(tensor.data_type == onnx.TensorProto.INT64 and len(tensor.raw_data) <= 64 for tensor in inline)
+    inline = [
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL
+    ]
+    assert all(
+        tensor.data_type == onnx.TensorProto.INT64 and len(tensor.raw_data) <= 64
+        for tensor in inline
+    )
     outputs = [name for node in model.graph.node for name in node.output]
     assert len(outputs) == len(set(outputs))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["qqq", "w3a16"])
-def test_norms_apart_give_the_same_bits(tiny_model_dir: Path, tmp_path: Path, name: str, dtype: str) -> None:
+def test_norms_apart_give_the_same_bits(
+    tiny_model_dir: Path, tmp_path: Path, name: str, dtype: str
+) -> None:
     scheme = SCHEMES[name]
     assert isinstance(scheme, QuantScheme)
     folder = export(tiny_model_dir, replace(scheme, dtype=dtype), tmp_path)
@@ -175,7 +232,9 @@ def test_norms_apart_give_the_same_bits(tiny_model_dir: Path, tmp_path: Path, na
     np.testing.assert_array_equal(*outputs)
 
 
-def test_a_norm_without_epsilon_stays_apart(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_norm_without_epsilon_stays_apart(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     """An epsilon of 0 means no norm to a node."""
     folder = export(tiny_llama(rms_norm_eps=0.0), SCHEMES["w8a8"], tmp_path)
     nodes = onnx.load(folder / MODEL_FILE, load_external_data=False).graph.node
@@ -201,7 +260,11 @@ def test_biases_reach_the_graph(tiny_llama: Callable[..., Path], tmp_path: Path)
     decoder = Decoder(folder)
     logits, _ = decoder(feeds(IDS, decoder.empty()))
     with torch.no_grad():
-        want = quantised_model(read_quant(tmp_path / "quant"))(torch.from_numpy(IDS)).logits.float().numpy()
+        want = (
+            quantised_model(read_quant(tmp_path / "quant"))(torch.from_numpy(IDS))
+            .logits.float()
+            .numpy()
+        )
     assert np.linalg.norm(logits - want) / np.linalg.norm(want) < 2e-3
 
 

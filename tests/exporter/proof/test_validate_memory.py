@@ -10,15 +10,24 @@ from calibration.quant.scheme import QuantScheme
 from exporter.proof.memory import check_memory
 from plugins.errors import InputError
 
-QQQ, W8A8, W4A16 = (QuantScheme(op, "rtn", wbits, abits) for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16)))
+QQQ, W8A8, W4A16 = (
+    QuantScheme(op, "rtn", wbits, abits)
+    for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16))
+)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, kilobytes: int) -> None:
-    monkeypatch.setattr("exporter.proof.memory._meminfo", lambda: f"MemTotal: 9 kB\nMemAvailable: {kilobytes} kB\n")
+    monkeypatch.setattr(
+        "exporter.proof.memory._meminfo", lambda: f"MemTotal: 9 kB\nMemAvailable: {kilobytes} kB\n"
+    )
 
 
-@pytest.mark.parametrize("scheme, per_weight", [(QQQ, 18), (replace(QQQ, group_size=64), 47), (W8A8, 55), (W4A16, 46)])
-def test_the_need_follows_from_the_op(monkeypatch: pytest.MonkeyPatch, scheme: QuantScheme, per_weight: int) -> None:
+@pytest.mark.parametrize(
+    "scheme, per_weight", [(QQQ, 18), (replace(QQQ, group_size=64), 47), (W8A8, 55), (W4A16, 46)]
+)
+def test_the_need_follows_from_the_op(
+    monkeypatch: pytest.MonkeyPatch, scheme: QuantScheme, per_weight: int
+) -> None:
     weights = 1024**2
     free(monkeypatch, per_weight * 1024)
     check_memory(weights, {scheme: 99})
@@ -38,8 +47,10 @@ def test_the_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 1_000_000)
     with pytest.raises(InputError) as caught:
         check_memory(7 * 10**9, {QQQ: 1})
-    assert str(caught.value) == ("validation: got 1.02 GB of free memory, expected 126.00 GB to unpack 7000 M weights. "
-                                 "Use --until engine here, and validate on a machine with more memory.")
+    assert str(caught.value) == (
+        "validation: got 1.02 GB of free memory, expected 126.00 GB to unpack 7000 M weights. "
+        "Use --until engine here, and validate on a machine with more memory."
+    )
 
 
 def test_a_system_that_does_not_tell_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

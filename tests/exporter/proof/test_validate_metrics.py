@@ -18,7 +18,12 @@ def some(seed: int = 0, shape: tuple[int, ...] = (1, 4, 8)) -> np.ndarray:
 
 def test_equal_tensors_have_no_error() -> None:
     error = tensor_error(some(), some(), ALL)
-    assert (error.relative, error.snr_db, error.max_abs, error.agreement) == (0.0, EXACT_DB, 0.0, 1.0)
+    assert (error.relative, error.snr_db, error.max_abs, error.agreement) == (
+        0.0,
+        EXACT_DB,
+        0.0,
+        1.0,
+    )
     assert error.cosine == pytest.approx(1.0) and error.cosine <= 1.0
     assert error.worst_channel[1] == 0.0 and error
 
@@ -62,14 +67,24 @@ def test_what_is_not_finite_fails(value: float) -> None:
     got = some()
     got[0, 1, 1] = value
     error = tensor_error(some(), got, ALL)
-    assert not error and error.relative == math.inf and math.isnan(error.cosine) and error.snr_db == -math.inf
+    assert (
+        not error
+        and error.relative == math.inf
+        and math.isnan(error.cosine)
+        and error.snr_db == -math.inf
+    )
     assert not total_error([tensor_error(some(), some(), ALL), error])
 
 
 def test_calls_add_up() -> None:
     reference, got = some(1), some(2)
     whole = tensor_error(reference, got, ALL)
-    parts = total_error([tensor_error(reference[:, :1], got[:, :1], ALL[:, :1]), tensor_error(reference[:, 1:], got[:, 1:], ALL[:, 1:])])
+    parts = total_error(
+        [
+            tensor_error(reference[:, :1], got[:, :1], ALL[:, :1]),
+            tensor_error(reference[:, 1:], got[:, 1:], ALL[:, 1:]),
+        ]
+    )
     for name in ("tokens", "relative", "cosine", "max_abs", "agreement"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name))
     np.testing.assert_allclose(parts.channel_error, whole.channel_error)
@@ -84,7 +99,11 @@ def test_compare_takes_common_tensors_and_new_cache_tokens() -> None:
     cache = some(3, (1, 2, 6, 5))  # two old tokens, four new ones
     other = cache.copy()
     other[:, :, :2] += 1
-    found = CompareTensors(ALL)({"a": some(), "present.0.key": cache, "b": some()}, {"present.0.key": other, "a": some(1)})
+    found = CompareTensors(ALL)(
+        {"a": some(), "present.0.key": cache, "b": some()}, {"present.0.key": other, "a": some(1)}
+    )
     assert list(found) == ["a", "present.0.key"]
-    assert found["present.0.key"].relative == 0.0 and found["present.0.key"].channel_error.shape == (10,)
+    assert found["present.0.key"].relative == 0.0 and found[
+        "present.0.key"
+    ].channel_error.shape == (10,)
     assert found["a"].relative > 0.5

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.reference.model import quantised_model
 from calibration.quant.folder import read_quant
+from calibration.reference.model import quantised_model
+from exporter.proof.runners import LockstepRunner, SessionRunner, gemm_nodes
 from exporter.run.onnxruntime import load_model
 from exporter.run.sessions import TorchSession
-from exporter.proof.runners import LockstepRunner, SessionRunner, gemm_nodes
 
 IDS = np.array([[5, 300, 17, 42, 99, 7]], np.int64)
 FEED = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
@@ -23,16 +23,31 @@ def test_gemm_nodes_follow_the_family(tiny_export: Callable[..., Path]) -> None:
     out = tiny_export()
     nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
     assert len(nodes) == 8
-    assert (nodes[0].name, nodes[0].source) == ("model.layers.0.self_attn.qkv_proj", "model.embed_tokens")
-    assert [node.source for node in nodes[2::2]] == ["model.layers.0.residual", "model.layers.0.output", "model.layers.1.residual"]
-    assert [node.norm for node in nodes[4:]] == ["model.layers.1.input_layernorm", "", "model.layers.1.post_attention_layernorm", ""]
+    assert (nodes[0].name, nodes[0].source) == (
+        "model.layers.0.self_attn.qkv_proj",
+        "model.embed_tokens",
+    )
+    assert [node.source for node in nodes[2::2]] == [
+        "model.layers.0.residual",
+        "model.layers.0.output",
+        "model.layers.1.residual",
+    ]
+    assert [node.norm for node in nodes[4:]] == [
+        "model.layers.1.input_layernorm",
+        "",
+        "model.layers.1.post_attention_layernorm",
+        "",
+    ]
     assert nodes[6].members == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
 
 
 def test_gemm_nodes_may_have_their_norms_apart(tiny_export: Callable[..., Path]) -> None:
     out = tiny_export(fuse_norms=False)
     nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
-    assert (nodes[0].source, nodes[6].source) == ("model.layers.0.input_layernorm", "model.layers.1.post_attention_layernorm")
+    assert (nodes[0].source, nodes[6].source) == (
+        "model.layers.0.input_layernorm",
+        "model.layers.1.post_attention_layernorm",
+    )
     assert {node.norm for node in nodes} == {""}
 
 
@@ -47,8 +62,12 @@ def test_a_mask_without_past_starts_anew(tiny_export: Callable[..., Path]) -> No
 
 
 @pytest.mark.parametrize("fuse_norms", [True, False])
-def test_lockstep_takes_the_leaders_tensors(tiny_export: Callable[..., Path], fuse_norms: bool) -> None:
-    """What it reports is the reference's own result on the leader's inputs, and a wrong tensor does not travel on."""
+def test_lockstep_takes_the_leaders_tensors(
+    tiny_export: Callable[..., Path], fuse_norms: bool
+) -> None:
+    """What it reports is the reference's own result on the leader's inputs, and a wrong tensor does
+    not travel on.
+    """
     out = tiny_export(fuse_norms=fuse_norms)
     model = quantised_model(read_quant(out / "quant"))
     nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
@@ -56,17 +75,33 @@ def test_lockstep_takes_the_leaders_tensors(tiny_export: Callable[..., Path], fu
     hooks = []
     for node in nodes:
         first = model.get_submodule(node.norm or node.members[0])
-        hooks.append(first.register_forward_pre_hook(lambda module, args, name=node.source: seen.__setitem__(name, args[0].numpy().copy())))
+        hooks.append(
+            first.register_forward_pre_hook(
+                lambda module, args, name=node.source: seen.__setitem__(
+                    name, args[0].numpy().copy()
+                )
+            )
+        )
         for member in node.members:
-            hooks.append(model.get_submodule(member).register_forward_hook(
-                lambda module, args, output, name=node.result: seen.setdefault(name, []).append(output.numpy().copy())))
+            hooks.append(
+                model.get_submodule(member).register_forward_hook(
+                    lambda module, args, output, name=node.result: seen.setdefault(name, []).append(
+                        output.numpy().copy()
+                    )
+                )
+            )
     with SessionRunner("leader", lambda: TorchSession(model, watch_layers=True)) as leader:
         own = leader.infer(FEED)
         for hook in hooks:
             hook.remove()
-        tensors = {name: np.concatenate(value, -1) if isinstance(value, list) else value for name, value in seen.items()}
+        tensors = {
+            name: np.concatenate(value, -1) if isinstance(value, list) else value
+            for name, value in seen.items()
+        }
         leader.outputs = {**own, **tensors}
-        with LockstepRunner("lockstep", lambda: TorchSession(model, watch_layers=True), leader, nodes) as lockstep:
+        with LockstepRunner(
+            "lockstep", lambda: TorchSession(model, watch_layers=True), leader, nodes
+        ) as lockstep:
             same = lockstep.infer(FEED)
             for name, array in tensors.items():
                 np.testing.assert_array_equal(same[name], array)
@@ -75,7 +110,11 @@ def test_lockstep_takes_the_leaders_tensors(tiny_export: Callable[..., Path], fu
             leader.outputs[wrong] = tensors[wrong] * 2
             found = lockstep.infer(FEED)
     np.testing.assert_array_equal(found[wrong], tensors[wrong])  # the reference's own result
-    assert np.abs(found[nodes[2].source] - tensors[nodes[2].source]).max() > 0.01  # what follows saw the leader's
-    np.testing.assert_array_equal(found[nodes[2].result], tensors[nodes[2].result])  # and the next node the leader's input again
+    assert (
+        np.abs(found[nodes[2].source] - tensors[nodes[2].source]).max() > 0.01
+    )  # what follows saw the leader's
+    np.testing.assert_array_equal(
+        found[nodes[2].result], tensors[nodes[2].result]
+    )  # and the next node the leader's input again
     np.testing.assert_array_equal(found["logits"], own["logits"])
     assert not any(module._forward_hooks for module in (model.get_submodule(nodes[0].members[0]),))

@@ -1,4 +1,6 @@
-"""Weights in quant/: honest roundings stay within their bound, faults planted in the files are named."""
+"""Weights in quant/: honest roundings stay within their bound, faults planted in the files are
+named.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +13,37 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.out.files import read_json, sha256_file, write_json
 from calibration.checkpoints.checkpoint import open_checkpoint
-from calibration.methods.rtn import quantize
-from calibration.quant.folder import read_quant
 from calibration.checkpoints.safetensors import read_header, read_tensor
+from calibration.methods.rtn import quantize
+from calibration.out.files import read_json, sha256_file, write_json
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.graph.decoder import export_onnx
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from exporter.proof.judge import LayerReport
+from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from exporter.proof.weights import compare_weights, compared_tensors, rounding_bound
 
 SCHEMES: dict[str, dict[str, Any]] = {
-    **{f"w{bits}": {"wbits": bits} for bits in range(1, 9)}, "w1b": {"wbits": 1, "balanced": True}, "w2b": {"wbits": 2, "balanced": True},
-    "w4-g32": {"group_size": 32}, "qqq": {"op": "QQQGemm"}, "qqq-g64": {"op": "QQQGemm", "group_size": 64}, "bf16": {"dtype": "bfloat16"},
+    **{f"w{bits}": {"wbits": bits} for bits in range(1, 9)},
+    "w1b": {"wbits": 1, "balanced": True},
+    "w2b": {"wbits": 2, "balanced": True},
+    "w4-g32": {"group_size": 32},
+    "qqq": {"op": "QQQGemm"},
+    "qqq-g64": {"op": "QQQGemm", "group_size": 64},
+    "bf16": {"dtype": "bfloat16"},
 }
 
 
 def weights(kind: str) -> np.ndarray:
     """[48, 128] of one distribution, with an all-zero row."""
     random = np.random.default_rng(0)
-    array = {"normal": random.standard_normal, "heavy": lambda size: random.standard_t(2, size), "positive": random.random,
-             "outlier": random.standard_normal}[kind]((48, 128)).astype(np.float32)
+    array = {
+        "normal": random.standard_normal,
+        "heavy": lambda size: random.standard_t(2, size),
+        "positive": random.random,
+        "outlier": random.standard_normal,
+    }[kind]((48, 128)).astype(np.float32)
     if kind == "outlier":
         array[:, 5] *= 300
     array[7] = 0
@@ -42,19 +53,26 @@ def weights(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["normal", "heavy", "positive", "outlier"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_no_honest_weight_leaves_its_bound(name: str, kind: str) -> None:
-    scheme = QuantScheme(**{"op": "ABQGemm", "method": "rtn", "wbits": 4, "abits": 8, **SCHEMES[name]})
+    scheme = QuantScheme(
+        **{"op": "ABQGemm", "method": "rtn", "wbits": 4, "abits": 8, **SCHEMES[name]}
+    )
     weight = weights(kind)
     error = np.abs(QuantLinear("x", scheme, quantize(weight, None, scheme)).dequantize() - weight)
     assert (error <= rounding_bound(weight, scheme) * 1.01 + np.abs(weight) * 2.0**-20).all()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_honest_folders_pass(tiny_quant: Callable[..., Path], tiny_model_dir: Path, name: str) -> None:
+def test_honest_folders_pass(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, name: str
+) -> None:
     checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
     rows = compare_weights(checkpoint, read_quant(tiny_quant(**SCHEMES[name]) / "quant"))
     assert len(rows) == compared_tensors(checkpoint) == 1 + 2 * (2 + 7) + 1 + 1
-    assert [row.tensor for row in rows[:3]] == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight",
-                                                "model.layers.0.post_attention_layernorm.weight"]
+    assert [row.tensor for row in rows[:3]] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    ]
     assert all(row.ok and row.limit is not None and row.level == "weights" for row in rows)
 
 
@@ -78,8 +96,11 @@ def zero_scales(arrays: Arrays) -> None:
 
 def swapped(arrays: Arrays) -> None:
     for end in ("codes", "scale", "zero"):
-        pair = [arrays[f"model.layers.1.mlp.{name}.{end}"] for name in ("gate_proj", "up_proj")
-                if f"model.layers.1.mlp.{name}.{end}" in arrays]
+        pair = [
+            arrays[f"model.layers.1.mlp.{name}.{end}"]
+            for name in ("gate_proj", "up_proj")
+            if f"model.layers.1.mlp.{name}.{end}" in arrays
+        ]
         if pair:
             pair[0][:], pair[1][:] = pair[1].copy(), pair[0].copy()
 
@@ -96,8 +117,14 @@ FAULTS: dict[str, tuple[Callable[[Arrays], None], str, str]] = {
     "gate and up swapped": (swapped, "model.layers.1.mlp.gate_proj", ""),
     "a norm's weight": (norm, "model.layers.1.input_layernorm.weight", ""),
 }
-PLACES = {"w8": {"wbits": 8}, "w4": {}, "w2b": {"wbits": 2, "balanced": True}, "w1b": {"wbits": 1, "balanced": True},
-          "qqq": {"op": "QQQGemm"}, "qqq-g64": {"op": "QQQGemm", "group_size": 64}}
+PLACES = {
+    "w8": {"wbits": 8},
+    "w4": {},
+    "w2b": {"wbits": 2, "balanced": True},
+    "w1b": {"wbits": 1, "balanced": True},
+    "qqq": {"op": "QQQGemm"},
+    "qqq-g64": {"op": "QQQGemm", "group_size": 64},
+}
 
 
 def copy_with_fault(whole: Path, out: Path, plant: Callable[[Arrays], None]) -> Path:
@@ -106,8 +133,12 @@ def copy_with_fault(whole: Path, out: Path, plant: Callable[[Arrays], None]) -> 
     meta = read_json(out / "quant" / "quant.json")
     for name in [name for name in meta["files"] if name.endswith(".safetensors")]:
         path = out / "quant" / name
-        plant({key: np.memmap(path, read_tensor(path, entry).dtype, "r+", entry.start, entry.shape)
-               for key, entry in read_header(path).items()})
+        plant(
+            {
+                key: np.memmap(path, read_tensor(path, entry).dtype, "r+", entry.start, entry.shape)
+                for key, entry in read_header(path).items()
+            }
+        )
         meta["files"][name] = sha256_file(path)
     write_json(out / "quant" / "quant.json", meta)
     return out
@@ -115,19 +146,32 @@ def copy_with_fault(whole: Path, out: Path, plant: Callable[[Arrays], None]) -> 
 
 def bad_rows(out: Path, model: Path) -> list[LayerReport]:
     quant = read_quant(out / "quant")
-    return [row for row in compare_weights(open_checkpoint(str(model), offline=True), quant) if not row.ok]
+    return [
+        row
+        for row in compare_weights(open_checkpoint(str(model), offline=True), quant)
+        if not row.ok
+    ]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, place: str, fault: str) -> None:
+def test_faults_are_found(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, place: str, fault: str
+) -> None:
     plant, tensor, _ = FAULTS[fault]
-    bad = bad_rows(copy_with_fault(tiny_quant(**PLACES[place]), tmp_path / "out", plant), tiny_model_dir)
+    bad = bad_rows(
+        copy_with_fault(tiny_quant(**PLACES[place]), tmp_path / "out", plant), tiny_model_dir
+    )
     names = [row.tensor for row in bad]
-    assert names == [tensor, *(["model.layers.1.mlp.up_proj"] if fault == "gate and up swapped" else [])]
+    assert names == [
+        tensor,
+        *(["model.layers.1.mlp.up_proj"] if fault == "gate and up swapped" else []),
+    ]
 
 
-def whole_validation(tiny_quant: Callable[..., Path], model: Path, out: Path, plant: Callable[[Arrays], None]) -> ValidationResult:
+def whole_validation(
+    tiny_quant: Callable[..., Path], model: Path, out: Path, plant: Callable[[Arrays], None]
+) -> ValidationResult:
     copy_with_fault(tiny_quant(wbits=2, balanced=True), out, plant)
     (out / "onnx").mkdir()
     export_onnx(read_quant(out / "quant"), out / "onnx")
@@ -135,22 +179,31 @@ def whole_validation(tiny_quant: Callable[..., Path], model: Path, out: Path, pl
 
 
 @pytest.mark.parametrize("fault", list(FAULTS)[:4])
-def test_validation_fails_and_names_the_linear(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, fault: str) -> None:
+def test_validation_fails_and_names_the_linear(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, fault: str
+) -> None:
     """The export is faithful to the broken codes, so only the weights can tell."""
     plant, tensor, place = FAULTS[fault]
     result = whole_validation(tiny_quant, tiny_model_dir, tmp_path / "out", plant)
     assert not result.ok and all(row.ok for row in result.rows if row.level == "export")
     assert result.first_failure.startswith("got a relative error of ")
-    assert f"{place}at {tensor} (weights: the tensors in quant/ against the float model's), expected at most " in result.first_failure
+    assert (
+        f"{place}at {tensor} (weights: the tensors in quant/ against the float model's), "
+        f"expected at most " in result.first_failure
+    )
 
 
-def test_other_methods_are_shown_but_not_judged(tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_other_methods_are_shown_but_not_judged(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     """They may transform the weights; NaN fails all the same."""
 
     def not_a_number(arrays: Arrays) -> None:
         arrays["model.layers.0.mlp.up_proj.scale"][3] = np.nan
 
-    for number, (plant, names) in enumerate(((swapped, []), (not_a_number, ["model.layers.0.mlp.up_proj"]))):
+    for number, (plant, names) in enumerate(
+        ((swapped, []), (not_a_number, ["model.layers.0.mlp.up_proj"]))
+    ):
         out = copy_with_fault(tiny_quant(), tmp_path / str(number), plant)
         quant = read_quant(out / "quant")
         quant.scheme = replace(quant.scheme, method="qqq")
@@ -165,7 +218,9 @@ def test_biases_and_missing_tensors(tiny_llama: Callable[..., Path], tmp_path: P
     model = tiny_llama(attention_bias=True)
     checkpoint = open_checkpoint(str(model), offline=True)
     (tmp_path / "quant").mkdir()
-    quantize_model(checkpoint, QuantScheme("ABQGemm", "rtn", 4, 8), QuantizeOptions(), tmp_path / "quant")
+    quantize_model(
+        checkpoint, QuantScheme("ABQGemm", "rtn", 4, 8), QuantizeOptions(), tmp_path / "quant"
+    )
     quant = read_quant(tmp_path / "quant")
     name = "model.layers.1.self_attn.k_proj.bias"
     rows = {row.tensor: row for row in compare_weights(checkpoint, quant)}

@@ -16,18 +16,29 @@ def parse(markup: str) -> ElementTree.Element:
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[1.0, 2.0, 30.0, 4.0], [1e-6, None, 0.0, 1.0], [None] * 4, [-3.5, 0.0, 1.0, 2.0], [5e-9] * 4])
+@pytest.mark.parametrize(
+    "values",
+    [[1.0, 2.0, 30.0, 4.0], [1e-6, None, 0.0, 1.0], [None] * 4, [-3.5, 0.0, 1.0, 2.0], [5e-9] * 4],
+)
 def test_any_values_give_a_chart(values: list[float | None], log: bool) -> None:
     chart = Chart("t", "d", "u", CHART.labels, log)
-    figure = parse(line_chart(chart, [Series("one", "a", values), Series("limit", "limit", [0.5] * 4)], "k"))
+    figure = parse(
+        line_chart(chart, [Series("one", "a", values), Series("limit", "limit", [0.5] * 4)], "k")
+    )
     svg = figure[0]
     assert svg.get("role") == "img" and svg.get("aria-labelledby") == "k-t k-d"
     for mark in svg.iter("circle"):
         if "cx" in mark.attrib:
-            assert 0 <= float(mark.get("cx", "-1")) <= 720 and 0 <= float(mark.get("cy", "-1")) <= 300
+            assert (
+                0 <= float(mark.get("cx", "-1")) <= 720 and 0 <= float(mark.get("cy", "-1")) <= 300
+            )
     titles = [title.text for title in svg.iter("title")][1:]
     assert len(titles) == 4
-    assert titles[3] == ("one, logits: not finite or no value" if values[3] is None else f"one, logits: {values[3]:.3g}")
+    assert titles[3] == (
+        "one, logits: not finite or no value"
+        if values[3] is None
+        else f"one, logits: {values[3]:.3g}"
+    )
     assert len(svg.findall("g[@class='bad']")) == values.count(None)
 
 
@@ -47,10 +58,17 @@ def test_higher_values_are_drawn_higher() -> None:
 def test_many_labels_are_thinned_and_the_last_stays() -> None:
     labels = [*map(str, range(80)), "logits"]
     svg = parse(line_chart(Chart("t", "d", "u", labels), [Series("s", "a", [1.0] * 81)], "k"))[0]
-    shown = [text.text for text in svg.iter("text") if text.get("text-anchor") == "middle" and text.get("class") == "tick"]
+    shown = [
+        text.text
+        for text in svg.iter("text")
+        if text.get("text-anchor") == "middle" and text.get("class") == "tick"
+    ]
     assert shown[0] == "0" and shown[-1] == "logits" and len(shown) <= 13
 
 
 def test_bar_is_clamped_and_named() -> None:
-    assert bar(0.25, "a quarter") == '<span class="bar" role="img" aria-label="a quarter"><i style="width:25.0%"></i></span>'
+    assert (
+        bar(0.25, "a quarter")
+        == '<span class="bar" role="img" aria-label="a quarter"><i style="width:25.0%"></i></span>'
+    )
     assert "width:100.0%" in bar(7, "x")

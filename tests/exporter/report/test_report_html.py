@@ -15,26 +15,93 @@ VOID = {"meta", "br", "line"}
 
 
 def row(level: str, tensor: str, **changes: Any) -> dict[str, Any]:
-    operator = {"operator": "model.layers.0.mlp.down_proj", "operator_error": 1e-3, "operator_limit": 4e-3} if level == "export" else {
-        "operator": "", "operator_error": None, "operator_limit": None}
-    return {"level": level, "phase": "prefill", "tensor": tensor, "cosine": 0.9991, "snr_db": 27.5, "max_abs": 0.5, "relative": 0.042,
-            "limit": 0.1, "agreement": 0.75 if tensor == "logits" else None, "ok": True, **operator, **changes}
+    operator = (
+        {"operator": "model.layers.0.mlp.down_proj", "operator_error": 1e-3, "operator_limit": 4e-3}
+        if level == "export"
+        else {"operator": "", "operator_error": None, "operator_limit": None}
+    )
+    return {
+        "level": level,
+        "phase": "prefill",
+        "tensor": tensor,
+        "cosine": 0.9991,
+        "snr_db": 27.5,
+        "max_abs": 0.5,
+        "relative": 0.042,
+        "limit": 0.1,
+        "agreement": 0.75 if tensor == "logits" else None,
+        "ok": True,
+        **operator,
+        **changes,
+    }
 
 
 PROFILE = {"name": "decode", "inputs": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}}}
 DATA: dict[str, Any] = {
-    "model": "tiny", "label": "w4a8", "source": {"fingerprint": "0123456789abcdef0123"}, "command": "python -m exporter 'a & b'",
-    "scheme": {"op": "QQQGemm", "method": "rtn", "wbits": 4, "abits": 8, "balanced": False, "group_size": 64, "act_symmetric": True,
-               "dtype": "float16", "kv_bits": 16},
-    "shape": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
-    "mixed": None, "sizes": {"bits_per_weight": 4.25, "model_float_bytes": 2e6, "model_quant_bytes": 1e6, "linear_float_bytes": 1.5e6,
-              "linear_quant_bits": 4e6, "rest_bytes": 5e5},
-    "request": {"model": "<tiny>", "calib": "default"}, "stages": [{"name": "quant", "seconds": 1.5, "peak_rss": 3e8, "bytes": 1e6}],
-    "engine": {"edition": "tensorrt-rtx", "version": "1.7.1.116", "bytes": 2e6, "parse_seconds": 0.5, "build_seconds": 2.5,
-               "layers": {"PLUGIN_V3": 4, "SHUFFLE": 9}, "custom_nodes": {"QQQGemm": 4}, "profiles": [PROFILE]},
-    "validation": {"ok": True, "first_failure": "", "notes": ["No GPU here."], "tokens": 24, "steps": 3, "text": "default", "seconds": 3.0,
-                   "rows": [row(level, tensor) for level in ("export", "quantisation") for tensor in ("model.layers.0.output", "logits")]},
-    "perplexity": None, "environment": {"cpu": "a CPU", "gpu": "no GPU", "system": "Linux", "versions": {"torch": "2.13.0"}},
+    "model": "tiny",
+    "label": "w4a8",
+    "source": {"fingerprint": "0123456789abcdef0123"},
+    "command": "python -m exporter 'a & b'",
+    "scheme": {
+        "op": "QQQGemm",
+        "method": "rtn",
+        "wbits": 4,
+        "abits": 8,
+        "balanced": False,
+        "group_size": 64,
+        "act_symmetric": True,
+        "dtype": "float16",
+        "kv_bits": 16,
+    },
+    "shape": {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    "mixed": None,
+    "sizes": {
+        "bits_per_weight": 4.25,
+        "model_float_bytes": 2e6,
+        "model_quant_bytes": 1e6,
+        "linear_float_bytes": 1.5e6,
+        "linear_quant_bits": 4e6,
+        "rest_bytes": 5e5,
+    },
+    "request": {"model": "<tiny>", "calib": "default"},
+    "stages": [{"name": "quant", "seconds": 1.5, "peak_rss": 3e8, "bytes": 1e6}],
+    "engine": {
+        "edition": "tensorrt-rtx",
+        "version": "1.7.1.116",
+        "bytes": 2e6,
+        "parse_seconds": 0.5,
+        "build_seconds": 2.5,
+        "layers": {"PLUGIN_V3": 4, "SHUFFLE": 9},
+        "custom_nodes": {"QQQGemm": 4},
+        "profiles": [PROFILE],
+    },
+    "validation": {
+        "ok": True,
+        "first_failure": "",
+        "notes": ["No GPU here."],
+        "tokens": 24,
+        "steps": 3,
+        "text": "default",
+        "seconds": 3.0,
+        "rows": [
+            row(level, tensor)
+            for level in ("export", "quantisation")
+            for tensor in ("model.layers.0.output", "logits")
+        ],
+    },
+    "perplexity": None,
+    "environment": {
+        "cpu": "a CPU",
+        "gpu": "no GPU",
+        "system": "Linux",
+        "versions": {"torch": "2.13.0"},
+    },
 }
 
 
@@ -51,7 +118,9 @@ class Checker(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.ids += [values["id"]] if values.get("id") else []
-        self.links += [str(values[name]) for name in ("src", "href", "xlink:href") if name in values]
+        self.links += [
+            str(values[name]) for name in ("src", "href", "xlink:href") if name in values
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -84,59 +153,134 @@ def changed(**changes: Any) -> dict[str, Any]:
 def test_page_is_whole_and_needs_no_network() -> None:
     checker, text = read(DATA)
     markup = page(DATA)
-    assert markup.startswith("<!doctype html>") and '<meta name="viewport"' in markup and "prefers-color-scheme:dark" in markup
+    assert (
+        markup.startswith("<!doctype html>")
+        and '<meta name="viewport"' in markup
+        and "prefers-color-scheme:dark" in markup
+    )
     assert checker.links == [] and not re.search(r"https?:|url\(|@import|<script", markup)
-    for words in ("every layer within tolerance", "4.25", "2.00× smaller", "4 PLUGIN_V3 for 4 custom nodes (4 QQQGemm)", "75%", "25%",
-                  "No GPU here.", "python -m exporter 'a & b'", "<tiny>", "model.layers.0.output", "0.999100", "27.5", "torch 2.13.0",
-                  "profile decode", "input_ids [1, 1] to [1, 1]", "4-bit weights, 8-bit activations, groups of 64; QQQGemm, method rtn."):
+    for words in (
+        "every layer within tolerance",
+        "4.25",
+        "2.00× smaller",
+        "4 PLUGIN_V3 for 4 custom nodes (4 QQQGemm)",
+        "75%",
+        "25%",
+        "No GPU here.",
+        "python -m exporter 'a & b'",
+        "<tiny>",
+        "model.layers.0.output",
+        "0.999100",
+        "27.5",
+        "torch 2.13.0",
+        "profile decode",
+        "input_ids [1, 1] to [1, 1]",
+        "4-bit weights, 8-bit activations, groups of 64; QQQGemm, method rtn.",
+    ):
         assert words in text, words
 
 
 def test_a_failure_is_on_top_and_marked() -> None:
     data = changed()
     data["validation"] |= {"ok": False, "first_failure": "got 1 < 2 at model.layers.0.output"}
-    data["validation"]["rows"][0] = row("export", "model.layers.0.output", ok=False, operator_error=None, relative=None, cosine=None,
-                                        snr_db=None, max_abs=None)
+    data["validation"]["rows"][0] = row(
+        "export",
+        "model.layers.0.output",
+        ok=False,
+        operator_error=None,
+        relative=None,
+        cosine=None,
+        snr_db=None,
+        max_abs=None,
+    )
     text = read(data)[1]
     assert text.startswith("tiny w4a8: export report tiny out of tolerance")
     assert "First failure: got 1 < 2 at model.layers.0.output." in text
     assert page(data).count('<tr class="bad">') == 1 and "not finite or no value" in text
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"engine": None}, "No engine was built."),
-    ({"perplexity": {"ppl": 12.3456, "runner": "onnxruntime"}}, "perplexity 12.346 onnxruntime"),
-    ({"stages": []}, "validation 3.0"),
-    ({"scheme": {**DATA["scheme"], "abits": 16, "balanced": True, "wbits": 2, "group_size": 0, "op": "ABQGemm"}},
-     "2-bit balanced weights, float16 activations, one scale per output channel; ABQGemm, method rtn."),
-    ({}, "KV cache float16"),
-    ({"scheme": {**DATA["scheme"], "kv_bits": 4}}, "8-bit activations, groups of 64, 4-bit KV cache; QQQGemm, method rtn."),
-    ({"scheme": {**DATA["scheme"], "kv_bits": 4}}, "KV cache 4 bits, asymmetric per token and head"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"engine": None}, "No engine was built."),
+        (
+            {"perplexity": {"ppl": 12.3456, "runner": "onnxruntime"}},
+            "perplexity 12.346 onnxruntime",
+        ),
+        ({"stages": []}, "validation 3.0"),
+        (
+            {
+                "scheme": {
+                    **DATA["scheme"],
+                    "abits": 16,
+                    "balanced": True,
+                    "wbits": 2,
+                    "group_size": 0,
+                    "op": "ABQGemm",
+                }
+            },
+            "2-bit balanced weights, float16 activations, one scale per output channel; "
+            "ABQGemm, method rtn.",
+        ),
+        ({}, "KV cache float16"),
+        (
+            {"scheme": {**DATA["scheme"], "kv_bits": 4}},
+            "8-bit activations, groups of 64, 4-bit KV cache; QQQGemm, method rtn.",
+        ),
+        (
+            {"scheme": {**DATA["scheme"], "kv_bits": 4}},
+            "KV cache 4 bits, asymmetric per token and head",
+        ),
+    ],
+)
 def test_what_is_there_or_not(changes: dict[str, Any], words: str) -> None:
     assert words in read(changed(**changes))[1]
 
 
 def test_mixed_bits_get_their_section() -> None:
     scheme = {**DATA["scheme"], "label": "w4a8-g64", "nodes": 3, "weights": 3e6}
-    other = {**scheme, "label": "w2a16", "op": "ABQGemm", "abits": 16, "act_symmetric": False, "nodes": 1, "weights": 1e6}
+    other = {
+        **scheme,
+        "label": "w2a16",
+        "op": "ABQGemm",
+        "abits": 16,
+        "act_symmetric": False,
+        "nodes": 1,
+        "weights": 1e6,
+    }
     layer = {"self_attn.qkv_proj": "w4a8-g64", "mlp.down_proj": "w2a16"}
-    mixed = {"exceptions": 1, "nodes": 4, "schemes": [scheme, other], "layers": [layer, {**layer, "mlp.down_proj": "w4a8-g64"}]}
+    mixed = {
+        "exceptions": 1,
+        "nodes": 4,
+        "schemes": [scheme, other],
+        "layers": [layer, {**layer, "mlp.down_proj": "w4a8-g64"}],
+    }
     text = read(changed(mixed=mixed))[1]
-    for words in ("Mixed, 4.2 bits per weight on average, scales included: 1 of 4 GEMM nodes differ from 4-bit weights, 8-bit ",
-                  "w4a8-g64 QQQGemm 8 bits, symmetric per token 3 3.00", "w2a16 ABQGemm float16 1 1.00",
-                  "layer self_attn.qkv_proj mlp.down_proj 0 w4a8-g64 w2a16 1 w4a8-g64 w4a8-g64",
-                  "mixed precision 1 nodes differ from the following, see Bits"):
+    for words in (
+        "Mixed, 4.2 bits per weight on average, scales included: 1 of 4 GEMM nodes differ from "
+        "4-bit weights, 8-bit ",
+        "w4a8-g64 QQQGemm 8 bits, symmetric per token 3 3.00",
+        "w2a16 ABQGemm float16 1 1.00",
+        "layer self_attn.qkv_proj mlp.down_proj 0 w4a8-g64 w2a16 1 w4a8-g64 w4a8-g64",
+        "mixed precision 1 nodes differ from the following, see Bits",
+    ):
         assert words in text, words
     assert 'aria-label="25% of the weights"' in page(changed(mixed=mixed))
 
 
-@pytest.mark.parametrize("limit, remark", [(0.3, "The limit is half a step of the float weights' own range"),
-                                           (None, "This method may transform the weights, so their errors are shown and not judged.")])
+@pytest.mark.parametrize(
+    "limit, remark",
+    [
+        (0.3, "The limit is half a step of the float weights' own range"),
+        (None, "This method may transform the weights, so their errors are shown and not judged."),
+    ],
+)
 def test_weights_get_their_table(limit: float | None, remark: str) -> None:
     data = changed()
     worst = {"operator": "row 12", "operator_error": 0.25, "operator_limit": limit}
-    data["validation"]["rows"].insert(0, row("weights", "model.layers.0.mlp.up_proj", phase="", limit=limit, **worst))
+    data["validation"]["rows"].insert(
+        0, row("weights", "model.layers.0.mlp.up_proj", phase="", limit=limit, **worst)
+    )
     text = read(data)[1]
     assert "Weights: the tensors in quant/ against the float model's " in text and remark in text
     end = "3.00e-01 row 12 2.5e-01 3.0e-01" if limit else "– row 12 2.5e-01 –"
@@ -146,9 +290,14 @@ def test_weights_get_their_table(limit: float | None, remark: str) -> None:
 
 def test_equal_tensors_do_not_squeeze_the_chart() -> None:
     data = changed()
-    data["validation"]["rows"][0] = row("export", "model.layers.0.output", snr_db=200.0, relative=0.0)
+    data["validation"]["rows"][0] = row(
+        "export", "model.layers.0.output", snr_db=200.0, relative=0.0
+    )
     text, markup = read(data)[1], page(data)
-    assert "model.layers.0.output 0.999100 equal" in text and "60 dB stands for more, up to equal tensors." in text
+    assert (
+        "model.layers.0.output 0.999100 equal" in text
+        and "60 dB stands for more, up to equal tensors." in text
+    )
     assert ">60</text>" in markup and ">200</text>" not in markup
 
 

@@ -1,4 +1,6 @@
-"""The TensorRT session: refused without a GPU; its profiles and cache, with ONNX Runtime in the engine's place."""
+"""The TensorRT session: refused without a GPU; its profiles and cache, with ONNX Runtime in the
+engine's place.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 
 from calibration.quant.folder import read_quant
-from exporter.run.tensorrt import TensorrtSession
 from exporter.run.sessions import open_session
+from exporter.run.tensorrt import TensorrtSession
 from plugins.errors import InputError
 
 IDS = np.array([[5, 300, 17, 42, 99, 7, 256, 3, 444, 12, 13]], np.int64)
@@ -22,12 +24,16 @@ def test_tensorrt_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as caught:
         open_session("tensorrt", Path("nowhere"))  # said before anything is read
     assert caught.value.exit_code == 2
-    assert str(caught.value) == ("--runner tensorrt: got no CUDA device, expected one to run the engine. "
-                                 "Use --runner onnxruntime, or run on a machine with an NVIDIA GPU and its driver.")
+    assert str(caught.value) == (
+        "--runner tensorrt: got no CUDA device, expected one to run the engine. "
+        "Use --runner onnxruntime, or run on a machine with an NVIDIA GPU and its driver."
+    )
 
 
 class FakeEngine:
-    """Stands in for Polygraphy's TrtRunner: ONNX Runtime does the work, torch tensors go in and out."""
+    """Stands in for Polygraphy's TrtRunner: ONNX Runtime does the work, torch tensors go in and
+    out.
+    """
 
     is_active = False
 
@@ -57,13 +63,20 @@ class FakeSession(TensorrtSession):
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         import torch
 
-        return dict.fromkeys(self._names, torch.zeros(batch, self._cache_shape[0], 0, self._cache_shape[1]))
+        return dict.fromkeys(
+            self._names, torch.zeros(batch, self._cache_shape[0], 0, self._cache_shape[1])
+        )
 
 
-def test_tensorrt_session_picks_profiles_and_keeps_the_cache(tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
+    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tiny_export(abits=8, dtype="float32")
     inputs = {"prefill": ([1, 8], [1, 2, 8, 16]), "decode": ([1, 1], [1, 2, 12, 16])}
-    profiles = [{"inputs": {"input_ids": {"max": ids}, "past_key_values.0.key": {"max": past}}} for ids, past in inputs.values()]
+    profiles = [
+        {"inputs": {"input_ids": {"max": ids}, "past_key_values.0.key": {"max": past}}}
+        for ids, past in inputs.values()
+    ]
     monkeypatch.setattr("exporter.run.tensorrt.check_engine", lambda folder: {"profiles": profiles})
     monkeypatch.setattr("exporter.run.tensorrt.gpu_capabilities", lambda: ["9.0"])
     with open_session("onnxruntime", out) as onnx:
@@ -75,4 +88,6 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(tiny_export: Callab
     assert session._runner.profiles == [0, 0, 1]  # 8 tokens, 3 tokens, 1 token behind 11
     session.run(IDS[:, :2])
     session.run(IDS[:, :1])
-    assert session._runner.profiles[-1] == 0  # 14 cached tokens are more than the decode profile takes
+    assert (
+        session._runner.profiles[-1] == 0
+    )  # 14 cached tokens are more than the decode profile takes

@@ -18,15 +18,28 @@ from plugins.errors import InputError
 
 def chain(dtype: int) -> onnx.ModelProto:
     """present = (x + y) * y, in `dtype`; logits = present as fp32."""
-    nodes = [helper.make_node("Add", ["past_key_values.0.key", "y"], ["sum"]), helper.make_node("Mul", ["sum", "y"], ["present.0.key"]),
-             helper.make_node("Cast", ["present.0.key"], ["logits"], to=TensorProto.FLOAT)]
-    inputs = [helper.make_tensor_value_info(name, dtype, [64]) for name in ("past_key_values.0.key", "y")]
-    outputs = [helper.make_tensor_value_info("present.0.key", dtype, [64]),
-               helper.make_tensor_value_info("logits", TensorProto.FLOAT, [64])]
-    return helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), ir_version=11, opset_imports=[helper.make_opsetid("", 23)])
+    nodes = [
+        helper.make_node("Add", ["past_key_values.0.key", "y"], ["sum"]),
+        helper.make_node("Mul", ["sum", "y"], ["present.0.key"]),
+        helper.make_node("Cast", ["present.0.key"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, dtype, [64]) for name in ("past_key_values.0.key", "y")
+    ]
+    outputs = [
+        helper.make_tensor_value_info("present.0.key", dtype, [64]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, [64]),
+    ]
+    return helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs),
+        ir_version=11,
+        opset_imports=[helper.make_opsetid("", 23)],
+    )
 
 
-@pytest.mark.parametrize("dtype, kind", [(TensorProto.FLOAT16, np.float16), (TensorProto.BFLOAT16, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype, kind", [(TensorProto.FLOAT16, np.float16), (TensorProto.BFLOAT16, ml_dtypes.bfloat16)]
+)
 def test_each_op_rounds(dtype: int, kind: type, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(chain(dtype).SerializeToString())
     x, y = np.random.default_rng(0).standard_normal((2, 64)).astype(kind)
@@ -39,7 +52,9 @@ def test_each_op_rounds(dtype: int, kind: type, tmp_path: Path) -> None:
     np.testing.assert_array_equal(got["present.0.key"].astype(np.float32), want)
     assert got["present.0.key"].dtype == wide
     unrounded = (x.astype(np.float32) + y.astype(np.float32)) * y.astype(np.float32)
-    assert (unrounded.astype(kind).astype(np.float32) != want).any()  # the test would notice a lost rounding
+    assert (
+        unrounded.astype(kind).astype(np.float32) != want
+    ).any()  # the test would notice a lost rounding
 
 
 def test_float32_is_left_alone() -> None:
@@ -52,24 +67,39 @@ def test_float32_is_left_alone() -> None:
 def test_marked_tensors_come_after_the_models_own(tiny_export: Callable[..., Path]) -> None:
     folder = tiny_export() / "onnx"
     own = [value.name for value in load_model(folder).graph.output]
-    marked = load_model(folder, ["model.layers.0.output", "model.layers.0.mlp.product"]).graph.output
-    assert [value.name for value in marked] == [*own, "model.layers.0.output", "model.layers.0.mlp.product"]
+    marked = load_model(
+        folder, ["model.layers.0.output", "model.layers.0.mlp.product"]
+    ).graph.output
+    assert [value.name for value in marked] == [
+        *own,
+        "model.layers.0.output",
+        "model.layers.0.mlp.product",
+    ]
     assert own[0] == "logits" and marked[0].type.tensor_type.elem_type == TensorProto.FLOAT
 
 
-def test_missing_and_damaged_models_are_named(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
+def test_missing_and_damaged_models_are_named(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(InputError) as caught:
         onnx_runner(tmp_path)
-    assert str(caught.value) == f"{path}: got no such file, expected the exported model. Run python -m exporter first."
+    assert (
+        str(caught.value)
+        == f"{path}: got no such file, expected the exported model. Run python -m exporter first."
+    )
     shutil.copy(tiny_export() / "onnx" / "model.onnx", path)
     with pytest.raises(InputError) as caught, onnx_runner(tmp_path):
         pass
-    assert caught.value.where == str(path) and caught.value.problem.startswith("got a model that ONNX Runtime refuses (")
+    assert caught.value.where == str(path) and caught.value.problem.startswith(
+        "got a model that ONNX Runtime refuses ("
+    )
     assert "model.onnx.data" in caught.value.problem
     assert caught.value.fix == "The file or its data is damaged: export the model again"
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(InputError) as caught:
         onnx_runner(tmp_path)
-    assert caught.value.where == str(path) and caught.value.problem.startswith("got a file that is not ONNX (")
+    assert caught.value.where == str(path) and caught.value.problem.startswith(
+        "got a file that is not ONNX ("
+    )
     assert caught.value.fix == "It is damaged: export the model again"

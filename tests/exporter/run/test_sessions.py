@@ -20,19 +20,26 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-3), ("float16", 0.05), ("bfloat16", 0.2)])
-def test_onnxruntime_equals_torch(tiny_export: Callable[..., Path], dtype: str, limit: float) -> None:
+def test_onnxruntime_equals_torch(
+    tiny_export: Callable[..., Path], dtype: str, limit: float
+) -> None:
     out = tiny_export(abits=8, dtype=dtype)
     with open_session("torch", out) as torch, open_session("onnxruntime", out) as onnx:
         for ids in (IDS, IDS[:, :1], IDS[:, 3:7]):
             want, got = torch.run(ids), onnx.run(ids)
-            assert got.shape == want.shape == (1, ids.shape[1], 512) and got.dtype == want.dtype == np.float32
+            assert (
+                got.shape == want.shape == (1, ids.shape[1], 512)
+                and got.dtype == want.dtype == np.float32
+            )
             assert relative(got, want) < limit
         assert torch.length == onnx.length == 16
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_custom_op_sees_rounded_inputs(tiny_export: Callable[..., Path], dtype: str) -> None:
-    """ONNX Runtime alone drops casts between two fp16 ops; then the reference, given the marked tensors, would differ."""
+    """ONNX Runtime alone drops casts between two fp16 ops; then the reference, given the marked
+    tensors, would differ.
+    """
     from plugins import op_spec
 
     out = tiny_export(abits=8, dtype=dtype)
@@ -45,16 +52,25 @@ def test_every_custom_op_sees_rounded_inputs(tiny_export: Callable[..., Path], d
     spec = op_spec(linear.scheme.op)
     kind = quant.tensor("model.norm.weight").dtype
     x, got = (outputs[name][0].astype(kind) for name in names)
-    np.testing.assert_array_equal(x.astype(outputs[names[0]].dtype), outputs[names[0]][0])  # it was rounded already
-    want = spec.reference(x, spec.pack(linear.arrays, linear.attributes, linear.name), linear.attributes)
+    np.testing.assert_array_equal(
+        x.astype(outputs[names[0]].dtype), outputs[names[0]][0]
+    )  # it was rounded already
+    want = spec.reference(
+        x, spec.pack(linear.arrays, linear.attributes, linear.name), linear.attributes
+    )
     np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
-def test_cache_chunks_and_last_only_change_nothing(tiny_export: Callable[..., Path], kind: str) -> None:
+def test_cache_chunks_and_last_only_change_nothing(
+    tiny_export: Callable[..., Path], kind: str
+) -> None:
     with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
         whole = session.run(IDS)
-        pieces = [session.run(IDS[:, :4], reset=True), *(session.run(IDS[:, i:i + 1]) for i in range(4, IDS.shape[1]))]
+        pieces = [
+            session.run(IDS[:, :4], reset=True),
+            *(session.run(IDS[:, i : i + 1]) for i in range(4, IDS.shape[1])),
+        ]
         assert relative(np.concatenate(pieces, 1), whole) < 1e-3
         session.max_tokens = 3
         assert relative(session.run(IDS, reset=True), whole) < 1e-3
@@ -93,27 +109,48 @@ def test_bad_shapes_are_named(tiny_export: Callable[..., Path]) -> None:
     with open_session("onnxruntime", tiny_export(abits=8, dtype="float32")) as session:
         session.run(IDS)
         assert message(session, np.zeros((1, 0), np.int64)) == (
-            "input_ids: got shape [1, 0], expected [batch, tokens] with at least one token. Reset the session to start new sequences.")
+            "input_ids: got shape [1, 0], expected [batch, tokens] with at least one token. "
+            "Reset the session to start new sequences."
+        )
         assert message(session, np.zeros((2, 3), np.int64)) == (
-            "input_ids: got a batch of 2, expected 1 as in the cache. Reset the session to start new sequences.")
+            "input_ids: got a batch of 2, expected 1 as in the cache. Reset the session to "
+            "start new sequences."
+        )
         assert message(session, IDS[:, :2], np.ones((1, 5), np.int64)) == (
-            "attention_mask: got shape [1, 5], expected [1, 2] or [1, 13]. Reset the session to start new sequences.")
+            "attention_mask: got shape [1, 5], expected [1, 2] or [1, 13]. Reset the session to "
+            "start new sequences."
+        )
         assert message(session, np.zeros((1, 246), np.int64)) == (
-            "input_ids: got a context of 257 tokens, expected at most 256. Give less text, or reset the session.")
+            "input_ids: got a context of 257 tokens, expected at most 256. Give less text, or "
+            "reset the session."
+        )
         assert session.length == 11
 
 
 def test_unknown_kind() -> None:
     with pytest.raises(InputError) as caught:
         open_session("tpu", Path("nowhere"))
-    assert str(caught.value) == "--runner: got 'tpu', expected torch, onnxruntime, tensorrt. Choose one of these."
+    assert (
+        str(caught.value)
+        == "--runner: got 'tpu', expected torch, onnxruntime, tensorrt. Choose one of these."
+    )
 
 
 def test_torch_session_shows_layers_and_cache(tiny_export: Callable[..., Path]) -> None:
     from calibration.reference.model import quantised_model
 
-    session = TorchSession(quantised_model(read_quant(tiny_export(abits=8, dtype="float32") / "quant")), watch_layers=True)
+    session = TorchSession(
+        quantised_model(read_quant(tiny_export(abits=8, dtype="float32") / "quant")),
+        watch_layers=True,
+    )
     outputs = session.step(IDS, np.ones_like(IDS))
-    assert sorted(outputs) == sorted(["logits", *(f"model.layers.{i}.output" for i in range(2)),
-                                      *(f"present.{i}.{kind}" for i in range(2) for kind in ("key", "value"))])
-    assert outputs["model.layers.1.output"].shape == (1, 11, 64) and outputs["present.0.key"].shape == (1, 2, 11, 16)
+    assert sorted(outputs) == sorted(
+        [
+            "logits",
+            *(f"model.layers.{i}.output" for i in range(2)),
+            *(f"present.{i}.{kind}" for i in range(2) for kind in ("key", "value")),
+        ]
+    )
+    assert outputs["model.layers.1.output"].shape == (1, 11, 64) and outputs[
+        "present.0.key"
+    ].shape == (1, 2, 11, 16)

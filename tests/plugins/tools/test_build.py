@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from plugins.tools import build, toolkit
 from plugins.errors import InputError, UserError
+from plugins.tools import build, toolkit
 from plugins.tools.sass import _cuobjdump
 
 PLUGINS = Path(__file__).parents[3] / "plugins"
@@ -37,12 +37,21 @@ def test_unchanged_sources_are_not_compiled_again(sources: Path) -> None:
     header.write_text(header.read_text() + "// changed\n")
     assert build.build_sim().stat().st_mtime_ns != first
     assert sorted(path.name for path in library.parent.iterdir()) == [
-        ".lock", "libanybit_kernels_sim.json", "libanybit_kernels_sim.so"]
+        ".lock",
+        "libanybit_kernels_sim.json",
+        "libanybit_kernels_sim.so",
+    ]
 
 
 def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
-    """Nothing of the self-test is in the kernels, no launcher of a kernel in the self-test, and TensorRT's headers in the plugins only."""
-    made = build._sources("*/cuda/*.cu", "core/host/*.cu"), build._sources("selftest/*.cpp"), build._sources("*/tensorrt.cpp")
+    """Nothing of the self-test is in the kernels, no launcher of a kernel in the self-test, and
+    TensorRT's headers in the plugins only.
+    """
+    made = (
+        build._sources("*/cuda/*.cu", "core/host/*.cu"),
+        build._sources("selftest/*.cpp"),
+        build._sources("*/tensorrt.cpp"),
+    )
 
     def changed(file: str) -> tuple[bool, ...]:
         before = [build._digest(each) for each in made]
@@ -55,25 +64,40 @@ def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
     assert changed("abq_gemm/cuda/int8.cuh") == (True, False, False)
     assert changed("core/host/params.h") == (True, True, True)
     assert changed("core/tensorrt/abi/logger.h") == (False, False, True)
-    assert changed("core/tensorrt/abi/NvInferRuntime.h") == (False, False, True)  # included as <NvInferRuntime.h>
-    (sources / "core" / "vector").write_text("// beside headers that include <vector>, where a compiler does not look for it\n")
+    assert changed("core/tensorrt/abi/NvInferRuntime.h") == (
+        False,
+        False,
+        True,
+    )  # included as <NvInferRuntime.h>
+    (sources / "core" / "vector").write_text(
+        "// beside headers that include <vector>, where a compiler does not look for it\n"
+    )
     assert changed("core/vector") == (False, False, False)
 
 
 def test_9_0_gets_all_its_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machine code for 90a, and PTX that later GPUs take: of the last architecture, in its general form."""
+    """Machine code for 90a, and PTX that later GPUs take: of the last architecture, in its general
+    form.
+    """
     assert build._gencode(["90"]) == build._gencode(["90a"]) == build._gencode(["90", "90a"])
-    assert build._gencode(["90a", "80"]) == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=sm_80",
-                                             "-gencode=arch=compute_80,code=compute_80"]
+    assert build._gencode(["90a", "80"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
     (tmp_path / "plugins" / "op").mkdir(parents=True)
     (tmp_path / "plugins" / "core").mkdir()
-    (tmp_path / "plugins" / "op" / "cuda" / "one.cu").write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+    (tmp_path / "plugins" / "op" / "cuda" / "one.cu").write_text(
+        'extern "C" __global__ void one(int* out) { *out = 1; }\n'
+    )
     for file in ("build_flags.json", "core/exports.map"):
         shutil.copy(PLUGINS / file, tmp_path / "plugins" / file)
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(build, "_SOURCES", tmp_path / "plugins")
     library = build.build_library("90")
-    listed = subprocess.run([_cuobjdump(), "-lelf", "-lptx", str(library)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [_cuobjdump(), "-lelf", "-lptx", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     assert "sm_90a.cubin" in listed
     assert "sm_90.cubin" not in listed
     assert "sm_90.ptx" in listed
@@ -92,16 +116,21 @@ def test_compiler_output_is_shown_and_the_old_library_stays(sources: Path) -> No
 def test_bad_architecture() -> None:
     with pytest.raises(InputError) as caught:
         build.build_library("sm_80")
-    assert str(caught.value) == ("--arch: got 'sm_80', expected all, or compute capabilities such as 80;90. "
-                                 "Give the capabilities without dots, separated by semicolons.")
+    assert str(caught.value) == (
+        "--arch: got 'sm_80', expected all, or compute capabilities such as 80;90. "
+        "Give the capabilities without dots, separated by semicolons."
+    )
 
 
 def test_bad_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(InputError) as caught:
         toolkit.find_cuda()
-    assert str(caught.value) == (f"CUDA_HOME: got {tmp_path}, expected a CUDA toolkit: bin/nvcc, headers, libcudart_static.a. "
-                                 "Correct or unset the variable.")
+    assert str(caught.value) == (
+        f"CUDA_HOME: got {tmp_path}, expected a CUDA toolkit: bin/nvcc, headers, "
+        f"libcudart_static.a. "
+        "Correct or unset the variable."
+    )
 
 
 @pytest.fixture
@@ -129,35 +158,64 @@ def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as caught:
         toolkit.find_cuda()
     assert str(caught.value) == (
-        "CUDA compiler: got no nvcc from CUDA_HOME, PATH or the wheels, expected one. Install the project's requirements "
-        "(pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl) or set CUDA_HOME to a "
-        "CUDA toolkit.")
+        "CUDA compiler: got no nvcc from CUDA_HOME, PATH or the wheels, expected one. Install "
+        "the project's requirements "
+        "(pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm "
+        "nvidia-cuda-cccl) or set CUDA_HOME to a "
+        "CUDA toolkit."
+    )
 
 
 @pytest.mark.usefixtures("bare")
 def test_no_host_compiler() -> None:
     with pytest.raises(InputError) as caught:
         toolkit.find_program("g++", "g++")
-    assert str(caught.value) == "g++: got no such program on PATH, expected it. Install it, such as: apt-get install g++."
+    assert (
+        str(caught.value)
+        == "g++: got no such program on PATH, expected it. Install it, such as: apt-get install g++."
+    )
 
 
 def test_soname_makes_a_versioned_library_resolvable(sources: Path) -> None:
     folder = sources.parent
     source, real = folder / "answer.c", folder / "libanswer.so.1"
     source.write_text("int answer(void) { return 42; }\n")
-    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libanswer.so.1", str(source), "-o", str(real)],
-                   check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-x",
+            "c",
+            "-shared",
+            "-fPIC",
+            "-Wl,-soname,libanswer.so.1",
+            str(source),
+            "-o",
+            str(real),
+        ],
+        check=True,
+    )
     alias = build.build_soname(real, "libanswer.so")
     assert alias.name == "libanswer.so"
-    code = (f"import ctypes\nctypes.CDLL({str(alias)!r}, mode=ctypes.RTLD_GLOBAL)\n"
-            "print(ctypes.CDLL('libanswer.so').answer())")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "42\n"
+    code = (
+        f"import ctypes\nctypes.CDLL({str(alias)!r}, mode=ctypes.RTLD_GLOBAL)\n"
+        "print(ctypes.CDLL('libanswer.so').answer())"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "42\n"
+    )
     with pytest.raises(OSError):
         ctypes.CDLL("libanswer.so")  # only that process knows the name
 
 
-def test_command_line_reports_bad_input(run_module: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_command_line_reports_bad_input(
+    run_module: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     result = run_module("plugins", "build", "--arch", "x")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == ("--arch: got 'x', expected all, or compute capabilities such as 80;90. "
-                             "Give the capabilities without dots, separated by semicolons.\n")
+    assert result.stderr == (
+        "--arch: got 'x', expected all, or compute capabilities such as 80;90. "
+        "Give the capabilities without dots, separated by semicolons.\n"
+    )

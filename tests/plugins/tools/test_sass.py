@@ -1,4 +1,6 @@
-"""The machine code of the plugin library that the install built: what every kernel is for is in it, and nothing that it must not have."""
+"""The machine code of the plugin library that the install built: what every kernel is for is in it,
+and nothing that it must not have.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from plugins import __main__ as command
-from plugins.tools.build import build_library, build_source
 from plugins.errors import InputError, UserError
+from plugins.tools.build import build_library, build_source
 from plugins.tools.sass import FAMILIES, Kernel, failures, inspect, loops, table
 from plugins.tools.toolkit import find_cuda
 
@@ -49,7 +51,9 @@ def test_library_passes(kernels: list[Kernel], capsys: pytest.CaptureFixture[str
 
 
 def test_every_family_is_there_for_every_architecture(kernels: list[Kernel]) -> None:
-    assert {(kernel.arch, kernel.family) for kernel in kernels} >= {(arch, family) for arch in ("sm_80", "sm_90a") for family in FAMILIES}
+    assert {(kernel.arch, kernel.family) for kernel in kernels} >= {
+        (arch, family) for arch in ("sm_80", "sm_90a") for family in FAMILIES
+    }
     stubs = [kernel for kernel in kernels if "wgmma" in kernel.family and kernel.arch == "sm_80"]
     assert len(stubs) > 10
     assert all(kernel.code < 512 for kernel in stubs)
@@ -71,7 +75,9 @@ def test_faults_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "sm_80: got no kernel of family abq int8, expected some" in capsys.readouterr().out
 
 
-def test_instructions_belong_to_the_innermost_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instructions_belong_to_the_innermost_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("plugins.tools.build.build_folder", lambda: tmp_path)
     source = tmp_path / "nested.cu"
     source.write_text(NESTED)
@@ -93,7 +99,9 @@ def test_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.Monkey
     source.write_text("no C++")
     with pytest.raises(UserError, match=r"broken.cu: got exit code \d+ from .*nvcc, expected 0"):
         build_source(source, "80")
-    with pytest.raises(InputError, match="--arch: got 'sm_80', expected all, or compute capabilities"):
+    with pytest.raises(
+        InputError, match="--arch: got 'sm_80', expected all, or compute capabilities"
+    ):
         build_source(source, "sm_80")
 
 
@@ -104,11 +112,19 @@ def test_missing_instructions_and_sizes_are_found() -> None:
     assert "library: got 63963136 bytes, expected at most 62914560" in found
     assert f"sm_80 {name}: got no IMMA, expected int8 tensor cores" in found
     assert f"sm_80 {name}: got 300 registers x 256 threads, expected at most 65536" in found
-    name = "gemm_warpgroups<QqqWarpgroup<ChannelWeights, WarpgroupShape<TileShape<8, 2, 8, 2, 3> > > >"
-    kernel = Kernel("sm_90a", name, registers=176, counts=Counter({"IGMMA": 8, "WARPGROUP": 8, "UBLKCP": 2, "USETMAXREG": 2}))
+    name = (
+        "gemm_warpgroups<QqqWarpgroup<ChannelWeights, WarpgroupShape<TileShape<8, 2, 8, 2, 3> > > >"
+    )
+    kernel = Kernel(
+        "sm_90a",
+        name,
+        registers=176,
+        counts=Counter({"IGMMA": 8, "WARPGROUP": 8, "UBLKCP": 2, "USETMAXREG": 2}),
+    )
     assert [line.partition("> >: ")[2] for line in failures([kernel]) if "Warpgroup" in line] == [
         "got 176 registers x 384 threads, expected at most 65536",
-        "got 8 waits and fences for 8 IGMMA, expected fewer: the compiler lets each wait for the one before",
+        "got 8 waits and fences for 8 IGMMA, expected fewer: the compiler lets each wait for "
+        "the one before",
         "got no LDS.64, expected pairs of packed words",
     ]
     assert [line for line in failures([Kernel("sm_80", name)]) if "Warpgroup" in line] == []
@@ -117,4 +133,8 @@ def test_missing_instructions_and_sizes_are_found() -> None:
 def test_no_such_library() -> None:
     with pytest.raises(InputError) as error:
         inspect(Path("nowhere.so"))
-    assert str(error.value) == "nowhere.so: got no such file, expected a kernel library. Build it: python -m plugins build."
+    assert (
+        str(error.value)
+        == "nowhere.so: got no such file, expected a kernel library. Build it: python -m "
+        "plugins build."
+    )

@@ -1,4 +1,6 @@
-"""Loads the plugin library into a real TensorRT and makes the plugins that a JSON list on stdin asks for; prints JSON."""
+"""Loads the plugin library into a real TensorRT and makes the plugins that a JSON list on stdin
+asks for; prints JSON.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,25 @@ class Recorder(trt.ILogger):  # type: ignore[misc]
 
 
 def make(registry: Any, request: dict[str, Any]) -> Any:
-    """One plugin, or None; request holds op, fields, and dtype of the field values that are whole numbers."""
-    dtypes = {name: "float32" if isinstance(value, float) else request["dtype"] for name, value in request["fields"].items()}
-    values = {name: np.array(value, dtypes[name]).reshape(-1) for name, value in request["fields"].items()}
-    fields = trt.PluginFieldCollection([trt.PluginField(name, value, getattr(trt.PluginFieldType, dtypes[name].upper()))
-                                        for name, value in values.items()])
-    return registry.get_creator(request["op"], "1", "anybit").create_plugin("layer0", fields, trt.TensorRTPhase.BUILD)
+    """One plugin, or None; request holds op, fields, and dtype of the field values that are whole
+    numbers.
+    """
+    dtypes = {
+        name: "float32" if isinstance(value, float) else request["dtype"]
+        for name, value in request["fields"].items()
+    }
+    values = {
+        name: np.array(value, dtypes[name]).reshape(-1) for name, value in request["fields"].items()
+    }
+    fields = trt.PluginFieldCollection(
+        [
+            trt.PluginField(name, value, getattr(trt.PluginFieldType, dtypes[name].upper()))
+            for name, value in values.items()
+        ]
+    )
+    return registry.get_creator(request["op"], "1", "anybit").create_plugin(
+        "layer0", fields, trt.TensorRTPhase.BUILD
+    )
 
 
 def main() -> None:
@@ -41,7 +56,13 @@ def main() -> None:
     answer: dict[str, Any] = {"creators": [], "plugins": []}
     for creator in registry.all_creators:
         if creator.plugin_namespace == "anybit":
-            answer["creators"].append([creator.name, creator.plugin_version, [field.name for field in creator.field_names]])
+            answer["creators"].append(
+                [
+                    creator.name,
+                    creator.plugin_version,
+                    [field.name for field in creator.field_names],
+                ]
+            )
     for request in json.load(sys.stdin):
         recorder.errors.clear()
         plugin = make(registry, request)

@@ -13,17 +13,29 @@ __all__ = ["HEAD_DIM", "HIDDEN", "block", "rope", "scheme", "streams"]
 HEAD_DIM, HIDDEN, INTERMEDIATE = 8, 32, 48
 
 
-def block(heads: int = 4, kv_heads: int = 2, bias: bool = True, seed: int = 0) -> tuple[BlockWeights, BlockShape]:
+def block(
+    heads: int = 4, kv_heads: int = 2, bias: bool = True, seed: int = 0
+) -> tuple[BlockWeights, BlockShape]:
     """Weights fp32, biases on every linear if any, norm gains away from 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    rows = {"q_proj": heads * HEAD_DIM, "k_proj": kv_heads * HEAD_DIM, "v_proj": kv_heads * HEAD_DIM, "o_proj": HIDDEN,
-            "gate_proj": INTERMEDIATE, "up_proj": INTERMEDIATE, "down_proj": HIDDEN}
+    rows = {
+        "q_proj": heads * HEAD_DIM,
+        "k_proj": kv_heads * HEAD_DIM,
+        "v_proj": kv_heads * HEAD_DIM,
+        "o_proj": HIDDEN,
+        "gate_proj": INTERMEDIATE,
+        "up_proj": INTERMEDIATE,
+        "down_proj": HIDDEN,
+    }
     columns = {"o_proj": heads * HEAD_DIM, "down_proj": INTERMEDIATE}
-    weights = {"input_layernorm.weight": 1 + 0.3 * random(HIDDEN), "post_attention_layernorm.weight": 1 + 0.3 * random(HIDDEN)}
+    weights = {
+        "input_layernorm.weight": 1 + 0.3 * random(HIDDEN),
+        "post_attention_layernorm.weight": 1 + 0.3 * random(HIDDEN),
+    }
     for name in (name for names in SITES.values() for name in names):
         short = name.split(".")[1]
         weights[f"{name}.weight"] = random(rows[short], columns.get(short, HIDDEN)) * 0.2
@@ -47,6 +59,10 @@ def streams(count: int, length: int = 24, seed: int = 1) -> list[Tensor]:
     return [torch.randn(length, HIDDEN, generator=generator) * channels for _ in range(count)]
 
 
-def scheme(wbits: int = 3, abits: int = 8, balanced: bool = False, group_size: int = 16) -> dict[str, QuantScheme]:
+def scheme(
+    wbits: int = 3, abits: int = 8, balanced: bool = False, group_size: int = 16
+) -> dict[str, QuantScheme]:
     """The same scheme at every site."""
-    return {site: QuantScheme("ABQGemm", "abq", wbits, abits, balanced, group_size) for site in SITES}
+    return {
+        site: QuantScheme("ABQGemm", "abq", wbits, abits, balanced, group_size) for site in SITES
+    }

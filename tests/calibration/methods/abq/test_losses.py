@@ -63,7 +63,10 @@ def test_attention_divergence_does_not_fade_with_length() -> None:
     for length in (16, 256):
         query, key = softmax_rows(3, length=length)
         rows = torch.arange(length // 2, length)
-        log_p, log_t = attention_rows(4 * query, key, rows), attention_rows(4 * query.flip(-1), key, rows)
+        log_p, log_t = (
+            attention_rows(4 * query, key, rows),
+            attention_rows(4 * query.flip(-1), key, rows),
+        )
         sharp.append(float(attention_divergence(log_p, log_t)))
         p, t = log_p.exp().log_softmax(-1), log_t.exp().log_softmax(-1)
         published = float(((p.exp() - t.exp()) * (p - t)).mean())
@@ -76,26 +79,46 @@ def test_attention_gradient_is_finite_behind_the_mask() -> None:
     query.requires_grad_()
     key.requires_grad_()
     rows = torch.tensor([0, 3])
-    attention_divergence(attention_rows(query, key, rows), attention_rows(*softmax_rows(1), rows)).backward()
+    attention_divergence(
+        attention_rows(query, key, rows), attention_rows(*softmax_rows(1), rows)
+    ).backward()
     assert query.grad is not None and key.grad is not None
     assert torch.isfinite(query.grad).all() and torch.isfinite(key.grad).all()
-    assert query.grad[:, :, 3].abs().min() > 0 and query.grad[:, :, 4:].eq(0).all() and key.grad[:, :, 4:].eq(0).all()
+    assert (
+        query.grad[:, :, 3].abs().min() > 0
+        and query.grad[:, :, 4:].eq(0).all()
+        and key.grad[:, :, 4:].eq(0).all()
+    )
 
 
 def test_block_loss_is_the_weighted_sum_over_targets() -> None:
     y, targets = gaussian(1, 6, 8), [gaussian(1, 6, 8, seed=seed) for seed in (1, 2)]
     rows = tuple(attention_rows(*softmax_rows(seed), torch.tensor([4, 9])) for seed in (0, 1))
-    error, direction = (sum(float(term(y, target)) for target in targets) for term in (output_error, direction_loss))
+    error, direction = (
+        sum(float(term(y, target)) for target in targets) for term in (output_error, direction_loss)
+    )
     attention = float(attention_divergence(*rows))
-    for weights in (LossWeights(), LossWeights(2, 0, 0), LossWeights(0, 3, 0), LossWeights(0.5, 1, 7)):
-        expected = weights.error * error + weights.direction * direction + weights.attention * attention
+    for weights in (
+        LossWeights(),
+        LossWeights(2, 0, 0),
+        LossWeights(0, 3, 0),
+        LossWeights(0.5, 1, 7),
+    ):
+        expected = (
+            weights.error * error + weights.direction * direction + weights.attention * attention
+        )
         assert float(block_loss(y, targets, rows, weights)) == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
-    assert float(block_loss(y, targets[:1], None, LossWeights(1, 0, 5))) == pytest.approx(float(output_error(y, targets[0])))
+    assert float(block_loss(y, targets[:1], None, LossWeights(1, 0, 5))) == pytest.approx(
+        float(output_error(y, targets[0]))
+    )
 
 
 def test_sampled_rows_cover_the_window_and_move_between_windows() -> None:
     rows = [sample_rows(512, 64, window) for window in range(8)]
-    assert all(len(row) == 64 and row.min() >= 0 and row.max() < 512 and (row.diff() == 8).all() for row in rows)
+    assert all(
+        len(row) == 64 and row.min() >= 0 and row.max() < 512 and (row.diff() == 8).all()
+        for row in rows
+    )
     assert len({int(row[0]) for row in rows}) >= 6
     assert torch.equal(sample_rows(512, 64, 3), rows[3])
     assert sample_rows(10, 64, 5).tolist() == list(range(10))

@@ -1,4 +1,6 @@
-"""The method's entry points: windows shared by processes in unequal parts, room given back, and two processes against one."""
+"""The method's entry points: windows shared by processes in unequal parts, room given back, and two
+processes against one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def test_every_process_counts_the_windows_alike(tiny_model_dir: Path) -> None:
 
     task = block_task(tiny_model_dir, AbqSettings(train_windows=128, batch=1), W2)
     for windows, world in ((15, 2), (128, 3)):
-        made = [_train_task(replace(task, ranks=Ranks(rank, world), windows=windows)) for rank in range(world)]
+        made = [
+            _train_task(replace(task, ranks=Ranks(rank, world), windows=windows))
+            for rank in range(world)
+        ]
         assert {len(one.x_q) for one in made} == {windows}
         assert _train_settings(replace(task, ranks=Ranks(0, world)), 1).batch == world
 
@@ -47,14 +52,51 @@ def test_two_processes_train_as_one(tiny_model_dir: Path, tmp_path: Path) -> Non
     losses, scales = [], []
     for count in (1, 2):
         out = tmp_path / str(count)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        options = ["--wbits", "2b", "--abits", "8", "--group-size", "16", "--nsamples", "5", "--seqlen", "32", "--set", "batch=2",
-                   "--set", "epochs=1", "--offline", "--progress", "none", "--out", str(out)]
-        done = subprocess.run([sys.executable, *launch, "-m", "calibration", str(tiny_model_dir), *options], cwd=REPOSITORY, text=True,
-                              capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        launch = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            if count > 1
+            else []
+        )
+        options = [
+            "--wbits",
+            "2b",
+            "--abits",
+            "8",
+            "--group-size",
+            "16",
+            "--nsamples",
+            "5",
+            "--seqlen",
+            "32",
+            "--set",
+            "batch=2",
+            "--set",
+            "epochs=1",
+            "--offline",
+            "--progress",
+            "none",
+            "--out",
+            str(out),
+        ]
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "calibration", str(tiny_model_dir), *options],
+            cwd=REPOSITORY,
+            text=True,
+            capture_output=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
-        blocks = json.loads((out / "quant" / "quant.json").read_text(encoding="utf-8"))["calibration"]["blocks"]
-        losses.append([block[key] for block in blocks for key in ("train_before", "train_after", "tune_before", "tune_after")])
+        blocks = json.loads((out / "quant" / "quant.json").read_text(encoding="utf-8"))[
+            "calibration"
+        ]["blocks"]
+        losses.append(
+            [
+                block[key]
+                for block in blocks
+                for key in ("train_before", "train_after", "tune_before", "tune_after")
+            ]
+        )
         scales.append(read_quant(out / "quant").linear("model.layers.1.mlp.down_proj").arrays.scale)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     np.testing.assert_allclose(scales[0], scales[1], rtol=1e-2)

@@ -1,4 +1,6 @@
-"""The quantised block and its teacher: what they compute, on how many elements, and what is learned."""
+"""The quantised block and its teacher: what they compute, on how many elements, and what is
+learned.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,22 @@ from calibration.blocks.forward import (
     mlp_product,
     rms_norm,
 )
-from calibration.reference.fake_quant import quantize_activation
 from calibration.methods.abq import student as module
 from calibration.methods.abq.quantizer import WeightQuantizer
 from calibration.methods.abq.student import BlockTask, Student, Teacher
 from calibration.methods.abq.transforms import TransformParts
+from calibration.reference.fake_quant import quantize_activation
 from tests.calibration.methods.abq.blocks import HEAD_DIM, block, rope, scheme, streams
 
 
 def make_task(**changes: Any) -> BlockTask:
     weights, shape = block(4, 2)
-    return dataclasses.replace(BlockTask("block 0", weights, shape, rope(24), scheme(4, 6), streams(3), streams(3, seed=4)), **changes)
+    return dataclasses.replace(
+        BlockTask(
+            "block 0", weights, shape, rope(24), scheme(4, 6), streams(3), streams(3, seed=4)
+        ),
+        **changes,
+    )
 
 
 def make_student(task: BlockTask, parts: TransformParts | None = None) -> Student:
@@ -44,13 +51,17 @@ def quantised(x: Tensor, bits: int) -> Tensor:
     return (codes - zero) * scale
 
 
-def expected_output(task: BlockTask, hat: dict[str, Tensor], x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def expected_output(
+    task: BlockTask, hat: dict[str, Tensor], x: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
     """By hand, with keys quantised after they are repeated for every query head, as published."""
     linear, shape = float_linear(hat), task.shape
     bits = task.schemes[QKV].abits
     normed = rms_norm(x, hat["input_layernorm.weight"], shape.epsilon)
     query, key, value = heads_from_qkv(linear(QKV, quantised(normed, bits)), shape, task.rope)
-    key, value = (quantised(part.repeat_interleave(shape.groups, -3), task.kv_bits) for part in (key, value))
+    key, value = (
+        quantised(part.repeat_interleave(shape.groups, -3), task.kv_bits) for part in (key, value)
+    )
     query = quantised(query, task.q_bits)
     x = x + linear("self_attn.o_proj", quantised(attend(query, key, value), bits))
     normed = rms_norm(x, hat["post_attention_layernorm.weight"], shape.epsilon)
@@ -73,7 +84,9 @@ def test_output_is_that_of_quantised_inputs_and_heads(kv_bits: int, q_bits: int)
 
 
 def test_keys_are_quantised_before_they_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 5: after it would be the same numbers at several times the work, and not what a cache holds."""
+    """Trap 5: after it would be the same numbers at several times the work, and not what a cache
+    holds.
+    """
     shapes = []
     original = module.quantize_dequantize_activation
 
@@ -90,7 +103,9 @@ def test_keys_are_quantised_before_they_are_repeated(monkeypatch: pytest.MonkeyP
 
 
 def test_query_key_scales_are_learned_only_where_heads_are_quantised() -> None:
-    """Codes are per row: elsewhere these scales change no rounding, and the optimiser would amplify noise."""
+    """Codes are per row: elsewhere these scales change no rounding, and the optimiser would amplify
+    noise.
+    """
     for kv_bits, learned in ((16, False), (8, True)):
         transform = make_student(make_task(kv_bits=kv_bits), TransformParts()).transform
         assert transform is not None and (transform.query_key is not None) == learned
@@ -103,12 +118,16 @@ def test_student_weights_are_the_codes_of_the_folded_ones() -> None:
     folded, hat = student.folded(), student()
     assert student.by_name().keys() == {name for names in SITES.values() for name in names}
     for name, quantizer in student.by_name().items():
-        torch.testing.assert_close(hat[f"{name}.weight"], quantizer(folded[f"{name}.weight"]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            hat[f"{name}.weight"], quantizer(folded[f"{name}.weight"]), rtol=0, atol=0
+        )
         assert torch.equal(hat[f"{name}.bias"], folded[f"{name}.bias"])
 
 
 @pytest.mark.parametrize("parts", [None, TransformParts()], ids=["no scales", "scales"])
-def test_clips_start_at_the_best_for_the_inputs_of_the_folded_block(parts: TransformParts | None) -> None:
+def test_clips_start_at_the_best_for_the_inputs_of_the_folded_block(
+    parts: TransformParts | None,
+) -> None:
     task = make_task(schemes=scheme(2, 8))
     student = make_student(task, parts)
     folded = {name: tensor.detach() for name, tensor in student.folded().items()}
@@ -126,7 +145,9 @@ def test_clips_start_at_the_best_for_the_inputs_of_the_folded_block(parts: Trans
             weight, trained = folded[f"{name}.weight"], student.by_name()[name]
             searched = WeightQuantizer(tuple(weight.shape), task.schemes[site])
             searched.search(weight, squares[site])
-            same = (trained.gamma_high - searched.gamma_high).abs() < 1e-4  # rounding may decide between two clips that are as good
+            same = (
+                trained.gamma_high - searched.gamma_high
+            ).abs() < 1e-4  # rounding may decide between two clips that are as good
             assert same.float().mean() > 0.98, name
             assert (trained.gamma_high < 3.9).float().mean() > 0.6
 
@@ -142,20 +163,30 @@ def test_teacher_outputs_and_statistics() -> None:
         return linear(site, x)
 
     for index in range(3):
-        for x, target in zip((task.x_fp[index], task.x_q[index]), teacher.targets(index), strict=True):
-            torch.testing.assert_close(target, block_output(x[None], task.weights, linear, task.shape, task.rope))
+        for x, target in zip(
+            (task.x_fp[index], task.x_q[index]), teacher.targets(index), strict=True
+        ):
+            torch.testing.assert_close(
+                target, block_output(x[None], task.weights, linear, task.shape, task.rope)
+            )
         block_output(task.x_q[index][None], task.weights, watched, task.shape, task.rope)
     for site, rows in inputs.items():
         torch.testing.assert_close(teacher.statistics.absmax[site], torch.cat(rows).abs().amax(0))
-        torch.testing.assert_close(teacher.statistics.square[site], torch.cat(rows).square().mean(0))
+        torch.testing.assert_close(
+            teacher.statistics.square[site], torch.cat(rows).square().mean(0)
+        )
     assert len(Teacher(task, range(1), False).targets(0)) == 1
 
 
 def test_teacher_attention_is_of_the_float_stream() -> None:
     task, rows = make_task(), torch.tensor([0, 7])
-    inputs = rms_norm(task.x_fp[2][None], task.weights["input_layernorm.weight"], task.shape.epsilon)
+    inputs = rms_norm(
+        task.x_fp[2][None], task.weights["input_layernorm.weight"], task.shape.epsilon
+    )
     query, key, _ = heads_from_qkv(float_linear(task.weights)(QKV, inputs), task.shape, task.rope)
-    torch.testing.assert_close(Teacher(task, range(3), True).attention_rows(2, rows), attention_rows(query, key, rows))
+    torch.testing.assert_close(
+        Teacher(task, range(3), True).attention_rows(2, rows), attention_rows(query, key, rows)
+    )
 
 
 def test_attention_memory_is_that_of_the_sampled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
