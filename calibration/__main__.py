@@ -108,7 +108,7 @@ def _refuse_other(
             f"expected those of {checkpoint.name}",
             fix,
         )
-    known = schemes.nodes(checkpoint.family, checkpoint.dims.layers) if nodes else {}
+    known = schemes.nodes(checkpoint.decoder) if nodes else {}
     for place, scheme in (
         ("", schemes.base),
         *((f" in {node}", scheme) for node, scheme in known.items()),

@@ -164,7 +164,7 @@ class Pipeline:
         if self.request.until == "report":
             check_memory(
                 self.checkpoint.parameter_count,
-                self.schemes.weights(self.checkpoint.family, self.checkpoint.dims),
+                self.schemes.weights(self.checkpoint.decoder),
             )
 
     def run(self) -> dict[str, Any]:

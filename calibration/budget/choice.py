@@ -98,16 +98,15 @@ def _can_say(format_name: str, scheme: QuantScheme) -> bool:
 
 
 def _weights(checkpoint: Checkpoint) -> int:
-    family, dims = checkpoint.family, checkpoint.dims
-    return dims.layers * sum(node_weights(family, dims, group) for group in family.groups)
+    return sum(node_weights(site.linears) for site in checkpoint.decoder.sites.values())
 
 
 def _sizes(checkpoint: Checkpoint, schemes: Sequence[QuantScheme]) -> list[list[int]]:
     """Bits of each node in each scheme."""
-    family, dims = checkpoint.family, checkpoint.dims
     return [
-        [node_bits(family, dims, group, scheme) for scheme in schemes] for group in family.groups
-    ] * dims.layers
+        [node_bits(site.linears, scheme) for scheme in schemes]
+        for site in checkpoint.decoder.sites.values()
+    ]
 
 
 def bits_within(checkpoint: Checkpoint, budget: Budget) -> int:
@@ -144,11 +143,10 @@ def schemes_within(checkpoint: Checkpoint, budget: Budget, progress: Progress) -
         InputError: the budget is outside of what the choices give, or the calibration text is
             missing or empty.
     """
-    family, dims = checkpoint.family, checkpoint.dims
     schemes = candidates(budget.base, budget.format)
     room, sizes = bits_within(checkpoint, budget), _sizes(checkpoint, schemes)
     costs = _costs(checkpoint, budget, schemes, progress)
-    nodes, weights = family.nodes(dims.layers), _weights(checkpoint)
+    nodes, weights = checkpoint.decoder.nodes, _weights(checkpoint)
     options = [
         list(zip(size, costs[node], strict=True)) for node, size in zip(nodes, sizes, strict=True)
     ]

@@ -17,8 +17,9 @@ from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, r
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, check_tensors
 from calibration.families import (
-    ModelDims,
-    ModelFamily,
+    Decoder,
+    Family,
+    UnsupportedError,
     accepted_architectures,
     family_of_architecture,
 )
@@ -27,7 +28,7 @@ from plugins.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
 STATIC_ROPE = (
@@ -46,21 +47,20 @@ class Checkpoint:
         source: what the user asked for and where it lies.
         family: its declaration.
         config: transformers config.
-        dims: the sizes that fix its shapes.
+        decoder: its steps with the model's sizes.
     """
 
     def __init__(
-        self, source: Source, family: ModelFamily, config: Any, weights: WeightSource
+        self, source: Source, family: Family, config: Any, weights: WeightSource
     ) -> None:
         self.source = source
         self.family = family
         self.config = config
-        self.dims = ModelDims.from_config(config)
+        self.decoder: Decoder = family.decoder(plain_config(config))
         self._weights = weights
+        self._offsets = {info.name: info.offset for info in self.decoder.tensors() if info.offset}
         where = source.hub_id or str(source.path)
-        check_tensors(
-            where, dict(family.tensor_shapes(self.dims)), weights.shapes(), self.dims.layers
-        )
+        check_tensors(where, self.decoder.shapes(), weights.shapes(), self.decoder.layers)
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class Checkpoint:
     @property
     def parameter_count(self) -> int:
         """Weights of the whole model."""
-        return sum(math.prod(shape) for _, shape in self.family.tensor_shapes(self.dims))
+        return sum(map(math.prod, self.decoder.shapes().values()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,19 +99,20 @@ class Checkpoint:
 
     def hf_config(self) -> dict[str, Any]:
         """The transformers config as plain JSON, without anything that depends on this machine."""
-        config = json.loads(self.config.to_json_string(use_diff=False))
-        return {
-            key: value
-            for key, value in config.items()
-            if key not in ("_name_or_path", "transformers_version")
-        }
+        return plain_config(self.config)
 
     def array(self, name: str) -> np.ndarray:
-        """One tensor in its stored type (GGUF: fp32).
+        """One tensor as the decoder's steps compute with it, in its stored type (GGUF: fp32).
 
         Raises:
             InputError: it holds NaN or Inf.
         """
+        array = self.stored(name)
+        offset = self._offsets.get(name)
+        return array if offset is None else array.astype(np.float32) + np.float32(offset)
+
+    def stored(self, name: str) -> np.ndarray:
+        """One tensor as the checkpoint has it. Raises as array()."""
         array = self._weights.array(name)
         check_finite(f"{self.source.hub_id or self.source.path}, tensor {name}", array)
         return array
@@ -184,10 +185,10 @@ def _open_gguf(source: Source) -> Checkpoint:
     file = GgufFile(source.path)
     family = gguf_family(file)
     config = _make_config(str(source.path), gguf_config(file, family), family)
-    return Checkpoint(source, family, config, GgufWeights(file, family, config))
+    return Checkpoint(source, family, config, GgufWeights(file, family.decoder(plain_config(config))))
 
 
-def _open_config(folder: Path) -> tuple[ModelFamily, Any]:
+def _open_config(folder: Path) -> tuple[Family, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
@@ -220,7 +221,7 @@ def _open_config(folder: Path) -> tuple[ModelFamily, Any]:
     return family, _make_config(str(path), raw, family)
 
 
-def _make_config(where: str, raw: dict[str, Any], family: ModelFamily) -> Any:
+def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
     from transformers import AutoConfig
 
     values = {key: value for key, value in raw.items() if key != "model_type"}
@@ -231,7 +232,11 @@ def _make_config(where: str, raw: dict[str, Any], family: ModelFamily) -> Any:
         raise InputError(
             where, f"got a config that transformers refuses ({reason})", "Correct the named field"
         ) from None
-    objection = _objection(config) or family.objection(config)
+    try:
+        objection = _objection(config) or family.objection(config)
+        family.decoder(plain_config(config))
+    except UnsupportedError as error:
+        objection = str(error)
     if objection:
         raise InputError(
             where, objection, "Choose a model without it; this export would compute something else"
@@ -252,11 +257,14 @@ def _objection(config: Any) -> str:
             f"got partial_rotary_factor {rope['partial_rotary_factor']}, expected 1 (the "
             f"whole head rotates)"
         )
-    if config.hidden_act not in ("silu", "swish"):
-        return f"got hidden_act {config.hidden_act}, expected silu"
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return (
-        f"got {heads} attention heads on {kv_heads} key-value heads, expected a multiple"
-        if heads % kv_heads
-        else ""
-    )
+    return ""
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A transformers config as plain JSON, without anything that depends on this machine."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("_name_or_path", "transformers_version")
+    }

@@ -5,6 +5,7 @@ one at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from calibration.families import ModelFamily, family, family_names
+from calibration.families import Decoder, Family, family, family_names
+from calibration.families.steps import Linears, TensorInfo
 from plugins.errors import InputError
 
 __all__ = ["GgufFile", "GgufWeights", "gguf_config", "gguf_family"]
@@ -109,7 +111,7 @@ class GgufFile:
         return value
 
 
-def gguf_family(file: GgufFile) -> ModelFamily:
+def gguf_family(file: GgufFile) -> Family:
     """The family that reads this file.
 
     Raises:
@@ -117,9 +119,9 @@ def gguf_family(file: GgufFile) -> ModelFamily:
     """
     architecture = str(file.required("general.architecture"))
     accepted = {
-        family(name).gguf_architecture: family(name)
+        family(name).gguf: family(name)
         for name in family_names()
-        if family(name).gguf_architecture
+        if family(name).gguf
     }
     if architecture not in accepted or file.value(f"{architecture}.expert_count", 0):
         got = f"{architecture} with experts" if architecture in accepted else architecture
@@ -131,9 +133,9 @@ def gguf_family(file: GgufFile) -> ModelFamily:
     return accepted[architecture]
 
 
-def gguf_config(file: GgufFile, found: ModelFamily) -> dict[str, Any]:
+def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
     """The Hugging Face config that the metadata and the tensors describe."""
-    key = f"{found.gguf_architecture}."
+    key = f"{found.gguf}."
     heads, hidden = (
         int(file.number(key + "attention.head_count")),
         int(file.number(key + "embedding_length")),
@@ -183,36 +185,39 @@ def _rope(file: GgufFile, key: str, head_dim: int) -> dict[str, Any]:
     return rope if rotated == head_dim else rope | {"partial_rotary_factor": rotated / head_dim}
 
 
+def _known_tensors(decoder: Decoder) -> Iterator[TensorInfo]:
+    """Every tensor that a model of this family may have: a bias or head that its config does not
+    speak of shows, too.
+    """
+    blocks = tuple(
+        replace(
+            block,
+            steps=tuple(
+                replace(step, members=tuple(replace(one, bias=True) for one in step.members))
+                if isinstance(step, Linears)
+                else step
+                for step in block.steps
+            ),
+        )
+        for block in decoder.blocks
+    )
+    return replace(decoder, blocks=blocks).untied().tensors()
+
+
 class GgufWeights:
     """Tensors of a GGUF file under Hugging Face names; rows that RoPE rotates are put back in
     order.
     """
 
-    def __init__(self, file: GgufFile, found: ModelFamily, config: Any) -> None:
+    def __init__(self, file: GgufFile, decoder: Decoder) -> None:
         self.files = [file.path]
         self._file = file
-        self._layers = int(config.num_hidden_layers)
-        self._head_dim = int(config.head_dim)
+        self._head_dim = decoder.blocks[0].heads.head_dim
         self._names = {
-            hf: (gguf, rotary)
-            for hf, gguf, rotary in self._name_pairs(found)
-            if gguf in file.tensors
+            info.name: (info.gguf, info.rotary)
+            for info in _known_tensors(decoder)
+            if info.gguf in file.tensors
         }
-
-    def _name_pairs(self, found: ModelFamily) -> Iterator[tuple[str, str, bool]]:
-        yield f"{found.embedding}.weight", "token_embd.weight", False
-        yield f"{found.final_norm}.weight", "output_norm.weight", False
-        yield f"{found.head}.weight", "output.weight", False
-        for index in range(self._layers):
-            for hf, gguf in found.layer_norms.items():
-                yield f"{found.layer(index)}.{hf}.weight", f"blk.{index}.{gguf}.weight", False
-            for linear in found.linears():
-                for end in ("weight", "bias"):
-                    yield (
-                        f"{found.layer(index)}.{linear.name}.{end}",
-                        f"blk.{index}.{linear.gguf}.{end}",
-                        linear.rotary,
-                    )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that the family knows."""

@@ -1,33 +1,34 @@
-"""The model families, one declarative file each; the file name is the key."""
+"""The model families, one declarative file each; the file name is the key.
+
+A folder calibration/families anywhere else on Python's path adds its files to these.
+"""
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
-from pathlib import Path
+from pkgutil import extend_path, iter_modules
 
-from calibration.families.base import LinearGroup, LinearSpec, ModelDims, ModelFamily
+from calibration.families.decoder import Decoder, Family, UnsupportedError
 from plugins.errors import InputError
 
 __all__ = [
-    "LinearGroup",
-    "LinearSpec",
-    "ModelDims",
-    "ModelFamily",
+    "Decoder",
+    "Family",
+    "UnsupportedError",
     "accepted_architectures",
     "family",
     "family_names",
     "family_of_architecture",
 ]
 
+__path__ = extend_path(__path__, __name__)
+_SHARED = ("decoder", "steps")  # what families are made of
+
 
 @cache
-def _registry() -> dict[str, ModelFamily]:
-    names = sorted(
-        path.stem
-        for path in Path(__file__).parent.glob("*.py")
-        if path.stem not in ("__init__", "base")
-    )
+def _registry() -> dict[str, Family]:
+    names = sorted(found.name for found in iter_modules(__path__) if found.name not in _SHARED)
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
@@ -36,7 +37,7 @@ def family_names() -> list[str]:
     return list(_registry())
 
 
-def family(name: str) -> ModelFamily:
+def family(name: str) -> Family:
     """The family called `name`.
 
     Raises:
@@ -56,7 +57,7 @@ def accepted_architectures() -> list[str]:
     return sorted(found.architecture for found in _registry().values())
 
 
-def family_of_architecture(architecture: str, where: str) -> ModelFamily:
+def family_of_architecture(architecture: str, where: str) -> Family:
     """The family that reads a Hugging Face architecture.
 
     Raises:

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-from calibration.families.base import LinearGroup, LinearSpec, ModelFamily
-
-__all__ = ["FAMILY", "GROUPS", "LAYER_NORMS"]
-
-GROUPS = (
-    LinearGroup(
-        "self_attn.qkv_proj",
-        (
-            LinearSpec("self_attn.q_proj", "q", "hidden", "attention_bias", "attn_q", rotary=True),
-            LinearSpec("self_attn.k_proj", "kv", "hidden", "attention_bias", "attn_k", rotary=True),
-            LinearSpec("self_attn.v_proj", "kv", "hidden", "attention_bias", "attn_v"),
-        ),
-        norm="input_layernorm",
-    ),
-    LinearGroup(
-        "self_attn.o_proj",
-        (LinearSpec("self_attn.o_proj", "hidden", "q", "attention_bias", "attn_output"),),
-    ),
-    LinearGroup(
-        "mlp.gate_up_proj",
-        (
-            LinearSpec("mlp.gate_proj", "intermediate", "hidden", "mlp_bias", "ffn_gate"),
-            LinearSpec("mlp.up_proj", "intermediate", "hidden", "mlp_bias", "ffn_up"),
-        ),
-        norm="post_attention_layernorm",
-    ),
-    LinearGroup(
-        "mlp.down_proj",
-        (LinearSpec("mlp.down_proj", "hidden", "intermediate", "mlp_bias", "ffn_down"),),
-    ),
+from calibration.families.decoder import Config, Family
+from calibration.families.steps import (
+    Add,
+    Attend,
+    Gate,
+    Linear,
+    Linears,
+    Norm,
+    Rope,
+    Step,
 )
-LAYER_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
-FAMILY = ModelFamily("llama", "LlamaForCausalLM", "llama", "llama", GROUPS, LAYER_NORMS)
+__all__ = ["FAMILY", "block"]
+
+
+def block(config: Config, index: int) -> tuple[Step, ...]:
+    """The steps of every layer."""
+    hidden, width, heads = config.hidden, config.intermediate, config.heads
+    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
+    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    return (
+        Norm("input_layernorm", hidden, config.epsilon, "attn_norm"),
+        Linears(
+            "self_attn.qkv_proj",
+            (
+                Linear("self_attn.q_proj", q, hidden, bias, "attn_q", rotary=True),
+                Linear("self_attn.k_proj", kv, hidden, bias, "attn_k", rotary=True),
+                Linear("self_attn.v_proj", kv, hidden, bias, "attn_v"),
+            ),
+        ),
+        heads,
+        Rope(),
+        Attend(scale=heads.head_dim**-0.5),
+        Linears("self_attn.o_proj", (Linear("self_attn.o_proj", hidden, q, bias, "attn_output"),)),
+        Add(),
+        Norm("post_attention_layernorm", hidden, config.epsilon, "ffn_norm"),
+        Linears(
+            "mlp.gate_up_proj",
+            (
+                Linear("mlp.gate_proj", width, hidden, mlp_bias, "ffn_gate"),
+                Linear("mlp.up_proj", width, hidden, mlp_bias, "ffn_up"),
+            ),
+        ),
+        Gate(config.activation),
+        Linears("mlp.down_proj", (Linear("mlp.down_proj", hidden, width, mlp_bias, "ffn_down"),)),
+        Add(),
+    )
+
+
+FAMILY = Family("llama", "LlamaForCausalLM", "llama", block, gguf="llama")

@@ -6,21 +6,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibration.families.base import ModelFamily
-from calibration.families.llama import GROUPS, LAYER_NORMS
+from calibration.families.decoder import Family
+from calibration.families.llama import block
 
 __all__ = ["FAMILY"]
 
 
 def _sliding_window(config: Any) -> str:
     window = getattr(config, "sliding_window", None)
-    return (
-        f"got sliding_window {window}, expected null (attention over the whole context)"
-        if window is not None
-        else ""
-    )
+    if window is None:
+        return ""
+    return f"got sliding_window {window}, expected null (attention over the whole context)"
 
 
-FAMILY = ModelFamily(
-    "mistral", "MistralForCausalLM", "mistral", "", GROUPS, LAYER_NORMS, _sliding_window
-)
+FAMILY = Family("mistral", "MistralForCausalLM", "mistral", block, objection=_sliding_window)

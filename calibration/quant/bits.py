@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from calibration.families.base import ModelDims, ModelFamily
-from calibration.families.llama import FAMILY as LLAMA
+from calibration.families import Decoder
 from calibration.quant.scheme import Bits, QuantScheme, check_abits, parse_wbits, scheme_for
 from plugins.errors import InputError
 
@@ -86,14 +85,14 @@ class SchemeMap:
     base: QuantScheme
     rules: tuple[Rule, ...] = ()
 
-    def of(self, name: str, family: ModelFamily = LLAMA) -> QuantScheme:
+    def of(self, name: str, decoder: Decoder) -> QuantScheme:
         """The scheme of a node or linear by its full name.
 
         Raises:
             InputError: the rules give its node's linears different schemes.
         """
-        node = family.node(name)
-        members = {member: self._last(node, member) for member in family.members(node)}
+        node = decoder.node(name)
+        members = {member: self._last(node, member) for member in decoder.members(node)}
         schemes = {
             member: rule.scheme(self.base) if rule else self.base
             for member, rule in members.items()
@@ -117,54 +116,49 @@ class SchemeMap:
             None,
         )
 
-    def nodes(self, family: ModelFamily, layers: int) -> dict[str, QuantScheme]:
+    def nodes(self, decoder: Decoder) -> dict[str, QuantScheme]:
         """{node: scheme} of a model, in execution order.
 
         Raises:
             InputError: a pattern matches nothing in this model, or as `of`.
         """
-        nodes = family.nodes(layers)
+        nodes = decoder.nodes
         names = list(
-            dict.fromkeys(name for node in nodes for name in (node, *family.members(node)))
+            dict.fromkeys(name for node in nodes for name in (node, *decoder.members(node)))
         )
+        first = decoder.blocks[0]
         for rule in self.rules:
             if not any(map(rule.matches, names)):
                 raise InputError(
                     rule.where,
                     f"got pattern {rule.pattern!r}, which matches none of this model's linears, "
                     f"expected names "
-                    f"as in {', '.join(family.nodes(1))}; layers 0 to {layers - 1}",
+                    f"as in {', '.join(map(first.name, first.sites))}; "
+                    f"layers 0 to {decoder.layers - 1}",
                     "Check the spelling and the layer",
                 )
-        return {node: self.of(node, family) for node in nodes}
+        return {node: self.of(node, decoder) for node in nodes}
 
-    def exceptions(self, family: ModelFamily, layers: int) -> dict[str, QuantScheme]:
+    def exceptions(self, decoder: Decoder) -> dict[str, QuantScheme]:
         """{node: scheme} of the nodes whose scheme is not the base. Raises as `nodes`."""
-        return {
-            node: scheme
-            for node, scheme in self.nodes(family, layers).items()
-            if scheme != self.base
-        }
+        schemes = self.nodes(decoder)
+        return {node: scheme for node, scheme in schemes.items() if scheme != self.base}
 
-    def linears(
-        self, family: ModelFamily, dims: ModelDims
-    ) -> dict[QuantScheme, dict[str, tuple[int, int]]]:
+    def linears(self, decoder: Decoder) -> dict[QuantScheme, dict[str, tuple[int, int]]]:
         """{scheme: {linear: its (out_features, in_features)}} of a model, by first use. Raises as
         `nodes`.
         """
-        shapes = dict(family.tensor_shapes(dims))
         found: dict[QuantScheme, dict[str, tuple[int, int]]] = {}
-        for node, scheme in self.nodes(family, dims.layers).items():
-            for member in family.members(node):
-                rows, columns = shapes[f"{member}.weight"]
-                found.setdefault(scheme, {})[member] = (rows, columns)
+        for node, scheme in self.nodes(decoder).items():
+            for member in decoder.members(node):
+                found.setdefault(scheme, {})[member] = decoder.linears[member].shape
         return found
 
-    def weights(self, family: ModelFamily, dims: ModelDims) -> dict[QuantScheme, int]:
+    def weights(self, decoder: Decoder) -> dict[QuantScheme, int]:
         """{scheme: number of weights} of a model. Raises as `nodes`."""
         return {
             scheme: sum(rows * columns for rows, columns in shapes.values())
-            for scheme, shapes in self.linears(family, dims).items()
+            for scheme, shapes in self.linears(decoder).items()
         }
 
     def schemes(self) -> tuple[QuantScheme, ...]:

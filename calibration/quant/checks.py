@@ -29,7 +29,7 @@ def check_scheme(
         InputError: bits, group size, op or format do not fit, or as SchemeMap.nodes.
     """
     schemes = as_map(schemes)
-    for scheme, linears in schemes.linears(checkpoint.family, checkpoint.dims).items():
+    for scheme, linears in schemes.linears(checkpoint.decoder).items():
         formats.check(format_name, scheme, checkpoint)
         rule = "" if scheme == schemes.base else f"{scheme.label} for {next(iter(linears))}"
         _check_one(scheme, sorted(set(linears.values())), rule)

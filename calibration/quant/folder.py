@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from calibration.checkpoints.safetensors import read_header, read_tensor
-from calibration.families import ModelFamily, family
+from calibration.families import Decoder, Family, UnsupportedError, family
 from calibration.out.files import read_json, sha256_file
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from plugins.core.op_spec import QuantArrays
@@ -56,7 +56,8 @@ class QuantModel:
         self.files: dict[str, str] = meta["files"]
         self.sizes: dict[str, Any] = meta["sizes"]
         self.calibration: dict[str, Any] = meta.get("calibration", {})
-        self.family: ModelFamily = family(meta["family"])
+        self.family: Family = family(meta["family"])
+        self.decoder = self._decoder()
         self.scheme = _scheme(str(path / QUANT_JSON), meta["scheme"])
         self.exceptions = {
             node: self._exception(node, fields) for node, fields in meta["layers"].items()
@@ -67,8 +68,18 @@ class QuantModel:
             name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()
         }
 
+    def _decoder(self) -> Decoder:
+        try:
+            return self.family.decoder(self.config["hf"])
+        except (KeyError, TypeError, ValueError, UnsupportedError) as error:
+            raise InputError(
+                f"{self.path / QUANT_JSON}, config",
+                f"got fields that no {self.family.name} decoder has ({error})",
+                _AGAIN,
+            ) from None
+
     def _exception(self, node: str, fields: Any) -> QuantScheme:
-        where, nodes = f"{self.path / QUANT_JSON}, layers", self.family.nodes(self.layers)
+        where, nodes = f"{self.path / QUANT_JSON}, layers", self.decoder.nodes
         if node not in nodes:
             raise InputError(where, f"got {node}, expected GEMM nodes such as {nodes[0]}", _AGAIN)
         scheme = _scheme(f"{where}, {node}", fields)
@@ -123,7 +134,7 @@ class QuantModel:
 
     def scheme_of(self, name: str) -> QuantScheme:
         """How a linear, or a GEMM node, is quantised; by its full name."""
-        return self.exceptions.get(self.family.node(name), self.scheme)
+        return self.exceptions.get(self.decoder.node(name), self.scheme)
 
     @property
     def label(self) -> str:
@@ -133,15 +144,13 @@ class QuantModel:
     @property
     def schemes(self) -> tuple[QuantScheme, ...]:
         """Every scheme in use, by first use."""
-        return tuple(dict.fromkeys(map(self.scheme_of, self.family.nodes(self.layers))))
+        return tuple(dict.fromkeys(map(self.scheme_of, self.decoder.nodes)))
 
     def weights(self) -> dict[QuantScheme, int]:
         """{scheme: how many weights it has}, by first use."""
         found = dict.fromkeys(self.schemes, 0)
-        for node in self.family.nodes(self.layers):
-            found[self.scheme_of(node)] += sum(
-                self.tensor(f"{member}.codes").size for member in self.family.members(node)
-            )
+        for node, site in self.decoder.sites.items():
+            found[self.scheme_of(node)] += site.linears.out_features * site.linears.in_features
         return found
 
     def linear(self, name: str) -> QuantLinear:
@@ -161,18 +170,15 @@ class QuantModel:
 
     def groups(self, layer: int) -> list[QuantLinear]:
         """The fused linears of a decoder layer in execution order, named as its GEMM nodes."""
-        prefix = self.family.layer(layer)
+        block = self.decoder.blocks[layer]
         return [
-            self.fused(
-                [f"{prefix}.{member.name}" for member in group.members], f"{prefix}.{group.node}"
-            )
-            for group in self.family.groups
+            self.fused(self.decoder.members(node), node) for node in map(block.name, block.sites)
         ]
 
-    @cached_property
+    @property
     def layers(self) -> int:
         """Decoder layers."""
-        return int(self.config["num_hidden_layers"])
+        return self.decoder.layers
 
     def tokenizer(self) -> Any:
         """The transformers tokenizer (this imports transformers)."""

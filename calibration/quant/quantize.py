@@ -29,7 +29,7 @@ from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
-    from calibration.families.base import ModelDims
+    from calibration.families import Decoder
     from calibration.progress import Progress
 
 __all__ = ["STAGE", "WORK", "QuantizeOptions", "quant_bytes", "quantize_model"]
@@ -94,7 +94,7 @@ def quantize_model(
         tokenizer,
         progress,
     )
-    items = _plan(checkpoint, schemes, source.dims)
+    items = _plan(checkpoint, schemes, source.decoder)
     if not source.writes:
         return {}
     files = _write_shards(checkpoint, source, _shards(items, options.shard_bytes), folder, progress)
@@ -143,10 +143,8 @@ def quant_bytes(
     """Upper estimate of what quantize_model writes, to check the free space first."""
     # A method may untie the head. Its finished blocks lie on the disk while the folder is written;
     # so may another format.
-    dims = replace(checkpoint.dims, tied=False)
-    total = sum(
-        spec.nbytes for item in _plan(checkpoint, as_map(schemes), dims) for spec in item.specs
-    )
+    items = _plan(checkpoint, as_map(schemes), checkpoint.decoder.untied())
+    total = sum(spec.nbytes for item in items for spec in item.specs)
     copies = 2 if format_name == formats.OURS else 3
     return copies * total + total // 50 + (1 << 24)  # headers and tokenizer
 
@@ -166,24 +164,17 @@ class _Item:
     scheme: QuantScheme  # the base's for what is not a linear: its type
 
 
-def _plan(checkpoint: Checkpoint, schemes: SchemeMap, dims: ModelDims) -> list[_Item]:
-    family, base_scheme = checkpoint.family, schemes.base
-    linears = {
-        f"{family.layer(i)}.{linear.name}": linear
-        for i in range(dims.layers)
-        for linear in family.linears()
-    }
-    rest = numpy_dtype(base_scheme.dtype)
+def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[_Item]:
+    base_scheme, rest = schemes.base, numpy_dtype(schemes.base.dtype)
     items = []
-    for name, shape in family.tensor_shapes(dims):
+    for name, shape in decoder.shapes().items():
         base, _, end = name.rpartition(".")
-        if base not in linears:
+        linear = decoder.linears.get(base)
+        if linear is None:
             items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
         elif end == "weight":
-            scheme = schemes.of(base, family)
-            specs = linear_specs(
-                base, (shape[0], shape[1]), family.has_bias(linears[base], dims), scheme
-            )
+            scheme = schemes.of(base, decoder)
+            specs = linear_specs(base, linear.shape, linear.bias, scheme)
             items.append(_Item("linear", base, tuple(specs), scheme))
     frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
     return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
@@ -248,10 +239,7 @@ def _meta(
     files: dict[str, str],
     quantised: QuantSource,
 ) -> dict[str, Any]:
-    source, exceptions = (
-        checkpoint.source,
-        schemes.exceptions(checkpoint.family, checkpoint.dims.layers),
-    )
+    source, exceptions = checkpoint.source, schemes.exceptions(checkpoint.decoder)
     layers = (
         {"layers": {node: scheme.as_dict() for node, scheme in exceptions.items()}}
         if exceptions
@@ -266,7 +254,7 @@ def _meta(
             "hub_id": source.hub_id,
             "fingerprint": checkpoint.fingerprint,
         },
-        "config": _model_config(checkpoint, quantised.dims.tied),
+        "config": _model_config(checkpoint, quantised.decoder.tied),
         "scheme": schemes.base.as_dict(),
         **layers,
         "files": files,

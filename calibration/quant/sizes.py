@@ -13,7 +13,7 @@ import numpy as np
 from calibration.checkpoints.safetensors import TensorSpec
 
 if TYPE_CHECKING:
-    from calibration.families.base import LinearGroup, ModelDims, ModelFamily
+    from calibration.families.steps import Linears
     from calibration.quant.scheme import QuantScheme
 
 __all__ = ["linear_specs", "node_bits", "node_weights", "stored_bits"]
@@ -48,19 +48,14 @@ def stored_bits(specs: Iterable[TensorSpec], scheme: QuantScheme) -> int:
     )
 
 
-def node_bits(family: ModelFamily, dims: ModelDims, group: LinearGroup, scheme: QuantScheme) -> int:
+def node_bits(node: Linears, scheme: QuantScheme) -> int:
     """Bits of a GEMM node in a scheme: what its linears take together."""
     return sum(
-        stored_bits(
-            linear_specs(
-                "", family.linear_shape(linear, dims), family.has_bias(linear, dims), scheme
-            ),
-            scheme,
-        )
-        for linear in group.members
+        stored_bits(linear_specs("", linear.shape, linear.bias, scheme), scheme)
+        for linear in node.members
     )
 
 
-def node_weights(family: ModelFamily, dims: ModelDims, group: LinearGroup) -> int:
+def node_weights(node: Linears) -> int:
     """Weights of a GEMM node."""
-    return sum(math.prod(family.linear_shape(linear, dims)) for linear in group.members)
+    return node.out_features * node.in_features

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calibration.blocks.driver import Basis, BlockMethod, Calibrated, Calibration
     from calibration.blocks.store import BlockResult
     from calibration.checkpoints.checkpoint import Checkpoint
-    from calibration.families.base import ModelDims
+    from calibration.families import Decoder
     from calibration.progress import Progress
     from calibration.quant.bits import SchemeMap
     from calibration.quant.quantize import QuantizeOptions
@@ -35,13 +35,13 @@ class QuantSource(Protocol):
     """A quantised model, tensor by tensor.
 
     Attributes:
-        dims: sizes of the result: a method may untie the head from the embedding.
+        decoder: of the result: a method may untie the head from the embedding.
         facts: how it was made, for quant.json; the same input gives the same.
         cost: time and memory that it took.
         writes: whether this process writes the folder.
     """
 
-    dims: ModelDims
+    decoder: Decoder
     facts: dict[str, Any]
     cost: dict[str, float]
     writes: bool
@@ -60,7 +60,7 @@ class _PlainSource:
     """Each linear by itself, when it is written."""
 
     def __init__(self, checkpoint: Checkpoint, writes: bool) -> None:
-        self._checkpoint, self.dims, self.writes = checkpoint, checkpoint.dims, writes
+        self._checkpoint, self.decoder, self.writes = checkpoint, checkpoint.decoder, writes
         self.facts: dict[str, Any] = {}
         self.cost: dict[str, float] = {}
 
@@ -69,10 +69,7 @@ class _PlainSource:
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         maker: Method = method(scheme.method)
-        has_bias = any(
-            name.endswith(f".{linear.name}") and self._checkpoint.family.has_bias(linear, self.dims)
-            for linear in self._checkpoint.family.linears()
-        )
+        has_bias = self.decoder.linears[name].bias
         bias = self._checkpoint.array(f"{name}.bias") if has_bias else None
         return maker.quantize(self._checkpoint.array(f"{name}.weight"), bias, scheme)
 
@@ -97,7 +94,7 @@ class _CalibratedSource:
             "windows": list(job.windows.shape),
             "blocks": done.reports,
         }
-        self.dims = replace(checkpoint.dims, tied=checkpoint.dims.tied and not basis.unties)
+        self.decoder = checkpoint.decoder.untied() if basis.unties else checkpoint.decoder
         self._block: tuple[int, BlockResult] | None = None
 
     def _result(self, index: int) -> BlockResult:
@@ -107,10 +104,9 @@ class _CalibratedSource:
 
     def _place(self, name: str) -> tuple[int, str] | None:
         """Block and name below its prefix."""
-        for index in range(self.dims.layers):
-            prefix = f"{self._checkpoint.family.layer(index)}."
-            if name.startswith(prefix):
-                return index, name.removeprefix(prefix)
+        for block in self.decoder.blocks:
+            if name.startswith(f"{block.prefix}."):
+                return block.index, name.removeprefix(f"{block.prefix}.")
         return None
 
     def rest(self, name: str) -> np.ndarray:
@@ -122,29 +118,21 @@ class _CalibratedSource:
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         place = self._place(name)
         assert place is not None
-        index, member = place
-        family = self._checkpoint.family
-        start = 0
-        for group in family.groups:
-            for linear in group.members:
-                rows = family.linear_shape(linear, self.dims)[0]
-                if linear.name == member:
-                    part, has_bias = slice(start, start + rows), family.has_bias(linear, self.dims)
-                    arrays = self._result(index).sites[group.node]
-                    values = {
-                        key: np.ascontiguousarray(array[part])
-                        for key, array in vars(arrays).items()
-                        if array is not None
-                    }
-                    return QuantArrays(
-                        **(
-                            values
-                            if has_bias
-                            else {key: array for key, array in values.items() if key != "bias"}
-                        )
-                    )
-                start += rows
+        block = self.decoder.blocks[place[0]]
+        for node, site in block.sites.items():
             start = 0
+            for linear in site.linears.members:
+                rows = slice(start, start + linear.out_features)
+                if linear.name == place[1]:
+                    stacked = vars(self._result(block.index).sites[node])
+                    return QuantArrays(
+                        **{
+                            key: np.ascontiguousarray(array[rows])
+                            for key, array in stacked.items()
+                            if array is not None and (key != "bias" or linear.bias)
+                        }
+                    )
+                start = rows.stop
         raise KeyError(name)
 
     def close(self) -> None:

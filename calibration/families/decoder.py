@@ -1,0 +1,442 @@
+"""A decoder as data: what a family declares, and that declaration filled in from a model's config.
+
+Every consumer iterates over the same steps: reading and checking tensors, calibration, rotation and
+smoothing, training, sensitivity, the torch reference, the ONNX writer, the proof, and sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from calibration.families.steps import (
+    ACTIVATIONS,
+    Add,
+    Attend,
+    Gate,
+    HeadNorm,
+    Heads,
+    Linear,
+    Linears,
+    Norm,
+    Step,
+    TensorInfo,
+)
+
+__all__ = [
+    "Block",
+    "Branch",
+    "Config",
+    "Decoder",
+    "Embedding",
+    "Family",
+    "Head",
+    "Site",
+    "UnsupportedError",
+]
+
+
+class UnsupportedError(ValueError):
+    """A config asks for something that no step can do; the message says which field."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A Hugging Face config as plain JSON, with the sizes that families ask for.
+
+    Attributes:
+        values: the config's fields.
+    """
+
+    values: Mapping[str, Any]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field; the default where it is missing or null."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.values["hidden_size"])
+
+    @property
+    def intermediate(self) -> int:
+        """Width of the MLP."""
+        return int(self.values["intermediate_size"])
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self.values["num_hidden_layers"])
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding."""
+        return int(self.values["vocab_size"])
+
+    @property
+    def epsilon(self) -> float:
+        """Of the norms."""
+        return float(self.values["rms_norm_eps"])
+
+    @property
+    def heads(self) -> Heads:
+        """Heads of queries, keys and values."""
+        heads, kv_heads = (
+            int(self.values[f"num_{kind}_heads"]) for kind in ("attention", "key_value")
+        )
+        if heads % kv_heads:
+            raise UnsupportedError(
+                f"got {heads} attention heads on {kv_heads} key-value heads, expected a multiple"
+            )
+        return Heads(heads, kv_heads, int(self.get("head_dim", self.hidden // heads)))
+
+    @property
+    def activation(self) -> str:
+        """Of the MLP, as steps call it."""
+        name = self.get("hidden_activation", self.get("hidden_act", "silu"))
+        if name not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"got hidden_act {name}, expected one of {', '.join(ACTIVATIONS)}"
+            )
+        return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The table of tokens.
+
+    Attributes:
+        name: without ".weight".
+        scale: of its rows; None leaves them.
+        gguf: in GGUF files, without ".weight".
+    """
+
+    name: str = "model.embed_tokens"
+    scale: float | None = None
+    gguf: str = "token_embd"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of the residual stream.
+
+    Attributes:
+        norm: the final norm, by its full name.
+        name: of the table, without ".weight".
+        tied: the table is the embedding's.
+        softcap: c in c tanh(x / c) of the logits; None leaves them.
+        gguf: of the table in GGUF files, without ".weight".
+    """
+
+    norm: Norm
+    name: str = "lm_head"
+    tied: bool = False
+    softcap: float | None = None
+    gguf: str = "output"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A GEMM node and the steps that lead to it from the residual stream or from the node before.
+
+    Attributes:
+        linears: the node.
+        lead: steps in front of it.
+        source: what scales of the node's input channels can be folded into: the Norm right in
+            front, the linear whose rows make these channels (values in front of attention, the up
+            projection in front of a gate), or None.
+    """
+
+    linears: Linears
+    lead: tuple[Step, ...]
+    source: Norm | Linear | None
+
+    @property
+    def norm(self) -> Norm | None:
+        """The norm right in front of the node, which becomes part of it."""
+        last = self.lead[-1] if self.lead else None
+        return last if isinstance(last, Norm) else None
+
+    @property
+    def attention(self) -> bool:
+        """Whether it reads what attention makes."""
+        return any(isinstance(step, Attend) for step in self.lead)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The steps from the residual stream back to it.
+
+    Attributes:
+        sites: its GEMM nodes in execution order.
+        tail: steps between the last node and the sum.
+        add: the sum.
+    """
+
+    sites: tuple[Site, ...]
+    tail: tuple[Step, ...]
+    add: Add
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer.
+
+    Attributes:
+        index: of the layer.
+        prefix: of its tensors' and nodes' names.
+        steps: in execution order; the last one is an Add.
+    """
+
+    index: int
+    prefix: str
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        for branch in self.branches:  # a family file that makes no sense fails here, by name
+            for first, second in pairwise(branch.sites):
+                if second.source is None and not second.lead:
+                    raise ValueError(f"{self.prefix}: {second.linears.node} reads another node")
+            if first_of(branch).linears.in_features != last_of(branch).linears.out_features:
+                raise ValueError(f"{self.prefix}: a branch does not end as wide as it starts")
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """The steps cut at the sums."""
+        found, sites, lead = [], list[Site](), list[Step]()
+        for step in self.steps:
+            if isinstance(step, Linears):
+                before = sites[-1].linears if sites else None
+                sites.append(Site(step, tuple(lead), _source(lead, before)))
+                lead = []
+            elif isinstance(step, Add):
+                found.append(Branch(tuple(sites), tuple(lead), step))
+                sites, lead = [], []
+            else:
+                lead.append(step)
+        if sites or lead or not found or not all(branch.sites for branch in found):
+            raise ValueError(f"{self.prefix}: expected branches of linears that each end in an Add")
+        return tuple(found)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The GEMM nodes by their names below the prefix, in execution order."""
+        return {site.linears.node: site for branch in self.branches for site in branch.sites}
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """Every linear, in order."""
+        return (linear for site in self.sites.values() for linear in site.linears.members)
+
+    @cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every norm, in order; those of heads too."""
+        found = list[Norm]()
+        for step in self.steps:
+            if isinstance(step, Norm):
+                found.append(step)
+            elif isinstance(step, HeadNorm):
+                found += (step.query, step.key)
+        return tuple(found)
+
+    @cached_property
+    def heads(self) -> Heads:
+        """How its attention cuts heads."""
+        return next(step for step in self.steps if isinstance(step, Heads))
+
+    @cached_property
+    def attend(self) -> Attend:
+        """Its attention."""
+        return next(step for step in self.steps if isinstance(step, Attend))
+
+    def after(self, node: str) -> tuple[Step, ...]:
+        """The steps that make the next node's input from this one's output; none for the last of
+        a branch.
+        """
+        for branch in self.branches:
+            for first, second in pairwise(branch.sites):
+                if first.linears.node == node:
+                    return second.lead
+        return ()
+
+    def name(self, name: str) -> str:
+        """The full name of a tensor or node."""
+        return f"{self.prefix}.{name}"
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Its tensors by their full names: norms, then linears, each in execution order."""
+        for part in (*self.norms, *self.linears):
+            for info in part.tensors():
+                gguf = f"blk.{self.index}.{info.gguf}" if info.gguf else ""
+                yield replace(info, name=self.name(info.name), gguf=gguf)
+
+
+def first_of(branch: Branch) -> Site:
+    """The site that reads the residual stream."""
+    return branch.sites[0]
+
+
+def last_of(branch: Branch) -> Site:
+    """The site that writes to it."""
+    return branch.sites[-1]
+
+
+def _source(lead: list[Step], before: Linears | None) -> Norm | Linear | None:
+    if not lead:
+        return None
+    if isinstance(lead[-1], Norm):
+        return lead[-1]
+    if before is not None and isinstance(lead[-1], Attend):
+        return before.members[-1]  # values
+    if before is not None and isinstance(lead[-1], Gate) and len(lead) == 1:
+        return before.members[-1]  # up
+    return None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A family's decoder with a model's sizes.
+
+    Attributes:
+        config: the model's.
+        embedding, blocks, head: in execution order.
+    """
+
+    config: Config
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    head: Head
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.blocks)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.head.tied
+
+    def untied(self) -> Decoder:
+        """The same decoder with a head of its own."""
+        return replace(self, head=replace(self.head, tied=False))
+
+    @cached_property
+    def nodes(self) -> tuple[str, ...]:
+        """Every GEMM node, in execution order."""
+        return tuple(block.name(node) for block in self.blocks for node in block.sites)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Every GEMM node by its full name."""
+        return {
+            block.name(node): site for block in self.blocks for node, site in block.sites.items()
+        }
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """Every linear by its full name."""
+        return {block.name(linear.name): linear for block in self.blocks for linear in block.linears}
+
+    @cached_property
+    def _node_of(self) -> dict[str, str]:
+        return {member: node for node in self.nodes for member in self.members(node)}
+
+    def node(self, name: str) -> str:
+        """The GEMM node of a linear: ...self_attn.q_proj -> ...self_attn.qkv_proj; another name
+        stays.
+        """
+        return self._node_of.get(name, name)
+
+    def members(self, node: str) -> tuple[str, ...]:
+        """The linears of a GEMM node, in stacking order; of another name itself."""
+        site = self.sites.get(node)
+        if site is None:
+            return (node,)
+        prefix = node.removesuffix(site.linears.node)
+        return tuple(prefix + name for name in site.linears.names)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Every tensor of a checkpoint, in execution order."""
+        table = (self.vocab, self.hidden)
+        yield TensorInfo(f"{self.embedding.name}.weight", table, f"{self.embedding.gguf}.weight")
+        for block in self.blocks:
+            yield from block.tensors()
+        yield from self.head.norm.tensors()
+        if not self.head.tied:
+            yield TensorInfo(f"{self.head.name}.weight", table, f"{self.head.gguf}.weight")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor, in execution order."""
+        return {info.name: info.shape for info in self.tensors()}
+
+
+def _no_objection(config: Any) -> str:
+    return ""
+
+
+def _plain_embedding(config: Config) -> Embedding:
+    return Embedding()
+
+
+def _plain_head(config: Config) -> Head:
+    norm = Norm("model.norm", config.hidden, config.epsilon, "output_norm")
+    return Head(norm, tied=bool(config.get("tie_word_embeddings", False)))
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of decoder-only models, as data.
+
+    Attributes:
+        name: key, equal to the file's name.
+        architecture: Hugging Face class.
+        model_type: Hugging Face config type.
+        block: the steps of a layer from a model's config and the layer's index; raises
+            UnsupportedError where no step can do what the config says.
+        gguf: value of general.architecture in GGUF files, or "" if they are not read.
+        objection: says why a transformers config cannot be exported, or "".
+        embedding, head: of a model's config.
+        prefix: of a layer's tensors.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    block: Callable[[Config, int], tuple[Step, ...]]
+    gguf: str = ""
+    objection: Callable[[Any], str] = _no_objection
+    embedding: Callable[[Config], Embedding] = _plain_embedding
+    head: Callable[[Config], Head] = _plain_head
+    prefix: str = "model.layers.{i}"
+
+    def decoder(self, values: Mapping[str, Any]) -> Decoder:
+        """The decoder of a model.
+
+        Args:
+            values: its Hugging Face config as plain JSON.
+
+        Raises:
+            UnsupportedError: a field that no step can follow.
+        """
+        config = Config(values)
+        blocks = (
+            Block(index, self.prefix.format(i=index), self.block(config, index))
+            for index in range(config.layers)
+        )
+        return Decoder(config, self.embedding(config), tuple(blocks), self.head(config))

@@ -1,0 +1,245 @@
+"""The steps of a decoder block, as data: what each is called in a checkpoint and how it computes.
+
+A block is a list of steps. A value runs through them; it starts as the residual stream, and again
+after every Add, which adds it to the stream. What a step does stands once for torch, in
+calibration/reference/steps.py, and once for ONNX, in exporter/graph/steps.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activate",
+    "Add",
+    "Attend",
+    "Gate",
+    "HeadNorm",
+    "Heads",
+    "Linear",
+    "Linears",
+    "Norm",
+    "Rope",
+    "Step",
+    "TensorInfo",
+]
+
+ACTIVATIONS = {  # Hugging Face's hidden_act: the name that steps use
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        name: in Hugging Face files.
+        shape: there.
+        gguf: its name in GGUF files, or "".
+        rotary: GGUF files hold its rows in RoPE's interleaved order.
+        offset: what a step adds to it before it computes with it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    gguf: str = ""
+    rotary: bool = False
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm over the last axis, x / sqrt(mean(x^2) + epsilon) * gain.
+
+    Attributes:
+        name: below the block's prefix, such as "input_layernorm".
+        width: of the axis.
+        epsilon: under the root.
+        gguf: its name below "blk.{i}." in GGUF files.
+        offset: 1 where the checkpoint stores gain - 1.
+    """
+
+    name: str
+    width: int
+    epsilon: float
+    gguf: str = ""
+    offset: float = 0.0
+
+    @property
+    def gain(self) -> str:
+        """Name of its tensor below the block's prefix."""
+        return f"{self.name}.weight"
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """The gain."""
+        gguf = f"{self.gguf}.weight" if self.gguf else ""
+        yield TensorInfo(self.gain, (self.width,), gguf, offset=self.offset)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, weight [out_features, in_features].
+
+    Attributes:
+        name: below the block's prefix, such as "self_attn.q_proj".
+        out_features, in_features: its sizes.
+        bias: whether it has one.
+        gguf: its name below "blk.{i}." in GGUF files.
+        rotary: its rows are rotated by RoPE, which GGUF files store interleaved.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+    gguf: str = ""
+    rotary: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Weight, and bias if it has one."""
+        for end, shape in (("weight", self.shape), ("bias", self.shape[:1])):
+            if end == "weight" or self.bias:
+                gguf = f"{self.gguf}.{end}" if self.gguf else ""
+                yield TensorInfo(f"{self.name}.{end}", shape, gguf, self.rotary)
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linears that read the same tensor and become one GEMM node, their outputs side by side.
+
+    Attributes:
+        node: name of the node below the block's prefix, such as "self_attn.qkv_proj".
+        members: stacked in this order along the output.
+    """
+
+    node: str
+    members: tuple[Linear, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the members."""
+        return tuple(member.name for member in self.members)
+
+    @property
+    def out_features(self) -> int:
+        """Of all members together."""
+        return sum(member.out_features for member in self.members)
+
+    @property
+    def in_features(self) -> int:
+        """Of every member."""
+        return self.members[0].in_features
+
+    @property
+    def bias(self) -> bool:
+        """Whether a member has a bias, and so the node."""
+        return any(member.bias for member in self.members)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Those of the members."""
+        for member in self.members:
+            yield from member.tensors()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Cuts the stacked projections of queries, keys and values into heads.
+
+    Attributes:
+        heads: of queries.
+        kv_heads: of keys and values, each shared by heads / kv_heads query heads.
+        head_dim: width of each.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm of queries and of keys before RoPE.
+
+    Attributes:
+        query, key: the norms; their width is a head's, or that of all heads together.
+    """
+
+    query: Norm
+    key: Norm
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Both gains."""
+        yield from self.query.tensors()
+        yield from self.key.tensors()
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of queries and keys, pairs (i, i + head_dim / 2)."""
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Causal attention over the KV cache, softmax(cap(scale q k^T)) v, and the heads side by side.
+
+    Attributes:
+        scale: of the scores.
+        window: a query sees so many positions, itself included; None sees all.
+        softcap: c in cap(x) = c tanh(x / c); None leaves scores as they are.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """activation(gate) * up of the stacked pair (gate, up).
+
+    Attributes:
+        activation: a value of ACTIVATIONS.
+    """
+
+    activation: str
+
+
+@dataclass(frozen=True)
+class Activate:
+    """activation(x).
+
+    Attributes:
+        activation: a value of ACTIVATIONS.
+    """
+
+    activation: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """Adds the value to the residual stream.
+
+    Attributes:
+        multiplier: of the value.
+    """
+
+    multiplier: float = 1.0
+
+
+Step = Norm | Linears | Heads | HeadNorm | Rope | Attend | Gate | Activate | Add
