@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope
+from calibration.blocks.forward import BlockWeights, embedded
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
 from calibration.progress import NullProgress, Progress
+from calibration.reference.steps import Rope
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from calibration.blocks.store import BlockResult, BlockStore
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.families.decoder import Block
     from calibration.quant.scheme import QuantScheme
     from calibration.settings import CalibrationSettings
 
@@ -42,14 +44,15 @@ class Basis(Protocol):
         """A tensor outside the blocks: embedding, final norm or head, fp32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockTask:
     """One block for a method to quantise.
 
     Attributes:
-        index, count: of the block, and how many there are.
+        block: its steps.
+        count: how many blocks there are.
         weights: float weights in the basis.
-        shape, rope: its sizes and its position tables.
+        rope: its position tables.
         schemes: how each site is quantised.
         streams: this process's residual streams before the block.
         settings: all settings.
@@ -57,10 +60,9 @@ class BlockTask:
         windows: how many all of them have.
     """
 
-    index: int
+    block: Block
     count: int
     weights: BlockWeights
-    shape: BlockShape
     rope: Rope
     schemes: Mapping[str, QuantScheme]
     streams: Streams
@@ -72,6 +74,11 @@ class BlockTask:
     def device(self) -> str:
         """Where the block is computed."""
         return str(self.rope.cos.device)
+
+    @property
+    def kv_bits(self) -> int:
+        """Of the cache, one number for all sites."""
+        return next(iter(self.schemes.values())).kv_bits
 
 
 class BlockMethod(Protocol):
@@ -141,32 +148,27 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             f"one each or more",
             "Give more windows or a longer text, or start fewer processes",
         )
-    checkpoint, layers = job.checkpoint, job.checkpoint.dims.layers
+    checkpoint, layers = job.checkpoint, job.checkpoint.decoder.layers
     basis = job.method.basis(checkpoint, job.settings)
-    shape, rope = (
-        BlockShape.from_config(checkpoint.config),
-        Rope.of(checkpoint, job.windows.shape[1], device),
-    )
+    rope = Rope.of(checkpoint, job.windows.shape[1], device)
     budget = StreamBudget(job.settings.max_memory, job.store.folder)
     streams = _embedded(job, basis, budget, ranks, device)
     finished, reports = job.store.finished(), []
     progress.start("calibrate", layers)
-    for index in range(layers):
+    for index, block in enumerate(checkpoint.decoder.blocks):
         if index == finished:
             fresh = time.monotonic()
         weights = {
             name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()
         }
-        schemes = {
-            site: job.scheme_of(f"{checkpoint.family.layer(index)}.{site}") for site in SITES
-        }
+        schemes = {site: job.scheme_of(block.name(site)) for site in block.sites}
         if index < finished:
             result = job.store.load(index)
             gains = {
                 name: torch.from_numpy(array).to(device) for name, array in result.gains.items()
             }
             walk(
-                WalkBlock(weights, shape, rope, schemes, gains),
+                WalkBlock(block, weights, rope, schemes, gains),
                 streams,
                 result.lookup,
                 measure=False,
@@ -175,16 +177,15 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         else:
             result = job.method.calibrate(
                 BlockTask(
-                    index,
-                    layers,
-                    weights,
-                    shape,
-                    rope,
-                    schemes,
-                    streams,
-                    job.settings,
-                    ranks,
-                    len(job.windows),
+                    block=block,
+                    count=layers,
+                    weights=weights,
+                    rope=rope,
+                    schemes=schemes,
+                    streams=streams,
+                    settings=job.settings,
+                    ranks=ranks,
+                    windows=len(job.windows),
                 )
             )
             if ranks.first:
@@ -215,14 +216,14 @@ def _embedded(
     job: Calibration, basis: Basis, budget: StreamBudget, ranks: Ranks, device: str
 ) -> Streams:
     """The residual streams before the first block: embedded tokens."""
-    table = basis.tensor(job.checkpoint, f"{job.checkpoint.family.embedding}.weight")
+    table = basis.tensor(job.checkpoint, f"{job.checkpoint.decoder.embedding.name}.weight")
     mine = job.windows[list(ranks.share(len(job.windows)))]
     size = (mine.shape[1], table.shape[1])
 
     def stream() -> Windows:
         windows = budget.windows(len(mine), size, device=device)
         for index, tokens in enumerate(mine):
-            windows[index] = table[torch.from_numpy(tokens)]
+            windows[index] = embedded(table, torch.from_numpy(tokens), job.checkpoint.decoder)
         return windows
 
     return Streams(stream(), stream() if job.method.wants_real(job.settings) else None, budget)

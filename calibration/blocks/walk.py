@@ -4,34 +4,19 @@ that come from quantised ones before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    DOWN,
-    GATE_UP,
-    INPUT_NORM,
-    OUT,
-    POST_NORM,
-    QKV,
-    SITES,
-    BlockShape,
-    BlockWeights,
-    Heads,
-    Rope,
-    attend,
-    cached_heads,
-    float_linear,
-    heads_from_qkv,
-    mlp_product,
-    rms_norm,
-)
+from calibration.blocks.forward import BlockWeights, float_linear
 from calibration.blocks.streams import ActivationWindows, StreamBudget, Windows
+from calibration.families.decoder import Block, Branch
+from calibration.families.steps import Linears, Step
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
+from calibration.reference.steps import Context, Rope, cached_heads, run
 from calibration.solvers.hessian import Moments
 from plugins.core.op_spec import QuantArrays
 
@@ -61,149 +46,200 @@ class WalkBlock:
     """A block to walk.
 
     Attributes:
+        block: its steps.
         weights: the float block, on which the float stream runs.
-        shape, rope: its sizes and its position tables.
+        rope: its position tables.
         schemes: how each site is quantised, and the cache.
         gains: the quantised block's norm gains, by name.
         scales: of sites whose inputs are the float block's divided channel by channel by s [K]; the
             norm gains and the weights of the site before have taken 1 / s in.
     """
 
+    block: Block
     weights: BlockWeights
-    shape: BlockShape
     rope: Rope
     schemes: Mapping[str, QuantScheme]
     gains: Mapping[str, Tensor]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def kv_bits(self) -> int:
+        """Of the cache, one number for all sites."""
+        return next(iter(self.schemes.values())).kv_bits
 
-def site_weight(weights: BlockWeights, site: str) -> tuple[Tensor, Tensor | None]:
+
+def site_weight(weights: BlockWeights, linears: Linears) -> tuple[Tensor, Tensor | None]:
     """Stacked weight [N, K] and bias [N] or None of a site."""
-    biases = [weights.get(f"{name}.bias") for name in SITES[site]]
+    parts = [weights[f"{name}.weight"] for name in linears.names]
+    found = [weights.get(f"{name}.bias") for name in linears.names]
     bias = None
-    if any(value is not None for value in biases):
-        parts = zip(SITES[site], biases, strict=True)
+    if any(value is not None for value in found):
         bias = torch.cat(
             [
-                weights[f"{name}.weight"].new_zeros(len(weights[f"{name}.weight"]))
-                if value is None
-                else value
-                for name, value in parts
+                part.new_zeros(len(part)) if value is None else value
+                for part, value in zip(parts, found, strict=True)
             ]
         )
-    return torch.cat([weights[f"{name}.weight"] for name in SITES[site]]), bias
+    return torch.cat(parts), bias
 
 
-@dataclass
-class _Half:
-    """Half of a block: a norm, a site that reads it, a function in the middle, and a site that
-    writes to the residual stream.
+class _Stream:
+    """One model's residual stream and how its steps compute."""
 
-    The function may differ between the streams: keys and values go through a low-bit cache in the
-    quantised one only.
+    def __init__(self, windows: Windows, context: Context) -> None:
+        self.windows, self._context = windows, context
+
+    def through(self, steps: Sequence[Step], x: Tensor) -> Tensor:
+        """A window [L, K] sent through steps of a branch."""
+        return run(steps, x[None], self._context).x[0]
+
+    def add(self, index: int, steps: Sequence[Step], x: Tensor) -> None:
+        """Move the window's residual stream on by what the last steps of a branch make of x."""
+        residual = self.windows[index]
+        self.windows[index] = run(steps, x[None], self._context, residual[None]).x[0]
+
+
+class _Walk:
+    """One branch: from the residual stream through its sites and back to it.
+
+    Keys and values go through a low-bit cache in the quantised stream only.
 
     The first site's inputs are made anew from the residual stream when they are needed, and the
-    float stream moves on while the second site's inputs are made, so nothing but that site's int8
-    codes is kept.
+    float stream moves on while the last site's inputs are made, so nothing but the int8 codes of
+    one site's inputs is kept.
     """
 
-    block: WalkBlock
-    streams: Streams
-    sites: tuple[str, str]
-    norm: str
-    middle: Callable[[Tensor], Tensor]
-    real_middle: Callable[[Tensor], Tensor]
+    def __init__(self, block: WalkBlock, branch: Branch, streams: Streams) -> None:
+        self.block, self.branch, self.budget = block, branch, streams.budget
+        heads = cached_heads(block.kv_bits)
+        self.quant = _Stream(streams.quant, Context(block.gains, block.rope, heads=heads))
+        self.real = None
+        if streams.real is not None:
+            self.real = _Stream(streams.real, Context(block.weights, block.rope))
+        self.float_node = float_linear(block.weights, block.block)
+        self.count = len(streams.quant)
 
-    def __post_init__(self) -> None:
-        self._real = float_linear(self.block.weights)
-
-    def quant_input(self, index: int) -> Activation:
-        """What the first site reads in the quantised model."""
-        scheme = self.block.schemes[self.sites[0]]
-        return Activation.of(
-            self._normed(self.streams.quant, index, self.block.gains),
-            scheme.abits,
-            scheme.act_symmetric,
-        )
-
-    def real_input(self, index: int) -> Tensor | None:
-        """What it reads in the float model."""
-        return (
-            None
-            if self.streams.real is None
-            else self._normed(self.streams.real, index, self.block.weights)
-        )
-
-    def _normed(self, windows: Windows, index: int, gains: Mapping[str, Tensor]) -> Tensor:
-        return rms_norm(windows[index], gains[f"{self.norm}.weight"], self.block.shape.epsilon)
-
-    def add(self, moments: Moments, site: str, seen: Activation, wanted: Tensor | None) -> None:
-        """A window into the moments of a site."""
-        if wanted is not None and site in self.block.scales:
-            wanted = wanted / self.block.scales[site]
-        moments.add(seen.values(), wanted)
-
-    def moments(self, site: str, measure: bool) -> Moments | None:
-        """An empty sum, if sums are wanted."""
-        device = str(self.block.rope.cos.device)
-        return Moments(self.width(site), self.streams.real is not None, device) if measure else None
-
-    def width(self, site: str) -> int:
-        """K of a site."""
-        return int(self.block.weights[f"{SITES[site][0]}.weight"].shape[1])
+    @property
+    def end(self) -> tuple[Step, ...]:
+        """The steps behind the last site."""
+        return (*self.branch.tail, self.branch.add)
 
     def run(self, solve: Solve, measure: bool) -> dict[str, QuantArrays]:
-        """Both sites, and both streams past them."""
-        first, second = self.sites
-        moments = self.moments(first, measure)
-        if moments is not None:
-            for index in range(len(self.streams.quant)):
-                self.add(moments, first, self.quant_input(index), self.real_input(index))
-        found = {first: solve(first, moments)}
-        seen, moments = self._second_inputs(self._linear(first, found[first]), measure)
-        found[second] = solve(second, moments)
-        linear = self._linear(second, found[second])
-        for index, activation in enumerate(seen):
-            self.streams.quant[index] = self.streams.quant[index] + linear.multiply(activation)
-        seen.close()
+        """All sites, and both streams past them."""
+        found: dict[str, QuantArrays] = {}
+        inputs: _Inputs = _FirstInputs(self)
+        moments = self._first_moments(inputs) if measure else None
+        if len(self.branch.sites) == 1:
+            self._move_real()
+        for number, site in enumerate(self.branch.sites):
+            node = site.linears.node
+            found[node] = solve(node, moments)
+            linear = self._linear(node, found[node])
+            if number + 1 < len(self.branch.sites):
+                seen, moments = self._next_inputs(number + 1, linear, inputs, measure)
+                _close(inputs)
+                inputs = seen
+        for index in range(self.count):
+            self.quant.add(index, self.end, linear.multiply(inputs[index]))
+        _close(inputs)
         return found
 
-    def _second_inputs(
-        self, linear: FakeQuantLinear, measure: bool
+    def _first_moments(self, inputs: _Inputs) -> Moments:
+        moments = self._moments(0)
+        for index in range(self.count):
+            self._add(moments, 0, inputs[index], self._real_input(0, index))
+        return moments
+
+    def _next_inputs(
+        self,
+        number: int,
+        linear: FakeQuantLinear,
+        inputs: _Inputs,
+        measure: bool,
     ) -> tuple[ActivationWindows, Moments | None]:
-        """Of the quantised model, to be kept, and their moments; the float stream moves on to the
-        end of the half.
+        """Of site `number`, to be kept, and their moments, from the site before; the float stream
+        moves on with the last site.
         """
-        first, second = self.sites
-        scheme, quant, real = self.block.schemes[second], self.streams.quant, self.streams.real
-        moments, size = self.moments(second, measure), (quant.shape[1], self.width(second))
+        site, windows = self.branch.sites[number], self.quant.windows
+        scheme = self.block.schemes[site.linears.node]
+        moments = self._moments(number) if measure else None
         seen = ActivationWindows(
-            self.streams.budget, len(quant), size, scheme, str(self.block.rope.cos.device)
+            self.budget,
+            self.count,
+            (windows.shape[1], site.linears.in_features),
+            scheme,
+            str(self.block.rope.cos.device),
         )
-        for index in range(len(quant)):
-            seen[index] = activation = Activation.of(
-                self.middle(linear.multiply(self.quant_input(index))),
-                scheme.abits,
-                scheme.act_symmetric,
-            )
-            wanted = None
-            if real is not None:
-                wanted = self.real_middle(
-                    self._real(first, self._normed(real, index, self.block.weights))
-                )
-                real[index] = real[index] + self._real(second, wanted)
+        last = number + 1 == len(self.branch.sites)
+        for index in range(self.count):
+            x = self.quant.through(site.lead, linear.multiply(inputs[index]))
+            seen[index] = activation = Activation.of(x, scheme.abits, scheme.act_symmetric)
+            wanted = self._real_input(number, index)
+            if last and wanted is not None:
+                assert self.real is not None
+                self.real.add(index, self.end, self.float_node(site.linears.node, wanted))
             if moments is not None:
-                self.add(moments, second, activation, wanted)
+                self._add(moments, number, activation, wanted)
         return seen, moments
+
+    def _real_input(self, number: int, index: int) -> Tensor | None:
+        """What site `number` reads in the float model."""
+        if self.real is None:
+            return None
+        x = self.real.through(self.branch.sites[0].lead, self.real.windows[index])
+        for before, site in zip(self.branch.sites, self.branch.sites[1 : number + 1], strict=False):
+            x = self.real.through(site.lead, self.float_node(before.linears.node, x))
+        return x
+
+    def _move_real(self) -> None:
+        """The float stream past a branch of one site."""
+        if self.real is None:
+            return
+        for index in range(self.count):
+            x = self._real_input(0, index)
+            assert x is not None
+            self.real.add(index, self.end, self.float_node(self.branch.sites[0].linears.node, x))
+
+    def _moments(self, number: int) -> Moments:
+        size = self.branch.sites[number].linears.in_features
+        return Moments(size, self.real is not None, str(self.block.rope.cos.device))
+
+    def _add(self, moments: Moments, number: int, seen: Activation, wanted: Tensor | None) -> None:
+        """A window into the moments of a site."""
+        node = self.branch.sites[number].linears.node
+        if wanted is not None and node in self.block.scales:
+            wanted = wanted / self.block.scales[node]
+        moments.add(seen.values(), wanted)
 
     def _linear(self, site: str, arrays: QuantArrays) -> FakeQuantLinear:
         scheme = self.block.schemes[site]
-        quantizer = (
-            ActivationQuantizer(scheme.abits, scheme.act_symmetric) if scheme.abits < 16 else None
-        )
+        quantizer = None
+        if scheme.abits < 16:
+            quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
         linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer, exact=False)
         linear.to(self.block.rope.cos.device)
         return linear
+
+
+class _FirstInputs:
+    """What a branch's first site reads in the quantised model, made when asked for."""
+
+    def __init__(self, walk: _Walk) -> None:
+        self._walk = walk
+
+    def __getitem__(self, index: int) -> Activation:
+        site, quant = self._walk.branch.sites[0], self._walk.quant
+        scheme = self._walk.block.schemes[site.linears.node]
+        x = quant.through(site.lead, quant.windows[index])
+        return Activation.of(x, scheme.abits, scheme.act_symmetric)
+
+
+_Inputs = _FirstInputs | ActivationWindows
+
+
+def _close(inputs: _Inputs) -> None:
+    if isinstance(inputs, ActivationWindows):
+        inputs.close()
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -223,14 +259,7 @@ def walk(
     Returns:
         What `solve` gave, by site, members stacked along N.
     """
-
-    def attention(heads: Heads) -> Callable[[Tensor], Tensor]:
-        return lambda qkv: attend(*heads(qkv[None], block.shape, block.rope))[0]
-
-    quantised = cached_heads(block.schemes[QKV].kv_bits)
-    found = _Half(
-        block, streams, (QKV, OUT), INPUT_NORM, attention(quantised), attention(heads_from_qkv)
-    ).run(solve, measure)
-    return found | _Half(block, streams, (GATE_UP, DOWN), POST_NORM, mlp_product, mlp_product).run(
-        solve, measure
-    )
+    found: dict[str, QuantArrays] = {}
+    for branch in block.block.branches:
+        found |= _Walk(block, branch, streams).run(solve, measure)
+    return found

@@ -14,15 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibration.blocks.forward import (
-    SITES,
-    BlockShape,
-    BlockWeights,
-    Rope,
-    block_output,
-    float_linear,
-    rms_norm,
-)
+from calibration.blocks.forward import BlockWeights, block_output, embedded, float_linear
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import site_weight
@@ -31,6 +23,7 @@ from calibration.methods.qqq import Plain
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation
+from calibration.reference.steps import PLAIN, Rope
 from calibration.solvers.grid import search_grid
 
 if TYPE_CHECKING:
@@ -38,6 +31,8 @@ if TYPE_CHECKING:
 
     from calibration.blocks.driver import Basis
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.families import decoder as data
+    from calibration.families.decoder import Block
     from calibration.settings import CalibrationSettings
 
 __all__ = ["Head", "Measurement", "head_gradient", "measure", "site_gradients"]
@@ -87,7 +82,8 @@ def measure(job: Measurement, progress: Progress | None = None) -> dict[str, lis
     """
     progress, ranks = progress or NullProgress(), job.ranks
     model = _Model.of(job)
-    layers, costs = job.checkpoint.dims.layers, {}
+    decoder, costs = job.checkpoint.decoder, {}
+    layers = decoder.layers
     mine = list(ranks.share(len(job.windows)))
     progress.start("budget", 2 * layers)
     # Of torch's kernels the plain one alone has a backward pass that gives the same bits every time
@@ -95,30 +91,31 @@ def measure(job: Measurement, progress: Progress | None = None) -> dict[str, lis
     with sdpa_kernel(SDPBackend.MATH):
         inputs = model.forward(job.windows[mine], progress)
         gradients = model.loss_gradients(inputs.pop(), mine, job.settings.seed)
-        for index in reversed(range(layers)):
-            weights = model.load(index)
-            sites = model.backward(weights, inputs.pop(), gradients, job.schemes[0])
-            for site, sums in sites.items():
+        for block in reversed(decoder.blocks):
+            weights = model.load(block.index)
+            sites = model.backward(block, weights, inputs.pop(), gradients, job.schemes[0])
+            for node, sums in sites.items():
                 ranks.sum([sums.fisher, sums.squares, sums.activation])
-                costs[f"{job.checkpoint.family.layer(index)}.{site}"] = _costs(
-                    sums, site_weight(weights, site)[0], job
-                )
-            progress.advance(1, f"back, block {index + 1} of {layers}")
+                weight = site_weight(weights, block.sites[node].linears)[0]
+                costs[block.name(node)] = _costs(sums, weight, job)
+            progress.advance(1, f"back, block {block.index + 1} of {layers}")
     progress.finish()
-    return {node: costs[node] for node in job.checkpoint.family.nodes(layers)}
+    return {node: costs[node] for node in decoder.nodes}
 
 
 @dataclass(frozen=True)
 class Head:
     """What turns the residual stream into logits: final norm gain [H], table [vocab, H]."""
 
+    data: data.Head
     gain: Tensor
     table: Tensor
-    epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., vocab]."""
-        return F.linear(rms_norm(x, self.gain, self.epsilon), self.table)
+        logits = F.linear(PLAIN.norm(x, self.data.norm, self.gain), self.table)
+        cap = self.data.softcap
+        return logits if cap is None else PLAIN.softcap(logits, cap)
 
 
 def head_gradient(x: Tensor, head: Head, generator: torch.Generator) -> Tensor:
@@ -140,12 +137,12 @@ Sites = Mapping[
 
 
 def site_gradients(
-    x: Tensor, gradient: Tensor, weights: BlockWeights, shape: BlockShape, rope: Rope
+    x: Tensor, gradient: Tensor, weights: BlockWeights, block: Block, rope: Rope
 ) -> tuple[Tensor, Sites]:
     """One window back through a block: from the gradient at its output [L, H] to that at its input
     x [L, H], and what the sites see.
     """
-    multiply = float_linear(weights)
+    multiply = float_linear(weights, block)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def linear(site: str, value: Tensor) -> Tensor:
@@ -153,10 +150,11 @@ def site_gradients(
         return seen[site][1]
 
     x = x.detach()[None].requires_grad_()
-    y = block_output(x, weights, linear, shape, rope)
-    first, *others = torch.autograd.grad(y, [x, *(seen[site][1] for site in SITES)], gradient[None])
+    y = block_output(x, weights, linear, block, rope)
+    wanted = [x, *(seen[site][1] for site in block.sites)]
+    first, *others = torch.autograd.grad(y, wanted, gradient[None])
     return first[0], {
-        site: (seen[site][0][0], other[0]) for site, other in zip(SITES, others, strict=True)
+        site: (seen[site][0][0], other[0]) for site, other in zip(block.sites, others, strict=True)
     }
 
 
@@ -215,7 +213,6 @@ class _Model:
 
     checkpoint: Checkpoint
     basis: Basis
-    shape: BlockShape
     rope: Rope
     budget: StreamBudget
     device: str
@@ -231,7 +228,6 @@ class _Model:
         return cls(
             job.checkpoint,
             basis,
-            BlockShape.from_config(job.checkpoint.config),
             Rope.of(job.checkpoint, job.windows.shape[1], device),
             StreamBudget(job.settings.max_memory, job.folder),
             device,
@@ -255,30 +251,29 @@ class _Model:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def forward(self, tokens: np.ndarray, progress: Progress) -> list[Windows]:
         """What every block, and then the head, reads: tokens [n, L] -> [n][L, hidden] each."""
-        table, layers = self.tensor(self.checkpoint.family.embedding), self.checkpoint.dims.layers
-        found = [
-            self.stream(
-                (table[row] for row in torch.from_numpy(tokens)), (*tokens.shape, table.shape[1])
-            )
-        ]
-        for index in range(layers):
-            weights = self.load(index)
+        decoder = self.checkpoint.decoder
+        table = self.tensor(decoder.embedding.name)
+        rows = (embedded(table, row, decoder) for row in torch.from_numpy(tokens))
+        found = [self.stream(rows, (*tokens.shape, table.shape[1]))]
+        for block in decoder.blocks:
+            weights = self.load(block.index)
+            multiply = float_linear(weights, block)
             outputs = (
-                block_output(x[None], weights, float_linear(weights), self.shape, self.rope)[0]
-                for x in found[-1]
+                block_output(x[None], weights, multiply, block, self.rope)[0] for x in found[-1]
             )
             found.append(self.stream(outputs, found[0].shape))
-            progress.advance(1, f"forward, block {index + 1} of {layers}")
+            progress.advance(1, f"forward, block {block.index + 1} of {decoder.layers}")
         return found
 
     def loss_gradients(self, x: Windows, numbers: list[int], seed: int) -> Windows:
         """At the head's input; `numbers` are those of the windows, which fix their labels."""
-        family, own = self.checkpoint.family, not self.checkpoint.dims.tied or self.basis.unties
+        decoder = self.checkpoint.decoder
+        own = not decoder.tied or self.basis.unties
         gain, table = (
             self.tensor(name).to(self.device)
-            for name in (family.final_norm, family.head if own else family.embedding)
+            for name in (decoder.head.norm.name, (decoder.head if own else decoder.embedding).name)
         )
-        head = Head(gain, table, self.shape.epsilon)
+        head = Head(decoder.head, gain, table)
         generators = (
             torch.Generator(self.device).manual_seed((seed << 16) + number) for number in numbers
         )
@@ -293,13 +288,20 @@ class _Model:
         return found
 
     def backward(
-        self, weights: BlockWeights, inputs: Windows, gradients: Windows, scheme: QuantScheme
+        self,
+        block: Block,
+        weights: BlockWeights,
+        inputs: Windows,
+        gradients: Windows,
+        scheme: QuantScheme,
     ) -> dict[str, _Sums]:
         """A block's sums; `gradients` move from behind it to before it."""
-        stacked = {site: site_weight(weights, site)[0] for site in SITES}
+        stacked = {
+            node: site_weight(weights, site.linears)[0] for node, site in block.sites.items()
+        }
         sums = {site: _Sums.of(weight) for site, weight in stacked.items()}
         for number, x in enumerate(inputs):
-            before, sites = site_gradients(x, gradients[number], weights, self.shape, self.rope)
+            before, sites = site_gradients(x, gradients[number], weights, block, self.rope)
             for site, (value, gradient) in sites.items():
                 sums[site].add(value, gradient, stacked[site], scheme)
             gradients[number] = (

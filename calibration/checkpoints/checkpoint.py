@@ -50,9 +50,7 @@ class Checkpoint:
         decoder: its steps with the model's sizes.
     """
 
-    def __init__(
-        self, source: Source, family: Family, config: Any, weights: WeightSource
-    ) -> None:
+    def __init__(self, source: Source, family: Family, config: Any, weights: WeightSource) -> None:
         self.source = source
         self.family = family
         self.config = config
@@ -185,7 +183,9 @@ def _open_gguf(source: Source) -> Checkpoint:
     file = GgufFile(source.path)
     family = gguf_family(file)
     config = _make_config(str(source.path), gguf_config(file, family), family)
-    return Checkpoint(source, family, config, GgufWeights(file, family.decoder(plain_config(config))))
+    return Checkpoint(
+        source, family, config, GgufWeights(file, family.decoder(plain_config(config)))
+    )
 
 
 def _open_config(folder: Path) -> tuple[Family, Any]:

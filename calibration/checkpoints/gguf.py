@@ -118,11 +118,7 @@ def gguf_family(file: GgufFile) -> Family:
         InputError: none does.
     """
     architecture = str(file.required("general.architecture"))
-    accepted = {
-        family(name).gguf: family(name)
-        for name in family_names()
-        if family(name).gguf
-    }
+    accepted = {family(name).gguf: family(name) for name in family_names() if family(name).gguf}
     if architecture not in accepted or file.value(f"{architecture}.expert_count", 0):
         got = f"{architecture} with experts" if architecture in accepted else architecture
         raise InputError(

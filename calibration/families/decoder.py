@@ -199,11 +199,9 @@ class Block:
 
     def __post_init__(self) -> None:
         for branch in self.branches:  # a family file that makes no sense fails here, by name
-            for first, second in pairwise(branch.sites):
-                if second.source is None and not second.lead:
-                    raise ValueError(f"{self.prefix}: {second.linears.node} reads another node")
-            if first_of(branch).linears.in_features != last_of(branch).linears.out_features:
-                raise ValueError(f"{self.prefix}: a branch does not end as wide as it starts")
+            first, last = branch.sites[0].linears, branch.sites[-1].linears
+            if first.in_features != last.out_features:
+                raise ValueError(f"{self.prefix}: {last.node} is not as wide as {first.node} reads")
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
@@ -254,6 +252,11 @@ class Block:
         """Its attention."""
         return next(step for step in self.steps if isinstance(step, Attend))
 
+    @cached_property
+    def before_attention(self) -> tuple[Step, ...]:
+        """The steps that make the rotated heads of queries, keys and values."""
+        return self.steps[: self.steps.index(self.attend)]
+
     def after(self, node: str) -> tuple[Step, ...]:
         """The steps that make the next node's input from this one's output; none for the last of
         a branch.
@@ -270,20 +273,11 @@ class Block:
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Its tensors by their full names: norms, then linears, each in execution order."""
-        for part in (*self.norms, *self.linears):
+        parts: list[Norm | Linear] = [*self.norms, *self.linears]
+        for part in parts:
             for info in part.tensors():
                 gguf = f"blk.{self.index}.{info.gguf}" if info.gguf else ""
                 yield replace(info, name=self.name(info.name), gguf=gguf)
-
-
-def first_of(branch: Branch) -> Site:
-    """The site that reads the residual stream."""
-    return branch.sites[0]
-
-
-def last_of(branch: Branch) -> Site:
-    """The site that writes to it."""
-    return branch.sites[-1]
 
 
 def _source(lead: list[Step], before: Linears | None) -> Norm | Linear | None:
@@ -351,7 +345,9 @@ class Decoder:
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """Every linear by its full name."""
-        return {block.name(linear.name): linear for block in self.blocks for linear in block.linears}
+        return {
+            block.name(linear.name): linear for block in self.blocks for linear in block.linears
+        }
 
     @cached_property
     def _node_of(self) -> dict[str, str]:

@@ -282,7 +282,7 @@ def write(quant: QuantModel, folder: Path) -> None:
         | {
             "architectures": [quant.family.architecture],
             "dtype": quant.scheme.dtype,
-            "quantization_config": _quantization_config(quant.family.head, linears.values()),
+            "quantization_config": _quantization_config(quant.decoder.head.name, linears.values()),
         },
     )
     for name in quant.files.keys() - names.keys():

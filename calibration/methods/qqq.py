@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import DOWN, INPUT_NORM, POST_NORM, SITES, load_block
+from calibration.blocks.forward import load_block, norm_gains
 from calibration.blocks.store import BlockResult
 from calibration.blocks.walk import WalkBlock, site_weight, walk
 from calibration.settings import QqqSettings
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import Grid, search_grid
 from calibration.solvers.hessian import Moments, corrected_target
-from calibration.transforms.rotation import Rotation
-from calibration.transforms.smoothing import adaptive_scales, fold_scales
+from calibration.transforms.rotation import Rotation, obstacle
+from calibration.transforms.smoothing import adaptive_scales, fold_scales, smoothed_sites
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import Basis, BlockTask
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from plugins.core.op_spec import QuantArrays
 
 __all__ = ["METHOD", "Plain", "Qqq", "SiteSolver", "smoothed"]
-
-_SMOOTHED = {"none": (), "all": tuple(SITES), "down": (DOWN,)}
 
 
 class Plain:
@@ -48,9 +47,9 @@ class Plain:
 def smoothed(task: BlockTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The block with the sites of the switch `smooth` smoothed, and their scales."""
     assert isinstance(task.settings.method, QqqSettings)
-    sites = _SMOOTHED[task.settings.method.smooth]
+    sites = smoothed_sites(task.settings.method.smooth, task.block)
     scales = adaptive_scales(task, sites) if sites else {}
-    return fold_scales(task.weights, scales, task.shape), scales
+    return fold_scales(task.weights, scales, task.block), scales
 
 
 class SiteSolver:
@@ -80,7 +79,7 @@ class SiteSolver:
             moments.hessian
         ).all():  # an activation overflowed: as if nothing had been seen
             moments = Moments(len(moments.hessian), cross=False, device=self._task.device)
-        weight, bias = site_weight(self._weights, site)
+        weight, bias = site_weight(self._weights, self._task.block.sites[site].linears)
         group = torch.arange(weight.shape[1], device=weight.device) // (
             scheme.group_size or weight.shape[1]
         )
@@ -129,13 +128,16 @@ class Qqq:
         assert isinstance(settings.method, QqqSettings)
         if settings.method.rotation == "none":
             return Plain()
-        dims, config = checkpoint.dims, checkpoint.config
-        return Rotation.make(
-            settings.method.rotation,
-            dims.hidden,
-            dims.q // int(config.num_attention_heads),
-            settings.seed,
-        )
+        decoder = checkpoint.decoder
+        if problem := obstacle(decoder):
+            raise InputError(
+                f"rotation={settings.method.rotation}",
+                f"got a decoder whose residual stream cannot be rotated ({problem}), "
+                f"expected norm, linears and sum in every branch",
+                "Add --set rotation=none",
+            )
+        head_dim = decoder.blocks[0].heads.head_dim
+        return Rotation.make(settings.method.rotation, decoder.hidden, head_dim, settings.seed)
 
     def wants_real(self, settings: CalibrationSettings) -> bool:
         """For the correction of earlier errors."""
@@ -145,10 +147,10 @@ class Qqq:
     def calibrate(self, task: BlockTask) -> BlockResult:
         """Smooth, then GPTQ site by site."""
         weights, scales = smoothed(task)
-        gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
+        gains = norm_gains(weights, task.block)
         solver = SiteSolver(task, weights)
         sites = walk(
-            WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales),
+            WalkBlock(task.block, task.weights, task.rope, task.schemes, gains, scales),
             task.streams,
             solver,
         )

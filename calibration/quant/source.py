@@ -5,7 +5,6 @@ block-wise calibration.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -183,6 +182,6 @@ def open_source(
     assert options.work is not None
     store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
     options.ranks.wait()
-    job = Calibration(checkpoint, maker, schemes.of, settings, windows, store, options.ranks)
+    job = Calibration(checkpoint, maker, schemes.nodes(checkpoint.decoder).__getitem__, settings, windows, store, options.ranks)
     done = calibrate(job, progress)
     return _CalibratedSource(job, maker.basis(checkpoint, settings), done)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
+from calibration.families.decoder import Block
 from calibration.quant.scheme import FLOAT_BITS
 from calibration.reference.fake_quant import (
     ActivationQuantizer,
@@ -15,221 +19,344 @@ from calibration.reference.fake_quant import (
     quantize_cache,
     round_to,
 )
+from calibration.reference.steps import Context, Plain, Rope, Rounded, run, visible
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.quant.folder import QuantModel
 
-__all__ = ["CacheQuantizer", "float_model", "quantised_model"]
+__all__ = [
+    "CacheQuantizer",
+    "Computed",
+    "FloatReference",
+    "QuantReference",
+    "Reference",
+    "Tap",
+    "float_model",
+    "quantised_model",
+]
+
+Cache = Sequence[tuple[Tensor, Tensor]]  # keys and values [B, kv_heads, T, head_dim] of each layer
+# (kind, name, value) -> the value to go on with. Kinds: "norm", "input" and "output" of the GEMM
+# node or norm of that name, "key" (new keys after RoPE) and "layer" (the residual stream behind
+# it) of the decoder layer of that number.
+Tap = Callable[[str, str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a reference computes in a call.
+
+    Attributes:
+        logits: [B, S, vocab] fp32.
+        layers: the residual stream behind every decoder layer, [B, S, hidden] each.
+        cache: of everything so far.
+    """
+
+    logits: Tensor
+    layers: tuple[Tensor, ...]
+    cache: Cache
+
+
+class Reference(Protocol):
+    """A decoder in torch.
+
+    Attributes:
+        context: most tokens of a sequence.
+    """
+
+    context: int
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+    ) -> Computed:
+        """Run tokens.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, P + S], 0 is padding; None: all tokens are real.
+            position_ids: [B, S]; None counts from the cache's end.
+            cache: of the call before; None starts new sequences.
+        """
 
 
 def float_model(checkpoint: Checkpoint) -> Any:
     """The transformers model in fp32, eval mode, as the checkpoint has it."""
-    model = _empty_model(checkpoint.config)
-    names = [name for name, _ in checkpoint.family.tensor_shapes(checkpoint.dims)]
-    return _fill(model, {name: checkpoint.tensor(name) for name in names}, checkpoint.rope())
-
-
-def quantised_model(quant: QuantModel, round_activations: bool = True) -> Any:
-    """The transformers model with its linears replaced by FakeQuantLinear, fp32 arithmetic, eval
-    mode.
-
-    A low-bit KV cache is each attention's `cache_quantizer`; the cache then holds what it gives
-    back.
-
-    Args:
-        quant: the quant folder.
-        round_activations: round what flows between modules to scheme.dtype, as the exported graph
-            does; without, grouped linears may differ from it in fp32's last bits too, and are
-            several times as fast.
-    """
-    from transformers import AutoConfig
-
-    hf = {key: value for key, value in quant.config["hf"].items() if key != "model_type"}
-    model = _empty_model(AutoConfig.for_model(quant.family.model_type, **hf))
-    dtype = quant.scheme.dtype if round_activations else "float32"
-    kinds = {(scheme.abits, scheme.act_symmetric) for scheme in quant.schemes if scheme.abits < 16}
-    quantizers = {kind: ActivationQuantizer(*kind) for kind in kinds}
-    state = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and quant.has(f"{name}.codes"):
-            linear = quant.linear(name)
-            quantizer = quantizers.get((linear.scheme.abits, linear.scheme.act_symmetric))
-            model.set_submodule(
-                name, FakeQuantLinear(linear, quantizer, dtype, exact=round_activations)
-            )
-    for name in model.state_dict():
-        if quant.has(name):
-            state[name] = torch.from_numpy(quant.tensor(name).astype(np.float32))
-    state |= {name: value for name, value in model.state_dict().items() if not value.is_meta}
-    rope = np.array(quant.tensor("rope.inv_freq")), float(quant.config["rope_attention_scaling"])
-    model = _fill(model, state, rope)
-    if quant.scheme.kv_bits < FLOAT_BITS:
-        for layer in model.model.layers:
-            layer.self_attn.cache_quantizer = CacheQuantizer(quant.scheme.kv_bits, dtype)
-        _use_attention(model, dtype, torch.float32)
-    if round_activations:
-        _round_every_op(model, dtype)
-    return model
-
-
-def _empty_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def _fill(model: Any, state: dict[str, Tensor], rope: tuple[np.ndarray, float]) -> Any:
+        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
+    state = {
+        name: torch.from_numpy(checkpoint.stored(name).astype(np.float32))
+        for name in checkpoint.decoder.shapes()
+    }
     # The head of a tied model is absent from the state and shares the embedding afterwards.
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    left = [name for name in missing if not name.startswith("lm_head.")]
+    head = f"{checkpoint.decoder.head.name}."
+    left = [name for name in missing if not name.startswith(head)]
     if left or unexpected or any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(f"model and tensors differ: {left[:3]} {unexpected[:3]}")
+    frequencies, scaling = checkpoint.rope()
     rotary = model.model.rotary_emb
-    rotary.inv_freq = torch.from_numpy(np.array(rope[0], np.float32))
+    rotary.inv_freq = torch.from_numpy(np.array(frequencies, np.float32))
     rotary.original_inv_freq = rotary.inv_freq.clone()
-    rotary.attention_scaling = rope[1]
+    rotary.attention_scaling = scaling
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # such as Gemma's embed_scale, which its module makes of the config
+            raise RuntimeError(f"no value for the buffer {name}")
     model.requires_grad_(False)
     return model.eval()
 
 
-def _round_every_op(model: Any, dtype: str) -> None:
-    """Round the result of every operator of the exported graph that HF computes between linears,
-    each where the graph does.
+class FloatReference:
+    """A transformers model: the truth that the declaration of its family is held against.
 
-    FakeQuantLinear rounds its own output. Norms, sigmoid and attention compute in fp64, whose
-    roundings to 16 bits are the same in every library: otherwise some activation codes move by a
-    step, and a chaotic low-bit model drifts away from the exported one.
+    Args:
+        model: of float_model.
     """
 
-    def round_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        return round_to(output, dtype) if isinstance(output, Tensor) else output
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.context = int(model.config.max_position_embeddings)
 
-    def round_input(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        return (round_to(arguments[0], dtype), *arguments[1:])
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+    ) -> Computed:
+        """Run tokens, see Reference."""
+        from transformers import DynamicCache
 
-    def round_residual(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        # In place: the decoder layer keeps this very tensor as its residual.
-        arguments[0].copy_(round_to(arguments[0], dtype))
+        past = DynamicCache(config=self.model.config) if cache is None else cache.state
+        layers: list[Tensor] = []
 
-    inner = model.model
-    layers = list(inner.layers)
-    inner.norm = _RoundedNorm(inner.norm, dtype)
-    inner.rotary_emb = _RoundedRotary(inner.rotary_emb, dtype)
-    for module in (model.lm_head, *layers):
-        module.register_forward_hook(round_output)
-    for layer in layers:
-        layer.input_layernorm = _RoundedNorm(layer.input_layernorm, dtype)
-        layer.post_attention_layernorm = _RoundedNorm(layer.post_attention_layernorm, dtype)
-        layer.post_attention_layernorm.register_forward_pre_hook(round_residual)
-        layer.mlp.down_proj.register_forward_pre_hook(round_input)  # silu(gate) * up
-        layer.mlp.act_fn = _RoundedSilu(dtype)
-    _use_attention(model, dtype, torch.float64)
+        def keep(module: Any, arguments: Any, output: Any) -> None:
+            layers.append((output if isinstance(output, Tensor) else output[0]).clone())
 
-
-class _RoundedNorm(nn.Module):  # type: ignore[misc]
-    """RMSNorm in fp64, rounded once."""
-
-    weight: Tensor
-
-    def __init__(self, norm: nn.Module, dtype: str) -> None:
-        super().__init__()
-        self.weight = norm.weight
-        self._epsilon = float(np.float32(norm.variance_epsilon))  # as the ONNX attribute holds it
-        self._dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
-        wide = x.double()
-        y = (
-            wide
-            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._epsilon)
-            * self.weight.double()
-        )
-        return round_to(y, self._dtype)
+        hooks = [layer.register_forward_hook(keep) for layer in self.model.model.layers]
+        try:
+            result = self.model(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past,
+                use_cache=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Computed(result.logits.float(), tuple(layers), _HuggingFaceCache(past))
 
 
-class _RoundedRotary(nn.Module):  # type: ignore[misc]
-    """cos and sin of fp32 angles in fp64, rounded once, as the tables of the graph."""
+class _HuggingFaceCache(Sequence[tuple[Tensor, Tensor]]):
+    """transformers' cache, layer by layer."""
 
-    def __init__(self, rotary: nn.Module, dtype: str) -> None:
-        super().__init__()
-        self._inv_freq, self._scaling, self._dtype = (
-            rotary.inv_freq,
-            rotary.attention_scaling,
-            dtype,
-        )
+    def __init__(self, state: Any) -> None:
+        self.state = state
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, head_dim] of positions [B, S]."""
-        angles = (position_ids[..., None].float() * self._inv_freq).double()
-        angles = torch.cat((angles, angles), -1)
-        return round_to(angles.cos() * self._scaling, self._dtype), round_to(
-            angles.sin() * self._scaling, self._dtype
-        )
+    def __len__(self) -> int:
+        return len(self.state.layers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        layer = self.state.layers[index]
+        return layer.keys, layer.values
 
 
-class _RoundedSilu(nn.Module):  # type: ignore[misc]
-    """silu as the graph computes it: Sigmoid, then Mul."""
-
-    def __init__(self, dtype: str) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
-        return round_to(x * round_to(torch.sigmoid(x.double()), self._dtype), self._dtype)
-
-
-class CacheQuantizer(nn.Module):  # type: ignore[misc]
+class CacheQuantizer:
     """New keys and values as a cache of few bits gives them back, rounded to the model's type."""
 
     def __init__(self, bits: int, dtype: str) -> None:
-        super().__init__()
         self._bits, self._dtype = bits, dtype
 
-    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[B, kv_heads, S, head_dim] each, keys after RoPE -> the same."""
+        if self._bits >= FLOAT_BITS:
+            return key, value
         return round_to(quantize_cache(key, self._bits), self._dtype), round_to(
             quantize_cache(value, self._bits), self._dtype
         )
 
 
-def _use_attention(model: Any, dtype: str, wide: torch.dtype) -> None:
-    """Attention in `wide` on rounded rotated queries and keys, its result rounded; a
-    `cache_quantizer` sees new keys and values first.
+def quantised_model(quant: QuantModel, round_activations: bool = True) -> QuantReference:
+    """The quantised model in torch.
+
+    Args:
+        quant: the quant folder.
+        round_activations: round every operator's result to scheme.dtype, as the exported graph
+            does; without, grouped linears may differ from it in fp32's last bits too, and are
+            several times as fast.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    return QuantReference(quant, round_activations)
 
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        **options: Any,
-    ) -> Any:
-        if hasattr(module, "cache_quantizer"):
-            # In place: the cache holds these very tensors. What was in it before went through here
-            # then.
-            new = key[..., -query.shape[-2] :, :], value[..., -query.shape[-2] :, :]
-            for part, cached in zip(
-                new, module.cache_quantizer(round_to(new[0], dtype), new[1]), strict=True
-            ):
-                part.copy_(cached)
-        rotated = round_to(query, dtype).to(wide), round_to(key, dtype).to(wide)
-        scale = float(np.float32(scaling))  # as the ONNX attribute holds it
-        context, weights = sdpa_attention_forward(
-            module, *rotated, value.to(wide), mask, scaling=scale, **options
-        )
-        return round_to(context, dtype), weights
 
-    name = f"anybit_{dtype}_{wide}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
+class QuantReference:
+    """The decoder's steps with the kernels' linears; a low-bit KV cache holds what it gives back.
+
+    Args:
+        quant, round_activations: see quantised_model.
+
+    Attributes:
+        context: most tokens of a sequence.
+        linears: by their full names.
+    """
+
+    def __init__(self, quant: QuantModel, round_activations: bool) -> None:
+        self.decoder = quant.decoder
+        self.context = int(quant.config["max_position_embeddings"])
+        self._dtype = quant.scheme.dtype if round_activations else "float32"
+        self._arithmetic = Rounded(self._dtype) if round_activations else Plain()
+        self._quantize = CacheQuantizer(quant.scheme.kv_bits, self._dtype)
+        kinds = {
+            (scheme.abits, scheme.act_symmetric) for scheme in quant.schemes if scheme.abits < 16
+        }
+        quantizers = {kind: ActivationQuantizer(*kind) for kind in kinds}
+        self.linears: dict[str, FakeQuantLinear] = {}
+        for name in self.decoder.linears:
+            linear = quant.linear(name)
+            quantizer = quantizers.get((linear.scheme.abits, linear.scheme.act_symmetric))
+            self.linears[name] = FakeQuantLinear(
+                linear, quantizer, self._dtype, exact=round_activations
+            )
+
+        def tensor(name: str) -> Tensor:
+            return torch.from_numpy(quant.tensor(name).astype(np.float32))
+
+        head = self.decoder.head
+        self._table = tensor(f"{self.decoder.embedding.name}.weight")
+        self._head = self._table if head.tied else tensor(f"{head.name}.weight")
+        self._gain = tensor(head.norm.gain)
+        self._gains = [
+            {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
+            for block in self.decoder.blocks
+        ]
+        self._inv_freq = torch.from_numpy(np.array(quant.tensor("rope.inv_freq"), np.float32))
+        self._rope_scaling = float(quant.config["rope_attention_scaling"])
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        tap: Tap | None = None,
+    ) -> Computed:
+        """Run tokens, see Reference.
+
+        Args:
+            tap: sees, and may change, what runs through.
+        """
+        past = 0 if cache is None else cache[0][0].shape[2]
+        total = past + input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, total).expand_as(input_ids)
+        masks = _Masks(attention_mask, past, total)
+        rope, layers, kept = self._rope(position_ids), [], []
+        x = self._embedded(input_ids)
+        for block in self.decoder.blocks:
+            new: list[tuple[Tensor, Tensor]] = []
+            context = Context(
+                self._gains[block.index],
+                rope,
+                self._node(block),
+                self._cached(block, None if cache is None else cache[block.index], new, tap),
+                self._arithmetic,
+                masks,
+                None if tap is None else _below(tap, block),
+            )
+            x = run(block.steps, x, context).x
+            layers.append(x)
+            x = x if tap is None else tap("layer", str(block.index), x)
+            kept += new
+        return Computed(self._logits(x), tuple(layers), kept)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        rows, scale = self._table[input_ids], self.decoder.embedding.scale
+        if scale is None:
+            return rows
+        return self._arithmetic.round(rows * self._arithmetic.round(torch.tensor(scale)))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        head = self.decoder.head
+        normed = self._arithmetic.norm(x, head.norm, self._gain)
+        logits = self._arithmetic.round(F.linear(normed, self._head))
+        if head.softcap is None:
+            return logits
+        return (torch.tanh(logits.double() / head.softcap) * head.softcap).float()
+
+    def _rope(self, position_ids: Tensor) -> Rope:
+        angles = (position_ids[:, None, :, None].float() * self._inv_freq).double()
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = (wave * self._rope_scaling for wave in (angles.cos(), angles.sin()))
+        return Rope(round_to(cos, self._dtype), round_to(sin, self._dtype))
+
+    def _node(self, block: Block) -> Callable[[str, Tensor], Tensor]:
+        def node(name: str, x: Tensor) -> Tensor:
+            members = block.sites[name].linears.names
+            return torch.cat([self.linears[block.name(member)](x) for member in members], -1)
+
+        return node
+
+    def _cached(
+        self,
+        block: Block,
+        old: tuple[Tensor, Tensor] | None,
+        kept: list[tuple[Tensor, Tensor]],
+        tap: Tap | None,
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        def heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if tap is not None:
+                key = tap("key", str(block.index), key)
+            key, value = self._quantize(key, value)
+            if old is not None:
+                key, value = torch.cat((old[0], key), 2), torch.cat((old[1], value), 2)
+            kept.append((key, value))
+            return query, key, value
+
+        return heads
+
+
+def _below(tap: Tap, block: Block) -> Tap:
+    return lambda kind, name, x: tap(kind, block.name(name), x)
+
+
+class _Masks:
+    """Which keys each query may look at, by the window of its attention.
+
+    A query always sees itself: a padding row would otherwise be all masked, and give NaN.
+
+    Args:
+        attention_mask: [B, total], or None.
+        past, total: tokens in the cache before and after the call.
+    """
+
+    def __init__(self, attention_mask: Tensor | None, past: int, total: int) -> None:
+        self._padding = None
+        if attention_mask is not None and not bool((attention_mask > 0).all()):
+            self._padding = attention_mask[:, None, None, :] > 0
+        self._past, self._total = past, total
+        self._made: dict[int | None, Tensor | None] = {}
+
+    def __call__(self, window: int | None) -> Tensor | None:
+        """bool [B or 1, 1, S, T]; None where causal attention from the first token on is meant."""
+        if window not in self._made:
+            self._made[window] = self._mask(window)
+        return self._made[window]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        if window is not None and window >= self._total:
+            return self(None)
+        if self._padding is None and not self._past and window is None:
+            return None
+        keys = torch.arange(self._total)
+        queries = keys[self._past :]
+        seen = visible(queries, keys, window)[None, None]
+        return seen if self._padding is None else seen & self._padding | (keys == queries[:, None])

@@ -15,22 +15,42 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import INPUT_NORM, POST_NORM, BlockWeights, load_block
+from calibration.blocks.forward import BlockWeights, load_block
+from calibration.families.decoder import Block, Decoder
+from calibration.families.steps import Linear, Norm
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["Rotation", "fold_gains", "hadamard", "orthogonal"]
+__all__ = ["Rotation", "fold_gains", "hadamard", "obstacle", "orthogonal"]
 
-_READERS = {
-    "self_attn.q_proj": INPUT_NORM,
-    "self_attn.k_proj": INPUT_NORM,
-    "self_attn.v_proj": INPUT_NORM,
-    "mlp.gate_proj": POST_NORM,
-    "mlp.up_proj": POST_NORM,
-}
 _ROWS = 4096  # of a table, in fp64 together
-_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def obstacle(decoder: Decoder) -> str:
+    """Why the residual stream of a decoder cannot be rotated, or "": every branch has to start with
+    a norm and end with a linear.
+    """
+    for block in decoder.blocks:
+        for branch in block.branches:
+            first, last = branch.sites[0], branch.sites[-1]
+            if first.norm is None or len(first.lead) > 1:
+                return f"{block.name(first.linears.node)} reads the residual stream without a norm"
+            if branch.tail:
+                step = branch.tail[0]
+                name = block.name(step.name) if isinstance(step, Norm) else type(step).__name__
+                return f"{name}, behind {block.name(last.linears.node)}, does not commute with it"
+    return ""
+
+
+def _readers(block: Block) -> dict[str, Norm]:
+    """Linears that read the normed residual stream, with the norm."""
+    return {
+        name: branch.sites[0].norm
+        for branch in block.branches
+        if branch.sites[0].norm is not None
+        for name in branch.sites[0].linears.names
+    }
 
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
@@ -58,17 +78,15 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
     return h * (torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1)
 
 
-def fold_gains(weights: BlockWeights) -> BlockWeights:
+def fold_gains(weights: BlockWeights, block: Block) -> BlockWeights:
     """Norm gains moved into the columns of the linears that read them; gains become ones. fp64
     inside.
     """
     folded = dict(weights)
-    for name, norm in _READERS.items():
-        folded[f"{name}.weight"] = (
-            weights[f"{name}.weight"].double() * weights[f"{norm}.weight"].double()
-        ).float()
-    for norm in (INPUT_NORM, POST_NORM):
-        folded[f"{norm}.weight"] = torch.ones_like(weights[f"{norm}.weight"])
+    for name, norm in _readers(block).items():
+        gain = weights[norm.gain]
+        folded[f"{name}.weight"] = (weights[f"{name}.weight"].double() * gain.double()).float()
+        folded[norm.gain] = torch.ones_like(gain)
     return folded
 
 
@@ -91,27 +109,35 @@ class Rotation:
         maker = {"hadamard": hadamard, "orthogonal": orthogonal}[kind]
         return cls(maker(hidden, generator), maker(head_dim, generator))
 
-    def block(self, weights: BlockWeights) -> BlockWeights:
+    def block(self, weights: BlockWeights, block: Block) -> BlockWeights:
         """A block's weights (gains not yet folded) in the rotated basis, fp32 from fp64."""
-        rotated = fold_gains(weights)
+        rotated = fold_gains(weights, block)
 
         def wide(name: str) -> Tensor:
             return weights[f"{name}.weight"].double()
 
-        for name, norm in _READERS.items():
-            rotated[f"{name}.weight"] = (
-                wide(name) * weights[f"{norm}.weight"].double() @ self.residual
-            )
-        for name in _WRITERS:
-            rotated[f"{name}.weight"] = self.residual.T @ wide(name)
-            if f"{name}.bias" in weights:
-                rotated[f"{name}.bias"] = self.residual.T @ weights[f"{name}.bias"].double()
-        value, out = "self_attn.v_proj", "self_attn.o_proj"
+        for name, norm in _readers(block).items():
+            rotated[f"{name}.weight"] = wide(name) * weights[norm.gain].double() @ self.residual
+        for branch in block.branches:
+            for name in branch.sites[-1].linears.names:
+                rotated[f"{name}.weight"] = self.residual.T @ wide(name)
+                if f"{name}.bias" in weights:
+                    rotated[f"{name}.bias"] = self.residual.T @ weights[f"{name}.bias"].double()
+        for site in block.sites.values():
+            if site.attention and isinstance(site.source, Linear):
+                self._turn_values(rotated, weights, site.source.name, site.linears.names)
+        return {name: tensor.float().contiguous() for name, tensor in rotated.items()}
+
+    def _turn_values(
+        self, rotated: BlockWeights, weights: BlockWeights, value: str, readers: tuple[str, ...]
+    ) -> None:
+        """Value heads v R, and the linears that read attention's output."""
         rotated[f"{value}.weight"] = self._rows(rotated[f"{value}.weight"])
         if f"{value}.bias" in weights:
-            rotated[f"{value}.bias"] = self._rows(weights[f"{value}.bias"].double()[:, None])[:, 0]
-        rotated[f"{out}.weight"] = self._rows(rotated[f"{out}.weight"].T).T
-        return {name: tensor.float().contiguous() for name, tensor in rotated.items()}
+            bias = weights[f"{value}.bias"].double()[:, None]
+            rotated[f"{value}.bias"] = self._rows(bias)[:, 0]
+        for out in readers:
+            rotated[f"{out}.weight"] = self._rows(rotated[f"{out}.weight"].T).T
 
     def _rows(self, rows: Tensor) -> Tensor:
         """[heads * d, K]: R^T on every head's d rows, so that the head's vector v becomes v R."""
@@ -120,7 +146,7 @@ class Rotation:
 
     def load(self, checkpoint: Checkpoint, index: int) -> BlockWeights:
         """Block `index` of a checkpoint, rotated."""
-        return self.block(load_block(checkpoint, index))
+        return self.block(load_block(checkpoint, index), checkpoint.decoder.blocks[index])
 
     unties = True
 
@@ -130,17 +156,14 @@ class Rotation:
 
         A tied embedding gives both tables, which are no longer the same.
         """
-        family = checkpoint.family
-        embedding, gain = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+        decoder = checkpoint.decoder
+        embedding, gain = f"{decoder.embedding.name}.weight", decoder.head.norm.gain
         if name == embedding:
             return _product(checkpoint.tensor(name), None, self.residual)
         if name == gain:
             return torch.ones_like(checkpoint.tensor(name))
-        return _product(
-            checkpoint.tensor(embedding if checkpoint.dims.tied else name),
-            checkpoint.tensor(gain),
-            self.residual,
-        )
+        table = checkpoint.tensor(embedding if decoder.tied else name)
+        return _product(table, checkpoint.tensor(gain), self.residual)
 
 
 def _product(table: Tensor, gain: Tensor | None, residual: Tensor) -> Tensor:

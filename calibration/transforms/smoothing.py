@@ -9,70 +9,69 @@ left to do at run time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    DOWN,
-    GATE_UP,
-    INPUT_NORM,
-    OUT,
-    POST_NORM,
-    QKV,
-    SITES,
-    BlockShape,
-    BlockWeights,
-    Heads,
-    attend,
-    cached_heads,
-    float_linear,
-    heads_from_qkv,
-    mlp_product,
-    rms_norm,
-)
+from calibration.blocks.forward import BlockWeights, float_linear
 from calibration.blocks.walk import site_weight
+from calibration.families.decoder import Block, Branch, Site
+from calibration.families.steps import Gate, Heads, Norm
 from calibration.reference.fake_quant import Activation
+from calibration.reference.steps import Context, HeadHook, cached_heads, run
 from calibration.solvers.grid import search_grid
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import BlockTask
 
-__all__ = ["adaptive_scales", "clip_scales", "fold_scales", "site_outputs"]
+__all__ = ["adaptive_scales", "clip_scales", "fold_scales", "site_outputs", "smoothed_sites"]
 
-_SOURCES = {QKV: INPUT_NORM, OUT: "self_attn.v_proj", GATE_UP: POST_NORM, DOWN: "mlp.up_proj"}
 _STEPS = 40
 _TOKENS = 4096  # of the calibration windows, for the search
 
 
-def fold_scales(
-    weights: BlockWeights, scales: Mapping[str, Tensor], shape: BlockShape
-) -> BlockWeights:
-    """The same block with the inputs of some sites divided by s [K]; at o_proj the query heads of a
-    group must share theirs.
+def smoothed_sites(which: str, block: Block) -> tuple[str, ...]:
+    """The sites that can be smoothed: "all", "down" (those behind a gate), or "none"."""
+    if which == "none":
+        return ()
+    return tuple(
+        node
+        for node, site in block.sites.items()
+        if site.source is not None and (which == "all" or isinstance(site.lead[-1], Gate))
+    )
+
+
+def fold_scales(weights: BlockWeights, scales: Mapping[str, Tensor], block: Block) -> BlockWeights:
+    """The same block with the inputs of some sites divided by s [K]; behind attention the query
+    heads of a group must share theirs.
     """
     folded = dict(weights)
-    for site, scale in scales.items():
-        for name in SITES[site]:
+    for node, scale in scales.items():
+        site = block.sites[node]
+        for name in site.linears.names:
             folded[f"{name}.weight"] = folded[f"{name}.weight"] * scale
-        source = _SOURCES[site]
-        before = _one_per_value(scale, shape) if site == OUT else scale
-        rows = before if folded[f"{source}.weight"].ndim == 1 else before[:, None]
-        folded[f"{source}.weight"] = folded[f"{source}.weight"] / rows
+        if isinstance(site.source, Norm):
+            folded[site.source.gain] = folded[site.source.gain] / scale
+            continue
+        assert site.source is not None, f"{node}: nothing takes its scales in"
+        source = site.source.name
+        before = _one_per_value(scale, block.heads) if site.attention else scale
+        folded[f"{source}.weight"] = folded[f"{source}.weight"] / before[:, None]
         if f"{source}.bias" in folded:
             folded[f"{source}.bias"] = folded[f"{source}.bias"] / before
     return folded
 
 
-def _one_per_value(scale: Tensor, shape: BlockShape) -> Tensor:
+def _one_per_value(scale: Tensor, heads: Heads) -> Tensor:
     """[heads * d] -> [kv_heads * d]: the value channel that the query heads of a group read."""
-    return scale.view(shape.kv_heads, shape.groups, shape.head_dim)[:, 0].flatten()
+    return scale.view(heads.kv_heads, heads.groups, heads.head_dim)[:, 0].flatten()
 
 
-def _shared_by_groups(scale: Tensor, shape: BlockShape) -> Tensor:
+def _shared_by_groups(scale: Tensor, heads: Heads) -> Tensor:
     """Largest scale of the query heads that read the same value head, [heads * d] -> the same."""
-    grouped = scale.view(shape.kv_heads, shape.groups, shape.head_dim)
+    grouped = scale.view(heads.kv_heads, heads.groups, heads.head_dim)
     return grouped.amax(1, keepdim=True).expand_as(grouped).flatten()
 
 
@@ -88,17 +87,24 @@ def clip_scales(low: Tensor, high: Tensor, threshold: float) -> Tensor:
 
 
 def site_outputs(
-    site: str, outputs: Tensor, task: BlockTask, heads: Heads = heads_from_qkv
+    node: str, outputs: Tensor, task: BlockTask, heads: HeadHook | None = None
 ) -> Tensor:
-    """What the smoothing loss compares: attention of qkv, the product of gate and up, else the
-    linear's own output.
+    """What the smoothing loss compares: the next site's input, such as attention's output for qkv
+    and the product for gate and up; behind a branch's last site its own output.
 
     Args:
+        node: the site.
+        outputs: [L, N], its own.
+        task: the block.
         heads: of the quantised block those that go through its cache.
     """
-    if site == QKV:
-        return attend(*heads(outputs[None], task.shape, task.rope))[0]
-    return mlp_product(outputs) if site == GATE_UP else outputs
+    return run(task.block.after(node), outputs[None], _context(task.weights, task, heads)).x[0]
+
+
+def _context(
+    gains: Mapping[str, Tensor], task: BlockTask, heads: HeadHook | None = None
+) -> Context:
+    return Context(gains, task.rope) if heads is None else Context(gains, task.rope, heads=heads)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -112,33 +118,55 @@ def adaptive_scales(task: BlockTask, sites: tuple[str, ...]) -> dict[str, Tensor
     """
     together = max(1, _TOKENS // task.streams.quant.shape[1])
     count = min(len(task.streams.quant), len(task.ranks.share(together)))
-    state = [task.streams.quant[index] for index in range(count)]
-    weights, found = dict(task.weights), {}
+    search = _Search(task, sites, [task.streams.quant[index] for index in range(count)])
+    for branch in task.block.branches:
+        search.past(branch)
+    return search.found
 
-    def take(site: str, inputs: list[Tensor]) -> Callable[[int], Tensor]:
-        if site in sites:
-            found[site] = scale = _search(site, weights, inputs, task)
-            weights.update(fold_scales(weights, {site: scale}, task.shape))
+
+class _Search:
+    """The search's model: the block with what was found so far folded in, and its inputs."""
+
+    def __init__(self, task: BlockTask, sites: tuple[str, ...], state: list[Tensor]) -> None:
+        self.task, self._sites, self._state = task, sites, state
+        self._weights = dict(task.weights)
+        self._cached = cached_heads(task.kv_bits)
+        self.found: dict[str, Tensor] = {}
+
+    def past(self, branch: Branch) -> None:
+        """Find the scales of a branch's sites, and move the residual stream past it."""
+        first, *others = branch.sites
+        context = _context(self._weights, self.task)
+        inputs = [run(first.lead, x[None], context).x[0] for x in self._state]
+        outputs = self._take(first, inputs)
+        for before, site in pairwise((first, *others)):
+            node = before.linears.node
+            inputs = [
+                site_outputs(node, outputs(index), self.task, self._cached)
+                for index in range(len(inputs))
+            ]
+            outputs = self._take(site, inputs)
+        if branch is not self.task.block.branches[-1]:
+            end, context = (*branch.tail, branch.add), _context(self._weights, self.task)
+            self._state = [
+                run(end, outputs(index)[None], context, x[None]).x[0]
+                for index, x in enumerate(self._state)
+            ]
+
+    def _take(self, site: Site, inputs: list[Tensor]) -> Callable[[int], Tensor]:
+        node = site.linears.node
+        if node in self._sites:
+            self.found[node] = scale = _search(site, self._weights, inputs, self.task)
+            self._weights.update(fold_scales(self._weights, {node: scale}, self.task.block))
             inputs = [x / scale for x in inputs]
-        quantised = _quantised(site, weights, task)
+        quantised = _quantised(site, self._weights, self.task)
         return lambda index: quantised(inputs[index])
 
-    def normed(norm: str) -> list[Tensor]:
-        return [rms_norm(x, weights[f"{norm}.weight"], task.shape.epsilon) for x in state]
 
-    qkv = take(QKV, normed(INPUT_NORM))
-    cached = cached_heads(task.schemes[QKV].kv_bits)
-    out = take(OUT, [site_outputs(QKV, qkv(index), task, cached) for index in range(count)])
-    state = [x + out(index) for index, x in enumerate(state)]
-    gate_up = take(GATE_UP, normed(POST_NORM))
-    take(DOWN, [mlp_product(gate_up(index)) for index in range(count)])
-    return found
-
-
-def _quantised(site: str, weights: BlockWeights, task: BlockTask) -> Callable[[Tensor], Tensor]:
+def _quantised(site: Site, weights: BlockWeights, task: BlockTask) -> Callable[[Tensor], Tensor]:
     """The site with round-to-nearest weights and quantised activations, in float arithmetic."""
-    scheme = task.schemes[site]
-    weight, bias = site_weight(weights, site)
+    scheme = task.schemes[site.linears.node]
+    weight, bias = site_weight(weights, site.linears)
     grid = search_grid(weight, scheme, steps=1)
     group = torch.arange(weight.shape[1], device=weight.device) // (
         scheme.group_size or weight.shape[1]
@@ -149,36 +177,29 @@ def _quantised(site: str, weights: BlockWeights, task: BlockTask) -> Callable[[T
     )
 
 
-def _search(site: str, weights: BlockWeights, inputs: list[Tensor], task: BlockTask) -> Tensor:
-    reaches = torch.zeros(
-        2, weights[f"{SITES[site][0]}.weight"].shape[1], device=task.device
-    )  # how far beyond 0, down and up
+def _search(site: Site, weights: BlockWeights, inputs: list[Tensor], task: BlockTask) -> Tensor:
+    node, names = site.linears.node, site.linears.names
+    # how far the inputs reach beyond 0, down and up
+    reaches = torch.zeros(2, site.linears.in_features, device=task.device)
     for x in inputs:
         reaches = torch.maximum(reaches, torch.stack((-x.amin(0), x.amax(0))))
     task.ranks.largest(reaches)
     (low, high), reach = (-reaches[0], reaches[1]), float(reaches.max())
-    exact = [site_outputs(site, float_linear(weights)(site, x), task) for x in inputs]
-    best, found, cached = (
-        float("inf"),
-        torch.ones_like(high),
-        cached_heads(task.schemes[QKV].kv_bits),
-    )
+    multiply = float_linear(weights, task.block)
+    exact = [site_outputs(node, multiply(node, x), task) for x in inputs]
+    best, found, cached = float("inf"), torch.ones_like(high), cached_heads(task.kv_bits)
     for step in range(_STEPS):
         threshold = reach * (1 - step / _STEPS)
         if reach == 0:
             break
         scale = clip_scales(low, high, threshold)
-        scale = _shared_by_groups(scale, task.shape) if site == OUT else scale
-        scaled = {f"{name}.weight": weights[f"{name}.weight"] * scale for name in SITES[site]}
+        scale = _shared_by_groups(scale, task.block.heads) if site.attention else scale
+        scaled = {f"{name}.weight": weights[f"{name}.weight"] * scale for name in names}
         quantised = _quantised(site, weights | scaled, task)
         total = torch.zeros((), dtype=torch.float64, device=task.device)
         for x, wanted in zip(inputs, exact, strict=True):
-            total += (
-                (site_outputs(site, quantised(x / scale), task, cached) - wanted)
-                .double()
-                .square()
-                .sum()
-            )
+            got = site_outputs(node, quantised(x / scale), task, cached)
+            total += (got - wanted).double().square().sum()
         task.ranks.sum([total])
         if total < best:  # False for NaN
             best, found = float(total), scale

@@ -16,6 +16,7 @@ from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
+    from calibration.reference.model import Reference
 
 __all__ = ["KINDS", "DecoderSession", "OnnxSession", "TorchSession", "cache_names", "open_session"]
 
@@ -159,69 +160,46 @@ def cache_names(layers: int) -> list[str]:
 
 
 class TorchSession(DecoderSession):
-    """A transformers model, float or fake-quantised.
+    """A decoder in torch, float or fake-quantised.
 
     Args:
-        model: LlamaForCausalLM in eval mode.
+        reference: of calibration/reference/model.py.
         watch_layers: also return every decoder layer's output and the cache.
     """
 
-    def __init__(self, model: Any, watch_layers: bool = False) -> None:
-        super().__init__(int(model.config.max_position_embeddings))
-        self.model = model
+    def __init__(self, reference: Reference, watch_layers: bool = False) -> None:
+        super().__init__(reference.context)
+        self.reference = reference
         self._watch = watch_layers
         self._clear()
 
     def _clear(self) -> None:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self.model.config)
+        self._cache: Any = None
 
     def _forward(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
     ) -> dict[str, np.ndarray]:
         import torch
 
-        outputs: dict[str, np.ndarray] = {}
-        hooks = [
-            layer.register_forward_hook(_keep(outputs, index))
-            for index, layer in enumerate(self.model.model.layers)
-            if self._watch
-        ]
-        try:
-            with torch.no_grad():
-                result = self.model(
-                    torch.from_numpy(input_ids),
-                    attention_mask=torch.from_numpy(attention_mask),
-                    position_ids=torch.from_numpy(positions),
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        outputs["logits"] = result.logits.float().numpy()
+        from exporter.graph.decoder import layer_output
+
+        arrays = (input_ids, attention_mask, positions)
+        made = self.reference(*map(torch.from_numpy, arrays), self._cache)
+        self._cache = made.cache
+        outputs: dict[str, np.ndarray] = {"logits": made.logits.numpy()}
         if self._watch:
-            for index, layer in enumerate(self.cache.layers):
-                outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = (
-                    layer.keys.numpy(),
-                    layer.values.numpy(),
-                )
+            for index, (layer, (key, value)) in enumerate(
+                zip(made.layers, made.cache, strict=True)
+            ):
+                outputs[layer_output(index)] = layer.numpy()
+                outputs[f"present.{index}.key"] = key.numpy()
+                outputs[f"present.{index}.value"] = value.numpy()
         return outputs
 
     def close(self) -> None:
         """Let go of the model."""
         self._clear()
-        self.model = None
-
-
-def _keep(outputs: dict[str, np.ndarray], index: int) -> Any:
-    from exporter.graph.decoder import layer_output
-
-    def hook(module: Any, arguments: Any, output: Any) -> None:
-        outputs[layer_output(index)] = output.numpy().copy()
-
-    return hook
+        del self.reference
 
 
 class OnnxSession(DecoderSession):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import INPUT_NORM, POST_NORM, QKV, SITES
+from calibration.blocks.forward import norm_gains
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.store import BlockResult
 from calibration.blocks.streams import Windows
@@ -77,9 +77,9 @@ class Abq(Qqq):
             }
         else:
             weights, scales = smoothed(task)
-        gains = {f"{norm}.weight": weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
+        gains = norm_gains(weights, task.block)
         solver = SiteSolver(task, weights, grids)
-        block = WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains, scales)
+        block = WalkBlock(task.block, task.weights, task.rope, task.schemes, gains, scales)
         if (
             not settings.tune
             or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS
@@ -116,9 +116,10 @@ class Abq(Qqq):
 def _learned_grids(trained: TrainedBlock, task: BlockTask) -> dict[str, Grid]:
     """Scales and zero points as training left them, members stacked."""
     grids: dict[str, Grid] = {}
-    for site, names in SITES.items():
+    for node, site in task.block.sites.items():
         arrays = [
-            trained.quantizers[name].arrays(trained.weights[f"{name}.weight"]) for name in names
+            trained.quantizers[name].arrays(trained.weights[f"{name}.weight"])
+            for name in site.linears.names
         ]
         scale, zero = (
             torch.from_numpy(np.concatenate([getattr(part, key) for part in arrays]))
@@ -126,7 +127,7 @@ def _learned_grids(trained: TrainedBlock, task: BlockTask) -> dict[str, Grid]:
             .to(task.device)
             for key in ("scale", "zero")
         )
-        grids[site] = AbqGrid(scale, zero, task.schemes[site].levels)
+        grids[node] = AbqGrid(scale, zero, task.schemes[node].levels)
     return grids
 
 
@@ -158,19 +159,19 @@ def _train_task(task: BlockTask) -> TrainTask:
             tensor /= ranks.world
 
     most = min(task.windows, max(settings.train_windows, ranks.world))
-    ends = task.index < _FIRST or task.index >= task.count - _LAST
+    ends = task.block.index < _FIRST or task.block.index >= task.count - _LAST
     real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
     return TrainTask(
-        f"block {task.index + 1}",
+        f"block {task.block.index + 1}",
+        task.block,
         task.weights,
-        task.shape,
         task.rope,
         task.schemes,
         real,
         quant,
         all_reduce=average,
         compensation=settings.compensation and ends,
-        kv_bits=task.schemes[QKV].kv_bits,
+        kv_bits=task.kv_bits,
         rank=ranks.rank,
         world=ranks.world,
         seed=task.settings.seed,

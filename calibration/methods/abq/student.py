@@ -10,25 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.forward import (
-    INPUT_NORM,
-    QKV,
-    SITES,
-    BlockShape,
-    BlockWeights,
-    Linear,
-    Rope,
-    attention_rows,
-    block_output,
-    cached_heads,
-    float_linear,
-    heads_from_qkv,
-    rms_norm,
-)
+from calibration.blocks.forward import BlockWeights, Linear, block_output, float_linear
+from calibration.families.decoder import Block
 from calibration.methods.abq.quantizer import WeightQuantizer, quantize_dequantize_activation
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
 from calibration.quant.scheme import FLOAT_BITS, QuantScheme
+from calibration.reference.steps import Context, Rope, attention_rows, cached_heads, run
 
 __all__ = ["BlockTask", "QuantizedBlock", "Statistics", "Student", "Teacher", "keep"]
 
@@ -43,8 +31,9 @@ class BlockTask:
 
     Attributes:
         name: of the block, for messages.
+        block: its steps.
         weights: fp32 float weights; they also say on which device to compute.
-        shape, rope: of the block; the tables are at least as long as a window.
+        rope: position tables of a window.
         schemes: site -> QuantScheme of ABQGemm, for every site.
         x_fp: windows [L, hidden] fp32 of the float model's stream.
         x_q: the same windows of the quantised model's stream.
@@ -59,8 +48,8 @@ class BlockTask:
     """
 
     name: str
+    block: Block
     weights: BlockWeights
-    shape: BlockShape
     rope: Rope
     schemes: Mapping[str, QuantScheme]
     x_fp: Sequence[Tensor]
@@ -75,7 +64,12 @@ class BlockTask:
 
     def window(self, windows: Sequence[Tensor], index: int) -> Tensor:
         """[1, L, hidden] fp32 on the block's device."""
-        return windows[index].to(self.weights[f"{INPUT_NORM}.weight"])[None]
+        return windows[index].to(self.device)[None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is computed."""
+        return next(iter(self.weights.values())).device
 
 
 @dataclass
@@ -95,7 +89,7 @@ class Teacher:
     """
 
     def __init__(self, task: BlockTask, windows: Sequence[int], both: bool) -> None:
-        self._task, self._linear = task, float_linear(task.weights)
+        self._task, self._linear = task, float_linear(task.weights, task.block)
         self.statistics = Statistics({}, {})
         self._targets = {index: self._outputs(index, both) for index in windows}
         self._share()
@@ -111,11 +105,10 @@ class Teacher:
     def attention_rows(self, index: int, rows: Tensor) -> Tensor:
         """Log-probabilities of the float stream, [1, heads, rows, L]."""
         task = self._task
-        x = rms_norm(
-            task.window(task.x_fp, index), task.weights[f"{INPUT_NORM}.weight"], task.shape.epsilon
-        )
-        query, key, _ = heads_from_qkv(self._linear(QKV, x), task.shape, task.rope)
-        return attention_rows(query, key, rows)
+        context = Context(task.weights, task.rope, self._linear)
+        made = run(task.block.before_attention, task.window(task.x_fp, index), context)
+        assert made.heads is not None
+        return attention_rows(*made.heads[:2], rows, task.block.attend)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _outputs(self, index: int, both: bool) -> list[Tensor]:
@@ -123,7 +116,7 @@ class Teacher:
 
         def output(windows: Sequence[Tensor], linear: Linear) -> Tensor:
             return block_output(
-                task.window(windows, index), task.weights, linear, task.shape, task.rope
+                task.window(windows, index), task.weights, linear, task.block, task.rope
             )[0].cpu()
 
         quantised = output(task.x_q, self._observed)
@@ -146,7 +139,7 @@ class Teacher:
         together by an average.
         """
         task, known = self._task, self.statistics
-        for site in SITES:
+        for site in task.block.sites:
             everyone = known.absmax[site].new_zeros(task.world, len(known.absmax[site]))
             everyone[task.rank] = known.absmax[site] * task.world
             task.all_reduce([everyone, known.square[site]])
@@ -194,7 +187,7 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
             x: [1, L, hidden].
             rows: query positions; None for no attention rows.
         """
-        task, multiply = self._task, float_linear(weights)
+        task, multiply = self._task, float_linear(weights, self._task.block)
         cached = cached_heads(task.kv_bits, quantize_dequantize_activation)
         log_p: Tensor | None = None
 
@@ -204,14 +197,15 @@ class QuantizedBlock(nn.Module):  # type: ignore[misc]
                 site, quantize_dequantize_activation(x, scheme.abits, scheme.act_symmetric)
             )
 
-        def heads(qkv: Tensor, shape: BlockShape, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        def heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal log_p
-            query, key, value = cached(qkv, shape, rope)
+            query, key, value = cached(query, key, value)
             query = quantize_dequantize_activation(query, task.q_bits, False)
-            log_p = None if rows is None else attention_rows(query, key, rows)
+            if rows is not None:
+                log_p = attention_rows(query, key, rows, task.block.attend)
             return query, key, value
 
-        return block_output(x, weights, linear, task.shape, task.rope, heads), log_p
+        return block_output(x, weights, linear, task.block, task.rope, heads), log_p
 
 
 class Student(QuantizedBlock):
@@ -231,16 +225,18 @@ class Student(QuantizedBlock):
         self.transform = (
             None
             if parts is None
-            else EquivalentTransform(task.weights, task.shape, statistics.absmax, parts, alpha)
+            else EquivalentTransform(task.weights, task.block, statistics.absmax, parts, alpha)
         )
-        self.compensation = Compensation(task.weights) if task.compensation else None
+        self.compensation = Compensation(task.weights, task.block) if task.compensation else None
         self._statistics = statistics
-        self._names = {name: site for site, names in SITES.items() for name in names}
+        self._names = {
+            name: node for node, site in task.block.sites.items() for name in site.linears.names
+        }
         self.quantizers = nn.ModuleList(
             WeightQuantizer(tuple(task.weights[f"{name}.weight"].shape), task.schemes[site])
             for name, site in self._names.items()
-        ).to(task.weights[f"{INPUT_NORM}.weight"].device)
-        for site in SITES:
+        ).to(task.device)
+        for site in task.block.sites:
             self._search(site)
 
     def restart(self, site: str, power: float) -> None:
@@ -257,7 +253,7 @@ class Student(QuantizedBlock):
         scales = {} if self.transform is None else self.transform.columns()
         if site in scales:
             importance = importance / scales[site] ** 2
-        for name in SITES[site]:
+        for name in self._task.block.sites[site].linears.names:
             self.by_name()[name].search(folded[f"{name}.weight"], importance)
 
     def folded(self) -> BlockWeights:

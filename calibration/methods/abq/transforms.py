@@ -6,29 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.forward import (
-    DOWN,
-    GATE_UP,
-    INPUT_NORM,
-    OUT,
-    POST_NORM,
-    QKV,
-    SITES,
-    BlockShape,
-    BlockWeights,
-)
+from calibration.blocks.forward import BlockWeights
+from calibration.families.decoder import Block, Site
+from calibration.families.steps import HeadNorm, Norm
 
 __all__ = ["Compensation", "EquivalentTransform", "TransformParts"]
 
 _FLOOR = 1e-2  # least |s|; keeps 1 / s from running away
 _LEAST = 1e-5  # of the ranges that the start divides and takes roots of
-_QUERY, _KEY, _VALUE = SITES[QKV]
-_UP = SITES[GATE_UP][1]
-_PARTS = {QKV: "qkv", OUT: "out", GATE_UP: "gate_up", DOWN: "down"}
 
 
 @dataclass(frozen=True)
@@ -36,17 +26,14 @@ class TransformParts:
     """Which scales of a block are learned.
 
     Attributes:
-        qkv, gate_up: norm gain -> the linears behind it.
-        out: v_proj rows -> o_proj columns, one scale per key-value channel.
-        down: up_proj rows -> down_proj columns.
+        sites: whose inputs are scaled: a norm's gain, value rows or up rows take 1 / s in. None is
+            every site in front of which there is something that can.
         query_key: k_proj rows -> q_proj rows. It moves no rounding of weights (their codes are per
-            row) and matters only where queries or keys are quantised.
+            row) and matters only where queries or keys are quantised. A norm of heads would undo
+            it, so where there is one it is left out.
     """
 
-    qkv: bool = True
-    out: bool = True
-    gate_up: bool = True
-    down: bool = True
+    sites: tuple[str, ...] | None = None
     query_key: bool = True
 
 
@@ -59,9 +46,11 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
     it. Their geometric mean is 1: a common factor changes nothing that is rounded, and learning
     rates then mean the same in every block. query_key starts at 1.
 
+    Behind attention there is one scale per key-value channel, [kv_heads * d].
+
     Args:
         weights: of the float block.
-        shape: its heads.
+        block: its steps.
         absmax: per site the largest |input| of each channel, [K]; of the sites that are learned.
         parts: the scales to learn.
         alpha: 0.5 in the paper.
@@ -70,58 +59,55 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
     def __init__(
         self,
         weights: BlockWeights,
-        shape: BlockShape,
+        block: Block,
         absmax: Mapping[str, Tensor],
         parts: TransformParts,
         alpha: float = 0.5,
     ) -> None:
         super().__init__()
-        self._shape = shape
+        self._block, heads = block, block.heads
+        self.sites = tuple(
+            node
+            for node, site in block.sites.items()
+            if site.source is not None and (parts.sites is None or node in parts.sites)
+        )
 
-        def start(site: str, groups: int = 1) -> nn.Parameter:
-            columns = torch.cat([weights[f"{name}.weight"] for name in SITES[site]]).abs().amax(0)
+        def start(node: str) -> nn.Parameter:
+            site = block.sites[node]
+            groups = heads.groups if site.attention else 1
+            stacked = [weights[f"{name}.weight"] for name in site.linears.names]
+            columns = torch.cat(stacked).abs().amax(0)
             ranges = [
                 self._shared(x, groups).amax(1).flatten().clamp(min=_LEAST)
-                for x in (absmax[site], columns)
+                for x in (absmax[node], columns)
             ]
             s = ranges[0] ** alpha / ranges[1] ** (1 - alpha)
             return nn.Parameter(s / s.log().mean().exp())
 
-        gain = weights[f"{INPUT_NORM}.weight"]
-        self.qkv = start(QKV) if parts.qkv else None
-        self.out = start(OUT, shape.groups) if parts.out else None
-        self.gate_up = start(GATE_UP) if parts.gate_up else None
-        self.down = start(DOWN) if parts.down else None
-        self.query_key = (
-            nn.Parameter(gain.new_ones(shape.kv_heads, shape.head_dim // 2))
-            if parts.query_key
-            else None
-        )
-        self._start = {
-            site: getattr(self, name).detach().clone()
-            for site, name in _PARTS.items()
-            if getattr(self, name) is not None
-        }
+        self._scales = nn.ParameterList(map(start, self.sites))
+        self.query_key = None
+        if parts.query_key and not any(isinstance(step, HeadNorm) for step in block.steps):
+            like = weights[block.norms[0].gain]
+            self.query_key = nn.Parameter(like.new_ones(heads.kv_heads, heads.head_dim // 2))
+        self._start = [scale.detach().clone() for scale in self._scales]
         self.project()
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The sites whose inputs are scaled."""
-        return tuple(self._start)
+    def scale(self, node: str) -> nn.Parameter:
+        """The scales of a learned site."""
+        parameter: nn.Parameter = self._scales[self.sites.index(node)]
+        return parameter
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def restart(self, site: str, power: float) -> None:
         """Put the scales of a site's input at a power of their start; 0 is none, 1 the paper's."""
-        getattr(self, _PARTS[site]).copy_(self._start[site] ** power)
+        self.scale(site).copy_(self._start[self.sites.index(site)] ** power)
         self.project()
 
     def _shared(self, channels: Tensor, groups: int) -> Tensor:
         """[heads * d] of query heads -> [kv_heads, groups, d]; of one group [1, 1, K]."""
-        return (
-            channels.view(1, 1, -1)
-            if groups == 1
-            else channels.view(-1, groups, self._shape.head_dim)
-        )
+        if groups == 1:
+            return channels.view(1, 1, -1)
+        return channels.view(-1, groups, self._block.heads.head_dim)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def project(self) -> None:
@@ -131,39 +117,45 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
 
     def columns(self) -> dict[str, Tensor]:
         """The scales [K] of each learned site's weight columns; its input is divided by them."""
-        out = None if self.out is None else self._per_query_head(self.out)
-        scales = {QKV: self.qkv, OUT: out, GATE_UP: self.gate_up, DOWN: self.down}
-        return {site: s for site, s in scales.items() if s is not None}
+        return {
+            node: self._per_query_head(s) if self._block.sites[node].attention else s
+            for node, s in zip(self.sites, self._scales, strict=True)
+        }
 
     def apply_to(self, weights: BlockWeights) -> BlockWeights:
         """The same function in other weights: scales folded into gains, rows, columns and biases;
         differentiable.
         """
         scaled = dict(weights)
-        for site, s in self.columns().items():
-            for name in SITES[site]:
+        for node, s in self.columns().items():
+            for name in self._block.sites[node].linears.names:
                 scaled[f"{name}.weight"] = scaled[f"{name}.weight"] * s
-        for norm, s in ((INPUT_NORM, self.qkv), (POST_NORM, self.gate_up)):
-            if s is not None:
-                scaled[f"{norm}.weight"] = scaled[f"{norm}.weight"] / s
-        for name, s in ((_VALUE, self.out), (_UP, self.down)):
-            if s is not None:
-                _scale_rows(scaled, name, 1 / s)
+        for node, s in zip(self.sites, self._scales, strict=True):
+            source = self._block.sites[node].source
+            assert source is not None
+            if isinstance(source, Norm):
+                scaled[source.gain] = scaled[source.gain] / s
+            else:
+                _scale_rows(scaled, source.name, 1 / s)
         if self.query_key is not None:
-            pairs = torch.cat(
-                (self.query_key, self.query_key), -1
-            ).flatten()  # equal on i and i + d/2, which RoPE mixes
-            _scale_rows(scaled, _KEY, pairs)
-            _scale_rows(scaled, _QUERY, 1 / self._per_query_head(pairs))
+            query, key, _ = _before_attention(self._block).linears.names
+            # equal on i and i + d/2, which RoPE mixes
+            pairs = torch.cat((self.query_key, self.query_key), -1).flatten()
+            _scale_rows(scaled, key, pairs)
+            _scale_rows(scaled, query, 1 / self._per_query_head(pairs))
         return scaled
 
     def _per_query_head(self, channels: Tensor) -> Tensor:
         """[kv_heads * d] -> [heads * d], each key-value head's scales for all of its query heads."""
-        return (
-            channels.view(-1, self._shape.head_dim)
-            .repeat_interleave(self._shape.groups, 0)
-            .flatten()
-        )
+        heads = self._block.heads
+        rows = channels.view(-1, heads.head_dim)
+        return rows.repeat_interleave(heads.groups, 0).flatten()
+
+
+def _before_attention(block: Block) -> Site:
+    """The site of queries, keys and values."""
+    sites = tuple(block.sites.values())
+    return next(first for first, second in pairwise(sites) if second.attention)
 
 
 def _scale_rows(weights: BlockWeights, name: str, s: Tensor) -> None:
@@ -173,20 +165,22 @@ def _scale_rows(weights: BlockWeights, name: str, s: Tensor) -> None:
 
 
 class Compensation(nn.Module):  # type: ignore[misc]
-    """A rank-1 matrix added to down_proj before it is quantised; it costs nothing at run time and
-    starts at 0.
+    """A rank-1 matrix added to a block's last linear (down_proj) before it is quantised; it costs
+    nothing at run time and starts at 0.
 
     Args:
         weights: of the float block.
+        block: its steps.
     """
 
-    def __init__(self, weights: BlockWeights) -> None:
+    def __init__(self, weights: BlockWeights, block: Block) -> None:
         super().__init__()
-        self._name = f"{SITES[DOWN][0]}.weight"
+        last = block.branches[-1].sites[-1].linears
+        self._name = f"{last.names[-1]}.weight"
         weight = weights[self._name]
         self.left = nn.Parameter(torch.zeros_like(weight[:, :1]))
         self.right = nn.Parameter(torch.ones_like(weight[:1]))
 
     def apply_to(self, weights: BlockWeights) -> BlockWeights:
-        """The weights with left right^T in down_proj."""
+        """The weights with left right^T in that linear."""
         return {**weights, self._name: weights[self._name] + self.left @ self.right}

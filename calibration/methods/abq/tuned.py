@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks.forward import SITES, BlockWeights
+from calibration.blocks.forward import BlockWeights
 from calibration.methods.abq.student import BlockTask, QuantizedBlock
 from calibration.methods.abq.training import TrainSettings
 from calibration.quant.scheme import QuantLinear
@@ -69,13 +69,14 @@ class TunedStudent(QuantizedBlock):
         weights = self.norm_gains()
         for site, factor in self.scales.factors().items():
             stacked = (self._integers[site] * (self._start[site] * factor)[..., None]).flatten(1)
-            rows = [len(self._task.weights[f"{name}.weight"]) for name in SITES[site]]
-            for name, part in zip(SITES[site], stacked.split(rows), strict=True):
+            names = self._task.block.sites[site].linears.names
+            rows = [len(self._task.weights[f"{name}.weight"]) for name in names]
+            for name, part in zip(names, stacked.split(rows), strict=True):
                 weights[f"{name}.weight"] = part
             bias = self._arrays[site].bias
             if bias is not None:
                 for name, part in zip(
-                    SITES[site], torch.tensor(bias, device=stacked.device).split(rows), strict=True
+                    names, torch.tensor(bias, device=stacked.device).split(rows), strict=True
                 ):
                     weights[f"{name}.bias"] = part
         return weights
