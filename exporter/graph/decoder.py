@@ -264,10 +264,11 @@ class DecoderWriter:
 
         prefix = f"model.layers.{index}"
         self.linears = {linear.name: linear for linear in self.quant.groups(index)}
+        block = self.quant.decoder.blocks[index]
         self.norms = {
-            f"{prefix}.{group.node}": f"{prefix}.{group.norm}.weight"
-            for group in self.quant.family.groups
-            if group.norm
+            block.name(node): block.name(site.norm.gain)
+            for node, site in block.sites.items()
+            if site.norm is not None
         }
         hidden = self.node(
             "Add", [hidden, self.attention(index, hidden, mask, rope)], f"{prefix}.residual"
