@@ -182,6 +182,14 @@ def open_source(
     assert options.work is not None
     store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
     options.ranks.wait()
-    job = Calibration(checkpoint, maker, schemes.nodes(checkpoint.decoder).__getitem__, settings, windows, store, options.ranks)
+    job = Calibration(
+        checkpoint,
+        maker,
+        schemes.nodes(checkpoint.decoder).__getitem__,
+        settings,
+        windows,
+        store,
+        options.ranks,
+    )
     done = calibrate(job, progress)
     return _CalibratedSource(job, maker.basis(checkpoint, settings), done)

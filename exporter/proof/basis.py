@@ -31,9 +31,8 @@ def recorded_rotation(quant: QuantModel) -> Rotation | None:
     kind = settings.get("switches", {}).get("rotation", "none")
     if kind == "none":
         return None
-    hf = quant.config["hf"]
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return Rotation.make(kind, int(hf["hidden_size"]), int(head_dim), int(settings["seed"]))
+    head_dim = quant.decoder.blocks[0].heads.head_dim
+    return Rotation.make(kind, quant.decoder.hidden, head_dim, int(settings["seed"]))
 
 
 class RotatedRunner(SessionRunner):

@@ -15,6 +15,7 @@ from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
 
 if TYPE_CHECKING:
+    from calibration.families import Decoder
     from calibration.quant.scheme import QuantScheme
     from exporter.proof.runners import GemmNode
 
@@ -85,36 +86,31 @@ class Operator:
 
 @dataclass(frozen=True)
 class Stack:
-    """The decoder's shape, for judging it; `exceptions` are the nodes that `scheme` does not hold
-    for.
-    """
+    """The decoder, for judging it; `exceptions` are the nodes that `scheme` does not hold for."""
 
-    layers: int
+    decoder: Decoder
     nodes: list[GemmNode]
     scheme: QuantScheme
     exceptions: Mapping[str, QuantScheme] = field(default_factory=dict)
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.decoder.layers
+
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
         if index == self.layers:
-            return [Operator("lm_head", "logits", "pointwise")]
-        prefix, found = f"model.layers.{index}.", []
-        for number, node in enumerate(item for item in self.nodes if item.name.startswith(prefix)):
-            # The second GEMM of a layer reads the attention's output. With its norm, the first
-            # reads the layer before.
-            if node.source != layer_output(index - 1):
-                found.append(
-                    Operator(node.source, node.source, "attention" if number == 1 else "pointwise")
-                )
-            found.append(
-                Operator(
-                    node.name + (f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""),
-                    node.result,
-                    "gemm",
-                )
-            )
-            if not number:
-                found += self._cache(index)
+            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+        prefix, found = f"{self.decoder.blocks[index].prefix}.", list[Operator]()
+        for node in (item for item in self.nodes if item.name.startswith(prefix)):
+            if node.site.attention:
+                found += [*self._cache(index), Operator(node.source, node.source, "attention")]
+            # With its norm, the first node reads the layer before.
+            elif node.source != layer_output(index - 1):
+                found.append(Operator(node.source, node.source, "pointwise"))
+            norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
+            found.append(Operator(node.name + norm, node.result, "gemm"))
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]
 
     def _cache(self, index: int) -> list[Operator]:
@@ -135,7 +131,9 @@ class Stack:
         # limit.
         so_far = self.nodes[: depth * len(self.nodes) // self.layers]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
-        return limits.quantisation(depth) if level == "quantisation" else limits.accumulated(depth)
+        if level == "quantisation":
+            return limits.quantisation(len(so_far))
+        return limits.accumulated(depth, len(so_far))
 
 
 def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[float, float]:

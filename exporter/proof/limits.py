@@ -48,15 +48,19 @@ from calibration.quant.scheme import FLOAT_BITS
 if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["Limits", "coarsest"]
+__all__ = ["Limits", "coarsest", "unit_roundoff"]
 
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 _FP32_SUMS = 2.0**-16  # sums of some thousand fp32 terms in different orders, with cancellation
 _GEMM, _POINTWISE, _ATTENTION = 2, 8, 16  # in u
-_LINEARS = 4  # GEMM nodes per decoder layer
 _MARGIN, _QUANTISATION_MARGIN = 8.0, 4.0
 _DAMPED = 0.2  # quantisation noise per linear up to which differences do not grow by themselves
 _WEIGHT_RANGE, _ACTIVATION_RANGE, _CACHE_RANGE = 8.0, 20.0, 8.0  # in sigma
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Half the gap between neighbours of a type, relative."""
+    return _UNIT_ROUNDOFF[dtype]
 
 
 def coarsest(schemes: Iterable[QuantScheme]) -> QuantScheme:
@@ -78,7 +82,7 @@ class Limits:
     @property
     def roundoff(self) -> float:
         """u of the model's type."""
-        return _UNIT_ROUNDOFF[self.scheme.dtype]
+        return unit_roundoff(self.scheme.dtype)
 
     def gemm(self) -> float:
         """Worst channel of a GEMM's output, given its input: one last bit that falls on the other
@@ -122,21 +126,21 @@ class Limits:
             else math.sqrt(3 * max(self.roundoff, _UNIT_ROUNDOFF["float16"]) / steps)
         )
 
-    def accumulated(self, layers: int) -> float | None:
-        """Residual stream after `layers` decoder layers, each side on its own; None where any error
-        may be honest.
+    def accumulated(self, layers: int, nodes: int) -> float | None:
+        """Residual stream after `layers` decoder layers with so many GEMM nodes in all, each side
+        on its own; None where any error may be honest.
         """
         growth = (1 + max(self.noise() - _DAMPED, 0)) ** layers
         layer = math.hypot(
-            math.sqrt(_LINEARS) * (self._flips(self.scheme.abits) + 2 * self.roundoff),
+            math.sqrt(nodes / layers) * (self._flips(self.scheme.abits) + 2 * self.roundoff),
             self._flips(self.scheme.kv_bits),
         )
         limit = _MARGIN * growth * math.sqrt(layers) * layer + _FP32_SUMS
         return limit if limit < 1 else None
 
-    def quantisation(self, layers: int) -> float | None:
-        """Fake-quantised against float after `layers` decoder layers; None where any error may be
+    def quantisation(self, nodes: int) -> float | None:
+        """Fake-quantised against float after so many GEMM nodes; None where any error may be
         honest.
         """
-        limit = _QUANTISATION_MARGIN * math.sqrt(_LINEARS * layers) * self.noise()
+        limit = _QUANTISATION_MARGIN * math.sqrt(nodes) * self.noise()
         return limit if limit < 1 else None

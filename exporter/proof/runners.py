@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -22,9 +21,11 @@ from plugins.errors import CheckError
 
 if TYPE_CHECKING:
     import onnx
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from calibration.families import ModelFamily
+    from calibration.families import Decoder
+    from calibration.families.decoder import Site
+    from calibration.reference.model import Computed, QuantReference
     from exporter.run.sessions import DecoderSession
 
 __all__ = ["GemmNode", "LockstepRunner", "ReplayRunner", "SessionRunner", "gemm_nodes"]
@@ -84,19 +85,19 @@ class GemmNode:
     Attributes:
         name: of the node, such as model.layers.0.self_attn.qkv_proj.
         source, result: the tensors it reads and writes.
-        members: module names of its linears in the torch reference, in the order of its output.
-        norm: module name of the norm between source and them that is part of the node, or "".
+        site: what the family declares of it.
+        norm: full name of the norm between source and node that is part of the node, or "".
     """
 
     name: str
     source: str
     result: str
-    members: tuple[str, ...]
+    site: Site
     norm: str = ""
 
 
-def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list[GemmNode]:
-    """The custom nodes of a graph in the family's execution order.
+def gemm_nodes(model: onnx.ModelProto, decoder: Decoder) -> list[GemmNode]:
+    """The custom nodes of a graph in the decoder's execution order.
 
     Raises:
         CheckError: one is missing, whose linear would run in no kernel of ours, so that nobody
@@ -104,29 +105,29 @@ def gemm_nodes(model: onnx.ModelProto, family: ModelFamily, layers: int) -> list
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     found = []
-    for prefix in map(family.layer, range(layers)):
-        for group in family.groups:
-            name = f"{prefix}.{group.node}"
+    for block in decoder.blocks:
+        for short, site in block.sites.items():
+            name = block.name(short)
             if name not in nodes:
                 raise CheckError(
                     MODEL_FILE,
                     f"got {len(nodes)} custom nodes without {name}, expected "
-                    f"{len(family.groups) * layers}: "
-                    f"{len(family.groups)} in each of {layers} decoder layers",
-                    "The graph was changed after its export (inlined functions?): export the model again",
+                    f"{len(decoder.nodes)}: {len(block.sites)} in each of {decoder.layers} "
+                    f"decoder layers",
+                    "The graph was changed after its export (inlined functions?): export the "
+                    "model again",
                 )
-            members = tuple(f"{prefix}.{member.name}" for member in group.members)
             node = nodes[name]
             fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
-            norm = f"{prefix}.{group.norm}" if fused else ""
-            expected = f"{norm}.weight" if group.norm else "no norm"
+            norm = block.name(site.norm.name) if fused and site.norm is not None else ""
+            expected = block.name(site.norm.gain) if site.norm is not None else "no norm"
             if fused and node.input[-1] != expected:
                 raise CheckError(
                     f"{MODEL_FILE}, node {name}",
                     f"got {node.input[-1]} as the weight of its norm, expected {expected}",
                     "The graph was changed after its export: export the model again",
                 )
-            found.append(GemmNode(name, node.input[0], node.output[0], members, norm))
+            found.append(GemmNode(name, node.input[0], node.output[0], site, norm))
     return found
 
 
@@ -162,7 +163,7 @@ class ReplayRunner(BaseRunner):  # type: ignore[misc]
         self.outputs = {}
 
 
-class LockstepRunner(SessionRunner):
+class LockstepRunner(BaseRunner):  # type: ignore[misc]
     """The torch reference held in step with another runner: every operator gets that runner's
     tensors as its input.
 
@@ -170,7 +171,7 @@ class LockstepRunner(SessionRunner):
     operator itself, so tolerances are a few roundings and the first bad operator is named exactly.
 
     Args:
-        make: opens the torch session.
+        reference: the quantised model.
         leader: the runner to follow, run just before; its outputs must hold the layers' outputs,
             the nodes' tensors and, with a low-bit cache, the new keys.
         nodes: from gemm_nodes.
@@ -179,86 +180,75 @@ class LockstepRunner(SessionRunner):
     def __init__(
         self,
         name: str,
-        make: Callable[[], TorchSession],
+        reference: QuantReference,
         leader: SessionRunner | ReplayRunner,
         nodes: Sequence[GemmNode],
     ) -> None:
-        super().__init__(name, make)
-        self._leader, self._nodes = leader, nodes
+        super().__init__(name=name)
+        self._leader = leader
+        self._session = _LockstepSession(reference, _places(nodes, reference.decoder.layers))
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """As SessionRunner's."""
+        return SessionRunner.get_input_metadata_impl(self)
+
+    def activate_impl(self) -> None:
+        """Nothing to open."""
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
         """Run one call in step with the leader's last one."""
-        with self._in_step() as seen:
-            outputs = super().infer_impl(feed_dict)
-        return OrderedDict({**seen, **outputs})
+        began = time.monotonic()
+        ids, mask = feed_dict["input_ids"], feed_dict["attention_mask"]
+        if ids.shape == mask.shape:
+            self._session.reset()
+        self._session.lead(self._leader.outputs)
+        outputs = self._session.step(ids, mask)
+        self.inference_time = time.monotonic() - began
+        return OrderedDict({**self._session.seen, **outputs})
 
-    @contextmanager
-    def _in_step(self) -> Iterator[dict[str, np.ndarray]]:
-        assert isinstance(self.session, TorchSession)
-        model = self.session.model
-        swap = _Swap(self._leader.outputs)
-        followers = [*model.model.layers[1:], model.model.norm]
-        hooks = [
-            module.register_forward_pre_hook(swap.input(layer_output(index)))
-            for index, module in enumerate(followers)
-        ]
-        for index, layer in enumerate(model.model.layers):
-            if hasattr(layer.self_attn, "cache_quantizer"):
-                hooks.append(
-                    layer.self_attn.cache_quantizer.register_forward_pre_hook(
-                        swap.input(new_key(index))
-                    )
-                )
-        for node in self._nodes:
-            modules = [model.get_submodule(member) for member in node.members]
-            ends = np.cumsum([module.weight.shape[0] for module in modules])
-            for module in [model.get_submodule(node.norm)] if node.norm else modules:
-                hooks.append(module.register_forward_pre_hook(swap.input(node.source)))
-            for module, end in zip(modules, ends, strict=True):
-                columns = slice(int(end) - module.weight.shape[0], int(end))
-                hooks.append(module.register_forward_hook(swap.output(node.result, columns)))
-        try:
-            yield swap.seen
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def deactivate_impl(self) -> None:
+        """Forget the cache."""
+        self._session.reset()
 
 
-class _Swap:
-    """Hooks that note the tensor that comes by and hand on the leader's instead."""
+def _places(nodes: Sequence[GemmNode], layers: int) -> dict[tuple[str, str], str]:
+    """{place in the reference (see calibration.reference.model.Tap): the graph's tensor there}."""
+    found: dict[tuple[str, str], str] = {}
+    for node in nodes:
+        found["output", node.name] = node.result
+        found["norm" if node.norm else "input", node.norm or node.name] = node.source
+    for index in range(layers):
+        found["layer", str(index)] = layer_output(index)
+        found["key", str(index)] = new_key(index)
+    return found
 
-    def __init__(self, leader: Feed) -> None:
-        self._leader = leader
+
+class _LockstepSession(TorchSession):
+    """Notes the tensors that come by in the reference and goes on with the leader's."""
+
+    def __init__(self, reference: QuantReference, places: Mapping[tuple[str, str], str]) -> None:
+        super().__init__(reference, watch_layers=True)
+        self._quant, self._places = reference, places
+        self.lead({})
+
+    def lead(self, outputs: Feed) -> None:
+        """Follow these outputs in the next step."""
+        self._leader = outputs
         self._tensors: dict[str, Tensor] = {}
         self.seen: dict[str, np.ndarray] = {}
 
-    def _tensor(self, name: str) -> Tensor:
+    def _compute(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Computed:
+        made: Computed = self._quant(ids, mask, positions, self._cache, self._tap)
+        return made
+
+    def _tap(self, kind: str, name: str, value: Tensor) -> Tensor:
         import torch
 
-        if (
-            name not in self._tensors
-        ):  # one object per name: linears that share an input quantise it once
-            self._tensors[name] = torch.from_numpy(self._leader[name].astype(np.float32))
-        return self._tensors[name]
-
-    def input(self, name: str) -> Any:
-        """A pre-hook; what comes by is the reference for the leader's tensor of this name."""
-
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            if name not in self.seen:
-                self.seen[name] = arguments[0].numpy().copy()
-            return self._tensor(name), *arguments[1:]
-
-        return hook
-
-    def output(self, name: str, columns: slice) -> Any:
-        """A hook on a linear that makes these columns of the leader's tensor."""
-
-        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            whole = self._tensor(name)
-            self.seen.setdefault(name, np.zeros(whole.shape, np.float32))[..., columns] = (
-                output.numpy()
-            )
-            return whole[..., columns].contiguous()
-
-        return hook
+        tensor = self._places.get((kind, name))
+        if tensor is None or tensor not in self._leader:
+            return value
+        if tensor not in self.seen:
+            self.seen[tensor] = value.numpy().copy()
+        if tensor not in self._tensors:  # one object: linears that share an input quantise it once
+            self._tensors[tensor] = torch.from_numpy(self._leader[tensor].astype(np.float32))
+        return self._tensors[tensor]

@@ -143,7 +143,7 @@ class _Validator:
         self.quant: QuantModel = read_quant(out / STAGE)
         context = int(self.quant.config["max_position_embeddings"])
         self.tokens = max(min(options.tokens, context - options.steps), 2)
-        self.nodes = gemm_nodes(load_model(out / "onnx"), self.quant.family, self.quant.layers)
+        self.nodes = gemm_nodes(load_model(out / "onnx"), self.quant.decoder)
         inner = [name for node in self.nodes for name in (node.source, node.result)]
         keys = map(
             new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0)
@@ -233,9 +233,7 @@ class _Validator:
         model = quantised_model(self.quant)
         onnx = ReplayRunner(ONNX, record)
         torch = SessionRunner(TORCH, lambda: TorchSession(model, watch_layers=True))
-        lockstep = LockstepRunner(
-            LOCKSTEP, lambda: TorchSession(model, watch_layers=True), onnx, self.nodes
-        )
+        lockstep = LockstepRunner(LOCKSTEP, model, onnx, self.nodes)
         pairs = {"export": (1, 0), "operator": (2, 0)}
         engine = self.engine_runner()
         if engine is not None:
@@ -256,12 +254,12 @@ class _Validator:
         """The fake-quantised model's outputs against the float model on the same tokens."""
         from polygraphy.comparator import Comparator
 
-        from calibration.reference.model import float_model
+        from calibration.reference.model import FloatReference, float_model
 
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(float_model(checkpoint), watch_layers=True),
+                lambda: TorchSession(FloatReference(float_model(checkpoint)), watch_layers=True),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),
@@ -331,7 +329,7 @@ class _Validator:
             if checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
-        stack = Stack(self.quant.layers, self.nodes, self.quant.scheme, self.quant.exceptions)
+        stack = Stack(self.quant.decoder, self.nodes, self.quant.scheme, self.quant.exceptions)
         rows += judge(self.errors, stack)
         facts = {
             "tokens": self.tokens,

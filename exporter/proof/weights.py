@@ -24,7 +24,7 @@ import numpy as np
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.proof.judge import WEIGHTS, LayerReport
-from exporter.proof.limits import Limits
+from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
 
 if TYPE_CHECKING:
@@ -184,14 +184,14 @@ def _float_sums(weight: np.ndarray, got: np.ndarray, scheme: QuantScheme) -> _Su
         sums.add(
             rows,
             others,
-            np.abs(rows) * np.float32(Limits(scheme).roundoff) + np.float32(_SMALLEST_HALF),
+            np.abs(rows) * np.float32(unit_roundoff(scheme.dtype)) + np.float32(_SMALLEST_HALF),
         )
     return sums
 
 
 def compared_tensors(checkpoint: Checkpoint) -> int:
     """How many rows compare_weights gives, and how far it moves the progress."""
-    return sum(1 for _ in checkpoint.family.tensor_shapes(checkpoint.dims)) + 1
+    return len(checkpoint.decoder.shapes()) + 1
 
 
 def compare_weights(
@@ -205,12 +205,8 @@ def compare_weights(
     progress, reports = progress or NullProgress(), []
     # A method that transforms some weights may do so by changing the norms before them.
     plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
-    linears = {
-        f"{quant.family.layer(index)}.{linear.name}"
-        for index in range(quant.layers)
-        for linear in quant.family.linears()
-    }
-    for name, shape in checkpoint.family.tensor_shapes(checkpoint.dims):
+    linears = quant.decoder.linears
+    for name, shape in checkpoint.decoder.shapes().items():
         base = name.removesuffix(".weight")
         quantised = name != base and base in linears
         stored = f"{base}.codes" if quantised else name

@@ -77,14 +77,11 @@ def _mixed(quant: QuantModel) -> dict[str, Any] | None:
     """Which node has which bits, and each scheme's share; None where all have one scheme."""
     if not quant.exceptions:
         return None
-    family, weights = quant.family, quant.weights()
-    nodes = Counter(quant.scheme_of(node) for node in family.nodes(quant.layers))
+    weights = quant.weights()
+    nodes = Counter(map(quant.scheme_of, quant.decoder.nodes))
     layers = [
-        {
-            group.node: quant.scheme_of(f"{family.layer(index)}.{group.node}").label
-            for group in family.groups
-        }
-        for index in range(quant.layers)
+        {node: quant.scheme_of(block.name(node)).label for node in block.sites}
+        for block in quant.decoder.blocks
     ]
     schemes = [
         {

@@ -15,8 +15,10 @@ import numpy as np
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calibration.quant.folder import QuantModel
-    from calibration.reference.model import Reference
+    from calibration.reference.model import Computed, Reference
 
 __all__ = ["KINDS", "DecoderSession", "OnnxSession", "TorchSession", "cache_names", "open_session"]
 
@@ -183,8 +185,8 @@ class TorchSession(DecoderSession):
 
         from exporter.graph.decoder import layer_output
 
-        arrays = (input_ids, attention_mask, positions)
-        made = self.reference(*map(torch.from_numpy, arrays), self._cache)
+        ids, mask, places = map(torch.from_numpy, (input_ids, attention_mask, positions))
+        made = self._compute(ids, mask, places)
         self._cache = made.cache
         outputs: dict[str, np.ndarray] = {"logits": made.logits.numpy()}
         if self._watch:
@@ -195,6 +197,9 @@ class TorchSession(DecoderSession):
                 outputs[f"present.{index}.key"] = key.numpy()
                 outputs[f"present.{index}.value"] = value.numpy()
         return outputs
+
+    def _compute(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Computed:
+        return self.reference(ids, mask, positions, self._cache)
 
     def close(self) -> None:
         """Let go of the model."""
