@@ -159,16 +159,22 @@ def test_pictures_are_whole() -> None:
 
 # ---------------------------------------------------------------- numbers and names
 
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+}
+
 
 def test_sizes_of_llama_7b() -> None:
-    from calibration.families import ModelDims, family
+    from calibration.families import family
     from calibration.quant.scheme import QuantScheme
 
-    llama, dims = (
-        family("llama"),
-        ModelDims(4096, 4096, 4096, 11008, 32000, 32, False, False, False),
-    )
-    shapes = dict(llama.tensor_shapes(dims))
+    shapes = family("llama").decoder(LLAMA_7B).shapes()
     linears = {
         name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2
     }
@@ -181,7 +187,7 @@ def test_sizes_of_llama_7b() -> None:
         for name, shape in shapes.items()
         if name not in linears
     )
-    kv_cache = 2 * 2 * dims.kv * dims.layers * 2048
+    kv_cache = 2 * 2 * 4096 * 32 * 2048  # keys and values, fp16, width, layers, tokens
     text = (REPOSITORY / "README.md").read_text()
     for label, size in (
         ("in fp16, for comparison", 2 * codes + rest),
@@ -224,7 +230,7 @@ def test_the_bits_file_fits_llama_7b(tmp_path: Path) -> None:
     labels = {
         node.removeprefix("model.layers."): scheme.label
         for node, scheme in read_bits_file(tmp_path / "bits.txt", base)
-        .nodes(family("llama"), 32)
+        .nodes(family("llama").decoder(LLAMA_7B))
         .items()
     }
     assert (

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from calibration.__main__ import main
 from calibration.blocks.driver import BlockTask
-from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope, load_block
+from calibration.blocks.forward import BlockWeights, load_block
 from calibration.blocks.ranks import ALONE
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.quant.scheme import QuantScheme
+from calibration.reference.steps import Rope
 from calibration.settings import CalibrationSettings, QqqSettings
 
 __all__ = [
@@ -87,17 +88,17 @@ def block_task(
     checkpoint: Checkpoint = open_checkpoint(str(model), offline=True)
     table = checkpoint.tensor("model.embed_tokens.weight")
     settings = CalibrationSettings(nsamples=4, seqlen=32, method=method or QqqSettings())
+    block = checkpoint.decoder.blocks[index]
     return BlockTask(
-        index,
-        checkpoint.dims.layers,
-        weights or load_block(checkpoint, index),
-        BlockShape.from_config(checkpoint.config),
-        Rope.of(checkpoint, 32),
-        dict.fromkeys(SITES, scheme),
-        streams([table[row] for row in tokens()]),
-        settings,
-        ALONE,
-        len(tokens()),
+        block=block,
+        count=checkpoint.decoder.layers,
+        weights=weights or load_block(checkpoint, index),
+        rope=Rope.of(checkpoint, 32),
+        schemes=dict.fromkeys(block.sites, scheme),
+        streams=streams([table[row] for row in tokens()]),
+        settings=settings,
+        ranks=ALONE,
+        windows=len(tokens()),
     )
 
 

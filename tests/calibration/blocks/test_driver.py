@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from calibration.blocks.driver import BlockTask, Calibration, calibrate
-from calibration.blocks.forward import SITES
 from calibration.blocks.store import BlockResult, BlockStore
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.methods.qqq import METHOD, Qqq
 from calibration.settings import CalibrationSettings, QqqSettings
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny, files, tokens
+from tests.calibration.llama import SITES
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAYERS = 3
@@ -76,7 +76,7 @@ def test_stopped_at_a_block(
     real = Qqq.calibrate
 
     def die(self: Qqq, task: BlockTask) -> BlockResult:
-        if task.index == block:
+        if task.block.index == block:
             real(self, task)  # the streams have moved on when it dies
             raise error
         return real(self, task)
@@ -166,7 +166,7 @@ def _stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str
     real = Qqq.calibrate
 
     def die(self: Qqq, task: BlockTask) -> BlockResult:
-        if task.index == 2:
+        if task.block.index == 2:
             raise KeyboardInterrupt
         return real(self, task)
 
@@ -333,7 +333,7 @@ def test_blocks_arrive_in_order_with_their_schemes(
     real = Qqq.calibrate
 
     def spy(self: Qqq, task: BlockTask) -> BlockResult:
-        seen.append((task.index, task.count))
+        seen.append((task.block.index, task.count))
         assert task.device == "cpu" and tuple(task.schemes) == tuple(SITES)
         return real(self, task)
 

@@ -12,20 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    SITES,
-    BlockShape,
-    Rope,
-    attend,
-    attention_rows,
-    block_output,
-    float_linear,
-    heads_from_qkv,
-    load_block,
-    rms_norm,
-)
+from calibration.blocks.forward import block_output, float_linear, load_block
 from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.families.steps import Attend, Heads
+from calibration.families.steps import Rope as RopeStep
+from calibration.reference.steps import Context, Rope, attention_rows, rms_norm, run
 from tests.calibration.block_cases import MODELS, tokens
+from tests.calibration.llama import SITES, attend
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -61,11 +54,12 @@ def test_block_is_that_of_transformers(
     with torch.no_grad():
         model(tokens(2, 48))
     checkpoint = open_checkpoint(str(folder), offline=True)
-    shape, rope = BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, 48)
+    rope = Rope.of(checkpoint, 48)
     assert len(before) == 2
     for index, (x, wanted) in enumerate(zip(before, after, strict=True)):
         weights = load_block(checkpoint, index)
-        found = block_output(x, weights, float_linear(weights), shape, rope)
+        block = checkpoint.decoder.blocks[index]
+        found = block_output(x, weights, float_linear(weights, block), block, rope)
         assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
         assert (
             x - wanted
@@ -78,13 +72,13 @@ def test_block_reads_its_sites_in_order(tiny_model_dir: Path) -> None:
 
     def linear(site: str, x: Tensor) -> Tensor:
         seen.append((site, x.shape[-1]))
-        return float_linear(weights)(site, x)
+        return float_linear(weights, checkpoint.decoder.blocks[0])(site, x)
 
     block_output(
         torch.randn(1, 8, 64),
         weights,
         linear,
-        BlockShape.from_config(checkpoint.config),
+        checkpoint.decoder.blocks[0],
         Rope.of(checkpoint, 8),
     )
     assert seen == list(zip(SITES, (64, 64, 64, 128), strict=True))
@@ -97,7 +91,7 @@ def test_attention_rows_are_log_probabilities(heads: int) -> None:
     query = torch.randn(2, 4, 12, 8, generator=generator)
     key, value = torch.randn(2, 2, heads, 12, 8, generator=generator)
     rows = torch.tensor([0, 3, 11])
-    found = attention_rows(query, key, rows)
+    found = attention_rows(query, key, rows, Attend(scale=8**-0.5))
     assert found.shape == (2, 4, 3, 12)
     for head in range(4):
         scores = query[:, head, rows] @ key[:, head * heads // 4].mT / 8**0.5
@@ -112,11 +106,12 @@ def test_attention_rows_are_log_probabilities(heads: int) -> None:
 
 
 def test_heads_are_split_as_they_are_stacked() -> None:
-    shape, length = BlockShape(4, 2, 6, 1e-5), 5
+    heads, length = Heads(4, 2, 6), 5
     still = Rope(torch.ones(length, 6), torch.zeros(length, 6))
     qkv = torch.arange(length * 48.0).view(1, length, 48)
-    query, key, value = heads_from_qkv(qkv, shape, still)
-    assert shape.groups == 2
+    made = run((heads, RopeStep()), qkv, Context({}, still)).heads
+    assert heads.groups == 2 and made is not None
+    query, key, value = made
     torch.testing.assert_close(query[0, 3], qkv[0, :, 18:24])
     torch.testing.assert_close(key[0, 1], qkv[0, :, 30:36])
     torch.testing.assert_close(value[0, 0], qkv[0, :, 36:42])

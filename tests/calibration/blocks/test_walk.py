@@ -14,21 +14,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.driver import BlockTask
-from calibration.blocks.forward import (
-    DOWN,
-    GATE_UP,
-    INPUT_NORM,
-    OUT,
-    POST_NORM,
-    QKV,
-    SITES,
-    attend,
-    block_output,
-    float_linear,
-    heads_from_qkv,
-    mlp_product,
-    rms_norm,
-)
+from calibration.blocks.forward import block_output, float_linear
 from calibration.blocks.streams import StreamBudget
 from calibration.blocks.walk import WalkBlock, site_weight, walk
 from calibration.quant.scheme import QuantLinear, QuantScheme
@@ -37,13 +23,26 @@ from calibration.solvers.grid import search_grid
 from calibration.solvers.hessian import Moments
 from plugins.core.op_spec import QuantArrays
 from tests.calibration.block_cases import MODELS, QQQ, QQQ_GROUPS, W3A6, block_task, streams
+from tests.calibration.llama import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    OUT,
+    POST_NORM,
+    QKV,
+    SITES,
+    attend,
+    heads_from_qkv,
+    mlp_product,
+    rms_norm,
+)
 
 W3A16 = QuantScheme("ABQGemm", "qqq", 3, 16)
 
 
 def _nearest(task: BlockTask) -> Callable[[str, object], QuantArrays]:
     def solve(site: str, moments: object) -> QuantArrays:
-        weight, bias = site_weight(task.weights, site)
+        weight, bias = site_weight(task.weights, task.block.sites[site].linears)
         grid = search_grid(weight, task.schemes[site], steps=1)
         group = torch.arange(weight.shape[1]) // (task.schemes[site].group_size or weight.shape[1])
         return grid.arrays(grid.round(weight, group)[0], bias)
@@ -53,7 +52,7 @@ def _nearest(task: BlockTask) -> Callable[[str, object], QuantArrays]:
 
 def _block(task: BlockTask, **changes: Any) -> WalkBlock:
     gains = {f"{norm}.weight": task.weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
-    return replace(WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains), **changes)
+    return replace(WalkBlock(task.block, task.weights, task.rope, task.schemes, gains), **changes)
 
 
 def _step_by_step(
@@ -76,9 +75,9 @@ def _step_by_step(
         return output
 
     gains = (task.weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM))
-    qkv = site(QKV, rms_norm(x, next(gains), task.shape.epsilon))
-    x = x + site(OUT, attend(*heads_from_qkv(qkv[None], task.shape, task.rope))[0])
-    product = mlp_product(site(GATE_UP, rms_norm(x, next(gains), task.shape.epsilon)))
+    qkv = site(QKV, rms_norm(x, next(gains)))
+    x = x + site(OUT, attend(*heads_from_qkv(qkv[None], task.block, task.rope))[0])
+    product = mlp_product(site(GATE_UP, rms_norm(x, next(gains))))
     return seen, x + site(DOWN, product)
 
 
@@ -124,9 +123,9 @@ def test_the_float_stream_is_the_float_models(
 
     def linear(site: str, x: Tensor) -> Tensor:
         wanted[site] = x
-        return float_linear(task.weights)(site, x)
+        return float_linear(task.weights, task.block)(site, x)
 
-    output = block_output(inputs, task.weights, linear, task.shape, task.rope)
+    output = block_output(inputs, task.weights, linear, task.block, task.rope)
     added: list[Tensor] = []
     monkeypatch.setattr(Moments, "add", lambda self, seen, real=None: added.append(real))
     scales = {OUT: torch.linspace(0.5, 2, 64), DOWN: torch.linspace(0.5, 2, 128)}

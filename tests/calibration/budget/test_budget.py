@@ -227,7 +227,7 @@ def test_costs_fall_as_the_budget_grows_and_the_richest_is_eight_bits(
     totals = [
         sum(
             costs[node][labels.index(scheme.label)]
-            for node, scheme in schemes.nodes(checkpoint.family, 2).items()
+            for node, scheme in schemes.nodes(checkpoint.decoder).items()
         )
         for schemes in found
     ]
@@ -289,13 +289,8 @@ def test_the_command_keeps_to_the_budget_and_leaves_its_bits_file(
     out, again = tmp_path / "out", tmp_path / "again"
     assert command(tiny_model_dir, out, "--budget", "5.5") == 0
     quant = read_quant(out / "quant")
-    dims = open_checkpoint(str(tiny_model_dir), True).dims
     assert quant.sizes["linear_quant_bits"] == sum(
-        node_bits(
-            quant.family, dims, group, quant.scheme_of(f"{quant.family.layer(layer)}.{group.node}")
-        )
-        for layer in range(2)
-        for group in quant.family.groups
+        node_bits(site.linears, quant.scheme_of(node)) for node, site in quant.decoder.sites.items()
     )
     assert (
         5.3 < quant.sizes["bits_per_weight"] <= 5.5
@@ -309,8 +304,8 @@ def test_the_command_keeps_to_the_budget_and_leaves_its_bits_file(
     )
     assert "bits.txt" in quant.files
     assert sorted(path.name for path in out.iterdir()) == [".lock", ".sensitivity.json", "quant"]
-    assert read_bits_file(out / "quant" / "bits.txt", QQQ).nodes(quant.family, 2) == {
-        node: quant.scheme_of(node) for node in quant.family.nodes(2)
+    assert read_bits_file(out / "quant" / "bits.txt", QQQ).nodes(quant.decoder) == {
+        node: quant.scheme_of(node) for node in quant.decoder.nodes
     }
     assert command(tiny_model_dir, again, "--bits-file", str(out / "quant" / "bits.txt")) == 0
     assert read_quant(again / "quant").files == quant.files  # the same weights, bit for bit

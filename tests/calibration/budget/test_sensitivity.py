@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibration.blocks.forward import SITES, BlockShape, Rope, block_output, float_linear, rms_norm
+from calibration.blocks.forward import block_output, float_linear
 from calibration.blocks.ranks import Ranks
 from calibration.budget.sensitivity import Measurement, measure
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -25,8 +25,10 @@ from calibration.methods.rtn import quantize
 from calibration.progress import JsonProgress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation
+from calibration.reference.steps import Rope
 from calibration.settings import CalibrationSettings, calibration_settings
 from calibration.solvers.grid import search_grid
+from tests.calibration.llama import SITES, rms_norm
 
 BITS = (2, 3, 4, 6, 8)
 SEED = CalibrationSettings(seed=5)
@@ -53,7 +55,7 @@ def whole_model(folder: Path) -> Any:
 
 def nodes(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
     """Every node with its linears."""
-    for layer in range(checkpoint.dims.layers):
+    for layer in range(checkpoint.decoder.layers):
         for site, members in SITES.items():
             yield (
                 f"model.layers.{layer}.{site}",
@@ -109,7 +111,7 @@ def test_costs_are_those_of_autograd_through_the_whole_model(
             for scheme in job.schemes
         ]
     found = measure(job)
-    assert list(found) == job.checkpoint.family.nodes(3) == list(wanted)
+    assert list(found) == list(job.checkpoint.decoder.nodes) == list(wanted)
     np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=2e-3)
 
 
@@ -200,11 +202,7 @@ def test_a_rotating_method_is_measured_where_it_rounds(model_dir: Path) -> None:
         *schemes(8, "qqq", 64),
     )
     job = measurement(model_dir, tried, settings)
-    basis, shape, rope = (
-        METHOD.basis(job.checkpoint, settings),
-        BlockShape.from_config(job.checkpoint.config),
-        Rope.of(job.checkpoint, 48),
-    )
+    basis, rope = METHOD.basis(job.checkpoint, settings), Rope.of(job.checkpoint, 48)
     blocks = [basis.load(job.checkpoint, index) for index in range(3)]
     table, gain, head = (
         basis.tensor(job.checkpoint, f"{name}.weight")
@@ -215,8 +213,9 @@ def test_a_rotating_method_is_measured_where_it_rounds(model_dir: Path) -> None:
         x = table[torch.from_numpy(TOKENS)]
         for index, weights in enumerate(blocks):
             weights = weights | changed.get(index, {})
-            x = block_output(x, weights, float_linear(weights), shape, rope)
-        return rms_norm(x, gain, shape.epsilon) @ head.T
+            block = job.checkpoint.decoder.blocks[index]
+            x = block_output(x, weights, float_linear(weights, block), block, rope)
+        return rms_norm(x, gain) @ head.T
 
     log_p = logits({}).log_softmax(-1)
     torch.testing.assert_close(

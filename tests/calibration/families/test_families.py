@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from calibration.families import (
-    ModelDims,
     accepted_architectures,
     family,
     family_names,
@@ -54,20 +53,21 @@ def test_declared_tensors_are_those_of_transformers(
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if tied:
         del expected["lm_head.weight"]
-    assert dict(found.tensor_shapes(ModelDims.from_config(config))) == expected
+    assert found.decoder(config.to_dict()).shapes() == expected
 
 
 def test_every_linear_is_in_one_group() -> None:
-    llama = family("llama")
-    assert [group.node for group in llama.groups] == [
+    block = family("llama").decoder(SIZES | {"rms_norm_eps": 1e-5}).blocks[0]
+    assert list(block.sites) == [
         "self_attn.qkv_proj",
         "self_attn.o_proj",
         "mlp.gate_up_proj",
         "mlp.down_proj",
     ]
-    names = [linear.name for linear in llama.linears()]
+    names = [linear.name for linear in block.linears]
     assert len(names) == len(set(names)) == 7
-    assert all(len({linear.in_dim for linear in group.members}) == 1 for group in llama.groups)
+    for site in block.sites.values():
+        assert len({linear.in_features for linear in site.linears.members}) == 1
 
 
 def test_unknown_family_and_architecture() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.blocks.driver import BlockTask
-from calibration.blocks.forward import OUT, QKV, SITES, block_output, float_linear
+from calibration.blocks.forward import block_output, float_linear
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.methods.qqq import METHOD, Plain, SiteSolver
 from calibration.quant.folder import read_quant
@@ -37,6 +37,7 @@ from tests.calibration.block_cases import (
     files,
     streams,
 )
+from tests.calibration.llama import OUT, QKV, SITES
 
 Make = Callable[..., Path]
 PLAIN = QqqSettings(rotation="none", smooth="none", gptq=False, correct=0.0)
@@ -45,7 +46,9 @@ PLAIN = QqqSettings(rotation="none", smooth="none", gptq=False, correct=0.0)
 def _relative_error(task: BlockTask) -> float:
     """Of the quantised stream behind a block against the float one; calibrates it."""
     inputs = torch.stack(list(task.streams.quant))
-    wanted = block_output(inputs, task.weights, float_linear(task.weights), task.shape, task.rope)
+    wanted = block_output(
+        inputs, task.weights, float_linear(task.weights, task.block), task.block, task.rope
+    )
     METHOD.calibrate(task)
     return float((torch.stack(list(task.streams.quant)) - wanted).norm() / (wanted - inputs).norm())
 
@@ -86,9 +89,12 @@ def test_a_smoothed_output_projection_is_exported_smoothed(
         model = tiny_llama(**changes)
         task = block_task(model, replace(PLAIN, smooth="all", gptq=True))
         one = 8 ** torch.rand(
-            task.shape.kv_heads, 1, task.shape.head_dim, generator=torch.Generator().manual_seed(0)
+            task.block.heads.kv_heads,
+            1,
+            task.block.heads.head_dim,
+            generator=torch.Generator().manual_seed(0),
         )
-        scale = one.expand(-1, task.shape.groups, -1).flatten()
+        scale = one.expand(-1, task.block.heads.groups, -1).flatten()
         monkeypatch.setattr(
             "calibration.methods.qqq.adaptive_scales", lambda task, sites, scale=scale: {OUT: scale}
         )

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from calibration.families import ModelDims, family
 from calibration.quant.bits import Rule, SchemeMap, as_map, read_bits_file
 from calibration.quant.scheme import QuantScheme
 from plugins.errors import InputError
+from tests.calibration.llama import llama
 
-LLAMA = family("llama")
 QQQ = QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True)
 QQQ64 = QuantScheme("QQQGemm", "rtn", 4, 8, group_size=64, act_symmetric=True, dtype="bfloat16")
 ABQ = QuantScheme("ABQGemm", "rtn", 4, 8)
@@ -28,7 +27,7 @@ def mapped(*rules: str, base: QuantScheme = QQQ) -> SchemeMap:
 
 def named(pattern: str, layers: int = 12) -> list[str]:
     """Short names of the nodes that a pattern changes."""
-    found = mapped(f"{pattern} w8a8").exceptions(LLAMA, layers)
+    found = mapped(f"{pattern} w8a8").exceptions(llama(layers))
     return [node.removeprefix("model.layers.") for node in found]
 
 
@@ -49,7 +48,7 @@ def named(pattern: str, layers: int = 12) -> list[str]:
         ("self_attn.o_proj", [f"{i}.self_attn.o_proj" for i in range(12)]),
         ("gate_up_proj", [f"{i}.mlp.gate_up_proj" for i in range(12)]),
         ("[qkv]_proj", [f"{i}.self_attn.qkv_proj" for i in range(12)]),
-        ("*", [node.removeprefix("model.layers.") for node in LLAMA.nodes(12)]),
+        ("*", [node.removeprefix("model.layers.") for node in list(llama(12).nodes)]),
     ],
 )
 def test_patterns_match_whole_names_or_their_ends(pattern: str, nodes: list[str]) -> None:
@@ -58,14 +57,14 @@ def test_patterns_match_whole_names_or_their_ends(pattern: str, nodes: list[str]
 
 def test_the_last_match_counts_and_members_have_their_nodes_scheme() -> None:
     found = mapped("* w8a8", "layers.1.* w6a6", "*.1.mlp.down_proj w2ba8-g64")
-    labels = {node: scheme.label for node, scheme in found.nodes(LLAMA, 2).items()}
+    labels = {node: scheme.label for node, scheme in found.nodes(llama(2)).items()}
     assert labels == {
         node: "w8a8" if ".0." in node else "w2ba8-g64" if node.endswith("down_proj") else "w6a6"
-        for node in LLAMA.nodes(2)
+        for node in list(llama(2).nodes)
     }
-    assert list(labels) == LLAMA.nodes(2)
+    assert list(labels) == list(llama(2).nodes)
     for name in ("qkv_proj", "q_proj", "k_proj", "v_proj"):
-        assert found.of(f"model.layers.1.self_attn.{name}").label == "w6a6"
+        assert found.of(f"model.layers.1.self_attn.{name}", llama(2)).label == "w6a6"
     assert [scheme.label for scheme in found.schemes()] == ["w4a8", "w8a8", "w6a6", "w2ba8-g64"]
 
 
@@ -96,24 +95,23 @@ def test_bits_over_a_base(base: QuantScheme, bits: str, expected: QuantScheme) -
 
 def test_a_single_scheme_is_a_map() -> None:
     assert as_map(QQQ) == SchemeMap(QQQ) and as_map(SchemeMap(ABQ)) == SchemeMap(ABQ)
-    assert SchemeMap(QQQ).nodes(LLAMA, 3) == dict.fromkeys(LLAMA.nodes(3), QQQ)
+    assert SchemeMap(QQQ).nodes(llama(3)) == dict.fromkeys(list(llama(3).nodes), QQQ)
     assert (
-        SchemeMap(QQQ).exceptions(LLAMA, 3) == {} == mapped("down_proj w4a8").exceptions(LLAMA, 3)
+        SchemeMap(QQQ).exceptions(llama(3)) == {} == mapped("down_proj w4a8").exceptions(llama(3))
     )
 
 
 def test_linears_and_weights_by_scheme() -> None:
-    dims = ModelDims(64, 64, 32, 128, 512, 2, False, False, True)
     found = mapped("layers.0.self_attn.* w8a8")
-    eight = found.of("model.layers.0.self_attn.o_proj")
-    assert found.linears(LLAMA, dims)[eight] == {
+    eight = found.of("model.layers.0.self_attn.o_proj", llama(2))
+    assert found.linears(llama(2))[eight] == {
         "model.layers.0.self_attn.q_proj": (64, 64),
         "model.layers.0.self_attn.k_proj": (32, 64),
         "model.layers.0.self_attn.v_proj": (32, 64),
         "model.layers.0.self_attn.o_proj": (64, 64),
     }
     attention, mlp = 64 * (64 + 32 + 32 + 64), 3 * 64 * 128
-    assert found.weights(LLAMA, dims) == {eight: attention, QQQ: attention + 2 * mlp}
+    assert found.weights(llama(2)) == {eight: attention, QQQ: attention + 2 * mlp}
 
 
 def test_plain_json_and_text_round_trip(tmp_path: Path) -> None:
@@ -208,7 +206,7 @@ def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
     for pattern in ("down_prj", "layers.2.*", "lm_head", "proj", "DOWN_PROJ"):
         path.write_text(f"down_proj w8a8\n{pattern} w8a8\n")
         with pytest.raises(InputError) as caught:
-            read_bits_file(path, QQQ).nodes(LLAMA, 2)
+            read_bits_file(path, QQQ).nodes(llama(2))
         assert str(caught.value) == (
             f"{path}, line 2: got pattern '{pattern}', which matches none of this model's "
             f"linears, expected names as in "
@@ -223,19 +221,19 @@ def test_linears_of_one_node_need_one_scheme(tmp_path: Path) -> None:
     path.write_text("layers.1.* w6a8\nlayers.1.mlp.up_proj w8a8\n")
     found = read_bits_file(path, QQQ)
     with pytest.raises(InputError) as caught:
-        found.nodes(LLAMA, 2)
+        found.nodes(llama(2))
     assert str(caught.value) == (
         f"model.layers.1.mlp.gate_up_proj: got gate_proj w6a8 ({path}, line 1), up_proj w8a8 "
         f"({path}, line 2); expected one scheme, "
         "because these linears are one GEMM node. Name gate_up_proj or every linear of it."
     )
     with pytest.raises(InputError) as caught:
-        mapped("q_proj w8a8").of("model.layers.7.self_attn.v_proj")
+        mapped("q_proj w8a8").of("model.layers.7.self_attn.v_proj", llama(8))
     assert str(caught.value) == (
         "model.layers.7.self_attn.qkv_proj: got q_proj w8a8 (a rule), k_proj w4a8 (the base), "
         "v_proj w4a8 (the base); expected one scheme, "
         "because these linears are one GEMM node. Name qkv_proj or every linear of it."
     )
     assert (
-        mapped("q_proj w4a8", "k_proj W4A8-g0").exceptions(LLAMA, 2) == {}
+        mapped("q_proj w4a8", "k_proj W4A8-g0").exceptions(llama(2)) == {}
     )  # the base's own, said again

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.blocks.forward import SITES
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.store import BlockStore
 from calibration.checkpoints.checkpoint import open_checkpoint
@@ -29,6 +28,7 @@ from calibration.settings import CalibrationSettings, NoSettings, QqqSettings
 from calibration.transforms.rotation import Rotation
 from plugins.errors import InputError
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny
+from tests.calibration.llama import SITES
 
 RTN = QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True)
 
@@ -107,12 +107,12 @@ def test_what_is_outside_the_blocks_is_in_the_methods_basis(
     basis = Rotation.make("hadamard", 64, 16, 3)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         np.testing.assert_array_equal(rotated.rest(name), basis.tensor(checkpoint, name).numpy())
-    assert checkpoint.dims.tied and not rotated.dims.tied
+    assert checkpoint.decoder.tied and not rotated.dims.tied
     plain = _open(tiny_model_dir, tmp_path / "b", method=QqqSettings(rotation="none"))
     np.testing.assert_array_equal(
         plain.rest("model.embed_tokens.weight"), checkpoint.array("model.embed_tokens.weight")
     )
-    assert plain.dims == checkpoint.dims
+    assert plain.decoder == checkpoint.decoder
 
 
 def test_a_method_without_data_reads_the_model_alone(
@@ -134,11 +134,11 @@ def test_a_method_without_data_reads_the_model_alone(
     np.testing.assert_array_equal(
         source.rest("model.norm.weight"), checkpoint.array("model.norm.weight")
     )
-    assert (source.facts, source.cost, source.writes, source.dims) == (
+    assert (source.facts, source.cost, source.writes, source.decoder) == (
         {},
         {},
         True,
-        checkpoint.dims,
+        checkpoint.decoder,
     )
     source.close()
     assert not (tmp_path / "work").exists()

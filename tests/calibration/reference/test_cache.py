@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from calibration.blocks.forward import (
-    INPUT_NORM,
-    POST_NORM,
-    QKV,
-    attend,
-    cached_heads,
-    float_linear,
-    heads_from_qkv,
-    rms_norm,
-)
+from calibration.blocks.forward import float_linear
 from calibration.blocks.walk import Streams, WalkBlock, site_weight, walk
 from calibration.cli import add_quant_arguments, default_out, scheme_from_args, schemes_from_args
 from calibration.methods.abq import method as abq
@@ -46,6 +37,15 @@ from plugins.core.activation import quantize_activation
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 from tests.calibration.block_cases import block_task, calibrate_tiny
+from tests.calibration.llama import (
+    INPUT_NORM,
+    POST_NORM,
+    QKV,
+    attend,
+    cached_heads,
+    heads_from_qkv,
+    rms_norm,
+)
 
 W4A8 = QuantScheme("ABQGemm", "abq", 4, 8)
 IDS = torch.arange(48).reshape(2, 24) * 7 % 512
@@ -228,7 +228,7 @@ def test_decoding_with_the_cache_equals_one_pass(
 
 def _codes(task: Any) -> Callable[[str, object], QuantArrays]:
     def solve(site: str, moments: object) -> QuantArrays:
-        weight, bias = site_weight(task.weights, site)
+        weight, bias = site_weight(task.weights, task.block.sites[site].linears)
         grid = search_grid(weight, task.schemes[site], steps=1)
         group = torch.arange(weight.shape[1]) // (task.schemes[site].group_size or weight.shape[1])
         return grid.arrays(grid.round(weight, group)[0], bias)
@@ -244,7 +244,7 @@ def _walked(
     training = abq._train_task(block_task(model, AbqSettings(epochs=1), scheme))
     gains = {f"{norm}.weight": task.weights[f"{norm}.weight"] for norm in (INPUT_NORM, POST_NORM)}
     arrays = walk(
-        WalkBlock(task.weights, task.shape, task.rope, task.schemes, gains),
+        WalkBlock(task.block, task.weights, task.rope, task.schemes, gains),
         task.streams,
         _codes(task),
         measure=False,
@@ -277,12 +277,12 @@ def test_the_walk_quantises_what_the_quantised_model_caches_and_nothing_of_the_f
         ends[bits] = streams
     assert all(torch.equal(ends[16].real[index], ends[4].real[index]) for index in range(4))
     assert all((ends[16].quant[index] - ends[4].quant[index]).norm() > 1e-3 for index in range(4))
-    qkv = float_linear(task.weights)(
+    qkv = float_linear(task.weights, task.block)(
         QKV, rms_norm(ends[4].quant[0][None], task.weights[f"{INPUT_NORM}.weight"], 1e-5)
     )
-    query, key, value = heads_from_qkv(qkv, task.shape, task.rope)
+    query, key, value = heads_from_qkv(qkv, task.block, task.rope)
     found, expected = (
-        cached_heads(4)(qkv, task.shape, task.rope),
+        cached_heads(4)(qkv, task.block, task.rope),
         (query, quantize_cache(key, 4), quantize_cache(value, 4)),
     )
     assert all(torch.equal(part, whole) for part, whole in zip(found, expected, strict=True))

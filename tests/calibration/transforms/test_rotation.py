@@ -10,20 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    INPUT_NORM,
-    POST_NORM,
-    BlockShape,
-    Rope,
-    block_output,
-    float_linear,
-    load_block,
-    rms_norm,
-)
+from calibration.blocks.forward import block_output, float_linear, load_block
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.methods.qqq import Plain
+from calibration.reference.steps import Rope
 from calibration.transforms.rotation import Rotation, fold_gains, hadamard, orthogonal
 from tests.calibration.block_cases import MODELS, tokens
+from tests.calibration.llama import INPUT_NORM, POST_NORM, rms_norm
 
 SIZES = [64, 48, 36, 18, 9, 2, 1]
 
@@ -63,14 +56,14 @@ def test_other_sizes_spread_over_their_power_of_two(size: int) -> None:
 
 def _logits(checkpoint: Checkpoint, basis: Rotation | Plain, ids: Tensor) -> Tensor:
     """The whole float model in a basis, [B, L] -> [B, L, vocab]."""
-    shape, rope = BlockShape.from_config(checkpoint.config), Rope.of(checkpoint, ids.shape[1])
+    rope = Rope.of(checkpoint, ids.shape[1])
     x = basis.tensor(checkpoint, "model.embed_tokens.weight")[ids]
-    for index in range(checkpoint.dims.layers):
-        weights = basis.load(checkpoint, index)
-        x = block_output(x, weights, float_linear(weights), shape, rope)
-    tied = checkpoint.dims.tied and not basis.unties
+    for block in checkpoint.decoder.blocks:
+        weights = basis.load(checkpoint, block.index)
+        x = block_output(x, weights, float_linear(weights, block), block, rope)
+    tied = checkpoint.decoder.tied and not basis.unties
     head = basis.tensor(checkpoint, "model.embed_tokens.weight" if tied else "lm_head.weight")
-    return rms_norm(x, basis.tensor(checkpoint, "model.norm.weight"), shape.epsilon) @ head.T
+    return rms_norm(x, basis.tensor(checkpoint, "model.norm.weight")) @ head.T
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "none"])
@@ -89,10 +82,9 @@ def test_the_function_stays(
         wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
             tokens(2, 24)
         ).logits
-    head_dim = checkpoint.dims.q // checkpoint.config.num_attention_heads
-    basis = (
-        Plain() if kind == "none" else Rotation.make(kind, checkpoint.dims.hidden, head_dim, seed=3)
-    )
+    decoder = checkpoint.decoder
+    head_dim = decoder.blocks[0].heads.head_dim
+    basis = Plain() if kind == "none" else Rotation.make(kind, decoder.hidden, head_dim, seed=3)
     found = _logits(checkpoint, basis, tokens(2, 24))
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
@@ -102,7 +94,7 @@ def test_tied_tables_part(tiny_model_dir: Path) -> None:
         open_checkpoint(str(tiny_model_dir), offline=True),
         Rotation.make("hadamard", 64, 16, 0),
     )
-    assert checkpoint.dims.tied and basis.unties
+    assert checkpoint.decoder.tied and basis.unties
     table, gain = (checkpoint.tensor(f"model.{name}.weight") for name in ("embed_tokens", "norm"))
     embedding, head = (
         basis.tensor(checkpoint, "model.embed_tokens.weight"),
@@ -118,9 +110,10 @@ def test_tied_tables_part(tiny_model_dir: Path) -> None:
 
 
 def test_rotation_spreads_an_outlier_channel(tiny_model_dir: Path) -> None:
-    weights = load_block(open_checkpoint(str(tiny_model_dir), offline=True), 0)
+    checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
+    weights, block = load_block(checkpoint, 0), checkpoint.decoder.blocks[0]
     weights["mlp.gate_proj.weight"][:, 5] *= 100
-    rotated = Rotation.make("hadamard", 64, 16, 0).block(weights)["mlp.gate_proj.weight"]
+    rotated = Rotation.make("hadamard", 64, 16, 0).block(weights, block)["mlp.gate_proj.weight"]
     peak, spread = (
         w.abs().amax(1) / w.square().mean(1).sqrt()
         for w in (weights["mlp.gate_proj.weight"], rotated)
@@ -136,15 +129,18 @@ def test_folded_gains_leave_the_function_and_become_ones(
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_llama(**changes)), offline=True)
     weights = load_block(checkpoint, 0)
-    folded = fold_gains(weights)
-    shape, rope, x = (
-        BlockShape.from_config(checkpoint.config),
+    block = checkpoint.decoder.blocks[0]
+    folded = fold_gains(weights, block)
+    rope, x = (
         Rope.of(checkpoint, 16),
         torch.randn(1, 16, 64, generator=_generator()),
     )
-    wanted = block_output(x, weights, float_linear(weights), shape, rope)
+    wanted = block_output(x, weights, float_linear(weights, block), block, rope)
     torch.testing.assert_close(
-        block_output(x, folded, float_linear(folded), shape, rope), wanted, rtol=1e-4, atol=1e-4
+        block_output(x, folded, float_linear(folded, block), block, rope),
+        wanted,
+        rtol=1e-4,
+        atol=1e-4,
     )
     for norm in (INPUT_NORM, POST_NORM):
         assert torch.equal(folded[f"{norm}.weight"], torch.ones(64)) and not torch.allclose(

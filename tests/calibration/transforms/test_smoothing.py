@@ -14,35 +14,25 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.driver import BlockTask
-from calibration.blocks.forward import (
-    DOWN,
-    GATE_UP,
-    INPUT_NORM,
-    OUT,
-    QKV,
-    SITES,
-    BlockWeights,
-    block_output,
-    float_linear,
-    load_block,
-)
+from calibration.blocks.forward import BlockWeights, block_output, float_linear, load_block
 from calibration.blocks.ranks import Ranks
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.transforms.smoothing import adaptive_scales, clip_scales, fold_scales
 from tests.calibration.block_cases import MODELS, block_task, streams
+from tests.calibration.llama import DOWN, GATE_UP, INPUT_NORM, OUT, QKV, SITES
 
 ALL = tuple(SITES)
 
 
 def _scales(task: BlockTask, sites: tuple[str, ...]) -> dict[str, Tensor]:
     """Factors from 1/4 to 4; query heads that read the same value head share theirs."""
-    generator, shape, found = torch.Generator().manual_seed(0), task.shape, {}
+    generator, heads, found = torch.Generator().manual_seed(0), task.block.heads, {}
     for site in sites:
         width = task.weights[f"{SITES[site][0]}.weight"].shape[1]
         found[site] = 4 ** (2 * torch.rand(width, generator=generator) - 1)
         if site == OUT:
-            one = found[site].view(shape.kv_heads, shape.groups, shape.head_dim)[:, :1]
-            found[site] = one.expand(-1, shape.groups, -1).flatten()
+            one = found[site].view(heads.kv_heads, heads.groups, heads.head_dim)[:, :1]
+            found[site] = one.expand(-1, heads.groups, -1).flatten()
     return found
 
 
@@ -52,10 +42,10 @@ def _run(task: BlockTask, weights: BlockWeights) -> tuple[Tensor, dict[str, Tens
 
     def linear(site: str, x: Tensor) -> Tensor:
         seen[site] = x
-        return float_linear(weights)(site, x)
+        return float_linear(weights, task.block)(site, x)
 
     return block_output(
-        torch.stack(list(task.streams.quant)), weights, linear, task.shape, task.rope
+        torch.stack(list(task.streams.quant)), weights, linear, task.block, task.rope
     ), seen
 
 
@@ -71,7 +61,7 @@ def test_folded_scales_leave_the_function(
     task = block_task(tiny_llama(**changes))
     scales = _scales(task, sites)
     before, seen = _run(task, task.weights)
-    after, smoothed = _run(task, fold_scales(task.weights, scales, task.shape))
+    after, smoothed = _run(task, fold_scales(task.weights, scales, task.block))
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
     for site in ALL:
         wanted = seen[site] / scales.get(site, torch.ones(()))
@@ -83,7 +73,7 @@ def test_a_scale_that_is_dropped_on_one_side_shows(tiny_model_dir: Path) -> None
     pass by being loose.
     """
     task = block_task(tiny_model_dir)
-    folded = fold_scales(task.weights, _scales(task, (OUT,)), task.shape)
+    folded = fold_scales(task.weights, _scales(task, (OUT,)), task.block)
     before = _run(task, task.weights)[0]
     for dropped in ("self_attn.o_proj.weight", "self_attn.v_proj.weight"):
         after = _run(task, folded | {dropped: task.weights[dropped]})[0]
@@ -119,7 +109,7 @@ def test_outlier_channels_are_found_and_shared_by_the_queries_of_a_key(
     for site, scale in scales.items():  # and all of them fold
         before, after = (
             _run(task, task.weights)[0],
-            _run(task, fold_scales(task.weights, {site: scale}, task.shape))[0],
+            _run(task, fold_scales(task.weights, {site: scale}, task.block))[0],
         )
         assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import SITES, BlockShape, BlockWeights, Rope
+from calibration.blocks.forward import BlockWeights
+from calibration.families.decoder import Block
 from calibration.quant.scheme import QuantScheme
+from calibration.reference.steps import Rope
+from tests.calibration.llama import LINEARS, SITES, llama_block
 
 __all__ = ["HEAD_DIM", "HIDDEN", "block", "rope", "scheme", "streams"]
 
@@ -15,7 +18,7 @@ HEAD_DIM, HIDDEN, INTERMEDIATE = 8, 32, 48
 
 def block(
     heads: int = 4, kv_heads: int = 2, bias: bool = True, seed: int = 0
-) -> tuple[BlockWeights, BlockShape]:
+) -> tuple[BlockWeights, Block]:
     """Weights fp32, biases on every linear if any, norm gains away from 1."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,12 +39,12 @@ def block(
         "input_layernorm.weight": 1 + 0.3 * random(HIDDEN),
         "post_attention_layernorm.weight": 1 + 0.3 * random(HIDDEN),
     }
-    for name in (name for names in SITES.values() for name in names):
+    for name in LINEARS:
         short = name.split(".")[1]
         weights[f"{name}.weight"] = random(rows[short], columns.get(short, HIDDEN)) * 0.2
         if bias:
             weights[f"{name}.bias"] = 0.3 * random(rows[short])
-    return weights, BlockShape(heads, kv_heads, HEAD_DIM, 1e-5)
+    return weights, llama_block(heads, kv_heads, HEAD_DIM, HIDDEN, INTERMEDIATE, bias)
 
 
 def rope(length: int) -> Rope:

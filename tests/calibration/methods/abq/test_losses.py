@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import attention_rows
 from calibration.methods.abq.losses import (
     LossWeights,
     attention_divergence,
@@ -17,6 +16,7 @@ from calibration.methods.abq.losses import (
     output_error,
     sample_rows,
 )
+from calibration.reference.steps import attention_rows
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

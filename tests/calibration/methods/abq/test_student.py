@@ -11,22 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    QKV,
-    SITES,
-    attend,
-    attention_rows,
-    block_output,
-    float_linear,
-    heads_from_qkv,
-    mlp_product,
-    rms_norm,
-)
+from calibration.blocks.forward import block_output, float_linear
+from calibration.families.steps import Attend
 from calibration.methods.abq import student as module
 from calibration.methods.abq.quantizer import WeightQuantizer
 from calibration.methods.abq.student import BlockTask, Student, Teacher
 from calibration.methods.abq.transforms import TransformParts
 from calibration.reference.fake_quant import quantize_activation
+from calibration.reference.steps import attention_rows
+from tests.calibration.llama import QKV, SITES, attend, heads_from_qkv, mlp_product, rms_norm
 from tests.calibration.methods.abq.blocks import HEAD_DIM, block, rope, scheme, streams
 
 
@@ -34,7 +27,7 @@ def make_task(**changes: Any) -> BlockTask:
     weights, shape = block(4, 2)
     return dataclasses.replace(
         BlockTask(
-            "block 0", weights, shape, rope(24), scheme(4, 6), streams(3), streams(3, seed=4)
+            "block 0", shape, weights, rope(24), scheme(4, 6), streams(3), streams(3, seed=4)
         ),
         **changes,
     )
@@ -55,18 +48,21 @@ def expected_output(
     task: BlockTask, hat: dict[str, Tensor], x: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """By hand, with keys quantised after they are repeated for every query head, as published."""
-    linear, shape = float_linear(hat), task.shape
+    linear, block = float_linear(hat, task.block), task.block
     bits = task.schemes[QKV].abits
-    normed = rms_norm(x, hat["input_layernorm.weight"], shape.epsilon)
-    query, key, value = heads_from_qkv(linear(QKV, quantised(normed, bits)), shape, task.rope)
+    normed = rms_norm(x, hat["input_layernorm.weight"])
+    query, key, value = heads_from_qkv(linear(QKV, quantised(normed, bits)), block, task.rope)
     key, value = (
-        quantised(part.repeat_interleave(shape.groups, -3), task.kv_bits) for part in (key, value)
+        quantised(part.repeat_interleave(block.heads.groups, -3), task.kv_bits)
+        for part in (key, value)
     )
     query = quantised(query, task.q_bits)
     x = x + linear("self_attn.o_proj", quantised(attend(query, key, value), bits))
-    normed = rms_norm(x, hat["post_attention_layernorm.weight"], shape.epsilon)
+    normed = rms_norm(x, hat["post_attention_layernorm.weight"])
     product = mlp_product(linear("mlp.gate_up_proj", quantised(normed, bits)))
-    return x + linear("mlp.down_proj", quantised(product, bits)), attention_rows(query, key, rows)
+    return x + linear("mlp.down_proj", quantised(product, bits)), attention_rows(
+        query, key, rows, block.attend
+    )
 
 
 @pytest.mark.parametrize(("kv_bits", "q_bits"), [(16, 16), (4, 16), (3, 8)])
@@ -132,14 +128,14 @@ def test_clips_start_at_the_best_for_the_inputs_of_the_folded_block(
     student = make_student(task, parts)
     folded = {name: tensor.detach() for name, tensor in student.folded().items()}
     squares: dict[str, Tensor] = {site: torch.zeros(()) for site in SITES}
-    linear = float_linear(folded)
+    linear = float_linear(folded, task.block)
 
     def watched(site: str, x: Tensor) -> Tensor:
         squares[site] = squares[site] + x[0].square().mean(0) / 3
         return linear(site, x)
 
     for x in task.x_q:
-        block_output(x[None], folded, watched, task.shape, task.rope)
+        block_output(x[None], folded, watched, task.block, task.rope)
     for site, names in SITES.items():
         for name in names:
             weight, trained = folded[f"{name}.weight"], student.by_name()[name]
@@ -156,7 +152,7 @@ def test_teacher_outputs_and_statistics() -> None:
     task = make_task()
     teacher = Teacher(task, range(3), True)
     inputs: dict[str, list[Tensor]] = {site: [] for site in SITES}
-    linear = float_linear(task.weights)
+    linear = float_linear(task.weights, task.block)
 
     def watched(site: str, x: Tensor) -> Tensor:
         inputs[site].append(x[0])
@@ -167,9 +163,9 @@ def test_teacher_outputs_and_statistics() -> None:
             (task.x_fp[index], task.x_q[index]), teacher.targets(index), strict=True
         ):
             torch.testing.assert_close(
-                target, block_output(x[None], task.weights, linear, task.shape, task.rope)
+                target, block_output(x[None], task.weights, linear, task.block, task.rope)
             )
-        block_output(task.x_q[index][None], task.weights, watched, task.shape, task.rope)
+        block_output(task.x_q[index][None], task.weights, watched, task.block, task.rope)
     for site, rows in inputs.items():
         torch.testing.assert_close(teacher.statistics.absmax[site], torch.cat(rows).abs().amax(0))
         torch.testing.assert_close(
@@ -180,12 +176,13 @@ def test_teacher_outputs_and_statistics() -> None:
 
 def test_teacher_attention_is_of_the_float_stream() -> None:
     task, rows = make_task(), torch.tensor([0, 7])
-    inputs = rms_norm(
-        task.x_fp[2][None], task.weights["input_layernorm.weight"], task.shape.epsilon
+    inputs = rms_norm(task.x_fp[2][None], task.weights["input_layernorm.weight"])
+    query, key, _ = heads_from_qkv(
+        float_linear(task.weights, task.block)(QKV, inputs), task.block, task.rope
     )
-    query, key, _ = heads_from_qkv(float_linear(task.weights)(QKV, inputs), task.shape, task.rope)
     torch.testing.assert_close(
-        Teacher(task, range(3), True).attention_rows(2, rows), attention_rows(query, key, rows)
+        Teacher(task, range(3), True).attention_rows(2, rows),
+        attention_rows(query, key, rows, task.block.attend),
     )
 
 
@@ -194,8 +191,8 @@ def test_attention_memory_is_that_of_the_sampled_rows(monkeypatch: pytest.Monkey
     seen = []
     original = module.attention_rows
 
-    def watched(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
-        result = original(query, key, rows)
+    def watched(query: Tensor, key: Tensor, rows: Tensor, step: Attend) -> Tensor:
+        result = original(query, key, rows, step)
         seen.append(tuple(result.shape))
         return result
 

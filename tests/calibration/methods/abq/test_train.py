@@ -14,17 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    DOWN,
-    OUT,
-    SITES,
-    BlockShape,
-    BlockWeights,
-    Rope,
-    block_output,
-    float_linear,
-    load_block,
-)
+from calibration.blocks.forward import BlockWeights, block_output, float_linear, load_block
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.data import default_text, tokens_from_text
 from calibration.methods.abq import train
@@ -33,7 +23,9 @@ from calibration.methods.abq.train import BlockTask, TrainedBlock, TrainSettings
 from calibration.methods.abq.transforms import EquivalentTransform, TransformParts
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear
+from calibration.reference.steps import Rope
 from plugins.errors import InputError
+from tests.calibration.llama import DOWN, OUT, SITES
 from tests.calibration.methods.abq.blocks import block, rope, scheme, streams
 
 SHORT = TrainSettings(
@@ -48,7 +40,7 @@ def make_task(count: int = 4, **changes: Any) -> BlockTask:
     noise = streams(count, seed=2)
     x_q = [x + 0.02 * y for x, y in zip(x_fp, noise, strict=True)]
     return dataclasses.replace(
-        BlockTask("block 5", weights, shape, rope(24), scheme(8, 4), x_fp, x_q), **changes
+        BlockTask("block 5", shape, weights, rope(24), scheme(8, 4), x_fp, x_q), **changes
     )
 
 
@@ -85,7 +77,7 @@ def inference(task: BlockTask, trained: TrainedBlock, x: Tensor) -> Tensor:
         x,
         trained.weights,
         lambda site, x: torch.cat([layer(x) for layer in layers[site]], -1),
-        task.shape,
+        task.block,
         task.rope,
     )
 
@@ -101,7 +93,9 @@ def mean_error(task: BlockTask, trained: TrainedBlock) -> float:
 
 
 def float_output(task: BlockTask, x: Tensor) -> Tensor:
-    return block_output(x, task.weights, float_linear(task.weights), task.shape, task.rope)
+    return block_output(
+        x, task.weights, float_linear(task.weights, task.block), task.block, task.rope
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +153,9 @@ def test_float_weights_stay_the_same_function_without_compensation() -> None:
         for names in SITES.values()
         for name in names
     )
-    y = block_output(x, trained.weights, float_linear(trained.weights), task.shape, task.rope)
+    y = block_output(
+        x, trained.weights, float_linear(trained.weights, task.block), task.block, task.rope
+    )
     torch.testing.assert_close(y, float_output(task, x), rtol=1e-4, atol=1e-2)
 
 
@@ -194,7 +190,7 @@ def test_parts_of_the_method_switch_off() -> None:
     assert fixed.loss_after < fixed.loss_before == start.loss_before == start.loss_after
     for name, quantizer in start.quantizers.items():
         assert torch.equal(fixed.quantizers[name].gamma_high, quantizer.gamma_high)
-    no_scales = TransformParts(qkv=False, out=False, gate_up=False, down=False, query_key=False)
+    no_scales = TransformParts((), query_key=False)
     assert (
         train_block(
             skew, dataclasses.replace(SHORT, parts=no_scales, compensation_rate=0.0)
@@ -399,8 +395,8 @@ def test_a_real_block_at_few_bits(demo_gguf: Path) -> None:
     schemes = scheme(2, 8, balanced=True, group_size=64)
     task = BlockTask(
         "block 0",
+        checkpoint.decoder.blocks[0],
         load_block(checkpoint, 0),
-        BlockShape.from_config(checkpoint.config),
         Rope.of(checkpoint, 128),
         schemes,
         x[:4],

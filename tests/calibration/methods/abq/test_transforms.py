@@ -8,25 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.blocks.forward import (
-    DOWN,
-    GATE_UP,
-    OUT,
-    QKV,
-    SITES,
-    BlockShape,
-    BlockWeights,
-    Rope,
-    attention_rows,
-    block_output,
-    float_linear,
-    heads_from_qkv,
-)
+from calibration.blocks.forward import BlockWeights, block_output, float_linear
+from calibration.families.decoder import Block
 from calibration.methods.abq.transforms import Compensation, EquivalentTransform, TransformParts
+from calibration.reference.steps import Rope, attention_rows
+from tests.calibration.llama import DOWN, GATE_UP, OUT, QKV, SITES, heads_from_qkv
 from tests.calibration.methods.abq.blocks import HEAD_DIM, HIDDEN, block, rope, streams
 
-PARTS = ("qkv", "out", "gate_up", "down", "query_key")
-NONE = dict.fromkeys(PARTS, False)
+NONE = TransformParts((), query_key=False)
+PARTS = {
+    "qkv": TransformParts((QKV,), query_key=False),
+    "out": TransformParts((OUT,), query_key=False),
+    "gate_up": TransformParts((GATE_UP,), query_key=False),
+    "down": TransformParts((DOWN,), query_key=False),
+    "query_key": TransformParts(()),
+}
 
 
 def absmax(weights: BlockWeights) -> dict[str, Tensor]:
@@ -43,9 +39,7 @@ def unit_mean(s: Tensor) -> Tensor:
     return s / s.log().mean().exp()
 
 
-def randomised(
-    weights: BlockWeights, shape: BlockShape, parts: TransformParts
-) -> EquivalentTransform:
+def randomised(weights: BlockWeights, shape: Block, parts: TransformParts) -> EquivalentTransform:
     """fp64, every scale away from its start, some negative."""
     transform = EquivalentTransform(weights, shape, absmax(weights), parts).double()
     generator = torch.Generator().manual_seed(9)
@@ -60,11 +54,15 @@ def wide(weights: BlockWeights) -> BlockWeights:
     return {name: tensor.double() for name, tensor in weights.items()}
 
 
-def output(weights: BlockWeights, shape: BlockShape, dtype: torch.dtype) -> Tensor:
+def output(weights: BlockWeights, shape: Block, dtype: torch.dtype) -> Tensor:
     table = rope(24)
     x = torch.stack(streams(2)).to(dtype)
     return block_output(
-        x, weights, float_linear(weights), shape, Rope(table.cos.to(dtype), table.sin.to(dtype))
+        x,
+        weights,
+        float_linear(weights, shape),
+        shape,
+        Rope(table.cos.to(dtype), table.sin.to(dtype)),
     )
 
 
@@ -78,9 +76,7 @@ def test_float_block_stays_the_same_function(
     alone would fail here.
     """
     weights, shape = block(heads, kv_heads, bias)
-    transform = randomised(
-        weights, shape, TransformParts(**(NONE | {part: True} if part != "all" else {}))
-    )
+    transform = randomised(weights, shape, PARTS.get(part, TransformParts()))
     changed = transform.apply_to(wide(weights))
     assert changed.keys() == weights.keys()
     moved = [name for name in weights if not torch.equal(changed[name], weights[name].double())]
@@ -114,14 +110,12 @@ def test_untied_rotary_pairs_would_change_the_function() -> None:
 
     def rows(weights: BlockWeights) -> Tensor:
         query, key, _ = heads_from_qkv(
-            float_linear(weights)(QKV, torch.stack(streams(1))), shape, rope(24)
+            float_linear(weights, shape)(QKV, torch.stack(streams(1))), shape, rope(24)
         )
-        return attention_rows(query, key, torch.arange(24)).exp()
+        return attention_rows(query, key, torch.arange(24), shape.attend).exp()
 
     assert (rows(changed) - rows(weights)).abs().max() > 0.05
-    tied = randomised(weights, shape, TransformParts(**NONE | {"query_key": True})).apply_to(
-        wide(weights)
-    )
+    tied = randomised(weights, shape, PARTS["query_key"]).apply_to(wide(weights))
     torch.testing.assert_close(
         rows({name: tensor.float() for name, tensor in tied.items()}),
         rows(weights),
@@ -146,7 +140,7 @@ def test_parts_touch_only_what_they_name() -> None:
         },
     }
     for part, names in touched.items():
-        transform = randomised(weights, shape, TransformParts(**NONE | {part: True}))
+        transform = randomised(weights, shape, PARTS[part])
         changed = transform.apply_to(wide(weights))
         assert {
             name for name in weights if not torch.equal(changed[name], weights[name].double())
@@ -161,8 +155,8 @@ def test_start_is_from_all_readers() -> None:
         weights[f"{name}.weight"][2, 7] = 50.0
     ranges = absmax(weights)
     transform = EquivalentTransform(weights, shape, ranges, TransformParts(), 0.5)
-    for site, s in ((QKV, transform.qkv), (GATE_UP, transform.gate_up)):
-        assert s is not None
+    for site in (QKV, GATE_UP):
+        s = transform.scale(site)
         largest = torch.stack(
             [weights[f"{name}.weight"].abs().amax(0) for name in SITES[site]]
         ).amax(0)
@@ -176,7 +170,7 @@ def test_start_of_value_scales_covers_the_query_heads_that_share_them() -> None:
     weights, shape = block(4, 2)
     ranges = absmax(weights)
     transform = EquivalentTransform(weights, shape, ranges, TransformParts(), 0.25)
-    assert transform.out is not None and transform.out.shape == (2 * HEAD_DIM,)
+    assert transform.scale(OUT).shape == (2 * HEAD_DIM,)
     columns = weights["self_attn.o_proj.weight"].abs().amax(0)
     expected = torch.empty(2 * HEAD_DIM)
     for kv_head in range(2):
@@ -185,27 +179,23 @@ def test_start_of_value_scales_covers_the_query_heads_that_share_them() -> None:
             expected[kv_head * HEAD_DIM + channel] = (
                 ranges[OUT][reads].max() ** 0.25 / columns[reads].max() ** 0.75
             )
-    torch.testing.assert_close(transform.out.detach(), unit_mean(expected))
+    torch.testing.assert_close(transform.scale(OUT).detach(), unit_mean(expected))
 
 
 def test_restart_is_a_power_of_the_start() -> None:
     weights, shape = block()
     transform = EquivalentTransform(
-        weights, shape, absmax(weights), TransformParts(query_key=False, out=False)
+        weights, shape, absmax(weights), TransformParts((QKV, GATE_UP, DOWN), query_key=False)
     )
-    assert (
-        transform.sites == (QKV, GATE_UP, DOWN)
-        and transform.down is not None
-        and transform.qkv is not None
-    )
-    start = {name: s.detach().clone() for name, s in transform.named_parameters()}
+    assert transform.sites == (QKV, GATE_UP, DOWN)
+    start = {site: transform.scale(site).detach().clone() for site in transform.sites}
     transform.restart(DOWN, 0.5)
-    torch.testing.assert_close(transform.down.detach(), start["down"].sqrt())
-    assert torch.equal(transform.qkv, start["qkv"])
+    torch.testing.assert_close(transform.scale(DOWN).detach(), start[DOWN].sqrt())
+    assert torch.equal(transform.scale(QKV), start[QKV])
     transform.restart(DOWN, 0.0)
-    assert transform.down.eq(1).all()
+    assert transform.scale(DOWN).eq(1).all()
     transform.restart(DOWN, 1.0)
-    assert torch.equal(transform.down, start["down"])
+    assert torch.equal(transform.scale(DOWN), start[DOWN])
 
 
 def test_columns_say_what_inputs_are_divided_by() -> None:
@@ -218,7 +208,7 @@ def test_columns_say_what_inputs_are_divided_by() -> None:
             changed[f"{SITES[site][0]}.weight"],
             weights[f"{SITES[site][0]}.weight"].double() * scales[site],
         )
-    assert EquivalentTransform(weights, shape, {}, TransformParts(**NONE)).columns() == {}
+    assert EquivalentTransform(weights, shape, {}, NONE).columns() == {}
 
 
 def test_scales_are_floored_with_their_sign() -> None:
@@ -226,12 +216,13 @@ def test_scales_are_floored_with_their_sign() -> None:
     transform = EquivalentTransform(
         weights, shape, absmax(weights) | {QKV: torch.zeros(HIDDEN)}, TransformParts()
     )
-    assert transform.qkv is not None
-    assert (transform.qkv >= 0.01).all()  # dead channels
+    assert (transform.scale(QKV) >= 0.01).all()  # dead channels
     with torch.no_grad():
-        transform.qkv[:4] = torch.tensor([1e-4, -1e-4, -3.0, 0.5])
+        transform.scale(QKV)[:4] = torch.tensor([1e-4, -1e-4, -3.0, 0.5])
     transform.project()
-    torch.testing.assert_close(transform.qkv[:4].detach(), torch.tensor([0.01, -0.01, -3.0, 0.5]))
+    torch.testing.assert_close(
+        transform.scale(QKV)[:4].detach(), torch.tensor([0.01, -0.01, -3.0, 0.5])
+    )
 
 
 def test_gradients_reach_every_scale() -> None:
@@ -245,8 +236,8 @@ def test_gradients_reach_every_scale() -> None:
 
 
 def test_compensation_is_rank_one_and_starts_at_nothing() -> None:
-    weights, _ = block()
-    compensation = Compensation(weights)
+    weights, shape = block()
+    compensation = Compensation(weights, shape)
     torch.testing.assert_close(compensation.apply_to(weights), weights, rtol=0, atol=0)
     with torch.no_grad():
         compensation.left.copy_(torch.linspace(-1, 1, HIDDEN)[:, None])
