@@ -20,8 +20,8 @@ from calibration.blocks.forward import (
     load_block,
     rms_norm,
 )
+from calibration.blocks.rounding import Plain
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from calibration.methods.qqq import Plain
 from calibration.transforms.rotation import Rotation, fold_gains, hadamard, orthogonal
 from tests.calibration.block_cases import MODELS, tokens
 
