@@ -7,7 +7,6 @@ A rule is a function `round(target, hessian, grid) -> codes`, docs/methods.md.
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,7 +38,6 @@ __all__ = [
     "RoundingMethod",
     "SiteGrid",
     "SiteSolver",
-    "rounding_rule",
     "smoothed",
 ]
 
@@ -128,27 +126,6 @@ class Rounded:
 
 
 Rule = Callable[[Tensor, Tensor, SiteGrid, Any], "Tensor | Rounded"]
-
-
-def rounding_rule(function: Callable[..., Tensor | Rounded], where: str) -> Rule:
-    """A rule as its file defines it, with or without a fourth parameter for the method's switches.
-
-    Raises:
-        InputError: it takes other arguments.
-    """
-    signature, arguments = inspect.signature(function), ("target", "hessian", "grid", "settings")
-    for count in (4, 3):
-        try:
-            signature.bind(*arguments[:count])
-        except TypeError:
-            continue
-        return lambda *given: function(*given[:count])
-    raise InputError(
-        where,
-        f"got round{signature}, expected round(target, hessian, grid) or "
-        "round(target, hessian, grid, settings)",
-        "Take these arguments, in this order",
-    )
 
 
 def _checked(found: object, target: Tensor, grid: SiteGrid, where: str) -> Rounded:

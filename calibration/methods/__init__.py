@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -114,6 +115,13 @@ class Method:
                 f"round(target, hessian, grid), quantize(weight, bias, scheme) and METHOD",
                 "See docs/methods.md for a file to copy",
             )
+        if found == ["round"] and not _arguments(module.round):
+            raise InputError(
+                self.where,
+                f"got round{inspect.signature(module.round)}, expected "
+                "round(target, hessian, grid) or round(target, hessian, grid, settings)",
+                "Take these arguments, in this order",
+            )
         return module
 
     @cached_property
@@ -176,9 +184,10 @@ class Method:
         if hasattr(self._code, "METHOD"):
             made: BlockMethod = self._code.METHOD
             return made
-        from calibration.blocks.rounding import RoundingMethod, rounding_rule
+        from calibration.blocks.rounding import RoundingMethod
 
-        return RoundingMethod(rounding_rule(self._code.round, self.where))
+        function, count = self._code.round, _arguments(self._code.round)
+        return RoundingMethod(lambda *given: function(*given[:count]))
 
     def makes(self, scheme: QuantScheme) -> bool:
         """Whether its codes are of the type that the scheme's op stores."""
@@ -216,6 +225,17 @@ class Method:
             )
 
 
+def _arguments(rule: Callable[..., Any]) -> int:
+    """How many of (target, hessian, grid, settings) a rounding rule takes: 4, 3, or 0 for neither."""
+    for count in (4, 3):
+        try:
+            inspect.signature(rule).bind(*range(count))
+        except TypeError:
+            continue
+        return count
+    return 0
+
+
 def _code_type(scheme: QuantScheme) -> str:
     from calibration.quant.sizes import linear_specs
 
@@ -227,7 +247,6 @@ def _code_type(scheme: QuantScheme) -> str:
     )
 
 
-@cache
 def _imported(file: Path) -> ModuleType:
     name = f"anybit_method_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -248,7 +267,6 @@ def _imported(file: Path) -> ModuleType:
     return module
 
 
-@cache
 def find_method(name: str, file: Path | None = None) -> Method:
     """The method called `name`, one of the package or that of a file.
 
@@ -267,4 +285,11 @@ def find_method(name: str, file: Path | None = None) -> Method:
             f"got a file with the name of the method {name!r}, expected one of its own",
             "Rename the file: folders and reports know a method by its name",
         )
+    changed = file.stat().st_mtime_ns if file is not None and file.is_file() else 0
+    return _method(name, file, changed)
+
+
+@cache
+def _method(name: str, file: Path | None, changed: int) -> Method:
+    """One object per state of a file, so that its code runs once and an edited file anew."""
     return Method(name, file)
