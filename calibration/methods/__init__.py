@@ -60,6 +60,10 @@ class Declaration:
     codes: tuple[str, ...] = ("int8", "uint8")
     counts_processes: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.codes, str):
+            raise TypeError(f'codes is a tuple, ("{self.codes}",)')
+
 
 @cache
 def method_names() -> tuple[str, ...]:
@@ -126,8 +130,18 @@ class Method:
 
     @cached_property
     def declaration(self) -> Declaration:
-        """What it says of itself."""
-        found: Declaration = getattr(self._declared, "DECLARATION", Declaration())
+        """What it says of itself.
+
+        Raises:
+            InputError: DECLARATION is something else.
+        """
+        found = getattr(self._declared, "DECLARATION", Declaration())
+        if not isinstance(found, Declaration):
+            raise InputError(
+                self.where,
+                f"got DECLARATION = {found!r}, expected a Declaration of {__name__}",
+                "See docs/methods.md for one to copy",
+            )
         return found
 
     @cached_property
@@ -148,7 +162,11 @@ class Method:
                 "no SETTINGS",
                 "Leave them out, or define round(target, hessian, grid, settings)",
             )
-        if not isinstance(kind, type) or not issubclass(kind, least):
+        if (
+            not isinstance(kind, type)
+            or not issubclass(kind, least)
+            or "__dataclass_fields__" not in vars(kind)
+        ):
             raise InputError(
                 self.where,
                 f"got SETTINGS = {kind!r}, expected a dataclass derived from {least.__name__} of "

@@ -330,6 +330,10 @@ FILES = {
         "method 'my_method': got SETTINGS beside quantize(weight, bias, scheme), which takes none, "
         "expected no SETTINGS. Leave them out, or define round(target, hessian, grid, settings)."
     ),
+    f"{NEAREST}DECLARATION = {{'op': 'ABQGemm'}}\n": (
+        "method 'my_method': got DECLARATION = {'op': 'ABQGemm'}, expected a Declaration of "
+        "calibration.methods. See docs/methods.md for one to copy."
+    ),
     f"{DECLARED.replace('ABQGemm', 'FooGemm')}{NEAREST}": (
         "method 'my_method': got op 'FooGemm' in its DECLARATION, expected one of ABQGemm, QQQGemm. "
         "Check the spelling."
@@ -366,6 +370,8 @@ def test_files_that_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFix
         f"{file}: got ModuleNotFoundError: No module named 'no_such_package'; expected a file that "
         "Python imports. Run python my_method.py to see where.\n"
     )
+    _file(tmp_path, DECLARED.replace('("uint8",)', '"uint8"') + NEAREST)
+    assert told().startswith(f'{file}: got TypeError: codes is a tuple, ("uint8",); ')
     _file(tmp_path, "def round(:\n")
     assert told().startswith(f"{file}: got SyntaxError: invalid syntax (my_method.py, line 1); ")
     file = _file(tmp_path, NEAREST, "rtn.py")
