@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calibration import formats
 from calibration.checkpoints.sources import ALIASES, model_slug
-from calibration.methods import method_names
+from calibration.methods import AUTO, Method, find_method, method_names
 from calibration.quant.bits import SchemeMap, read_bits_file
 from calibration.quant.scheme import (
     FLOAT_BITS,
@@ -34,12 +34,13 @@ __all__ = [
     "settings_from_args",
 ]
 
-_LAYOUTS = {"qqq": "QQQGemm", "abq": "ABQGemm"}
-_METHODS = {op: method for method, op in _LAYOUTS.items()}
-
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL and every option that decides the quantised numbers, and --out, --offline, --progress."""
+    """MODEL and every option that decides the quantised numbers, and --out, --offline, --progress.
+
+    The parser takes no abbreviations any more: --wbit is an error, not --wbits.
+    """
+    parser.allow_abbrev = False
     add = parser.add_argument
     add(
         "model",
@@ -62,8 +63,9 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method",
         default="auto",
-        choices=sorted({"auto", *_LAYOUTS, *method_names()}),
-        help="auto: qqq for W4A8, else abq",
+        metavar="NAME|FILE",
+        help=f"auto (default: qqq for W4A8, else abq), {', '.join(method_names())}, or a .py file "
+        "with a method of your own, docs/methods.md",
     )
     add(
         "--group-size",
@@ -169,8 +171,10 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
     --budget does not change.
 
     Raises:
-        InputError: bits out of range, or a combination that does not exist.
+        InputError: bits out of range, or a combination that does not exist; no such method.
     """
+    method = _method(args)
+    op = None if method is None else method.declaration.op
     wbits, balanced = parse_wbits(args.wbits)
     bits = Bits(wbits, balanced, check_abits(args.abits), args.group_size)
     if bits.group_size < 0:
@@ -180,29 +184,54 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
             "Use 0 for one scale per output channel",
         )
     symmetric = None if args.act_quant is None else args.act_quant == "sym"
-    scheme = scheme_for(
-        bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, args.method, args.dtype
-    )
-    scheme = replace(
-        scheme,
-        method=_METHODS[scheme.op] if args.method == "auto" else args.method,
-        kv_bits=check_kv_bits(args.kv_bits),
-    )
-    if args.method == "qqq" and scheme.op != "QQQGemm":
-        raise _no_qqq(args, bits, symmetric)
-    return scheme
+    scheme = scheme_for(bits, op or "QQQGemm", symmetric, args.method, args.dtype)
+    if method is None:
+        method = next(one for one in map(find_method, AUTO) if one.declaration.op == scheme.op)
+    elif op not in (None, scheme.op):
+        raise _not_this_op(args, method, bits, symmetric)
+    return replace(scheme, method=method.name, kv_bits=check_kv_bits(args.kv_bits))
 
 
-def _no_qqq(args: argparse.Namespace, bits: Bits, symmetric: bool | None) -> InputError:
+def _method(args: argparse.Namespace) -> Method | None:
+    """The one that --method names; None: auto.
+
+    Raises:
+        InputError: there is none.
+    """
+    if args.method == "auto":
+        return None
+    if not args.method.endswith(".py"):
+        return find_method(args.method)
+    file = Path(args.method).expanduser().resolve()
+    return find_method(file.stem, file)
+
+
+def _method_of(args: argparse.Namespace, scheme: QuantScheme) -> Method:
+    """The one that the arguments' scheme names."""
+    return _method(args) or find_method(scheme.method)
+
+
+def _not_this_op(
+    args: argparse.Namespace, method: Method, bits: Bits, symmetric: bool | None
+) -> InputError:
+    from plugins import op_names
+
+    if method.declaration.op not in op_names():
+        return InputError(
+            method.where,
+            f"got op {method.declaration.op!r} in its DECLARATION, expected one of "
+            f"{', '.join(op_names())}",
+            "Check the spelling",
+        )
     if bits.w4a8 and symmetric is not False:
         return InputError(
             "--group-size",
-            f"got {bits.group_size}, expected 0, 64 or 128 for --method qqq",
+            f"got {bits.group_size}, expected 0, 64 or 128 for --method {args.method}",
             "Use one of these, or --method abq",
         )
     got = f"W{args.wbits}A{args.abits}" + (" with --act-quant asym" if symmetric is False else "")
     return InputError(
-        "--method qqq",
+        f"--method {args.method}",
         f"got {got}, expected W4A8 with symmetric activations",
         "Use --wbits 4 --abits 8, or --method abq",
     )
@@ -214,12 +243,13 @@ def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
 
     Raises:
         InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot
-            say.
+            say or whose codes the method does not make.
     """
     base = scheme_from_args(args)
     schemes = SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
     for scheme in schemes.schemes():
         formats.check(args.format, scheme)
+        _method_of(args, scheme).check(scheme)
     return schemes
 
 
@@ -229,24 +259,18 @@ def settings_from_args(args: argparse.Namespace, scheme: QuantScheme) -> Calibra
     Raises:
         InputError: a switch that the method does not have, or a value that does not fit.
     """
-    longer = (
-        args.effort == "paper"
-        and scheme.method == "abq"
-        and (scheme.balanced or (scheme.wbits, scheme.abits) == (8, 8))
-    )
-    switches = [
-        *(["epochs=40"] if longer else []),
-        *args.switches,
-    ]  # as the published scripts, 20 elsewhere
+    method = _method_of(args, scheme)
     return calibration_settings(
-        scheme.method,
+        method.settings,
+        scheme,
         args.effort,
-        switches,
+        args.switches,
         calib=args.calib,
         nsamples=args.nsamples,
         seqlen=args.seqlen,
         seed=args.seed,
         max_memory=args.max_memory,
+        method_file=method.file,
     )
 
 
@@ -255,8 +279,10 @@ def _gigabytes(text: str) -> int:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected gigabytes, such as 8 or 0.5")
+    if not 1 <= value * 1e9 < 1e15:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected gigabytes above 0, such as 8 or 0.5"
+        )
     return int(value * 1e9)
 
 

@@ -1,96 +1,35 @@
-"""Every switch of the calibration methods, with the presets of --effort; imports nothing heavy."""
+"""What all calibrations have in common: data, seed, memory, the efforts, and how switches are read;
+imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from plugins.errors import InputError
 
-__all__ = [
-    "EFFORTS",
-    "METHOD_SETTINGS",
-    "AbqSettings",
-    "CalibrationSettings",
-    "NoSettings",
-    "QqqSettings",
-    "calibration_settings",
-]
+if TYPE_CHECKING:
+    from calibration.quant.scheme import QuantScheme
+
+__all__ = ["EFFORTS", "CalibrationSettings", "MethodSettings", "calibration_settings"]
 
 
 @dataclass(frozen=True)
-class NoSettings:
-    """Of methods without switches and without data."""
+class MethodSettings:
+    """The switches of a method, those of one without any; others derive their own from it.
 
-
-@dataclass(frozen=True)
-class QqqSettings:
-    """QQQ (arXiv 2406.09904): smoothing or rotation, then GPTQ.
-
-    Attributes:
-        rotation: of the residual stream and the value heads: hadamard, orthogonal or none.
-        smooth: adaptive smoothing at "all" four sites, at "down" only, or "none".
-        gptq: round with GPTQ; off rounds to nearest.
-        damp: part of the Hessian's mean diagonal that is added to it.
-        act_order: GPTQ takes columns in descending order of their activations.
-        clip_steps: clip ratios tried in the search for scales; 1 takes min and max.
-        refits: how often scales are fitted to GPTQ's codes and the codes made again; where that is
-            no better, the first stay.
-        correct: 0 to 1, how far weights make up for what earlier layers and activation codes got
-            wrong.
+    Each field is a --set NAME=VALUE of its default's type: bool, int, float or, with
+    metadata={"choices": (...)}, one of several words.
     """
 
-    rotation: str = field(
-        default="hadamard", metadata={"choices": ("hadamard", "orthogonal", "none")}
-    )
-    smooth: str = field(default="none", metadata={"choices": ("none", "all", "down")})
-    gptq: bool = True
-    damp: float = 0.01
-    act_order: bool = True
-    clip_steps: int = 40
-    refits: int = 0
-    correct: float = 1.0
-
-
-@dataclass(frozen=True)
-class AbqSettings(QqqSettings):
-    """ABQ-LLM (arXiv 2408.08554): transforms and clips learned block by block, then the rounding of
-    QqqSettings, then scales.
-
-    Attributes:
-        epochs: passes over the windows that train transforms, clips and compensation; 0 leaves them
-            out.
-        transforms: learn equivalent transforms (LET).
-        compensation: learn a rank-1 term of down_proj in the first three and last four blocks.
-        tune: passes that train weight scales and norm gains once the codes are final, in blocks
-            with weights of 1 or 2 bits, where it pays; 0 leaves them.
-        train_windows: calibration windows that training sees, at most.
-        batch: windows per step, over all processes.
-        alpha: start of the transforms, SmoothQuant's.
-        transform_rate, clip_rate, compensation_rate, scale_rate, gain_rate: learning rates; 0 keeps
-        a part at its start.
-        loss_error, loss_direction, loss_attention: factors of the squared error, of the
-            distribution correction and of the attention divergence.
-    """
-
-    refits: int = 1
-    epochs: int = 0
-    transforms: bool = True
-    compensation: bool = True
-    tune: int = 1
-    train_windows: int = 16
-    batch: int = 1
-    alpha: float = 0.5
-    transform_rate: float = 5e-3
-    clip_rate: float = 1e-2
-    compensation_rate: float = 1e-2
-    scale_rate: float = 5e-3
-    gain_rate: float = 5e-3
-    loss_error: float = 1.0
-    loss_direction: float = 1.0
-    loss_attention: float = 1.0
+    @classmethod
+    def preset(cls, effort: str, scheme: QuantScheme) -> Mapping[str, Any]:
+        """The switches that --effort sets to something else than their default, for this base."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -104,7 +43,8 @@ class CalibrationSettings:
         seed: of everything random: choice of windows, rotation, order of training.
         max_memory: bytes that activations may take before they are put on the disk; None is no
             limit.
-        method: the switches of the method.
+        method: the switches of the method, of the type that it declares.
+        method_file: where the method is if it is not one of the package.
     """
 
     effort: str = "default"
@@ -113,10 +53,13 @@ class CalibrationSettings:
     seqlen: int = 1024
     seed: int = 0
     max_memory: int | None = None
-    method: NoSettings | QqqSettings | AbqSettings = NoSettings()
+    method: Any = MethodSettings()
+    method_file: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What the result depends on, as plain JSON: where activations are kept changes nothing."""
+        """What the result depends on, as plain JSON: where activations are kept changes nothing,
+        and a method's file counts by what is in it, as code does.
+        """
         return {
             "effort": self.effort,
             "calib": self.calib or "default",
@@ -127,46 +70,40 @@ class CalibrationSettings:
         }
 
 
-METHOD_SETTINGS: Mapping[str, type[NoSettings | QqqSettings | AbqSettings]] = {
-    "qqq": QqqSettings,
-    "abq": AbqSettings,
-}
-_PAPER = {"rotation": "none", "clip_steps": 1, "correct": 0.0}
-EFFORTS: Mapping[
-    str, Mapping[str, Mapping[str, Any]]
-] = {  # effort: {"data" or a method: its values}
-    "fast": {"data": {"nsamples": 16, "seqlen": 512}, "abq": {"tune": 0, "refits": 0}},
-    "default": {"data": {"nsamples": 64, "seqlen": 1024}},
-    "paper": {
-        "data": {"nsamples": 128, "seqlen": 2048},
-        "qqq": _PAPER | {"smooth": "all"},
-        "abq": _PAPER | {"gptq": False, "refits": 0, "epochs": 20, "tune": 0, "train_windows": 128},
-    },
+EFFORTS: Mapping[str, Mapping[str, int]] = {  # how much data; a method's settings have the rest
+    "fast": {"nsamples": 16, "seqlen": 512},
+    "default": {"nsamples": 64, "seqlen": 1024},
+    "paper": {"nsamples": 128, "seqlen": 2048},
 }
 
 
 def calibration_settings(
-    method: str, effort: str, switches: Iterable[str] = (), **given: Any
+    kind: type[MethodSettings],
+    scheme: QuantScheme,
+    effort: str,
+    switches: Iterable[str] = (),
+    **given: Any,
 ) -> CalibrationSettings:
     """The settings of a command line.
 
     Args:
-        method: name of the method.
+        kind: the settings of the scheme's method.
+        scheme: of the base.
         effort: one of EFFORTS.
-        switches: "name=value" for fields of the method's settings.
+        switches: "name=value" for fields of `kind`.
         given: fields of CalibrationSettings that the user gave; None means not given.
 
     Raises:
         InputError: a switch is unknown or its value cannot be read; lists what there is.
     """
-    preset = EFFORTS[effort]
-    kind = METHOD_SETTINGS.get(method, NoSettings)
-    values = dict(preset.get(method, {}))
+    values = dict(kind.preset(effort, scheme))
     for switch in switches:
-        name, value = _parsed(switch, kind, method)
+        name, value = _parsed(switch, kind, scheme.method)
         values[name] = value
     chosen = {name: value for name, value in given.items() if value is not None}
-    return CalibrationSettings(effort=effort, method=kind(**values), **{**preset["data"], **chosen})
+    return CalibrationSettings(
+        effort=effort, method=kind(**values), **{**EFFORTS[effort], **chosen}
+    )
 
 
 def _parsed(switch: str, kind: type[Any], method: str) -> tuple[str, Any]:

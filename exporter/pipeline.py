@@ -23,6 +23,7 @@ from calibration.out.fingerprint import (
     code_digest,
     digest,
     file_stamps,
+    method_digest,
     package_versions,
     text_digest,
 )
@@ -287,6 +288,7 @@ class Pipeline:
             text_digest(request.settings.calib),
             request.format,
             code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py"),
+            method_digest(request.settings.method_file),
         ]
         self.stage(
             "quant",

@@ -296,7 +296,7 @@ def test_quant_page_names_every_tensor_and_key(
 
 
 def test_every_switch_of_the_methods_is_documented_with_its_default() -> None:
-    from calibration.settings import METHOD_SETTINGS
+    from calibration.methods import find_method, method_names
 
     def shown(value: Any) -> str:
         return (
@@ -308,8 +308,8 @@ def test_every_switch_of_the_methods_is_documented_with_its_default() -> None:
         )
 
     defaults = {
-        name: {item.name: shown(getattr(kind(), item.name)) for item in fields(kind)}
-        for name, kind in METHOD_SETTINGS.items()
+        name: {item.name: shown(item.default) for item in fields(find_method(name).settings)}
+        for name in method_names()
     }
     rows = re.findall(
         r"^\| `(\w+)` \| (.*?) \| (.*?) \| ",
@@ -318,3 +318,4 @@ def test_every_switch_of_the_methods_is_documented_with_its_default() -> None:
     )
     assert {name: qqq.strip("`") for name, qqq, _ in rows if qqq.strip()} == defaults["qqq"]
     assert {name: abq.strip("`") for name, _, abq in rows if abq.strip()} == defaults["abq"]
+    assert not any(defaults[name] for name in method_names() if name not in ("qqq", "abq"))

@@ -82,7 +82,12 @@ class BlockTask:
 
 
 class BlockMethod(Protocol):
-    """What the file of a method that looks at data defines as METHOD."""
+    """What the file of a method that looks at data defines as METHOD, or what its rounding rule
+    becomes.
+    """
+
+    def rotation(self, settings: CalibrationSettings) -> str:
+        """The kind of Rotation that is folded into the weights, or "none"."""
 
     def basis(self, checkpoint: Checkpoint, settings: CalibrationSettings) -> Basis:
         """The coordinates to quantise in."""

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from calibration import formats
 from calibration.blocks.ranks import ALONE, Ranks
+from calibration.methods import find_method
 from calibration.out.files import read_json, write_json
 from calibration.out.fingerprint import (
     code_digest,
     digest,
     file_stamps,
+    method_digest,
     package_versions,
     text_digest,
 )
@@ -97,6 +99,12 @@ def _can_say(format_name: str, scheme: QuantScheme) -> bool:
     return True
 
 
+def _choices(budget: Budget) -> tuple[QuantScheme, ...]:
+    """The candidates whose codes the method makes."""
+    method = find_method(budget.base.method, budget.settings.method_file)
+    return tuple(filter(method.makes, candidates(budget.base, budget.format)))
+
+
 def _weights(checkpoint: Checkpoint) -> int:
     return sum(node_weights(site.linears) for site in checkpoint.decoder.sites.values())
 
@@ -116,7 +124,7 @@ def bits_within(checkpoint: Checkpoint, budget: Budget) -> int:
         InputError: fewer than the smallest choice everywhere takes, or more than the largest.
     """
     sizes, weights = (
-        _sizes(checkpoint, candidates(budget.base, budget.format)),
+        _sizes(checkpoint, _choices(budget)),
         _weights(checkpoint),
     )
     bits, least, most = (
@@ -143,7 +151,7 @@ def schemes_within(checkpoint: Checkpoint, budget: Budget, progress: Progress) -
         InputError: the budget is outside of what the choices give, or the calibration text is
             missing or empty.
     """
-    schemes = candidates(budget.base, budget.format)
+    schemes = _choices(budget)
     room, sizes = bits_within(checkpoint, budget), _sizes(checkpoint, schemes)
     costs = _costs(checkpoint, budget, schemes, progress)
     nodes, weights = checkpoint.decoder.nodes, _weights(checkpoint)
@@ -222,6 +230,7 @@ def _costs(
         settings.as_dict(),
         text_digest(settings.calib),
         code_digest(*_CODE),
+        method_digest(settings.method_file),
         package_versions(("torch", "numpy")),
     )
     if budget.resume and budget.cache.is_file():

@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibration.blocks.forward import BlockWeights, block_output, embedded, float_linear
 from calibration.blocks.ranks import ALONE, Ranks
+from calibration.blocks.rounding import Plain
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import site_weight
-from calibration.methods import is_block_method, method
-from calibration.methods.qqq import Plain
+from calibration.methods import Method, find_method
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation
@@ -61,6 +61,11 @@ class Measurement:
     windows: np.ndarray
     folder: Path | None = None
     ranks: Ranks = ALONE
+
+    @property
+    def method(self) -> Method:
+        """Of all schemes."""
+        return find_method(self.schemes[0].method, self.settings.method_file)
 
 
 def measure(job: Measurement, progress: Progress | None = None) -> dict[str, list[float]]:
@@ -186,7 +191,7 @@ def _costs(sums: _Sums, weight: Tensor, job: Measurement) -> list[float]:
     """Of each scheme, in nats per token."""
 
     def cost(scheme: QuantScheme) -> float:
-        error = _rounded(weight, scheme, sums.squares) - weight
+        error = _rounded(weight, scheme, sums.squares, job.method) - weight
         total = (
             sums.fisher.mul(error.square_()).sum(dtype=torch.float64)
             + sums.activation.double().sum()
@@ -196,10 +201,10 @@ def _costs(sums: _Sums, weight: Tensor, job: Measurement) -> list[float]:
     return [cost(scheme) for scheme in job.schemes]
 
 
-def _rounded(weight: Tensor, scheme: QuantScheme, importance: Tensor) -> Tensor:
+def _rounded(weight: Tensor, scheme: QuantScheme, importance: Tensor, method: Method) -> Tensor:
     """Values [N, K] as the method rounds them when it rounds to nearest."""
-    if not is_block_method(scheme.method):
-        arrays = method(scheme.method).quantize(weight.cpu().numpy(), None, scheme)
+    if not method.looks_at_data:
+        arrays = method.quantize(weight.cpu().numpy(), None, scheme)
         return torch.from_numpy(QuantLinear("", scheme, arrays).dequantize()).to(weight.device)
     groups = torch.arange(weight.shape[1], device=weight.device) // (
         scheme.group_size or weight.shape[1]
@@ -219,10 +224,10 @@ class _Model:
 
     @classmethod
     def of(cls, job: Measurement) -> _Model:
-        device, name = "cuda" if torch.cuda.is_available() else "cpu", job.schemes[0].method
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         basis = (
-            method(name).METHOD.basis(job.checkpoint, job.settings)
-            if is_block_method(name)
+            job.method.block_method.basis(job.checkpoint, job.settings)
+            if job.method.looks_at_data
             else Plain()
         )
         return cls(

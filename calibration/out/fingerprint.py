@@ -13,7 +13,14 @@ from typing import Any
 
 from calibration.out.files import sha256_file
 
-__all__ = ["code_digest", "digest", "file_stamps", "package_versions", "text_digest"]
+__all__ = [
+    "code_digest",
+    "digest",
+    "file_stamps",
+    "method_digest",
+    "package_versions",
+    "text_digest",
+]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -27,6 +34,11 @@ def code_digest(*patterns: str) -> str:
     """Hash of the project's source files that match."""
     files = sorted({path for pattern in patterns for path in _ROOT.glob(pattern)})
     return digest(*((str(path.relative_to(_ROOT)), sha256_file(path)) for path in files))
+
+
+def method_digest(file: Path | None) -> dict[str, str]:
+    """Name and SHA-256 of a method's file that is not one of the package's; {} of one that is."""
+    return {} if file is None else {"file": file.name, "sha256": sha256_file(file)}
 
 
 def text_digest(calib: str | None) -> str:

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration import formats
-from calibration.blocks.ranks import ALONE, Ranks
 from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, numpy_dtype
 from calibration.out.files import sha256_file, write_json
 from calibration.progress import NullProgress
 from calibration.quant.bits import SchemeMap, as_map
 from calibration.quant.checks import check_scheme
 from calibration.quant.folder import FORMAT, QUANT_JSON, read_quant
+from calibration.quant.options import WORK, QuantizeOptions
 from calibration.quant.scheme import QuantScheme
 from calibration.quant.sizes import linear_specs, stored_bits
 from calibration.quant.source import QuantSource, open_source
-from calibration.settings import CalibrationSettings
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,34 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "WORK", "QuantizeOptions", "quant_bytes", "quantize_model"]
 
 STAGE = "quant"
-WORK = ".calibration"  # beside it: finished blocks of a calibration that is not over
 BITS_FILE = "bits.txt"  # the rules, to be used again
-SHARD_BYTES = 2 * 10**9
 _MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """How to make a quant folder.
-
-    Attributes:
-        offline: never touch the network.
-        settings: of the calibration.
-        work: where finished blocks are kept until all are there; None: beside the folder, under the
-            name WORK.
-        resume: go on from the blocks that are there already.
-        shard_bytes: largest weight file.
-        format: one of calibration.formats, written into the quant folder too.
-        ranks: the processes that share the work; the first one writes and needs the folder.
-    """
-
-    offline: bool = False
-    settings: CalibrationSettings = CalibrationSettings()  # noqa: RUF009  (frozen)
-    work: Path | None = None
-    resume: bool = False
-    shard_bytes: int = SHARD_BYTES
-    format: str = formats.OURS
-    ranks: Ranks = ALONE
 
 
 def quantize_model(

@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from calibration.data import calibration_windows, load_text
-from calibration.methods import Method, is_block_method, method
-from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions
-from calibration.settings import AbqSettings
+from calibration.methods import Method, find_method
+from calibration.out.fingerprint import (
+    code_digest,
+    digest,
+    file_stamps,
+    method_digest,
+    package_versions,
+)
+from calibration.quant.options import QuantizeOptions
+from calibration.quant.sizes import linear_specs
 from plugins.core.op_spec import QuantArrays
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.blocks.driver import Basis, BlockMethod, Calibrated, Calibration
+    from calibration.blocks.driver import Calibrated, Calibration
     from calibration.blocks.store import BlockResult
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.checkpoints.safetensors import TensorSpec
     from calibration.families import Decoder
     from calibration.progress import Progress
     from calibration.quant.bits import SchemeMap
-    from calibration.quant.quantize import QuantizeOptions
     from calibration.quant.scheme import QuantScheme
 
 __all__ = ["QuantSource", "open_source"]
@@ -58,29 +66,50 @@ class QuantSource(Protocol):
 class _PlainSource:
     """Each linear by itself, when it is written."""
 
-    def __init__(self, checkpoint: Checkpoint, writes: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, method: Method, writes: bool) -> None:
         self._checkpoint, self.decoder, self.writes = checkpoint, checkpoint.decoder, writes
-        self.facts: dict[str, Any] = {}
+        self._method = method
+        self.facts: dict[str, Any] = _origin(method)
         self.cost: dict[str, float] = {}
 
     def rest(self, name: str) -> np.ndarray:
         return self._checkpoint.array(name)
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
-        maker: Method = method(scheme.method)
         has_bias = self.decoder.linears[name].bias
         bias = self._checkpoint.array(f"{name}.bias") if has_bias else None
-        return maker.quantize(self._checkpoint.array(f"{name}.weight"), bias, scheme)
+        weight = self._checkpoint.array(f"{name}.weight")
+        arrays = self._method.quantize(weight, bias, scheme)
+        for spec in linear_specs(name, weight.shape, has_bias, scheme):
+            _check_array(self._method, spec, getattr(arrays, spec.name.rpartition(".")[2], None))
+        return arrays
 
     def close(self) -> None:
         pass
 
 
+def _check_array(method: Method, spec: TensorSpec, array: Any) -> None:
+    if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (spec.dtype, spec.shape):
+        got = type(array).__name__
+        if isinstance(array, np.ndarray):
+            got = f"{array.dtype} {list(array.shape)}"
+        raise InputError(
+            f"{method.where}, {spec.name}",
+            f"got {got}, expected {spec.dtype} {list(spec.shape)}",
+            "Let quantize give the arrays that docs/quant_format.md lists for this op",
+        )
+
+
+def _origin(method: Method) -> dict[str, Any]:
+    """For quant.json: which file the method was, if it is not one of the package."""
+    return {} if method.file is None else {"method": method_digest(method.file)}
+
+
 class _CalibratedSource:
     """The blocks of a store and, in the method's basis, what is outside the blocks."""
 
-    def __init__(self, job: Calibration, basis: Basis, done: Calibrated) -> None:
-        checkpoint = job.checkpoint
+    def __init__(self, job: Calibration, method: Method, done: Calibrated) -> None:
+        checkpoint, basis = job.checkpoint, job.method.basis(job.checkpoint, job.settings)
         self._checkpoint, self._basis, self._store, self.cost, self.writes = (
             checkpoint,
             basis,
@@ -92,6 +121,8 @@ class _CalibratedSource:
             "settings": job.settings.as_dict(),
             "windows": list(job.windows.shape),
             "blocks": done.reports,
+            **_rotation(job),
+            **_origin(method),
         }
         self.decoder = checkpoint.decoder.untied() if basis.unties else checkpoint.decoder
         self._block: tuple[int, BlockResult] | None = None
@@ -116,7 +147,8 @@ class _CalibratedSource:
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         place = self._place(name)
-        assert place is not None
+        if place is None:
+            raise KeyError(name)
         block = self.decoder.blocks[place[0]]
         for node, site in block.sites.items():
             start = 0
@@ -138,6 +170,13 @@ class _CalibratedSource:
         self._store.remove()
 
 
+def _rotation(job: Calibration) -> dict[str, str]:
+    """For quant.json, where the switches do not tell: what was folded into the weights."""
+    kind = job.method.rotation(job.settings)
+    told = getattr(job.settings.method, "rotation", "none")
+    return {} if kind == told else {"rotation": kind}
+
+
 def open_source(
     checkpoint: Checkpoint,
     schemes: SchemeMap,
@@ -148,21 +187,24 @@ def open_source(
     """Calibrate, where the method does, and give the result's tensors.
 
     Raises:
-        InputError: the calibration text is missing or empty, or the model has NaN.
+        InputError: the calibration text is missing or empty, the model has NaN, or the method does
+            not fit.
     """
     settings = options.settings
-    name = schemes.base.method
-    if not is_block_method(name):
+    method = find_method(schemes.base.method, settings.method_file)
+    for scheme in schemes.schemes():
+        method.check(scheme)
+    method.check_settings(settings)
+    if not method.looks_at_data:
         if settings.calib is not None:
             load_text(settings.calib, options.offline, strict=False)
-        return _PlainSource(checkpoint, options.ranks.first)
+        return _PlainSource(checkpoint, method, options.ranks.first)
 
     import torch
 
     from calibration.blocks.driver import Calibration, calibrate
     from calibration.blocks.store import BlockStore
 
-    maker: BlockMethod = method(name).METHOD
     windows, note = calibration_windows(
         tokenizer, settings, int(checkpoint.config.max_position_embeddings), options.offline
     )
@@ -175,21 +217,21 @@ def open_source(
         settings.as_dict(),
         hashlib.sha256(windows.tobytes()).hexdigest(),
         code_digest(*_CODE),
+        method_digest(settings.method_file),
         package_versions(("torch", "numpy")),
         torch.cuda.is_available(),
-        options.ranks.world if isinstance(settings.method, AbqSettings) else 0,
-    )  # order of sums
+        options.ranks.world if method.declaration.counts_processes else 0,
+    )
     assert options.work is not None
     store = BlockStore(options.work, stamp, keep=options.resume, writes=options.ranks.first)
     options.ranks.wait()
     job = Calibration(
         checkpoint,
-        maker,
+        method.block_method,
         schemes.nodes(checkpoint.decoder).__getitem__,
         settings,
         windows,
         store,
         options.ranks,
     )
-    done = calibrate(job, progress)
-    return _CalibratedSource(job, maker.basis(checkpoint, settings), done)
+    return _CalibratedSource(job, method, calibrate(job, progress))

@@ -11,8 +11,17 @@ from torch import Tensor
 
 from calibration.solvers.grid import Grid
 
-__all__ = ["Factored", "GptqResult", "factored", "gptq", "quadratic_error"]
+__all__ = [
+    "NO_INPUTS",
+    "Factored",
+    "GptqResult",
+    "factored",
+    "gptq",
+    "quadratic_error",
+    "says_something",
+]
 
+NO_INPUTS = "no usable calibration inputs, rounded to nearest"  # a note for the report
 _BLOCK = 128  # columns updated together
 _MAX_DAMP = 10.0
 
@@ -38,6 +47,11 @@ def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
     """
     difference = (values - weight).double()
     return float(((difference @ hessian.double()) * difference).sum())
+
+
+def says_something(hessian: Tensor) -> bool:
+    """Whether a Hessian is of any inputs but zeros, and finite."""
+    return bool(torch.isfinite(hessian).all() and torch.diagonal(hessian).sum() > 0)
 
 
 @dataclass(frozen=True)
@@ -70,13 +84,8 @@ def factored(hessian: Tensor, damp: float = 0.01, act_order: bool = True) -> Fac
     hessian = hessian.double().clone()
     diagonal = torch.diagonal(hessian)  # a view
     order = torch.arange(len(diagonal), device=hessian.device)
-    if not torch.isfinite(hessian).all() or diagonal.sum() <= 0:
-        return Factored(
-            order,
-            torch.zeros_like(diagonal, dtype=torch.bool),
-            None,
-            "no usable calibration inputs, rounded to nearest",
-        )
+    if not says_something(hessian):
+        return Factored(order, torch.zeros_like(diagonal, dtype=torch.bool), None, NO_INPUTS)
     dead = diagonal <= 0
     diagonal[dead] = diagonal[
         ~dead

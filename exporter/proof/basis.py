@@ -28,7 +28,8 @@ def recorded_rotation(quant: QuantModel) -> Rotation | None:
     from calibration.transforms.rotation import Rotation
 
     settings = quant.calibration.get("settings", {})
-    kind = settings.get("switches", {}).get("rotation", "none")
+    told = settings.get("switches", {}).get("rotation", "none")
+    kind = quant.calibration.get("rotation", told)  # of a method that rotates without a switch
     if kind == "none":
         return None
     head_dim = quant.decoder.blocks[0].heads.head_dim

@@ -15,9 +15,10 @@ from calibration.blocks.ranks import ALONE
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.methods.qqq.settings import QqqSettings
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.steps import Rope
-from calibration.settings import CalibrationSettings, QqqSettings
+from calibration.settings import CalibrationSettings
 
 __all__ = [
     "MODELS",

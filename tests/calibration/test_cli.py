@@ -21,9 +21,11 @@ from calibration.cli import (
     schemes_from_args,
     settings_from_args,
 )
+from calibration.methods.qqq.settings import QqqSettings
 from calibration.out.files import locked
 from calibration.quant.folder import read_quant
-from calibration.settings import CalibrationSettings, QqqSettings
+from calibration.settings import CalibrationSettings
+from exporter.__main__ import main as exporter_main
 from plugins.errors import InputError
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -88,19 +90,28 @@ def test_settings_of_the_method_that_the_scheme_names() -> None:
     assert settings_from_args(args, scheme_from_args(args)) == CalibrationSettings()
 
 
-@pytest.mark.parametrize("text", ["-1", "much", "nan", "inf", "1e6", ""])
+@pytest.mark.parametrize("text", ["-1", "0", "1e-10", "much", "nan", "inf", "1e6", ""])
 def test_memory_that_cannot_be(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         _main("llama-7b", "--wbits", "4", "--abits", "8", f"--max-memory={text}")
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith(
-        f"error: argument --max-memory: got {text!r}, expected gigabytes, such as 8 or 0.5\n"
+        f"error: argument --max-memory: got {text!r}, expected gigabytes above 0, such as 8 or 0.5\n"
     )
 
 
-def test_no_memory_at_all_puts_every_activation_on_the_disk() -> None:
-    args = _args("--wbits 4 --abits 8 --max-memory 0")
-    assert settings_from_args(args, scheme_from_args(args)).max_memory == 0
+def test_the_least_memory_puts_every_activation_on_the_disk() -> None:
+    args = _args("--wbits 4 --abits 8 --max-memory 0.000000001")
+    assert settings_from_args(args, scheme_from_args(args)).max_memory == 1
+
+
+@pytest.mark.parametrize("option", ["--wbit", "--seq", "--max-mem"])
+def test_abbreviated_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (main, exporter_main):
+        with pytest.raises(SystemExit) as stop:
+            command(["llama-7b", "--wbits", "4", "--abits", "8", option, "4"])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {option} 4\n")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,11 @@ def test_no_memory_at_all_puts_every_activation_on_the_disk() -> None:
             "--wbits 4 --abits 8 --method qqq --group-size 32",
             "--group-size: got 32, expected 0, 64 or 128 for --method qqq. "
             "Use one of these, or --method abq.",
+        ),
+        (
+            "--wbits 4 --abits 8 --method gptq",
+            "method 'gptq': unknown, expected one of abq, qqq, rtn, or the path of a .py file. "
+            "Check the spelling.",
         ),
         (
             "--wbits 4 --abits 8 --group-size -5",

@@ -1,7 +1,3 @@
 """ABQ-LLM (arXiv 2408.08554): any weight bits with any activation bits, by transforms and clips
 learned block by block.
 """
-
-from calibration.methods.abq.method import METHOD
-
-__all__ = ["METHOD"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calibration.blocks.forward import norm_gains
 from calibration.blocks.ranks import Ranks
+from calibration.blocks.rounding import RoundingMethod, SiteSolver, smoothed
 from calibration.blocks.store import BlockResult
 from calibration.blocks.streams import Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
@@ -22,12 +23,12 @@ from calibration.methods.abq.student import BlockTask as TrainTask
 from calibration.methods.abq.train import TrainedBlock, train_block, tune_block
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import TransformParts
-from calibration.methods.qqq import Qqq, SiteSolver, smoothed
-from calibration.settings import AbqSettings
+from calibration.methods.qqq.method import round as gptq_rule
 from calibration.solvers.grid import AbqGrid, Grid
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import BlockTask
+    from calibration.methods.abq.settings import AbqSettings
     from calibration.settings import CalibrationSettings
 
 __all__ = ["METHOD"]
@@ -53,18 +54,17 @@ class _AllWindows(Sequence[Tensor]):
         return self.mine[index // self.ranks.world]
 
 
-class Abq(Qqq):
-    """ABQ-LLM; basis as in QQQ."""
+class Abq(RoundingMethod):
+    """ABQ-LLM; basis and rounding rule as in QQQ."""
 
     def wants_real(self, settings: CalibrationSettings) -> bool:
         """For training and for the correction of earlier errors."""
-        assert isinstance(settings.method, AbqSettings)
-        return settings.method.epochs + settings.method.tune > 0 or super().wants_real(settings)
+        switches: AbqSettings = settings.method
+        return switches.epochs + switches.tune > 0 or super().wants_real(settings)
 
     def calibrate(self, task: BlockTask) -> BlockResult:
         """Train, walk, tune."""
-        settings = task.settings.method
-        assert isinstance(settings, AbqSettings)
+        settings: AbqSettings = task.settings.method
         weights, scales, grids = dict(task.weights), dict[str, Tensor](), dict[str, Grid]()
         report: dict[str, Any] = {}
         if settings.epochs:
@@ -78,7 +78,7 @@ class Abq(Qqq):
         else:
             weights, scales = smoothed(task)
         gains = norm_gains(weights, task.block)
-        solver = SiteSolver(task, weights, grids)
+        solver = SiteSolver(task, weights, self.rule, grids)
         block = WalkBlock(task.block, task.weights, task.rope, task.schemes, gains, scales)
         if (
             not settings.tune
@@ -150,8 +150,9 @@ def _copied(streams: Streams) -> Streams:
 
 
 def _train_task(task: BlockTask) -> TrainTask:
-    settings, ranks, streams = task.settings.method, task.ranks, task.streams
-    assert isinstance(settings, AbqSettings) and streams.real is not None
+    settings: AbqSettings = task.settings.method
+    ranks, streams = task.ranks, task.streams
+    assert streams.real is not None  # wants_real
 
     def average(tensors: list[Tensor]) -> None:
         ranks.sum(tensors)
@@ -182,8 +183,8 @@ def _train_settings(task: BlockTask, epochs: int) -> TrainSettings:
     """With as many windows per step as were asked for, or the next number that the processes can
     share.
     """
-    settings, world = task.settings.method, task.ranks.world
-    assert isinstance(settings, AbqSettings)
+    settings: AbqSettings = task.settings.method
+    world = task.ranks.world
     parts = None
     if settings.transforms:
         parts = TransformParts()
@@ -201,4 +202,4 @@ def _train_settings(task: BlockTask, epochs: int) -> TrainSettings:
     )
 
 
-METHOD = Abq()
+METHOD = Abq(gptq_rule)

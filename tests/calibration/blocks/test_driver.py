@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from calibration.blocks.driver import BlockTask, Calibration, calibrate
+from calibration.blocks.rounding import RoundingMethod
 from calibration.blocks.store import BlockResult, BlockStore
 from calibration.checkpoints.checkpoint import open_checkpoint
-from calibration.methods.qqq import METHOD, Qqq
-from calibration.settings import CalibrationSettings, QqqSettings
+from calibration.methods import find_method
+from calibration.methods.qqq.settings import QqqSettings
+from calibration.settings import CalibrationSettings
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny, files, tokens
 from tests.calibration.llama import SITES
 
@@ -73,16 +75,16 @@ def test_stopped_at_a_block(
     block: int,
     error: BaseException,
 ) -> None:
-    real = Qqq.calibrate
+    real = RoundingMethod.calibrate
 
-    def die(self: Qqq, task: BlockTask) -> BlockResult:
+    def die(self: RoundingMethod, task: BlockTask) -> BlockResult:
         if task.block.index == block:
             real(self, task)  # the streams have moved on when it dies
             raise error
         return real(self, task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Qqq, "calibrate", die)
+        patch.setattr(RoundingMethod, "calibrate", die)
         code = calibrate_tiny(model, tmp_path)
     said = capsys.readouterr().err
     if isinstance(error, KeyboardInterrupt):
@@ -163,15 +165,15 @@ def test_killed(
 
 def _stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     """A run that ends behind its second block."""
-    real = Qqq.calibrate
+    real = RoundingMethod.calibrate
 
-    def die(self: Qqq, task: BlockTask) -> BlockResult:
+    def die(self: RoundingMethod, task: BlockTask) -> BlockResult:
         if task.block.index == 2:
             raise KeyboardInterrupt
         return real(self, task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Qqq, "calibrate", die)
+        patch.setattr(RoundingMethod, "calibrate", die)
         assert calibrate_tiny(model, out, *more) == 130
 
 
@@ -208,7 +210,7 @@ def test_memory_may_change_in_between(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _stopped(model, tmp_path, monkeypatch, "--max-memory", "0")
+    _stopped(model, tmp_path, monkeypatch, "--max-memory", "0.000001")
     assert _kept(capsys, model, tmp_path, "--resume", "--max-memory", "1") == _names(2)
     assert files(tmp_path / "quant") == whole
 
@@ -260,7 +262,7 @@ def test_without_any_memory_the_bytes_are_the_same(
     tiny_llama: Callable[..., Path], tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     model = tiny_llama(**MODELS["biases"])
-    for name, memory in (("memory", ()), ("disk", ("--max-memory", "0"))):
+    for name, memory in (("memory", ()), ("disk", ("--max-memory", "0.000001"))):
         assert calibrate_tiny(model, tmp_path / name, *more, *memory) == 0
     assert files(tmp_path / "memory" / "quant") == files(tmp_path / "disk" / "quant")
 
@@ -291,7 +293,7 @@ class _Notes:
 def _job(model: Path, folder: Path, **settings: Any) -> Calibration:
     return Calibration(
         open_checkpoint(str(model), offline=True),
-        METHOD,
+        find_method("qqq").block_method,
         lambda name: QQQ,
         CalibrationSettings(method=QqqSettings(), **settings),
         np.asarray(tokens().numpy()),
@@ -330,19 +332,19 @@ def test_blocks_arrive_in_order_with_their_schemes(
 ) -> None:
     asked: list[str] = []
     seen: list[tuple[int, int]] = []
-    real = Qqq.calibrate
+    real = RoundingMethod.calibrate
 
-    def spy(self: Qqq, task: BlockTask) -> BlockResult:
+    def spy(self: RoundingMethod, task: BlockTask) -> BlockResult:
         seen.append((task.block.index, task.count))
         assert task.device == "cpu" and tuple(task.schemes) == tuple(SITES)
         return real(self, task)
 
-    monkeypatch.setattr(Qqq, "calibrate", spy)
+    monkeypatch.setattr(RoundingMethod, "calibrate", spy)
     job = _job(model, tmp_path / "a")
     calibrate(
         Calibration(
             job.checkpoint,
-            METHOD,
+            find_method("qqq").block_method,
             lambda name: (asked.append(name), QQQ)[1],
             job.settings,
             job.windows,

@@ -174,11 +174,22 @@ def test_an_argparse_exit_is_left_alone() -> None:
 
 # ---------------------------------------------------------------- a whole calibration
 
+DICE = """
+import torch
+def round(target, hessian, grid):
+    dice = torch.rand(target.shape, generator=grid.generator) < 0.5
+    return torch.where(dice, grid.round(target), grid.ends[0])
+"""
+
 
 @pytest.mark.parametrize(
     ("world", "more"),
-    [(2, ()), (3, ("--set", "smooth=all", "--set", "rotation=none", "--group-size", "64"))],
-    ids=["two", "three, smoothed"],
+    [
+        (2, ()),
+        (3, ("--set", "smooth=all", "--set", "rotation=none", "--group-size", "64")),
+        (2, ("--method", "FILE")),
+    ],
+    ids=["two", "three, smoothed", "two, at random"],
 )
 def test_as_many_processes_as_one(
     together: Callable[..., Ended],
@@ -188,6 +199,9 @@ def test_as_many_processes_as_one(
     more: tuple[str, ...],
 ) -> None:
     """Five windows do not divide among them; rank 0 alone writes and talks."""
+    file = tmp_path / "dice.py"
+    file.write_text(DICE)
+    more = tuple(word.replace("FILE", str(file)) for word in more)
     ended = together(_command, *_tiny(tiny_model_dir, tmp_path / "many", *more), world=world)
     assert [code for code, *_ in ended] == [0] * world, ended
     assert ended[0][2].splitlines()[-1].startswith(f"{tmp_path / 'many' / 'quant'}: ")

@@ -20,13 +20,14 @@ from calibration.blocks.forward import block_output, float_linear
 from calibration.blocks.ranks import Ranks
 from calibration.budget.sensitivity import Measurement, measure
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from calibration.methods.qqq import METHOD
+from calibration.methods import find_method
+from calibration.methods.qqq.settings import QqqSettings
 from calibration.methods.rtn import quantize
 from calibration.progress import JsonProgress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation
 from calibration.reference.steps import Rope
-from calibration.settings import CalibrationSettings, calibration_settings
+from calibration.settings import CalibrationSettings
 from calibration.solvers.grid import search_grid
 from tests.calibration.llama import SITES, rms_norm
 
@@ -196,13 +197,14 @@ def test_costs_foretell_what_activation_codes_do(
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def test_a_rotating_method_is_measured_where_it_rounds(model_dir: Path) -> None:
     """In the method's coordinates, on the grids that its ops can say."""
-    settings = replace(calibration_settings("qqq", "fast"), seed=5)
+    settings = CalibrationSettings("fast", nsamples=16, seqlen=512, seed=5, method=QqqSettings())
     tried = (
         QuantScheme("QQQGemm", "qqq", 4, 8, group_size=64, act_symmetric=True),
         *schemes(8, "qqq", 64),
     )
     job = measurement(model_dir, tried, settings)
-    basis, rope = METHOD.basis(job.checkpoint, settings), Rope.of(job.checkpoint, 48)
+    basis = find_method("qqq").block_method.basis(job.checkpoint, settings)
+    rope = Rope.of(job.checkpoint, 48)
     blocks = [basis.load(job.checkpoint, index) for index in range(3)]
     table, gain, head = (
         basis.tensor(job.checkpoint, f"{name}.weight")

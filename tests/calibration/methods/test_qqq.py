@@ -19,10 +19,12 @@ from torch import Tensor
 
 from calibration.blocks.driver import BlockTask
 from calibration.blocks.forward import block_output, float_linear
+from calibration.blocks.rounding import Plain, SiteSolver
 from calibration.checkpoints.checkpoint import open_checkpoint
-from calibration.methods.qqq import METHOD, Plain, SiteSolver
+from calibration.methods import find_method
+from calibration.methods.qqq.method import round as gptq_rule
+from calibration.methods.qqq.settings import QqqSettings
 from calibration.quant.folder import read_quant
-from calibration.settings import QqqSettings
 from calibration.solvers.hessian import Moments
 from calibration.transforms.rotation import Rotation
 from plugins import op_spec
@@ -40,6 +42,7 @@ from tests.calibration.block_cases import (
 from tests.calibration.llama import OUT, QKV, SITES
 
 Make = Callable[..., Path]
+METHOD = find_method("qqq").block_method
 PLAIN = QqqSettings(rotation="none", smooth="none", gptq=False, correct=0.0)
 
 
@@ -96,7 +99,8 @@ def test_a_smoothed_output_projection_is_exported_smoothed(
         )
         scale = one.expand(-1, task.block.heads.groups, -1).flatten()
         monkeypatch.setattr(
-            "calibration.methods.qqq.adaptive_scales", lambda task, sites, scale=scale: {OUT: scale}
+            "calibration.blocks.rounding.adaptive_scales",
+            lambda task, sites, scale=scale: {OUT: scale},
         )
         assert _relative_error(task) < 1.5 * _relative_error(
             block_task(model, replace(PLAIN, gptq=True))
@@ -123,7 +127,7 @@ def test_moments_that_say_nothing_round_to_nearest_with_a_note(
     tiny_model_dir: Path, scheme: Any, value: float
 ) -> None:
     task = block_task(tiny_model_dir, scheme=scheme)
-    solver, moments = SiteSolver(task, task.weights), Moments(64, cross=True)
+    solver, moments = SiteSolver(task, task.weights, gptq_rule), Moments(64, cross=True)
     moments.hessian += value
     arrays = solver(QKV, moments)
     spec, attrs = op_spec(scheme.op), scheme.attributes(*arrays.codes.shape, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibration.methods import is_block_method, method, method_names
+from calibration.methods import find_method, method_names
 from calibration.methods.rtn import quantize
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from plugins.errors import InputError
@@ -27,15 +27,13 @@ def _dequantized(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
 
 def test_registry() -> None:
     assert set(method_names()) >= {"abq", "qqq", "rtn"}
-    assert method("rtn").quantize is quantize
-    assert [name for name in method_names() if is_block_method(name)] == [
-        name for name in method_names() if name != "rtn"
-    ]
+    assert find_method("rtn").quantize is quantize
+    assert [name for name in method_names() if not find_method(name).looks_at_data] == ["rtn"]
     with pytest.raises(InputError) as caught:
-        method("magic")
-    assert (
-        str(caught.value)
-        == f"method 'magic': unknown, expected one of {', '.join(method_names())}. Check the spelling."
+        find_method("magic")
+    assert str(caught.value) == (
+        f"method 'magic': unknown, expected one of {', '.join(method_names())}, or the path of a "
+        f".py file. Check the spelling."
     )
 
 

@@ -17,6 +17,7 @@ from calibration.blocks.ranks import Ranks
 from calibration.blocks.store import BlockStore
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.data import calibration_windows
+from calibration.methods.qqq.settings import QqqSettings
 from calibration.methods.rtn import quantize
 from calibration.progress import NullProgress
 from calibration.quant.bits import Rule, SchemeMap
@@ -24,7 +25,7 @@ from calibration.quant.folder import read_quant
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
 from calibration.quant.source import QuantSource, open_source
-from calibration.settings import CalibrationSettings, NoSettings, QqqSettings
+from calibration.settings import CalibrationSettings, MethodSettings
 from calibration.transforms.rotation import Rotation
 from plugins.errors import InputError
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny
@@ -51,7 +52,7 @@ def _open(
     chosen = {
         "nsamples": 4,
         "seqlen": 32,
-        "method": QqqSettings() if scheme.method == "qqq" else NoSettings(),
+        "method": QqqSettings() if scheme.method == "qqq" else MethodSettings(),
         **settings,
     }
     checkpoint = open_checkpoint(str(model), offline=True)

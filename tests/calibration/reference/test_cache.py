@@ -22,6 +22,7 @@ from calibration.blocks.forward import float_linear
 from calibration.blocks.walk import Streams, WalkBlock, site_weight, walk
 from calibration.cli import add_quant_arguments, default_out, scheme_from_args, schemes_from_args
 from calibration.methods.abq import method as abq
+from calibration.methods.abq.settings import AbqSettings
 from calibration.methods.abq.train import tune_block
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.tuned import TunedStudent
@@ -30,7 +31,6 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.fake_quant import quantize_cache, round_to
 from calibration.reference.model import quantised_model
-from calibration.settings import AbqSettings
 from calibration.solvers.grid import search_grid
 from calibration.transforms.smoothing import adaptive_scales
 from plugins.core.activation import quantize_activation

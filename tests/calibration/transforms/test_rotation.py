@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.forward import block_output, float_linear, load_block
+from calibration.blocks.rounding import Plain
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from calibration.methods.qqq import Plain
 from calibration.reference.steps import Rope
 from calibration.transforms.rotation import Rotation, fold_gains, hadamard, orthogonal
 from tests.calibration.block_cases import MODELS, tokens

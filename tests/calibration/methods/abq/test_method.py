@@ -16,9 +16,9 @@ import pytest
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.streams import StreamBudget
 from calibration.methods.abq.method import METHOD, _train_settings, _train_task
+from calibration.methods.abq.settings import AbqSettings
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
-from calibration.settings import AbqSettings
 from tests.calibration.block_cases import block_task
 
 REPOSITORY = Path(__file__).resolve().parents[4]
