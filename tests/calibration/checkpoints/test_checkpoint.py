@@ -149,7 +149,10 @@ def test_dynamic_rope_is_refused(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"hidden_act": "gelu"}, "got hidden_act gelu, expected silu"),
+        (
+            {"hidden_act": "gelu"},
+            "got hidden_act gelu, expected one of silu, swish, gelu_pytorch_tanh, relu2",
+        ),
         (
             {"num_key_value_heads": 3},
             "got 4 attention heads on 3 key-value heads, expected a multiple",

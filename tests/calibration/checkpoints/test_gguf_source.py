@@ -51,10 +51,9 @@ def write_gguf(
     _add_tokenizer(writer, checkpoint.source.path)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for index in range(config.num_hidden_layers):
-        for hf, short in checkpoint.family.layer_norms.items():
-            names[f"model.layers.{index}.{hf}"] = f"blk.{index}.{short}"
-        for linear in checkpoint.family.linears():
-            names[f"model.layers.{index}.{linear.name}"] = f"blk.{index}.{linear.gguf}"
+        block = checkpoint.decoder.blocks[index]
+        for part in (*block.norms, *block.linears):
+            names[block.name(part.name)] = f"blk.{index}.{part.gguf}"
     for name in checkpoint.decoder.shapes():
         base, _, end = name.rpartition(".")
         array = checkpoint.array(name).astype(np.float32)

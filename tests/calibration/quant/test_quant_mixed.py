@@ -53,7 +53,7 @@ def test_the_folder_gives_every_node_its_scheme(
             scheme = EXCEPTIONS.get(group.name, QQQ)
             assert group.scheme == quant.scheme_of(group.name) == scheme
             parts = []
-            for name in quant.family.members(group.name):
+            for name in quant.decoder.members(group.name):
                 arrays = quantize(checkpoint.array(f"{name}.weight"), None, scheme)
                 assert quant.linear(name).scheme == quant.scheme_of(name) == scheme
                 np.testing.assert_array_equal(quant.linear(name).arrays.codes, arrays.codes)

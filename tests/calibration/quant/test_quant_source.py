@@ -108,7 +108,7 @@ def test_what_is_outside_the_blocks_is_in_the_methods_basis(
     basis = Rotation.make("hadamard", 64, 16, 3)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         np.testing.assert_array_equal(rotated.rest(name), basis.tensor(checkpoint, name).numpy())
-    assert checkpoint.decoder.tied and not rotated.dims.tied
+    assert checkpoint.decoder.tied and not rotated.decoder.tied
     plain = _open(tiny_model_dir, tmp_path / "b", method=QqqSettings(rotation="none"))
     np.testing.assert_array_equal(
         plain.rest("model.embed_tokens.weight"), checkpoint.array("model.embed_tokens.weight")
@@ -195,9 +195,9 @@ def test_mixed_precision_calibrates_every_node_in_its_own_scheme(
     checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
     schemes = SchemeMap(QQQ, rules)
     for index in range(2):
-        for linear in checkpoint.family.linears():
+        for linear in checkpoint.decoder.blocks[index].linears:
             name = f"model.layers.{index}.{linear.name}"
-            found, wanted = quant.linear(name), schemes.of(name)
+            found, wanted = quant.linear(name), schemes.of(name, checkpoint.decoder)
             assert found.scheme == wanted
             weight = checkpoint.array(f"{name}.weight")
             assert np.linalg.norm(found.dequantize() - weight) < (
