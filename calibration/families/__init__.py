@@ -33,12 +33,17 @@ def _registry() -> dict[str, Family]:
     here, *_ = __path__
     others = (Path(entry, *__name__.split(".")) for entry in sys.path)
     __path__[:] = [here, *(str(path) for path in others if _adds_files(path))]
-    names = sorted(found.name for found in iter_modules(__path__) if found.name not in _SHARED)
+    names = sorted(found.name for found in iter_modules(__path__) if _is_family(found.name))
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
 def _adds_files(path: Path) -> bool:
     return path.is_dir() and not (path / "__init__.py").exists()
+
+
+def _is_family(name: str) -> bool:
+    # pytest puts tests/ on the path, and there tests of families lie in a folder of this name.
+    return name not in _SHARED and not name.startswith("test_")
 
 
 def family_names() -> list[str]:

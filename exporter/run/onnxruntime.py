@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.graph.decoder import MODEL_FILE
 from plugins.errors import InputError
@@ -16,18 +16,39 @@ if TYPE_CHECKING:
 
 __all__ = ["load_model", "onnx_runner", "round_every_op"]
 
-# Float inputs of the standard ops of a decoder that compute, and whether they compute in fp64; all
-# others only move data. Products and sums of two 16-bit numbers are as good as exact in fp32; the
-# others differ between libraries there.
-_FLOAT_INPUTS = {
-    "Add": (2, False),
-    "Mul": (2, False),
-    "RotaryEmbedding": (3, False),
-    "MatMul": (2, False),
-    "Sigmoid": (1, True),
-    "RMSNormalization": (2, True),
-    "Attention": (3, True),
+
+class _Work(NamedTuple):
+    """How a standard op that computes is run.
+
+    Attributes:
+        inputs: how many of its inputs, from the first on, are floats to compute with.
+        precise: in fp64, because fp32 results differ between libraries; else in fp32, where
+            products and sums of two 16-bit numbers are as good as exact.
+    """
+
+    inputs: int
+    precise: bool = False
+
+
+# Every standard op that the writer uses: those that compute, and those that only move data, compare
+# or count.
+_COMPUTES = {
+    "Add": _Work(2),
+    "Attention": _Work(3, precise=True),
+    "Gelu": _Work(1, precise=True),
+    "MatMul": _Work(2, precise=True),  # but for the head, see _precise
+    "Mul": _Work(2),
+    "RMSNormalization": _Work(2, precise=True),
+    "Relu": _Work(1),
+    "RotaryEmbedding": _Work(3),
+    "Sigmoid": _Work(1, precise=True),
+    "Softmax": _Work(1, precise=True),
+    "Tanh": _Work(1, precise=True),
 }
+_MOVES = frozenset(
+    "And Cast Concat Equal Gather GreaterOrEqual LessOrEqual Or Range Reshape Shape Split Squeeze "
+    "Sub Transpose Unsqueeze Where".split()
+)
 
 
 def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
@@ -109,8 +130,9 @@ def round_every_op(model: onnx.ModelProto) -> None:
     but then drops the casts between two of them, so a custom op sees an input that was never
     rounded, and its activation codes differ from a real 16-bit run in about one of 2^(abits+2)
     places. Here each standard op computes in fp32, or in fp64 where fp32 results differ between
-    libraries, and its result is rounded by a cast that stays: what the torch reference does too, so
-    that the two agree to the last bit nearly everywhere and a chaotic low-bit model does not drift.
+    libraries, and its result is rounded by a cast that stays, to the model's type, or to fp32
+    between the graph's own casts to fp32 and back: what the torch reference does too, so that the
+    two agree to the last bit nearly everywhere and a chaotic low-bit model does not drift.
     bfloat16, which numpy lacks, becomes fp32 with the same values at the graph's inputs and
     outputs.
     """
@@ -123,17 +145,37 @@ def round_every_op(model: onnx.ModelProto) -> None:
     )
     if half == TensorProto.BFLOAT16:
         _carry_ends_in_float32(model.graph)
-    nodes = [
-        made
-        for node in model.graph.node
-        for made in (
-            _computed_wide(node, half)
-            if not node.domain and node.op_type in _FLOAT_INPUTS
-            else [node]
-        )
-    ]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    float32: set[str] = set()  # tensors behind a cast to this type
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if _gives_float32(node, float32):
+            float32.update(node.output)
+        if node.op_type == "Transpose" and node.input[0] in constants:
+            constants.update(node.output)
+        if node.domain or node.op_type in _MOVES:
+            nodes.append(node)
+        elif node.op_type in _COMPUTES:
+            dtype = TensorProto.FLOAT if node.output[0] in float32 else half
+            nodes += _computed_wide(node, dtype, _precise(node, constants))
+        else:
+            raise ValueError(f"{node.name}: got {node.op_type}, for which no rounding is known")
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
+    from onnx import TensorProto
+
+    if node.op_type == "Cast":
+        return any(item.i == TensorProto.FLOAT for item in node.attribute if item.name == "to")
+    return not node.domain and any(name in float32 for name in node.input)
+
+
+def _precise(node: onnx.NodeProto, constants: set[str]) -> bool:
+    """Whether a node computes in fp64. The head does not: its table would take twice the memory."""
+    head = node.op_type == "MatMul" and node.input[1] in constants
+    return _COMPUTES[node.op_type].precise and not head
 
 
 def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:
@@ -159,17 +201,16 @@ def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:
         value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
-def _computed_wide(node: onnx.NodeProto, half: int) -> list[onnx.NodeProto]:
-    """The node between casts to a wide type and back; attention in its parts, since ONNX Runtime
-    has no fp64 kernel for it.
+def _computed_wide(node: onnx.NodeProto, dtype: int, precise: bool) -> list[onnx.NodeProto]:
+    """The node between casts to a wide type and back to its own; attention in its parts, since ONNX
+    Runtime has no fp64 kernel for it.
     """
     from onnx import TensorProto
 
-    inputs, precise = _FLOAT_INPUTS[node.op_type]
-    if half == TensorProto.FLOAT and not precise:
+    if dtype == TensorProto.FLOAT and not precise:
         return [node]
     casts, output = [], node.output[0]
-    for index in range(inputs):
+    for index in range(_COMPUTES[node.op_type].inputs):
         wide = f"{output}.input{index}"
         casts.append(
             _cast(node.input[index], wide, TensorProto.DOUBLE if precise else TensorProto.FLOAT)
@@ -179,7 +220,7 @@ def _computed_wide(node: onnx.NodeProto, half: int) -> list[onnx.NodeProto]:
     return [
         *casts,
         *(_attention_parts(node) if node.op_type == "Attention" else [node]),
-        _cast(node.output[0], output, half),
+        _cast(node.output[0], output, dtype),
     ]
 
 
