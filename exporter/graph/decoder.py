@@ -115,7 +115,7 @@ def _embedding(writer: GraphWriter) -> str:
     embedding = writer.quant.decoder.embedding
     table = writer.tensor(f"{embedding.name}.weight")
     rows = writer.node("Gather", [table, "input_ids"], embedding.name)
-    return rows if embedding.scale is None else writer.scaled(rows, embedding.scale)
+    return rows if embedding.scale is None else writer.scaled(rows, embedding.scale, writer.dtype)
 
 
 def _attention_masks(writer: GraphWriter) -> dict[int | None, str]:

@@ -187,11 +187,13 @@ def _activate(writer: GraphWriter, flow: Flow, step: Activate) -> str:
 
 
 def _add(writer: GraphWriter, flow: Flow, step: Add) -> str:
+    from onnx import TensorProto
+
     flow.sums += 1
     number = "" if flow.sums == 1 else f"{flow.sums}"
     last = flow.sums == len(flow.block.branches)
     output = layer_output(flow.block.index) if last else flow.block.name(f"residual{number}")
-    value = writer.scaled(flow.value, step.multiplier)
+    value = writer.scaled(flow.value, step.multiplier, TensorProto.FLOAT)
     flow.stream = writer.node("Add", [flow.stream, value], output)
     return flow.stream
 

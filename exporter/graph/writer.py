@@ -78,11 +78,18 @@ class GraphWriter:
             return source
         return self.node("Cast", [source], output, to=to)
 
-    def scaled(self, source: str, factor: float) -> str:
-        """`source` times a number, both of the model's type; no node where the number is 1."""
+    def scaled(self, source: str, factor: float, dtype: int) -> str:
+        """`source` times a number of a type, the model's or fp32, in which they are multiplied; no
+        node where the number is 1.
+        """
         if factor == 1:
             return source
-        return self.node("Mul", [source, self.number(factor, self.dtype)], f"{source}.scaled")
+        output = f"{source}.scaled"
+        if dtype == self.dtype:
+            return self.node("Mul", [source, self.number(factor, dtype)], output)
+        wide = self.cast(source, dtype, f"{source}.float32")
+        product = self.node("Mul", [wide, self.number(factor, dtype)], f"{source}.product")
+        return self.cast(product, self.dtype, output)
 
     def capped(self, source: str, scale: float, cap: float, prefix: str, output: str) -> str:
         """cap tanh(scale source / cap) of an fp32 tensor."""

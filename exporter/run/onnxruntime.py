@@ -30,8 +30,7 @@ class _Work(NamedTuple):
     precise: bool = False
 
 
-# Every standard op that the writer uses: those that compute, and those that only move data, compare
-# or count.
+# Every standard op that the writer uses: those that compute, and those that round nothing.
 _COMPUTES = {
     "Add": _Work(2),
     "Attention": _Work(3, precise=True),
@@ -45,10 +44,9 @@ _COMPUTES = {
     "Softmax": _Work(1, precise=True),
     "Tanh": _Work(1, precise=True),
 }
-_MOVES = frozenset(
-    "And Cast Concat Equal Gather GreaterOrEqual LessOrEqual Or Range Reshape Shape Split Squeeze "
-    "Sub Transpose Unsqueeze Where".split()
-)
+_MOVES = {"Cast", "Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_COUNTS = {"Range", "Shape", "Sub"}
+_COMPARES = {"And", "Equal", "GreaterOrEqual", "LessOrEqual", "Or", "Where"}
 
 
 def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
@@ -153,7 +151,7 @@ def round_every_op(model: onnx.ModelProto) -> None:
             float32.update(node.output)
         if node.op_type == "Transpose" and node.input[0] in constants:
             constants.update(node.output)
-        if node.domain or node.op_type in _MOVES:
+        if node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
             nodes.append(node)
         elif node.op_type in _COMPUTES:
             dtype = TensorProto.FLOAT if node.output[0] in float32 else half
