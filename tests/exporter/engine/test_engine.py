@@ -27,7 +27,6 @@ from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
 from plugins.errors import InputError, UserError
 from plugins.tools.build import build_library
-from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import export
 
 needs_rtx = pytest.mark.skipif(
@@ -191,8 +190,18 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
 
 @needs_rtx
 @pytest.mark.usefixtures("more_families")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Arcee", "float16"),
+        ("Gemma2", "float16"),
+        ("Gemma2", "bfloat16"),
+        ("Gemma2", "float32"),
+        ("Granite", "bfloat16"),
+        ("Olmo2", "float32"),
+        ("Qwen3", "float16"),
+    ],
+)
 def test_every_step_is_built(
     tiny_llama: Callable[..., Path], tmp_path: Path, name: str, dtype: str
 ) -> None:
