@@ -27,6 +27,7 @@ from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
 from plugins.errors import InputError, UserError
 from plugins.tools.build import build_library
+from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import export
 
 needs_rtx = pytest.mark.skipif(
@@ -212,6 +213,7 @@ def test_every_step_is_built(
     record, _ = build(folder)
     assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
     capped = name == "Gemma2"
+    assert record["decomposable_attention"] == (dtype == "float32" and not capped)
     assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if capped else 2)
     assert record["layers"].get("SOFTMAX", 0) == (2 if capped else 0)
 
