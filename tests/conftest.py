@@ -7,13 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MORE_FAMILIES = REPOSITORY / "tests" / "more_families"
 
 TINY_CONFIG: dict[str, Any] = {
     "hidden_size": 64,
@@ -109,6 +110,41 @@ def _make_model(
     for file in tokenizer.iterdir():
         shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def more_families() -> Iterator[dict[str, str]]:
+    """Makes the families in tests/more_families known to a module's tests; gives the environment
+    that does so for another process.
+    """
+    from calibration import families
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(MORE_FAMILIES)])
+        families._registry.cache_clear()
+        yield {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(MORE_FAMILIES)))}
+    families._registry.cache_clear()
+
+
+# Sizes beyond TINY_CONFIG's of tiny models of these families, small enough that caps, windows and
+# multipliers matter.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Arcee": {"mlp_bias": True},
+    "Gemma2": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 9,
+    },
+    "Granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.3,
+    },
+    "Olmo2": {},
+    "Qwen3": {"head_dim": 24, "tie_word_embeddings": False},
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
 """The model families, one declarative file each; the file name is the key.
 
-A folder calibration/families anywhere else on Python's path adds its files to these.
+A folder calibration/families without an __init__.py anywhere else on Python's path adds its files
+to these.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import cache
-from pkgutil import extend_path, iter_modules
+from pathlib import Path
+from pkgutil import iter_modules
 
 from calibration.families.decoder import Decoder, Family, UnsupportedError
 from plugins.errors import InputError
@@ -22,14 +25,25 @@ __all__ = [
     "family_of_architecture",
 ]
 
-__path__ = extend_path(__path__, __name__)
 _SHARED = ("decoder", "steps")  # what families are made of
 
 
 @cache
 def _registry() -> dict[str, Family]:
-    names = sorted(found.name for found in iter_modules(__path__) if found.name not in _SHARED)
+    here, *_ = __path__
+    others = (Path(entry, *__name__.split(".")) for entry in sys.path)
+    __path__[:] = [here, *(str(path) for path in others if _adds_files(path))]
+    names = sorted(found.name for found in iter_modules(__path__) if _is_family(found.name))
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
+
+
+def _adds_files(path: Path) -> bool:
+    return path.is_dir() and not (path / "__init__.py").exists()
+
+
+def _is_family(name: str) -> bool:
+    # pytest puts tests/ on the path, and there tests of families lie in a folder of this name.
+    return name not in _SHARED and not name.startswith("test_")
 
 
 def family_names() -> list[str]:

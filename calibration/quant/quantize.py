@@ -252,8 +252,8 @@ def _model_config(checkpoint: Checkpoint, tied: bool) -> dict[str, Any]:
         "bos_token_id",
         "eos_token_id",
     )
-    values = {name: getattr(config, name) for name in names}
-    values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
+    values = {name: getattr(config, name, None) for name in names}
+    values["head_dim"] = checkpoint.decoder.blocks[0].heads.head_dim
     untied = {} if tied else {"tie_word_embeddings": False}
     return (
         values

@@ -218,7 +218,7 @@ class EngineBuilder:
         from polygraphy.backend.trt import SetDecomposableAttentions
 
         inputs = (self.network.get_input(index) for index in range(self.network.num_inputs))
-        has_attention = hasattr(self.trt.LayerType, "ATTENTION_INPUT")  # from TensorRT 10.14 on
+        has_attention = self.layer_counts()["ATTENTION_INPUT"]  # from TensorRT 10.14 on
         if not has_attention or not any(tensor.dtype == self.trt.float32 for tensor in inputs):
             return False
         SetDecomposableAttentions((self.builder, self.network, self.parser))()

@@ -19,6 +19,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
 from exporter.graph.nodes import NodeFactory
@@ -26,6 +27,8 @@ from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
 from plugins.errors import InputError, UserError
 from plugins.tools.build import build_library
+from tests.conftest import FAMILIES
+from tests.exporter.graph_cases import export
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13"
@@ -98,6 +101,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from calibration.progress import JsonProgress
+from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, build_engine
 from plugins.errors import UserError
 folder, library, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -183,6 +187,35 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
     assert (
         layers[4]["REDUCE"] == layers[16]["REDUCE"] + 3 * 2
     )  # smallest, largest and NaN, of keys and values of each layer at once
+
+
+@needs_rtx
+@pytest.mark.usefixtures("more_families")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Arcee", "float16"),
+        ("Gemma2", "float16"),
+        ("Gemma2", "bfloat16"),
+        ("Gemma2", "float32"),
+        ("Granite", "bfloat16"),
+        ("Olmo2", "float32"),
+        ("Qwen3", "float16"),
+    ],
+)
+def test_every_step_is_built(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str, dtype: str
+) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    changes = {**FAMILIES[name], **(window if name == "Qwen3" else {})}
+    model = tiny_llama(architecture=name, **changes)
+    folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype=dtype), tmp_path)
+    record, _ = build(folder)
+    assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+    capped = name == "Gemma2"
+    assert record["decomposable_attention"] == (dtype == "float32" and not capped)
+    assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if capped else 2)
+    assert record["layers"].get("SOFTMAX", 0) == (2 if capped else 0)
 
 
 @needs_rtx

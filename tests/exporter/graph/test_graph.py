@@ -11,18 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
-from calibration.checkpoints.checkpoint import open_checkpoint
-from calibration.out.files import StageWriter
 from calibration.quant.bits import Rule, SchemeMap
 from calibration.quant.folder import read_quant
-from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
 from exporter.graph.decoder import DATA_FILE, MODEL_FILE, export_onnx, layer_output
 from exporter.run.sessions import OnnxSession
 from plugins.core.op_spec import is_custom
+from tests.exporter.graph_cases import Decoder, export, feeds
 
 SCHEMES = {
     "qqq": QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32"),
@@ -43,52 +40,6 @@ SCHEMES = {
         ),
     ),
 }
-
-
-def export(model: Path, scheme: QuantScheme | SchemeMap, out: Path) -> Path:
-    """Quantise and export; returns the onnx folder."""
-    with StageWriter(out, "quant") as writer:
-        quantize_model(
-            open_checkpoint(str(model), offline=True), scheme, QuantizeOptions(), writer.path
-        )
-    folder = out / "onnx"
-    folder.mkdir()
-    export_onnx(read_quant(out / "quant"), folder)
-    return folder
-
-
-def feeds(
-    ids: np.ndarray, past: dict[str, np.ndarray], mask: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """Inputs for new tokens after a cache."""
-    length = next(iter(past.values())).shape[2]
-    if mask is None:
-        mask = np.ones((len(ids), length + ids.shape[1]), np.int64)
-    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, length:]
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-
-
-class Decoder:
-    """ONNX Runtime on an export."""
-
-    def __init__(self, folder: Path) -> None:
-        self.session = onnxruntime.InferenceSession(str(folder / MODEL_FILE))
-        self.caches = [
-            value for value in self.session.get_inputs() if value.name.startswith("past")
-        ]
-
-    def empty(self, batch: int = 1) -> dict[str, np.ndarray]:
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        return {
-            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype[value.type])
-            for value in self.caches
-        }
-
-    def __call__(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        logits, *present = self.session.run(None, inputs)
-        return logits, {
-            value.name: array for value, array in zip(self.caches, present, strict=True)
-        }
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from exporter.run.onnxruntime import load_model, onnx_runner, round_every_op
+from exporter.run.onnxruntime import load_model, onnx_runner
+from exporter.run.rounding import round_every_op
 from plugins.errors import InputError
 
 
@@ -62,6 +63,13 @@ def test_float32_is_left_alone() -> None:
     before = model.SerializeToString()
     round_every_op(model)
     assert model.SerializeToString() == before
+
+
+def test_an_op_without_a_rule_is_refused() -> None:
+    model = chain(TensorProto.FLOAT16)
+    model.graph.node[0].op_type, model.graph.node[0].name = "Div", "odd"
+    with pytest.raises(ValueError, match="odd: got Div, for which no rounding is known"):
+        round_every_op(model)
 
 
 def test_marked_tensors_come_after_the_models_own(tiny_export: Callable[..., Path]) -> None:

@@ -1,0 +1,202 @@
+"""Rewrites a graph so that ONNX Runtime's CPU provider rounds where the graph says so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+__all__ = ["round_every_op"]
+
+
+class _Work(NamedTuple):
+    """How a standard op that computes is run.
+
+    Attributes:
+        inputs: how many of its inputs, from the first on, are floats to compute with.
+        precise: in fp64, because fp32 results differ between libraries; else in fp32, where
+            products and sums of two 16-bit numbers are as good as exact.
+    """
+
+    inputs: int
+    precise: bool = False
+
+
+# Every standard op that the writer uses: those that compute, and those that round nothing.
+_COMPUTES = {
+    "Add": _Work(2),
+    "Attention": _Work(3, precise=True),
+    "Gelu": _Work(1, precise=True),
+    "MatMul": _Work(2, precise=True),  # but for the head, see _precise
+    "Mul": _Work(2),
+    "RMSNormalization": _Work(2, precise=True),
+    "Relu": _Work(1),
+    "RotaryEmbedding": _Work(3),
+    "Sigmoid": _Work(1, precise=True),
+    "Softmax": _Work(1, precise=True),
+    "Tanh": _Work(1, precise=True),
+}
+_MOVES = {"Cast", "Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_COUNTS = {"Range", "Shape", "Sub"}
+_COMPARES = {"And", "Equal", "GreaterOrEqual", "LessOrEqual", "Or", "Where"}
+
+
+def round_every_op(model: onnx.ModelProto) -> None:
+    """Rewrite a graph so that ONNX Runtime's CPU provider rounds wherever the graph says so, and
+    nowhere else.
+
+    The provider has few fp16 and hardly any bfloat16 kernels. It casts around fp16 ops by itself
+    but then drops the casts between two of them, so a custom op sees an input that was never
+    rounded, and its activation codes differ from a real 16-bit run in about one of 2^(abits+2)
+    places. Here each standard op computes in fp32, or in fp64 where fp32 results differ between
+    libraries, and its result is rounded by a cast that stays, to the model's type, or to fp32
+    between the graph's own casts to fp32 and back: what the torch reference does too, so that the
+    two agree to the last bit nearly everywhere and a chaotic low-bit model does not drift.
+    bfloat16, which numpy lacks, becomes fp32 with the same values at the graph's inputs and
+    outputs.
+    """
+    from onnx import TensorProto
+
+    half = next(
+        value.type.tensor_type.elem_type
+        for value in model.graph.input
+        if value.name.startswith("past_key_values.")
+    )
+    if half == TensorProto.BFLOAT16:
+        _carry_ends_in_float32(model.graph)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    float32: set[str] = set()  # tensors behind a cast to this type
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if _gives_float32(node, float32):
+            float32.update(node.output)
+        if node.op_type == "Transpose" and node.input[0] in constants:
+            constants.update(node.output)
+        if node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
+            nodes.append(node)
+        elif node.op_type in _COMPUTES:
+            dtype = TensorProto.FLOAT if node.output[0] in float32 else half
+            nodes += _computed_wide(node, dtype, _precise(node, constants))
+        else:
+            raise ValueError(f"{node.name}: got {node.op_type}, for which no rounding is known")
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
+    from onnx import TensorProto
+
+    if node.op_type == "Cast":
+        return any(item.i == TensorProto.FLOAT for item in node.attribute if item.name == "to")
+    return not node.domain and any(name in float32 for name in node.input)
+
+
+def _precise(node: onnx.NodeProto, constants: set[str]) -> bool:
+    """Whether a node computes in fp64. The head does not: its table would take twice the memory."""
+    head = node.op_type == "MatMul" and node.input[1] in constants
+    return _COMPUTES[node.op_type].precise and not head
+
+
+def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:
+    from onnx import TensorProto
+
+    inputs = [
+        value for value in graph.input if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
+    ]
+    outputs = [value for value in graph.output if value.name != "logits"]
+    inside = {value.name: f"{value.name}.bfloat16" for value in (*inputs, *outputs)}
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [inside.get(name, name) for name in names]
+    nodes = [
+        *(_cast(value.name, inside[value.name], TensorProto.BFLOAT16) for value in inputs),
+        *graph.node,
+        *(_cast(inside[value.name], value.name, TensorProto.FLOAT) for value in outputs),
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    for value in (*inputs, *outputs):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def _computed_wide(node: onnx.NodeProto, dtype: int, precise: bool) -> list[onnx.NodeProto]:
+    """The node between casts to a wide type and back to its own; attention in its parts, since ONNX
+    Runtime has no fp64 kernel for it.
+    """
+    from onnx import TensorProto
+
+    if dtype == TensorProto.FLOAT and not precise:
+        return [node]
+    casts, output = [], node.output[0]
+    for index in range(_COMPUTES[node.op_type].inputs):
+        wide = f"{output}.input{index}"
+        casts.append(
+            _cast(node.input[index], wide, TensorProto.DOUBLE if precise else TensorProto.FLOAT)
+        )
+        node.input[index] = wide
+    node.output[0] = f"{output}.wide"
+    return [
+        *casts,
+        *(_attention_parts(node) if node.op_type == "Attention" else [node]),
+        _cast(node.output[0], output, dtype),
+    ]
+
+
+def _attention_parts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """softmax(scale Q K^T where the mask allows) V of Q [B, H, S, D], K and V [B, KV, T, D], mask
+    [B, 1, S, T], by query groups.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    query, key, value, mask = node.input
+    prefix, nodes = node.output[0], []
+    scale = next(item.f for item in node.attribute if item.name == "scale")
+
+    def add(op: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        nodes.append(
+            helper.make_node(
+                op, inputs, [f"{prefix}.{name}"], name=f"{prefix}.{name}", **attributes
+            )
+        )
+        return f"{prefix}.{name}"
+
+    def const(name: str, array: np.ndarray) -> str:
+        return add("Constant", [], name, value=numpy_helper.from_array(array))
+
+    heads = add("Shape", [key], "kv_heads", start=1, end=2)
+    size = add("Shape", [key], "head_dim", start=3, end=4)
+    minus_one, zero, two = (
+        const(f"int{index}", np.array([value], np.int64)) for index, value in enumerate((-1, 0, 2))
+    )
+    rows = add("Shape", [query], "rows", start=2, end=3)
+    grouped = add(
+        "Reshape",
+        [query, add("Concat", [zero, heads, minus_one, rows, size], "grouped_shape", axis=0)],
+        "grouped",
+    )
+    keys = add("Transpose", [add("Unsqueeze", [key, two], "key5")], "keys", perm=[0, 1, 2, 4, 3])
+    scores = add(
+        "Mul",
+        [add("MatMul", [grouped, keys], "products"), const("scale", np.array(scale, np.float64))],
+        "scores",
+    )
+    scores = add(
+        "Where",
+        [add("Unsqueeze", [mask, two], "mask5"), scores, const("never", np.array(-np.inf))],
+        "masked",
+    )
+    weights = add("Softmax", [scores], "weights", axis=-1)
+    context = add("MatMul", [weights, add("Unsqueeze", [value, two], "value5")], "context")
+    shape = add("Shape", [query], "shape")
+    nodes.append(helper.make_node("Reshape", [context, shape], [prefix], name=f"{prefix}.merge"))
+    return nodes
+
+
+def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
+    from onnx import helper
+
+    return helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to)

@@ -1,0 +1,307 @@
+"""Families that are one file each, exported and run in stock ONNX Runtime, against transformers with
+the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from calibration.families import steps
+from calibration.quant.folder import read_quant
+from calibration.quant.scheme import QuantScheme
+from exporter.graph.decoder import MODEL_FILE, export_onnx
+from exporter.graph.steps import ACTIVATIONS, WRITERS
+from exporter.run.onnxruntime import onnx_runner
+from exporter.run.sessions import OnnxSession
+from tests.conftest import FAMILIES
+from tests.exporter.graph_cases import Decoder, export, feeds
+
+pytestmark = pytest.mark.usefixtures("more_families")
+
+IDS = np.array([[5, 300, 17, 42, 99, 7, 256, 3, 444, 12, 13, 510, 8, 77, 21]], np.int64)
+TOLERANCE = 1e-4
+Exported = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """get(name, dtype="float32") -> (float model, onnx folder) of a tiny model in W8A16."""
+    cache: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def get(name: str, dtype: str = "float32") -> tuple[Path, Path]:
+        if (name, dtype) not in cache:
+            model = tiny_llama(architecture=name, **FAMILIES[name])
+            scheme = QuantScheme("ABQGemm", "rtn", 8, 16, dtype=dtype)
+            cache[name, dtype] = model, export(model, scheme, tmp_path_factory.mktemp(name))
+        return cache[name, dtype]
+
+    return get
+
+
+def reference(model: Path, folder: Path, **changes: Any) -> Any:
+    """The transformers model with the weights that the codes stand for."""
+    found = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager", **changes
+    ).eval()
+    quant = read_quant(folder.parent / "quant")
+    state = found.state_dict()
+    for name in quant.decoder.linears:
+        state[f"{name}.weight"].copy_(torch.from_numpy(quant.linear(name).dequantize()))
+    return found
+
+
+def logits_of(model: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Of one call without a cache."""
+    mask = np.ones_like(ids) if mask is None else mask
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    with torch.no_grad():
+        made = model(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions),
+            use_cache=False,
+        )
+    return np.asarray(made.logits.numpy())
+
+
+def test_every_step_and_activation_has_a_writer() -> None:
+    assert set(WRITERS) == set(get_args(steps.Step))
+    assert set(ACTIVATIONS) == set(steps.ACTIVATIONS.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill(exported: Exported, name: str) -> None:
+    model, folder = exported(name)
+    decoder = Decoder(folder)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    want = logits_of(reference(model, folder), IDS)
+    np.testing.assert_allclose(logits, want, atol=TOLERANCE, rtol=0)
+    assert want.std() > 0.1  # a difference of TOLERANCE is a small one
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_with_the_cache(exported: Exported, name: str) -> None:
+    model, folder = exported(name)
+    decoder = Decoder(folder)
+    logits, past = decoder(feeds(IDS[:, :4], decoder.empty()))
+    parts = [logits]
+    for columns in (slice(4, 5), slice(5, 6), slice(6, 11), *(slice(i, i + 1) for i in (11, 12))):
+        logits, past = decoder(feeds(IDS[:, columns], past))
+        parts.append(logits)
+    want = logits_of(reference(model, folder), IDS[:, :13])
+    np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_left_padded_batch(exported: Exported, name: str) -> None:
+    model, folder = exported(name)
+    decoder = Decoder(folder)
+    ids = np.random.default_rng(0).integers(0, 512, (3, 14))
+    mask = np.ones_like(ids)
+    mask[0, :5], mask[1, :9] = 0, 0
+    logits, past = decoder(feeds(ids, decoder.empty(3), mask))
+    new, wider = ids[:, ::7], np.concatenate([mask, np.ones((3, 2), np.int64)], 1)
+    more, past = decoder(feeds(new, past, wider))
+    want = logits_of(reference(model, folder), np.concatenate([ids, new], 1), wider)
+    seen = wider > 0
+    np.testing.assert_allclose(
+        np.concatenate([logits, more], 1)[seen], want[seen], atol=TOLERANCE, rtol=0
+    )
+    assert all(np.isfinite(array).all() for array in past.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Gemma2", {"sliding_window": 7}),
+        ("Gemma2", {"sliding_window": 5}),
+        ("Gemma2", {"attn_logit_softcapping": None}),
+        ("Gemma2", {"final_logit_softcapping": None}),
+        ("Gemma2", {"query_pre_attn_scalar": 10}),
+        ("Gemma2", {"hidden_activation": "silu"}),
+        ("Granite", {"residual_multiplier": 0.23}),
+        ("Granite", {"embedding_multiplier": 12.5}),
+        ("Granite", {"attention_multiplier": 0.25}),
+        ("Arcee", {"hidden_act": "silu"}),
+    ],
+)
+def test_these_tests_would_notice(exported: Exported, name: str, changes: dict[str, Any]) -> None:
+    model, folder = exported(name)
+    right, wrong = (logits_of(reference(model, folder, **which), IDS) for which in ({}, changes))
+    assert np.abs(right - wrong).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("fuse_norms", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_structure(exported: Exported, name: str, fuse_norms: bool, tmp_path: Path) -> None:
+    _, folder = exported(name)
+    quant = read_quant(folder.parent / "quant")
+    export_onnx(quant, tmp_path, fuse_norms=fuse_norms)
+    onnx.checker.check_model(str(tmp_path / MODEL_FILE), full_check=True)
+    graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
+    outputs = [output for node in graph.node for output in node.output]
+    assert len(outputs) == len(set(outputs))
+    norms = [node.input[1] for node in graph.node if node.op_type == "RMSNormalization"]
+    fused = {
+        block.name(site.norm.gain)
+        for block in quant.decoder.blocks
+        for site in block.sites.values()
+        if site.norm
+    }
+    gains = [
+        *(block.name(norm.gain) for block in quant.decoder.blocks for norm in block.norms),
+        quant.decoder.head.norm.gain,
+    ]
+    assert sorted(norms) == sorted(set(gains) - fused if fuse_norms else gains)
+    tensors = [tensor.name for tensor in graph.initializer]
+    assert sorted(gains) == sorted(set(gains) & set(tensors)) and len(tensors) == len(set(tensors))
+    read = {name for node in graph.node for name in node.input}
+    made = {value.name for value in graph.output}
+    assert set(tensors) <= read and set(outputs) - read <= made  # nothing is there for nothing
+
+
+def test_one_mask_for_each_window(exported: Exported) -> None:
+    graph = onnx.load(exported("Gemma2")[1] / MODEL_FILE, load_external_data=False).graph
+    masks = [node.input[0] for node in graph.node if node.op_type == "Where"]
+    assert masks == ["mask.window6", "mask"]
+    plain = onnx.load(exported("Qwen3")[1] / MODEL_FILE, load_external_data=False).graph
+    names = [node.name for node in plain.node if node.name.startswith("mask")]
+    assert [node.name for node in graph.node if node.name in names] == names
+    assert not any("window" in name for name in names)
+
+
+def test_a_window_without_a_softcap_is_an_attention_node(
+    exported: Exported, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    sizes = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    model = tiny_llama(architecture="Qwen3", **FAMILIES["Qwen3"], **sizes)
+    folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype="float32"), tmp_path)
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    masks = [node.input[3] for node in graph.node if node.op_type == "Attention"]
+    assert masks == ["mask", "mask.window5"]
+    decoder = Decoder(folder)
+    logits, past = decoder(feeds(IDS[:, :8], decoder.empty()))
+    more, _ = decoder(feeds(IDS[:, 8:], past))
+    want = logits_of(reference(model, folder), IDS)
+    np.testing.assert_allclose(np.concatenate([logits, more], 1), want, atol=TOLERANCE, rtol=0)
+    other = logits_of(reference(model, folder, sliding_window=6), IDS)
+    assert np.abs(want - other).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 10), ("bfloat16", 7)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sixteen_bits_stay_near(exported: Exported, name: str, dtype: str, bits: int) -> None:
+    model, folder = exported(name, dtype)
+    with OnnxSession(folder, read_quant(folder.parent / "quant").config) as session:
+        logits = session.run(IDS)
+    want = logits_of(reference(model, folder), IDS)
+    error = np.linalg.norm(logits - want) / np.linalg.norm(want)
+    assert 0 < error < 16 * 2.0**-bits
+
+
+# ---------------------------------------------------------------- where 16-bit graphs round
+
+
+def watched(folder: Path, *names: str) -> dict[str, Tensor]:
+    """Inner tensors, and the model's outputs, of one call, as fp32."""
+    runner = onnx_runner(folder, names)
+    with runner:
+        inputs = runner.get_input_metadata()
+        past = {
+            name: np.zeros((1, meta.shape[1], 0, meta.shape[3]), meta.dtype)
+            for name, meta in inputs.items()
+            if name.startswith("past")
+        }
+        found = runner.infer(feeds(IDS, past), check_inputs=False)
+        return {name: torch.from_numpy(np.array(found[name], np.float32)) for name in found}
+
+
+def fp32(x: Tensor) -> Tensor:
+    """Rounded to fp32, to go on in fp64."""
+    return x.float().double()
+
+
+SIXTEEN = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+@SIXTEEN
+def test_capped_attention_rounds_scores_weights_and_context(exported: Exported, dtype: str) -> None:
+    _, folder = exported("Gemma2", dtype)
+    module = "model.layers.0.self_attn"
+    names = [f"{module}.{end}" for end in ("query", "scores_heads", "weights", "context_heads")]
+    found = watched(folder, *names)
+    query, scores, weights, context = (found[name].double() for name in names)
+    key, value = (
+        found[f"present.0.{kind}"].double().repeat_interleave(2, 1) for kind in ("key", "value")
+    )
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.float().to(getattr(torch, dtype)).double()
+
+    assert torch.equal(scores, rounded(query @ key.transpose(2, 3)))
+    ratio, cap = (fp32(torch.tensor(number, dtype=torch.float64)) for number in (9**-0.5 / 2, 2.0))
+    capped = fp32(fp32(torch.tanh(fp32(scores * ratio))) * cap)
+    positions = torch.arange(IDS.shape[1])
+    far = positions[:, None] - positions
+    capped = capped.masked_fill((far < 0) | (far >= 6), -torch.inf)
+    assert torch.equal(weights, rounded(fp32(capped.softmax(-1))))
+    assert torch.equal(context, rounded(weights @ value))
+
+
+@SIXTEEN
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [("Gemma2", ("gate", "gelu")), ("Arcee", ("up_proj.output", "relu2"))],
+)
+def test_activations_round_once(
+    exported: Exported, name: str, nodes: tuple[str, str], dtype: str
+) -> None:
+    before, after = (f"model.layers.0.mlp.{node}" for node in nodes)
+    found = watched(exported(name, dtype)[1], before, after)
+    x = found[before].double()
+    exact = F.gelu(x, approximate="tanh") if name == "Gemma2" else F.relu(x).square()
+    want = exact.float().to(getattr(torch, dtype))
+    assert torch.equal(found[after], want.float())
+
+
+@SIXTEEN
+def test_a_multiplier_is_fp32_and_the_sum_rounds(exported: Exported, dtype: str) -> None:
+    layer, kind = "model.layers.0", getattr(torch, dtype)
+    names = ("mlp.down_proj.output", "mlp.down_proj.output.scaled", "residual", "output")
+    found = watched(exported("Granite", dtype)[1], *(f"{layer}.{name}" for name in names))
+    value, scaled, before, after = (found[f"{layer}.{name}"] for name in names)
+    assert torch.equal(scaled, (value * 0.22).to(kind).float())
+    assert torch.equal(after, (before + scaled).to(kind).float())
+
+
+@SIXTEEN
+def test_an_embeddings_scale_is_of_the_models_type(exported: Exported, dtype: str) -> None:
+    _, folder = exported("Granite", dtype)
+    rows = "model.embed_tokens"
+    found = watched(folder, rows, f"{rows}.scaled")
+    constants = onnx.load(folder / MODEL_FILE, load_external_data=False).graph.initializer
+    numbers = [constant for constant in constants if constant.name == f"number.{dtype}.12.3"]
+    assert len(numbers) == 1
+    scale = torch.tensor(12.3).to(getattr(torch, dtype)).float()
+    want = (found[rows] * scale).to(getattr(torch, dtype)).float()
+    assert torch.equal(found[f"{rows}.scaled"], want)
+
+
+@SIXTEEN
+def test_capped_logits_are_fp32(exported: Exported, dtype: str) -> None:
+    found = watched(exported("Gemma2", dtype)[1], "lm_head")
+    inner = fp32(found["lm_head"].double() * fp32(torch.tensor(1 / 3, dtype=torch.float64)))
+    want = fp32(fp32(torch.tanh(inner)) * 3.0)
+    torch.testing.assert_close(found["logits"].double(), want, rtol=0, atol=0)
+    kept = found["logits"].to(getattr(torch, dtype)).float()
+    assert not torch.equal(found["logits"], kept)

@@ -1,0 +1,84 @@
+"""Gemma 2: gains stored as gain - 1, norms on both sides of attention and MLP, a scaled embedding,
+softcaps, and a window in every other layer.
+"""
+
+from __future__ import annotations
+
+from calibration.families.decoder import Config, Embedding, Family, Head, UnsupportedError
+from calibration.families.steps import (
+    Add,
+    Attend,
+    Gate,
+    Linear,
+    Linears,
+    Norm,
+    Rope,
+    Step,
+)
+
+__all__ = ["FAMILY"]
+
+
+def norm(name: str, config: Config) -> Norm:
+    """A norm of the residual stream's width."""
+    return Norm(name, config.hidden, config.epsilon, offset=1.0)
+
+
+def block(config: Config, index: int) -> tuple[Step, ...]:
+    """The steps of a layer."""
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedError("got use_bidirectional_attention true, expected causal attention")
+    hidden, width, heads = config.hidden, config.intermediate, config.heads
+    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
+    bias = bool(config.get("attention_bias"))
+    slides = config.values["layer_types"][index] == "sliding_attention"
+    return (
+        norm("input_layernorm", config),
+        Linears(
+            "self_attn.qkv_proj",
+            (
+                Linear("self_attn.q_proj", q, hidden, bias),
+                Linear("self_attn.k_proj", kv, hidden, bias),
+                Linear("self_attn.v_proj", kv, hidden, bias),
+            ),
+        ),
+        heads,
+        Rope(),
+        Attend(
+            float(config.values["query_pre_attn_scalar"]) ** -0.5,
+            window=config.get("sliding_window") if slides else None,
+            softcap=config.get("attn_logit_softcapping"),
+        ),
+        Linears("self_attn.o_proj", (Linear("self_attn.o_proj", hidden, q, bias),)),
+        norm("post_attention_layernorm", config),
+        Add(),
+        norm("pre_feedforward_layernorm", config),
+        Linears(
+            "mlp.gate_up_proj",
+            (
+                Linear("mlp.gate_proj", width, hidden),
+                Linear("mlp.up_proj", width, hidden),
+            ),
+        ),
+        Gate(config.activation),
+        Linears("mlp.down_proj", (Linear("mlp.down_proj", hidden, width),)),
+        norm("post_feedforward_layernorm", config),
+        Add(),
+    )
+
+
+def embedding(config: Config) -> Embedding:
+    """Rows times the root of their width."""
+    return Embedding(scale=config.hidden**0.5)
+
+
+def head(config: Config) -> Head:
+    """With a softcap."""
+    return Head(
+        norm("model.norm", config),
+        tied=bool(config.get("tie_word_embeddings")),
+        softcap=config.get("final_logit_softcapping"),
+    )
+
+
+FAMILY = Family("gemma2", "Gemma2ForCausalLM", "gemma2", block, embedding=embedding, head=head)
