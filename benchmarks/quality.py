@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.reference.model import Reference
 
 __all__ = ["FLOAT", "Quality", "main", "open_models", "score", "table"]
 
@@ -92,8 +93,8 @@ class Quality:
         }
 
 
-def score(models: dict[str, Any], windows: ndarray) -> dict[str, Quality]:
-    """Compare transformers models over token windows.
+def score(models: dict[str, Reference], windows: ndarray) -> dict[str, Quality]:
+    """Compare models over token windows.
 
     Args:
         models: by name; the first is the float model.
@@ -108,15 +109,12 @@ def score(models: dict[str, Any], windows: ndarray) -> dict[str, Quality]:
     with torch.no_grad():  # inference tensors have no version, which ActivationQuantizer looks at
         for window in torch.from_numpy(windows):
             inputs, targets = window[None, :-1], window[1:]
-            hidden = {
-                name: model.model(inputs, use_cache=False).last_hidden_state[0]
-                for name, model in models.items()
-            }
+            hidden = {name: model.hidden(inputs)[0] for name, model in models.items()}
             for start in range(0, len(targets), CHUNK):
                 piece = slice(start, start + CHUNK)
                 reference: Tensor | None = None
                 for name, model in models.items():
-                    log_probabilities = model.lm_head(hidden[name][piece]).double().log_softmax(-1)
+                    log_probabilities = model.head(hidden[name][piece]).double().log_softmax(-1)
                     reference = log_probabilities if reference is None else reference
                     totals[name].add(reference, log_probabilities, targets[piece])
     return totals
@@ -124,7 +122,7 @@ def score(models: dict[str, Any], windows: ndarray) -> dict[str, Quality]:
 
 def open_models(
     checkpoint: Checkpoint, outs: Sequence[Path], folders: Sequence[Path]
-) -> dict[str, Any]:
+) -> dict[str, Reference]:
     """The float model, then the quantised ones under their folders' names, all with fp32
     arithmetic.
 
@@ -132,9 +130,9 @@ def open_models(
         InputError: a folder cannot be read, has another vocabulary, or two have one name.
     """
     from calibration.quant.folder import read_quant
-    from calibration.reference.model import float_model, quantised_model
+    from calibration.reference.model import FloatReference, float_model, quantised_model
 
-    models = {FLOAT: float_model(checkpoint)}
+    models: dict[str, Reference] = {FLOAT: FloatReference(float_model(checkpoint))}
     for path in (*outs, *folders):
         name = path.resolve().name
         if name in models:
@@ -144,11 +142,11 @@ def open_models(
                 "Rename the folder",
             )
         models[name] = model = (
-            _hf_model(path)
+            FloatReference(_hf_model(path))
             if path in folders
             else quantised_model(read_quant(path / "quant"), round_activations=False)
         )
-        got, expected = model.config.vocab_size, checkpoint.config.vocab_size
+        got, expected = model.vocab, checkpoint.config.vocab_size
         if got != expected:
             raise InputError(
                 str(path),

@@ -63,9 +63,17 @@ class Reference(Protocol):
 
     Attributes:
         context: most tokens of a sequence.
+        vocab: rows of its head.
     """
 
     context: int
+    vocab: int
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """What the head reads, [B, S, hidden], of new sequences int64 [B, S]."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of some of it, [..., hidden] -> [..., vocab]."""
 
     def __call__(
         self,
@@ -123,6 +131,18 @@ class FloatReference:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.context = int(model.config.max_position_embeddings)
+        self.vocab = int(model.config.vocab_size)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """What the head reads, see Reference."""
+        states: Tensor = self.model.model(input_ids, use_cache=False).last_hidden_state
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See Reference."""
+        logits: Tensor = self.model.lm_head(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(
@@ -205,11 +225,12 @@ class QuantReference:
 
     Attributes:
         context: most tokens of a sequence.
+        vocab: rows of its head.
         linears: by their full names.
     """
 
     def __init__(self, quant: QuantModel, round_activations: bool) -> None:
-        self.decoder = quant.decoder
+        self.decoder, self.vocab = quant.decoder, quant.decoder.vocab
         self.context = int(quant.config["max_position_embeddings"])
         self._dtype = quant.scheme.dtype if round_activations else "float32"
         self._arithmetic = Rounded(self._dtype) if round_activations else Plain()
@@ -254,13 +275,39 @@ class QuantReference:
         Args:
             tap: sees, and may change, what runs through.
         """
+        x, layers, kept = self._run(input_ids, attention_mask, position_ids, cache, tap)
+        return Computed(self.head(self._normed(x)), tuple(layers), kept)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """What the head reads, see Reference."""
+        return self._normed(self._run(input_ids)[0])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See Reference."""
+        logits = self._arithmetic.round(F.linear(hidden, self._head))
+        cap = self.decoder.head.softcap
+        return logits if cap is None else self._arithmetic.softcap(logits, cap)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self._arithmetic.norm(x, self.decoder.head.norm, self._gain)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The residual stream behind the last block, those behind all blocks, and the cache."""
         past = 0 if cache is None else cache[0][0].shape[2]
         total = past + input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, total).expand_as(input_ids)
         masks = _Masks(attention_mask, past, total)
-        rope, layers, kept = self._rope(position_ids), [], []
-        x = self._embedded(input_ids)
+        rope, x = self._rope(position_ids), self._embedded(input_ids)
+        layers, kept = list[Tensor](), list[tuple[Tensor, Tensor]]()
         for block in self.decoder.blocks:
             new: list[tuple[Tensor, Tensor]] = []
             context = Context(
@@ -276,21 +323,13 @@ class QuantReference:
             layers.append(x)
             x = x if tap is None else tap("layer", str(block.index), x)
             kept += new
-        return Computed(self._logits(x), tuple(layers), kept)
+        return x, layers, kept
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         rows, scale = self._table[input_ids], self.decoder.embedding.scale
         if scale is None:
             return rows
         return self._arithmetic.round(rows * self._arithmetic.round(torch.tensor(scale)))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        head = self.decoder.head
-        normed = self._arithmetic.norm(x, head.norm, self._gain)
-        logits = self._arithmetic.round(F.linear(normed, self._head))
-        if head.softcap is None:
-            return logits
-        return (torch.tanh(logits.double() / head.softcap) * head.softcap).float()
 
     def _rope(self, position_ids: Tensor) -> Rope:
         angles = (position_ids[:, None, :, None].float() * self._inv_freq).double()

@@ -146,12 +146,12 @@ class Plain:
             return F.scaled_dot_product_attention(
                 query, key, value, mask, is_causal=mask is None, scale=scale
             )
-        scores = _cap(query @ key.transpose(-1, -2) * step.scale, step.softcap)
+        scores = self.softcap(query @ key.transpose(-1, -2), step.softcap, step.scale)
         return _masked(scores, step, mask).softmax(-1) @ value
 
-    def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """c tanh(x / c) of the logits."""
-        return _cap(x, cap)
+    def softcap(self, x: Tensor, cap: float, scale: float = 1.0) -> Tensor:
+        """cap tanh(scale x / cap)."""
+        return _cap(x * scale, cap)
 
 
 class Rounded(Plain):
@@ -189,8 +189,8 @@ class Rounded(Plain):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, step: Attend, mask: Tensor | None
     ) -> Tensor:
-        """In fp64, the scale as the ONNX attribute holds it, and rounded once; with a softcap each
-        node of the chain is rounded.
+        """In fp64, the scale as the ONNX attribute holds it, and rounded once; with a softcap scores
+        and weights are rounded too, and what is between them is fp32.
         """
         query, key, value = (x.double() for x in (query, key, value))
         scale = float(np.float32(step.scale))
@@ -199,15 +199,15 @@ class Rounded(Plain):
                 query, key, value, mask, is_causal=mask is None, scale=scale
             )
             return self.round(context)
-        scores = self.round(self.round(query @ key.transpose(-1, -2)) * scale)
-        scores = self.softcap(scores, step.softcap)
+        scores = self.round(query @ key.transpose(-1, -2))
+        scores = self.softcap(scores, step.softcap, step.scale)
         weights = self.round(_masked(scores.double(), step, mask).softmax(-1))
         return self.round(weights.double() @ value)
 
-    def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """Div, Tanh and Mul, each rounded."""
-        inner = self.round(torch.tanh(self.round(x.double() / cap).double()))
-        return self.round(inner * cap)
+    def softcap(self, x: Tensor, cap: float, scale: float = 1.0) -> Tensor:
+        """Mul, Tanh and Mul, each rounded to fp32 whatever the model's type is."""
+        inner = torch.tanh((x.float() * np.float32(scale / cap)).double()).float()
+        return inner * np.float32(cap)
 
 
 PLAIN = Plain()

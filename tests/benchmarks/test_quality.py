@@ -18,7 +18,7 @@ from benchmarks import quality
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.data import default_text
 from calibration.quant.folder import read_quant
-from calibration.reference.model import float_model, quantised_model
+from calibration.reference.model import FloatReference, float_model, quantised_model
 from plugins.errors import CheckError, InputError
 
 
@@ -101,7 +101,7 @@ def test_score_is_what_whole_logits_give(
     monkeypatch.setattr(quality, "CHUNK", 7)  # 19 predictions: two whole pieces and a rest
     windows = np.random.default_rng(0).integers(0, 512, (2, 20))
     models = {
-        "float": float_model(open_checkpoint(str(tiny_model_dir), offline=True)),
+        "float": FloatReference(float_model(open_checkpoint(str(tiny_model_dir), offline=True))),
         "w3a8": quantised_model(read_quant(tiny_quant(3, 8) / "quant"), round_activations=False),
     }
     totals = quality.score(models, windows)

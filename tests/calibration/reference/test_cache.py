@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from calibration.blocks.forward import float_linear
 from calibration.blocks.walk import Streams, WalkBlock, site_weight, walk
@@ -37,7 +36,8 @@ from plugins.core.activation import quantize_activation
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 from tests.calibration.block_cases import block_task, calibrate_tiny
-from tests.calibration.llama import (
+from tests.calibration.llama import 
+from calibration.reference.steps import cached_heads
     INPUT_NORM,
     POST_NORM,
     QKV,
@@ -171,14 +171,14 @@ def _reference(quant_folder: Path, **options: Any) -> tuple[Any, list[Tensor], l
     model = quantised_model(read_quant(quant_folder / "quant"), **options)
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.self_attn.cache_quantizer.register_forward_pre_hook(
-            lambda module, pair: (
-                keys.append(pair[0].clone()),
-                values.append(pair[1].clone()),
-                None,
-            )[-1]
-        )
+    quantize = model._quantize
+
+    def watched(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys.append(key.clone())
+        values.append(value.clone())
+        return quantize(key, value)
+
+    model._quantize = watched  # type: ignore[assignment]
     return model, keys, values
 
 
@@ -188,15 +188,13 @@ def test_the_references_cache_holds_what_attention_reads(
     tiny_quant: Callable[..., Path], bits: int, rounded: bool
 ) -> None:
     model, keys, values = _reference(tiny_quant(kv_bits=bits), round_activations=rounded)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(IDS[:, :20], past_key_values=cache)
-        for column in range(20, 24):
-            model(IDS[:, column : column + 1], past_key_values=cache)
+    cache = model(IDS[:, :20]).cache
+    for column in range(20, 24):
+        cache = model(IDS[:, column : column + 1], cache=cache).cache
     dtype = "float16" if rounded else "float32"
     assert len(keys) == 2 * 5
-    for index, layer in enumerate(cache.layers):
-        for stored, parts in ((layer.keys, keys), (layer.values, values)):
+    for index, layer in enumerate(cache):
+        for stored, parts in zip(layer, (keys, values), strict=True):
             whole = torch.cat(
                 parts[index::2], -2
             )  # each token once: what is in the cache is not quantised again
@@ -214,11 +212,9 @@ def test_decoding_with_the_cache_equals_one_pass(
         tiny_quant(8, 16, kv_bits=4, dtype="float32"), round_activations=rounded
     )
     plain = quantised_model(read_quant(tiny_quant(8, 16, dtype="float32") / "quant"), rounded)
-    with torch.no_grad():
-        whole, other = model(IDS).logits, plain(IDS).logits
-        cache = model(IDS[:, :20], use_cache=True).past_key_values
-        rest = model(IDS[:, 20:], past_key_values=cache).logits
-        torch.testing.assert_close(model(IDS, use_cache=False).logits, whole)
+    whole, other = model(IDS).logits, plain(IDS).logits
+    rest = model(IDS[:, 20:], cache=model(IDS[:, :20]).cache).logits
+    torch.testing.assert_close(model(IDS, torch.ones_like(IDS)).logits, whole)
     torch.testing.assert_close(rest, whole[:, 20:], rtol=1e-4, atol=1e-4)
     assert (whole - other).norm() > 0.02 * other.norm()
 
@@ -278,11 +274,11 @@ def test_the_walk_quantises_what_the_quantised_model_caches_and_nothing_of_the_f
     assert all(torch.equal(ends[16].real[index], ends[4].real[index]) for index in range(4))
     assert all((ends[16].quant[index] - ends[4].quant[index]).norm() > 1e-3 for index in range(4))
     qkv = float_linear(task.weights, task.block)(
-        QKV, rms_norm(ends[4].quant[0][None], task.weights[f"{INPUT_NORM}.weight"], 1e-5)
+        QKV, rms_norm(ends[4].quant[0][None], task.weights[f"{INPUT_NORM}.weight"])
     )
     query, key, value = heads_from_qkv(qkv, task.block, task.rope)
     found, expected = (
-        cached_heads(4)(qkv, task.block, task.rope),
+        cached_heads(4)(query, key, value),
         (query, quantize_cache(key, 4), quantize_cache(value, 4)),
     )
     assert all(torch.equal(part, whole) for part, whole in zip(found, expected, strict=True))

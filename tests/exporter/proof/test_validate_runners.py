@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from calibration.quant.folder import read_quant
 from calibration.reference.model import quantised_model
@@ -21,7 +22,7 @@ FEED = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
 
 def test_gemm_nodes_follow_the_family(tiny_export: Callable[..., Path]) -> None:
     out = tiny_export()
-    nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
+    nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").decoder)
     assert len(nodes) == 8
     assert (nodes[0].name, nodes[0].source) == (
         "model.layers.0.self_attn.qkv_proj",
@@ -38,12 +39,12 @@ def test_gemm_nodes_follow_the_family(tiny_export: Callable[..., Path]) -> None:
         "model.layers.1.post_attention_layernorm",
         "",
     ]
-    assert nodes[6].members == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+    assert nodes[6].site.linears.names == ("mlp.gate_proj", "mlp.up_proj")
 
 
 def test_gemm_nodes_may_have_their_norms_apart(tiny_export: Callable[..., Path]) -> None:
     out = tiny_export(fuse_norms=False)
-    nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
+    nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").decoder)
     assert (nodes[0].source, nodes[6].source) == (
         "model.layers.0.input_layernorm",
         "model.layers.1.post_attention_layernorm",
@@ -69,39 +70,25 @@ def test_lockstep_takes_the_leaders_tensors(
     not travel on.
     """
     out = tiny_export(fuse_norms=fuse_norms)
-    model = quantised_model(read_quant(out / "quant"))
-    nodes = gemm_nodes(load_model(out / "onnx"), read_quant(out / "quant").family, 2)
-    seen: dict[str, Any] = {}
-    hooks = []
-    for node in nodes:
-        first = model.get_submodule(node.norm or node.members[0])
-        hooks.append(
-            first.register_forward_pre_hook(
-                lambda module, args, name=node.source: seen.__setitem__(
-                    name, args[0].numpy().copy()
-                )
-            )
-        )
-        for member in node.members:
-            hooks.append(
-                model.get_submodule(member).register_forward_hook(
-                    lambda module, args, output, name=node.result: seen.setdefault(name, []).append(
-                        output.numpy().copy()
-                    )
-                )
-            )
+    quant = read_quant(out / "quant")
+    model, nodes = quantised_model(quant), gemm_nodes(load_model(out / "onnx"), quant.decoder)
+    places = {
+        ("norm" if node.norm else "input", node.norm or node.name): node.source for node in nodes
+    }
+    places |= {("output", node.name): node.result for node in nodes}
+    tensors: dict[str, np.ndarray] = {}
+
+    def keep(kind: str, name: str, value: Any) -> Any:
+        if (kind, name) in places:
+            tensors[places[kind, name]] = value.numpy().copy()
+        return value
+
+    ids = torch.from_numpy(IDS)
+    model(ids, torch.ones_like(ids), tap=keep)
     with SessionRunner("leader", lambda: TorchSession(model, watch_layers=True)) as leader:
         own = leader.infer(FEED)
-        for hook in hooks:
-            hook.remove()
-        tensors = {
-            name: np.concatenate(value, -1) if isinstance(value, list) else value
-            for name, value in seen.items()
-        }
         leader.outputs = {**own, **tensors}
-        with LockstepRunner(
-            "lockstep", lambda: TorchSession(model, watch_layers=True), leader, nodes
-        ) as lockstep:
+        with LockstepRunner("lockstep", model, leader, nodes) as lockstep:
             same = lockstep.infer(FEED)
             for name, array in tensors.items():
                 np.testing.assert_array_equal(same[name], array)
@@ -117,4 +104,3 @@ def test_lockstep_takes_the_leaders_tensors(
         found[nodes[2].result], tensors[nodes[2].result]
     )  # and the next node the leader's input again
     np.testing.assert_array_equal(found["logits"], own["logits"])
-    assert not any(module._forward_hooks for module in (model.get_submodule(nodes[0].members[0]),))

@@ -1,0 +1,13 @@
+"""The two definitions of a decoder's steps know the same ones."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from calibration.families.steps import Step
+from calibration.reference.steps import STEPS
+from exporter.graph.steps import WRITERS
+
+
+def test_every_step_is_defined_for_torch_and_for_onnx() -> None:
+    assert set(STEPS) == set(WRITERS) == set(get_args(Step))
