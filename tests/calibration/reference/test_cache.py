@@ -30,22 +30,14 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.fake_quant import quantize_cache, round_to
 from calibration.reference.model import quantised_model
+from calibration.reference.steps import cached_heads
 from calibration.solvers.grid import search_grid
 from calibration.transforms.smoothing import adaptive_scales
 from plugins.core.activation import quantize_activation
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 from tests.calibration.block_cases import block_task, calibrate_tiny
-from tests.calibration.llama import 
-from calibration.reference.steps import cached_heads
-    INPUT_NORM,
-    POST_NORM,
-    QKV,
-    attend,
-    cached_heads,
-    heads_from_qkv,
-    rms_norm,
-)
+from tests.calibration.llama import INPUT_NORM, POST_NORM, QKV, attend, heads_from_qkv, rms_norm
 
 W4A8 = QuantScheme("ABQGemm", "abq", 4, 8)
 IDS = torch.arange(48).reshape(2, 24) * 7 % 512
