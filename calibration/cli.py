@@ -7,10 +7,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibration import formats
 from calibration.checkpoints.sources import ALIASES, model_slug
-from calibration.methods import method_names
+from calibration.methods import PLAIN_METHOD, method_names
 from calibration.quant.bits import SchemeMap, read_bits_file
 from calibration.quant.scheme import (
     FLOAT_BITS,
@@ -18,12 +19,16 @@ from calibration.quant.scheme import (
     QuantScheme,
     check_abits,
     check_kv_bits,
-    parse_wbits,
     scheme_for,
 )
 from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
+from plugins import op_spec, ranked_ops
 from plugins.cli import number, whole_number
+from plugins.core.code_sets import parse_code_set, set_choices
 from plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from plugins.core.op_spec import OpSpec
 
 __all__ = [
     "add_quant_arguments",
@@ -34,8 +39,7 @@ __all__ = [
     "settings_from_args",
 ]
 
-_LAYOUTS = {"qqq": "QQQGemm", "abq": "ABQGemm"}
-_METHODS = {op: method for method, op in _LAYOUTS.items()}
+AUTO = "auto"  # the method that the op was made for
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +54,7 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         "--wbits",
         required=True,
         metavar="W",
-        help="weight bits 1 to 8; 2b (or '2*') for 5 levels, 1b for 3 levels",
+        help=f"weight bits: {set_choices()}; in a shell write b for *, such as 2b",
     )
     add(
         "--abits",
@@ -61,9 +65,9 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        default="auto",
-        choices=sorted({"auto", *_LAYOUTS, *method_names()}),
-        help="auto: qqq for W4A8, else abq",
+        default=AUTO,
+        choices=sorted({AUTO, *method_names()}),
+        help="auto: the method of the op that takes these bits, qqq for W4A8, else abq",
     )
     add(
         "--group-size",
@@ -82,7 +86,7 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--act-quant",
         choices=("sym", "asym"),
-        help="activation codes; default: sym for qqq, asym for abq",
+        help="activation codes; default: of the op, sym for qqq, asym for abq",
     )
     mixed = parser.add_mutually_exclusive_group()
     mixed.add_argument(
@@ -171,41 +175,30 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
     Raises:
         InputError: bits out of range, or a combination that does not exist.
     """
-    wbits, balanced = parse_wbits(args.wbits)
-    bits = Bits(wbits, balanced, check_abits(args.abits), args.group_size)
+    bits = Bits(parse_code_set(args.wbits), check_abits(args.abits), args.group_size)
     if bits.group_size < 0:
         raise InputError(
             "--group-size",
             f"got {bits.group_size}, expected 0 or a positive number",
             "Use 0 for one scale per output channel",
         )
-    symmetric = None if args.act_quant is None else args.act_quant == "sym"
     scheme = scheme_for(
-        bits, _LAYOUTS.get(args.method, "QQQGemm"), symmetric, args.method, args.dtype
-    )
-    scheme = replace(
-        scheme,
-        method=_METHODS[scheme.op] if args.method == "auto" else args.method,
+        bits,
+        _ops_for(args.method),
+        None if args.act_quant is None else args.act_quant == "sym",
+        f"--method {args.method}",
+        method=args.method,
+        dtype=args.dtype,
         kv_bits=check_kv_bits(args.kv_bits),
     )
-    if args.method == "qqq" and scheme.op != "QQQGemm":
-        raise _no_qqq(args, bits, symmetric)
-    return scheme
+    if args.method != AUTO:
+        return scheme
+    return replace(scheme, method=op_spec(scheme.op).method or PLAIN_METHOD)
 
 
-def _no_qqq(args: argparse.Namespace, bits: Bits, symmetric: bool | None) -> InputError:
-    if bits.w4a8 and symmetric is not False:
-        return InputError(
-            "--group-size",
-            f"got {bits.group_size}, expected 0, 64 or 128 for --method qqq",
-            "Use one of these, or --method abq",
-        )
-    got = f"W{args.wbits}A{args.abits}" + (" with --act-quant asym" if symmetric is False else "")
-    return InputError(
-        "--method qqq",
-        f"got {got}, expected W4A8 with symmetric activations",
-        "Use --wbits 4 --abits 8, or --method abq",
-    )
+def _ops_for(method: str) -> list[OpSpec]:
+    """The ops that were made for a method; every op where there is none."""
+    return [op for op in ranked_ops() if op.method == method] or ranked_ops()
 
 
 def schemes_from_args(args: argparse.Namespace) -> SchemeMap:

@@ -286,7 +286,7 @@ class Pipeline:
             schemes.as_dict(),
             text_digest(request.settings.calib),
             request.format,
-            code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py"),
+            code_digest("calibration/**/*.py", "plugins/*/*.py"),
         ]
         self.stage(
             "quant",

@@ -46,7 +46,7 @@ _WINDOWS, _SEQLEN = (
     8,
     512,
 )  # at most: sums over all weights of a node settle long before a calibration does
-_CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
+_CODE = ("calibration/**/*.py", "plugins/*/*.py")
 
 Option = tuple[int, float]  # bits, cost
 

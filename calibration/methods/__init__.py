@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
     from plugins.core.op_spec import QuantArrays
 
-__all__ = ["Method", "is_block_method", "method", "method_names"]
+__all__ = ["PLAIN_METHOD", "Method", "is_block_method", "method", "method_names"]
+
+PLAIN_METHOD = "rtn"  # keeps the weights what they are, for every op
 
 
 class Method(Protocol):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.files import sha256_file
+from plugins import extension_files
 
 __all__ = ["code_digest", "digest", "file_stamps", "package_versions", "text_digest"]
 
@@ -24,9 +25,10 @@ def digest(*parts: Any) -> str:
 
 
 def code_digest(*patterns: str) -> str:
-    """Hash of the project's source files that match."""
+    """Hash of the project's source files that match, and of the ops of other packages."""
     files = sorted({path for pattern in patterns for path in _ROOT.glob(pattern)})
-    return digest(*((str(path.relative_to(_ROOT)), sha256_file(path)) for path in files))
+    own = [(str(path.relative_to(_ROOT)), sha256_file(path)) for path in files]
+    return digest(*own, *((path.name, sha256_file(path)) for path in extension_files()))
 
 
 def text_digest(calib: str | None) -> str:

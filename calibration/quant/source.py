@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantSource", "open_source"]
 
-_CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
+_CODE = ("calibration/**/*.py", "plugins/*/*.py")
 
 
 class QuantSource(Protocol):
@@ -130,19 +130,8 @@ class _CalibratedSource:
                 rows = family.linear_shape(linear, self.dims)[0]
                 if linear.name == member:
                     part, has_bias = slice(start, start + rows), family.has_bias(linear, self.dims)
-                    arrays = self._result(index).sites[group.node]
-                    values = {
-                        key: np.ascontiguousarray(array[part])
-                        for key, array in vars(arrays).items()
-                        if array is not None
-                    }
-                    return QuantArrays(
-                        **(
-                            values
-                            if has_bias
-                            else {key: array for key, array in values.items() if key != "bias"}
-                        )
-                    )
+                    arrays = self._result(index).sites[group.node].rows(part)
+                    return arrays if has_bias else replace(arrays, bias=None)
                 start += rows
             start = 0
         raise KeyError(name)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from calibration.blocks.forward import INPUT_NORM, POST_NORM, QKV, SITES
@@ -24,7 +23,9 @@ from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import TransformParts
 from calibration.methods.qqq import Qqq, SiteSolver, smoothed
 from calibration.settings import AbqSettings
-from calibration.solvers.grid import AbqGrid, Grid
+from calibration.solvers.grid import Grid
+from plugins import op_spec
+from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import BlockTask
@@ -117,16 +118,11 @@ def _learned_grids(trained: TrainedBlock, task: BlockTask) -> dict[str, Grid]:
     """Scales and zero points as training left them, members stacked."""
     grids: dict[str, Grid] = {}
     for site, names in SITES.items():
-        arrays = [
-            trained.quantizers[name].arrays(trained.weights[f"{name}.weight"]) for name in names
-        ]
-        scale, zero = (
-            torch.from_numpy(np.concatenate([getattr(part, key) for part in arrays]))
-            .float()
-            .to(task.device)
-            for key in ("scale", "zero")
+        arrays = QuantArrays.stacked(
+            [trained.quantizers[name].arrays(trained.weights[f"{name}.weight"]) for name in names]
         )
-        grids[site] = AbqGrid(scale, zero, task.schemes[site].levels)
+        scheme = task.schemes[site]
+        grids[site] = op_spec(scheme.op).grid_from_arrays(arrays, scheme.gemm, task.device)
     return grids
 
 
