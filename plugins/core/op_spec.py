@@ -288,8 +288,8 @@ class OpSpec(ABC):
 
     @abstractmethod
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
-        """What the kernel multiplies activation codes with: integers as fp32 [N, K], a new array,
-        and the scale fp32 [N, G] of each of G groups.
+        """What the kernel multiplies activation codes with: whole numbers as fp32 [N, K], a new
+        array, and the scale fp32 [N, G] of each of G groups.
         """
 
     def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:

@@ -127,7 +127,7 @@ def test_no_memory_at_all_puts_every_activation_on_the_disk() -> None:
         (
             "--wbits 4 --abits 4 --method qqq",
             "--method qqq: got W4A4, expected W4A8 with symmetric activations. "
-            " Use --wbits 4 --abits 8, or --method abq for other bits.",
+            "Use --wbits 4 --abits 8, or --method abq for other bits.",
         ),
         (
             "--wbits 4 --abits 8 --method qqq --act-quant asym",
