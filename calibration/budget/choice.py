@@ -14,6 +14,7 @@ from calibration import formats
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.out.files import read_json, write_json
 from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
     code_digest,
     digest,
     file_stamps,
@@ -46,7 +47,6 @@ _WINDOWS, _SEQLEN = (
     8,
     512,
 )  # at most: sums over all weights of a node settle long before a calibration does
-_CODE = ("calibration/**/*.py", "plugins/*/*.py")
 
 Option = tuple[int, float]  # bits, cost
 
@@ -223,7 +223,7 @@ def _costs(
         [scheme.as_dict() for scheme in schemes],
         settings.as_dict(),
         text_digest(settings.calib),
-        code_digest(*_CODE),
+        code_digest(*CALIBRATION_CODE),
         package_versions(("torch", "numpy")),
     )
     if budget.resume and budget.cache.is_file():
