@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes
 
 __all__ = ["QUICK_SHAPES", "QUICK_TOKENS", "SCHEMES", "SHAPES", "TARGET_SHAPE", "TOKENS", "Scheme"]
@@ -71,10 +72,8 @@ class Scheme:
 
     def weight_bits(self, k: int) -> float:
         """Bits per weight that a kernel reads, scales and zero points included."""
-        groups = k / self.group_size if self.group_size else 1
-        planes = 4 if self.op == "QQQGemm" else (self.levels - 1).bit_length()
-        per_group = (16 if self.group_size else 0) if self.op == "QQQGemm" else 64
-        return planes + groups * per_group / k + (32 / k if self.op == "QQQGemm" else 0)
+        row = op_spec(self.op).arrays(self.attributes(1, k))
+        return sum(array.stored_bits for array in row) / k
 
 
 SCHEMES = [

@@ -247,7 +247,9 @@ def check(layer: Layer, x: torch.Tensor, tactic: int = 0, rows: int = 16) -> Non
         want = op_spec(layer.scheme.op).reference(tokens, tensors, attrs).astype(np.float64)
         got = y[some, first : first + BLOCK].cpu().numpy().astype(np.float64)
         limit = 2e-3 * np.abs(want) + 2e-3 * np.abs(want).max()
-        if (layer.attrs.n_groups == 1 and layer.attrs.abits < 16) or layer.scheme.op == "QQQGemm":
+        form = op_spec(layer.scheme.op).affine(attrs)
+        one_scale = form is not None and form.group_size in (0, attrs.in_features)
+        if one_scale and attrs.abits < 16:
             limit = np.zeros_like(want)  # integers until the last steps: equal to the last bit
         if (np.abs(got - want) > limit).any():
             worst = np.unravel_index(int(np.argmax(np.abs(got - want) - limit)), want.shape)

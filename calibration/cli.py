@@ -7,10 +7,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibration import formats
 from calibration.checkpoints.sources import ALIASES, model_slug
-from calibration.methods import AUTO, Method, find_method, method_names
+from calibration.methods import PLAIN_METHOD, Method, find_method, method_names
 from calibration.quant.bits import SchemeMap, read_bits_file
 from calibration.quant.scheme import (
     FLOAT_BITS,
@@ -18,12 +19,16 @@ from calibration.quant.scheme import (
     QuantScheme,
     check_abits,
     check_kv_bits,
-    parse_wbits,
     scheme_for,
 )
 from calibration.settings import EFFORTS, CalibrationSettings, calibration_settings
+from plugins import op_names, op_spec, ranked_ops
 from plugins.cli import number, whole_number
+from plugins.core.code_sets import parse_code_set, set_choices
 from plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from plugins.core.op_spec import OpSpec
 
 __all__ = [
     "add_quant_arguments",
@@ -33,6 +38,8 @@ __all__ = [
     "schemes_from_args",
     "settings_from_args",
 ]
+
+AUTO = "auto"  # the method that the op was made for
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +58,7 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         "--wbits",
         required=True,
         metavar="W",
-        help="weight bits 1 to 8; 2b (or '2*') for 5 levels, 1b for 3 levels",
+        help=f"weight bits: {set_choices()}; in a shell write b for *, such as 2b",
     )
     add(
         "--abits",
@@ -62,10 +69,10 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        default="auto",
+        default=AUTO,
         metavar="NAME|FILE",
-        help=f"auto (default: qqq for W4A8, else abq), {', '.join(method_names())}, or a .py file "
-        "with a method of your own, docs/methods.md",
+        help=f"auto (default: the method of the op that takes these bits, qqq for W4A8, else abq), "
+        f"{', '.join(method_names())}, or a .py file with a method of your own, docs/methods.md",
     )
     add(
         "--group-size",
@@ -84,7 +91,7 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--act-quant",
         choices=("sym", "asym"),
-        help="activation codes; default: sym for qqq, asym for abq",
+        help="activation codes; default: of the op, sym for qqq, asym for abq",
     )
     mixed = parser.add_mutually_exclusive_group()
     mixed.add_argument(
@@ -174,22 +181,25 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
         InputError: bits out of range, or a combination that does not exist; no such method.
     """
     method = _method(args)
-    op = None if method is None else method.declaration.op
-    wbits, balanced = parse_wbits(args.wbits)
-    bits = Bits(wbits, balanced, check_abits(args.abits), args.group_size)
+    bits = Bits(parse_code_set(args.wbits), check_abits(args.abits), args.group_size)
     if bits.group_size < 0:
         raise InputError(
             "--group-size",
             f"got {bits.group_size}, expected 0 or a positive number",
             "Use 0 for one scale per output channel",
         )
-    symmetric = None if args.act_quant is None else args.act_quant == "sym"
-    scheme = scheme_for(bits, op or "QQQGemm", symmetric, args.method, args.dtype)
-    if method is None:
-        method = next(one for one in map(find_method, AUTO) if one.declaration.op == scheme.op)
-    elif op not in (None, scheme.op):
-        raise _not_this_op(args, method, bits, symmetric)
-    return replace(scheme, method=method.name, kv_bits=check_kv_bits(args.kv_bits))
+    scheme = scheme_for(
+        bits,
+        _ops_for(method),
+        None if args.act_quant is None else args.act_quant == "sym",
+        f"--method {args.method}",
+        method=args.method if method is None else method.name,
+        dtype=args.dtype,
+        kv_bits=check_kv_bits(args.kv_bits),
+    )
+    if method is not None:
+        return scheme
+    return replace(scheme, method=op_spec(scheme.op).method or PLAIN_METHOD)
 
 
 def _method(args: argparse.Namespace) -> Method | None:
@@ -198,7 +208,7 @@ def _method(args: argparse.Namespace) -> Method | None:
     Raises:
         InputError: there is none.
     """
-    if args.method == "auto":
+    if args.method == AUTO:
         return None
     if not args.method.endswith(".py"):
         return find_method(args.method)
@@ -211,30 +221,23 @@ def _method_of(args: argparse.Namespace, scheme: QuantScheme) -> Method:
     return _method(args) or find_method(scheme.method)
 
 
-def _not_this_op(
-    args: argparse.Namespace, method: Method, bits: Bits, symmetric: bool | None
-) -> InputError:
-    from plugins import op_names
+def _ops_for(method: Method | None) -> list[OpSpec]:
+    """The op that a method declares, else those that name it as theirs, else every op.
 
-    if method.declaration.op not in op_names():
-        return InputError(
+    Raises:
+        InputError: it declares an op that there is not.
+    """
+    op = None if method is None else method.declaration.op
+    if method is None or op is None:
+        own = [spec for spec in ranked_ops() if method and spec.method == method.name]
+        return own or ranked_ops()
+    if op not in op_names():
+        raise InputError(
             method.where,
-            f"got op {method.declaration.op!r} in its DECLARATION, expected one of "
-            f"{', '.join(op_names())}",
+            f"got op {op!r} in its DECLARATION, expected one of {', '.join(op_names())}",
             "Check the spelling",
         )
-    if bits.w4a8 and symmetric is not False:
-        return InputError(
-            "--group-size",
-            f"got {bits.group_size}, expected 0, 64 or 128 for --method {args.method}",
-            "Use one of these, or --method abq",
-        )
-    got = f"W{args.wbits}A{args.abits}" + (" with --act-quant asym" if symmetric is False else "")
-    return InputError(
-        f"--method {args.method}",
-        f"got {got}, expected W4A8 with symmetric activations",
-        "Use --wbits 4 --abits 8, or --method abq",
-    )
+    return [op_spec(op)]
 
 
 def schemes_from_args(args: argparse.Namespace) -> SchemeMap:

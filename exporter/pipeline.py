@@ -20,6 +20,7 @@ from calibration.out.files import (
     write_json,
 )
 from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
     code_digest,
     digest,
     file_stamps,
@@ -287,7 +288,7 @@ class Pipeline:
             schemes.as_dict(),
             text_digest(request.settings.calib),
             request.format,
-            code_digest("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py"),
+            code_digest(*CALIBRATION_CODE),
             method_digest(request.settings.method_file),
         ]
         self.stage(

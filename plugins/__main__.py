@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from plugins import library_ops
 from plugins.cli import run_cli, whole_number
-from plugins.errors import EXIT_CHECK
+from plugins.errors import EXIT_CHECK, InputError
 from plugins.tools.build import build_library, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     selftest.add_argument("--quick", action="store_true", help="fewer shapes")
     selftest.add_argument("--list", action="store_true", help="only list what would be checked")
-    selftest.add_argument("--op", choices=["ABQGemm", "QQQGemm"])
+    selftest.add_argument("--op", metavar="NAME", help="only this op, such as ABQGemm")
     selftest.add_argument("--kernel", metavar="NAME", help='such as "int8 64x8"')
     selftest.add_argument("--seed", type=whole_number(0), metavar="N")
     options = parser.parse_args(arguments)
@@ -62,6 +63,12 @@ def _selftest(options: argparse.Namespace) -> int:
     for name in ("op", "kernel", "seed"):
         if getattr(options, name) is not None:
             words += [f"--{name}", str(getattr(options, name))]
+    if options.op is not None and options.op not in library_ops():
+        raise InputError(
+            "--op",
+            f"got {options.op!r}, expected one of {', '.join(library_ops())}",
+            "Check the spelling",
+        )
     library = build_sim() if options.sim else build_library()
     return subprocess.run([str(build_selftest()), str(library), *words], check=False).returncode
 

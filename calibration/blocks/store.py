@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["BlockResult", "BlockStore"]
 
 _STATE = "state.json"
-_FIELDS = ("codes", "scale", "zero", "scale_group", "bias")
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,7 @@ class BlockStore:
 
         tensors = {f"gain/{name}": array for name, array in result.gains.items()}
         for site, arrays in result.sites.items():
-            tensors |= {
-                f"site/{site}/{name}": array
-                for name in _FIELDS
-                if (array := getattr(arrays, name)) is not None
-            }
+            tensors |= {f"site/{site}/{name}": array for name, array in arrays.named().items()}
         temporary = self.folder / ".block.tmp"
         try:
             save_file(tensors, str(temporary), {"report": json.dumps(result.report)})
@@ -145,7 +140,7 @@ class BlockStore:
                     site, _, name = rest.partition("/")
                     sites.setdefault(site, {})[name] = file.get_tensor(key)
         return BlockResult(
-            {site: QuantArrays(**values) for site, values in sites.items()}, gains, report
+            {site: QuantArrays.of(values) for site, values in sites.items()}, gains, report
         )
 
     def remove(self) -> None:

@@ -15,6 +15,7 @@ from calibration.blocks.ranks import ALONE, Ranks
 from calibration.methods import find_method
 from calibration.out.files import read_json, write_json
 from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
     code_digest,
     digest,
     file_stamps,
@@ -48,7 +49,6 @@ _WINDOWS, _SEQLEN = (
     8,
     512,
 )  # at most: sums over all weights of a node settle long before a calibration does
-_CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
 
 Option = tuple[int, float]  # bits, cost
 
@@ -229,7 +229,7 @@ def _costs(
         [scheme.as_dict() for scheme in schemes],
         settings.as_dict(),
         text_digest(settings.calib),
-        code_digest(*_CODE),
+        code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),
         package_versions(("torch", "numpy")),
     )

@@ -21,11 +21,13 @@ from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, r
 from calibration.out.files import write_json
 from calibration.quant.folder import QuantModel
 from calibration.quant.scheme import FLOAT_BITS
+from plugins import op_spec
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.quant.scheme import QuantLinear, QuantScheme
+    from plugins.core.op_spec import AffineForm
 
 __all__ = ["NAME", "check", "pack_words", "write"]
 
@@ -49,9 +51,14 @@ def _check_scheme(scheme: QuantScheme, where: str) -> None:
     if scheme.balanced or scheme.wbits not in _WEIGHT_BITS or scheme.abits not in _ACTIVATION_BITS:
         raise InputError(
             where,
-            f"got W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}, "
-            "expected W4A8, W8A8, W4A16 or W8A16",
+            f"got {scheme.gemm.title}, expected W4A8, W8A8, W4A16 or W8A16",
             f"Use such bits, {_STAY}",
+        )
+    if op_spec(scheme.op).affine(scheme.gemm) is None:
+        raise InputError(
+            where,
+            f"got the op {scheme.op}, expected one whose weights are scale * (code - zero point)",
+            f"Use other bits or groups, {_STAY}",
         )
     if scheme.kv_bits < FLOAT_BITS:
         raise InputError(
@@ -107,15 +114,21 @@ def _quantization_config(head: str, linears: Iterable[QuantLinear]) -> dict[str,
     }
 
 
+def _affine(scheme: QuantScheme) -> AffineForm:
+    form = op_spec(scheme.op).affine(scheme.gemm)
+    assert form is not None  # _check_scheme refuses such an op
+    return form
+
+
 def _group(scheme: QuantScheme) -> dict[str, Any]:
-    group_size = 0 if scheme.op == "QQQGemm" else scheme.group_size
+    form = _affine(scheme)
     weights = {
-        "num_bits": _stored_bits(scheme),
+        "num_bits": form.bits,
         "type": "int",
-        "symmetric": scheme.op == "QQQGemm",
+        "symmetric": form.symmetric,
         "dynamic": False,
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size or None,
+        "strategy": "group" if form.group_size else "channel",
+        "group_size": form.group_size or None,
     }
     activations = {
         "num_bits": scheme.abits,
@@ -140,11 +153,6 @@ def _group(scheme: QuantScheme) -> dict[str, Any]:
     }
 
 
-def _stored_bits(scheme: QuantScheme) -> int:
-    """QQQGemm per group multiplies int8 weights with one scale per channel, and so they are stored."""
-    return 8 if scheme.op == "QQQGemm" and scheme.group_size else scheme.wbits
-
-
 # ---------------------------------------------------------------- tensors
 
 
@@ -159,26 +167,28 @@ def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _linear_tensors(linear: QuantLinear) -> Iterator[_Tensor]:
-    """The tensors of a layer; int8 codes and zero points are stored minus half the number of codes,
-    packed ones as they are.
+    """The tensors of a layer; int8 codes and zero points are stored minus half the number of codes
+    (symmetric codes as they are), packed ones plus half, which is from 0.
 
     Raises:
         InputError: the format cannot say its scheme or its zero points.
     """
     name, scheme, arrays = linear.name, linear.scheme, linear.arrays
     _check_scheme(scheme, name)
-    bits, (rows, columns), groups = _stored_bits(scheme), arrays.codes.shape, arrays.scale.shape[1]
+    form, (rows, columns), groups = _affine(scheme), arrays.codes.shape, arrays.scale.shape[1]
+    bits, zero = form.bits, arrays.zero
     packed = scheme.abits == _WEIGHT_ONLY
     if packed:
         yield (
             TensorSpec(f"{name}.weight_packed", _INT32, (rows, -(-columns * bits // 32))),
-            lambda: pack_words(arrays.codes, bits),
+            lambda: pack_words(_uncentred(_signed(linear, form), bits), bits),
         )
         yield TensorSpec(f"{name}.weight_shape", _INT64, (2,)), lambda: np.array((rows, columns))
     else:
-        yield TensorSpec(f"{name}.weight", _INT8, (rows, columns)), lambda: _signed(linear)
+        yield TensorSpec(f"{name}.weight", _INT8, (rows, columns)), lambda: _signed(linear, form)
     yield TensorSpec(f"{name}.weight_scale", _FP32, (rows, groups)), lambda: arrays.scale
-    if (zero := arrays.zero) is not None:
+    if not form.symmetric:
+        assert zero is not None  # see AffineForm
         _check_zero(zero, bits, name)
         if packed:  # along the output
             yield (
@@ -204,17 +214,21 @@ def _check_zero(zero: np.ndarray, bits: int, name: str) -> None:
         )
 
 
-def _signed(linear: QuantLinear) -> np.ndarray:
+def _signed(linear: QuantLinear, form: AffineForm) -> np.ndarray:
     """int8 [N, K]."""
-    if linear.arrays.zero is None:
+    if form.symmetric:
         return linear.integers()[0].astype(np.int8)
-    return _centred(linear.arrays.codes, linear.scheme.wbits)
+    return _centred(linear.arrays.codes, form.bits)
 
 
 def _centred(codes: np.ndarray, bits: int) -> np.ndarray:
     return (codes - np.uint8(1 << bits - 1)).view(
         np.int8
     )  # uint8 wraps around where int8 goes below 0
+
+
+def _uncentred(codes: np.ndarray, bits: int) -> np.ndarray:
+    return codes.view(np.uint8) + np.uint8(1 << bits - 1)
 
 
 def _shard_tensors(

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     Quantize = Callable[[np.ndarray, np.ndarray | None, QuantScheme], QuantArrays]
 
-__all__ = ["AUTO", "Declaration", "Method", "find_method", "method_names"]
+__all__ = ["PLAIN_METHOD", "Declaration", "Method", "find_method", "method_names"]
 
-AUTO = ("qqq", "abq")  # what --method auto takes: the one whose op the bits get
+PLAIN_METHOD = "rtn"  # keeps the weights what they are, for every op
 _SUFFIX = ".py"
 
 
@@ -255,14 +255,10 @@ def _arguments(rule: Callable[..., Any]) -> int:
 
 
 def _code_type(scheme: QuantScheme) -> str:
-    from calibration.quant.sizes import linear_specs
+    from plugins import op_spec
 
-    shape = (1, max(1, scheme.group_size))
-    return next(
-        spec.dtype.name
-        for spec in linear_specs("", shape, False, scheme)
-        if spec.name.endswith("codes")
-    )
+    codes, *_ = op_spec(scheme.op).arrays(scheme.attributes(1, max(1, scheme.group_size), False))
+    return codes.dtype
 
 
 def _imported(file: Path) -> ModuleType:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.files import sha256_file
+from plugins import extension_files
 
 __all__ = [
+    "CALIBRATION_CODE",
     "code_digest",
     "digest",
     "file_stamps",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
+# What a quantised model depends on: not how ONNX spells an op.
+CALIBRATION_CODE = ("calibration/**/*.py", "plugins/*/*.py", "!plugins/*/body.py")
 
 
 def digest(*parts: Any) -> str:
@@ -31,9 +35,17 @@ def digest(*parts: Any) -> str:
 
 
 def code_digest(*patterns: str) -> str:
-    """Hash of the project's source files that match."""
-    files = sorted({path for pattern in patterns for path in _ROOT.glob(pattern)})
-    return digest(*((str(path.relative_to(_ROOT)), sha256_file(path)) for path in files))
+    """Hash of the project's source files that match, and of the ops of other packages.
+
+    Args:
+        patterns: below the project's root; "!" before one leaves out what matches it.
+    """
+    files = sorted(
+        {path for pattern in patterns if pattern[0] != "!" for path in _ROOT.glob(pattern)}
+        - {path for pattern in patterns if pattern[0] == "!" for path in _ROOT.glob(pattern[1:])}
+    )
+    own = [(str(path.relative_to(_ROOT)), sha256_file(path)) for path in files]
+    return digest(*own, *((path.name, sha256_file(path)) for path in extension_files()))
 
 
 def method_digest(file: Path | None) -> dict[str, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from calibration.families import Decoder
-from calibration.quant.scheme import Bits, QuantScheme, check_abits, parse_wbits, scheme_for
+from calibration.quant.scheme import Bits, QuantScheme, check_abits, scheme_for
+from plugins import op_spec, ranked_ops
+from plugins.core.code_sets import parse_code_set
 from plugins.errors import InputError
 
 __all__ = ["Rule", "SchemeMap", "as_map", "read_bits_file"]
@@ -47,11 +49,11 @@ class Rule:
         return _regex(self.pattern).fullmatch(name) is not None
 
     def scheme(self, base: QuantScheme) -> QuantScheme:
-        """What it asks for over a base, whose method, symmetry, type and cache it keeps; W4A8 stays
-        QQQGemm where the base is.
+        """What it asks for over a base, whose method, symmetry, type and cache it keeps, and its op
+        where that takes the bits.
 
         Raises:
-            InputError: not the grammar above, or bits out of range.
+            InputError: not the grammar above, bits out of range, or bits that no op takes.
         """
         found = _LABEL.fullmatch(self.bits)
         if found is None:
@@ -63,14 +65,20 @@ class Rule:
             )
         wbits, abits, group = found.groups()
         bits = Bits(
-            *parse_wbits(wbits.lower(), self.where),
+            parse_code_set(wbits.lower(), self.where),
             check_abits(int(abits), self.where),
             base.group_size if group is None else int(group),
         )
         # A16 has no activation codes, so such a base says nothing of their symmetry.
         symmetric = base.act_symmetric if base.abits < 16 else None
-        return replace(
-            scheme_for(bits, base.op, symmetric, base.method, base.dtype), kv_bits=base.kv_bits
+        return scheme_for(
+            bits,
+            [op_spec(base.op), *ranked_ops()],
+            symmetric,
+            self.where,
+            method=base.method,
+            dtype=base.dtype,
+            kv_bits=base.kv_bits,
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
 from calibration import formats
 from calibration.quant.bits import SchemeMap, as_map
-from calibration.quant.scheme import QQQ_GROUPS, QuantScheme
+from calibration.quant.scheme import QuantScheme
 from plugins import op_spec
 from plugins.errors import InputError
 
@@ -36,20 +37,14 @@ def check_scheme(
 
 
 def _check_one(scheme: QuantScheme, shapes: list[tuple[int, int]], rule: str) -> None:
-    bits = f"W{scheme.wbits}{'*' if scheme.balanced else ''}A{scheme.abits}"
-    if scheme.op == "QQQGemm" and (
-        (scheme.wbits, scheme.abits, scheme.balanced) != (4, 8, False) or not scheme.act_symmetric
-    ):
-        raise InputError(
-            "QQQGemm",
-            f"got {bits}{'' if scheme.act_symmetric else ' with asymmetric activations'}, "
-            "expected W4A8 with symmetric activations",
-            "Use --wbits 4 --abits 8, or --method abq for other bits",
-        )
+    op = op_spec(scheme.op)
+    objection = op.objection(scheme.gemm)
+    if objection is not None:
+        raise InputError(f"{scheme.op}, {rule}" if rule else scheme.op, *objection)
     _check_group(scheme, [in_features for _, in_features in shapes], rule)
     for out_features, in_features in shapes:
         where = f"a linear layer of {out_features} x {in_features}"
-        op_spec(scheme.op).check(scheme.attributes(out_features, in_features, False), where)
+        op.check(scheme.attributes(out_features, in_features, False), where)
 
 
 def _check_group(scheme: QuantScheme, widths: list[int], rule: str) -> None:
@@ -59,10 +54,11 @@ def _check_group(scheme: QuantScheme, widths: list[int], rule: str) -> None:
         rule or "--group-size",
         "-g" if rule else "--group-size ",
     )
-    common = reduce(math.gcd, widths)
-    qqq = scheme.op == "QQQGemm"
+    common, op = reduce(math.gcd, widths), op_spec(scheme.op)
     fitting = [
-        n for n in range(_MIN_GROUP, common + 1) if common % n == 0 and (not qqq or n in QQQ_GROUPS)
+        n
+        for n in range(_MIN_GROUP, common + 1)
+        if common % n == 0 and op.takes(replace(scheme.gemm, group_size=n))
     ]
     if size == 0 or (size in fitting):
         return
@@ -70,12 +66,6 @@ def _check_group(scheme: QuantScheme, widths: list[int], rule: str) -> None:
         f"Use {option}0 (one scale per output "
         f"channel){' or ' + ', '.join(map(str, fitting)) if fitting else ''}"
     )
-    if qqq and size not in QQQ_GROUPS:
-        raise InputError(
-            where,
-            f"got {size}, expected 0, 64 or 128 for QQQGemm",
-            f"{choices}; --method abq takes other sizes",
-        )
     if size < _MIN_GROUP:
         raise InputError(where, f"got {size}, expected 0 or at least {_MIN_GROUP}", choices)
     bad = ", ".join(str(width) for width in sorted(set(widths)) if width % size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from calibration.checkpoints.safetensors import read_header, read_tensor
 from calibration.families import Decoder, Family, UnsupportedError, family
 from calibration.out.files import read_json, sha256_file
 from calibration.quant.scheme import QuantLinear, QuantScheme
+from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
@@ -128,9 +130,6 @@ class QuantModel:
             )
         return read_tensor(*self._entries[name])
 
-    def _optional(self, name: str) -> np.ndarray | None:
-        return self.tensor(name) if self.has(name) else None
-
     def scheme_of(self, name: str) -> QuantScheme:
         """How a linear, or a GEMM node, is quantised; by its full name."""
         return self.exceptions.get(self.decoder.node(name), self.scheme)
@@ -154,14 +153,13 @@ class QuantModel:
 
     def linear(self, name: str) -> QuantLinear:
         """One quantised linear by its Hugging Face name, such as model.layers.0.self_attn.q_proj."""
-        arrays = QuantArrays(
-            self.tensor(f"{name}.codes"),
-            self.tensor(f"{name}.scale"),
-            self._optional(f"{name}.zero"),
-            self._optional(f"{name}.scale_group"),
-            self._optional(f"{name}.bias"),
-        )
-        return QuantLinear(name, self.scheme_of(name), arrays)
+        scheme, codes = self.scheme_of(name), self.tensor(f"{name}.codes")
+        attrs = scheme.attributes(codes.shape[0], codes.shape[1], self.has(f"{name}.bias"))
+        found = {
+            array.name: self.tensor(f"{name}.{array.name}")
+            for array in op_spec(scheme.op).arrays(attrs)
+        }
+        return QuantLinear(name, scheme, QuantArrays.of(found))
 
     def fused(self, names: Sequence[str], name: str = "") -> QuantLinear:
         """Several linears that read the same tensor, stacked along the output in the order given."""
@@ -191,26 +189,12 @@ def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:
     if len(linears) == 1:
         return QuantLinear(name, linears[0].scheme, linears[0].arrays)
     parts = [linear.arrays for linear in linears]
-
-    def stacked(field: str) -> np.ndarray | None:
-        values = [getattr(part, field) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
-
-    bias = None
     if any(part.bias is not None for part in parts):
-        bias = np.concatenate(
-            [
-                np.zeros(len(part.codes), np.float32) if part.bias is None else part.bias
-                for part in parts
-            ]
-        )
-    codes = np.concatenate([part.codes for part in parts])
-    scale = np.concatenate([part.scale for part in parts])
-    return QuantLinear(
-        name,
-        linears[0].scheme,
-        QuantArrays(codes, scale, stacked("zero"), stacked("scale_group"), bias),
-    )
+        parts = [
+            replace(part, bias=np.zeros(len(part.codes), np.float32)) if part.bias is None else part
+            for part in parts
+        ]
+    return QuantLinear(name, linears[0].scheme, QuantArrays.stacked(parts))
 
 
 def _scheme(where: str, fields: Any) -> QuantScheme:

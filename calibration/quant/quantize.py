@@ -135,6 +135,7 @@ class _Item:
     name: str
     specs: tuple[TensorSpec, ...]
     scheme: QuantScheme  # the base's for what is not a linear: its type
+    bits: int = 0  # of a linear, its codes packed to their bits
 
 
 def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[_Item]:
@@ -147,8 +148,9 @@ def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[
             items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
         elif end == "weight":
             scheme = schemes.of(base, decoder)
-            specs = linear_specs(base, linear.shape, linear.bias, scheme)
-            items.append(_Item("linear", base, tuple(specs), scheme))
+            layer = linear.shape, linear.bias, scheme
+            specs, bits = tuple(linear_specs(base, *layer)), stored_bits(*layer)
+            items.append(_Item("linear", base, specs, scheme, bits))
     frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
     return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
 
@@ -176,9 +178,9 @@ def _arrays(checkpoint: Checkpoint, source: QuantSource, item: _Item) -> Iterato
     elif item.kind == "rope":
         yield checkpoint.rope()[0]
     else:
-        arrays = source.linear(item.name, item.scheme)
+        arrays = source.linear(item.name, item.scheme).named()
         for spec in item.specs:
-            yield getattr(arrays, spec.name.rpartition(".")[2])
+            yield arrays[spec.name.rpartition(".")[2]]
 
 
 def _cast(where: str, array: np.ndarray, dtype: str) -> np.ndarray:
@@ -271,7 +273,7 @@ def _sizes(items: list[_Item]) -> dict[str, Any]:
     for item in items:
         if item.kind == "linear":
             weights += math.prod(item.specs[0].shape)
-            bits += stored_bits(item.specs, item.scheme)
+            bits += item.bits
         else:
             rest += sum(spec.nbytes for spec in item.specs)
     return {

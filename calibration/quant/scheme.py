@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins import op_spec
+from plugins.core.code_sets import CodeSet, code_set
+from plugins.core.op_spec import GemmAttributes, GemmScheme, OpSpec, QuantArrays
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,41 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_BITS",
-    "QQQ_GROUPS",
     "Bits",
     "QuantLinear",
     "QuantScheme",
     "check_abits",
     "check_kv_bits",
-    "parse_wbits",
     "scheme_for",
 ]
 
 FLOAT_BITS = 16  # activation or cache bits that mean: left in floating point
-QQQ_GROUPS = (0, 64, 128)  # group sizes of QQQGemm
-BALANCED_LEVELS = {1: 3, 2: 5}  # W1* and W2*, "bit balance" of ABQ-LLM (arXiv 2408.08554)
-
-
-def parse_wbits(text: str, where: str = "--wbits") -> tuple[int, bool]:
-    """Weight bits as a user writes them: ("4") -> (4, False); ("2*") or ("2b") -> (2, True), the
-    balanced set.
-
-    Raises:
-        InputError: not an integer 1..8, 1* or 2*.
-    """
-    balanced = text.endswith(("*", "b"))
-    digits = text[:-1] if balanced else text
-    if (
-        not digits.isdigit()
-        or not 1 <= int(digits) <= 8
-        or (balanced and int(digits) not in BALANCED_LEVELS)
-    ):
-        raise InputError(
-            where,
-            f"got {text!r}, expected 1 to 8, 1* (3 levels) or 2* (5 levels)",
-            "Give one of these; in a shell write 2b or '2*' for the balanced set",
-        )
-    return int(digits), balanced
 
 
 def check_abits(abits: int, where: str = "--abits") -> int:
@@ -82,15 +59,9 @@ def check_kv_bits(kv_bits: int, where: str = "--kv-bits") -> int:
 class Bits:
     """The widths a user chooses for a linear; see QuantScheme for the fields."""
 
-    wbits: int
-    balanced: bool
+    codes: CodeSet
     abits: int
     group_size: int
-
-    @property
-    def w4a8(self) -> bool:
-        """Whether these are QQQGemm's widths."""
-        return (self.wbits, self.balanced, self.abits) == (4, False, 8)
 
 
 @dataclass(frozen=True)
@@ -98,7 +69,7 @@ class QuantScheme:
     """The settings that define the numbers of a quantised model.
 
     Attributes:
-        op: "ABQGemm" or "QQQGemm", the layout and arithmetic.
+        op: name of the custom op, which decides layout and arithmetic.
         method: who made the codes ("rtn", ...), its true name.
         wbits, abits: nominal bits; abits 16 is weight-only.
         balanced: the 5-level W2* or 3-level W1* code set.
@@ -122,13 +93,25 @@ class QuantScheme:
     @property
     def levels(self) -> int:
         """Number of weight codes."""
-        return BALANCED_LEVELS[self.wbits] if self.balanced else 1 << self.wbits
+        return self.codes.levels
+
+    @property
+    def codes(self) -> CodeSet:
+        """The set of weight codes."""
+        return code_set(self.wbits, self.balanced)
+
+    @property
+    def gemm(self) -> GemmScheme:
+        """What of it concerns the op."""
+        return GemmScheme(
+            self.wbits, self.levels, self.abits, int(self.act_symmetric), self.group_size
+        )
 
     @property
     def label(self) -> str:
         """Short name of a linear's bits, as a bits file has them: w4a8, w4a8-g64, w2ba8."""
         group = f"-g{self.group_size}" if self.group_size else ""
-        return f"w{self.wbits}{'b' if self.balanced else ''}a{self.abits}{group}"
+        return f"w{self.codes.label}a{self.abits}{group}"
 
     @property
     def model_label(self) -> str:
@@ -140,14 +123,10 @@ class QuantScheme:
     def attributes(self, out_features: int, in_features: int, has_bias: bool) -> GemmAttributes:
         """The node attributes of a layer of this shape."""
         return GemmAttributes(
-            self.wbits,
-            self.levels,
-            self.abits,
-            int(self.act_symmetric),
-            self.group_size,
-            in_features,
-            out_features,
-            int(has_bias),
+            **asdict(self.gemm),
+            in_features=in_features,
+            out_features=out_features,
+            has_bias=int(has_bias),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -155,29 +134,47 @@ class QuantScheme:
         return asdict(self)
 
 
-def scheme_for(bits: Bits, op: str, symmetric: bool | None, method: str, dtype: str) -> QuantScheme:
+def scheme_for(
+    bits: Bits,
+    ops: Iterable[OpSpec],
+    symmetric: bool | None,
+    where: str,
+    *,
+    method: str,
+    dtype: str,
+    kv_bits: int = FLOAT_BITS,
+) -> QuantScheme:
     """The scheme of these bits: what the command line and the rules of a bits file share.
 
     Args:
         bits: widths, each in its range.
-        op: "QQQGemm" for that op wherever it takes these bits, and ABQGemm elsewhere; "ABQGemm" for
-            that alone.
-        symmetric: activation codes; None for the op's own: symmetric for QQQGemm, asymmetric for
-            ABQGemm.
-        method, dtype: of the scheme.
+        ops: the first that takes the bits is chosen.
+        symmetric: activation codes; None for the op's own.
+        where: option or line of a file, for messages.
+        method, dtype, kv_bits: of the scheme.
+
+    Raises:
+        InputError: none of the ops takes them; says why the first does not.
     """
-    qqq = op == "QQQGemm" and bits.w4a8 and bits.group_size in QQQ_GROUPS and symmetric is not False
-    act_symmetric = (qqq if symmetric is None else symmetric) and bits.abits < 16
-    return QuantScheme(
-        "QQQGemm" if qqq else "ABQGemm",
-        method,
-        bits.wbits,
-        bits.abits,
-        bits.balanced,
-        bits.group_size,
-        act_symmetric,
-        dtype,
-    )
+    refused = None
+    for op in ops:
+        scheme = QuantScheme(
+            op.name,
+            method,
+            bits.codes.bits,
+            bits.abits,
+            bits.codes.balanced,
+            bits.group_size,
+            (op.act_symmetric if symmetric is None else symmetric) and bits.abits < FLOAT_BITS,
+            dtype,
+            kv_bits,
+        )
+        objection = op.objection(scheme.gemm)
+        if objection is None:
+            return scheme
+        refused = refused or objection
+    assert refused is not None  # there are ops
+    raise InputError(where, *refused)
 
 
 @dataclass(frozen=True)
@@ -196,14 +193,10 @@ class QuantLinear:
 
     def dequantize(self) -> np.ndarray:
         """The weights the codes stand for, fp32 [N, K], as the op defines them."""
-        from plugins import op_spec
-
         return op_spec(self.scheme.op).dequantize(self.arrays, self.attributes)
 
     def integers(self) -> tuple[np.ndarray, np.ndarray]:
         """Integer weights as fp32 [N, K] and their scales fp32 [N, G]: dequantize() is one times
         the other, group by group.
         """
-        from plugins import op_spec
-
         return op_spec(self.scheme.op).integers(self.arrays, self.attributes)

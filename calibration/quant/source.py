@@ -5,6 +5,7 @@ block-wise calibration.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from calibration.data import calibration_windows, load_text
 from calibration.methods import Method, find_method
 from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
     code_digest,
     digest,
     file_stamps,
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
 
 __all__ = ["QuantSource", "open_source"]
-
-_CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
 
 
 class QuantSource(Protocol):
@@ -81,7 +81,7 @@ class _PlainSource:
         weight = self._checkpoint.array(f"{name}.weight")
         arrays = self._method.quantize(weight, bias, scheme)
         for spec in linear_specs(name, weight.shape, has_bias, scheme):
-            _check_array(self._method, spec, getattr(arrays, spec.name.rpartition(".")[2], None))
+            _check_array(self._method, spec, arrays.named().get(spec.name.rpartition(".")[2]))
         return arrays
 
     def close(self) -> None:
@@ -155,14 +155,8 @@ class _CalibratedSource:
             for linear in site.linears.members:
                 rows = slice(start, start + linear.out_features)
                 if linear.name == place[1]:
-                    stacked = vars(self._result(block.index).sites[node])
-                    return QuantArrays(
-                        **{
-                            key: np.ascontiguousarray(array[rows])
-                            for key, array in stacked.items()
-                            if array is not None and (key != "bias" or linear.bias)
-                        }
-                    )
+                    arrays = self._result(block.index).sites[node].rows(rows)
+                    return arrays if linear.bias else replace(arrays, bias=None)
                 start = rows.stop
         raise KeyError(name)
 
@@ -216,7 +210,7 @@ def open_source(
         schemes.as_dict(),
         settings.as_dict(),
         hashlib.sha256(windows.tobytes()).hexdigest(),
-        code_digest(*_CODE),
+        code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),
         package_versions(("torch", "numpy")),
         torch.cuda.is_available(),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.files import read_json, sha256_file
-from plugins import op_names
+from plugins import library_ops
 from plugins.core.op_spec import DOMAIN
 from plugins.errors import CheckError, InputError
 from plugins.tools.build import build_soname
@@ -188,7 +188,7 @@ def load_plugins(edition: Edition, library: Path) -> None:
     """
     registry = edition.activate().get_plugin_registry()
     missing = _missing(registry)
-    if len(missing) < len(op_names()):
+    if len(missing) < len(library_ops()):
         here = sha256_file(library)
         if not any(
             path.is_file() and sha256_file(path) == here
@@ -209,7 +209,7 @@ def load_plugins(edition: Edition, library: Path) -> None:
     if missing := _missing(registry):
         raise CheckError(
             str(library),
-            f"got no plugin for {', '.join(missing)}, expected {', '.join(op_names())}",
+            f"got no plugin for {', '.join(missing)}, expected {', '.join(library_ops())}",
             "Build it again with: python -m plugins build",
         )
 
@@ -218,7 +218,7 @@ def _missing(registry: Any) -> list[str]:
     found = {
         creator.name for creator in registry.all_creators if creator.plugin_namespace == DOMAIN
     }
-    return [name for name in op_names() if name not in found]
+    return [name for name in library_ops() if name not in found]
 
 
 class _Collector(logging.Handler):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plugins import op_spec
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["check_memory"]
 
 _REFERENCE = 4  # bytes per weight: the torch references hold fp32, one of them at a time
-# Bytes per weight while ONNX Runtime loads: it unpacks every weight in steps and keeps all of them
-# until it has finished. SmolLM2-135M, per weight of its linears: 18 (QQQGemm), 47 (with groups), 31
-# (ABQGemm W4A4), 46 (W4A16), 55 (W8A8).
-_UNPACKED_PLANE, _UNPACKED, _UNPACKED_FLOAT = 6, 7, 15
-_NIBBLES, _GROUPED_NIBBLES = 18, 47
 
 
 def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
@@ -49,10 +45,7 @@ def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
 
 
 def _bytes_per_weight(scheme: QuantScheme) -> int:
-    if scheme.op == "QQQGemm":
-        return max(_REFERENCE, _GROUPED_NIBBLES if scheme.group_size else _NIBBLES)
-    unpacked = _UNPACKED_PLANE * (scheme.levels - 1).bit_length() + _UNPACKED
-    return max(_REFERENCE, unpacked + (_UNPACKED_FLOAT if scheme.abits == 16 else 0))
+    return max(_REFERENCE, op_spec(scheme.op).unpacked_bytes(scheme.gemm))
 
 
 def _meminfo() -> str:

@@ -1,11 +1,10 @@
 """Holds every tensor in quant/ against the float model's, one at a time: a broken code or scale
 that both sides of "export" read.
 
-Rounding to nearest moves a weight by at most half a step, and never further than to 0, which is on
-the grid. The step follows from the number of levels and the float weights' own range in their
-group, never from the scales in quant/, so a wrong scale shows as well as a wrong code. An honest
-error is about 0.6 of that limit. W1 and W1* have one magnitude per group, 1.5 mean |w|, instead of
-a step. Tensors that are not quantised may differ by their rounding to the model's type.
+The op says how far rounding to nearest moves a weight at most (OpSpec.rounding_bound): about half a
+step, which follows from the number of levels and the float weights' own range in their group, never
+from the scales in quant/, so a wrong scale shows as well as a wrong code. An honest error is about
+0.6 of that limit. Tensors that are not quantised may differ by their rounding to the model's type.
 
 Methods other than "rtn" may transform the weights (scale channels, rotate, correct errors), so that
 single weights need not be close to the float model's. Their errors are shown without a limit; only
@@ -21,59 +20,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
+from plugins import op_spec
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.quant.folder import QuantModel
 
-__all__ = ["PLAIN_METHOD", "compare_weights", "compared_tensors", "rounding_bound"]
+__all__ = ["compare_weights", "compared_tensors"]
 
-PLAIN_METHOD = "rtn"  # keeps the weights what they are
 ROPE = "rope.inv_freq"
 _CHUNK = 1 << 22  # weights held as fp32 at once
-_FEW_LEVELS, _MEAN_FACTOR = 3, 1.5  # W1 and W1*: one magnitude, in units of mean |w|
 _MARGIN = 1.01  # fp32 rounding of weights that lie between two codes
-_FLAT, _TINY = 2.0**-15, 2.0**-126  # smallest steps: part of the group's absmax, and absolute
-_INT8_MAX, _FP16_ROUNDOFF = 127, 2.0**-11  # QQQ's second level: int8 weights from fp16 scales
 _SMALLEST_HALF = 2.0**-24  # spacing of fp16 subnormals
-
-
-def rounding_bound(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
-    """Largest honest error of every weight [N, K] (fp32) after rounding to nearest; same shape."""
-    groups = weight.reshape(
-        len(weight), -1, scheme.group_size or weight.shape[1]
-    )  # [N, G, group_len]
-    size = np.abs(groups)
-    absmax = size.max(-1, keepdims=True)
-    if scheme.op == "QQQGemm":
-        bound = np.minimum(absmax / (scheme.levels - 2), size)  # codes -7..7: half of absmax / 7
-        if scheme.group_size:
-            bound += absmax.max(1, keepdims=True) / _INT8_MAX / 2 + size * _FP16_ROUNDOFF
-    elif scheme.levels <= _FEW_LEVELS:
-        bound = _one_magnitude(groups, scheme.levels)
-    else:
-        width = groups.max(-1, keepdims=True) / (scheme.levels - 1) - groups.min(
-            -1, keepdims=True
-        ) / (scheme.levels - 1)
-        bound = np.minimum(np.maximum(width, absmax * _FLAT) / 2, size)
-    return np.asarray(bound + _TINY, np.float32).reshape(weight.shape)
-
-
-def _one_magnitude(groups: np.ndarray, levels: int) -> np.ndarray:
-    """{-s, 0, s}, or with two levels {0, s} on the side that holds more energy."""
-    size = np.abs(groups)
-    near = np.minimum(
-        size, np.abs(size - _MEAN_FACTOR * size.mean(-1, keepdims=True, dtype=np.float64))
-    )
-    if levels == _FEW_LEVELS:
-        return np.asarray(near)
-    side = np.sign((np.square(groups, dtype=np.float64) * np.sign(groups)).sum(-1, keepdims=True))
-    return np.asarray(np.where(np.sign(groups) == np.where(side == 0, 1, side), near, size))
 
 
 @dataclass
@@ -154,22 +118,14 @@ def _pieces(linear: QuantLinear) -> Iterator[tuple[slice, QuantLinear]]:
     step = max(1, _CHUNK // width)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        arrays = replace(
-            linear.arrays,
-            **{
-                name: array[part]
-                for name, array in vars(linear.arrays).items()
-                if array is not None
-            },
-        )
-        yield part, QuantLinear(linear.name, linear.scheme, arrays)
+        yield part, QuantLinear(linear.name, linear.scheme, linear.arrays.rows(part))
 
 
 def _linear_sums(weight: np.ndarray, linear: QuantLinear) -> _Sums:
-    sums = _Sums()
+    sums, op = _Sums(), op_spec(linear.scheme.op)
     for part, piece in _pieces(linear):
         rows = np.asarray(weight[part], np.float32)
-        sums.add(rows, piece.dequantize(), rounding_bound(rows, linear.scheme))
+        sums.add(rows, piece.dequantize(), op.rounding_bound(rows, linear.scheme.gemm))
     return sums
 
 

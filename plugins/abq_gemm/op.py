@@ -4,64 +4,67 @@ words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from plugins.abq_gemm import rounding
+from plugins.abq_gemm.layout import WEIGHT_ONLY, WORD, padded_group, row_words
 from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
-from plugins.core.op_spec import GemmAttributes, QuantArrays
-from plugins.core.packing import check_group, check_norm, check_shapes
+from plugins.core.code_sets import levels_with
+from plugins.core.op_spec import (
+    AffineForm,
+    ArraySpec,
+    GemmAttributes,
+    GemmScheme,
+    Grid,
+    OpSpec,
+    QuantArrays,
+)
+from plugins.core.packing import check_attributes, check_shapes
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
+    from torch import Tensor
 
-__all__ = ["SPEC", "AbqGemm", "row_words"]
+__all__ = ["SPEC", "AbqGemm"]
 
-WORD = 32
-ROW_ALIGNMENT = 4  # words: rows start at 16-byte addresses
-WEIGHT_ONLY = 16
-BALANCED = {1: 3, 2: 5}
 INT8_RANGE = 128  # largest activation code in magnitude
 _FP32_WHOLE = 1 << 23  # half the range in which fp32 holds every whole number
 
 
-def row_words(attrs: GemmAttributes) -> int:
-    """INT32 words of one weight row of one plane: groups padded to whole words, rows to 16 bytes."""
-    words = attrs.n_groups * (-(-attrs.group_len // WORD))
-    return -(-words // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
-class AbqGemm:
+class AbqGemm(OpSpec):
     """Y = X W^T + b with W = scale * (q - zero) and X quantised per token; see README.md for
     formula and layout.
     """
 
     name = "ABQGemm"
+    method = "abq"
+    rank = 1  # it takes all bits: where no op for fewer takes them
+
+    def objection(self, scheme: GemmScheme) -> tuple[str, str] | None:
+        """Every code set, activations of 2 to 8 bits or none."""
+        sets = levels_with(scheme.wbits)
+        if not sets:
+            return f"got {scheme.wbits} weight bits, expected 1 to 8", "Choose other --wbits"
+        if scheme.abits != WEIGHT_ONLY and not 2 <= scheme.abits <= 8:
+            return (
+                f"got {scheme.abits} activation bits, expected 2 to 8, or 16 for weight-only",
+                "Choose other --abits",
+            )
+        if scheme.levels not in sets:
+            known = " or ".join(f"{levels} (W{codes.title})" for levels, codes in sets.items())
+            return (
+                f"got {scheme.levels} weight levels with {scheme.wbits} bits, expected {known}",
+                "Quantise the layer again",
+            )
+        return None
 
     def check(self, attrs: GemmAttributes, where: str) -> None:
         """Raise InputError if this op cannot run these attributes."""
-        if not 1 <= attrs.wbits <= 8:
-            raise InputError(
-                where, f"got {attrs.wbits} weight bits, expected 1 to 8", "Choose other --wbits"
-            )
-        if attrs.abits != WEIGHT_ONLY and not 2 <= attrs.abits <= 8:
-            raise InputError(
-                where,
-                f"got {attrs.abits} activation bits, expected 2 to 8, or 16 for weight-only",
-                "Choose other --abits",
-            )
-        if attrs.levels not in (1 << attrs.wbits, BALANCED.get(attrs.wbits)):
-            raise InputError(
-                where,
-                f"got {attrs.levels} weight levels with {attrs.wbits} bits, expected "
-                f"{1 << attrs.wbits}"
-                " (or 5 for W2*, 3 for W1*)",
-                "Quantise the layer again",
-            )
-        check_group(attrs, where)
-        check_norm(attrs, where)
+        check_attributes(self, attrs, where)
         largest = INT8_RANGE * (attrs.levels - 1) * attrs.group_len
         if attrs.abits != WEIGHT_ONLY and largest >= 1 << 31:
             raise InputError(
@@ -73,6 +76,16 @@ class AbqGemm:
     def input_names(self, attrs: GemmAttributes) -> list[str]:
         """X, weight, scale, zero and, if there are, bias and the norm's gamma."""
         return ["X", "weight", "scale", "zero", *attrs.optional_inputs]
+
+    def arrays(self, attrs: GemmAttributes) -> tuple[ArraySpec, ...]:
+        """Codes, scales and zero points of each group, bias."""
+        rows, groups = attrs.out_features, attrs.n_groups
+        return (
+            ArraySpec("codes", "uint8", (rows, attrs.in_features), attrs.planes),
+            ArraySpec("scale", "float32", (rows, groups)),
+            ArraySpec("zero", "int32", (rows, groups)),
+            *([ArraySpec("bias", "float32", (rows,))] if attrs.has_bias else []),
+        )
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
         """Bit planes [planes, N, row_words] INT32, least significant bit first, and the scales,
@@ -91,7 +104,7 @@ class AbqGemm:
                 "Quantise the layer again; codes are packed as they are, never re-derived",
             )
         zero = _checked_zero(arrays, attrs, where)
-        rows, group_bits = attrs.out_features, -(-attrs.group_len // WORD) * WORD
+        rows, group_bits = attrs.out_features, padded_group(attrs)
         padded = np.zeros((rows, row_words(attrs) * WORD), np.uint8)
         used = padded[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)
         used[:, :, : attrs.group_len] = codes.reshape(rows, attrs.n_groups, attrs.group_len)
@@ -106,7 +119,7 @@ class AbqGemm:
 
     def unpack(self, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes) -> QuantArrays:
         """Inverse of pack()."""
-        rows, group_bits = attrs.out_features, -(-attrs.group_len // WORD) * WORD
+        rows, group_bits = attrs.out_features, padded_group(attrs)
         codes = np.zeros((rows, attrs.in_features), np.uint8)
         for plane in range(attrs.planes):
             words = np.ascontiguousarray(tensors["weight"][plane])
@@ -131,11 +144,9 @@ class AbqGemm:
             np.float32
         )
 
-    def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
-        """scale * (q - zero), fp32 [N, K]."""
-        weight, scale = self.integers(arrays, attrs)
-        weight.reshape(attrs.out_features, attrs.n_groups, attrs.group_len)[:] *= scale[..., None]
-        return weight
+    def affine(self, scheme: GemmScheme) -> AffineForm:
+        """The op's own formula."""
+        return AffineForm(scheme.planes, False, scheme.group_size)
 
     def reference(
         self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
@@ -189,6 +200,36 @@ class AbqGemm:
         from plugins.abq_gemm.body import function_body
 
         return function_body(attrs, dtype, domain)
+
+    def unpacked_bytes(self, scheme: GemmScheme) -> int:
+        """By the number of planes; see plugins/abq_gemm/body.py."""
+        from plugins.abq_gemm.body import unpacked_bytes
+
+        return unpacked_bytes(scheme)
+
+    def search_grid(
+        self, groups: Tensor, importance: Tensor, ratios: Sequence[float], scheme: GemmScheme
+    ) -> Grid:
+        """See plugins/abq_gemm/grid.py."""
+        from plugins.abq_gemm.grid import search
+
+        return search(groups, importance, ratios, scheme.levels)
+
+    def grid_from_arrays(
+        self, arrays: QuantArrays, scheme: GemmScheme, device: str = "cpu"
+    ) -> Grid:
+        """Their scales and zero points."""
+        from plugins.abq_gemm.grid import grid_from_arrays
+
+        return grid_from_arrays(arrays, scheme.levels, device)
+
+    def round_plain(self, weight: np.ndarray, scheme: GemmScheme) -> QuantArrays:
+        """See plugins/abq_gemm/rounding.py."""
+        return rounding.round_plain(weight, scheme)
+
+    def rounding_bound(self, weight: np.ndarray, scheme: GemmScheme) -> np.ndarray:
+        """See plugins/abq_gemm/rounding.py."""
+        return rounding.rounding_bound(weight, scheme)
 
 
 def _checked_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> np.ndarray:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins.core.op_spec import GemmAttributes, OpSpec, QuantArrays
 from plugins.errors import InputError
 
-__all__ = ["check_group", "check_norm", "check_shapes"]
+__all__ = ["check_attributes", "check_group", "check_norm", "check_shapes"]
 
 _AGAIN = "Quantise the layer again"
+
+
+def check_attributes(op: OpSpec, attrs: GemmAttributes, where: str) -> None:
+    """The scheme must be one that the op takes, its group size and norm must fit.
+
+    Raises:
+        InputError: something does not.
+    """
+    objection = op.objection(attrs)
+    if objection is not None:
+        raise InputError(where, *objection)
+    check_group(attrs, where)
+    check_norm(attrs, where)
 
 
 def check_group(attrs: GemmAttributes, where: str) -> None:

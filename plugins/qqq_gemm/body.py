@@ -9,10 +9,18 @@ import onnx
 from onnx import TensorProto
 
 from plugins.core.onnx_body import CODE_OFFSET, BodyBuilder
-from plugins.core.op_spec import GemmAttributes
-from plugins.qqq_gemm.op import INT8_MAX, OFFSET, TILE_K, nibble_order
+from plugins.core.op_spec import GemmAttributes, GemmScheme
+from plugins.qqq_gemm.layout import INT8_MAX, OFFSET, TILE_K, nibble_order
 
-__all__ = ["function_body"]
+__all__ = ["function_body", "unpacked_bytes"]
+
+# Bytes per weight that ONNX Runtime holds while it folds the unpacking, of SmolLM2-135M
+_PER_CHANNEL, _PER_GROUP = 18, 47
+
+
+def unpacked_bytes(scheme: GemmScheme) -> int:
+    """See OpSpec.unpacked_bytes."""
+    return _PER_GROUP if scheme.group_size else _PER_CHANNEL
 
 
 def function_body(attrs: GemmAttributes, dtype: int, domain: str) -> onnx.FunctionProto:

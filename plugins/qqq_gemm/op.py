@@ -4,70 +4,72 @@ fragment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from plugins.core.activation import quantize_activation, rms_norm, saturate_cast
-from plugins.core.op_spec import GemmAttributes, QuantArrays
-from plugins.core.packing import check_group, check_norm, check_shapes
+from plugins.core.op_spec import (
+    AffineForm,
+    ArraySpec,
+    GemmAttributes,
+    GemmScheme,
+    Grid,
+    OpSpec,
+    QuantArrays,
+)
+from plugins.core.packing import check_attributes, check_shapes
 from plugins.errors import InputError
+from plugins.qqq_gemm import rounding
+from plugins.qqq_gemm.layout import (
+    HIGHEST,
+    INT8_MAX,
+    LOWEST,
+    OFFSET,
+    TILE_K,
+    TILE_N,
+    nibble_order,
+    padded_shape,
+)
 
 if TYPE_CHECKING:
     import onnx
+    from torch import Tensor
 
-__all__ = ["GROUP_SIZES", "SPEC", "QqqGemm", "nibble_order", "padded_shape"]
+__all__ = ["SPEC", "QqqGemm"]
 
 GROUP_SIZES = (0, 64, 128)
-TILE_K, TILE_N = 16, 64
-LOW, HIGH = -8, 7
-INT8_MAX = 127
-OFFSET = 8  # per group, nibbles hold q + 8
 
 
-def padded_shape(attrs: GemmAttributes) -> tuple[int, int]:
-    """(N, K) rounded up to whole 64 x 16 tiles."""
-    return -(-attrs.out_features // TILE_N) * TILE_N, -(-attrs.in_features // TILE_K) * TILE_K
-
-
-def nibble_order(grouped: bool) -> list[tuple[int, int]]:
-    """(b, r) held by nibble 0..7 of a word: output channel 8b + lane/4 of its 16, input channel
-    4(lane%4) + r of its 16.
-
-    Per channel the nibble of b=0 is the high half of byte r; per group even and odd r are apart,
-    for the fp16 conversion (arXiv 2406.09904, layout as in the published kernel).
-    """
-    if grouped:
-        return [(0, 0), (0, 2), (1, 0), (1, 2), (0, 1), (0, 3), (1, 1), (1, 3)]
-    return [(1 - e % 2, e // 2) for e in range(8)]
-
-
-class QqqGemm:
+class QqqGemm(OpSpec):
     """Y = X W^T + b with W = scale * w8, w8 = q or round(q * scale_group), X int8 per token; see
     README.md.
     """
 
     name = "QQQGemm"
+    method = "qqq"
+    rank = 0  # made for these bits: before an op for all
+    act_symmetric = True
+
+    def objection(self, scheme: GemmScheme) -> tuple[str, str] | None:
+        """W4A8 with symmetric activations, in groups of GROUP_SIZES."""
+        if (scheme.wbits, scheme.levels, scheme.abits, scheme.act_symmetric) != (4, 16, 8, 1):
+            codes = "" if scheme.act_symmetric else " with asymmetric activations"
+            return (
+                f"got {scheme.title}{codes}, expected W4A8 with symmetric activations",
+                "Use --wbits 4 --abits 8, or --method abq for other bits",
+            )
+        if scheme.group_size not in GROUP_SIZES:
+            return (
+                f"got group size {scheme.group_size}, expected 0, 64 or 128",
+                "Use one of these, or --method abq",
+            )
+        return None
 
     def check(self, attrs: GemmAttributes, where: str) -> None:
         """Raise InputError if this op cannot run these attributes."""
-        if (attrs.wbits, attrs.levels, attrs.abits, attrs.act_symmetric) != (4, 16, 8, 1):
-            raise InputError(
-                where,
-                f"got W{attrs.wbits}A{attrs.abits} with {attrs.levels} levels and "
-                f"act_symmetric={attrs.act_symmetric}, "
-                "expected W4A8 with 16 levels and symmetric activations",
-                "Use --method abq for other bits",
-            )
-        if attrs.group_size not in GROUP_SIZES:
-            raise InputError(
-                where,
-                f"got group size {attrs.group_size}, expected 0, 64 or 128",
-                "Use one of these, or --method abq",
-            )
-        check_group(attrs, where)
-        check_norm(attrs, where)
+        check_attributes(self, attrs, where)
         if INT8_MAX * INT8_MAX * attrs.in_features >= 1 << 31:
             most = ((1 << 31) - 1) // INT8_MAX**2
             raise InputError(
@@ -87,6 +89,16 @@ class QqqGemm:
             *attrs.optional_inputs,
         ]
 
+    def arrays(self, attrs: GemmAttributes) -> tuple[ArraySpec, ...]:
+        """Codes, channel scales, per group their scales, bias."""
+        rows, groups = attrs.out_features, attrs.n_groups
+        return (
+            ArraySpec("codes", "int8", (rows, attrs.in_features), attrs.wbits),
+            ArraySpec("scale", "float32", (rows, 1)),
+            *([ArraySpec("scale_group", "float16", (rows, groups))] if attrs.group_size else []),
+            *([ArraySpec("bias", "float32", (rows,))] if attrs.has_bias else []),
+        )
+
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
         """Nibbles as INT32 [K/16, 2N] (K, N padded to 16, 64), scale [N, 1] fp32, scale_group
         [n_groups, N] fp16, bias.
@@ -97,10 +109,10 @@ class QqqGemm:
         self.check(attrs, where)
         check_shapes(arrays, attrs, where, scale_columns=1)
         low, high = int(arrays.codes.min()), int(arrays.codes.max())
-        if arrays.codes.dtype != np.int8 or low < LOW or high > HIGH:
+        if arrays.codes.dtype != np.int8 or low < LOWEST or high > HIGHEST:
             raise InputError(
                 where,
-                f"got codes {arrays.codes.dtype} {low} to {high}, expected int8 {LOW} to {HIGH}",
+                f"got codes {arrays.codes.dtype} {low} to {high}, expected int8 {LOWEST} to {HIGHEST}",
                 "Quantise the layer again; codes are packed as they are, never re-derived",
             )
         group_shape = None if arrays.scale_group is None else arrays.scale_group.shape
@@ -184,14 +196,14 @@ class QqqGemm:
         )
 
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
-        """int8_weights as fp32 [N, K], and the channel scale fp32 [N, 1]."""
+        """int8_weights as fp32 [N, K], and the channel scale fp32 [N, 1]: the re-rounding to int8 is
+        part of the numbers.
+        """
         return self.int8_weights(arrays, attrs).astype(np.float32), arrays.scale.astype(np.float32)
 
-    def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
-        """scale * int8 weight, fp32 [N, K]: the re-rounding to int8 is part of the numbers."""
-        weight, scale = self.integers(arrays, attrs)
-        weight *= scale
-        return weight
+    def affine(self, scheme: GemmScheme) -> AffineForm:
+        """Per group int8 weights with one scale per channel: the second level has no other name."""
+        return AffineForm(8 if scheme.group_size else scheme.wbits, True, 0)
 
     def reference(
         self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
@@ -217,6 +229,36 @@ class QqqGemm:
         from plugins.qqq_gemm.body import function_body
 
         return function_body(attrs, dtype, domain)
+
+    def unpacked_bytes(self, scheme: GemmScheme) -> int:
+        """More per group, where int8 weights are made by way of fp32."""
+        from plugins.qqq_gemm.body import unpacked_bytes
+
+        return unpacked_bytes(scheme)
+
+    def search_grid(
+        self, groups: Tensor, importance: Tensor, ratios: Sequence[float], scheme: GemmScheme
+    ) -> Grid:
+        """See plugins/qqq_gemm/grid.py."""
+        from plugins.qqq_gemm.grid import search
+
+        return search(groups, importance, ratios, bool(scheme.group_size))
+
+    def grid_from_arrays(
+        self, arrays: QuantArrays, scheme: GemmScheme, device: str = "cpu"
+    ) -> Grid:
+        """Their scales of both levels."""
+        from plugins.qqq_gemm.grid import grid_from_arrays
+
+        return grid_from_arrays(arrays, device)
+
+    def round_plain(self, weight: np.ndarray, scheme: GemmScheme) -> QuantArrays:
+        """See plugins/qqq_gemm/rounding.py."""
+        return rounding.round_plain(weight, scheme)
+
+    def rounding_bound(self, weight: np.ndarray, scheme: GemmScheme) -> np.ndarray:
+        """See plugins/qqq_gemm/rounding.py."""
+        return rounding.rounding_bound(weight, scheme)
 
 
 SPEC = QqqGemm()

@@ -138,16 +138,16 @@ def test_abbreviated_options_are_refused(option: str, capsys: pytest.CaptureFixt
         (
             "--wbits 4 --abits 4 --method qqq",
             "--method qqq: got W4A4, expected W4A8 with symmetric activations. "
-            "Use --wbits 4 --abits 8, or --method abq.",
+            "Use --wbits 4 --abits 8, or --method abq for other bits.",
         ),
         (
             "--wbits 4 --abits 8 --method qqq --act-quant asym",
-            "--method qqq: got W4A8 with --act-quant asym, expected W4A8 with symmetric "
-            "activations. Use --wbits 4 --abits 8, or --method abq.",
+            "--method qqq: got W4A8 with asymmetric activations, expected W4A8 with symmetric "
+            "activations. Use --wbits 4 --abits 8, or --method abq for other bits.",
         ),
         (
             "--wbits 4 --abits 8 --method qqq --group-size 32",
-            "--group-size: got 32, expected 0, 64 or 128 for --method qqq. "
+            "--method qqq: got group size 32, expected 0, 64 or 128. "
             "Use one of these, or --method abq.",
         ),
         (

@@ -226,6 +226,8 @@ def touch(path: Path) -> None:
         ("quant", lambda world: touch(world.model / "tokenizer.json"), ()),
         ("quant", lambda world: append(world.root / "calibration" / "methods" / "rtn.py"), ()),
         ("quant", lambda world: append(world.root / "plugins" / "qqq_gemm" / "op.py"), ()),
+        ("quant", lambda world: append(world.root / "plugins" / "abq_gemm" / "grid.py"), ()),
+        ("quant", lambda world: append(world.root / "plugins" / "core" / "code_sets.py"), ()),
         ("quant", lambda world: append(world.root / "calibration" / "default_text.txt"), ()),
         (
             "quant",

@@ -263,8 +263,11 @@ GOOD = abq(2, 24, g=8)
         ),
         (
             replace(GOOD, levels=5),
-            "got 5 weight levels with 4 bits, expected 16 (or 5 for W2*, 3 for W1*). Quantise "
-            "the layer again.",
+            "got 5 weight levels with 4 bits, expected 16 (W4). Quantise the layer again.",
+        ),
+        (
+            replace(GOOD, wbits=2, levels=3),
+            "got 3 weight levels with 2 bits, expected 4 (W2) or 5 (W2*). Quantise the layer again.",
         ),
         (
             replace(GOOD, group_size=7),

@@ -276,13 +276,18 @@ def test_trap_25_fp16_output_saturates() -> None:
     [
         (
             replace(qqq(2, 64), wbits=3, levels=8),
-            "got W3A8 with 8 levels and act_symmetric=1, "
-            "expected W4A8 with 16 levels and symmetric activations. Use --method abq for other bits.",
+            "got W3A8, expected W4A8 with symmetric activations. "
+            "Use --wbits 4 --abits 8, or --method abq for other bits.",
+        ),
+        (
+            replace(qqq(2, 64), levels=5),
+            "got W4 (5 levels) A8, expected W4A8 with symmetric activations. "
+            "Use --wbits 4 --abits 8, or --method abq for other bits.",
         ),
         (
             replace(qqq(2, 64), act_symmetric=0),
-            "got W4A8 with 16 levels and act_symmetric=0, "
-            "expected W4A8 with 16 levels and symmetric activations. Use --method abq for other bits.",
+            "got W4A8 with asymmetric activations, expected W4A8 with symmetric activations. "
+            "Use --wbits 4 --abits 8, or --method abq for other bits.",
         ),
         (
             qqq(2, 64, g=32),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from calibration.blocks.forward import norm_gains
@@ -24,7 +23,9 @@ from calibration.methods.abq.train import TrainedBlock, train_block, tune_block
 from calibration.methods.abq.training import TrainSettings
 from calibration.methods.abq.transforms import TransformParts
 from calibration.methods.qqq.method import round as gptq_rule
-from calibration.solvers.grid import AbqGrid, Grid
+from calibration.solvers.grid import Grid
+from plugins import op_spec
+from plugins.core.op_spec import QuantArrays
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import BlockTask
@@ -117,17 +118,14 @@ def _learned_grids(trained: TrainedBlock, task: BlockTask) -> dict[str, Grid]:
     """Scales and zero points as training left them, members stacked."""
     grids: dict[str, Grid] = {}
     for node, site in task.block.sites.items():
-        arrays = [
-            trained.quantizers[name].arrays(trained.weights[f"{name}.weight"])
-            for name in site.linears.names
-        ]
-        scale, zero = (
-            torch.from_numpy(np.concatenate([getattr(part, key) for part in arrays]))
-            .float()
-            .to(task.device)
-            for key in ("scale", "zero")
+        arrays = QuantArrays.stacked(
+            [
+                trained.quantizers[name].arrays(trained.weights[f"{name}.weight"])
+                for name in site.linears.names
+            ]
         )
-        grids[node] = AbqGrid(scale, zero, task.schemes[node].levels)
+        scheme = task.schemes[node]
+        grids[node] = op_spec(scheme.op).grid_from_arrays(arrays, scheme.gemm, task.device)
     return grids
 
 

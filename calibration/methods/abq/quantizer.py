@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from calibration.methods.rtn import TINY
 from calibration.reference.fake_quant import fake_quantize
 from plugins.core.op_spec import QuantArrays
+from plugins.core.rounding import SMALLEST_SCALE
 
 if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
@@ -133,7 +133,7 @@ class WeightQuantizer(nn.Module):  # type: ignore[misc]
         groups = self._grouped(weight)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         floor = (torch.maximum(-low, high).detach() * _FLAT).clamp(
-            min=float(TINY)
+            min=SMALLEST_SCALE
         )  # normal in fp32, where 1e-5 would not be small
         low, high = (
             torch.sigmoid(self.gamma_low)[..., None] * low,

@@ -72,4 +72,4 @@ class AbqSettings(QqqSettings):
 
 
 SETTINGS = AbqSettings
-DECLARATION = Declaration(op="ABQGemm", codes=("uint8",), counts_processes=True)
+DECLARATION = Declaration(codes=("uint8",), counts_processes=True)

@@ -1,4 +1,4 @@
-"""QQQ's switches and what it declares; imports nothing heavy."""
+"""QQQ's switches; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calibration.blocks.settings import WalkSettings
-from calibration.methods import Declaration
 
 if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["AS_PUBLISHED", "DECLARATION", "SETTINGS", "QqqSettings"]
+__all__ = ["AS_PUBLISHED", "SETTINGS", "QqqSettings"]
 
 AS_PUBLISHED = {"rotation": "none", "clip_steps": 1, "correct": 0.0}  # what both papers do without
 
@@ -41,4 +40,3 @@ class QqqSettings(WalkSettings):
 
 
 SETTINGS = QqqSettings
-DECLARATION = Declaration(op="QQQGemm")

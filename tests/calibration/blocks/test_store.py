@@ -51,8 +51,7 @@ def _same(a: BlockResult, b: BlockResult) -> bool:
         found = {
             f"{site}/{name}": array
             for site, one in result.sites.items()
-            for name, array in vars(one).items()
-            if array is not None
+            for name, array in one.named().items()
         }
         return found | result.gains
 

@@ -259,8 +259,7 @@ def test_group_size_too_small(tiny_model_dir: Path, size: int) -> None:
 
 def test_group_size_of_qqq(tiny_model_dir: Path) -> None:
     assert _refusal(tiny_model_dir, _group(32, QQQ)) == (
-        "--group-size: got 32, expected 0, 64 or 128 for QQQGemm. "
-        "Use --group-size 0 (one scale per output channel) or 64; --method abq takes other sizes."
+        "QQQGemm: got group size 32, expected 0, 64 or 128. Use one of these, or --method abq."
     )
     assert _refusal(tiny_model_dir, _group(128, QQQ)) == (
         "--group-size: got 128, which does not divide the in_features 64 of this model's linear layers. "
@@ -285,8 +284,8 @@ def test_qqq_is_w4a8_only(tiny_model_dir: Path, scheme: QuantScheme, got: str) -
 
 def test_bits_out_of_range(tiny_model_dir: Path) -> None:
     assert _refusal(tiny_model_dir, QuantScheme("ABQGemm", "rtn", 4, 9)) == (
-        "a linear layer of 32 x 64: got 9 activation bits, expected 2 to 8, or 16 for "
-        "weight-only. Choose other --abits."
+        "ABQGemm: got 9 activation bits, expected 2 to 8, or 16 for weight-only. "
+        "Choose other --abits."
     )
 
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.solvers.gptq import quadratic_error
-from calibration.solvers.grid import AbqGrid, Grid, QqqGrid, search_grid
+from calibration.solvers.grid import Grid, search_grid
 from plugins import op_spec
+from plugins.abq_gemm.grid import AbqGrid
 from plugins.core.op_spec import QuantArrays
+from plugins.qqq_gemm.grid import QqqGrid
 from tests.calibration.block_cases import QQQ, QQQ_GROUPS
 
 ABQ = [

@@ -22,7 +22,8 @@ from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.graph.decoder import export_onnx
 from exporter.proof.judge import LayerReport
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
-from exporter.proof.weights import compare_weights, compared_tensors, rounding_bound
+from exporter.proof.weights import compare_weights, compared_tensors
+from plugins import op_spec
 
 SCHEMES: dict[str, dict[str, Any]] = {
     **{f"w{bits}": {"wbits": bits} for bits in range(1, 9)},
@@ -58,7 +59,9 @@ def test_no_honest_weight_leaves_its_bound(name: str, kind: str) -> None:
     )
     weight = weights(kind)
     error = np.abs(QuantLinear("x", scheme, quantize(weight, None, scheme)).dequantize() - weight)
-    assert (error <= rounding_bound(weight, scheme) * 1.01 + np.abs(weight) * 2.0**-20).all()
+    bound = op_spec(scheme.op).rounding_bound(weight, scheme.gemm)
+    assert bound.dtype == np.float32
+    assert (error <= bound * 1.01 + np.abs(weight) * 2.0**-20).all()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
