@@ -14,6 +14,7 @@ from calibration import formats
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.out.files import read_json, write_json
 from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
     code_digest,
     digest,
     file_stamps,
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.progress import Progress
 
-__all__ = ["CACHE", "Budget", "allocate", "bits_within", "candidates", "schemes_within"]
+__all__ = ["Budget", "allocate", "bits_within", "candidates", "schemes_within"]
 
-CACHE = ".sensitivity.json"  # in OUT: what was measured, for --resume
 _WBITS = (
     2,
     3,
@@ -46,7 +46,6 @@ _WINDOWS, _SEQLEN = (
     8,
     512,
 )  # at most: sums over all weights of a node settle long before a calibration does
-_CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
 
 Option = tuple[int, float]  # bits, cost
 
@@ -223,7 +222,7 @@ def _costs(
         [scheme.as_dict() for scheme in schemes],
         settings.as_dict(),
         text_digest(settings.calib),
-        code_digest(*_CODE),
+        code_digest(*CALIBRATION_CODE),
         package_versions(("torch", "numpy")),
     )
     if budget.resume and budget.cache.is_file():

@@ -13,9 +13,12 @@ from typing import Any
 
 from calibration.out.files import sha256_file
 
-__all__ = ["code_digest", "digest", "file_stamps", "package_versions", "text_digest"]
+__all__ = ["CALIBRATION_CODE", "code_digest", "digest", "file_stamps", "package_versions", "text_digest"]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
+
+# What decides the codes: all of calibration, and what an op is, but not how it runs.
+CALIBRATION_CODE = ("calibration", "plugins/core", "plugins/*/op.py")
 
 
 def digest(*parts: Any) -> str:
@@ -23,9 +26,14 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def code_digest(*patterns: str) -> str:
-    """Hash of the project's source files that match."""
-    files = sorted({path for pattern in patterns for path in _ROOT.glob(pattern)})
+def code_digest(*places: str) -> str:
+    """Hash of the Python files in the project's folders, and of its single files, that match the
+    patterns `places`.
+    """
+    found = [path for place in places for path in _ROOT.glob(place)]
+    files = sorted(
+        {file for path in found for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    )
     return digest(*((str(path.relative_to(_ROOT)), sha256_file(path)) for path in files))
 
 

@@ -12,7 +12,13 @@ import numpy as np
 
 from calibration.data import calibration_windows, load_text
 from calibration.methods import Method, is_block_method, method
-from calibration.out.fingerprint import code_digest, digest, file_stamps, package_versions
+from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
+    code_digest,
+    digest,
+    file_stamps,
+    package_versions,
+)
 from calibration.settings import AbqSettings
 from plugins.core.op_spec import QuantArrays
 
@@ -27,8 +33,6 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
 
 __all__ = ["QuantSource", "open_source"]
-
-_CODE = ("calibration/**/*.py", "plugins/core/*.py", "plugins/*/op.py")
 
 
 class QuantSource(Protocol):
@@ -187,7 +191,7 @@ def open_source(
         schemes.as_dict(),
         settings.as_dict(),
         hashlib.sha256(windows.tobytes()).hexdigest(),
-        code_digest(*_CODE),
+        code_digest(*CALIBRATION_CODE),
         package_versions(("torch", "numpy")),
         torch.cuda.is_available(),
         options.ranks.world if isinstance(settings.method, AbqSettings) else 0,

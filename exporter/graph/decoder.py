@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.graph.nodes import NodeFactory
@@ -23,17 +24,13 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantLinear
 
 __all__ = [
-    "DATA_FILE",
     "IR_VERSION",
-    "MODEL_FILE",
     "OPSET",
     "export_onnx",
     "layer_output",
     "new_key",
 ]
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention are standard ops from here on
 IR_VERSION = 11
 
@@ -347,7 +344,7 @@ def export_onnx(
         "bfloat16": onnx.TensorProto.BFLOAT16,
         "float32": onnx.TensorProto.FLOAT,
     }
-    progress.start("onnx", layers + 1)
+    progress.start(ONNX, layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         element = dtype[quant.scheme.dtype]
         writer = DecoderWriter(quant, weights, NodeFactory(element), element, fuse_norms)

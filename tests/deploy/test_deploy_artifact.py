@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from deploy.artifact import check_artifact, choose_runner, open_artifact
+
 from plugins.errors import InputError
 
 Pretend = Callable[[list[str]], None]
