@@ -120,7 +120,7 @@ def perplexity(out: Path, args: argparse.Namespace) -> float:
     from calibration.quant.folder import read_quant
     from calibration.reference.model import quantised_model
     from exporter.proof.perplexity import EvalRequest, score
-    from exporter.run.sessions import TorchSession
+    from exporter.run.reference import TorchSession
 
     quant = read_quant(out / "quant")
     with TorchSession(quantised_model(quant, round_activations=False)) as session:

@@ -175,4 +175,4 @@ def _differences(name: str, got: Any, expected: Any) -> Iterator[tuple[str, str,
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value) if value not in (None, {}, []) else "none"
+    return "nothing" if value is None else "none" if value in ({}, []) else json.dumps(value)

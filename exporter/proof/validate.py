@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.out.files import read_json
-from calibration.out.folder import open_stage
-from calibration.out.layout import ENGINE, ENGINE_FILE, MANIFEST, ONNX, QUANT, REPORT
+from calibration.out.folder import open_stage, stages_in
+from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
@@ -273,7 +272,7 @@ class _Validator:
         GPU.
         """
         folder, tensorrt = self.out / ENGINE, find_runner(TENSORRT)
-        if not _has_stage(self.out, ENGINE):
+        if ENGINE not in stages_in(self.out):
             stale = (
                 f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
             )
@@ -350,12 +349,6 @@ def _freed(work: Callable[..., list[Outputs]], *arguments: Any) -> list[Outputs]
     ):  # glibc only; ONNX Runtime leaves 1.6 GB in the heap for a model of 135 M weights
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return outputs
-
-
-def _has_stage(out: Path, name: str) -> bool:
-    """Whether the manifest lists a stage: a folder alone may be left from an earlier export."""
-    path = out / MANIFEST
-    return path.is_file() and name in read_json(path).get("stages", {})
 
 
 def validate(

@@ -43,15 +43,14 @@ def test_a_folder_of_another_setting_is_refused_and_kept(
     before = snapshot(out)
     refused(
         run(out, wbits="3"),
-        f"{out}: got an artefact with scheme "
-        f'{{"act_symmetric": true, "op": "QQQGemm", "wbits": 4}}, expected '
-        '{"op": "ABQGemm", "wbits": 3, "act_symmetric": false}. Choose another --out, or delete '
-        "this folder.",
+        f'{out}: got an artifact with scheme.op "QQQGemm", scheme.wbits 4, scheme.act_symmetric '
+        'true, expected scheme.op "ABQGemm", scheme.wbits 3, scheme.act_symmetric false. Choose '
+        "another --out, or delete this folder.",
     )
     other = tiny_llama(tie_word_embeddings=False)
     _, _, err = run(out, model=other)
     assert err.splitlines()[-1].endswith(
-        f'expected "{other}". Choose another --out, or delete this folder.'
+        f'expected model "{other}". Choose another --out, or delete this folder.'
     )
     assert snapshot(out) == before
 

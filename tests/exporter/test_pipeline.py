@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from exporter.graph.decoder import DATA_FILE
+from calibration.out.layout import DATA_FILE
 from exporter.proof.validate import LayerReport, ValidationResult
 from plugins.errors import EXIT_CHECK, EXIT_INTERRUPT
 
