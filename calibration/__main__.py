@@ -31,14 +31,14 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
 
     from calibration.budget.choice import Budget, bits_within, schemes_within
     from calibration.checkpoints.checkpoint import open_checkpoint
-    from calibration.checkpoints.sources import resolve_source
+    from calibration.checkpoints.sources import check_name
     from calibration.quant.checks import check_scheme
     from calibration.quant.quantize import QuantizeOptions, quant_bytes, quantize_model
 
     options = QuantizeOptions(
         args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks
     )
-    resolve_source(args.model, args.offline)  # a mistyped name is not a wrong --out
+    check_name(args.model)  # a mistyped name is not a wrong --out
     _refuse_exporters(out)
     checkpoint = open_checkpoint(args.model, args.offline)
     check_scheme(checkpoint, schemes, args.format)

@@ -47,14 +47,14 @@ class Pipeline:
     def __init__(self, request: ExportRequest, progress: Progress) -> None:
         from calibration.budget.choice import bits_within
         from calibration.checkpoints.checkpoint import open_checkpoint
-        from calibration.checkpoints.sources import resolve_source
+        from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
 
         self.request = request
         self.progress = progress
         self.fingerprint = ""
         self.wanted = STAGES[: STAGES.index(request.until) + 1]
-        resolve_source(request.model, request.offline)  # a mistyped name is not a wrong --out
+        check_name(request.model)  # a mistyped name is not a wrong --out
         self.manifest = open_manifest(request.out, request.identity())
         text = request.eval_text
         if text is not None and not text.is_file():

@@ -55,6 +55,32 @@ def test_a_folder_of_another_setting_is_refused_and_kept(
     assert snapshot(out) == before
 
 
+def test_a_mistyped_model_is_named_before_a_folder_is_compared(
+    run: Run, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    out = tmp_path / "out"
+    run(out)
+    before = snapshot(out)
+    code, _, err = run(out, model=Path("smollm3"))
+    assert code == EXIT_INPUT
+    assert err.splitlines()[-1].startswith("model 'smollm3': got an unknown name, expected ")
+    assert snapshot(out) == before
+
+
+def test_a_setting_that_the_folder_does_not_have_is_shown_as_nothing(
+    run: Run, refused: Refused, tmp_path: Path
+) -> None:
+    out, bits = tmp_path / "out", tmp_path / "bits.txt"
+    bits.write_text("down_proj w8a8\n")
+    run(out)
+    code, _, err = run(out, "--bits-file", str(bits))
+    assert code == EXIT_INPUT and "{}" not in err
+    assert err.splitlines()[-1] == (
+        f"{out}: got an artifact with scheme.rules nothing, expected scheme.rules "
+        '[["down_proj", "w8a8"]]. Choose another --out, or delete this folder.'
+    )
+
+
 def test_a_strangers_folder_is_refused_and_kept(run: Run, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     refused(
