@@ -141,11 +141,7 @@ def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     for key, expected in identity.items():
         got = manifest["request"].get(key)
         if got != expected:
-            different = list(_differences(key, got, expected))
-            theirs, ours = (
-                ", ".join(f"{name} {value[which]}" for name, *value in different)
-                for which in (0, 1)
-            )
+            theirs, ours = map(", ".join, zip(*_differences(key, got, expected), strict=True))
             raise InputError(
                 str(out),
                 f"got an artifact with {theirs}, expected {ours}",
@@ -164,15 +160,17 @@ def _strangers(out: Path) -> list[str]:
     return [] if MANIFEST in names else names
 
 
-def _differences(name: str, got: Any, expected: Any) -> Iterator[tuple[str, str, str]]:
-    """(name, got, expected) of all that differs; of nested values only the innermost."""
+def _differences(name: str, got: Any, expected: Any) -> Iterator[tuple[str, str]]:
+    """(got, expected) of all that differs, each with its name; of nested values only the innermost."""
     if isinstance(got, dict) and isinstance(expected, dict):
         for key in dict.fromkeys((*expected, *got)):
             if got.get(key) != expected.get(key):
                 yield from _differences(f"{name}.{key}", got.get(key), expected.get(key))
     else:
-        yield name, _shown(got), _shown(expected)
+        yield _shown(name, got), _shown(name, expected)
 
 
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else "none" if value in ({}, []) else json.dumps(value)
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return f"no {name}"
+    return f"empty {name}" if value in ({}, []) else f"{name} {json.dumps(value)}"

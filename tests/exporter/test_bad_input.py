@@ -67,7 +67,7 @@ def test_a_mistyped_model_is_named_before_a_folder_is_compared(
     assert snapshot(out) == before
 
 
-def test_a_setting_that_the_folder_does_not_have_is_shown_as_nothing(
+def test_a_setting_that_the_folder_does_not_have_is_said_to_be_missing(
     run: Run, refused: Refused, tmp_path: Path
 ) -> None:
     out, bits = tmp_path / "out", tmp_path / "bits.txt"
@@ -76,7 +76,7 @@ def test_a_setting_that_the_folder_does_not_have_is_shown_as_nothing(
     code, _, err = run(out, "--bits-file", str(bits))
     assert code == EXIT_INPUT and "{}" not in err
     assert err.splitlines()[-1] == (
-        f"{out}: got an artifact with scheme.rules nothing, expected scheme.rules "
+        f"{out}: got an artifact with no scheme.rules, expected scheme.rules "
         '[["down_proj", "w8a8"]]. Choose another --out, or delete this folder.'
     )
 

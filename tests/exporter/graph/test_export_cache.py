@@ -274,7 +274,7 @@ def test_out_belongs_to_its_cache(
     assert read_quant(out / "quant").label == "w4a8-kv4"
     refused(
         run(out, "--resume"),
-        f'{out}: got an artefact with scheme {{"kv_bits": 4}}, expected {{"kv_bits": 16}}. '
+        f"{out}: got an artifact with scheme.kv_bits 4, expected scheme.kv_bits 16. "
         "Choose another --out, or delete this folder.",
     )
     code, _, err = run(out, "--kv-bits", "4", "--resume")
