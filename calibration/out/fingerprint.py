@@ -13,7 +13,14 @@ from typing import Any
 
 from calibration.out.files import sha256_file
 
-__all__ = ["CALIBRATION_CODE", "code_digest", "digest", "file_stamps", "package_versions", "text_digest"]
+__all__ = [
+    "CALIBRATION_CODE",
+    "code_digest",
+    "digest",
+    "file_stamps",
+    "package_versions",
+    "text_digest",
+]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
