@@ -120,13 +120,13 @@ def perplexity(out: Path, args: argparse.Namespace) -> float:
     from calibration.quant.folder import read_quant
     from calibration.reference.model import quantised_model
     from exporter.proof.perplexity import EvalRequest, score
-    from exporter.run.sessions import TorchSession
+    from exporter.run.model import find_model
+    from exporter.run.reference import TorchSession
 
     quant = read_quant(out / "quant")
     with TorchSession(quantised_model(quant, round_activations=False)) as session:
-        return float(
-            score(session, quant, EvalRequest(args.text, first=args.first, runner="torch"))["ppl"]
-        )
+        request = EvalRequest(args.text, first=args.first, runner="torch")
+        return float(score(session, find_model(out, "torch"), request)["ppl"])
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

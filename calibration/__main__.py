@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
 from calibration.out.files import StageWriter, locked, read_json
+from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import Progress, make_progress
 from plugins.cli import run_cli
 from plugins.errors import InputError
@@ -26,17 +27,19 @@ __all__ = ["main"]
 def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> None:
     schemes = schemes_from_args(args)
     out = default_out(args, schemes.base)
-    _refuse_exporters(out)
     settings = settings_from_args(args, schemes.base)
 
-    from calibration.budget.choice import CACHE, Budget, bits_within, schemes_within
+    from calibration.budget.choice import Budget, bits_within, schemes_within
     from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.checkpoints.sources import check_name
     from calibration.quant.checks import check_scheme
-    from calibration.quant.quantize import STAGE, WORK, QuantizeOptions, quant_bytes, quantize_model
+    from calibration.quant.quantize import QuantizeOptions, quant_bytes, quantize_model
 
     options = QuantizeOptions(
         args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks
     )
+    check_name(args.model)  # a mistyped name is not a wrong --out
+    _refuse_exporters(out)
     checkpoint = open_checkpoint(args.model, args.offline)
     check_scheme(checkpoint, schemes, args.format)
     budget = (
@@ -48,7 +51,7 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
             settings,
             args.format,
             args.offline,
-            out / CACHE,
+            out / SENSITIVITY,
             args.resume,
             ranks,
         )
@@ -57,25 +60,25 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
         bits_within(checkpoint, budget)
     if not ranks.first:  # calibrates with the first one, which alone locks the folder and writes it
         schemes = schemes if budget is None else schemes_within(checkpoint, budget, progress)
-        quantize_model(checkpoint, schemes, options, out / STAGE, progress)
+        quantize_model(checkpoint, schemes, options, out / QUANT, progress)
         return
-    _refuse_other(out / STAGE, checkpoint, schemes, nodes=budget is None)
-    writer = StageWriter(out, STAGE, quant_bytes(checkpoint, schemes, args.format))
+    _refuse_other(out / QUANT, checkpoint, schemes, nodes=budget is None)
+    writer = StageWriter(out, QUANT, quant_bytes(checkpoint, schemes, args.format))
     with locked(out):
         _refuse_exporters(out)  # and again, now that nobody else writes
         if budget is not None:
             schemes = schemes_within(checkpoint, budget, progress)
-        _refuse_other(out / STAGE, checkpoint, schemes)
+        _refuse_other(out / QUANT, checkpoint, schemes)
         with writer:
             facts = quantize_model(checkpoint, schemes, options, writer.path, progress)
-    progress.message(f"{out / STAGE}: {facts['summary']}")
+    progress.message(f"{out / QUANT}: {facts['summary']}")
 
 
 def _refuse_exporters(out: Path) -> None:
-    if (out / "manifest.json").exists():
+    if (out / MANIFEST).exists():
         raise InputError(
             str(out),
-            "got a folder with manifest.json, which python -m exporter keeps, expected another",
+            f"got a folder with {MANIFEST}, which python -m exporter keeps, expected another",
             "Choose another --out, or run python -m exporter with --until quant",
         )
 
@@ -88,8 +91,6 @@ def _refuse_other(
     """
     if not folder.exists():
         return
-    from calibration.quant.folder import QUANT_JSON
-
     fix = "Choose another --out, or delete this folder"
     try:
         meta = read_json(folder / QUANT_JSON)

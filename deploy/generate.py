@@ -1,7 +1,8 @@
-"""Continues a prompt token by token and turns the tokens into text as they come."""
+"""python -m deploy generate: continues a prompt token by token and prints the text as it comes."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -9,20 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.artifact import open_artifact
+from deploy.command import Command, add_runner
 from deploy.sampling import Sampler, Sampling
+from exporter.run.model import AUTO, find_model
+from plugins.cli import number, whole_number
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from exporter.run.sessions import DecoderSession
 
 __all__ = [
+    "COMMAND",
     "GenerateRequest",
     "TextStream",
     "generate_text",
     "generate_tokens",
     "prompt_tokens",
-    "stop_tokens",
 ]
 
 _CONTEXT_TOKENS = (
@@ -30,7 +33,7 @@ _CONTEXT_TOKENS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """What to generate.
 
@@ -38,14 +41,14 @@ class GenerateRequest:
         prompt: the text to continue.
         max_new_tokens: most tokens to add; generation also ends at the model's end token and at its
             context.
-        runner: "auto", "onnxruntime" or "tensorrt".
+        runner: "auto" or a name of exporter/run.
         sampling: how tokens are chosen.
         stream: print tokens as they come rather than all at the end.
     """
 
     prompt: str
     max_new_tokens: int = 128
-    runner: str = "auto"
+    runner: str = AUTO
     sampling: Sampling = field(default_factory=Sampling)
     stream: bool = False
 
@@ -115,12 +118,6 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     return tokens
 
 
-def stop_tokens(config: dict[str, Any]) -> frozenset[int]:
-    """The model's end tokens, of quant.json's config."""
-    eos = config.get("eos_token_id")
-    return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
-
-
 def generate_tokens(
     session: DecoderSession, prompt: Sequence[int], sampler: Sampler, limit: int
 ) -> Iterator[int]:
@@ -152,23 +149,27 @@ def generate_text(out: Path, request: GenerateRequest) -> int:
         InputError: OUT, the prompt or the runner is wrong. CheckError: the model computes NaN.
     """
     sampler = Sampler(request.sampling)
-    quant, session, runner = open_artifact(out, request.runner)
-    with session:
-        tokenizer, stop = quant.tokenizer(), stop_tokens(quant.config)
+    model = find_model(out, request.runner)
+    with model.open() as session:
+        tokenizer = model.tokenizer()
         prompt = prompt_tokens(tokenizer, request.prompt)
         text, count, began = TextStream(tokenizer, prompt), 0, time.monotonic()
-        pieces = [request.prompt]
+        pieces, full = [request.prompt], False
         _show(pieces, request.stream)
         for token in generate_tokens(session, prompt, sampler, request.max_new_tokens):
-            if token in stop:
+            if token in model.description.eos_token_ids:
                 break
             count += 1
             pieces.append(text.feed(token))
             _show(pieces, request.stream)
+        else:
+            full = len(prompt) + count == session.max_context
         pieces.append(text.flush())
     seconds = time.monotonic() - began
     print("".join(pieces), flush=True)
-    print(f"{count} tokens in {seconds:.1f} s, {runner}", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.1f} s, {model.runner.name}", file=sys.stderr)
+    if full and count < request.max_new_tokens:
+        print(_full(session.max_context, model.description.context), file=sys.stderr)
     return count
 
 
@@ -176,3 +177,63 @@ def _show(pieces: list[str], stream: bool) -> None:
     if stream:
         print("".join(pieces), end="", flush=True)
         pieces.clear()
+
+
+def _full(limit: int, context: int) -> str:
+    longer = "" if limit == context else ", or build the engine with a larger --max-seq"
+    return f"The context of {limit} tokens is full, so the text ends here: give a shorter prompt{longer}."
+
+
+class Generate(Command):
+    """Prints the text on stdout."""
+
+    name = "generate"
+    help = "continue a prompt"
+    description = "Print a prompt and its continuation."
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The prompt, how tokens are chosen, which runner."""
+        add = parser.add_argument
+        add("--prompt", required=True, metavar="TEXT", help="the text to continue")
+        add(
+            "--max-new-tokens",
+            type=whole_number(1),
+            default=128,
+            metavar="N",
+            help="most tokens to add (default 128)",
+        )
+        add_runner(parser, default=AUTO)
+        add(
+            "--temperature",
+            type=number(0),
+            default=0.0,
+            metavar="T",
+            help="0: always the best token (default); 1: the model's own odds",
+        )
+        add(
+            "--top-k",
+            type=whole_number(0),
+            default=0,
+            metavar="K",
+            help="draw among the K best only; 0: all (default)",
+        )
+        add("--seed", type=whole_number(0), default=0, metavar="S", help="of the draws (default 0)")
+        add(
+            "--stream",
+            action=argparse.BooleanOptionalAction,
+            help="print tokens as they come (default: on a terminal)",
+        )
+
+    def run(self, out: Path, args: argparse.Namespace) -> None:
+        """Generate and print."""
+        request = GenerateRequest(
+            prompt=args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            runner=args.runner,
+            sampling=Sampling(args.temperature, args.top_k, args.seed),
+            stream=sys.stdout.isatty() if args.stream is None else args.stream,
+        )
+        generate_text(out, request)
+
+
+COMMAND = Generate()

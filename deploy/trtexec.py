@@ -1,18 +1,22 @@
-"""Writes the commands of NVIDIA's trtexec for an artefact: build from the ONNX file, time prefill,
-time decode.
+"""python -m deploy trtexec: the commands of NVIDIA's trtexec for an artifact: build from the ONNX file,
+time prefill, time decode.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calibration.out.files import read_json
+from calibration.out.folder import command_for
+from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD, MODEL_FILE, ONNX
+from deploy.command import Command
 from plugins.errors import InputError
 
-__all__ = ["build_command", "script", "time_command"]
+__all__ = ["COMMAND", "build_command", "script", "time_command"]
 
 _TOOLS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
 _BREAK = " \\\n    "
@@ -38,10 +42,10 @@ def build_command(out: Path, record: Mapping[str, Any]) -> str:
     """The command that builds OUT/engine/trtexec.engine with the same profiles, as the data-centre
     edition must on its GPU.
     """
-    engine = out / "engine"
+    engine = out / ENGINE
     words = [
         _TOOLS[record["edition"]],
-        f"--onnx={out / 'onnx' / 'model.onnx'}",
+        f"--onnx={out / ONNX / MODEL_FILE}",
         f"--saveEngine={engine / 'trtexec.engine'}",
         _plugins(engine, record),
         "--skipInference",
@@ -65,10 +69,10 @@ def build_command(out: Path, record: Mapping[str, Any]) -> str:
 
 def time_command(out: Path, record: Mapping[str, Any], index: int) -> str:
     """The command that times the built engine at the likely shapes of one profile, on random input."""
-    engine = out / "engine"
+    engine = out / ENGINE
     words = [
         _TOOLS[record["edition"]],
-        f"--loadEngine={engine / 'model.engine'}",
+        f"--loadEngine={engine / ENGINE_FILE}",
         _plugins(engine, record),
         f"--useProfile={index}",
         f"--shapes={_shapes(record['profiles'][index]['inputs'], 'opt')}",
@@ -82,12 +86,12 @@ def script(out: Path) -> str:
     Raises:
         InputError: there is no engine, or its record is damaged.
     """
-    path = out / "engine" / "engine.json"
+    path = out / ENGINE / ENGINE_RECORD
     if not path.is_file():
         raise InputError(
             str(path),
             "got no such file, expected the record of a built engine",
-            f"Build one with: python -m exporter MODEL --wbits W --abits A --until engine --out {out}",
+            f"Build one with: {command_for(out, ENGINE)}",
         )
     record = read_json(path)
     try:
@@ -107,3 +111,18 @@ def script(out: Path) -> str:
             "It is damaged: build the engine again",
         ) from None
     return "\n".join(parts)
+
+
+class Trtexec(Command):
+    """Prints a shell script."""
+
+    name = "trtexec"
+    help = "print trtexec commands for the engine"
+    description = "Print the commands that build and time the engine with NVIDIA's own tool."
+
+    def run(self, out: Path, args: argparse.Namespace) -> None:
+        """Print the script."""
+        print(script(out))
+
+
+COMMAND = Trtexec()

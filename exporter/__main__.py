@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
-from exporter.pipeline import STAGES, ExportRequest, run_pipeline
+from calibration.out.folder import command_for
+from calibration.out.layout import HTML_FILE, ONNX, REPORT, STAGES
+from exporter.pipeline import ExportRequest, run_pipeline
 from plugins.cli import run_cli, whole_number
 from plugins.errors import InputError
 
@@ -58,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--until", choices=STAGES, default="report", help="last stage to run (default: report)"
+        "--until", choices=STAGES, default=REPORT, help="last stage to run (default: report)"
     )
     run.add_argument(
         "--resume", action="store_true", help="keep finished stages whose inputs did not change"
@@ -88,6 +91,16 @@ def print_summary(out: Path, manifest: dict[str, object]) -> None:
     Console().print(table)
 
 
+def last_lines(out: Path, manifest: dict[str, object]) -> str:
+    """Where the report is, and what to do next."""
+    stages = manifest["stages"]
+    assert isinstance(stages, dict)
+    lines = [f"Report: {out / REPORT / HTML_FILE}"] if REPORT in stages else []
+    generate = ["python", "-m", "deploy", "generate", str(out), "--prompt", "Once upon a time"]
+    following = shlex.join(generate) if ONNX in stages else command_for(out, REPORT)
+    return "\n".join([*lines, f"Next: {following}"])
+
+
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -103,25 +116,26 @@ def _main(argv: list[str] | None) -> int:
     out = default_out(args, schemes.base)
     progress = make_progress(args.progress)
     request = ExportRequest(
-        args.model,
-        schemes,
-        out,
-        settings_from_args(args, schemes.base),
-        args.engine,
-        args.max_batch,
-        args.max_seq,
-        args.until,
-        args.resume,
-        args.offline,
-        args.eval,
-        args.eval_windows,
-        ("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)),
-        args.format,
-        args.budget,
+        model=args.model,
+        schemes=schemes,
+        out=out,
+        settings=settings_from_args(args, schemes.base),
+        engine=args.engine,
+        max_batch=args.max_batch,
+        max_seq=args.max_seq,
+        until=args.until,
+        resume=args.resume,
+        offline=args.offline,
+        eval_text=args.eval,
+        eval_windows=args.eval_windows,
+        command=("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)),
+        format=args.format,
+        budget=args.budget,
     )
     manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)
+        print(last_lines(out, manifest))
     return 0
 
 

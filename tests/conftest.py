@@ -181,8 +181,9 @@ def tiny_quant(
     """
     from calibration.checkpoints.checkpoint import open_checkpoint
     from calibration.out.files import StageWriter
+    from calibration.out.layout import QUANT
     from calibration.quant.bits import Rule, SchemeMap
-    from calibration.quant.quantize import STAGE, QuantizeOptions, quantize_model
+    from calibration.quant.quantize import QuantizeOptions, quantize_model
     from calibration.quant.scheme import QuantScheme
 
     cache: dict[SchemeMap, Path] = {}
@@ -198,7 +199,7 @@ def tiny_quant(
         schemes = SchemeMap(base, tuple(Rule(*rule.split()) for rule in rules))
         if schemes not in cache:
             out = tmp_path_factory.mktemp("out")
-            with StageWriter(out, STAGE) as writer:
+            with StageWriter(out, QUANT) as writer:
                 quantize_model(
                     open_checkpoint(str(tiny_model_dir), offline=True),
                     schemes,

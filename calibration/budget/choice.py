@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.progress import Progress
 
-__all__ = ["CACHE", "Budget", "allocate", "bits_within", "candidates", "schemes_within"]
+__all__ = ["Budget", "allocate", "bits_within", "candidates", "schemes_within"]
 
-CACHE = ".sensitivity.json"  # in OUT: what was measured, for --resume
 _WBITS = (
     2,
     3,

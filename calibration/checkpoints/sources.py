@@ -13,7 +13,15 @@ from pathlib import Path
 
 from plugins.errors import InputError
 
-__all__ = ["ALIASES", "Alias", "Source", "fetch_weights", "model_slug", "resolve_source"]
+__all__ = [
+    "ALIASES",
+    "Alias",
+    "Source",
+    "check_name",
+    "fetch_weights",
+    "model_slug",
+    "resolve_source",
+]
 
 
 @dataclass(frozen=True)
@@ -85,15 +93,26 @@ def resolve_source(model: str, offline: bool) -> Source:
     Raises:
         InputError: nothing goes by that name, or the hub refuses.
     """
+    check_name(model)
     path = Path(model).expanduser()
     if path.exists():
         return _local(model, path)
     if model in ALIASES:
         local = _alias_path(model)
         return _local(model, local) if local else _hub(model, ALIASES[model].hub_id, offline)
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
-        raise _not_found(model)
     return _hub(model, model, offline)
+
+
+def check_name(model: str) -> None:
+    """Look whether a model can go by this name, without asking the hub.
+
+    Raises:
+        InputError: it is no path, no alias and no hub id.
+    """
+    path = Path(model).expanduser()
+    could_be_hub = path.suffix != ".gguf" and _HUB_ID.fullmatch(model)
+    if not (path.exists() or model in ALIASES or could_be_hub):
+        raise _not_found(model)
 
 
 def _local(model: str, path: Path) -> Source:

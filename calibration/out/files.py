@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from calibration.out.layout import LOCK, old, partial
 from plugins.errors import InputError
 
 __all__ = [
@@ -37,7 +38,7 @@ def locked(out: Path) -> Iterator[None]:
     """One writing process at a time in an OUT folder, which is made if need be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
+        file = (out / LOCK).open("w")
     except OSError as error:
         raise InputError(
             str(out),
@@ -124,9 +125,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def file_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """{relative name: {"bytes": n, "sha256": hex}} of every file below `folder`, in name order."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def file_records(folder: Path, only: str = "*") -> dict[str, dict[str, Any]]:
+    """{relative name: {"bytes": n, "sha256": hex}} of every file below `folder` whose name matches,
+    in name order.
+    """
+    files = sorted(path for path in folder.rglob(only) if path.is_file())
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
@@ -144,7 +147,7 @@ def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         path = folder / name
         if not path.is_file():
             raise InputError(str(path), "got no such file, expected it from the manifest", fix)
-        if path.stat().st_size != record["bytes"]:
+        if path.stat().st_size != record.get("bytes", path.stat().st_size):
             raise InputError(
                 str(path), f"got {path.stat().st_size} bytes, expected {record['bytes']}", fix
             )
@@ -182,8 +185,8 @@ class StageWriter:
         free_bytes: Callable[[Path], int] = _free_bytes,
     ) -> None:
         self.final = out / stage
-        self.path = out / f".{stage}.partial"
-        self._old = out / f".{stage}.old"
+        self.path = out / partial(stage)
+        self._old = out / old(stage)
         free = free_bytes(out)
         if free < needed_bytes:
             raise InputError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ __all__ = [
 ]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-# What a quantised model depends on: not how ONNX spells an op.
-CALIBRATION_CODE = ("calibration/**/*.py", "plugins/*/*.py", "!plugins/*/body.py")
+# What a quantised model depends on: all of calibration, and what an op is, but not how ONNX spells
+# it.
+CALIBRATION_CODE = ("calibration", "plugins/*/*.py", "!plugins/*/body.py")
 
 
 def digest(*parts: Any) -> str:
@@ -38,14 +39,19 @@ def code_digest(*patterns: str) -> str:
     """Hash of the project's source files that match, and of the ops of other packages.
 
     Args:
-        patterns: below the project's root; "!" before one leaves out what matches it.
+        patterns: of files, or of folders, which stand for their Python files, below the project's
+            root; "!" before one leaves out what matches it.
     """
-    files = sorted(
-        {path for pattern in patterns if pattern[0] != "!" for path in _ROOT.glob(pattern)}
-        - {path for pattern in patterns if pattern[0] == "!" for path in _ROOT.glob(pattern[1:])}
-    )
+    wanted = {file for pattern in patterns if pattern[0] != "!" for file in _matching(pattern)}
+    spared = {file for pattern in patterns if pattern[0] == "!" for file in _matching(pattern[1:])}
+    files = sorted(wanted - spared)
     own = [(str(path.relative_to(_ROOT)), sha256_file(path)) for path in files]
     return digest(*own, *((path.name, sha256_file(path)) for path in extension_files()))
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    for path in _ROOT.glob(pattern):
+        yield from path.rglob("*.py") if path.is_dir() else [path]
 
 
 def method_digest(file: Path | None) -> dict[str, str]:

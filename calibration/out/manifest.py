@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from calibration.out.files import read_json
 from calibration.out.fingerprint import package_versions
+from calibration.out.layout import MANIFEST, STAGES
 from plugins.errors import InputError
 
 __all__ = [
     "FORMAT",
-    "MANIFEST",
-    "STAGES",
     "installed_versions",
     "open_manifest",
     "peak_rss",
@@ -23,9 +23,7 @@ __all__ = [
     "reset_peak_rss",
 ]
 
-MANIFEST = "manifest.json"
 FORMAT = 1
-STAGES = ("quant", "onnx", "engine", "report")
 PACKAGES = (
     "anybit-trt",
     "torch",
@@ -143,10 +141,10 @@ def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     for key, expected in identity.items():
         got = manifest["request"].get(key)
         if got != expected:
+            theirs, ours = map(", ".join, zip(*_differences(key, got, expected), strict=True))
             raise InputError(
                 str(out),
-                f"got an artefact with {key} {_short(got, expected)}, "
-                f"expected {_short(expected, got)}",
+                f"got an artifact with {theirs}, expected {ours}",
                 "Choose another --out, or delete this folder",
             )
     return manifest
@@ -162,8 +160,17 @@ def _strangers(out: Path) -> list[str]:
     return [] if MANIFEST in names else names
 
 
-def _short(value: Any, other: Any) -> str:
-    """A value for a message; of two dicts only what differs."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        value = {key: item for key, item in value.items() if other.get(key) != item}
-    return json.dumps(value)
+def _differences(name: str, got: Any, expected: Any) -> Iterator[tuple[str, str]]:
+    """(got, expected) of all that differs, each with its name; of nested values only the innermost."""
+    if isinstance(got, dict) and isinstance(expected, dict):
+        for key in dict.fromkeys((*expected, *got)):
+            if got.get(key) != expected.get(key):
+                yield from _differences(f"{name}.{key}", got.get(key), expected.get(key))
+    else:
+        yield _shown(name, got), _shown(name, expected)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return f"no {name}"
+    return f"empty {name}" if value in ({}, []) else f"{name} {json.dumps(value)}"

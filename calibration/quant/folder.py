@@ -13,15 +13,15 @@ import numpy as np
 from calibration.checkpoints.safetensors import read_header, read_tensor
 from calibration.families import Decoder, Family, UnsupportedError, family
 from calibration.out.files import read_json, sha256_file
+from calibration.out.layout import QUANT_JSON
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
-__all__ = ["FORMAT", "QUANT_JSON", "QuantModel", "fuse", "read_quant"]
+__all__ = ["FORMAT", "QuantModel", "fuse", "read_quant"]
 
 FORMAT = 1
-QUANT_JSON = "quant.json"
 _KEYS = {
     "family": str,
     "source": dict,

@@ -16,11 +16,12 @@ import numpy as np
 from calibration import formats
 from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, numpy_dtype
 from calibration.out.files import sha256_file, write_json
+from calibration.out.layout import BITS_FILE, QUANT, QUANT_JSON, WORK
 from calibration.progress import NullProgress
 from calibration.quant.bits import SchemeMap, as_map
 from calibration.quant.checks import check_scheme
-from calibration.quant.folder import FORMAT, QUANT_JSON, read_quant
-from calibration.quant.options import WORK, QuantizeOptions
+from calibration.quant.folder import FORMAT, read_quant
+from calibration.quant.options import QuantizeOptions
 from calibration.quant.scheme import QuantScheme
 from calibration.quant.sizes import linear_specs, stored_bits
 from calibration.quant.source import QuantSource, open_source
@@ -31,10 +32,8 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.progress import Progress
 
-__all__ = ["STAGE", "WORK", "QuantizeOptions", "quant_bytes", "quantize_model"]
+__all__ = ["QuantizeOptions", "quant_bytes", "quantize_model"]
 
-STAGE = "quant"
-BITS_FILE = "bits.txt"  # the rules, to be used again
 _MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
 
 
@@ -95,7 +94,7 @@ def _write_shards(
     progress: Progress,
 ) -> dict[str, str]:
     """Weight files, one tensor in memory at a time; {name: SHA-256}."""
-    progress.start(STAGE, sum(map(len, shards)))
+    progress.start(QUANT, sum(map(len, shards)))
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import sha256_file, write_json
+from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD
 from calibration.progress import NullProgress, Progress
 from exporter.engine.edition import (
-    ENGINE_FILE,
-    ENGINE_RECORD,
     captured_log,
     check_engine,
     gpu_capabilities,
@@ -277,7 +276,7 @@ def _monitored(trt: Any, progress: Progress) -> Iterator[Any]:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if self.root is None and not parent_phase:
                 self.root = phase_name
-                progress.start("engine", num_steps)
+                progress.start(ENGINE, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name == self.root:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.files import read_json, sha256_file
+from calibration.out.layout import ENGINE_FILE, ENGINE_RECORD
 from plugins import library_ops
 from plugins.core.op_spec import DOMAIN
 from plugins.errors import CheckError, InputError
@@ -24,19 +25,15 @@ from plugins.tools.build import build_soname
 
 __all__ = [
     "EDITIONS",
-    "ENGINE_FILE",
-    "ENGINE_RECORD",
     "Edition",
     "captured_log",
     "check_engine",
+    "edition_warning",
     "gpu_capabilities",
     "load_plugins",
     "prepare_parser",
     "select_edition",
 ]
-
-ENGINE_FILE = "model.engine"
-ENGINE_RECORD = "engine.json"
 
 EDITIONS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # edition -> Python module
 _INSTALL = {
@@ -44,6 +41,7 @@ _INSTALL = {
     "tensorrt-rtx": "pip install tensorrt-rtx-cu13==1.7.1.116",
 }
 _EXPECTED = "has Int64 binding."  # said of every int64 model input
+_RTX_CAPABILITIES = re.compile(r"7\.5|8\.[069]|12\.\d+")  # NVIDIA's list for TensorRT-RTX 1.7
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
@@ -146,6 +144,21 @@ def select_edition(choice: str = "auto") -> Edition:
         f"--engine {choice}",
         f"got no module {modules}, expected it installed",
         "; or ".join(_INSTALL[name] for name in wanted) + "; or use --engine none",
+    )
+
+
+def edition_warning(edition: Edition) -> str:
+    """What speaks against running this edition's engines on the GPUs here; "" where nothing does."""
+    strangers = [
+        capability
+        for capability in gpu_capabilities()
+        if edition.name == "tensorrt-rtx" and not _RTX_CAPABILITIES.fullmatch(capability)
+    ]
+    if not strangers:
+        return ""
+    return (
+        f"got a GPU of compute capability {strangers[0]}, which {edition} does not list (7.5, 8.0, "
+        f"8.6, 8.9 and 12.x); for its own edition: pip install tensorrt"
     )
 
 

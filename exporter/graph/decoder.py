@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.safetensors import numpy_dtype
 from calibration.families.steps import Rope
+from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
 from exporter.graph.names import KINDS, layer_output, new_key, past, present
 from exporter.graph.nodes import NodeFactory
@@ -24,17 +25,13 @@ if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
 
 __all__ = [
-    "DATA_FILE",
     "IR_VERSION",
-    "MODEL_FILE",
     "OPSET",
     "export_onnx",
     "layer_output",
     "new_key",
 ]
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention are standard ops from here on
 IR_VERSION = 11
 
@@ -67,7 +64,7 @@ def export_onnx(
         "bfloat16": TensorProto.BFLOAT16,
         "float32": TensorProto.FLOAT,
     }[quant.scheme.dtype]
-    progress.start("onnx", decoder.layers + 1)
+    progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         writer = GraphWriter(
             quant=quant,

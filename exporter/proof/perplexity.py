@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from plugins.errors import CheckError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from calibration.quant.folder import QuantModel
+    from exporter.run.model import Model
     from exporter.run.sessions import DecoderSession
 
 __all__ = [
@@ -39,11 +39,12 @@ class EvalRequest:
         windows: score this many windows, spread evenly; 0 is all.
         first: of the first ones only; 0 is all.
         seqlen: tokens of a window; 0 is 2048, or the model's context if that is shorter.
-        runner: "torch", "onnxruntime" or "tensorrt".
+        runner: name of the runner, or "auto".
         option: the command line's name of the text, for messages.
     """
 
     text: Path
+    _: KW_ONLY
     windows: int = 0
     first: int = 0
     seqlen: int = 0
@@ -78,13 +79,13 @@ def text_windows(tokenizer: Any, path: Path, seqlen: int, option: str = "--text"
     return windows_from_tokens(tokens, seqlen)
 
 
-def whole_windows(quant: QuantModel, request: EvalRequest) -> np.ndarray:
+def whole_windows(model: Model, request: EvalRequest) -> np.ndarray:
     """Every whole window of the request's text, int64 [n, seqlen]. Raises as text_windows does."""
-    return text_windows(quant.tokenizer(), request.text, _seqlen(quant, request), request.option)
+    return text_windows(model.tokenizer(), request.text, _seqlen(model, request), request.option)
 
 
-def _seqlen(quant: QuantModel, request: EvalRequest) -> int:
-    return request.seqlen or min(DEFAULT_SEQLEN, int(quant.config["max_position_embeddings"]))
+def _seqlen(model: Model, request: EvalRequest) -> int:
+    return request.seqlen or min(DEFAULT_SEQLEN, model.description.context)
 
 
 def select_windows(count: int, windows: int, first: int) -> list[int]:
@@ -131,7 +132,7 @@ def window_nll(session: DecoderSession, window: np.ndarray) -> float:
 
 def score(
     session: DecoderSession,
-    quant: QuantModel,
+    model: Model,
     request: EvalRequest,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def score(
         InputError: the text or the numbers are wrong. CheckError: the model computes NaN.
     """
     progress = progress or NullProgress()
-    context, seqlen = int(quant.config["max_position_embeddings"]), _seqlen(quant, request)
+    context, seqlen = model.description.context, _seqlen(model, request)
     if seqlen > session.max_context:
         rebuild = (
             ""
@@ -152,10 +153,10 @@ def score(
         raise InputError(
             "--seqlen",
             f"got {seqlen}, expected at most {session.max_context}, the context with "
-            f"{request.runner}",
+            f"{model.runner.name}",
             f"Give a smaller --seqlen{rebuild}",
         )
-    windows = whole_windows(quant, request)
+    windows = whole_windows(model, request)
     chosen = select_windows(len(windows), request.windows, request.first)
     progress.start("eval", len(chosen))
     total, began = 0.0, time.monotonic()
@@ -167,7 +168,7 @@ def score(
     return {
         "ppl": ppl,
         "windows": len(chosen),
-        "runner": request.runner,
+        "runner": model.runner.name,
         "seqlen": seqlen,
         "tokens": len(chosen) * (seqlen - 1),
         "seconds": round(time.monotonic() - began, 2),

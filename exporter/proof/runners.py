@@ -14,8 +14,9 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from exporter.graph.decoder import MODEL_FILE, layer_output, new_key
-from exporter.run.sessions import TorchSession
+from calibration.out.layout import MODEL_FILE
+from exporter.graph.decoder import layer_output, new_key
+from exporter.run.reference import TorchSession
 from plugins.core.op_spec import is_custom
 from plugins.errors import CheckError
 

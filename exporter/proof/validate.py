@@ -5,7 +5,7 @@ What runs where:
 - weights: every tensor in quant/ against the float model's, without running a model
   (validate_weights.py).
 - export: ONNX Runtime against the fake-quantised torch reference. ONNX Runtime runs the graph after
-  round_every_op (onnx_runner.py), which casts explicitly around standard ops, because its CPU
+  round_every_op, which casts explicitly around standard ops, because its CPU
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
@@ -22,7 +22,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.out.files import read_json
-from calibration.out.manifest import MANIFEST
+from calibration.out.folder import open_stage, stages_in
+from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
-from exporter.engine.edition import ENGINE_FILE, captured_log, gpu_capabilities
+from exporter.engine.edition import captured_log
 from exporter.graph.decoder import layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
@@ -42,9 +42,9 @@ from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
 from exporter.proof.runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
 from exporter.proof.weights import compare_weights, compared_tensors
-from exporter.run.onnxruntime import load_model
-from exporter.run.sessions import OnnxSession, TorchSession
-from exporter.run.tensorrt import TensorrtSession
+from exporter.run import find_runner
+from exporter.run.onnxruntime import OnnxSession, load_model
+from exporter.run.reference import TorchSession
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,18 +54,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerReport", "ValidateOptions", "ValidationResult", "validate"]
 
-ONNX, TORCH, LOCKSTEP, FLOAT, ENGINE = (
-    "onnxruntime",
-    "torch-fake-quant",
-    "torch-lockstep",
-    "torch-float",
-    "tensorrt",
-)
+# Names of the runners that are compared, as a report shows them.
+ONNX_RUNTIME, TENSORRT = "onnxruntime", "tensorrt"
+TORCH, LOCKSTEP, FLOAT = "torch-fake-quant", "torch-lockstep", "torch-float"
 _PADDED = 16  # tokens of the padded batch
 Errors = dict[
     tuple[str, str, str], list[TensorError]
 ]  # (comparison, phase, tensor) -> one per call
 Outputs = dict[str, np.ndarray]
+Pairs = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -137,13 +134,12 @@ class _Call:
 class _Validator:
     def __init__(self, out: Path, options: ValidateOptions, progress: Progress) -> None:
         from calibration.quant.folder import read_quant
-        from calibration.quant.quantize import STAGE
 
         self.out, self.options, self.progress = out, options, progress
-        self.quant: QuantModel = read_quant(out / STAGE)
-        context = int(self.quant.config["max_position_embeddings"])
-        self.tokens = max(min(options.tokens, context - options.steps), 2)
-        self.nodes = gemm_nodes(load_model(out / "onnx"), self.quant.decoder)
+        self.quant: QuantModel = read_quant(out / QUANT)
+        self.context = int(self.quant.config["max_position_embeddings"])
+        self.tokens = max(min(options.tokens, self.context - options.steps), 2)
+        self.nodes = gemm_nodes(load_model(out / ONNX), self.quant.decoder)
         inner = [name for node in self.nodes for name in (node.source, node.result)]
         keys = map(
             new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0)
@@ -192,20 +188,25 @@ class _Validator:
                 ids = leader.outputs["logits"][:, -1:].argmax(-1)
                 mask = np.concatenate([mask, np.ones_like(ids)], 1)
 
-    def compare(self, stream: Any, pairs: dict[str, tuple[int, int]]) -> None:
-        """Add a Polygraphy stream's errors to self.errors; pairs: {comparison: (reference, runner)
-        by position}.
+    def compare(self, runners: Sequence[Any], pairs: Pairs, each: Callable[[], None]) -> None:
+        """Run every recorded call and add the errors to self.errors.
+
+        Args:
+            runners: Polygraphy's, in the order in which they run at each call.
+            pairs: {comparison: (the reference's place among them, the compared one's)}.
+            each: called after each call, while its outputs are there.
         """
         from polygraphy.comparator import Comparator
 
-        for number, results in enumerate(stream):
-            call = self.calls[number]
+        stream = Comparator.run(runners, self.replayed(), streaming=True)
+        for call, results in zip(self.calls, stream, strict=True):
+            each()
             found = Comparator.compare_accuracy(
                 results, comparisons=list(pairs.values()), compare_func=CompareTensors(call.valid)
             )[0]
-            names = [name for name, _ in results]
-            for comparison, (reference, runner) in pairs.items():
-                for tensor, error in found[names[reference], names[runner]][0].items():
+            for comparison, (reference, compared) in pairs.items():
+                names = runners[reference].name, runners[compared].name
+                for tensor, error in found[names][0].items():
                     self.errors.setdefault((comparison, call.phase, tensor), []).append(error)
             self.progress.advance(note=call.phase)
 
@@ -213,47 +214,43 @@ class _Validator:
         """What ONNX Runtime computes at each call; its own next tokens lead the decode steps."""
         from polygraphy.comparator import Comparator
 
-        onnx = SessionRunner(
-            ONNX, lambda: OnnxSession(self.out / "onnx", self.quant.config, self.marked)
-        )
-        record = []
-        for _ in Comparator.run([onnx], self.feeds(onnx), streaming=True):
-            record.append(dict(onnx.outputs))
-            self.progress.advance(note=f"{ONNX}, {self.calls[-1].phase}")
+        def open_session() -> DecoderSession:
+            return OnnxSession(self.out / ONNX, self.context, self.marked)
+
+        leader = SessionRunner(ONNX_RUNTIME, open_session)
+        record: list[Outputs] = []
+        for _ in Comparator.run([leader], self.feeds(leader), streaming=True):
+            record.append(dict(leader.outputs))
+            self.progress.advance(note=f"{ONNX_RUNTIME}, {self.calls[-1].phase}")
         return record
 
     def run_export(self, record: list[Outputs]) -> list[Outputs]:
         """ONNX Runtime and, if there is one, the engine against the fake-quantised torch model;
-        returns the latter's outputs.
+        returns the latter's logits and layers' outputs.
         """
-        from polygraphy.comparator import Comparator
-
         from calibration.reference.model import quantised_model
 
         model = quantised_model(self.quant)
-        onnx = ReplayRunner(ONNX, record)
-        torch = SessionRunner(TORCH, lambda: TorchSession(model, watch_layers=True))
-        lockstep = LockstepRunner(LOCKSTEP, model, onnx, self.nodes)
-        pairs = {"export": (1, 0), "operator": (2, 0)}
-        engine = self.engine_runner()
-        if engine is not None:
+
+        def open_session() -> TorchSession:
+            return TorchSession(model, watch_layers=True)
+
+        onnx, torch = ReplayRunner(ONNX_RUNTIME, record), SessionRunner(TORCH, open_session)
+        lockstep = LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)
+        runners = [onnx, torch, lockstep]  # the leader of the lockstep runs before it
+        pairs: Pairs = {"export": (1, 0), "operator": (2, 0)}
+        if engine := self.engine_runner():
+            runners.append(engine)
             pairs["kernel"] = (0, 3)
+        wanted = ("logits", *map(layer_output, range(self.quant.layers)))
         kept: list[Outputs] = []
-
-        def keep(stream: Any) -> Iterator[Any]:
-            for results in stream:
-                wanted = ("logits", *map(layer_output, range(self.quant.layers)))
-                kept.append({name: torch.outputs[name] for name in wanted})
-                yield results
-
-        runners = [onnx, torch, lockstep, *([engine] if engine else [])]
-        self.compare(keep(Comparator.run(runners, self.replayed(), streaming=True)), pairs)
+        self.compare(
+            runners, pairs, lambda: kept.append({name: torch.outputs[name] for name in wanted})
+        )
         return kept
 
     def run_float(self, checkpoint: Checkpoint, references: list[Outputs]) -> None:
         """The fake-quantised model's outputs against the float model on the same tokens."""
-        from polygraphy.comparator import Comparator
-
         from calibration.reference.model import FloatReference, float_model
 
         runners = [
@@ -264,9 +261,7 @@ class _Validator:
             ),
             ReplayRunner(TORCH, references),
         ]
-        self.compare(
-            Comparator.run(runners, self.replayed(), streaming=True), {"quantisation": (0, 1)}
-        )
+        self.compare(runners, {"quantisation": (0, 1)}, each=lambda: None)
 
     def replayed(self) -> list[dict[str, np.ndarray]]:
         """The calls that ONNX Runtime got."""
@@ -276,23 +271,24 @@ class _Validator:
         """The engine's runner; None, with a note, where this export has no engine or there is no
         GPU.
         """
-        folder = self.out / "engine"
-        if not _has_stage(self.out, "engine"):
+        folder, tensorrt = self.out / ENGINE, find_runner(TENSORRT)
+        if ENGINE not in stages_in(self.out):
             stale = (
                 f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
             )
             self.notes.append(f"No engine was built, so the CUDA kernels were not run{stale}.")
-        elif not gpu_capabilities():
+        elif tensorrt.unavailable():
             self.notes.append(
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
             )
         else:
 
-            def make() -> DecoderSession:
-                return TensorrtSession(folder, self.quant.config)
+            def open_session() -> DecoderSession:
+                stage = open_stage(self.out, ENGINE, "the validation")
+                return tensorrt.open(stage, tensorrt.describe(stage))
 
-            return SessionRunner(ENGINE, make)
+            return SessionRunner(TENSORRT, open_session)
         return None
 
     def checkpoint(self) -> Checkpoint | None:
@@ -322,7 +318,7 @@ class _Validator:
         checkpoint = self.checkpoint()
         calls = self.options.steps + 3
         weights = compared_tensors(checkpoint) if checkpoint else 0
-        self.progress.start("report", weights + calls * (3 if checkpoint else 2))
+        self.progress.start(REPORT, weights + calls * (3 if checkpoint else 2))
         rows = compare_weights(checkpoint, self.quant, self.progress) if checkpoint else []
         with captured_log():
             references = _freed(self.run_export, _freed(self.run_onnx))
@@ -353,12 +349,6 @@ def _freed(work: Callable[..., list[Outputs]], *arguments: Any) -> list[Outputs]
     ):  # glibc only; ONNX Runtime leaves 1.6 GB in the heap for a model of 135 M weights
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return outputs
-
-
-def _has_stage(out: Path, name: str) -> bool:
-    """Whether the manifest lists a stage: a folder alone may be left from an earlier export."""
-    path = out / MANIFEST
-    return path.is_file() and name in read_json(path).get("stages", {})
 
 
 def validate(

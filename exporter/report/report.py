@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import read_json, write_json
-from exporter.engine.edition import ENGINE_RECORD, gpu_capabilities
+from calibration.out.layout import ENGINE, ENGINE_RECORD, HTML_FILE, JSON_FILE, QUANT, REPORT
+from exporter.engine.edition import gpu_capabilities
 from exporter.report.html import page
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
     from exporter.proof.validate import ValidationResult
 
-__all__ = ["HTML_FILE", "JSON_FILE", "report_data", "write_report"]
-
-JSON_FILE = "report.json"
-HTML_FILE = "index.html"
+__all__ = ["report_data", "write_report"]
 
 
 def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult) -> dict[str, Any]:
@@ -34,13 +32,10 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         result: from exporter.proof.validate.
     """
     from calibration.quant.folder import read_quant
-    from calibration.quant.quantize import STAGE
 
-    quant = read_quant(out / STAGE, verify=False)
+    quant = read_quant(out / QUANT, verify=False)
     engine = (
-        read_json(out / "engine" / ENGINE_RECORD)
-        if "engine" in manifest.get("stages", {})
-        else None
+        read_json(out / ENGINE / ENGINE_RECORD) if ENGINE in manifest.get("stages", {}) else None
     )
     stages = [
         {
@@ -50,7 +45,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
             "bytes": sum(file["bytes"] for file in record["files"].values()),
         }
         for name, record in manifest.get("stages", {}).items()
-        if name != "report"
+        if name != REPORT
     ]  # an older report's record says nothing about this one
     validation = result.as_dict()
     return {

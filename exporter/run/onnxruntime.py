@@ -1,5 +1,5 @@
-"""ONNX Runtime behind Polygraphy: a runner of the exported model, with inner tensors marked and
-every 16-bit rounding in its place.
+"""Runs the exported model in ONNX Runtime on the CPU, through Polygraphy: with inner tensors marked
+and every 16-bit rounding in its place.
 """
 
 from __future__ import annotations
@@ -8,14 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.graph.decoder import MODEL_FILE
+from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from exporter.run.rounding import round_every_op
+from exporter.run.runner import Runner
+from exporter.run.sessions import DecoderSession, cache_names
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
-__all__ = ["load_model", "onnx_runner"]
+    from calibration.out.description import Description
+    from calibration.out.folder import StageFolder
+
+__all__ = ["RUNNER", "OnnxSession", "load_model", "onnx_runner"]
 
 
 def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
@@ -87,3 +93,71 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
             ) from None
 
     return OnnxrtRunner(session, name="onnxruntime")
+
+
+class OnnxRuntimeRunner(Runner):
+    """The ONNX file on the CPU; the custom nodes run their bodies of standard ops."""
+
+    name = "onnxruntime"
+    stage = ONNX
+    help = "the ONNX file on the CPU"
+    automatic = True
+
+    def open(self, folder: StageFolder, description: Description) -> DecoderSession:
+        """Reads the ONNX file and its weights."""
+        for name in (MODEL_FILE, DATA_FILE):
+            folder.file(name)
+        return OnnxSession(folder.path, description.max_context)
+
+
+class OnnxSession(DecoderSession):
+    """ONNX Runtime on the CPU, through Polygraphy.
+
+    It runs the graph as round_every_op rewrites it, with explicit casts around
+    standard ops, so that every 16-bit rounding happens where the file says; the custom nodes and
+    all weights are the file's.
+
+    Args:
+        folder: OUT/onnx.
+        max_context: most tokens a sequence may have.
+        marked: inner tensors that step() returns besides the model's outputs.
+    """
+
+    def __init__(self, folder: Path, max_context: int, marked: Sequence[str] = ()) -> None:
+        super().__init__(max_context)
+        self._runner = onnx_runner(folder, marked)
+        self._runner.activate()
+        inputs = self._runner.get_input_metadata()
+        self._names = cache_names(inputs)
+        meta = inputs["past_key_values.0.key"]
+        self._cache_shape, self._dtype = (meta.shape[1], meta.shape[3]), meta.dtype
+        self._clear()
+
+    def _clear(self) -> None:
+        self._cache: dict[str, np.ndarray] = {}
+
+    def _forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        heads, width = self._cache_shape
+        empty = np.zeros((len(input_ids), heads, 0, width), self._dtype)
+        past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
+        feeds = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            **past,
+        }
+        outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
+        self._cache = {name: outputs[f"present.{name}"] for name in self._names}
+        return outputs
+
+    def close(self) -> None:
+        """Free the session."""
+        if self._runner.is_active:
+            self._runner.deactivate()
+
+
+RUNNER = OnnxRuntimeRunner()

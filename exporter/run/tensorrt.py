@@ -1,41 +1,63 @@
-"""Runs the built TensorRT engine as a decoder session."""
+"""Runs the built TensorRT engine on a GPU."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD
 from exporter.engine.edition import (
-    ENGINE_FILE,
     Edition,
     captured_log,
     check_engine,
     gpu_capabilities,
     load_plugins,
 )
+from exporter.engine.limits import engine_limits
+from exporter.run.runner import Runner
 from exporter.run.sessions import CHUNK, DecoderSession, cache_names
 from plugins.errors import InputError
 from plugins.tools.toolkit import find_cuda
 
-__all__ = ["TensorrtSession", "require_gpu"]
+if TYPE_CHECKING:
+    import numpy as np
+
+    from calibration.out.description import Description
+    from calibration.out.folder import StageFolder
+
+__all__ = ["RUNNER", "TensorrtSession"]
 
 
-def require_gpu() -> None:
-    """Check that an engine can run here.
+class TensorrtRunner(Runner):
+    """The engine, where there is a GPU and the TensorRT that built it."""
 
-    Raises:
-        InputError: there is no CUDA device.
-    """
-    if not gpu_capabilities():
-        raise InputError(
+    name = "tensorrt"
+    stage = ENGINE
+    help = "the engine on a GPU"
+    automatic = True
+
+    def unavailable(self) -> InputError | None:
+        """There may be no CUDA device."""
+        if gpu_capabilities():
+            return None
+        return InputError(
             "--runner tensorrt",
             "got no CUDA device, expected one to run the engine",
             "Use --runner onnxruntime, or run on a machine with an NVIDIA GPU and its driver",
         )
+
+    def check(self, folder: StageFolder) -> None:
+        """The engine may be another TensorRT's or another GPU's."""
+        check_engine(folder.file(ENGINE_RECORD).parent)
+
+    def open(self, folder: StageFolder, description: Description) -> DecoderSession:
+        """Reads the engine and the plugin library."""
+        record = check_engine(folder.file(ENGINE_RECORD).parent)
+        for name in (ENGINE_FILE, record["plugin_library"]["name"]):
+            folder.file(name)
+        return TensorrtSession(folder.path, description.max_context)
 
 
 class TensorrtSession(DecoderSession):
@@ -47,26 +69,20 @@ class TensorrtSession(DecoderSession):
 
     Args:
         folder: OUT/engine.
-        config: the model's config, as in quant.json.
+        max_context: most tokens a sequence may have; the engine's profiles may allow fewer.
 
     Raises:
-        InputError: there is no CUDA device, no engine, or the engine is another TensorRT's.
+        InputError: there is no engine, or it is another TensorRT's.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        require_gpu()
+    def __init__(self, folder: Path, max_context: int) -> None:
         record = check_engine(folder)
-        prefill, decode = (
-            profile["inputs"]["past_key_values.0.key"]["max"][2] for profile in record["profiles"]
-        )
-        tokens = record["profiles"][0]["inputs"]["input_ids"]["max"][1]
-        super().__init__(
-            min(int(config["max_position_embeddings"]), max(prefill + tokens, decode + 1)),
-            min(CHUNK, tokens),
-        )
-        self._decode_past = decode
-        self._names = cache_names(config["num_hidden_layers"])
-        self._cache_shape = (config["num_key_value_heads"], config["head_dim"])
+        limits = engine_limits(record["profiles"])
+        super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens))
+        decode = record["profiles"][1]["inputs"]
+        self._names = cache_names(decode)
+        _, heads, self._decode_past, width = decode["past_key_values.0.key"]["max"]
+        self._cache_shape = (heads, width)
         self._open(folder / ENGINE_FILE, folder, record)
         self._clear()
 
@@ -147,3 +163,6 @@ def _offer_cuda_runtime() -> None:
     with suppress(InputError):
         paths = [os.environ.get("LD_LIBRARY_PATH", ""), str(find_cuda().lib)]
         os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
+
+
+RUNNER = TensorrtRunner()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,13 @@ def artifact(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("deploy") / "out"
     scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
     run_pipeline(
-        ExportRequest(str(tiny_model_dir), SchemeMap(scheme), out, until="onnx", offline=True),
+        ExportRequest(
+            model=str(tiny_model_dir),
+            schemes=SchemeMap(scheme),
+            out=out,
+            until="onnx",
+            offline=True,
+        ),
         NullProgress(),
     )
     return out
@@ -43,7 +51,7 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]
     from exporter.engine.edition import Edition
 
     def pretend(capabilities: list[str]) -> None:
-        for module in ("edition", "engine_session"):
+        for module in ("engine.edition", "run.tensorrt"):
             monkeypatch.setattr(f"exporter.{module}.gpu_capabilities", lambda: capabilities)
         monkeypatch.setattr(
             "exporter.engine.edition._installed", lambda name: Edition(name, "1.7.1.116")
@@ -61,7 +69,10 @@ def engine_record(copy: Path) -> Callable[..., Path]:
     def make(**changes: object) -> Path:
         import onnx
 
+        from calibration.out.description import read_description, write_description
         from exporter.engine.build import EngineOptions, profile_shapes
+        from exporter.engine.limits import engine_limits
+        from exporter.stages import copy_files
 
         model = onnx.load(copy / "onnx" / "model.onnx", load_external_data=False)
         dims = {
@@ -71,7 +82,8 @@ def engine_record(copy: Path) -> Callable[..., Path]:
         folder = copy / "engine"
         folder.mkdir()
         (folder / "model.engine").write_bytes(b"no engine")
-        record = {
+        (folder / "libanybit_plugins.so").write_bytes(b"no library")
+        record: dict[str, Any] = {
             "edition": "tensorrt-rtx",
             "version": "1.7.1.116",
             "custom_nodes": {"ABQGemm": 8},
@@ -80,7 +92,11 @@ def engine_record(copy: Path) -> Callable[..., Path]:
             "decomposable_attention": False,
             "plugin_library": {"name": "libanybit_plugins.so"},
         }
+        description, _ = read_description(copy / "onnx" / "model.json", "")
+        copy_files(copy / "onnx", description.tokenizer, folder)
+        limits = asdict(engine_limits(record["profiles"]))
         write_json(folder / "engine.json", record | changes)
+        write_description(folder, description.within(**limits), file_records(folder))
         manifest = json.loads((copy / "manifest.json").read_text())
         manifest["stages"]["engine"] = {
             "fingerprint": "",

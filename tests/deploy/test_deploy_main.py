@@ -86,7 +86,7 @@ def test_an_error_is_one_message_without_a_traceback(tmp_path: Path, run_module:
     done = run_module("deploy", "generate", str(tmp_path / "none"), "--prompt", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"{tmp_path / 'none'}: got no such folder, expected an artefact folder. "
+        f"{tmp_path / 'none'}: got no such folder, expected an artifact folder. "
         "Make one with: python -m exporter MODEL --wbits W --abits A --out DIR.\n"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from deploy.generate import (
     generate_text,
     generate_tokens,
     prompt_tokens,
-    stop_tokens,
 )
 from deploy.sampling import Sampler, Sampling
 from plugins.errors import InputError
@@ -75,7 +75,7 @@ def test_greedy_tokens_are_those_of_whole_passes_without_a_cache(
 
     from calibration.quant.folder import read_quant
     from calibration.reference.model import quantised_model
-    from exporter.run.sessions import open_session
+    from exporter.run.model import open_session
 
     prompt = prompt_tokens(tokenizer, PROMPT)
     model = quantised_model(read_quant(artifact / "quant"))
@@ -109,20 +109,21 @@ def test_what_is_held_back_comes_out_at_the_end(tokenizer: Any) -> None:
     assert stream.flush() == "\ufffd"
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(None, set()), (0, {0}), ([2, 7], {2, 7})])
-def test_stop_tokens(eos: Any, expected: set[int]) -> None:
-    assert stop_tokens({"eos_token_id": eos}) == expected
-
-
 def test_generation_stops_at_the_end_token(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from deploy import generate
+    from calibration.out.folder import StageFolder
 
-    assert generate_text(artifact, GenerateRequest(PROMPT, 6, "onnxruntime")) == 6
+    request = GenerateRequest(prompt=PROMPT, max_new_tokens=6, runner="onnxruntime")
+    assert generate_text(artifact, request) == 6
     whole = capsys.readouterr().out
-    monkeypatch.setattr(generate, "stop_tokens", lambda config: frozenset(range(512)))
-    assert generate_text(artifact, GenerateRequest(PROMPT, 6, "onnxruntime")) == 0
+    real = StageFolder.description
+    monkeypatch.setattr(
+        StageFolder,
+        "description",
+        lambda folder: replace(real(folder), eos_token_ids=tuple(range(512))),
+    )
+    assert generate_text(artifact, request) == 0
     assert capsys.readouterr().out == f"{PROMPT}\n"
     assert whole.startswith(PROMPT) and len(whole) > len(PROMPT) + 1
 
@@ -130,9 +131,14 @@ def test_generation_stops_at_the_end_token(
 def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for stream in (False, True):
-        generate_text(
-            artifact, GenerateRequest(PROMPT, 8, "onnxruntime", Sampling(0.8, 20, 3), stream)
+        request = GenerateRequest(
+            prompt=PROMPT,
+            max_new_tokens=8,
+            runner="onnxruntime",
+            sampling=Sampling(0.8, 20, 3),
+            stream=stream,
         )
+        generate_text(artifact, request)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
 
@@ -155,3 +161,19 @@ def test_bad_prompts(prompt: str, text: str) -> None:
     with pytest.raises(InputError) as error:
         prompt_tokens(object(), prompt)
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize(("asked", "said"), [(249, True), (248, False), (3, False)])
+def test_a_full_context_is_said(
+    artifact: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str], asked: int, said: bool
+) -> None:
+    prompt = tokenizer.decode(tokenizer("The river and the town " * 40)["input_ids"][:8])
+    room = 256 - len(prompt_tokens(tokenizer, prompt))
+    request = GenerateRequest(
+        prompt=prompt, max_new_tokens=room + asked - 248, runner="onnxruntime"
+    )
+    made = generate_text(artifact, request)
+    err = capsys.readouterr().err
+    message = "The context of 256 tokens is full, so the text ends here: give a shorter prompt.\n"
+    assert err.endswith(message) == said
+    assert made == min(room, request.max_new_tokens)

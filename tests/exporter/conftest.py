@@ -17,9 +17,12 @@ def tiny_export(
     """make(fuse_norms=True, **scheme) -> OUT with quant/, onnx/ and a manifest that names the float
     model. Do not change it.
     """
-    from calibration.out.files import write_json
+    from calibration.out.description import write_description
+    from calibration.out.files import file_records, write_json
+    from calibration.quant.describe import describe
     from calibration.quant.folder import read_quant
     from exporter.graph.decoder import export_onnx
+    from exporter.stages import copy_files
 
     cache: dict[str, Path] = {}
 
@@ -28,11 +31,22 @@ def tiny_export(
         if key not in cache:
             out = tmp_path_factory.mktemp("export") / "out"
             shutil.copytree(tiny_quant(**scheme), out)
-            (out / "onnx").mkdir()
-            export_onnx(read_quant(out / "quant"), out / "onnx", fuse_norms=fuse_norms)
-            write_json(
-                out / "manifest.json", {"request": {"model": str(tiny_model_dir)}, "stages": {}}
-            )
+            folder, quant = out / "onnx", read_quant(out / "quant")
+            folder.mkdir()
+            export_onnx(quant, folder, fuse_norms=fuse_norms)
+            copy_files(quant.path, describe(quant).tokenizer, folder)
+            write_description(folder, describe(quant), file_records(folder))
+            stages = {
+                name: {
+                    "fingerprint": "",
+                    "seconds": 1,
+                    "peak_rss": 1,
+                    "files": file_records(out / name),
+                }
+                for name in ("quant", "onnx")
+            }
+            manifest = {"format": 1, "request": {"model": str(tiny_model_dir)}, "stages": stages}
+            write_json(out / "manifest.json", manifest)
             cache[key] = out
         return cache[key]
 

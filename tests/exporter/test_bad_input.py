@@ -43,17 +43,42 @@ def test_a_folder_of_another_setting_is_refused_and_kept(
     before = snapshot(out)
     refused(
         run(out, wbits="3"),
-        f"{out}: got an artefact with scheme "
-        f'{{"act_symmetric": true, "op": "QQQGemm", "wbits": 4}}, expected '
-        '{"op": "ABQGemm", "wbits": 3, "act_symmetric": false}. Choose another --out, or delete '
-        "this folder.",
+        f'{out}: got an artifact with scheme.op "QQQGemm", scheme.wbits 4, scheme.act_symmetric '
+        'true, expected scheme.op "ABQGemm", scheme.wbits 3, scheme.act_symmetric false. Choose '
+        "another --out, or delete this folder.",
     )
     other = tiny_llama(tie_word_embeddings=False)
     _, _, err = run(out, model=other)
     assert err.splitlines()[-1].endswith(
-        f'expected "{other}". Choose another --out, or delete this folder.'
+        f'expected model "{other}". Choose another --out, or delete this folder.'
     )
     assert snapshot(out) == before
+
+
+def test_a_mistyped_model_is_named_before_a_folder_is_compared(
+    run: Run, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    out = tmp_path / "out"
+    run(out)
+    before = snapshot(out)
+    code, _, err = run(out, model=Path("smollm3"))
+    assert code == EXIT_INPUT
+    assert err.splitlines()[-1].startswith("model 'smollm3': got an unknown name, expected ")
+    assert snapshot(out) == before
+
+
+def test_a_setting_that_the_folder_does_not_have_is_said_to_be_missing(
+    run: Run, refused: Refused, tmp_path: Path
+) -> None:
+    out, bits = tmp_path / "out", tmp_path / "bits.txt"
+    bits.write_text("down_proj w8a8\n")
+    run(out)
+    code, _, err = run(out, "--bits-file", str(bits))
+    assert code == EXIT_INPUT and "{}" not in err
+    assert err.splitlines()[-1] == (
+        f"{out}: got an artifact with no scheme.rules, expected scheme.rules "
+        '[["down_proj", "w8a8"]]. Choose another --out, or delete this folder.'
+    )
 
 
 def test_a_strangers_folder_is_refused_and_kept(run: Run, refused: Refused, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from exporter.graph.decoder import DATA_FILE
+from calibration.out.layout import DATA_FILE
 from exporter.proof.validate import LayerReport, ValidationResult
 from plugins.errors import EXIT_CHECK, EXIT_INTERRUPT
 
@@ -126,6 +126,61 @@ def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(
 def test_a_skipped_engine_is_said(run: Run, tmp_path: Path) -> None:
     code, _, err = run(tmp_path / "out", "--until", "engine")
     assert code == 0 and err.splitlines()[-1] == "engine: skipped, because of --engine none"
+
+
+def test_auto_without_a_tensorrt_exports_and_says_how_to_get_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.engine.edition._installed", lambda name: None)
+    code, _, err = run(tmp_path / "out", "--until", "engine", "--engine", "auto")
+    assert code == 0 and err.splitlines()[-1] == (
+        "engine: skipped, because no TensorRT is installed. To get one: pip install "
+        "'anybit-trt[rtx]', which needs no GPU to build, or pip install tensorrt on a machine "
+        "with a GPU; then run the same command with --resume"
+    )
+    assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
+    assert not (tmp_path / "out" / "engine").exists()
+    code, _, err = run(tmp_path / "new", "--until", "engine", "--engine", "tensorrt-rtx")
+    assert code == 2 and err.startswith("--engine tensorrt-rtx: got no module tensorrt_rtx")
+
+
+def test_a_gpu_that_the_edition_does_not_list_is_said(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.engine.edition import Edition
+
+    monkeypatch.setattr("exporter.engine.edition.gpu_capabilities", lambda: ["9.0"])
+    monkeypatch.setattr(
+        "exporter.engine.edition._installed",
+        lambda name: Edition(name, "1.7") if name == "tensorrt-rtx" else None,
+    )
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plugins.tools.build.build_library", stop)
+    code, _, err = run(tmp_path / "out", "--until", "engine", "--engine", "auto")
+    assert code == EXIT_INTERRUPT and err.splitlines()[0] == (
+        "engine: got a GPU of compute capability 9.0, which tensorrt-rtx 1.7 does not list (7.5, "
+        "8.0, 8.6, 8.9 and 12.x); for its own edition: pip install tensorrt"
+    )
+
+
+def test_a_run_ends_with_the_report_and_the_next_command(
+    run: Run, proof: Callable[[str], None], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    proof("")
+    out = tmp_path / "out"
+    _, stdout, _ = run(out, "--until", "quant")
+    assert stdout.splitlines()[-1] == (
+        f"Next: python -m exporter {tiny_model_dir} --wbits 4 --abits 8 --method rtn --out {out} "
+        f"--engine none --offline --progress plain --until report --resume"
+    )
+    generate = f"Next: python -m deploy generate {out} --prompt 'Once upon a time'"
+    _, stdout, _ = run(out, "--resume")
+    assert stdout.splitlines()[-1] == generate
+    _, stdout, _ = run(out, "--resume", "--until", "report")
+    assert stdout.splitlines()[-2:] == [f"Report: {out / 'report' / 'index.html'}", generate]
 
 
 # ---------------------------------------------------------------- --eval

@@ -19,7 +19,7 @@ import pytest
 
 import exporter.graph.decoder
 from calibration.out.files import write_json
-from calibration.out.manifest import STAGES
+from calibration.out.layout import DATA_FILE, STAGES
 from exporter.engine.edition import Edition
 from exporter.proof.validate import ValidationResult
 from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT
@@ -34,7 +34,7 @@ def test_resume_redoes_only_what_changed(run: Run, tmp_path: Path) -> None:
     assert run(out)[0] == 0
     _, _, err = run(out, "--resume")
     assert "quant: kept, nothing changed\nonnx: kept, nothing changed\n" in err
-    data = out / "onnx" / exporter.graph.decoder.DATA_FILE
+    data = out / "onnx" / DATA_FILE
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + b"\xff")
     _, _, err = run(out, "--resume")
@@ -191,12 +191,21 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "edition": world.edition.name,
             "version": world.edition.version,
             "layers": {"PLUGIN_V3": 8},
+            "profiles": [
+                {
+                    "inputs": {
+                        "input_ids": {"max": [1, 64]},
+                        "past_key_values.0.key": {"max": [1, 2, 64, 16]},
+                    }
+                }
+            ]
+            * 2,
         }
         write_json(folder / "engine.json", record)
         return record
 
     monkeypatch.setattr("calibration.out.fingerprint._ROOT", world.root)
-    monkeypatch.setattr("exporter.pipeline.package_versions", lambda names: world.versions)
+    monkeypatch.setattr("exporter.stages.package_versions", lambda names: world.versions)
     monkeypatch.setattr("exporter.engine.edition.gpu_capabilities", lambda: world.gpus)
     monkeypatch.setattr("exporter.engine.build.select_edition", lambda choice: world.edition)
     monkeypatch.setattr("exporter.engine.build.build_engine", build_engine)
@@ -235,17 +244,17 @@ def touch(path: Path) -> None:
             ("--calib", "CALIB", "--nsamples", "2", "--seqlen", "16"),
         ),
         ("onnx", lambda world: append(world.root / "plugins" / "abq_gemm" / "body.py"), ()),
-        ("onnx", lambda world: append(world.root / "exporter" / "graph.py"), ()),
-        ("onnx", lambda world: append(world.root / "exporter" / "nodes.py"), ()),
-        ("onnx", lambda world: append(world.root / "exporter" / "weights.py"), ()),
-        ("engine", lambda world: append(world.root / "exporter" / "engine.py"), ()),
-        ("engine", lambda world: append(world.root / "exporter" / "edition.py"), ()),
+        ("onnx", lambda world: append(world.root / "exporter" / "graph" / "decoder.py"), ()),
+        ("onnx", lambda world: append(world.root / "exporter" / "graph" / "nodes.py"), ()),
+        ("onnx", lambda world: append(world.root / "exporter" / "graph" / "weights.py"), ()),
+        ("engine", lambda world: append(world.root / "exporter" / "engine" / "build.py"), ()),
+        ("engine", lambda world: append(world.root / "exporter" / "engine" / "edition.py"), ()),
         ("engine", lambda world: append(world.library), ()),
         ("engine", lambda world: setattr(world, "edition", Edition("tensorrt", "10.14")), ()),
         ("engine", lambda world: setattr(world, "gpus", ["9.0"]), ()),
         ("report", lambda world: setattr(world, "gpus", ["9.0"]), ("rtx",)),
-        ("report", lambda world: append(world.root / "exporter" / "validate_limits.py"), ()),
-        ("report", lambda world: append(world.root / "exporter" / "sessions.py"), ()),
+        ("report", lambda world: append(world.root / "exporter" / "proof" / "limits.py"), ()),
+        ("report", lambda world: append(world.root / "exporter" / "run" / "sessions.py"), ()),
         ("report", lambda world: world.versions.update(torch="2"), ()),
         ("report", lambda world: append(world.text), ("--eval", "TEXT", "--eval-windows", "1")),
     ],
@@ -291,7 +300,7 @@ def test_stages_that_follow_a_new_one_are_gone(
     assert (
         stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None
     )
-    append(world.root / "exporter" / "graph.py")
+    append(world.root / "exporter" / "graph" / "decoder.py")
     assert run(out, *WHOLE, "--until", "onnx", model=world.model)[0] == 0
     assert stages() == ["onnx", "quant"]
 
@@ -306,7 +315,7 @@ def test_a_stage_that_fails_keeps_what_follows(
     out = tmp_path / "out"
     assert run(out, *WHOLE, model=world.model)[0] == 0
     before = snapshot(out)
-    append(world.root / "exporter" / "graph.py")
+    append(world.root / "exporter" / "graph" / "decoder.py")
 
     def fail(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

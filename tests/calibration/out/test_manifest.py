@@ -90,6 +90,6 @@ def test_only_a_finished_stage_makes_a_folder_someones(tmp_path: Path) -> None:
     assert open_manifest(tmp_path, {"model": "n"}) == fresh
     (tmp_path / "manifest.json").write_text(json.dumps(WHOLE))
     assert refused(lambda: open_manifest(tmp_path, {"model": "n"})) == (
-        f'{tmp_path}: got an artefact with model "m", expected "n". Choose another --out, or '
+        f'{tmp_path}: got an artifact with model "m", expected model "n". Choose another --out, or '
         f"delete this folder."
     )

@@ -152,15 +152,16 @@ def test_out_belongs_to_one_bits_file(
     assert code == 0 and "6 QQQGemm and 2 ABQGemm nodes" in stdout
     assert read_quant(out / "quant").label == "w4a8-mixed"
     before, end = snapshot(out), "Choose another --out, or delete this folder."
-    found = '{"rules": [["down_proj", "w8a8"]]}'
+    found = 'scheme.rules [["down_proj", "w8a8"]]'
     refused(
-        run(out, "--resume"), f"{out}: got an artefact with scheme {found}, expected {{}}. {end}"
+        run(out, "--resume"),
+        f"{out}: got an artifact with {found}, expected no scheme.rules. {end}",
     )
     bits.write_text("down_proj w6a8\n")
     refused(
         run(out, "--bits-file", str(bits), "--resume"),
-        f"{out}: got an artefact with scheme {found}, expected "
-        f'{{"rules": [["down_proj", "w6a8"]]}}. {end}',
+        f"{out}: got an artifact with {found}, expected scheme.rules "
+        f'[["down_proj", "w6a8"]]. {end}',
     )
     assert snapshot(out) == before
     same = tmp_path / "same.txt"
@@ -229,11 +230,12 @@ def test_a_budget_flows_to_the_graph_and_is_part_of_out(
         and "onnx: kept, nothing changed\n" in err
     )
     refused(
-        run(out, "--resume", *data), f"{out}: got an artefact with budget 5.5, expected null. {end}"
+        run(out, "--resume", *data),
+        f"{out}: got an artifact with budget 5.5, expected no budget. {end}",
     )
     refused(
         run(out, "--budget", "6", "--resume", *data),
-        f"{out}: got an artefact with budget 5.5, expected 6.0. {end}",
+        f"{out}: got an artifact with budget 5.5, expected budget 6.0. {end}",
     )
     assert snapshot(out) == before
     new = tmp_path / "new"

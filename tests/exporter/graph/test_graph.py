@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
+from calibration.out.layout import DATA_FILE, MODEL_FILE
 from calibration.quant.bits import Rule, SchemeMap
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
-from exporter.graph.decoder import DATA_FILE, MODEL_FILE, export_onnx, layer_output
-from exporter.run.sessions import OnnxSession
+from exporter.graph.decoder import export_onnx, layer_output
+from exporter.run.onnxruntime import OnnxSession
 from plugins.core.op_spec import is_custom
 from tests.exporter.graph_cases import Decoder, export, feeds
 
@@ -178,7 +179,7 @@ def test_norms_apart_give_the_same_bits(
     assert {node.domain for node in nodes} == {"", "anybit"}
     outputs = []
     for path in (folder, apart):
-        with OnnxSession(path, quant.config) as session:
+        with OnnxSession(path, quant.config["max_position_embeddings"]) as session:
             outputs.append(session.run(IDS))
     np.testing.assert_array_equal(*outputs)
 

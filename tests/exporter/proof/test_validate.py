@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
-from calibration.out.files import write_json
+from calibration.out.files import file_records, write_json
+from calibration.out.manifest import read_manifest
 from calibration.progress import NullProgress
 from exporter.proof.validate import ValidateOptions, validate
 from plugins.errors import InputError
@@ -113,7 +114,7 @@ def test_another_float_model_is_a_note(
 def test_an_engine_without_a_gpu_is_a_note(
     tiny_export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.proof.validate.gpu_capabilities", lambda: [])
+    monkeypatch.setattr("exporter.run.tensorrt.gpu_capabilities", lambda: [])
     shutil.copytree(tiny_export(), tmp_path / "out")
     with_engine(tmp_path / "out")
     result = validate(tmp_path / "out", ValidateOptions(tokens=8, steps=0))
@@ -126,15 +127,20 @@ def test_an_engine_without_a_gpu_is_a_note(
 
 def with_engine(out: Path, listed: bool = True) -> None:
     """Put an (empty) engine into OUT, in the manifest or left from an earlier export."""
-    (out / "engine").mkdir()
-    (out / "engine" / "model.engine").write_bytes(b"")
-    write_json(out / "manifest.json", {"stages": {"engine": {}} if listed else {}})
+    folder, manifest = out / "engine", read_manifest(out / "manifest.json")
+    folder.mkdir()
+    (folder / "model.engine").write_bytes(b"")
+    shutil.copy(out / "onnx" / "model.json", folder)
+    if listed:
+        record = {"fingerprint": "", "seconds": 1, "peak_rss": 1, "files": file_records(folder)}
+        manifest["stages"]["engine"] = record
+        write_json(out / "manifest.json", manifest)
 
 
 def test_an_earlier_exports_engine_is_not_run(
     tiny_export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.proof.validate.gpu_capabilities", lambda: ["9.0"])
+    monkeypatch.setattr("exporter.run.tensorrt.gpu_capabilities", lambda: ["9.0"])
     out = tmp_path / "out"
     shutil.copytree(tiny_export(), out)
     with_engine(out, listed=False)
@@ -163,7 +169,7 @@ def test_an_engine_with_a_gpu_is_compared(
     tiny_export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime with a wrong weight plays the engine."""
-    from exporter.run.sessions import OnnxSession
+    from exporter.run.onnxruntime import OnnxSession
 
     bad = tmp_path / "bad"
     shutil.copytree(tiny_export(), bad)
@@ -172,11 +178,13 @@ def test_an_engine_with_a_gpu_is_compared(
     good = tmp_path / "good"
     shutil.copytree(bad, good)
     shutil.copytree(tiny_export() / "onnx", good / "onnx", dirs_exist_ok=True)
-    monkeypatch.setattr("exporter.proof.validate.gpu_capabilities", lambda: ["9.0"])
+    monkeypatch.setattr("exporter.run.tensorrt.gpu_capabilities", lambda: ["9.0"])
     for onnx_folder, ok in ((tiny_export() / "onnx", True), (bad / "onnx", False)):
         monkeypatch.setattr(
-            "exporter.proof.validate.TensorrtSession",
-            lambda folder, config, where=onnx_folder: OnnxSession(where, config),
+            "exporter.run.tensorrt.TensorrtRunner.open",
+            lambda runner, stage, description, where=onnx_folder: OnnxSession(
+                where, description.max_context
+            ),
         )
         result = validate(good, ValidateOptions(tokens=24, steps=1))
         assert result.ok is ok and len(result.notes) == 1  # no float model

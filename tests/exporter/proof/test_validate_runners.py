@@ -14,7 +14,7 @@ from calibration.quant.folder import read_quant
 from calibration.reference.model import quantised_model
 from exporter.proof.runners import LockstepRunner, SessionRunner, gemm_nodes
 from exporter.run.onnxruntime import load_model
-from exporter.run.sessions import TorchSession
+from exporter.run.reference import TorchSession
 
 IDS = np.array([[5, 300, 17, 42, 99, 7]], np.int64)
 FEED = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.quant.folder import read_quant
-from exporter.run.sessions import open_session
+from exporter.run.model import open_session
 from exporter.run.tensorrt import TensorrtSession
 from plugins.errors import InputError
 
@@ -74,14 +73,22 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
     out = tiny_export(abits=8, dtype="float32")
     inputs = {"prefill": ([1, 8], [1, 2, 8, 16]), "decode": ([1, 1], [1, 2, 12, 16])}
     profiles = [
-        {"inputs": {"input_ids": {"max": ids}, "past_key_values.0.key": {"max": past}}}
+        {
+            "inputs": {
+                "input_ids": {"max": ids},
+                **{
+                    f"past_key_values.{layer}.{part}": {"max": past}
+                    for layer in range(2)
+                    for part in ("key", "value")
+                },
+            }
+        }
         for ids, past in inputs.values()
     ]
     monkeypatch.setattr("exporter.run.tensorrt.check_engine", lambda folder: {"profiles": profiles})
-    monkeypatch.setattr("exporter.run.tensorrt.gpu_capabilities", lambda: ["9.0"])
     with open_session("onnxruntime", out) as onnx:
         want = [onnx.run(IDS), onnx.run(IDS[:, :1])]
-    session = FakeSession(out / "engine", read_quant(out / "quant").config)
+    session = FakeSession(out / "engine", 256)
     assert (session.max_context, session.max_tokens) == (16, 8)
     for got, expected in zip([session.run(IDS), session.run(IDS[:, :1])], want, strict=True):
         assert np.linalg.norm(got - expected) < 1e-3 * np.linalg.norm(expected)

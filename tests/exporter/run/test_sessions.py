@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from calibration.quant.folder import read_quant
-from exporter.run.sessions import DecoderSession, OnnxSession, TorchSession, open_session
+from exporter.run.model import open_session
+from exporter.run.onnxruntime import OnnxSession
+from exporter.run.reference import TorchSession
+from exporter.run.sessions import DecoderSession
 from plugins.errors import InputError
 
 IDS = np.array([[5, 300, 17, 42, 99, 7, 256, 3, 444, 12, 13]], np.int64)
@@ -45,7 +48,7 @@ def test_every_custom_op_sees_rounded_inputs(tiny_export: Callable[..., Path], d
     out = tiny_export(abits=8, dtype=dtype)
     quant = read_quant(out / "quant")
     names = ["model.layers.1.mlp.product", "model.layers.1.mlp.down_proj.output"]
-    session = OnnxSession(out / "onnx", quant.config, names)
+    session = OnnxSession(out / "onnx", quant.config["max_position_embeddings"], names)
     outputs = session.step(IDS, np.ones_like(IDS))
     session.close()
     linear = next(linear for linear in quant.groups(1) if linear.name.endswith("down_proj"))

@@ -1,0 +1,159 @@
+"""model.json: what a program has to know to run OUT/onnx or OUT/engine, so that either folder can be
+shipped alone.
+
+It names the model, its sizes, its end tokens, how its KV cache looks, and every file beside it with
+size and checksum. docs/onnx.md lists the fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.out.files import read_json, write_json
+from calibration.out.layout import DESCRIPTION
+from plugins.errors import InputError
+
+__all__ = ["FORMAT", "Description", "KeyValueCache", "read_description", "write_description"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValueCache:
+    """The KV cache: for each layer a key and a value tensor [batch, heads, tokens, head_dim].
+
+    Attributes:
+        layers, heads, head_dim: its sizes.
+        bits: of each number, which is stored as `dtype` all the same; 16: not quantized.
+        dtype: "float16", "bfloat16" or "float32".
+        past, present: names of the model's inputs and outputs.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    bits: int
+    dtype: str
+    past: str = "past_key_values.{layer}.{part}"
+    present: str = "present.{layer}.{part}"
+    parts: tuple[str, ...] = ("key", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What model.json holds.
+
+    Attributes:
+        model, family: names.
+        scheme: label, such as w4a8.
+        method: how it was quantized.
+        dtype: of all that is not integer.
+        sizes: hidden_size, intermediate_size, num_attention_heads, vocab_size.
+        context: tokens the model was made for.
+        max_context: most tokens that a sequence may have here; an engine's profiles may allow fewer.
+        max_batch: most sequences in one call; None: no limit.
+        max_tokens: most new tokens in one call; None: no limit.
+        bos_token_id: None where the model has none.
+        eos_token_ids: each of them ends a text.
+        cache: the KV cache.
+        chat_template: of the tokenizer (Jinja), or None.
+        tokenizer: names of its files.
+    """
+
+    model: str
+    family: str
+    scheme: str
+    method: str
+    dtype: str
+    sizes: dict[str, int]
+    context: int
+    max_context: int
+    max_batch: int | None = None
+    max_tokens: int | None = None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    cache: KeyValueCache
+    chat_template: str | None
+    tokenizer: tuple[str, ...] = field(default=())
+
+    def within(self, max_batch: int, max_tokens: int, max_context: int) -> Description:
+        """The same model in an engine of these limits."""
+        return replace(
+            self,
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+            max_context=min(self.max_context, max_context),
+        )
+
+
+_NUMBER = (int, type(None))
+_FIELDS: dict[str, Any] = {
+    "model": str,
+    "family": str,
+    "scheme": str,
+    "method": str,
+    "dtype": str,
+    "sizes": dict,
+    "context": int,
+    "max_context": int,
+    "max_batch": _NUMBER,
+    "max_tokens": _NUMBER,
+    "bos_token_id": _NUMBER,
+    "eos_token_ids": list,
+    "cache": dict,
+    "chat_template": (str, type(None)),
+    "tokenizer": list,
+}
+
+
+def write_description(
+    folder: Path, description: Description, records: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write model.json into `folder`.
+
+    Args:
+        records: of every other file there, from calibration.out.files.file_records.
+    """
+    value = {"format": FORMAT, **asdict(description), "files": dict(records)}
+    write_json(folder / DESCRIPTION, value)
+
+
+def read_description(path: Path, renew: str) -> tuple[Description, dict[str, dict[str, Any]]]:
+    """A description, and the records of the files beside it.
+
+    Args:
+        path: model.json.
+        renew: what to do about one that is missing or of another format.
+
+    Raises:
+        InputError: it is missing, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise InputError(
+            str(path), "got no such file, expected it in a folder made by this version", renew
+        )
+    value = read_json(path)
+    if value.get("format") != FORMAT:
+        raise InputError(
+            str(path), f"got format {json.dumps(value.get('format'))}, expected {FORMAT}", renew
+        )
+    try:
+        for name, kind in {**_FIELDS, "files": dict}.items():
+            if not isinstance(value[name], kind):
+                raise KeyError(name)
+        fields = {name: value[name] for name in _FIELDS}
+        cache = KeyValueCache(**(value["cache"] | {"parts": tuple(value["cache"]["parts"])}))
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            str(path), f"got no valid {error}, expected a whole {DESCRIPTION}", renew
+        ) from None
+    fields |= {
+        "cache": cache,
+        "eos_token_ids": tuple(value["eos_token_ids"]),
+        "tokenizer": tuple(value["tokenizer"]),
+    }
+    return Description(**fields), value["files"]

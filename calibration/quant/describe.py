@@ -1,0 +1,78 @@
+"""Describes a quantized model for those who run it: calibration/out/description.py says what."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from calibration.out.description import Description, KeyValueCache
+from calibration.out.layout import BITS_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from calibration.quant.folder import QuantModel
+
+__all__ = ["describe"]
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def describe(quant: QuantModel) -> Description:
+    """What quant.json and the tokenizer's files say; no weights are read."""
+    config, context = quant.config, int(quant.config["max_position_embeddings"])
+    files = sorted(
+        name for name in quant.files if not name.endswith(".safetensors") and name != BITS_FILE
+    )
+    return Description(
+        model=quant.source["name"],
+        family=quant.family.name,
+        scheme=quant.label,
+        method=quant.scheme.method,
+        dtype=quant.scheme.dtype,
+        sizes={name: int(config[name]) for name in _SIZES},
+        context=context,
+        max_context=context,
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_end_tokens(quant.path, config.get("eos_token_id")),
+        cache=KeyValueCache(
+            layers=quant.layers,
+            heads=int(config["num_key_value_heads"]),
+            head_dim=int(config["head_dim"]),
+            bits=quant.scheme.kv_bits,
+            dtype=quant.scheme.dtype,
+        ),
+        chat_template=_chat_template(quant.path),
+        tokenizer=tuple(files),
+    )
+
+
+def _end_tokens(folder: Path, eos: Any) -> tuple[int, ...]:
+    """The config's end tokens, and the tokenizer's own: models made for chat often end a turn with
+    another one than a text.
+    """
+    found = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return tuple(dict.fromkeys((*found, *_tokenizer_end(folder))))
+
+
+def _tokenizer_end(folder: Path) -> list[int]:
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    token = _json(folder / "tokenizer_config.json").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    added = _json(folder / "tokenizer.json").get("added_tokens", [])
+    return [int(item["id"]) for item in added if item["content"] == text]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The tokenizer's template: transformers writes a file of its own, older versions a field."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _json(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None

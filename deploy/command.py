@@ -1,0 +1,51 @@
+"""What a command of `python -m deploy` declares."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from exporter.run import runners
+from exporter.run.model import AUTO
+
+__all__ = ["Command", "add_runner"]
+
+
+class Command(ABC):
+    """One command. A file of deploy/ that defines COMMAND adds one; it imports nothing heavy until
+    the command runs.
+
+    Attributes:
+        name: as the command line takes it.
+        help: one line for the list of commands.
+        description: what --help of the command says.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    description: ClassVar[str]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027
+        """Declare the command's own arguments; OUT is there."""
+
+    @abstractmethod
+    def run(self, out: Path, args: argparse.Namespace) -> None:
+        """Do the work; raise UserError for what the user can mend."""
+
+
+def add_runner(parser: argparse.ArgumentParser, default: str) -> None:
+    """--runner: auto or one of exporter/run."""
+    found = runners().values()
+    automatic = " or ".join(runner.name for runner in found if runner.automatic)
+    choices = [
+        f"{AUTO}: {automatic}, by what is there",
+        *(f"{runner.name}: {runner.help}" for runner in found),
+    ]
+    parser.add_argument(
+        "--runner",
+        choices=(AUTO, *(runner.name for runner in found)),
+        default=default,
+        help=f"{'; '.join(choices)} (default {default})",
+    )

@@ -1,0 +1,373 @@
+"""The four stages from a model to a proven engine. Each says which code and inputs decide its result,
+how much it writes, and how; exporter/pipeline.py runs them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from calibration.out.files import sha256_file
+from calibration.out.fingerprint import (
+    CALIBRATION_CODE,
+    file_stamps,
+    method_digest,
+    package_versions,
+    text_digest,
+)
+from calibration.out.folder import open_stage
+from calibration.out.layout import (
+    ENGINE,
+    HTML_FILE,
+    MODEL_FILE,
+    ONNX,
+    QUANT,
+    REPORT,
+    WORK,
+)
+from calibration.progress import Progress
+from calibration.settings import CalibrationSettings
+from plugins.errors import CheckError
+
+if TYPE_CHECKING:
+    from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.out.description import Description
+    from calibration.quant.bits import SchemeMap
+    from exporter.engine.edition import Edition
+    from exporter.proof.perplexity import EvalRequest
+    from exporter.proof.validate import ValidationResult
+
+__all__ = ["EngineStage", "ExportRequest", "OnnxStage", "QuantStage", "ReportStage", "Stage"]
+
+_RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # the report's numbers differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """Everything the command line asks for.
+
+    Attributes:
+        model: alias, hub id, Hugging Face folder or .gguf file.
+        schemes: the quantization settings of every node; with a budget its base.
+        out: the artifact folder.
+        settings: of the calibration; its text serves the validation too.
+        engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
+        max_batch, max_seq: largest batch and context of the engine's profiles.
+        until: the last stage to run, one of STAGES.
+        resume: keep finished stages whose inputs did not change.
+        offline: never use the network.
+        eval_text: a text whose perplexity the report shows.
+        eval_windows: at most how many windows of it are scored, from the beginning.
+        command: the command line, for the manifest and the report.
+        format: one of calibration.formats, in which the quant folder is written too.
+        budget: average weight bits within which each node's are picked by its sensitivity; None
+            leaves the schemes.
+    """
+
+    model: str
+    schemes: SchemeMap
+    out: Path
+    settings: CalibrationSettings = CalibrationSettings()  # noqa: RUF009  (frozen)
+    engine: str = "auto"
+    max_batch: int = 1
+    max_seq: int = 2048
+    until: str = REPORT
+    resume: bool = False
+    offline: bool = False
+    eval_text: Path | None = None
+    eval_windows: int = 5
+    command: tuple[str, ...] = ()
+    format: str = "anybit"
+    budget: float | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What makes an OUT folder belong to this request: another model or setting needs another
+        folder.
+        """
+        return {
+            "model": self.model,
+            "scheme": self.schemes.as_dict(),
+            "budget": self.budget,
+            **self.settings.as_dict(),
+        }
+
+
+class Stage(ABC):
+    """One step of the way: it reads the folders before its own and writes its own.
+
+    Attributes:
+        name: of its folder, one of STAGES.
+        code: folders and files of the project, as patterns, that decide the result.
+    """
+
+    name: ClassVar[str]
+    code: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, request: ExportRequest, manifest: dict[str, Any], progress: Progress
+    ) -> None:
+        self.request, self.manifest, self.progress = request, manifest, progress
+        self.out = request.out
+
+    def skipped(self) -> str:
+        """Why the stage is left out; "" where it runs."""
+        return ""
+
+    @abstractmethod
+    def inputs(self) -> Any:
+        """What the result depends on besides the code and the stage before, as JSON can hold it."""
+
+    @abstractmethod
+    def needed_bytes(self) -> int:
+        """Upper estimate of what it writes."""
+
+    @abstractmethod
+    def work(self, folder: Path) -> dict[str, Any]:
+        """Write the stage's files into `folder`; returns facts for the manifest, "summary" among
+        them.
+        """
+
+    def description(self) -> Description | None:
+        """Of a folder that can be run alone; asked for after work()."""
+        return None
+
+    def finish(self) -> None:  # noqa: B027  (nothing, for most)
+        """What is to be done with the result, new or kept."""
+
+    def size_of(self, stage: str) -> int:
+        """Bytes of a finished stage."""
+        files = self.manifest["stages"][stage]["files"]
+        return sum(file["bytes"] for file in files.values())
+
+
+class QuantStage(Stage):
+    """model -> quant: the integer codes."""
+
+    name = QUANT
+    code = CALIBRATION_CODE
+
+    def __init__(self, *common: Any, checkpoint: Checkpoint, schemes: SchemeMap) -> None:
+        super().__init__(*common)
+        self.checkpoint, self.schemes = checkpoint, schemes
+
+    def inputs(self) -> Any:
+        """The model's files, the settings and the text."""
+        return [
+            self.checkpoint.fingerprint,
+            file_stamps(self.checkpoint.input_files()),
+            self.request.identity(),
+            self.schemes.as_dict(),
+            text_digest(self.request.settings.calib),
+            self.request.format,
+            method_digest(self.request.settings.method_file),
+        ]
+
+    def needed_bytes(self) -> int:
+        """Of all tensors."""
+        from calibration.quant.quantize import quant_bytes
+
+        return quant_bytes(self.checkpoint, self.schemes, self.request.format)
+
+    def work(self, folder: Path) -> dict[str, Any]:
+        """Calibrate and quantize."""
+        from calibration.quant.quantize import QuantizeOptions, quantize_model
+
+        options = QuantizeOptions(
+            offline=self.request.offline,
+            settings=self.request.settings,
+            work=self.out / WORK,
+            resume=self.request.resume,
+            format=self.request.format,
+        )
+        return quantize_model(self.checkpoint, self.schemes, options, folder, self.progress)
+
+
+class OnnxStage(Stage):
+    """quant -> onnx: the graph with packed weights."""
+
+    name = ONNX
+    code = ("exporter/graph", "plugins")
+
+    def inputs(self) -> Any:
+        """Nothing else."""
+        return []
+
+    def needed_bytes(self) -> int:
+        """About what the codes take."""
+        return self.size_of(QUANT)
+
+    def work(self, folder: Path) -> dict[str, Any]:
+        """Write the graph."""
+        from calibration.quant.describe import describe
+        from calibration.quant.folder import read_quant
+        from exporter.graph.decoder import export_onnx
+
+        quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
+        facts = export_onnx(quant, folder, self.progress)
+        self._description = describe(quant)
+        copy_files(quant.path, self._description.tokenizer, folder)
+        return facts
+
+    def description(self) -> Description:
+        """Of the model, without limits of its own."""
+        return self._description
+
+
+class EngineStage(Stage):
+    """onnx -> engine: what TensorRT makes of it, with the plugin library."""
+
+    name = ENGINE
+    code = ("exporter/engine",)
+
+    def __init__(self, *common: Any, edition: Edition | None) -> None:
+        super().__init__(*common)
+        self.edition = edition
+
+    def skipped(self) -> str:
+        """Without an edition."""
+        if self.edition is not None:
+            return ""
+        if self.request.engine == "none":
+            return "skipped, because of --engine none"
+        return (
+            "skipped, because no TensorRT is installed. To get one: pip install "
+            "'anybit-trt[rtx]', which needs no GPU to build, or pip install tensorrt on a machine "
+            "with a GPU; then run the same command with --resume"
+        )
+
+    def _options(self) -> Any:
+        from exporter.engine.build import EngineOptions
+
+        assert self.edition is not None
+        return EngineOptions(
+            edition=self.edition.name,
+            max_batch=self.request.max_batch,
+            max_seq=self.request.max_seq,
+        )
+
+    def inputs(self) -> Any:
+        """The edition, its options, the plugin library, and the GPU where engines depend on it."""
+        from exporter.engine.edition import gpu_capabilities
+        from plugins.tools.build import build_library
+
+        assert self.edition is not None
+        gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []
+        return [asdict(self._options()), str(self.edition), gpus, sha256_file(build_library())]
+
+    def needed_bytes(self) -> int:
+        """The engine, and room for what it is built from."""
+        return 2 * self.size_of(ONNX)
+
+    def work(self, folder: Path) -> dict[str, Any]:
+        """Build, and count the plugins."""
+        from exporter.engine.build import build_engine
+        from exporter.engine.limits import engine_limits
+        from plugins.tools.build import build_library
+
+        source = self.out / ONNX
+        record = build_engine(
+            source / MODEL_FILE, build_library(), folder, self._options(), self.progress
+        )
+        description = open_stage(self.out, ONNX, "the engine").description()
+        copy_files(source, description.tokenizer, folder)
+        self._description = description.within(**asdict(engine_limits(record["profiles"])))
+        plugins = record["layers"]["PLUGIN_V3"]
+        return {
+            "summary": f"{plugins} plugin layers, {record['edition']} {record['version']}",
+            "plugin_layers": plugins,
+        }
+
+    def description(self) -> Description:
+        """Of the model, within the engine's profiles."""
+        return self._description
+
+
+class ReportStage(Stage):
+    """Everything -> report: the proof, level by level."""
+
+    name = REPORT
+    code = ("exporter",)
+
+    def __init__(self, *common: Any, scored: EvalRequest | None) -> None:
+        super().__init__(*common)
+        self.scored = scored
+
+    def inputs(self) -> Any:
+        """The texts, the runtimes and the GPUs."""
+        from exporter.engine.edition import gpu_capabilities
+
+        scored = [sha256_file(self.scored.text), self.scored.first] if self.scored else []
+        return [
+            scored,
+            text_digest(self.request.settings.calib),
+            package_versions(_RUNTIMES),
+            gpu_capabilities(),
+        ]
+
+    def needed_bytes(self) -> int:
+        """Next to nothing."""
+        return 0
+
+    def work(self, folder: Path) -> dict[str, Any]:
+        """Validate, score, and write the page."""
+        from exporter.proof.validate import ValidateOptions, validate
+        from exporter.report.report import report_data, write_report
+
+        options = ValidateOptions(
+            calib=self.request.settings.calib,
+            offline=self.request.offline,
+            model=self.request.model,
+        )
+        result, perplexity = self._perplexity(validate(self.out, options, self.progress))
+        data = report_data(self.out, self.manifest | {"perplexity": perplexity}, result)
+        write_report(folder, data)
+        summary = "every layer within tolerance" if result.ok else "a check failed"
+        if perplexity:
+            summary += f", perplexity {perplexity['ppl']:.2f}"
+        return {"first_failure": result.first_failure, "summary": summary}
+
+    def _perplexity(
+        self, result: ValidationResult
+    ) -> tuple[ValidationResult, dict[str, Any] | None]:
+        """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the
+        result's first failure.
+        """
+        from exporter.proof.perplexity import score
+        from exporter.run.model import find_model
+
+        if self.scored is None:
+            return result, None
+        if not result.ok:
+            note = "The perplexity was not scored, because a layer is out of tolerance."
+            return replace(result, notes=(*result.notes, note)), None
+        model = find_model(self.out, self.scored.runner)
+        try:
+            with model.open() as session:
+                return result, score(session, model, self.scored, self.progress)
+        except CheckError as error:
+            failure = f"perplexity of {self.scored.text.name}, {error.where}: {error.problem}"
+            return replace(result, first_failure=failure), None
+
+    def finish(self) -> None:
+        """A failed check is an error, of a report that was kept too.
+
+        Raises:
+            CheckError: a layer is out of tolerance.
+        """
+        failure = self.manifest["stages"][REPORT].get("facts", {}).get("first_failure")
+        if failure:
+            raise CheckError(
+                f"validation of {self.out}",
+                str(failure),
+                f"See {self.out / REPORT / HTML_FILE}",
+            )
+
+
+def copy_files(source: Path, names: Sequence[str], folder: Path) -> None:
+    """Copy files of one folder into another."""
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
