@@ -194,10 +194,14 @@ def main() -> int:
     before = json.loads(args.file.read_text(encoding="utf-8"))
     wrong = [
         f"{case}: {file}"
-        for case, files in found.items()
-        for file in sorted({*files, *before[case]})
-        if files.get(file) != before[case].get(file)
+        for case, files in before.items()
+        if case in found
+        for file, digest in sorted(files.items())
+        if found[case].get(file) != digest
     ]
+    new = sorted({file for case, files in found.items() for file in files.keys() - before[case]})
+    if new:
+        print(f"new files: {', '.join(new)}")
     print(
         "\n".join(f"differs: {line}" for line in wrong) or f"{len(found)} exports, the same bytes"
     )

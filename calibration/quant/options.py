@@ -9,9 +9,8 @@ from calibration import formats
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.settings import CalibrationSettings
 
-__all__ = ["WORK", "QuantizeOptions"]
+__all__ = ["QuantizeOptions"]
 
-WORK = ".calibration"  # beside the folder: finished blocks of a calibration that is not over
 SHARD_BYTES = 2 * 10**9
 
 
@@ -23,7 +22,7 @@ class QuantizeOptions:
         offline: never touch the network.
         settings: of the calibration.
         work: where finished blocks are kept until all are there; None: beside the folder, under the
-            name WORK.
+            name layout.WORK.
         resume: go on from the blocks that are there already.
         shard_bytes: largest weight file.
         format: one of calibration.formats, written into the quant folder too.

@@ -218,11 +218,7 @@ def test_config_of_two_formats(
     _mix(quant, read_quant(tiny_quant(abits=16) / "quant"), monkeypatch)
     config = json.loads((_written(quant) / "config.json").read_text())
     down = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
-    others = [
-        f"model.layers.{layer}.{linear.name}"
-        for layer in (0, 1)
-        for linear in quant.family.linears()
-    ]
+    others = list(quant.decoder.linears)
     integers = {"type": "int", "group_size": None}
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float16")
     assert config["quantization_config"] == {

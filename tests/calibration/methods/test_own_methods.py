@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.blocks.forward import DOWN, QKV, SITES
 from calibration.blocks.rounding import SiteGrid, SiteSolver
 from calibration.methods import Method, find_method, method_names
 from calibration.quant.folder import read_quant
@@ -29,6 +28,7 @@ from calibration.solvers.grid import search_grid
 from calibration.solvers.hessian import Moments
 from plugins.errors import InputError
 from tests.calibration.block_cases import QQQ, QQQ_GROUPS, W3A6, block_task, calibrate_tiny
+from tests.calibration.llama import DOWN, QKV, SITES
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -8,25 +8,17 @@ from calibration.quant.scheme import QuantScheme
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.metrics import TensorError, tensor_error
 from exporter.proof.runners import GemmNode
+from tests.calibration.llama import llama
 
-NAMES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-NODES = [
-    GemmNode(
-        f"model.layers.{i}.{name}",
-        f"model.layers.{i}.{name}.in",
-        f"model.layers.{i}.{name}.out",
-        (),
-    )
-    for i in range(2)
-    for name in NAMES
-]
-STACK = Stack(2, NODES, QuantScheme("ABQGemm", "rtn", 8, 8))
+DECODER = llama(2)
+NODES = [GemmNode(name, f"{name}.in", f"{name}.out", site) for name, site in DECODER.sites.items()]
+STACK = Stack(DECODER, NODES, QuantScheme("ABQGemm", "rtn", 8, 8))
 
 
 def test_a_limit_follows_from_the_coarsest_bits_so_far() -> None:
     def limit(abits: int, level: str, tensor: str) -> float | None:
         late = Stack(
-            2,
+            DECODER,
             NODES,
             STACK.scheme,
             {"model.layers.1.mlp.down_proj": QuantScheme("ABQGemm", "rtn", 8, abits)},

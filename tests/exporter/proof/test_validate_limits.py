@@ -16,7 +16,7 @@ def limits(wbits: int = 4, abits: int = 8, dtype: str = "float16", kv_bits: int 
 
 
 def accumulated(layers: int, **scheme: object) -> float:
-    value = limits(**scheme).accumulated(layers)  # type: ignore[arg-type]
+    value = limits(**scheme).accumulated(layers, 4 * layers)  # type: ignore[arg-type]
     assert value is not None
     return value
 
@@ -44,7 +44,7 @@ def test_accumulated_limit_is_the_noise_of_flipped_codes() -> None:
     )  # one flip is enough
     assert accumulated(1, abits=16, dtype="float32") < 1e-4
     assert accumulated(1, dtype="float32") < accumulated(1) < accumulated(1, dtype="bfloat16")
-    assert limits(abits=2).accumulated(30) is None
+    assert limits(abits=2).accumulated(30, 120) is None
 
 
 def test_differences_grow_only_in_a_network_far_from_the_trained_one() -> None:
@@ -56,15 +56,15 @@ def test_differences_grow_only_in_a_network_far_from_the_trained_one() -> None:
     assert accumulated(9, wbits=3, abits=16) == pytest.approx(
         3 * growth * accumulated(1, wbits=3, abits=16), rel=1e-2
     )
-    assert limits(2, 8).accumulated(8) is None
+    assert limits(2, 8).accumulated(8, 32) is None
 
 
 def test_quantisation_limit_follows_both_widths() -> None:
-    eight = limits(8, 8).quantisation(1)
+    eight = limits(8, 8).quantisation(4)
     assert eight == pytest.approx(4 * 2 * math.hypot(8, 20) / 255 / math.sqrt(12))
-    six, weight_only = limits(6, 8).quantisation(1), limits(8, 16).quantisation(1)
+    six, weight_only = limits(6, 8).quantisation(4), limits(8, 16).quantisation(4)
     assert six is not None and weight_only is not None and weight_only < eight < six
-    assert limits(2, 8).quantisation(30) is None
+    assert limits(2, 8).quantisation(120) is None
 
 
 def test_a_low_bit_cache_flips_codes_and_makes_noise() -> None:
@@ -84,7 +84,7 @@ def test_a_low_bit_cache_flips_codes_and_makes_noise() -> None:
     assert (
         limits(8, 16).noise() < limits(8, 16, kv_bits=8).noise() < limits(8, 16, kv_bits=4).noise()
     )
-    assert limits(8, 8, kv_bits=2).accumulated(8) is None
+    assert limits(8, 8, kv_bits=2).accumulated(8, 32) is None
     assert limits(kv_bits=4, dtype="bfloat16").cache() == 2**-16  # the same numbers, in every type
 
 

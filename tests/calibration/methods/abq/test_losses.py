@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibration.families.steps import Attend
 from calibration.methods.abq.losses import (
     LossWeights,
     attention_divergence,
@@ -40,6 +41,9 @@ def test_direction_is_the_mean_cosine_before_the_logarithm() -> None:
     assert math.isfinite(float(direction_loss(y[:, 2:], target[:, 2:])))  # orthogonal
 
 
+ATTEND = Attend(scale=0.5)  # heads of 4
+
+
 def softmax_rows(seed: int, heads: int = 2, length: int = 12) -> tuple[Tensor, Tensor]:
     """Queries and keys [1, heads, length, 4]."""
     return gaussian(1, heads, length, 4, seed=seed), gaussian(1, heads, length, 4, seed=seed + 10)
@@ -47,7 +51,7 @@ def softmax_rows(seed: int, heads: int = 2, length: int = 12) -> tuple[Tensor, T
 
 def test_attention_divergence_is_the_symmetric_one_of_true_causal_rows() -> None:
     rows = torch.tensor([0, 5, 11])
-    logs = [attention_rows(*softmax_rows(seed), rows) for seed in (0, 1)]
+    logs = [attention_rows(*softmax_rows(seed), rows, ATTEND) for seed in (0, 1)]
     expected = []
     for head in range(2):
         for place, row in enumerate(rows.tolist()):
@@ -64,8 +68,8 @@ def test_attention_divergence_does_not_fade_with_length() -> None:
         query, key = softmax_rows(3, length=length)
         rows = torch.arange(length // 2, length)
         log_p, log_t = (
-            attention_rows(4 * query, key, rows),
-            attention_rows(4 * query.flip(-1), key, rows),
+            attention_rows(4 * query, key, rows, ATTEND),
+            attention_rows(4 * query.flip(-1), key, rows, ATTEND),
         )
         sharp.append(float(attention_divergence(log_p, log_t)))
         p, t = log_p.exp().log_softmax(-1), log_t.exp().log_softmax(-1)
@@ -80,7 +84,7 @@ def test_attention_gradient_is_finite_behind_the_mask() -> None:
     key.requires_grad_()
     rows = torch.tensor([0, 3])
     attention_divergence(
-        attention_rows(query, key, rows), attention_rows(*softmax_rows(1), rows)
+        attention_rows(query, key, rows, ATTEND), attention_rows(*softmax_rows(1), rows, ATTEND)
     ).backward()
     assert query.grad is not None and key.grad is not None
     assert torch.isfinite(query.grad).all() and torch.isfinite(key.grad).all()
@@ -93,7 +97,9 @@ def test_attention_gradient_is_finite_behind_the_mask() -> None:
 
 def test_block_loss_is_the_weighted_sum_over_targets() -> None:
     y, targets = gaussian(1, 6, 8), [gaussian(1, 6, 8, seed=seed) for seed in (1, 2)]
-    rows = tuple(attention_rows(*softmax_rows(seed), torch.tensor([4, 9])) for seed in (0, 1))
+    rows = tuple(
+        attention_rows(*softmax_rows(seed), torch.tensor([4, 9]), ATTEND) for seed in (0, 1)
+    )
     error, direction = (
         sum(float(term(y, target)) for target in targets) for term in (output_error, direction_loss)
     )
