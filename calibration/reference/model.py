@@ -114,11 +114,27 @@ def float_model(checkpoint: Checkpoint) -> Any:
     rotary.inv_freq = torch.from_numpy(np.array(frequencies, np.float32))
     rotary.original_inv_freq = rotary.inv_freq.clone()
     rotary.attention_scaling = scaling
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # such as Gemma's embed_scale, which its module makes of the config
-            raise RuntimeError(f"no value for the buffer {name}")
+    _fill_buffers(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _fill_buffers(model: Any) -> None:
+    """Give the buffers that no checkpoint holds, such as Gemma's scale of the embedding, the values
+    that transformers gives them; parameters stay.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in empty:
+            shape, dtype = getattr(module, name).shape, getattr(module, name).dtype
+            module.register_buffer(name, torch.full(shape, torch.nan, dtype=dtype), False)
+        if empty:
+            model._init_weights(module)
+        unknown = [name for name in empty if getattr(module, name).isnan().any()]
+        if unknown:
+            raise RuntimeError(f"no value for {unknown[0]} of {type(module).__name__}")
 
 
 class FloatReference:
