@@ -148,6 +148,11 @@ def _check(task: BlockTask, settings: TrainSettings) -> None:
         )
 
 
+def _gradient(tensor: Tensor) -> Tensor:
+    """Of a leaf; zeros where nothing reached it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
 class _Trainer:
     """The loop; `student` always holds the best parameters so far between runs."""
 
@@ -232,52 +237,46 @@ class _Trainer:
         """One step: the weights are quantised once, and their gradient is summed window by window,
         so memory holds one window's graph.
         """
-        parameters = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
         optimizer.zero_grad(set_to_none=False)
         weights = self.student()
+        reached = [name for name, tensor in weights.items() if tensor.requires_grad]
+        gradients = self._weight_gradients(weights, windows)
+        torch.autograd.backward(
+            [weights[name] for name in reached], [gradients[name] for name in reached]
+        )
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = _gradient(parameter)
+                if not torch.isfinite(parameter.grad).all():
+                    raise _DivergedError
+        optimizer.step()
+        self.student.project()
+
+    def _weight_gradients(self, weights: BlockWeights, windows: list[int]) -> dict[str, Tensor]:
+        """Of the mean loss over some windows of all processes.
+
+        Averaged here, where a window's gradient is a term of a sum: what follows is then the same
+        arithmetic in every process, and two processes take the step of one. Averages of the
+        parameters' gradients differ in their last bits, which move codes.
+        """
         leaves = {
             name: tensor.detach().requires_grad_(tensor.requires_grad)
             for name, tensor in weights.items()
         }
         for index in filter(self._mine.__contains__, windows):
             (self._loss(leaves, index) * (self._task.world / len(windows))).backward()
-        # Averaged here, where a window's gradient is a term of a sum: what follows is then the same
-        # arithmetic in every process, and two processes take the step of one. Averages of the
-        # parameters' gradients differ in their last bits, which move codes.
-        reached = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        sums = [
-            torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad
-            for name in reached
-        ]
-        self._task.all_reduce(sums)
-        torch.autograd.backward([weights[name] for name in reached], sums)
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for parameter in parameters
-        ]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if not torch.isfinite(gradient).all():
-                raise _DivergedError
-            parameter.grad = gradient
-        optimizer.step()
-        self.student.project()
+        gradients = {name: _gradient(leaf) for name, leaf in leaves.items() if leaf.requires_grad}
+        self._task.all_reduce(list(gradients.values()))
+        return gradients
 
     def _loss(self, weights: BlockWeights, index: int) -> Tensor:
         task, settings = self._task, self._settings
-        x = task.window(task.x_q, index)
-        rows = (
-            sample_rows(x.shape[1], settings.rows, index).to(x.device)
-            if settings.loss.attention
-            else None
-        )
+        x, rows, attention = task.window(task.x_q, index), None, None
+        if settings.loss.attention:
+            rows = sample_rows(x.shape[1], settings.rows, index).to(x.device)
         y, log_p = self.student.outputs(weights, x, rows)
-        attention = (
-            None
-            if rows is None or log_p is None
-            else (log_p, self._teacher.attention_rows(index, rows))
-        )
+        if rows is not None and log_p is not None:
+            attention = log_p, self._teacher.attention_rows(index, rows)
         return block_loss(y, self._teacher.targets(index), attention, settings.loss)
 
     def _measure(self) -> float:
