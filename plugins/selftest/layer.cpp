@@ -25,7 +25,8 @@ float float_from_half(uint16_t half) {
   const int exponent = half >> 10 & 31, mantissa = half & 1023;
   const float sign = half & 0x8000 ? -1.0f : 1.0f;
   if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-  return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+  return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25)
+                          : std::ldexp(float(mantissa), -24));
 }
 
 // Nearest fp16, half to even; NaN and infinity stay.
@@ -37,9 +38,11 @@ uint16_t half_from_float(float v) {
   int exponent = 0;
   std::frexp(size, &exponent);
   exponent = std::max(exponent, -13);
-  const int mantissa = int(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 11 bits, or fewer of a subnormal number
+  // 11 bits, or fewer of a subnormal number
+  const int mantissa = int(std::nearbyint(std::ldexp(size, 11 - exponent)));
   if (mantissa < 1024) return uint16_t(sign | mantissa);
-  return uint16_t(sign | (((exponent + 13) << 10) + mantissa));  // a mantissa of 2048 carries into the exponent
+  // a mantissa of 2048 carries into the exponent
+  return uint16_t(sign | (((exponent + 13) << 10) + mantissa));
 }
 
 uint16_t bfloat_from_float(float v) {
@@ -65,27 +68,34 @@ float rounded_to(float v, int32_t dtype) {
   if (dtype == kFloat32 || v != v) return v;
   const float most = dtype == kFloat16 ? 65504.0f : 3.38953139e38f;
   v = std::clamp(v, -most, most);
-  return dtype == kFloat16 ? float_from_half(half_from_float(v)) : float_of(uint32_t(bfloat_from_float(v)) << 16);
+  return dtype == kFloat16 ? float_from_half(half_from_float(v))
+                           : float_of(uint32_t(bfloat_from_float(v)) << 16);
 }
 
-float epsilon_of(int32_t dtype) { return dtype == kFloat16 ? 0x1p-10f : dtype == kBFloat16 ? 0x1p-7f : 0x1p-23f; }
+float epsilon_of(int32_t dtype) {
+  return dtype == kFloat16 ? 0x1p-10f : dtype == kBFloat16 ? 0x1p-7f : 0x1p-23f;
+}
 
 GemmShape shape_of(const Case& c) {
   int planes = 0;
   while ((1 << planes) < c.levels) ++planes;
-  return {c.m, c.n, c.k, c.group_size, planes, c.wbits, c.levels, c.abits, c.act_symmetric, c.dtype, 0,
-          c.special == kNorm ? 3.0f : 0.0f};
+  return {c.m,          c.n,     c.k,
+          c.group_size, planes,  c.wbits,
+          c.levels,     c.abits, c.act_symmetric,
+          c.dtype,      0,       c.special == kNorm ? 3.0f : 0.0f};
 }
 
 std::string text_of(const Case& c) {
   const bool balanced = c.levels == 5 || c.levels == 3;
   const char* types[] = {"fp16", "bf16", "fp32"};
-  return "W" + std::to_string(c.wbits) + (balanced ? "*" : "") + "A" + std::to_string(c.abits) + (c.act_symmetric ? " sym" : "") + " g" +
-         std::to_string(c.group_size) + " " + std::to_string(c.m) + "x" + std::to_string(c.n) + "x" + std::to_string(c.k) + " " +
+  return "W" + std::to_string(c.wbits) + (balanced ? "*" : "") + "A" + std::to_string(c.abits) +
+         (c.act_symmetric ? " sym" : "") + " g" + std::to_string(c.group_size) + " " +
+         std::to_string(c.m) + "x" + std::to_string(c.n) + "x" + std::to_string(c.k) + " " +
          types[c.dtype] + (c.bias ? " bias" : "") + (c.special == kNorm ? " norm" : "");
 }
 
-Layer::Layer(const Case& c, unsigned seed) : c_(c), group_len_(c.group_size ? c.group_size : c.k), groups_(c.k / group_len_) {
+Layer::Layer(const Case& c, unsigned seed)
+    : c_(c), group_len_(c.group_size ? c.group_size : c.k), groups_(c.k / group_len_) {
   std::mt19937 random(seed);
   make_weights(random);
   make_tokens(random);
@@ -95,16 +105,24 @@ Layer::Layer(const Case& c, unsigned seed) : c_(c), group_len_(c.group_size ? c.
 }
 
 void Layer::make_weights(std::mt19937& random) {
-  const auto uniform = [&](double low, double high) { return std::uniform_real_distribution<double>(low, high)(random); };
-  const auto whole = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-  for (size_t i = 0; i < size_t(c_.n) * c_.k; ++i) codes_.push_back(c_.qqq ? whole(-8, 7) : whole(0, c_.levels - 1));
+  const auto uniform = [&](double low, double high) {
+    return std::uniform_real_distribution<double>(low, high)(random);
+  };
+  const auto whole = [&](int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+  };
+  for (size_t i = 0; i < size_t(c_.n) * c_.k; ++i)
+    codes_.push_back(c_.qqq ? whole(-8, 7) : whole(0, c_.levels - 1));
   const size_t scales = c_.qqq ? c_.n : size_t(c_.n) * groups_;
   for (size_t i = 0; i < scales; ++i) {
     scale.push_back(float(c_.qqq ? uniform(1e-4, 2e-3) : uniform(1e-3, 2e-2)));
-    if (!c_.qqq) zero.push_back(c_.special == 1 && i % 3 == 0 ? whole(-100000, 100000) : whole(-c_.levels, 2 * c_.levels));
+    if (!c_.qqq)
+      zero.push_back(c_.special == 1 && i % 3 == 0 ? whole(-100000, 100000)
+                                                   : whole(-c_.levels, 2 * c_.levels));
   }
   if (c_.qqq && c_.group_size)
-    for (int i = 0; i < groups_ * c_.n; ++i) scale_group.push_back(half_from_float(float(uniform(2, 22) * (whole(0, 1) ? 1 : -1))));
+    for (int i = 0; i < groups_ * c_.n; ++i)
+      scale_group.push_back(half_from_float(float(uniform(2, 22) * (whole(0, 1) ? 1 : -1))));
   if (c_.bias)
     for (int i = 0; i < c_.n; ++i) bias.push_back(float(uniform(-5, 5)));
 }
@@ -129,19 +147,23 @@ void Layer::make_tokens(std::mt19937& random) {
     if (c_.special == kNorm) v = row == 0 ? 0.0f : v < 0 ? -1.0f : 1.0f;
     store(x, i, v);
     v = load(x, i, c_.dtype);
-    values_.push_back(c_.special == kNorm ? rounded_to(v / 2 * load(gamma, column, c_.dtype), c_.dtype) : v);
+    values_.push_back(
+        c_.special == kNorm ? rounded_to(v / 2 * load(gamma, column, c_.dtype), c_.dtype) : v);
   }
 }
 
 // plugins/abq_gemm/README.md, "Layout of weight".
 void Layer::pack_planes() {
-  const int group_words = (group_len_ + 31) / 32, row_words = (groups_ * group_words + 3) / 4 * 4, planes = shape_of(c_).planes;
+  const int group_words = (group_len_ + 31) / 32;
+  const int row_words = (groups_ * group_words + 3) / 4 * 4;
+  const int planes = shape_of(c_).planes;
   weight.assign(size_t(planes) * c_.n * row_words, 0);
   for (int n = 0; n < c_.n; ++n)
     for (int k = 0; k < c_.k; ++k)
       for (int j = 0; j < planes; ++j) {
         const int e = k % group_len_, code = codes_[size_t(n) * c_.k + k];
-        const size_t word = (size_t(j) * c_.n + n) * row_words + k / group_len_ * group_words + e / 32;
+        const size_t word =
+            (size_t(j) * c_.n + n) * row_words + k / group_len_ * group_words + e / 32;
         weight[word] = int32_t(uint32_t(weight[word]) | uint32_t(code >> j & 1) << e % 32);
       }
 }
@@ -149,14 +171,17 @@ void Layer::pack_planes() {
 // plugins/qqq_gemm/README.md, "Layout of weight".
 void Layer::pack_nibbles() {
   const int k_pad = (c_.k + 15) / 16 * 16, n_pad = (c_.n + 63) / 64 * 64;
-  const int channel[2][4] = {{1, 3, 5, 7}, {0, 2, 4, 6}}, group[2][4] = {{0, 4, 1, 5}, {2, 6, 3, 7}};  // nibble of [b][r]
+  // nibble of [b][r]
+  const int channel[2][4] = {{1, 3, 5, 7}, {0, 2, 4, 6}};
+  const int group[2][4] = {{0, 4, 1, 5}, {2, 6, 3, 7}};
   std::vector<uint32_t> words(size_t(k_pad / 16) * 2 * n_pad, 0);
   for (int n = 0; n < n_pad; ++n)
     for (int k = 0; k < k_pad; ++k) {
       const int code = n < c_.n && k < c_.k ? codes_[size_t(n) * c_.k + k] : 0;
       const int lane = 4 * (n % 8) + k % 16 / 4, j = n % 64 / 16, b = n % 16 / 8, r = k % 4;
       const uint32_t nibble = uint32_t(c_.group_size ? code + 8 : code) & 15;
-      words[size_t(k / 16) * 2 * n_pad + 128 * size_t(n / 64) + 4 * lane + j] |= nibble << 4 * (c_.group_size ? group : channel)[b][r];
+      words[size_t(k / 16) * 2 * n_pad + 128 * size_t(n / 64) + 4 * lane + j] |=
+          nibble << 4 * (c_.group_size ? group : channel)[b][r];
     }
   weight.assign(words.begin(), words.end());
 }
@@ -164,7 +189,8 @@ void Layer::pack_nibbles() {
 int32_t Layer::int8_weight(int n, int k) const {
   const int code = codes_[size_t(n) * c_.k + k];
   if (!c_.group_size) return code;
-  const float product = float(code) * float_from_half(scale_group[size_t(k / c_.group_size) * c_.n + n]);
+  const float product =
+      float(code) * float_from_half(scale_group[size_t(k / c_.group_size) * c_.n + n]);
   return int32_t(std::clamp(std::nearbyint(product), -127.0f, 127.0f));
 }
 
@@ -174,12 +200,17 @@ void Layer::compute() {
     // plugins/core/activation.py: the range includes 0; every fp32 operation is rounded on its own
     float low = 0, high = 0;
     bool finite = true;
-    for (int k = 0; k < c_.k; ++k) low = std::min(low, row[k]), high = std::max(high, row[k]), finite &= std::isfinite(row[k]);
-    const int bits = std::min(c_.abits, 8), most = (1 << (bits - 1)) - 1, least = c_.act_symmetric ? -most : -most - 1;
+    for (int k = 0; k < c_.k; ++k)
+      low = std::min(low, row[k]), high = std::max(high, row[k]), finite &= std::isfinite(row[k]);
+    const int bits = std::min(c_.abits, 8);
+    const int most = (1 << (bits - 1)) - 1;
+    const int least = c_.act_symmetric ? -most : -most - 1;
     const float range = std::max(c_.act_symmetric ? std::max(-low, high) : high - low, 0x1p-118f);
-    const float step = finite ? range / float(c_.act_symmetric ? most : (1 << bits) - 1) : NAN, inverse = 1.0f / step;
+    const float step = finite ? range / float(c_.act_symmetric ? most : (1 << bits) - 1) : NAN;
+    const float inverse = 1.0f / step;
     const auto limited = [&](float v, int offset) {
-      return finite ? int(std::clamp(std::nearbyint(v) + float(offset), float(least), float(most))) : 0;
+      return finite ? int(std::clamp(std::nearbyint(v) + float(offset), float(least), float(most)))
+                    : 0;
     };
     const int z = c_.act_symmetric ? 0 : limited(-low * inverse, least);
     std::vector<int64_t> a(c_.k);

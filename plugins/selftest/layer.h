@@ -1,4 +1,5 @@
-// A random low-bit layer and what it must compute: packing and arithmetic from the formulas of the ops' README.md, nothing of the kernels.
+// A random low-bit layer and what it must compute: packing and arithmetic from the formulas of the
+// ops' README.md, nothing of the kernels.
 #pragma once
 #include <cstdint>
 #include <random>
@@ -23,21 +24,23 @@ std::string text_of(const Case& c);
 
 // special 1: a row of zeros, a row with an outlier, zero points far outside the codes.
 // special 2: a row with a NaN and one with an infinity.
-// special 3: RMSNorm, of rows of +-1 and one of zeros, with an epsilon of 3. The root is exactly 2 then, in whatever order the squares
+// special 3: RMSNorm, of rows of +-1 and one of zeros, with an epsilon of 3. The root is exactly 2
+// then, in whatever order the squares
 //   add up, so that nothing is a near tie.
 class Layer {
  public:
   Layer(const Case& c, unsigned seed);
 
   // Packed inputs as the C interface takes them.
-  std::vector<uint8_t> x;         // [m, k] of the case's type
+  std::vector<uint8_t> x;  // [m, k] of the case's type
   std::vector<int32_t> weight;
   std::vector<float> scale;
   std::vector<int32_t> zero;
   std::vector<uint16_t> scale_group;
   std::vector<float> bias;
-  std::vector<uint8_t> gamma;     // [k] of the case's type
-  // What y must be, and per output the sum of |terms|, to which rounding in another order is proportional.
+  std::vector<uint8_t> gamma;  // [k] of the case's type
+  // What y must be, and per output the sum of |terms|, to which rounding in
+  // another order is proportional.
   std::vector<float> want, size;
 
  private:

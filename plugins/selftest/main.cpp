@@ -1,4 +1,5 @@
-// anybit-selftest: every op, bit pair, kernel and edge shape against a plain CPU computation, on this machine's GPU.
+// anybit-selftest: every op, bit pair, kernel and edge shape against a plain CPU
+// computation, on this machine's GPU.
 //
 // kHelp below says how to call it.
 #include <dlfcn.h>
@@ -22,15 +23,19 @@ constexpr unsigned char kPoison = 0xcb;
 constexpr size_t kGuard = 256;
 constexpr int kMostTactics = 64, kMostLines = 20;
 const char* const kBuild = "Build it: python -m plugins build";
-const std::string kUsage = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list] [--help]";
+const std::string kUsage =
+    "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] "
+    "[--list] [--help]";
 const char* const kHelp = R"(
-LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it), or libanybit_kernels_sim.so for the CPU simulation.
+LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it), or
+libanybit_kernels_sim.so for the CPU simulation.
   --quick        fewer sizes
   --op           only this op
   --kernel NAME  only this kernel, such as "int8 64x8"
   --seed N       of the random layers (1)
   --list         print the cases, run nothing
-Exit code 0: all right; 3: a mismatch; 2: bad arguments, or no GPU that can run the kernels; 1: anything else.
+Exit code 0: all right; 3: a mismatch; 2: bad arguments, or no GPU that can run the kernels;
+1: anything else.
 )";
 
 struct Options {
@@ -56,7 +61,8 @@ struct Tally {
 template <class F>
 F* find(void* library, const std::string& function) {
   void* found = dlsym(library, function.c_str());
-  const std::string problem = "LIBRARY: got one without " + function + ", expected a kernel library of this version. ";
+  const std::string problem =
+      "LIBRARY: got one without " + function + ", expected a kernel library of this version. ";
   if (!found) throw std::invalid_argument(problem + kBuild);
   return reinterpret_cast<F*>(found);
 }
@@ -71,7 +77,8 @@ Op load_op(void* library, const char* name, const std::string& prefix) {
 // A buffer of the device with guard zones around it.
 class Buffer {
  public:
-  Buffer(Device& device, const void* content, size_t bytes) : device_(device), bytes_(bytes), host_(bytes + 2 * kGuard, kPoison) {
+  Buffer(Device& device, const void* content, size_t bytes)
+      : device_(device), bytes_(bytes), host_(bytes + 2 * kGuard, kPoison) {
     if (content && bytes) std::memcpy(&host_[kGuard], content, bytes);
     memory_ = static_cast<char*>(device.allocate(host_.size()));
     device.upload(memory_, host_.data(), host_.size());
@@ -108,16 +115,24 @@ class Inputs {
  public:
   Inputs(Device& device, const Layer& layer) {
     buffers_.x = put(device, layer.x.data(), layer.x.size());
-    buffers_.weight = static_cast<const int32_t*>(put(device, layer.weight.data(), layer.weight.size() * 4));
-    buffers_.scale = static_cast<const float*>(put(device, layer.scale.data(), layer.scale.size() * 4));
-    if (!layer.zero.empty()) buffers_.zero = static_cast<const int32_t*>(put(device, layer.zero.data(), layer.zero.size() * 4));
-    if (!layer.scale_group.empty()) buffers_.scale_group = put(device, layer.scale_group.data(), layer.scale_group.size() * 2);
+    buffers_.weight =
+        static_cast<const int32_t*>(put(device, layer.weight.data(), layer.weight.size() * 4));
+    buffers_.scale =
+        static_cast<const float*>(put(device, layer.scale.data(), layer.scale.size() * 4));
+    if (!layer.zero.empty())
+      buffers_.zero =
+          static_cast<const int32_t*>(put(device, layer.zero.data(), layer.zero.size() * 4));
+    if (!layer.scale_group.empty())
+      buffers_.scale_group = put(device, layer.scale_group.data(), layer.scale_group.size() * 2);
     if (!layer.gamma.empty()) buffers_.gamma = put(device, layer.gamma.data(), layer.gamma.size());
-    if (!layer.bias.empty()) buffers_.bias = static_cast<const float*>(put(device, layer.bias.data(), layer.bias.size() * 4));
+    if (!layer.bias.empty())
+      buffers_.bias =
+          static_cast<const float*>(put(device, layer.bias.data(), layer.bias.size() * 4));
   }
   const GemmBuffers& buffers() const { return buffers_; }
   bool unchanged() const {
-    return std::all_of(kept_.begin(), kept_.end(), [](const auto& buffer) { return buffer->unchanged(); });
+    return std::all_of(kept_.begin(), kept_.end(),
+                       [](const auto& buffer) { return buffer->unchanged(); });
   }
 
  private:
@@ -133,22 +148,28 @@ class Inputs {
 struct Target {
   Buffer y, workspace;
   Target(Device& device, const Case& c, size_t workspace_bytes)
-      : y(device, nullptr, size_t(c.m) * c.n * (c.dtype == kFloat32 ? 4 : 2)), workspace(device, nullptr, workspace_bytes) {}
+      : y(device, nullptr, size_t(c.m) * c.n * (c.dtype == kFloat32 ? 4 : 2)),
+        workspace(device, nullptr, workspace_bytes) {}
 };
 
-// Where y is farthest from what it must be, over what is allowed: up to 1 is right, infinite where one is NaN and the other not.
+// Where y is farthest from what it must be, over what is allowed: up to 1 is right, infinite where
+// one is NaN and the other not.
 struct Distance {
   double over = 0;
   size_t at = 0;
 };
 
-Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case& c, bool reordered) {
+Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case& c,
+                  bool reordered) {
   Distance worst;
   for (size_t i = 0; i < layer.want.size(); ++i) {
     const float got = load(y, i, c.dtype), want = layer.want[i];
     if (got == want || (std::isnan(got) && std::isnan(want))) continue;
-    const double allowed = reordered ? 1e-5 * layer.size[i] + epsilon_of(c.dtype) * std::fabs(want) : 0;
-    const double over = allowed > 0 && !std::isnan(got) && !std::isnan(want) ? std::fabs(double(got) - want) / allowed : INFINITY;
+    const double allowed =
+        reordered ? 1e-5 * layer.size[i] + epsilon_of(c.dtype) * std::fabs(want) : 0;
+    const double over = allowed > 0 && !std::isnan(got) && !std::isnan(want)
+                            ? std::fabs(double(got) - want) / allowed
+                            : INFINITY;
     if (over > worst.over) worst = {over, i};
   }
   return worst;
@@ -156,7 +177,8 @@ Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case&
 
 class SelfTest {
  public:
-  SelfTest(const Options& options, Device& device, std::vector<Op> ops) : options_(options), device_(device), ops_(std::move(ops)) {}
+  SelfTest(const Options& options, Device& device, std::vector<Op> ops)
+      : options_(options), device_(device), ops_(std::move(ops)) {}
 
   // Returns whether the device still works.
   bool run(const Case& c) {
@@ -165,8 +187,11 @@ class SelfTest {
     std::string kernel = "?";
     try {
       run_tactics(op, c, kernel);
-    } catch (const std::runtime_error& error) {  // after an illegal access, say, every later call fails too
-      fail(op, kernel, c, std::string("got ") + error.what() + ", expected success; the cases after it were not run");
+    } catch (const std::runtime_error& error) {
+      // After an illegal access, say, every later call fails too.
+      fail(op, kernel, c,
+           std::string("got ") + error.what() +
+               ", expected success; the cases after it were not run");
       return false;
     }
     return true;
@@ -178,15 +203,19 @@ class SelfTest {
     if (!calls && !failed) {
       std::string known;
       for (const std::string& kernel : kernels_) known += (known.empty() ? "" : ", ") + kernel;
-      throw std::invalid_argument("--kernel: got " + options_.kernel + ", expected one that runs here: " + known + ". " + kUsage);
+      throw std::invalid_argument("--kernel: got " + options_.kernel +
+                                  ", expected one that runs here: " + known + ". " + kUsage);
     }
     if (failed > kMostLines) std::printf("(%d failures more)\n", failed - kMostLines);
-    std::printf("\n%-8s %-12s %7s %7s %7s  %s\n", "op", "kernel", "shapes", "calls", "failed", "worst (of what is allowed)");
+    std::printf("\n%-8s %-12s %7s %7s %7s  %s\n", "op", "kernel", "shapes", "calls", "failed",
+                "worst (of what is allowed)");
     for (const auto& [key, tally] : tallies_)
-      std::printf("%-8s %-12s %7d %7d %7d  %.2f\n", key.first.c_str(), key.second.c_str(), tally.shapes, tally.calls, tally.failed,
-                  tally.worst);
-    const std::string verdict = failed ? std::to_string(failed) + " MISMATCHES; do not use these kernels here, report the lines above"
-                                       : std::string("all right");
+      std::printf("%-8s %-12s %7d %7d %7d  %.2f\n", key.first.c_str(), key.second.c_str(),
+                  tally.shapes, tally.calls, tally.failed, tally.worst);
+    const std::string verdict =
+        failed ? std::to_string(failed) +
+                     " MISMATCHES; do not use these kernels here, report the lines above"
+               : std::string("all right");
     std::printf("%s: %d calls, %s\n", device_.name().c_str(), calls, verdict.c_str());
     return failed ? 3 : 0;
   }
@@ -194,7 +223,8 @@ class SelfTest {
  private:
   void fail(const Op& op, const std::string& kernel, const Case& c, const std::string& problem) {
     ++tallies_[{op.name, kernel}].failed;
-    if (lines_++ < kMostLines) std::printf("%s %s %s: %s\n", op.name, kernel.c_str(), text_of(c).c_str(), problem.c_str());
+    if (lines_++ < kMostLines)
+      std::printf("%s %s %s: %s\n", op.name, kernel.c_str(), text_of(c).c_str(), problem.c_str());
   }
 
   // Every kernel that can run the case, on whole and on shared K; `kernel` is the one at work.
@@ -216,13 +246,14 @@ class SelfTest {
         check_call(op, kernel, shape, c, layer, inputs.buffers());
         if (shares == 1) break;
       }
-      if (!inputs.unchanged()) fail(op, kernel, c, "got inputs that changed, expected them as they were");
+      if (!inputs.unchanged())
+        fail(op, kernel, c, "got inputs that changed, expected them as they were");
     }
   }
 
   // Alone, on two streams at once, and as a graph.
-  void check_call(const Op& op, const std::string& kernel, const GemmShape& shape, const Case& c, const Layer& layer,
-                  const GemmBuffers& in) {
+  void check_call(const Op& op, const std::string& kernel, const GemmShape& shape, const Case& c,
+                  const Layer& layer, const GemmBuffers& in) {
     const size_t bytes = op.workspace(&shape);
     Target first(device_, c, bytes), second(device_, c, bytes), graph(device_, c, bytes);
     int status = 0;
@@ -233,9 +264,12 @@ class SelfTest {
       if (code) status = code;
     };
     device_.run_on_two_streams([&](int i, void* stream) { call(i ? second : first, stream); });
-    if (!status) device_.run_as_graph([&](void* stream) { call(graph, stream); });  // an error would spoil the capture
-    if (status) return fail(op, kernel, c, "got CUDA error " + std::to_string(status) + ", expected success");
-    const bool reordered = c.abits == 16 || (!c.qqq && c.group_size && anybit::config_from_tactic(shape.tactic).shares > 1);
+    // an error would spoil the capture
+    if (!status) device_.run_as_graph([&](void* stream) { call(graph, stream); });
+    if (status)
+      return fail(op, kernel, c, "got CUDA error " + std::to_string(status) + ", expected success");
+    const bool reordered = c.abits == 16 || (!c.qqq && c.group_size &&
+                                             anybit::config_from_tactic(shape.tactic).shares > 1);
     Tally& tally = tallies_[{op.name, kernel}];
     for (Target* target : {&first, &second, &graph}) {
       const std::vector<uint8_t> y = target->y.fetch();
@@ -243,17 +277,20 @@ class SelfTest {
       target->workspace.fetch();
       ++tally.calls;
       tally.worst = std::max(tally.worst, found.over);
-      const char* where = target == &first ? "" : target == &second ? " on a second stream" : " in a graph";
+      const char* where = target == &first    ? ""
+                          : target == &second ? " on a second stream"
+                                              : " in a graph";
       if (!target->y.guards_hold() || !target->workspace.guards_hold())
         fail(op, kernel, c, std::string("got writes past the buffers") + where + ", expected none");
-      else if (found.over > 1)
-        fail(op, kernel, c, difference(found.at, y, layer, c) + where);
+      else if (found.over > 1) fail(op, kernel, c, difference(found.at, y, layer, c) + where);
     }
   }
 
-  static std::string difference(size_t i, const std::vector<uint8_t>& y, const Layer& layer, const Case& c) {
+  static std::string difference(size_t i, const std::vector<uint8_t>& y, const Layer& layer,
+                                const Case& c) {
     char text[128];
-    std::snprintf(text, sizeof text, "got y[%zu, %zu] = %.9g, expected %.9g", i / c.n, i % c.n, load(y, i, c.dtype), layer.want[i]);
+    std::snprintf(text, sizeof text, "got y[%zu, %zu] = %.9g, expected %.9g", i / c.n, i % c.n,
+                  load(y, i, c.dtype), layer.want[i]);
     return text;
   }
 
@@ -267,7 +304,8 @@ class SelfTest {
 
 std::vector<Case> cases(bool quick) {
   std::vector<Case> list;
-  const auto abq = [&](int wbits, int levels, int abits, int sym, int group, int m, int n, int k, int32_t type, int special = 0) {
+  const auto abq = [&](int wbits, int levels, int abits, int sym, int group, int m, int n, int k,
+                       int32_t type, int special = 0) {
     list.push_back({false, wbits, levels, abits, sym, group, m, n, k, type, n % 2 == 1, special});
   };
   const auto qqq = [&](int group, int m, int n, int k, int32_t type, int special = 0) {
@@ -276,25 +314,35 @@ std::vector<Case> cases(bool quick) {
   for (int wbits = 1; wbits <= 8; ++wbits)
     for (const int levels : {1 << wbits, wbits == 1 ? 3 : wbits == 2 ? 5 : 0}) {
       if (!levels) continue;
-      for (int abits = 2; abits <= 8; ++abits) abq(wbits, levels, abits, abits % 2, 0, quick ? 3 : 9, 70, 320, kFloat16);
+      for (int abits = 2; abits <= 8; ++abits)
+        abq(wbits, levels, abits, abits % 2, 0, quick ? 3 : 9, 70, 320, kFloat16);
       abq(wbits, levels, 8, 0, 64, 9, 35, 192, kFloat16);
-      abq(wbits, levels, 16, 0, 0, 9, 70, 320, kFloat16), abq(wbits, levels, 16, 0, 64, 2, 70, 192, kBFloat16);
+      abq(wbits, levels, 16, 0, 0, 9, 70, 320, kFloat16),
+          abq(wbits, levels, 16, 0, 64, 2, 70, 192, kBFloat16);
     }
-  const std::vector<int> some_n = quick ? std::vector<int>{1, 65} : std::vector<int>{1, 63, 64, 65, 130, 257};
-  const std::vector<int> some_k = quick ? std::vector<int>{33, 513} : std::vector<int>{1, 31, 33, 127, 128, 129, 513, 1040, 2100};
+  const std::vector<int> some_n =
+      quick ? std::vector<int>{1, 65} : std::vector<int>{1, 63, 64, 65, 130, 257};
+  const std::vector<int> some_k = quick
+                                      ? std::vector<int>{33, 513}
+                                      : std::vector<int>{1, 31, 33, 127, 128, 129, 513, 1040, 2100};
   for (const int n : some_n)
-    for (const int k : some_k) abq(4, 16, 8, 0, 0, 2, n, k, kFloat32), qqq(0, 2, n, k, kFloat32), abq(3, 8, 16, 0, 0, 2, n, k, kFloat16);
+    for (const int k : some_k)
+      abq(4, 16, 8, 0, 0, 2, n, k, kFloat32), qqq(0, 2, n, k, kFloat32),
+          abq(3, 8, 16, 0, 0, 2, n, k, kFloat16);
   for (const int m : {1, 7, 8, 9, 16, 17, 63, 65}) {
     if (quick && m > 17) continue;
-    abq(2, 5, 8, 0, 0, m, 66, 256, kFloat16), abq(4, 16, 4, 1, 128, m, 66, 256, kFloat16), abq(4, 16, 16, 0, 0, m, 66, 256, kFloat16);
+    abq(2, 5, 8, 0, 0, m, 66, 256, kFloat16), abq(4, 16, 4, 1, 128, m, 66, 256, kFloat16),
+        abq(4, 16, 16, 0, 0, m, 66, 256, kFloat16);
     for (const int group : {0, 64, 128}) qqq(group, m, 66, 256, kFloat16);
   }
   for (const int group : {32, 40, 96, 128, 256, 512}) {
-    abq(4, 16, 8, 0, group, 3, 33, 2 * group, kFloat16), abq(2, 4, 16, 0, group, 3, 33, 2 * group, kFloat16);
+    abq(4, 16, 8, 0, group, 3, 33, 2 * group, kFloat16),
+        abq(2, 4, 16, 0, group, 3, 33, 2 * group, kFloat16);
   }
   for (const int special : {1, 2, 3})
     for (const int32_t type : {kFloat16, kBFloat16, kFloat32}) {
-      abq(4, 16, 8, 0, 0, 3, 40, 256, type, special), abq(8, 256, 8, 1, 64, 3, 40, 256, type, special);
+      abq(4, 16, 8, 0, 0, 3, 40, 256, type, special),
+          abq(8, 256, 8, 1, 64, 3, 40, 256, type, special);
       if (special != 2) abq(4, 16, 16, 0, 64, 3, 40, 256, type, special);
       qqq(0, 3, 40, 256, type, special), qqq(128, 3, 40, 256, type, special);
     }
@@ -303,7 +351,8 @@ std::vector<Case> cases(bool quick) {
 
 unsigned number(const std::string& option, const std::string& text) {
   if (text.empty() || text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos)
-    throw std::invalid_argument(option + ": got " + text + ", expected a whole number of at most 9 digits. " + kUsage);
+    throw std::invalid_argument(option + ": got " + text +
+                                ", expected a whole number of at most 9 digits. " + kUsage);
   return unsigned(std::stoul(text));
 }
 
@@ -312,7 +361,8 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     const auto value = [&] {
-      if (i + 1 == argc) throw std::invalid_argument(word + ": got no value, expected one. " + kUsage);
+      if (i + 1 == argc)
+        throw std::invalid_argument(word + ": got no value, expected one. " + kUsage);
       return std::string(argv[++i]);
     };
     if (word == "--quick") options.quick = true;
@@ -325,7 +375,8 @@ Options parse(int argc, char** argv) {
     else throw std::invalid_argument(word + ": got this argument, expected none such. " + kUsage);
   }
   if (!options.op.empty() && options.op != "ABQGemm" && options.op != "QQQGemm")
-    throw std::invalid_argument("--op: got " + options.op + ", expected ABQGemm or QQQGemm. " + kUsage);
+    throw std::invalid_argument("--op: got " + options.op + ", expected ABQGemm or QQQGemm. " +
+                                kUsage);
   if (options.library.empty() && !options.help)
     throw std::invalid_argument("LIBRARY: got none, expected a kernel library. " + kUsage);
   return options;
@@ -335,21 +386,29 @@ int run(int argc, char** argv) {
   const Options options = parse(argc, argv);
   if (options.help) return std::printf("%s\n%s", kUsage.c_str(), kHelp), 0;
   void* library = dlopen(options.library.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!library) throw std::invalid_argument(std::string("LIBRARY: got ") + dlerror() + ", expected a kernel library. " + kBuild);
-  std::vector<Op> ops = {load_op(library, "ABQGemm", "anybit_abq_gemm"), load_op(library, "QQQGemm", "anybit_qqq_gemm")};
+  if (!library)
+    throw std::invalid_argument(std::string("LIBRARY: got ") + dlerror() +
+                                ", expected a kernel library. " + kBuild);
+  std::vector<Op> ops = {load_op(library, "ABQGemm", "anybit_abq_gemm"),
+                         load_op(library, "QQQGemm", "anybit_qqq_gemm")};
   const std::vector<Case> list = cases(options.quick);
   if (options.list) {
     for (const Case& c : list)
-      if (options.op.empty() || options.op == ops[c.qqq].name) std::printf("%s %s\n", ops[c.qqq].name, text_of(c).c_str());
+      if (options.op.empty() || options.op == ops[c.qqq].name)
+        std::printf("%s %s\n", ops[c.qqq].name, text_of(c).c_str());
     return 0;
   }
-  const auto set_order = reinterpret_cast<void (*)(unsigned)>(dlsym(library, "anybit_sim_set_seed"));
+  const auto set_order =
+      reinterpret_cast<void (*)(unsigned)>(dlsym(library, "anybit_sim_set_seed"));
   std::unique_ptr<Device> device;
   try {
     device = set_order ? make_host(set_order) : make_gpu();
   } catch (const std::runtime_error& error) {
-    const std::string problem = std::string("GPU: got ") + error.what() + ", expected one of compute capability 8.0 or later. ";
-    throw std::invalid_argument(problem + "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim)");
+    const std::string problem = std::string("GPU: got ") + error.what() +
+                                ", expected one of compute capability 8.0 or later. ";
+    throw std::invalid_argument(
+        problem +
+        "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim)");
   }
   SelfTest test(options, *device, ops);
   for (const Case& c : list)
@@ -367,7 +426,8 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s.\n", error.what());
     return 2;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "anybit-selftest: got %s, expected none. Report it with the command.\n", error.what());
+    std::fprintf(stderr, "anybit-selftest: got %s, expected none. Report it with the command.\n",
+                 error.what());
     return 1;
   }
 }

@@ -1,8 +1,10 @@
-// QQQGemm on int8 tensor cores. The packed words are the A fragments of mma.m16n8k32, four bits where it wants eight.
+// QQQGemm on int8 tensor cores. The packed words are the A fragments of mma.m16n8k32, four
+// bits where it wants eight.
 //
-// A chunk of 128 k of a 64-column block is 8 packed rows of 512 bytes. k step s takes rows 2s and 2s + 1, 16 bytes of each per
-// lane: word j belongs to m16 tile j, and of its nibbles those with b = 0 are rows g of the tile, those with b = 1 rows g + 8
-// (kernel.cuh has the order), so that lower row, upper row make a[0], a[1] of row 2s and a[2], a[3] of row 2s + 1.
+// A chunk of 128 k of a 64-column block is 8 packed rows of 512 bytes. k step s takes rows 2s and
+// 2s + 1, 16 bytes of each per lane: word j belongs to m16 tile j, and of its nibbles those with b
+// = 0 are rows g of the tile, those with b = 1 rows g + 8 (kernel.cuh has the order), so that lower
+// row, upper row make a[0], a[1] of row 2s and a[2], a[3] of row 2s + 1.
 #pragma once
 #include "core/device/pipeline.cuh"
 #include "qqq_gemm/cuda/kernel.cuh"
@@ -10,15 +12,16 @@
 namespace anybit {
 
 struct QqqGemmArgs : GemmArgs {
-  int chunks;                 // of 128 k
-  int packed_rows, blocks;    // of the weight: k_pad / 16, n_pad / 64
-  int group_size;             // 0 = per channel
-  const uint32_t* weight;     // [packed_rows, blocks, 128]
-  const float* scale;         // [n]
+  int chunks;                   // of 128 k
+  int packed_rows, blocks;      // of the weight: k_pad / 16, n_pad / 64
+  int group_size;               // 0 = per channel
+  const uint32_t* weight;       // [packed_rows, blocks, 128]
+  const float* scale;           // [n]
   const uint16_t* scale_group;  // fp16 [k / group_size, n] or null
 };
 
-// Per channel: 16 * q as int8, because the nibble of row g is the high half of its byte. 3 instructions for 8 weights.
+// Per channel: 16 * q as int8, because the nibble of row g is the high half of its byte. 3
+// instructions for 8 weights.
 struct ChannelWeights {
   static constexpr bool kGrouped = false;
   __device__ static void expand(uint32_t word, uint32_t& lower, uint32_t& upper) {
@@ -27,10 +30,12 @@ struct ChannelWeights {
   }
 };
 
-// Per group: clamp(rint(q * scale), -127, 127). An fp16 of 1024 + q is put together from the nibble; (q * scale) + 1536 rounded to
-// fp16 is a whole number, half to even as 1536 is even, whose low byte is the int8 weight. 15 instructions for 8 weights. Where
-// |scale| > 127 / 8 (kLimit) the sum is limited to 1536 +- 127 as well: fp16 keeps whole numbers apart from 1024 to 2048, what lies
-// outside (infinities too) is outside the limits. One lane holds rows g (lower) and g + 8 (upper) of a tile, each with its own scale.
+// Per group: clamp(rint(q * scale), -127, 127). An fp16 of 1024 + q is put together from the
+// nibble; (q * scale) + 1536 rounded to fp16 is a whole number, half to even as 1536 is even, whose
+// low byte is the int8 weight. 15 instructions for 8 weights. Where |scale| > 127 / 8 (kLimit) the
+// sum is limited to 1536 +- 127 as well: fp16 keeps whole numbers apart from 1024 to 2048, what
+// lies outside (infinities too) is outside the limits. One lane holds rows g (lower) and g + 8
+// (upper) of a tile, each with its own scale.
 struct GroupWeights {
   static constexpr bool kGrouped = true;
   static constexpr uint32_t kMostScale = 0x4bf0;  // 127 / 8, bits of the fp16 number
@@ -38,7 +43,8 @@ struct GroupWeights {
   template <bool kLimit>
   __device__ static uint32_t four(uint32_t nibbles, uint32_t scale) {
     // 1024 + q of k 4q, 4q + 1, and 1024 + 16 q of the next two
-    uint32_t first = masked_or(nibbles, 0x000f000fu, 0x64006400u), last = masked_or(nibbles, 0x00f000f0u, 0x64006400u);
+    uint32_t first = masked_or(nibbles, 0x000f000fu, 0x64006400u);
+    uint32_t last = masked_or(nibbles, 0x00f000f0u, 0x64006400u);
     first = half2_fma(first, kOne, kMinus1032);
     last = half2_fma(last, kSixteenth, kMinus72);
     first = half2_fma(first, scale, k1536);
@@ -50,24 +56,30 @@ struct GroupWeights {
     return __byte_perm(first, last, 0x6420);
   }
   template <bool kLimit>
-  __device__ static void expand(uint32_t word, const uint32_t (&scale)[2], uint32_t& lower, uint32_t& upper) {
+  __device__ static void expand(uint32_t word, const uint32_t (&scale)[2], uint32_t& lower,
+                                uint32_t& upper) {
     lower = four<kLimit>(word, scale[0]);
     upper = four<kLimit>(word >> 8, scale[1]);
   }
 
  private:
   // Pairs of fp16 constants.
-  static constexpr uint32_t kOne = 0x3c003c00, kMinus1032 = 0xe408e408, kSixteenth = 0x2c002c00, kMinus72 = 0xd480d480;
+  static constexpr uint32_t kOne = 0x3c003c00;
+  static constexpr uint32_t kMinus1032 = 0xe408e408;
+  static constexpr uint32_t kSixteenth = 0x2c002c00;
+  static constexpr uint32_t kMinus72 = 0xd480d480;
   static constexpr uint32_t k1536 = 0x66006600, k1409 = 0x65816581, k1663 = 0x667f667f;
 };
 
-// Scales of a lane's rows (g and g + 8 of kTiles m16 tiles from row n0 on) for kHalves halves of one chunk after the other, the first of
-// which is half `half`; fetched a chunk ahead. What lies past the end repeats the last group or row.
+// Scales of a lane's rows (g and g + 8 of kTiles m16 tiles from row n0 on) for kHalves halves of
+// one chunk after the other, the first of which is half `half`; fetched a chunk ahead. What lies
+// past the end repeats the last group or row.
 template <int kHalves, int kTiles>
 class GroupScales {
  public:
   __device__ void start(const QqqGemmArgs& p, int chunk, int half, int n0) {
-    const int last = p.packed_rows * 16 / p.group_size - 1, wanted = (128 * chunk + 64 * half) / p.group_size;
+    const int last = p.packed_rows * 16 / p.group_size - 1;
+    const int wanted = (128 * chunk + 64 * half) / p.group_size;
     const int group = wanted < last ? wanted : last;
     from_ = p.scale_group + size_t(group) * p.n;
     left_ = last - group;
@@ -80,19 +92,21 @@ class GroupScales {
     ANYBIT_UNROLL
     for (int h = 0; h < kHalves; ++h) {
       ANYBIT_UNROLL
-      for (int j = 0; j < kTiles; ++j)
+      for (int j = 0; j < kTiles; ++j) {
         ANYBIT_UNROLL
         for (int b = 0; b < 2; ++b) {
           const int n = first_row_ + 16 * j + 8 * b;
           next_[h][j][b] = from[unsigned(n < last_row_ ? n : last_row_)];
         }
+      }
       if (p.group_size == 64 && left_ > h) from += p.n;
     }
     const int groups = p.group_size == 64 ? 2 : 1;  // of a chunk
     if (left_ >= groups) from_ += groups * size_t(p.n), left_ -= groups;
     else from_ += left_ * size_t(p.n), left_ = 0;
   }
-  // What load() has fetched, each number twice. True if a scale of the warp needs the limits: the whole warp takes one way.
+  // What load() has fetched, each number twice. True if a scale of the warp needs the limits: the
+  // whole warp takes one way.
   __device__ bool take(uint32_t (&scale)[kHalves][kTiles][2]) const {
     bool limit = false;
     ANYBIT_UNROLL
@@ -106,13 +120,16 @@ class GroupScales {
 
  private:
   uint32_t next_[kHalves][kTiles][2];
-  const uint16_t* from_;  // scales of the group that the next chunk begins with, and how many groups come after it
+  // scales of the group that the next chunk begins with, and how many groups come after it
+  const uint16_t* from_;
   int left_, first_row_, last_row_;
 };
 
 // Adds up the shares of K and writes the outputs.
 template <class Weights, class Shape>
-__device__ void store_products(const QqqGemmArgs& p, int32_t (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4], char* shared, int tile) {
+__device__ void store_products(const QqqGemmArgs& p,
+                               int32_t (&acc)[Shape::kRowTiles][Shape::kTokenTiles][4],
+                               char* shared, int tile) {
   if (!sum_over_k<Shape>(acc, p, shared)) return;
   store_tile<Shape>(p, shared, acc, tile, [&](int n) {
     return [&p, scale = p.scale[n]](int32_t v, int m) {
@@ -122,23 +139,29 @@ __device__ void store_products(const QqqGemmArgs& p, int32_t (&acc)[Shape::kRowT
   });
 }
 
-// kSplitSteps: the block is one column block of 64 rows, and each of 4 warps takes one k step of every chunk; their sums meet in
-// finish(). Otherwise each warp has a column block of its own and takes all steps.
+// kSplitSteps: the block is one column block of 64 rows, and each of 4 warps takes one k
+// step of every chunk; their sums meet in finish(). Otherwise each warp has a column block
+// of its own and takes all steps.
 template <class Weights, bool kSplitSteps, class Shape_>
 struct QqqInt8 {
   using Args = QqqGemmArgs;
   using Shape = Shape_;
-  static constexpr int kTiles = 4, kTokenTiles = Shape::kTokenTiles, kChunks = Shape::kChunks;  // m16 tiles of a column block
+  // m16 tiles of a column block
+  static constexpr int kTiles = 4, kTokenTiles = Shape::kTokenTiles, kChunks = Shape::kChunks;
   static constexpr int kBlocks = Shape::kRows / 64, kRowBytes = 512;
-  static constexpr int kWeightBytes = kChunks * 8 * kBlocks * kRowBytes;  // [chunk][packed row][column block][512]
+  // [chunk][packed row][column block][512]
+  static constexpr int kWeightBytes = kChunks * 8 * kBlocks * kRowBytes;
   static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
   static constexpr int kBlocksPerSm = 1;
-  static_assert(!kSplitSteps || kSlotBytes * Shape::kStages >= kTokenTiles * 8192, "sum_over_warps has 64 rows of 4 warps in the ring");
-  static_assert(kSplitSteps ? Shape::kWarps == 4 && kBlocks == 1 : Shape::kWarps == kBlocks, "warps share K or the rows");
+  static_assert(!kSplitSteps || kSlotBytes * Shape::kStages >= kTokenTiles * 8192,
+                "sum_over_warps has 64 rows of 4 warps in the ring");
+  static_assert(kSplitSteps ? Shape::kWarps == 4 && kBlocks == 1 : Shape::kWarps == kBlocks,
+                "warps share K or the rows");
 
   const Args& p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int block = kSplitSteps ? 0 : warp;                    // this warp's, of the tile's column blocks
+  // this warp's, of the tile's column blocks
+  const int block = kSplitSteps ? 0 : warp;
   const int n0 = blockIdx.x * Shape::kRows, m0 = blockIdx.y * Shape::kTokens;
   int32_t product[kTiles][kTokenTiles][4] = {};
   static constexpr int kHalves = kSplitSteps ? 1 : 2;  // of a chunk, that a warp takes
@@ -150,10 +173,15 @@ struct QqqInt8 {
   class Copies {
    public:
     __device__ Copies(const Args& p, int thread, int first)
-        : step_(size_t(p.blocks) * 128 * kRowsAtOnce), to_(thread * 16), tokens_(p, thread, first * kChunks, p.chunks) {
+        : step_(size_t(p.blocks) * 128 * kRowsAtOnce),
+          to_(thread * 16),
+          tokens_(p, thread, first * kChunks, p.chunks) {
       const int row = first * kChunks * 8 + thread / kParts;
-      const int block = blockIdx.x * kBlocks + thread % kParts / 32;  // past the last repeats it, and is not stored
-      from_ = p.weight + (size_t(row) * p.blocks + (block < p.blocks ? block : p.blocks - 1)) * 128 + thread % 32 * 4;
+      // past the last repeats it, and is not stored
+      const int block = blockIdx.x * kBlocks + thread % kParts / 32;
+      from_ = p.weight +
+              (size_t(row) * p.blocks + (block < p.blocks ? block : p.blocks - 1)) * 128 +
+              thread % 32 * 4;
       rows_ = p.packed_rows - row;
     }
     // Rows past the end are left out: what the slot holds there meets codes that are 0.
@@ -177,12 +205,16 @@ struct QqqInt8 {
   };
 
   __device__ void begin(int stage) {
-    if constexpr (Weights::kGrouped) scales.start(p, stage * kChunks, kSplitSteps ? warp / 2 : 0, n0 + 64 * block);
+    if constexpr (Weights::kGrouped)
+      scales.start(p, stage * kChunks, kSplitSteps ? warp / 2 : 0, n0 + 64 * block);
   }
 
-  // b of k step `step` for two token tiles, 8 * t and 8 * (t + 1); with one tile the second is the first again.
+  // b of k step `step` for two token tiles, 8 * t and 8 * (t + 1); with one tile the
+  // second is the first again.
   __device__ void load_step(uint32_t (&b)[4], const char* tokens, int t, int step) const {
-    const int matrix = lane / 8, token = 8 * (t + (kTokenTiles > 1 ? matrix / 2 : 0)) + lane % 8, part = 2 * step + matrix % 2;
+    const int matrix = lane / 8;
+    const int token = 8 * (t + (kTokenTiles > 1 ? matrix / 2 : 0)) + lane % 8;
+    const int part = 2 * step + matrix % 2;
     load_matrices(b, tokens + token * kChunkBytes + (part ^ lane % 8) * 16);
   }
 
@@ -191,7 +223,8 @@ struct QqqInt8 {
     uint32_t a[kTiles][4];
     ANYBIT_UNROLL
     for (int upper = 0; upper < 2; ++upper) {
-      const char* from = slot + ((c * 8 + 2 * step + upper) * kBlocks + block) * kRowBytes + lane * 16;
+      const char* from =
+          slot + ((c * 8 + 2 * step + upper) * kBlocks + block) * kRowBytes + lane * 16;
       const uint4 words = *reinterpret_cast<const uint4*>(from);
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
       ANYBIT_UNROLL
@@ -213,12 +246,14 @@ struct QqqInt8 {
 
   // The steps of half a chunk, which has one group: all its 64 k, or this warp's 32 of them.
   template <bool kLimit>
-  __device__ void multiply_half(const char* slot, int c, int half, const uint32_t (&scale)[kTiles][2]) {
+  __device__ void multiply_half(const char* slot, int c, int half,
+                                const uint32_t (&scale)[kTiles][2]) {
     const int first = kSplitSteps ? warp : 2 * half, count = kSplitSteps ? 1 : 2;
     ANYBIT_ROLLED
     for (int step = first; step < first + count; ++step)
       multiply_step(slot, c, step, [&](int j, uint32_t word, uint32_t& lower, uint32_t& upper) {
-        if constexpr (Weights::kGrouped) Weights::template expand<kLimit>(word, scale[j], lower, upper);
+        if constexpr (Weights::kGrouped)
+          Weights::template expand<kLimit>(word, scale[j], lower, upper);
         else Weights::expand(word, lower, upper);
       });
   }
