@@ -47,8 +47,7 @@ std::vector<anybit::InputSpec> inputs(const GemmAttributes& a) {
   };
 }
 
-const anybit::GemmOp kOp{
-    "ABQGemm", check, inputs, anybit_abq_gemm_workspace, anybit_abq_gemm_tactics, anybit_abq_gemm};
+const anybit::GemmOp kOp{"ABQGemm", check, inputs};
 anybit::GemmCreator creator(kOp);
 
 }  // namespace

@@ -46,8 +46,7 @@ std::vector<anybit::InputSpec> inputs(const GemmAttributes& a) {
   return list;
 }
 
-const anybit::GemmOp kOp{
-    "QQQGemm", check, inputs, anybit_qqq_gemm_workspace, anybit_qqq_gemm_tactics, anybit_qqq_gemm};
+const anybit::GemmOp kOp{"QQQGemm", check, inputs};
 anybit::GemmCreator creator(kOp);
 
 }  // namespace

@@ -38,6 +38,11 @@ PLUGIN_LIBRARY = "libanybit_plugins.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
 SELFTEST = "anybit-selftest"
 
+# An op's folder is found by these; plugins/CMakeLists.txt has the same patterns.
+KERNEL_SOURCES = ("*/cuda/*.cu", "core/host/*.cu")
+PLUGIN_SOURCES = ("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.cpp")
+SELFTEST_SOURCES = ("selftest/*.cpp", "*/selftest.cpp")
+
 _SOURCES = Path(__file__).resolve().parent.parent
 _COMPILER_OUTPUT_LINES = 40
 
@@ -221,10 +226,8 @@ def build_library(arch: str = "all") -> Path:
     include = [f"-I{folder}" for folder in flags["include"]]
     nvcc = [str(cuda.nvcc), *flags["nvcc"], *_gencode(architectures), *include, f"-I{cuda.include}"]
     host = [cxx, *flags["cxx"], *include, "-isystem", str(cuda.include)]
-    compiles = dict.fromkeys(_sources("*/cuda/*.cu", "core/host/*.cu"), nvcc)
-    compiles |= dict.fromkeys(
-        _sources("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.cpp"), host
-    )
+    compiles = dict.fromkeys(_sources(*KERNEL_SOURCES), nvcc)
+    compiles |= dict.fromkeys(_sources(*PLUGIN_SOURCES), host)
     link = [cxx, "-shared", *flags["link"], "{}", f"-L{cuda.lib}", *flags["libraries"]]
     record = {
         "architectures": architectures,
@@ -244,7 +247,7 @@ def build_sim() -> Path:
     """
     flags, cxx = _flags(), find_program("g++", "g++")
     compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
-    compiles = dict.fromkeys(_sources("*/cuda/*.cu", "core/host/*.cu"), compiler)
+    compiles = dict.fromkeys(_sources(*KERNEL_SOURCES), compiler)
     version = subprocess.run(
         [cxx, "--version"], capture_output=True, text=True, check=False
     ).stdout.partition("\n")[0]
@@ -268,7 +271,7 @@ def build_selftest() -> Path:
     return _build(
         build_folder() / SELFTEST,
         {},
-        dict.fromkeys(_sources("selftest/*.cpp"), compiler),
+        dict.fromkeys(_sources(*SELFTEST_SOURCES), compiler),
         [cxx, "{}", "-ldl"],
     )
 

@@ -40,7 +40,6 @@ __global__ void rms_norm(NormArgs p) {
         rounded_to<T>(float(wide(x[i]) * inverse_rms * wide(gamma[i])));
 }
 
-inline bool has_norm(const GemmShape& s) { return s.norm_epsilon > 0; }
 inline bool norm_supported(const GemmShape& s) {
   return s.norm_epsilon >= 0 && s.norm_epsilon <= FLT_MAX;
 }

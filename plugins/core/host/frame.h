@@ -9,6 +9,7 @@
 #include "core/host/config.h"
 #include "core/host/launch.h"
 #include "core/host/measured.h"
+#include "core/host/ops.h"
 #include "core/host/prepare.h"
 
 namespace anybit {
@@ -81,7 +82,10 @@ struct KernelTable {
   bool (*supported)(const GemmShape& shape);
   Planner plan;
   int (*choose)(const GemmShape& shape, const Device& device);
-  size_t (*workspace)(int kernel, const GemmShape& shape);  // the same for every GPU
+  size_t (*workspace)(int kernel, const GemmShape& shape);                 // the same for every GPU
+  bool (*has_inputs)(const GemmShape& shape, const GemmBuffers& buffers);  // weights, not x
+  cudaError_t (*run)(Config config, const GemmShape& shape, const GemmBuffers& buffers,
+                     const Device& device, cudaStream_t stream);
 };
 
 // The kernel and shares for a shape without a tactic: what was measured, else the op's rule.
@@ -114,7 +118,7 @@ inline cudaError_t config_of(const KernelTable& table, const GemmShape& s, const
   return cudaSuccess;
 }
 
-// anybit_*_tactics
+// AnybitOp::tactics
 inline int list_tactics(const KernelTable& table, const GemmShape* shape, int32_t* tactics,
                         int capacity) {
   Device device;
@@ -133,13 +137,13 @@ inline int list_tactics(const KernelTable& table, const GemmShape* shape, int32_
   return count;
 }
 
-// anybit_*_kernel
+// AnybitOp::kernel
 inline const char* kernel_name(const KernelTable& table, int32_t tactic) {
   const int kernel = config_from_tactic(tactic).kernel;
   return tactic > 0 && kernel >= 0 && kernel < table.count ? table.name(kernel) : "?";
 }
 
-// anybit_*_workspace
+// AnybitOp::workspace
 inline size_t workspace_bytes(const KernelTable& table, const GemmShape* shape) {
   if (!table.supported(*shape)) return 0;
   Device device;
@@ -155,6 +159,40 @@ inline size_t workspace_bytes(const KernelTable& table, const GemmShape* shape) 
     most = bytes > most ? bytes : most;
   }
   return most;
+}
+
+inline bool has_norm(const GemmShape& s) { return s.norm_epsilon > 0; }
+
+// AnybitOp::run
+inline cudaError_t run_op(const KernelTable& table, const GemmShape& s, const GemmBuffers& buffers,
+                          cudaStream_t stream) {
+  if (!table.supported(s)) return cudaErrorInvalidValue;
+  if (s.m == 0) return cudaSuccess;
+  if (!buffers.x || !buffers.y || !table.has_inputs(s, buffers)) return cudaErrorInvalidValue;
+  if (has_norm(s) && !buffers.gamma) return cudaErrorInvalidValue;
+  Device device;
+  Config config;
+  cudaError_t error = query_device(device);
+  if (error == cudaSuccess) error = config_of(table, s, device, config);
+  if (error != cudaSuccess) return error;
+  if (!buffers.workspace && table.workspace(config.kernel, s)) return cudaErrorInvalidValue;
+  return table.run(config, s, buffers, device, stream);
+}
+
+// A table as the C interface shows it.
+template <const KernelTable& kTable>
+AnybitOp op_from_table() {
+  AnybitOp op = {};
+  op.name = kTable.op;
+  op.workspace = [](const GemmShape* shape) { return workspace_bytes(kTable, shape); };
+  op.tactics = [](const GemmShape* shape, int32_t* tactics, int capacity) {
+    return list_tactics(kTable, shape, tactics, capacity);
+  };
+  op.kernel = [](int32_t tactic) { return kernel_name(kTable, tactic); };
+  op.run = [](const GemmShape* shape, const GemmBuffers* buffers, void* cuda_stream) {
+    return int(run_op(kTable, *shape, *buffers, static_cast<cudaStream_t>(cuda_stream)));
+  };
+  return op;
 }
 
 // f(std::integral_constant<int, index>()) for a run-time index below kCount.

@@ -22,7 +22,7 @@ struct GemmShape {
   int32_t abits;          // activation bits 2..8, or 16 = activations stay floating point
   int32_t act_symmetric;  // 1 = symmetric activation codes
   int32_t dtype;          // DType of x and y
-  // one that anybit_*_tactics lists; 0 = choose; for the workspace also kAnyTactic
+  // one that tactics() of the op lists; 0 = choose; for the workspace also kAnyTactic
   int32_t tactic;
   float norm_epsilon = 0.0f;  // of the RMSNorm of x; 0 = no norm
 };
@@ -37,33 +37,31 @@ struct GemmBuffers {
   const void* scale_group;  // QQQGemm per group: fp16 [n_groups, n]
   const float* bias;        // [n] or null
   void* y;                  // [m, n] dtype
-  // anybit_*_workspace(shape) bytes, 16-byte aligned, any content; null if that is 0
-  void* workspace;
-  const void* gamma;  // [k] dtype, with norm_epsilon
+  void* workspace;          // workspace(shape) bytes, 16-byte aligned, any content; null if 0
+  const void* gamma;        // [k] dtype, with norm_epsilon
 };
 
-// Bytes of scratch memory that one call needs; 0 for a shape the op refuses. Depends on the shape
-// only, so one buffer of the largest size serves many calls on one stream.
-ANYBIT_API size_t anybit_abq_gemm_workspace(const GemmShape* shape);
-ANYBIT_API size_t anybit_qqq_gemm_workspace(const GemmShape* shape);
+// One op of a kernel library: what the plugin, the self-test, the benchmarks and the tests call.
+struct AnybitOp {
+  const char* name;  // ONNX op type and plugin name, such as "ABQGemm"
+  // Bytes of scratch memory that one call needs; 0 for a shape the op refuses. Depends on the shape
+  // only, so one buffer of the largest size serves many calls on one stream.
+  size_t (*workspace)(const GemmShape* shape);
+  // Fills in the tactics that can run this shape on the current GPU, the default choice first, at
+  // most `capacity`; returns how many there are. With fewer tokens a tactic runs as well; with many
+  // more it may not.
+  int (*tactics)(const GemmShape* shape, int32_t* tactics, int capacity);
+  // Name of a tactic's kernel, such as "int8 64x8" (weight rows x tokens of a tile); "?" for a
+  // number that is none.
+  const char* (*kernel)(int32_t tactic);
+  // Enqueues the GEMM on `cuda_stream` (a cudaStream_t). No allocation, no synchronisation, no
+  // state kept between calls. Returns a cudaError_t: 0, cudaErrorInvalidValue (1) for a refused
+  // shape or a missing buffer, or a launch error.
+  int (*run)(const GemmShape* shape, const GemmBuffers* buffers, void* cuda_stream);
+};
 
-// Fills in the tactics that can run this shape on the current GPU, the default choice first,
-// at most `capacity`; returns how many there are. With fewer tokens a tactic runs as well;
-// with many more it may not.
-ANYBIT_API int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
-ANYBIT_API int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity);
-// Name of a tactic's kernel, such as "int8 64x8" (weight rows x tokens of a tile); "?"
-// for a number that is none.
-ANYBIT_API const char* anybit_abq_gemm_kernel(int32_t tactic);
-ANYBIT_API const char* anybit_qqq_gemm_kernel(int32_t tactic);
-
-// Enqueue the GEMM on `cuda_stream` (a cudaStream_t). No allocation, no synchronisation, no state
-// kept between calls. Returns a cudaError_t: 0, cudaErrorInvalidValue (1) for a refused shape or a
-// missing buffer, or a launch error.
-ANYBIT_API int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* buffers,
-                               void* cuda_stream);
-ANYBIT_API int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* buffers,
-                               void* cuda_stream);
+// The ops of this library in order of their names; returns how many there are.
+ANYBIT_API int anybit_ops(const AnybitOp** ops);
 
 // Orders of prepared tokens, the operand of the fast GEMM kernels (tiles.cuh says how rows lie in
 // memory, prepare.cuh how k does).

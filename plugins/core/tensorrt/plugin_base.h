@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "core/host/check.h"
-#include "core/host/params.h"
 #include "core/tensorrt/registry.h"
 
 namespace anybit {
@@ -40,16 +39,13 @@ struct InputSpec {
   std::vector<int64_t> dims;
 };
 
-// What differs between the ops. `check` logs its reason and returns false for
-// attributes the op cannot run.
+// What differs between the ops beside their kernels, which anybit_ops() has under the same name.
+// `check` logs its reason and returns false for attributes the op cannot run.
 struct GemmOp {
   const char* name;  // ONNX op_type and plugin name
   bool (*check)(const GemmAttributes& attributes, const std::string& where);
   // without X, bias and gamma, which every op has
   std::vector<InputSpec> (*inputs)(const GemmAttributes& attributes);
-  size_t (*workspace)(const GemmShape* shape);
-  int (*tactics)(const GemmShape* shape, int32_t* tactics, int capacity);
-  int (*run)(const GemmShape* shape, const GemmBuffers* buffers, void* stream);
 };
 
 class GemmCreator final : public nvinfer1::IPluginCreatorV3One {

@@ -1,5 +1,5 @@
-// QQQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels.
-// Compiles with nvcc and with g++.
+// The host side of QQQGemm and its row of the table of ops: checks the shape, lays out the
+// workspace and enqueues the kernels. Compiles with nvcc and with g++.
 #include "core/device/norm.cuh"
 #include "core/host/frame.h"
 #include "qqq_gemm/cuda/config.h"
@@ -77,9 +77,6 @@ size_t workspace_of(int kernel, const GemmShape& s) {
 
 const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
 
-constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of,     supported,
-                                qqq_plan,  qqq_choose,      workspace_of};
-
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   QqqArgs p = simple_args(s);
   carve_simple(p, s, b.workspace);
@@ -109,34 +106,20 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   return run(config.kernel, p, {config.shares, device, stream});
 }
 
+cudaError_t run(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device,
+                cudaStream_t stream) {
+  return config.kernel == kSimple ? simple(s, b, stream) : fast(config, s, b, device, stream);
+}
+
+bool has_inputs(const GemmShape& shape, const GemmBuffers& buffers) {
+  return buffers.weight && buffers.scale && (!shape.group_size || buffers.scale_group);
+}
+
+// clang-format off
+constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose,
+                                workspace_of, has_inputs, run};
+// clang-format on
+const OpRegistration registration(op_from_table<kTable>());
+
 }  // namespace
 }  // namespace anybit
-
-size_t anybit_qqq_gemm_workspace(const GemmShape* shape) {
-  return anybit::workspace_bytes(anybit::kTable, shape);
-}
-
-int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
-  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
-}
-
-const char* anybit_qqq_gemm_kernel(int32_t tactic) {
-  return anybit::kernel_name(anybit::kTable, tactic);
-}
-
-int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
-  using namespace anybit;
-  if (!supported(*shape)) return cudaErrorInvalidValue;
-  if (shape->m == 0) return cudaSuccess;
-  if (!b->x || !b->weight || !b->scale || !b->y || !b->workspace) return cudaErrorInvalidValue;
-  if ((shape->group_size && !b->scale_group) || (has_norm(*shape) && !b->gamma))
-    return cudaErrorInvalidValue;
-  Device device;
-  Config config;
-  cudaError_t error = query_device(device);
-  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
-  if (error != cudaSuccess) return error;
-  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  return config.kernel == kSimple ? simple(*shape, *b, stream)
-                                  : fast(config, *shape, *b, device, stream);
-}

@@ -222,21 +222,26 @@ void qqq() {
               build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
 }
 
+// The functions of one op, which print this name.
+template <const char* kName>
+AnybitOp printing_op(const char* name) {
+  AnybitOp op{};
+  op.name = name;
+  op.workspace = [](const GemmShape* shape) { return print_workspace(kName, shape); };
+  op.tactics = list_tactics;
+  op.run = [](const GemmShape* shape, const GemmBuffers* buffers, void* stream) {
+    return print_run(kName, shape, buffers, stream);
+  };
+  return op;
+}
+constexpr char kAbq[] = "abq", kQqq[] = "qqq";
+
 }  // namespace
 
-size_t anybit_abq_gemm_workspace(const GemmShape* shape) { return print_workspace("abq", shape); }
-size_t anybit_qqq_gemm_workspace(const GemmShape* shape) { return print_workspace("qqq", shape); }
-int anybit_abq_gemm_tactics(const GemmShape* s, int32_t* tactics, int capacity) {
-  return list_tactics(s, tactics, capacity);
-}
-int anybit_qqq_gemm_tactics(const GemmShape* s, int32_t* tactics, int capacity) {
-  return list_tactics(s, tactics, capacity);
-}
-int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* stream) {
-  return print_run("abq", shape, buffers, stream);
-}
-int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* stream) {
-  return print_run("qqq", shape, buffers, stream);
+int anybit_ops(const AnybitOp** ops) {
+  static const AnybitOp list[] = {printing_op<kAbq>("ABQGemm"), printing_op<kQqq>("QQQGemm")};
+  *ops = list;
+  return 2;
 }
 
 int main(int argc, char** argv) {
