@@ -41,10 +41,12 @@ constexpr int kAbqKernelCount = sizeof(kAbqKernels) / sizeof(AbqKernel);
 // Most outputs of a thread where rows have groups: those need a second set of accumulators in
 // registers, A16 even a third.
 constexpr int abq_most_grouped_outputs(AbqFamily family) {
-  return family == AbqFamily::kInt8         ? 32
-         : family == AbqFamily::kWeightOnly ? 16
-         : family == AbqFamily::kWarpgroup  ? 64
-                                            : 0;
+  switch (family) {
+    case AbqFamily::kInt8: return 32;
+    case AbqFamily::kWeightOnly: return 16;
+    case AbqFamily::kWarpgroup: return 64;
+    default: return 0;
+  }
 }
 
 inline int abq_group_len(const GemmShape& s) { return s.group_size ? s.group_size : s.k; }
@@ -64,13 +66,10 @@ struct AbqForm {
 
 inline AbqForm abq_form(AbqFamily family, const GemmShape& s) {
   const int words = abq_group_words(s), groups = abq_n_groups(s);
-  AbqForm form = {s.planes <= 2   ? 2
-                  : s.planes <= 4 ? 4
-                                  : 8,
-                  groups == 1 || words % 4 == 0 ? 4
-                  : words % 2 == 0              ? 2
-                                                : 1,
-                  groups > 1};
+  AbqForm form;
+  form.planes = s.planes <= 2 ? 2 : s.planes <= 4 ? 4 : 8;
+  form.words = groups == 1 || words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
+  form.grouped = groups > 1;
   // fewer instances, where conversions to 16 bits cost more than planes do
   if (family == AbqFamily::kWeightOnly) {
     if (form.planes == 2) form.planes = 4;

@@ -34,31 +34,28 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
     if constexpr (row.family != kFamily) {
       return cudaErrorInvalidValue;
     } else {
-      return with_index<3>(
-          form.planes == 2   ? 0
-          : form.planes == 4 ? 1
-                             : 2,
-          [&](auto p) {
-            constexpr int kPlanes = 2 << p.value;
-            constexpr Tile t = abq_tile(kFamily, row.tile, kPlanes);
-            using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
-            constexpr bool kHasPlanes = kFamily != AbqFamily::kWeightOnly || kPlanes > 2;
-            constexpr bool kHasGroups = t.outputs_per_thread() <= abq_most_grouped_outputs(kFamily);
-            if constexpr (!kHasPlanes) {
-              return cudaErrorInvalidValue;
-            } else {
-              if (!form.grouped) return f(AbqInstance<kPlanes, 4, false, Shape>());
-              if constexpr (kHasGroups) {
-                if (form.words == 4) return f(AbqInstance<kPlanes, 4, true, Shape>());
-                if constexpr (kFamily != AbqFamily::kWarpgroup) {
-                  if (form.words == 1) return f(AbqInstance<kPlanes, 1, true, Shape>());
-                }
-                if constexpr (kFamily == AbqFamily::kInt8)
-                  return f(AbqInstance<kPlanes, 2, true, Shape>());
-              }
-              return cudaErrorInvalidValue;
+      const int planes_index = form.planes == 2 ? 0 : form.planes == 4 ? 1 : 2;
+      return with_index<3>(planes_index, [&](auto p) {
+        constexpr int kPlanes = 2 << p.value;
+        constexpr Tile t = abq_tile(kFamily, row.tile, kPlanes);
+        using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
+        constexpr bool kHasPlanes = kFamily != AbqFamily::kWeightOnly || kPlanes > 2;
+        constexpr bool kHasGroups = t.outputs_per_thread() <= abq_most_grouped_outputs(kFamily);
+        if constexpr (!kHasPlanes) {
+          return cudaErrorInvalidValue;
+        } else {
+          if (!form.grouped) return f(AbqInstance<kPlanes, 4, false, Shape>());
+          if constexpr (kHasGroups) {
+            if (form.words == 4) return f(AbqInstance<kPlanes, 4, true, Shape>());
+            if constexpr (kFamily != AbqFamily::kWarpgroup) {
+              if (form.words == 1) return f(AbqInstance<kPlanes, 1, true, Shape>());
             }
-          });
+            if constexpr (kFamily == AbqFamily::kInt8)
+              return f(AbqInstance<kPlanes, 2, true, Shape>());
+          }
+          return cudaErrorInvalidValue;
+        }
+      });
     }
   });
 }

@@ -95,6 +95,12 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
     }
   }
 
+  // k steps come in pairs, which share the registers of load_token_fragments(); a unit of one word
+  // is half a pair.
+  static constexpr int kPairs = (kWords + 1) / 2, kStepsOfPair = kWords == 1 ? 1 : 2;
+  __device__ static int first_pair(int unit) { return unit * kWords / 2; }
+  __device__ static bool is_upper_step(int unit, int step) { return kWords == 1 ? unit % 2 : step; }
+
   __device__ void multiply_unit(const char* slot, const char* tokens, int c, int unit) {
     uint32_t codes[kRowTiles][2][8];
     this->load_codes(codes, slot, c, unit);
@@ -102,13 +108,13 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
       ANYBIT_UNROLL
-      for (int pair = 0; pair < (kWords + 1) / 2; ++pair) {
+      for (int pair = 0; pair < kPairs; ++pair) {
         uint32_t b[4];
-        load_token_fragments(b, tokens, t, (unit * kWords) / 2 + pair);
+        load_token_fragments(b, tokens, t, first_pair(unit) + pair);
         ANYBIT_UNROLL
-        for (int step = 0; step < (kWords == 1 ? 1 : 2); ++step) {
-          const bool second = kWords == 1 ? unit % 2 : step;  // one word is half of a pair of steps
-          const uint32_t b_step[2] = {second ? b[2] : b[0], second ? b[3] : b[1]};
+        for (int step = 0; step < kStepsOfPair; ++step) {
+          const bool upper = is_upper_step(unit, step);
+          const uint32_t b_step[2] = {upper ? b[2] : b[0], upper ? b[3] : b[1]};
           ANYBIT_UNROLL
           for (int r = 0; r < kRowTiles; ++r)
             mma_u8_s8(product[r][t], fragment(codes[r], 2 * pair + step).a, b_step);

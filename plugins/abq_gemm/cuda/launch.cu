@@ -149,8 +149,8 @@ bool has_inputs(const GemmShape&, const GemmBuffers& buffers) {
 }
 
 // clang-format off
-constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan, abq_choose,
-                                workspace_of, has_inputs, run};
+constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan,
+                                abq_choose, workspace_of, has_inputs, run};
 // clang-format on
 const OpRegistration registration(op_from_table<kTable>());
 

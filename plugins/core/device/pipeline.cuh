@@ -81,7 +81,13 @@ class TokenCopies {
 __device__ inline void load_token_fragments(uint32_t (&b)[4], const char* chunk, int tile,
                                             int pair) {
   const int lane = threadIdx.x % 32, token = 8 * tile + lane % 8, part = 4 * pair + lane / 8;
-  load_matrices(b, chunk + token * kChunkBytes + (part ^ lane % 8) * 16);
+  load_matrices(b, chunk + token * kChunkBytes + swizzled(part, lane % 8));
+}
+
+// Number `i` of a thread's accumulators, counted through all tiles.
+template <class Value, int kRowTiles, int kTokenTiles>
+__device__ Value& accumulator(Value (&acc)[kRowTiles][kTokenTiles][4], int i) {
+  return acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
 }
 
 // Adds up the accumulators of all blocks of this tile, share by share; true for the one
@@ -98,8 +104,7 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
   Value* partials = static_cast<Value*>(p.partials) + tile * shares * kShareWords + threadIdx.x;
   Value* mine = partials + size_t(blockIdx.z) * kShareWords;
   ANYBIT_UNROLL
-  for (int i = 0; i < kCount; ++i)
-    mine[i * kThreads] = acc[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4];
+  for (int i = 0; i < kCount; ++i) mine[i * kThreads] = accumulator(acc, i);
   __threadfence();
   Shape::sync();
   int* finished_sh = reinterpret_cast<int*>(shared);
@@ -118,19 +123,19 @@ __device__ bool sum_over_k(Value (&acc)[kRowTiles][kTokenTiles][4], const GemmAr
     ANYBIT_UNROLL
     for (int first = 0; first < kCount; first += kTogether) {
       Value part[kAtOnce][kTogether];
-      ANYBIT_UNROLL
-      for (int i = 0; i < kAtOnce * kTogether; ++i)
-        if (z + i / kTogether < shares)
-          part[i / kTogether][i % kTogether] =
-              __ldcg(partials + (size_t(z) + i / kTogether) * kShareWords +
-                     (first + i % kTogether) * kThreads);
+      // One loop over both: written as two, one in the other, nvcc spills registers.
       ANYBIT_UNROLL
       for (int i = 0; i < kAtOnce * kTogether; ++i) {
-        const int at = first + i % kTogether;
-        Value& sum = acc[at / 4 / kTokenTiles][at / 4 % kTokenTiles][at % 4];
-        if (z + i / kTogether < shares)
-          sum = z + i / kTogether ? sum + part[i / kTogether][i % kTogether]
-                                  : part[i / kTogether][i % kTogether];
+        const int share = i / kTogether, place = i % kTogether;
+        if (z + share < shares)
+          part[share][place] =
+              __ldcg(partials + (size_t(z) + share) * kShareWords + (first + place) * kThreads);
+      }
+      ANYBIT_UNROLL
+      for (int i = 0; i < kAtOnce * kTogether; ++i) {
+        const int share = i / kTogether, place = i % kTogether;
+        Value& sum = accumulator(acc, first + place);
+        if (z + share < shares) sum = z + share ? sum + part[share][place] : part[share][place];
       }
     }
   }

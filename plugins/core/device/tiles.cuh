@@ -17,9 +17,12 @@ constexpr int kChunkBytes = 128;
 // rows are padded to the largest token tile; pad rows hold anything
 constexpr int kTokenRowsMultiple = 128;
 
+// Where in the 128 bytes of a row its 16-byte part lies, row counted modulo 8.
+__host__ __device__ inline int swizzled(int part, int row) { return (part ^ row) * 16; }
+
 // Offset of byte `byte` (0..127) of a row's chunk among `rows` padded rows.
 __host__ __device__ inline size_t token_offset(int rows, int chunk, int row, int byte) {
-  return (size_t(chunk) * rows + row) * kChunkBytes + ((byte / 16 ^ row % 8) * 16 + byte % 16);
+  return (size_t(chunk) * rows + row) * kChunkBytes + (swizzled(byte / 16, row % 8) + byte % 16);
 }
 
 // Prepared tokens as the GEMM kernels take them. In the workspace, written by the token kernels.

@@ -19,6 +19,15 @@ namespace anybit {
 
 constexpr int kQqqThreads = 64;  // outputs per block of the GEMM kernel
 
+// The packed weight as the fast kernels take it.
+constexpr int kPackedRowK = 16;                              // k of a packed row
+constexpr int kChunkK = 128;                                 // k of a chunk
+constexpr int kChunkRows = kChunkK / kPackedRowK;            // packed rows of a chunk
+constexpr int kBlockRows = 64;                               // weight rows of a column block
+constexpr int kBlockWords = 2 * kBlockRows;                  // of a packed row
+constexpr int kBlockBytes = kBlockWords * sizeof(uint32_t);  // of a packed row
+constexpr int kLaneWords = kBlockWords / 32;  // one for each m16 tile of the column block
+
 struct QqqArgs {
   int m, n, k;
   int group_size;  // 0 = per channel

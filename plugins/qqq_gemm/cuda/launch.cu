@@ -116,8 +116,8 @@ bool has_inputs(const GemmShape& shape, const GemmBuffers& buffers) {
 }
 
 // clang-format off
-constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose,
-                                workspace_of, has_inputs, run};
+constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan,
+                                qqq_choose, workspace_of, has_inputs, run};
 // clang-format on
 const OpRegistration registration(op_from_table<kTable>());
 

@@ -17,9 +17,9 @@ struct QqqWarpgroup {
   static constexpr int kTiles = Shape::kRowTiles;
   static constexpr int kTokenTiles = Shape::kTokenTiles;
   static constexpr int kChunks = Shape::kChunks;
-  static constexpr int kBlocks = Shape::kRows / 64, kRowBytes = 512;
-  // [chunk][packed row][column block][512]
-  static constexpr int kWeightBytes = kChunks * 8 * kBlocks * kRowBytes;
+  static constexpr int kBlocks = Shape::kRows / kBlockRows;
+  // [chunk][packed row][column block][kBlockBytes]
+  static constexpr int kWeightBytes = kChunks * kChunkRows * kBlocks * kBlockBytes;
   static constexpr int kSlotBytes = kWeightBytes + kChunks * Shape::kTokens * kChunkBytes;
   static_assert(kTiles == 2, "words are read in pairs");
 
@@ -39,25 +39,28 @@ struct QqqWarpgroup {
    public:
     __device__ Copies(const Args& p, int thread, int first)
         : copies_(thread == 0),
-          row_words_(size_t(p.blocks) * 128),
-          rows_(p.packed_rows - first * kChunks * 8),
+          row_words_(size_t(p.blocks) * kBlockWords),
+          rows_(p.packed_rows - first * kChunks * kChunkRows),
           announced_(rows_),
           tokens_(p, first * kChunks, p.chunks) {
       const int blocks = p.blocks - int(blockIdx.x) * kBlocks;
-      row_bytes_ = (blocks < kBlocks ? blocks : kBlocks) * kRowBytes;
-      from_ = p.weight + first * kChunks * 8 * row_words_ + size_t(blockIdx.x) * kBlocks * 128;
+      row_bytes_ = (blocks < kBlocks ? blocks : kBlocks) * kBlockBytes;
+      from_ = p.weight + first * kChunks * kChunkRows * row_words_ +
+              size_t(blockIdx.x) * kBlocks * kBlockWords;
     }
     __device__ void load_weights(char* slot, uint64_t* barrier) {
       if (!copies_) return;
       ANYBIT_ROLLED
-      for (int i = 0; i < kChunks * 8 && i < rows_; ++i, from_ += row_words_)
-        copy_bulk(slot + i * kBlocks * kRowBytes, from_, row_bytes_, barrier);
-      rows_ -= kChunks * 8;
+      for (int i = 0; i < kChunks * kChunkRows && i < rows_; ++i, from_ += row_words_)
+        copy_bulk(slot + i * kBlocks * kBlockBytes, from_, row_bytes_, barrier);
+      rows_ -= kChunks * kChunkRows;
     }
     __device__ void load_tokens(char* slot, uint64_t* barrier) {
-      tokens_.load(slot + kWeightBytes,
-                   (announced_ < kChunks * 8 ? announced_ : kChunks * 8) * row_bytes_, barrier);
-      announced_ -= kChunks * 8;
+      tokens_.load(
+          slot + kWeightBytes,
+          (announced_ < kChunks * kChunkRows ? announced_ : kChunks * kChunkRows) * row_bytes_,
+          barrier);
+      announced_ -= kChunks * kChunkRows;
     }
 
    private:
@@ -78,8 +81,8 @@ struct QqqWarpgroup {
                                  const uint32_t (&scale)[2][kTiles][2]) const {
     ANYBIT_UNROLL
     for (int row = 0; row < 2 * kChunkSteps; ++row) {  // packed
-      const char* from =
-          slot + ((c * 8 + row) * kBlocks + tile / 4) * kRowBytes + lane * 16 + tile % 4 * 4;
+      const char* from = slot + ((c * kChunkRows + row) * kBlocks + tile / 4) * kBlockBytes +
+                         lane * 16 + tile % 4 * 4;
       const uint2 words = *reinterpret_cast<const uint2*>(from);
       ANYBIT_UNROLL
       for (int j = 0; j < kTiles; ++j) {
