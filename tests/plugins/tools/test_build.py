@@ -53,10 +53,15 @@ def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
         build._sources(*build.PLUGIN_SOURCES),
     )
 
+    def digests() -> list[str]:
+        return [
+            build._recipe("out", dict.fromkeys(each, ["g++"]), ["{}"]).digest() for each in made
+        ]
+
     def changed(file: str) -> tuple[bool, ...]:
-        before = [build._digest(each) for each in made]
+        before = digests()
         (sources / file).write_text((sources / file).read_text() + "// changed\n")
-        return tuple(old != build._digest(each) for old, each in zip(before, made, strict=True))
+        return tuple(old != new for old, new in zip(before, digests(), strict=True))
 
     assert changed("selftest/layer.cpp") == (False, True, False)
     assert changed("selftest/device.h") == (False, True, False)
