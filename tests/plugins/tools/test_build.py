@@ -54,9 +54,8 @@ def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
     )
 
     def digests() -> list[str]:
-        return [
-            build._recipe("out", dict.fromkeys(each, ["g++"]), ["{}"]).digest() for each in made
-        ]
+        compiles = [{source: ["g++"] for source in sources} for sources in made]
+        return [build._recipe("out", each, ["{}"]).digest() for each in compiles]
 
     def changed(file: str) -> tuple[bool, ...]:
         before = digests()
