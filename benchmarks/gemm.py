@@ -34,11 +34,12 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.gemm_cases import QUICK_SHAPES, QUICK_TOKENS, SCHEMES, SHAPES, TARGET_SHAPE, TOKENS
-from benchmarks.gemm_kernels import SIMPLE, Kernels, Layer, check
+from benchmarks.gemm_kernels import Kernels, Layer, check
 from benchmarks.gemm_plot import plot
 from benchmarks.gemm_tables import measured_rows, merged_table, target_table
 from plugins.cli import run_cli, whole_number
 from plugins.errors import EXIT_CHECK, CheckError, InputError
+from plugins.tools.kernels import SIMPLE
 
 __all__ = ["Run", "main", "new_path", "other_shares"]
 

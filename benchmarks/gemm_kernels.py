@@ -4,7 +4,6 @@ and checked against reference().
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
@@ -14,39 +13,15 @@ from benchmarks.gemm_cases import Scheme
 from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes
 from plugins.errors import CheckError
+from plugins.tools.kernels import GemmShape, KernelLibrary, gemm_shape
 
 __all__ = ["Kernels", "Layer", "check"]
 
-_FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
-_SHAPE = (
-    "m",
-    "n",
-    "k",
-    "group_size",
-    "planes",
-    "wbits",
-    "levels",
-    "abits",
-    "act_symmetric",
-    "dtype",
-    "tactic",
-)
-_BUFFERS = ("x", "weight", "scale", "zero", "scale_group", "bias", "y", "workspace", "gamma")
-_FP16, _MOST_TACTICS, SIMPLE = 0, 64, 65
 BLOCK = 64  # output channels that are checked: one column block of QQQGemm
 
 
-class _Shape(ctypes.Structure):
-    # GemmShape of plugins/core/host/params.h
-    _fields_ = [*((name, ctypes.c_int32) for name in _SHAPE), ("norm_epsilon", ctypes.c_float)]
-
-
-class _Buffers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in _BUFFERS]  # GemmBuffers
-
-
 class Kernels:
-    """A loaded kernel library.
+    """A loaded kernel library and the device whose memory its kernels work on.
 
     Args:
         path: of the plugin library, or of the simulation.
@@ -55,54 +30,28 @@ class Kernels:
 
     def __init__(self, path: str, device: str) -> None:
         self.device = device
-        self._library = ctypes.CDLL(path)
-        for function in _FUNCTIONS.values():
-            getattr(self._library, f"{function}_workspace").restype = ctypes.c_size_t
-            getattr(self._library, f"{function}_kernel").restype = ctypes.c_char_p
+        self._library = KernelLibrary(path)
 
-    def shape(self, op: str, attrs: GemmAttributes, tokens: int, tactic: int = 0) -> _Shape:
+    def shape(self, attrs: GemmAttributes, tokens: int, tactic: int = 0) -> GemmShape:
         """The C struct of a call with fp16 activations."""
-        a = attrs
-        return _Shape(
-            tokens,
-            a.out_features,
-            a.in_features,
-            a.group_size,
-            a.planes,
-            a.wbits,
-            a.levels,
-            a.abits,
-            a.act_symmetric,
-            _FP16,
-            tactic,
-            a.norm_epsilon,
-        )
+        return gemm_shape(attrs, tokens, np.dtype(np.float16), tactic)
 
     def tactics(self, op: str, attrs: GemmAttributes, tokens: int) -> dict[int, str]:
         """Kernel names by tactic, the default choice first."""
-        listed, shape = (ctypes.c_int32 * _MOST_TACTICS)(), self.shape(op, attrs, tokens)
-        count = getattr(self._library, f"{_FUNCTIONS[op]}_tactics")(
-            ctypes.byref(shape), listed, _MOST_TACTICS
-        )
-        return {
-            tactic: getattr(self._library, f"{_FUNCTIONS[op]}_kernel")(tactic).decode()
-            for tactic in listed[:count]
-        }
+        return self._library.tactics(op, self.shape(attrs, tokens))
 
-    def workspace(self, op: str, shape: _Shape) -> torch.Tensor:
+    def workspace(self, op: str, shape: GemmShape) -> torch.Tensor:
         """Scratch memory for a call, filled with a byte that is neither 0 nor harmless."""
-        size = getattr(self._library, f"{_FUNCTIONS[op]}_workspace")(ctypes.byref(shape))
+        size = self._library.workspace_bytes(op, shape)
         return torch.full((size,), 0xCB, dtype=torch.uint8, device=self.device)
 
-    def run(self, op: str, shape: _Shape, pointers: dict[str, int], stream: int) -> None:
+    def run(self, op: str, shape: GemmShape, pointers: dict[str, int], stream: int) -> None:
         """Enqueue one call.
 
         Raises:
             CheckError: it returned an error code.
         """
-        code = getattr(self._library, _FUNCTIONS[op])(
-            ctypes.byref(shape), ctypes.byref(_Buffers(**pointers)), ctypes.c_void_p(stream)
-        )
+        code = self._library.run(op, shape, pointers, stream)
         if code:
             raise CheckError(
                 op,
@@ -180,7 +129,7 @@ class Layer:
 
     def prepare(self, x: torch.Tensor, tactic: int = 0) -> tuple[torch.Tensor, Any]:
         """y, poisoned, and a function that enqueues the call with copy i on a stream."""
-        shape = self.kernels.shape(self.scheme.op, self.attrs, len(x), tactic)
+        shape = self.kernels.shape(self.attrs, len(x), tactic)
         y = torch.full(
             (len(x), self.attrs.out_features), float("nan"), dtype=torch.float16, device=x.device
         )

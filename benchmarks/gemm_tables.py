@@ -12,8 +12,7 @@ from benchmarks.gemm_cases import SCHEMES, TARGET_SHAPE, Scheme
 __all__ = ["measured_rows", "merged_table", "target_table"]
 
 _TABLE_HEADER = (
-    "// Rows of kMeasured (core/measured.h), written by: "
-    "python -m benchmarks.gemm --tactics --table plugins/core/host/measured.inc"
+    "// Rows of kMeasured (core/host/measured.h): python -m benchmarks.gemm --tactics --table FILE"
 )
 
 

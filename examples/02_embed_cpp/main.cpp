@@ -1,9 +1,10 @@
-// Runs an engine made by python -m exporter from C++: prefill, then greedy decode, on token ids given as arguments.
+// Runs an engine made by python -m exporter from C++: prefill, then greedy decode, on
+// token ids given as arguments.
 //
 //   embed OUT NEW_TOKENS TOKEN_ID [TOKEN_ID ...]        prints the new token ids
 //
-// The KV cache is an ordinary input and output of the engine (docs/onnx.md): two sets of buffers take turns, because a step reads
-// the past and writes past + new.
+// The KV cache is an ordinary input and output of the engine (docs/onnx.md): two sets of buffers
+// take turns, because a step reads the past and writes past + new.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -33,29 +34,37 @@ class Logger final : public nvinfer1::ILogger {
   }
 };
 
-[[noreturn]] void fail(const std::string& where, const std::string& problem, const std::string& fix) {
+[[noreturn]] void fail(const std::string& where, const std::string& problem,
+                       const std::string& fix) {
   throw std::runtime_error(where + ": " + problem + ". " + fix + ".");
 }
 
 void check(cudaError_t status, const char* call) {
-  if (status != cudaSuccess) fail(call, cudaGetErrorString(status), "Check the GPU, its driver and its free memory");
+  if (status != cudaSuccess)
+    fail(call, cudaGetErrorString(status), "Check the GPU, its driver and its free memory");
 }
 
 std::string read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path, "got no such file, expected an artefact folder", "Make one with python -m exporter");
+  if (!file)
+    fail(path, "got no such file, expected an artefact folder", "Make one with python -m exporter");
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// The string value of a top-level key of engine.json, which is written by python -m exporter in a fixed form.
+// The string value of a top-level key of engine.json, which is written by python -m
+// exporter in a fixed form.
 std::string json_string(const std::string& json, const std::string& key) {
   std::smatch match;
-  return std::regex_search(json, match, std::regex("\n  \"" + key + "\": \"([^\"]*)\"")) ? match[1].str() : "";
+  return std::regex_search(json, match, std::regex("\n  \"" + key + "\": \"([^\"]*)\""))
+             ? match[1].str()
+             : "";
 }
 
 class DeviceBuffer {
  public:
-  explicit DeviceBuffer(size_t bytes) { check(cudaMalloc(&data_, std::max<size_t>(bytes, 1)), "cudaMalloc"); }
+  explicit DeviceBuffer(size_t bytes) {
+    check(cudaMalloc(&data_, std::max<size_t>(bytes, 1)), "cudaMalloc");
+  }
   DeviceBuffer(DeviceBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -73,26 +82,31 @@ class Decoder {
   explicit Decoder(const std::string& folder) {
     const std::string record = read_file(folder + "/engine.json");
     if (json_string(record, "edition") != kEdition) {
-      fail(folder, "got an engine of " + json_string(record, "edition") + ", expected " + kEdition, "Link against that edition");
+      fail(folder, "got an engine of " + json_string(record, "edition") + ", expected " + kEdition,
+           "Link against that edition");
     }
     // The plugins must be there before the engine is read, and stay until it is gone.
     const std::string library = folder + "/libanybit_plugins.so";
     if (getPluginRegistry()->loadLibrary(library.c_str()) == nullptr) {
-      fail(library, "got no plugins from it, expected ABQGemm and QQQGemm", "Build it with: python -m plugins build");
+      fail(library, "got no plugins from it, expected ABQGemm and QQQGemm",
+           "Build it with: python -m plugins build");
     }
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     if (!runtime_) fail("TensorRT", "got no runtime, expected one", "Check the GPU and its driver");
     const std::string bytes = read_file(folder + "/model.engine");
     engine_.reset(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()));
     if (!engine_) {
-      fail(folder, "got an engine of version " + json_string(record, "version") + " that this TensorRT refuses, expected its own",
+      fail(folder,
+           "got an engine of version " + json_string(record, "version") +
+               " that this TensorRT refuses, expected its own",
            "Build the engine again with this version");
     }
     check(cudaStreamCreate(&stream_), "cudaStreamCreate");
     for (const int32_t profile : {kPrefill, kDecode}) {
       contexts_.emplace_back(engine_->createExecutionContext());
       if (!contexts_.back() || !contexts_.back()->setOptimizationProfileAsync(profile, stream_)) {
-        fail(folder, "got no execution context for profile " + std::to_string(profile), "Check the GPU's free memory");
+        fail(folder, "got no execution context for profile " + std::to_string(profile),
+             "Check the GPU's free memory");
       }
     }
     list_cache();
@@ -117,15 +131,24 @@ class Decoder {
     feed(context, "position_ids", positions, positions_);
     for (size_t i = 0; i < cache_.size(); ++i) {
       bool ok = context.setInputShape(("past_key_values." + cache_[i]).c_str(), cache_shape(past_));
-      ok = ok && context.setTensorAddress(("past_key_values." + cache_[i]).c_str(), past_buffers_[i].get());
-      ok = ok && context.setTensorAddress(("present." + cache_[i]).c_str(), present_buffers_[i].get());
-      if (!ok) fail("past_key_values." + cache_[i], "got a refusal of " + std::to_string(past_) + " cached tokens", "Rebuild with a larger --max-seq");
+      ok = ok && context.setTensorAddress(("past_key_values." + cache_[i]).c_str(),
+                                          past_buffers_[i].get());
+      ok = ok &&
+           context.setTensorAddress(("present." + cache_[i]).c_str(), present_buffers_[i].get());
+      if (!ok)
+        fail("past_key_values." + cache_[i],
+             "got a refusal of " + std::to_string(past_) + " cached tokens",
+             "Rebuild with a larger --max-seq");
     }
     if (!context.setTensorAddress("logits", logits_.get()) || !context.enqueueV3(stream_)) {
       fail("enqueueV3", "got a failure, expected a queued step", "See the messages above");
     }
-    const char* last_row = static_cast<const char*>(logits_.get()) + (count - 1) * vocab_ * sizeof(float);  // [1, S, V]
-    check(cudaMemcpyAsync(row_.data(), last_row, vocab_ * sizeof(float), cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
+    // [1, S, V]
+    const char* last_row =
+        static_cast<const char*>(logits_.get()) + (count - 1) * vocab_ * sizeof(float);
+    check(cudaMemcpyAsync(row_.data(), last_row, vocab_ * sizeof(float), cudaMemcpyDeviceToHost,
+                          stream_),
+          "cudaMemcpyAsync");
     check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     std::swap(past_buffers_, present_buffers_);
     past_ = total;
@@ -139,7 +162,9 @@ class Decoder {
       const std::string name = engine_->getIOTensorName(i);
       if (name.rfind(prefix, 0) == 0) cache_.push_back(name.substr(prefix.size()));
     }
-    if (cache_.empty()) fail("model.engine", "got no past_key_values inputs, expected those of docs/onnx.md", "Export the model again");
+    if (cache_.empty())
+      fail("model.engine", "got no past_key_values inputs, expected those of docs/onnx.md",
+           "Export the model again");
   }
 
   void allocate() {
@@ -153,13 +178,16 @@ class Decoder {
     vocab_ = engine_->getTensorShape("logits").d[2];
     row_.resize(vocab_);
     const int64_t context = std::max(max_prompt_, max_past_ + 1);
-    const size_t element = engine_->getTensorDataType(first.c_str()) == nvinfer1::DataType::kFLOAT ? 4 : 2;  // else fp16 or bf16
+    // else fp16 or bf16
+    const size_t element =
+        engine_->getTensorDataType(first.c_str()) == nvinfer1::DataType::kFLOAT ? 4 : 2;
     const size_t cache_bytes = element * cache_dims_.d[1] * context * cache_dims_.d[3];
     for (size_t i = 0; i < cache_.size(); ++i) {
       past_buffers_.emplace_back(cache_bytes);
       present_buffers_.emplace_back(cache_bytes);
     }
-    for (DeviceBuffer* buffer : {&ids_, &mask_, &positions_}) *buffer = DeviceBuffer(context * sizeof(int64_t));
+    for (DeviceBuffer* buffer : {&ids_, &mask_, &positions_})
+      *buffer = DeviceBuffer(context * sizeof(int64_t));
     logits_ = DeviceBuffer(max_prompt_ * vocab_ * sizeof(float));
   }
 
@@ -170,11 +198,18 @@ class Decoder {
     return dims;
   }
 
-  void feed(nvinfer1::IExecutionContext& context, const char* name, const std::vector<int64_t>& values, const DeviceBuffer& buffer) {
+  void feed(nvinfer1::IExecutionContext& context, const char* name,
+            const std::vector<int64_t>& values, const DeviceBuffer& buffer) {
     const auto count = static_cast<int64_t>(values.size());
-    check(cudaMemcpyAsync(buffer.get(), values.data(), count * sizeof(int64_t), cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
-    if (!context.setInputShape(name, nvinfer1::Dims2{1, count}) || !context.setTensorAddress(name, buffer.get())) {
-      fail(name, "got a refusal of " + std::to_string(count) + " tokens, expected one of the engine's profiles", "Give fewer tokens");
+    check(cudaMemcpyAsync(buffer.get(), values.data(), count * sizeof(int64_t),
+                          cudaMemcpyHostToDevice, stream_),
+          "cudaMemcpyAsync");
+    if (!context.setInputShape(name, nvinfer1::Dims2{1, count}) ||
+        !context.setTensorAddress(name, buffer.get())) {
+      fail(name,
+           "got a refusal of " + std::to_string(count) +
+               " tokens, expected one of the engine's profiles",
+           "Give fewer tokens");
     }
   }
 
@@ -203,7 +238,9 @@ int main(int argc, char** argv) {
     for (int i = 3; i < argc; ++i) tokens.push_back(std::stoll(argv[i]));
     Decoder decoder(std::string(argv[1]) + "/engine");
     if (static_cast<int64_t>(tokens.size()) > decoder.max_prompt()) {
-      fail("TOKEN_ID", "got " + std::to_string(tokens.size()) + " tokens, expected at most " + std::to_string(decoder.max_prompt()),
+      fail("TOKEN_ID",
+           "got " + std::to_string(tokens.size()) + " tokens, expected at most " +
+               std::to_string(decoder.max_prompt()),
            "Build the engine with a larger --max-seq");
     }
     for (int i = 0; i < new_tokens && !decoder.full(); ++i) {

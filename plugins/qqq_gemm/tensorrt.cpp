@@ -1,4 +1,5 @@
-// QQQGemm as a TensorRT plugin: W4A8, nibbles in the order of the tensor cores, per channel or with second-level group scales.
+// QQQGemm as a TensorRT plugin: W4A8, nibbles in the order of the tensor cores, per channel or with
+// second-level group scales.
 #include "core/tensorrt/plugin_base.h"
 
 namespace {
@@ -11,17 +12,23 @@ constexpr int64_t kTileN = 64;  // output features in one 128-word tile of it
 
 bool check(const GemmAttributes& a, const std::string& where) {
   if (a.wbits != 4 || a.levels != 16 || a.abits != 8 || a.act_symmetric != 1) {
-    return anybit::fail(where, anybit::format("got wbits %d, levels %d, abits %d, act_symmetric %d, expected 4, 16, 8, 1", a.wbits,
-                                              a.levels, a.abits, a.act_symmetric),
-                        "Use ABQGemm for other bit widths");
+    return anybit::fail(
+        where,
+        anybit::format("got wbits %d, levels %d, abits %d, act_symmetric %d, expected 4, 16, 8, 1",
+                       a.wbits, a.levels, a.abits, a.act_symmetric),
+        "Use ABQGemm for other bit widths");
   }
   if (a.group_size != 0 && a.group_size != 64 && a.group_size != 128) {
-    return anybit::fail(where, anybit::format("got group_size %d, expected 0 (per channel), 64 or 128", a.group_size),
-                        "Choose one of these, or --method abq");
+    return anybit::fail(
+        where,
+        anybit::format("got group_size %d, expected 0 (per channel), 64 or 128", a.group_size),
+        "Choose one of these, or --method abq");
   }
   if (int64_t{127} * 127 * a.in_features < int64_t{1} << 31) return true;
-  return anybit::fail(where, anybit::format("got in_features %d, whose integer sum overflows 32 bits", a.in_features),
-                      "Use ABQGemm with groups for this layer");
+  return anybit::fail(
+      where,
+      anybit::format("got in_features %d, whose integer sum overflows 32 bits", a.in_features),
+      "Use ABQGemm with groups for this layer");
 }
 
 std::vector<anybit::InputSpec> inputs(const GemmAttributes& a) {
@@ -31,11 +38,15 @@ std::vector<anybit::InputSpec> inputs(const GemmAttributes& a) {
       {"weight", anybit::Slot::kWeight, DataType::kINT32, {rows, 2 * padded_n}},
       {"scale", anybit::Slot::kScale, DataType::kFLOAT, {a.out_features, 1}},
   };
-  if (a.group_size != 0) list.push_back({"scale_group", anybit::Slot::kScaleGroup, DataType::kHALF, {a.n_groups(), a.out_features}});
+  if (a.group_size != 0)
+    list.push_back({"scale_group",
+                    anybit::Slot::kScaleGroup,
+                    DataType::kHALF,
+                    {a.n_groups(), a.out_features}});
   return list;
 }
 
-const anybit::GemmOp kOp{"QQQGemm", check, inputs, anybit_qqq_gemm_workspace, anybit_qqq_gemm_tactics, anybit_qqq_gemm};
+const anybit::GemmOp kOp{"QQQGemm", check, inputs};
 anybit::GemmCreator creator(kOp);
 
 }  // namespace

@@ -16,21 +16,26 @@ class Host final : public Device {
  public:
   explicit Host(std::function<void(unsigned)> set_order) : set_order_(std::move(set_order)) {}
   std::string name() const override { return "CPU simulation"; }
-  void* allocate(size_t bytes) override { return std::aligned_alloc(256, (bytes + 511) / 256 * 256); }
+  void* allocate(size_t bytes) override {
+    return std::aligned_alloc(256, (bytes + 511) / 256 * 256);
+  }
   void release(void* memory) override { std::free(memory); }
   void upload(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void download(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void run_on_two_streams(const std::function<void(int, void*)>& work) override {
     for (const int i : {0, 1}) set_order_(unsigned(i)), work(i, nullptr);
   }
-  void run_as_graph(const std::function<void(void*)>& work) override { set_order_(2), work(nullptr), work(nullptr); }
+  void run_as_graph(const std::function<void(void*)>& work) override {
+    set_order_(2), work(nullptr), work(nullptr);
+  }
   void synchronize() override {}
 
  private:
   std::function<void(unsigned)> set_order_;
 };
 
-// The driver's own interface (CUDA Driver API), as no CUDA runtime need be installed: results are 0 for success.
+// The driver's own interface (CUDA Driver API), as no CUDA runtime need be installed:
+// results are 0 for success.
 class Gpu final : public Device {
  public:
   Gpu() {
@@ -40,14 +45,21 @@ class Gpu final : public Device {
     int device = 0, major = 0;
     check(call<int(int*, int)>("cuDeviceGet")(&device, 0), "cuDeviceGet");
     char text[256] = {};
-    check(call<int(char*, int, int)>("cuDeviceGetName")(text, sizeof text, device), "cuDeviceGetName");
+    check(call<int(char*, int, int)>("cuDeviceGetName")(text, sizeof text, device),
+          "cuDeviceGetName");
     name_ = text;
-    check(call<int(int*, int, int)>("cuDeviceGetAttribute")(&major, kComputeCapabilityMajor, device), "cuDeviceGetAttribute");
-    if (major < 8) throw std::runtime_error(name_ + " of compute capability " + std::to_string(major) + ".x");
+    check(
+        call<int(int*, int, int)>("cuDeviceGetAttribute")(&major, kComputeCapabilityMajor, device),
+        "cuDeviceGetAttribute");
+    if (major < 8)
+      throw std::runtime_error(name_ + " of compute capability " + std::to_string(major) + ".x");
     void* context = nullptr;
-    check(call<int(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device), "cuDevicePrimaryCtxRetain");
+    check(call<int(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device),
+          "cuDevicePrimaryCtxRetain");
     check(call<int(void*)>("cuCtxSetCurrent")(context), "cuCtxSetCurrent");
-    for (void*& stream : streams_) check(call<int(void**, unsigned)>("cuStreamCreate")(&stream, 1), "cuStreamCreate");  // non-blocking
+    // non-blocking
+    for (void*& stream : streams_)
+      check(call<int(void**, unsigned)>("cuStreamCreate")(&stream, 1), "cuStreamCreate");
   }
   std::string name() const override { return name_; }
   void* allocate(size_t bytes) override {
@@ -55,12 +67,17 @@ class Gpu final : public Device {
     check(call<int(unsigned long long*, size_t)>("cuMemAlloc_v2")(&memory, bytes), "cuMemAlloc");
     return reinterpret_cast<void*>(memory);
   }
-  void release(void* memory) override { call<int(unsigned long long)>("cuMemFree_v2")(address(memory)); }
+  void release(void* memory) override {
+    call<int(unsigned long long)>("cuMemFree_v2")(address(memory));
+  }
   void upload(void* to, const void* from, size_t bytes) override {
-    check(call<int(unsigned long long, const void*, size_t)>("cuMemcpyHtoD_v2")(address(to), from, bytes), "cuMemcpyHtoD");
+    check(call<int(unsigned long long, const void*, size_t)>("cuMemcpyHtoD_v2")(address(to), from,
+                                                                                bytes),
+          "cuMemcpyHtoD");
   }
   void download(void* to, const void* from, size_t bytes) override {
-    check(call<int(void*, unsigned long long, size_t)>("cuMemcpyDtoH_v2")(to, address(from), bytes), "cuMemcpyDtoH");
+    check(call<int(void*, unsigned long long, size_t)>("cuMemcpyDtoH_v2")(to, address(from), bytes),
+          "cuMemcpyDtoH");
   }
   void run_on_two_streams(const std::function<void(int, void*)>& work) override {
     synchronize();
@@ -71,9 +88,13 @@ class Gpu final : public Device {
     void *graph = nullptr, *ready = nullptr;
     check(call<int(void*, int)>("cuStreamBeginCapture_v2")(streams_[0], 0), "cuStreamBeginCapture");
     work(streams_[0]);
-    check(call<int(void*, void**)>("cuStreamEndCapture")(streams_[0], &graph), "cuStreamEndCapture");
-    check(call<int(void**, void*, unsigned long long)>("cuGraphInstantiateWithFlags")(&ready, graph, 0), "cuGraphInstantiate");
-    for (int i = 0; i < 2; ++i) check(call<int(void*, void*)>("cuGraphLaunch")(ready, streams_[0]), "cuGraphLaunch");
+    check(call<int(void*, void**)>("cuStreamEndCapture")(streams_[0], &graph),
+          "cuStreamEndCapture");
+    check(call<int(void**, void*, unsigned long long)>("cuGraphInstantiateWithFlags")(&ready, graph,
+                                                                                      0),
+          "cuGraphInstantiate");
+    for (int i = 0; i < 2; ++i)
+      check(call<int(void*, void*)>("cuGraphLaunch")(ready, streams_[0]), "cuGraphLaunch");
     synchronize();
     call<int(void*)>("cuGraphExecDestroy")(ready);
     call<int(void*)>("cuGraphDestroy")(graph);
@@ -81,7 +102,9 @@ class Gpu final : public Device {
   void synchronize() override { check(call<int()>("cuCtxSynchronize")(), "cuCtxSynchronize"); }
 
  private:
-  static unsigned long long address(const void* memory) { return reinterpret_cast<unsigned long long>(memory); }
+  static unsigned long long address(const void* memory) {
+    return reinterpret_cast<unsigned long long>(memory);
+  }
   template <class F>
   F* call(const char* function) const {
     void* found = dlsym(driver_, function);
@@ -100,6 +123,8 @@ class Gpu final : public Device {
 }  // namespace
 
 std::unique_ptr<Device> make_gpu() { return std::make_unique<Gpu>(); }
-std::unique_ptr<Device> make_host(std::function<void(unsigned)> set_order) { return std::make_unique<Host>(std::move(set_order)); }
+std::unique_ptr<Device> make_host(std::function<void(unsigned)> set_order) {
+  return std::make_unique<Host>(std::move(set_order));
+}
 
 }  // namespace selftest

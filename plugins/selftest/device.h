@@ -1,4 +1,5 @@
-// Memory and streams of what the self-test runs on: a GPU, through the CUDA driver found at run time, or the host for the simulation.
+// Memory and streams of what the self-test runs on: a GPU, through the CUDA driver found at run
+// time, or the host for the simulation.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -15,10 +16,11 @@ class Device {
   virtual void release(void* memory) = 0;
   virtual void upload(void* to, const void* from, size_t bytes) = 0;
   virtual void download(void* to, const void* from, size_t bytes) = 0;
-  // work(stream) for two streams before either is waited for. Host: one after the other, in two orders of threads.
+  // work(stream) for two streams before either is waited for. Host: one after the other,
+  // in two orders of threads.
   virtual void run_on_two_streams(const std::function<void(int, void*)>& work) = 0;
-  // work(stream) recorded in a CUDA graph, then the graph run twice, so that what a run leaves behind meets the next. Host: work
-  // twice, in an order of threads in which warps get far apart.
+  // work(stream) recorded in a CUDA graph, then the graph run twice, so that what a run leaves
+  // behind meets the next. Host: work twice, in an order of threads in which warps get far apart.
   virtual void run_as_graph(const std::function<void(void*)>& work) = 0;
   virtual void synchronize() = 0;
 };

@@ -1,4 +1,5 @@
-// anybit-selftest: every op, bit pair, kernel and edge shape against a plain CPU computation, on this machine's GPU.
+// anybit-selftest: every op of a library, in every bit pair, kernel and edge shape, against a
+// plain CPU computation, on this machine's GPU.
 //
 // kHelp below says how to call it.
 #include <dlfcn.h>
@@ -14,6 +15,7 @@
 #include "core/host/config.h"
 #include "selftest/device.h"
 #include "selftest/layer.h"
+#include "selftest/numbers.h"
 
 namespace selftest {
 namespace {
@@ -22,15 +24,28 @@ constexpr unsigned char kPoison = 0xcb;
 constexpr size_t kGuard = 256;
 constexpr int kMostTactics = 64, kMostLines = 20;
 const char* const kBuild = "Build it: python -m plugins build";
-const std::string kUsage = "Use: anybit-selftest LIBRARY [--quick] [--op ABQGemm|QQQGemm] [--kernel NAME] [--seed N] [--list] [--help]";
+
+// The names of the ops that the self-test knows.
+std::string op_names(const char* between) {
+  std::string names;
+  for (const Oracle* oracle : oracles())
+    names += (names.empty() ? "" : between) + std::string(oracle->op);
+  return names;
+}
+std::string usage() {
+  return "Use: anybit-selftest LIBRARY [--quick] [--op " + op_names("|") +
+         "] [--kernel NAME] [--seed N] [--list] [--help]";
+}
 const char* const kHelp = R"(
-LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it), or libanybit_kernels_sim.so for the CPU simulation.
+LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it), or
+libanybit_kernels_sim.so for the CPU simulation.
   --quick        fewer sizes
   --op           only this op
   --kernel NAME  only this kernel, such as "int8 64x8"
   --seed N       of the random layers (1)
   --list         print the cases, run nothing
-Exit code 0: all right; 3: a mismatch; 2: bad arguments, or no GPU that can run the kernels; 1: anything else.
+Exit code 0: all right; 3: a mismatch; 2: bad arguments, or no GPU that can run the kernels;
+1: anything else.
 )";
 
 struct Options {
@@ -39,13 +54,12 @@ struct Options {
   unsigned seed = 1;
 };
 
-// The C interface of one op in the loaded library.
+// An op of the loaded library, and what it must compute.
 struct Op {
-  const char* name;
-  size_t (*workspace)(const GemmShape*);
-  int (*tactics)(const GemmShape*, int32_t*, int);
-  const char* (*kernel)(int32_t);
-  int (*run)(const GemmShape*, const GemmBuffers*, void*);
+  AnybitOp kernels;
+  const Oracle* oracle;
+
+  const char* name() const { return kernels.name; }
 };
 
 struct Tally {
@@ -53,25 +67,30 @@ struct Tally {
   double worst = 0;
 };
 
-template <class F>
-F* find(void* library, const std::string& function) {
-  void* found = dlsym(library, function.c_str());
-  const std::string problem = "LIBRARY: got one without " + function + ", expected a kernel library of this version. ";
-  if (!found) throw std::invalid_argument(problem + kBuild);
-  return reinterpret_cast<F*>(found);
-}
-
-Op load_op(void* library, const char* name, const std::string& prefix) {
-  return {name, find<size_t(const GemmShape*)>(library, prefix + "_workspace"),
-          find<int(const GemmShape*, int32_t*, int)>(library, prefix + "_tactics"),
-          find<const char*(int32_t)>(library, prefix + "_kernel"),
-          find<int(const GemmShape*, const GemmBuffers*, void*)>(library, prefix)};
+// The library's ops; each must have an oracle, and each oracle its op.
+std::vector<Op> load_ops(void* library) {
+  const auto table = reinterpret_cast<int (*)(const AnybitOp**)>(dlsym(library, "anybit_ops"));
+  const AnybitOp* ops = nullptr;
+  const int count = table ? table(&ops) : 0;
+  std::string names;
+  std::vector<Op> found;
+  for (int i = 0; i < count; ++i) {
+    names += (names.empty() ? "" : ", ") + std::string(ops[i].name);
+    for (const Oracle* oracle : oracles())
+      if (std::strcmp(oracle->op, ops[i].name) == 0) found.push_back({ops[i], oracle});
+  }
+  if (count == 0 || found.size() != size_t(count) || found.size() != oracles().size())
+    throw std::invalid_argument("LIBRARY: got one with " + (count ? names : "no ops") +
+                                ", expected a kernel library of this version, with " +
+                                op_names(", ") + ". " + kBuild);
+  return found;
 }
 
 // A buffer of the device with guard zones around it.
 class Buffer {
  public:
-  Buffer(Device& device, const void* content, size_t bytes) : device_(device), bytes_(bytes), host_(bytes + 2 * kGuard, kPoison) {
+  Buffer(Device& device, const void* content, size_t bytes)
+      : device_(device), bytes_(bytes), host_(bytes + 2 * kGuard, kPoison) {
     if (content && bytes) std::memcpy(&host_[kGuard], content, bytes);
     memory_ = static_cast<char*>(device.allocate(host_.size()));
     device.upload(memory_, host_.data(), host_.size());
@@ -108,16 +127,25 @@ class Inputs {
  public:
   Inputs(Device& device, const Layer& layer) {
     buffers_.x = put(device, layer.x.data(), layer.x.size());
-    buffers_.weight = static_cast<const int32_t*>(put(device, layer.weight.data(), layer.weight.size() * 4));
-    buffers_.scale = static_cast<const float*>(put(device, layer.scale.data(), layer.scale.size() * 4));
-    if (!layer.zero.empty()) buffers_.zero = static_cast<const int32_t*>(put(device, layer.zero.data(), layer.zero.size() * 4));
-    if (!layer.scale_group.empty()) buffers_.scale_group = put(device, layer.scale_group.data(), layer.scale_group.size() * 2);
+    buffers_.weight = static_cast<const int32_t*>(
+        put(device, layer.weights.packed.data(), layer.weights.packed.size() * 4));
+    buffers_.scale = static_cast<const float*>(
+        put(device, layer.weights.scale.data(), layer.weights.scale.size() * 4));
+    if (!layer.weights.zero.empty())
+      buffers_.zero = static_cast<const int32_t*>(
+          put(device, layer.weights.zero.data(), layer.weights.zero.size() * 4));
+    if (!layer.weights.scale_group.empty())
+      buffers_.scale_group =
+          put(device, layer.weights.scale_group.data(), layer.weights.scale_group.size() * 2);
     if (!layer.gamma.empty()) buffers_.gamma = put(device, layer.gamma.data(), layer.gamma.size());
-    if (!layer.bias.empty()) buffers_.bias = static_cast<const float*>(put(device, layer.bias.data(), layer.bias.size() * 4));
+    if (!layer.bias.empty())
+      buffers_.bias =
+          static_cast<const float*>(put(device, layer.bias.data(), layer.bias.size() * 4));
   }
   const GemmBuffers& buffers() const { return buffers_; }
   bool unchanged() const {
-    return std::all_of(kept_.begin(), kept_.end(), [](const auto& buffer) { return buffer->unchanged(); });
+    return std::all_of(kept_.begin(), kept_.end(),
+                       [](const auto& buffer) { return buffer->unchanged(); });
   }
 
  private:
@@ -133,22 +161,26 @@ class Inputs {
 struct Target {
   Buffer y, workspace;
   Target(Device& device, const Case& c, size_t workspace_bytes)
-      : y(device, nullptr, size_t(c.m) * c.n * (c.dtype == kFloat32 ? 4 : 2)), workspace(device, nullptr, workspace_bytes) {}
+      : y(device, nullptr, size_t(c.m) * c.n * size_of(c.dtype)),
+        workspace(device, nullptr, workspace_bytes) {}
 };
 
-// Where y is farthest from what it must be, over what is allowed: up to 1 is right, infinite where one is NaN and the other not.
+// Where y is farthest from what it must be, over what is allowed: up to 1 is right, infinite where
+// one is NaN and the other not.
 struct Distance {
   double over = 0;
   size_t at = 0;
 };
 
-Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case& c, bool reordered) {
+Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case& c, bool exact) {
   Distance worst;
   for (size_t i = 0; i < layer.want.size(); ++i) {
     const float got = load(y, i, c.dtype), want = layer.want[i];
     if (got == want || (std::isnan(got) && std::isnan(want))) continue;
-    const double allowed = reordered ? 1e-5 * layer.size[i] + epsilon_of(c.dtype) * std::fabs(want) : 0;
-    const double over = allowed > 0 && !std::isnan(got) && !std::isnan(want) ? std::fabs(double(got) - want) / allowed : INFINITY;
+    const double allowed = exact ? 0 : 1e-5 * layer.size[i] + epsilon_of(c.dtype) * std::fabs(want);
+    const double over = allowed > 0 && !std::isnan(got) && !std::isnan(want)
+                            ? std::fabs(double(got) - want) / allowed
+                            : INFINITY;
     if (over > worst.over) worst = {over, i};
   }
   return worst;
@@ -156,17 +188,18 @@ Distance distance(const std::vector<uint8_t>& y, const Layer& layer, const Case&
 
 class SelfTest {
  public:
-  SelfTest(const Options& options, Device& device, std::vector<Op> ops) : options_(options), device_(device), ops_(std::move(ops)) {}
+  SelfTest(const Options& options, Device& device) : options_(options), device_(device) {}
 
   // Returns whether the device still works.
-  bool run(const Case& c) {
-    const Op& op = ops_[c.qqq];
-    if (!options_.op.empty() && options_.op != op.name) return true;
+  bool run(const Op& op, const Case& c) {
     std::string kernel = "?";
     try {
       run_tactics(op, c, kernel);
-    } catch (const std::runtime_error& error) {  // after an illegal access, say, every later call fails too
-      fail(op, kernel, c, std::string("got ") + error.what() + ", expected success; the cases after it were not run");
+    } catch (const std::runtime_error& error) {
+      // After an illegal access, say, every later call fails too.
+      fail(op, kernel, c,
+           std::string("got ") + error.what() +
+               ", expected success; the cases after it were not run");
       return false;
     }
     return true;
@@ -178,132 +211,107 @@ class SelfTest {
     if (!calls && !failed) {
       std::string known;
       for (const std::string& kernel : kernels_) known += (known.empty() ? "" : ", ") + kernel;
-      throw std::invalid_argument("--kernel: got " + options_.kernel + ", expected one that runs here: " + known + ". " + kUsage);
+      throw std::invalid_argument("--kernel: got " + options_.kernel +
+                                  ", expected one that runs here: " + known + ". " + usage());
     }
     if (failed > kMostLines) std::printf("(%d failures more)\n", failed - kMostLines);
-    std::printf("\n%-8s %-12s %7s %7s %7s  %s\n", "op", "kernel", "shapes", "calls", "failed", "worst (of what is allowed)");
+    std::printf("\n%-8s %-12s %7s %7s %7s  %s\n", "op", "kernel", "shapes", "calls", "failed",
+                "worst (of what is allowed)");
     for (const auto& [key, tally] : tallies_)
-      std::printf("%-8s %-12s %7d %7d %7d  %.2f\n", key.first.c_str(), key.second.c_str(), tally.shapes, tally.calls, tally.failed,
-                  tally.worst);
-    const std::string verdict = failed ? std::to_string(failed) + " MISMATCHES; do not use these kernels here, report the lines above"
-                                       : std::string("all right");
+      std::printf("%-8s %-12s %7d %7d %7d  %.2f\n", key.first.c_str(), key.second.c_str(),
+                  tally.shapes, tally.calls, tally.failed, tally.worst);
+    const std::string verdict =
+        failed ? std::to_string(failed) +
+                     " MISMATCHES; do not use these kernels here, report the lines above"
+               : std::string("all right");
     std::printf("%s: %d calls, %s\n", device_.name().c_str(), calls, verdict.c_str());
     return failed ? 3 : 0;
   }
 
  private:
   void fail(const Op& op, const std::string& kernel, const Case& c, const std::string& problem) {
-    ++tallies_[{op.name, kernel}].failed;
-    if (lines_++ < kMostLines) std::printf("%s %s %s: %s\n", op.name, kernel.c_str(), text_of(c).c_str(), problem.c_str());
+    ++tallies_[{op.name(), kernel}].failed;
+    if (lines_++ < kMostLines)
+      std::printf("%s %s %s: %s\n", op.name(), kernel.c_str(), text_of(c).c_str(), problem.c_str());
   }
 
   // Every kernel that can run the case, on whole and on shared K; `kernel` is the one at work.
   void run_tactics(const Op& op, const Case& c, std::string& kernel) {
     GemmShape shape = shape_of(c);
     int32_t tactics[kMostTactics];
-    const int count = op.tactics(&shape, tactics, kMostTactics);
+    const int count = op.kernels.tactics(&shape, tactics, kMostTactics);
     if (!count) return fail(op, kernel, c, "got no tactic, expected at least the simple kernel");
-    const Layer layer(c, options_.seed);
+    const Layer layer(*op.oracle, c, options_.seed);
     const Inputs inputs(device_, layer);
     for (int i = 0; i < count && i < kMostTactics; ++i) {
-      kernel = op.kernel(tactics[i]);
+      kernel = op.kernels.kernel(tactics[i]);
       kernels_.insert(kernel);
       if (!options_.kernel.empty() && options_.kernel != kernel) continue;
-      ++tallies_[{op.name, kernel}].shapes;
+      ++tallies_[{op.name(), kernel}].shapes;
       const anybit::Config config = anybit::config_from_tactic(tactics[i]);
       for (int shares = config.shares;; shares = 1) {
         shape.tactic = anybit::tactic_from_config({config.kernel, shares});
         check_call(op, kernel, shape, c, layer, inputs.buffers());
         if (shares == 1) break;
       }
-      if (!inputs.unchanged()) fail(op, kernel, c, "got inputs that changed, expected them as they were");
+      if (!inputs.unchanged())
+        fail(op, kernel, c, "got inputs that changed, expected them as they were");
     }
   }
 
   // Alone, on two streams at once, and as a graph.
-  void check_call(const Op& op, const std::string& kernel, const GemmShape& shape, const Case& c, const Layer& layer,
-                  const GemmBuffers& in) {
-    const size_t bytes = op.workspace(&shape);
+  void check_call(const Op& op, const std::string& kernel, const GemmShape& shape, const Case& c,
+                  const Layer& layer, const GemmBuffers& in) {
+    const size_t bytes = op.kernels.workspace(&shape);
     Target first(device_, c, bytes), second(device_, c, bytes), graph(device_, c, bytes);
     int status = 0;
     const auto call = [&](Target& target, void* stream) {
       GemmBuffers buffers = in;
       buffers.y = target.y.data(), buffers.workspace = target.workspace.data();
-      const int code = op.run(&shape, &buffers, stream);
+      const int code = op.kernels.run(&shape, &buffers, stream);
       if (code) status = code;
     };
     device_.run_on_two_streams([&](int i, void* stream) { call(i ? second : first, stream); });
-    if (!status) device_.run_as_graph([&](void* stream) { call(graph, stream); });  // an error would spoil the capture
-    if (status) return fail(op, kernel, c, "got CUDA error " + std::to_string(status) + ", expected success");
-    const bool reordered = c.abits == 16 || (!c.qqq && c.group_size && anybit::config_from_tactic(shape.tactic).shares > 1);
-    Tally& tally = tallies_[{op.name, kernel}];
+    // an error would spoil the capture
+    if (!status) device_.run_as_graph([&](void* stream) { call(graph, stream); });
+    if (status)
+      return fail(op, kernel, c, "got CUDA error " + std::to_string(status) + ", expected success");
+    const bool exact = op.oracle->exact(c, anybit::config_from_tactic(shape.tactic).shares);
+    Tally& tally = tallies_[{op.name(), kernel}];
     for (Target* target : {&first, &second, &graph}) {
       const std::vector<uint8_t> y = target->y.fetch();
-      const Distance found = distance(y, layer, c, reordered);
+      const Distance found = distance(y, layer, c, exact);
       target->workspace.fetch();
       ++tally.calls;
       tally.worst = std::max(tally.worst, found.over);
-      const char* where = target == &first ? "" : target == &second ? " on a second stream" : " in a graph";
+      const char* where = target == &first    ? ""
+                          : target == &second ? " on a second stream"
+                                              : " in a graph";
       if (!target->y.guards_hold() || !target->workspace.guards_hold())
         fail(op, kernel, c, std::string("got writes past the buffers") + where + ", expected none");
-      else if (found.over > 1)
-        fail(op, kernel, c, difference(found.at, y, layer, c) + where);
+      else if (found.over > 1) fail(op, kernel, c, difference(found.at, y, layer, c) + where);
     }
   }
 
-  static std::string difference(size_t i, const std::vector<uint8_t>& y, const Layer& layer, const Case& c) {
+  static std::string difference(size_t i, const std::vector<uint8_t>& y, const Layer& layer,
+                                const Case& c) {
     char text[128];
-    std::snprintf(text, sizeof text, "got y[%zu, %zu] = %.9g, expected %.9g", i / c.n, i % c.n, load(y, i, c.dtype), layer.want[i]);
+    std::snprintf(text, sizeof text, "got y[%zu, %zu] = %.9g, expected %.9g", i / c.n, i % c.n,
+                  load(y, i, c.dtype), layer.want[i]);
     return text;
   }
 
   const Options& options_;
   Device& device_;
-  std::vector<Op> ops_;  // [qqq]
   std::map<std::pair<std::string, std::string>, Tally> tallies_;
   std::set<std::string> kernels_;  // of all cases
   int lines_ = 0;
 };
 
-std::vector<Case> cases(bool quick) {
-  std::vector<Case> list;
-  const auto abq = [&](int wbits, int levels, int abits, int sym, int group, int m, int n, int k, int32_t type, int special = 0) {
-    list.push_back({false, wbits, levels, abits, sym, group, m, n, k, type, n % 2 == 1, special});
-  };
-  const auto qqq = [&](int group, int m, int n, int k, int32_t type, int special = 0) {
-    list.push_back({true, 4, 16, 8, 1, group, m, n, k, type, n % 2 == 1, special});
-  };
-  for (int wbits = 1; wbits <= 8; ++wbits)
-    for (const int levels : {1 << wbits, wbits == 1 ? 3 : wbits == 2 ? 5 : 0}) {
-      if (!levels) continue;
-      for (int abits = 2; abits <= 8; ++abits) abq(wbits, levels, abits, abits % 2, 0, quick ? 3 : 9, 70, 320, kFloat16);
-      abq(wbits, levels, 8, 0, 64, 9, 35, 192, kFloat16);
-      abq(wbits, levels, 16, 0, 0, 9, 70, 320, kFloat16), abq(wbits, levels, 16, 0, 64, 2, 70, 192, kBFloat16);
-    }
-  const std::vector<int> some_n = quick ? std::vector<int>{1, 65} : std::vector<int>{1, 63, 64, 65, 130, 257};
-  const std::vector<int> some_k = quick ? std::vector<int>{33, 513} : std::vector<int>{1, 31, 33, 127, 128, 129, 513, 1040, 2100};
-  for (const int n : some_n)
-    for (const int k : some_k) abq(4, 16, 8, 0, 0, 2, n, k, kFloat32), qqq(0, 2, n, k, kFloat32), abq(3, 8, 16, 0, 0, 2, n, k, kFloat16);
-  for (const int m : {1, 7, 8, 9, 16, 17, 63, 65}) {
-    if (quick && m > 17) continue;
-    abq(2, 5, 8, 0, 0, m, 66, 256, kFloat16), abq(4, 16, 4, 1, 128, m, 66, 256, kFloat16), abq(4, 16, 16, 0, 0, m, 66, 256, kFloat16);
-    for (const int group : {0, 64, 128}) qqq(group, m, 66, 256, kFloat16);
-  }
-  for (const int group : {32, 40, 96, 128, 256, 512}) {
-    abq(4, 16, 8, 0, group, 3, 33, 2 * group, kFloat16), abq(2, 4, 16, 0, group, 3, 33, 2 * group, kFloat16);
-  }
-  for (const int special : {1, 2, 3})
-    for (const int32_t type : {kFloat16, kBFloat16, kFloat32}) {
-      abq(4, 16, 8, 0, 0, 3, 40, 256, type, special), abq(8, 256, 8, 1, 64, 3, 40, 256, type, special);
-      if (special != 2) abq(4, 16, 16, 0, 64, 3, 40, 256, type, special);
-      qqq(0, 3, 40, 256, type, special), qqq(128, 3, 40, 256, type, special);
-    }
-  return list;
-}
-
 unsigned number(const std::string& option, const std::string& text) {
   if (text.empty() || text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos)
-    throw std::invalid_argument(option + ": got " + text + ", expected a whole number of at most 9 digits. " + kUsage);
+    throw std::invalid_argument(option + ": got " + text +
+                                ", expected a whole number of at most 9 digits. " + usage());
   return unsigned(std::stoul(text));
 }
 
@@ -312,7 +320,8 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     const auto value = [&] {
-      if (i + 1 == argc) throw std::invalid_argument(word + ": got no value, expected one. " + kUsage);
+      if (i + 1 == argc)
+        throw std::invalid_argument(word + ": got no value, expected one. " + usage());
       return std::string(argv[++i]);
     };
     if (word == "--quick") options.quick = true;
@@ -322,38 +331,48 @@ Options parse(int argc, char** argv) {
     else if (word == "--kernel") options.kernel = value();
     else if (word == "--seed") options.seed = number(word, value());
     else if (word[0] != '-' && options.library.empty()) options.library = word;
-    else throw std::invalid_argument(word + ": got this argument, expected none such. " + kUsage);
+    else throw std::invalid_argument(word + ": got this argument, expected none such. " + usage());
   }
-  if (!options.op.empty() && options.op != "ABQGemm" && options.op != "QQQGemm")
-    throw std::invalid_argument("--op: got " + options.op + ", expected ABQGemm or QQQGemm. " + kUsage);
+  const auto named = [&](const Oracle* oracle) { return options.op == oracle->op; };
+  if (!options.op.empty() && std::none_of(oracles().begin(), oracles().end(), named))
+    throw std::invalid_argument("--op: got " + options.op + ", expected " + op_names(" or ") +
+                                ". " + usage());
   if (options.library.empty() && !options.help)
-    throw std::invalid_argument("LIBRARY: got none, expected a kernel library. " + kUsage);
+    throw std::invalid_argument("LIBRARY: got none, expected a kernel library. " + usage());
   return options;
 }
 
 int run(int argc, char** argv) {
   const Options options = parse(argc, argv);
-  if (options.help) return std::printf("%s\n%s", kUsage.c_str(), kHelp), 0;
+  if (options.help) return std::printf("%s\n%s", usage().c_str(), kHelp), 0;
   void* library = dlopen(options.library.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!library) throw std::invalid_argument(std::string("LIBRARY: got ") + dlerror() + ", expected a kernel library. " + kBuild);
-  std::vector<Op> ops = {load_op(library, "ABQGemm", "anybit_abq_gemm"), load_op(library, "QQQGemm", "anybit_qqq_gemm")};
-  const std::vector<Case> list = cases(options.quick);
+  if (!library)
+    throw std::invalid_argument(std::string("LIBRARY: got ") + dlerror() +
+                                ", expected a kernel library. " + kBuild);
+  std::vector<std::pair<Op, Case>> list;
+  for (const Op& op : load_ops(library)) {
+    if (!options.op.empty() && options.op != op.name()) continue;
+    for (const Case& c : op.oracle->cases(options.quick)) list.emplace_back(op, c);
+  }
   if (options.list) {
-    for (const Case& c : list)
-      if (options.op.empty() || options.op == ops[c.qqq].name) std::printf("%s %s\n", ops[c.qqq].name, text_of(c).c_str());
+    for (const auto& [op, c] : list) std::printf("%s %s\n", op.name(), text_of(c).c_str());
     return 0;
   }
-  const auto set_order = reinterpret_cast<void (*)(unsigned)>(dlsym(library, "anybit_sim_set_seed"));
+  const auto set_order =
+      reinterpret_cast<void (*)(unsigned)>(dlsym(library, "anybit_sim_set_seed"));
   std::unique_ptr<Device> device;
   try {
     device = set_order ? make_host(set_order) : make_gpu();
   } catch (const std::runtime_error& error) {
-    const std::string problem = std::string("GPU: got ") + error.what() + ", expected one of compute capability 8.0 or later. ";
-    throw std::invalid_argument(problem + "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim)");
+    const std::string problem = std::string("GPU: got ") + error.what() +
+                                ", expected one of compute capability 8.0 or later. ";
+    throw std::invalid_argument(
+        problem +
+        "Without a GPU give the library of the CPU simulation (python -m plugins selftest --sim)");
   }
-  SelfTest test(options, *device, ops);
-  for (const Case& c : list)
-    if (!test.run(c)) break;
+  SelfTest test(options, *device);
+  for (const auto& [op, c] : list)
+    if (!test.run(op, c)) break;
   return test.report();
 }
 
@@ -367,7 +386,8 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s.\n", error.what());
     return 2;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "anybit-selftest: got %s, expected none. Report it with the command.\n", error.what());
+    std::fprintf(stderr, "anybit-selftest: got %s, expected none. Report it with the command.\n",
+                 error.what());
     return 1;
   }
 }

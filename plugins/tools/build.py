@@ -1,26 +1,19 @@
-"""Compiles the plugin library and its CPU simulation; does nothing when sources, flags and
-compilers are unchanged.
-"""
+"""The plugin library, its CPU simulation and the self-test: what they are built from, and how."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import InputError, UserError
-from plugins.tools.toolkit import find_cuda, find_cuda_include, find_program
+from plugins.errors import InputError
+from plugins.tools.recipe import Command, Recipe, locked, make, run
+from plugins.tools.toolkit import CudaToolkit, find_cuda, find_cuda_include, find_program
 
 __all__ = [
     "PLUGIN_LIBRARY",
@@ -38,10 +31,12 @@ PLUGIN_LIBRARY = "libanybit_plugins.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
 SELFTEST = "anybit-selftest"
 
-_SOURCES = Path(__file__).resolve().parent.parent
-_COMPILER_OUTPUT_LINES = 40
+# An op's folder is found by these; plugins/CMakeLists.txt has the same patterns.
+KERNEL_SOURCES = ("*/cuda/*.cu", "core/host/*.cu")
+PLUGIN_SOURCES = ("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.cpp")
+SELFTEST_SOURCES = ("selftest/*.cpp", "*/selftest.cpp")
 
-Command = list[str]
+_SOURCES = Path(__file__).resolve().parent.parent
 
 
 def build_folder() -> Path:
@@ -57,40 +52,6 @@ def _flags() -> dict[str, list[str]]:
         (_SOURCES / "build_flags.json").read_text(encoding="utf-8")
     )
     return flags
-
-
-def _included(sources: Iterable[str]) -> list[Path]:
-    """The source files and every file of ours that they include, directly or not; conditions are
-    not looked at.
-    """
-    found: set[Path] = set()
-    waiting = [_SOURCES / source for source in sources]
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for quote, name in re.findall(
-            r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">]+)[">]',
-            path.read_text(encoding="utf-8"),
-            re.MULTILINE,
-        ):
-            folders = [path.parent] * (quote == '"') + [
-                _SOURCES / folder for folder in _flags()["include"]
-            ]
-            waiting += [file.resolve() for folder in folders if (file := folder / name).is_file()]
-    return sorted(found)
-
-
-def _digest(sources: Iterable[str], *parts: Any) -> str:
-    """Hash of `parts` and of what is compiled: the sources, what they include, and the linker's
-    list of exports.
-    """
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for path in [*_included(sources), _SOURCES / "core" / "exports.map"]:
-        digest.update(f"\0{os.path.relpath(path, _SOURCES)}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _architectures(choice: str, default: Sequence[str]) -> list[str]:
@@ -117,90 +78,54 @@ def _gencode(names: Sequence[str]) -> Command:
     return [f"-gencode=arch=compute_{name},code={target}" for name, target in targets]
 
 
-def _run(command: Command, what: str) -> None:
-    result = subprocess.run(command, cwd=_SOURCES, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        output = "\n".join(
-            (result.stdout + result.stderr).strip().splitlines()[:_COMPILER_OUTPUT_LINES]
-        )
-        raise UserError(
-            what,
-            f"got exit code {result.returncode} from {command[0]}, expected 0:\n{output}\n",
-            f"The command was: {' '.join(command)}",
-        )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One build at a time; a second process waits and then finds the result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _compile_and_link(compiles: dict[str, Command], link: Command, output: Path) -> None:
-    """Run the compiler commands in parallel, then the linker, and move the library to its place in
-    one step.
-
-    Args:
-        compiles: compiler command by source file; "-c source -o object" is appended.
-        link: linker command; "objects -o library" goes in place of "{}".
-        output: final path of the library.
-    """
-    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as scratch:
-        objects = {
-            source: str(Path(scratch) / (source.replace("/", "-") + ".o")) for source in compiles
-        }
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            jobs = [
-                pool.submit(
-                    _run, [*launcher, *command, "-c", source, "-o", objects[source]], source
-                )
-                for source, command in compiles.items()
-            ]
-            for job in jobs:
-                job.result()
-        library = Path(scratch) / output.name
-        position = link.index("{}")
-        _run(
-            [*link[:position], *objects.values(), "-o", str(library), *link[position + 1 :]],
-            output.name,
-        )
-        library.replace(output)
-
-
-def _build(
-    output: Path, record: dict[str, Any], compiles: dict[str, Command], link: Command
-) -> Path:
-    """Build unless the record beside the library says that it was made from the same things."""
-    note = output.with_suffix(".json")
-    digest = _digest(compiles, record, compiles, link)
-    with _locked(output.parent):
-        if (
-            output.is_file()
-            and note.is_file()
-            and json.loads(note.read_text(encoding="utf-8")).get("digest") == digest
-        ):
-            return output
-        began = time.monotonic()
-        note.unlink(missing_ok=True)
-        _compile_and_link(compiles, link, output)
-        done = {
-            **record,
-            "digest": digest,
-            "seconds": round(time.monotonic() - began, 1),
-            "bytes": output.stat().st_size,
-        }
-        note.write_text(json.dumps(done, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return output
-
-
 def _sources(*patterns: str) -> list[str]:
     return sorted(
         str(path.relative_to(_SOURCES)) for pattern in patterns for path in _SOURCES.glob(pattern)
     )
+
+
+def _recipe(
+    output: str, compiles: dict[str, Command], link: Command, record: dict[str, Any] | None = None
+) -> Recipe:
+    return Recipe(
+        root=_SOURCES,
+        output=build_folder() / output,
+        compiles=compiles,
+        link=link,
+        include=_flags()["include"],
+        more=["core/exports.map"],
+        record=record or {},
+    )
+
+
+def _include(folders: Sequence[str]) -> Command:
+    return [f"-I{folder}" for folder in folders]
+
+
+def _nvcc(cuda: CudaToolkit, architectures: Sequence[str]) -> Command:
+    flags = _flags()
+    folders = _include([*flags["include"], str(cuda.include)])
+    return [str(cuda.nvcc), *flags["nvcc"], *_gencode(architectures), *folders]
+
+
+def _host(cuda: CudaToolkit) -> Command:
+    flags = _flags()
+    folders = [*_include(flags["include"]), "-isystem", str(cuda.include)]
+    return [find_program("g++", "g++"), *flags["cxx"], *folders]
+
+
+def _sim() -> Command:
+    folders = ["-I.", "-isystem", str(find_cuda_include())]
+    return [find_program("g++", "g++"), *_flags()["sim"], *folders, "-x", "c++"]
+
+
+def _link_sim() -> Command:
+    return [find_program("g++", "g++"), "-shared", "-Wl,--no-undefined", "{}"]
+
+
+def _link_cuda(cuda: CudaToolkit, *flags: str) -> Command:
+    libraries = [f"-L{cuda.lib}", *_flags()["libraries"]]
+    return [find_program("g++", "g++"), "-shared", *flags, "{}", *libraries]
 
 
 def build_library(arch: str = "all") -> Path:
@@ -216,22 +141,15 @@ def build_library(arch: str = "all") -> Path:
         UserError: the compiler failed; the message holds its output.
     """
     flags, cuda = _flags(), find_cuda()
-    cxx = find_program("g++", "g++")
     architectures = _architectures(arch, flags["architectures"])
-    include = [f"-I{folder}" for folder in flags["include"]]
-    nvcc = [str(cuda.nvcc), *flags["nvcc"], *_gencode(architectures), *include, f"-I{cuda.include}"]
-    host = [cxx, *flags["cxx"], *include, "-isystem", str(cuda.include)]
-    compiles = dict.fromkeys(_sources("*/cuda/*.cu", "core/host/*.cu"), nvcc)
-    compiles |= dict.fromkeys(
-        _sources("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.cpp"), host
-    )
-    link = [cxx, "-shared", *flags["link"], "{}", f"-L{cuda.lib}", *flags["libraries"]]
+    compiles = dict.fromkeys(_sources(*KERNEL_SOURCES), _nvcc(cuda, architectures))
+    compiles |= dict.fromkeys(_sources(*PLUGIN_SOURCES), _host(cuda))
     record = {
         "architectures": architectures,
         "nvcc": str(cuda.nvcc),
         "nvcc_version": cuda.version(),
     }
-    return _build(build_folder() / PLUGIN_LIBRARY, record, compiles, link)
+    return make(_recipe(PLUGIN_LIBRARY, compiles, _link_cuda(cuda, *flags["link"]), record))
 
 
 def build_sim() -> Path:
@@ -242,18 +160,12 @@ def build_sim() -> Path:
         InputError: no g++, or no CUDA headers.
         UserError: the compiler failed; the message holds its output.
     """
-    flags, cxx = _flags(), find_program("g++", "g++")
-    compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
-    compiles = dict.fromkeys(_sources("*/cuda/*.cu", "core/host/*.cu"), compiler)
+    compiler = _sim()
     version = subprocess.run(
-        [cxx, "--version"], capture_output=True, text=True, check=False
+        [compiler[0], "--version"], capture_output=True, text=True, check=False
     ).stdout.partition("\n")[0]
-    return _build(
-        build_folder() / SIM_LIBRARY,
-        {"compiler": version},
-        compiles,
-        [cxx, "-shared", "-Wl,--no-undefined", "{}"],
-    )
+    compiles = dict.fromkeys(_sources(*KERNEL_SOURCES), compiler)
+    return make(_recipe(SIM_LIBRARY, compiles, _link_sim(), {"compiler": version}))
 
 
 def build_selftest() -> Path:
@@ -265,12 +177,8 @@ def build_selftest() -> Path:
     """
     cxx = find_program("g++", "g++")
     compiler = [cxx, *_flags()["selftest"], "-I."]
-    return _build(
-        build_folder() / SELFTEST,
-        {},
-        dict.fromkeys(_sources("selftest/*.cpp"), compiler),
-        [cxx, "{}", "-ldl"],
-    )
+    compiles = dict.fromkeys(_sources(*SELFTEST_SOURCES), compiler)
+    return make(_recipe(SELFTEST, compiles, [cxx, "{}", "-ldl"]))
 
 
 def build_source(source: Path, arch: str | None = None) -> Path:
@@ -285,26 +193,13 @@ def build_source(source: Path, arch: str | None = None) -> Path:
         InputError: no compiler, or a wrong `arch`.
         UserError: the compiler failed; the message holds its output.
     """
-    flags, cxx = _flags(), find_program("g++", "g++")
     if arch is None:
-        compiler = [cxx, *flags["sim"], "-I.", "-isystem", str(find_cuda_include()), "-x", "c++"]
-        link, suffix = [cxx, "-shared", "-Wl,--no-undefined", "{}"], "-sim"
+        output, compiler, link = f"{source.stem}-sim.so", _sim(), _link_sim()
     else:
         cuda = find_cuda()
-        compiler = [
-            str(cuda.nvcc),
-            *flags["nvcc"],
-            *_gencode(_architectures(arch, [])),
-            "-I.",
-            f"-I{cuda.include}",
-        ]
-        link, suffix = (
-            [cxx, "-shared", "{}", f"-L{cuda.lib}", *flags["libraries"]],
-            f"-{arch.replace(';', '-')}",
-        )
-    return _build(
-        build_folder() / f"{source.stem}{suffix}.so", {}, {str(source.resolve()): compiler}, link
-    )
+        output = f"{source.stem}-{arch.replace(';', '-')}.so"
+        compiler, link = _nvcc(cuda, _architectures(arch, [])), _link_cuda(cuda)
+    return make(_recipe(output, {str(source.resolve()): compiler}, link))
 
 
 def build_soname(library: Path, soname: str) -> Path:
@@ -316,10 +211,10 @@ def build_soname(library: Path, soname: str) -> Path:
     cxx = find_program("g++", "g++")
     folder = build_folder() / f"soname-{hashlib.sha256(str(library).encode()).hexdigest()[:12]}"
     output = folder / soname
-    with _locked(folder):
+    with locked(folder):
         if not output.is_file():
             temporary = folder / f".{soname}.tmp"
-            _run(
+            run(
                 [
                     cxx,
                     "-shared",
@@ -332,6 +227,7 @@ def build_soname(library: Path, soname: str) -> Path:
                     str(temporary),
                 ],
                 soname,
+                folder,
             )
             temporary.replace(output)
     return output

@@ -8,15 +8,13 @@ import ctypes
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from plugins.core.op_spec import GemmAttributes
+from plugins.tools.kernels import GemmShape, KernelLibrary, gemm_shape
 
 __all__ = [
-    "ANY_TACTIC",
     "GUARD_BYTES",
-    "SIMPLE",
     "KernelError",
     "KernelRunner",
     "cuda_missing",
@@ -24,52 +22,7 @@ __all__ = [
 ]
 
 GUARD_BYTES = 256
-ANY_TACTIC, KERNEL_STEP = -1, 64  # kAnyTactic and kTacticKernel of plugins/core
-SIMPLE = KERNEL_STEP + 1  # the tactic of every op's simple kernel
-MOST_TACTICS = 64
 POISON = 0xCB
-DTYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float32): 2}
-FUNCTIONS = {"ABQGemm": "anybit_abq_gemm", "QQQGemm": "anybit_qqq_gemm"}
-
-
-class GemmShape(ctypes.Structure):
-    """GemmShape of plugins/core/host/params.h."""
-
-    _fields_ = [
-        (name, ctypes.c_int32)
-        for name in (
-            "m",
-            "n",
-            "k",
-            "group_size",
-            "planes",
-            "wbits",
-            "levels",
-            "abits",
-            "act_symmetric",
-            "dtype",
-            "tactic",
-        )
-    ] + [("norm_epsilon", ctypes.c_float)]
-
-
-class GemmBuffers(ctypes.Structure):
-    """GemmBuffers of plugins/core/host/params.h."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "x",
-            "weight",
-            "scale",
-            "zero",
-            "scale_group",
-            "bias",
-            "y",
-            "workspace",
-            "gamma",
-        )
-    ]
 
 
 class KernelError(RuntimeError):
@@ -154,10 +107,8 @@ class KernelRunner:
 
         self.kind = kind
         self.workspace = np.empty(0, np.uint8)  # what the last gemm() left in the scratch memory
-        self.library = ctypes.CDLL(str(build_sim() if kind == "sim" else build_library()))
-        for function in FUNCTIONS.values():
-            getattr(self.library, function + "_workspace").restype = ctypes.c_size_t
-            getattr(self.library, function + "_kernel").restype = ctypes.c_char_p
+        self.kernels = KernelLibrary(build_sim() if kind == "sim" else build_library())
+        self.library = self.kernels.library
         if kind == "sim":
             self.library.anybit_sim_last_error.restype = ctypes.c_char_p
 
@@ -175,36 +126,7 @@ class KernelRunner:
         self, op: str, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]
     ) -> dict[int, str]:
         """Kernel names by tactic, the default choice first."""
-        listed, shape = (ctypes.c_int32 * MOST_TACTICS)(), self.shape(attrs, tokens, dtype)
-        count = getattr(self.library, FUNCTIONS[op] + "_tactics")(
-            ctypes.byref(shape), listed, MOST_TACTICS
-        )
-        return {
-            tactic: getattr(self.library, FUNCTIONS[op] + "_kernel")(tactic).decode()
-            for tactic in listed[:count]
-        }
-
-    def workspace_bytes(self, op: str, shape: GemmShape) -> int:
-        """Scratch bytes that the op asks for; 0 for a refused shape."""
-        return int(getattr(self.library, FUNCTIONS[op] + "_workspace")(ctypes.byref(shape)))
-
-    def shape(
-        self, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any], tactic: int = 0
-    ) -> GemmShape:
-        """The C struct for one call; tactic 0 leaves the choice of kernel to the library."""
-        a = attrs
-        sizes = (tokens, a.out_features, a.in_features, a.group_size)
-        return GemmShape(
-            *sizes,
-            a.planes,
-            a.wbits,
-            a.levels,
-            a.abits,
-            a.act_symmetric,
-            DTYPES[np.dtype(dtype)],
-            tactic,
-            a.norm_epsilon,
-        )
+        return self.kernels.tactics(op, gemm_shape(attrs, tokens, dtype))
 
     def call(self, op: str, shape: GemmShape, pointers: Mapping[str, int]) -> None:
         """Call the op's C function.
@@ -212,9 +134,7 @@ class KernelRunner:
         Raises:
             KernelError: it returned an error code.
         """
-        code = getattr(self.library, FUNCTIONS[op])(
-            ctypes.byref(shape), ctypes.byref(GemmBuffers(**pointers)), None
-        )
+        code = self.kernels.run(op, shape, pointers)
         if code:
             text = (
                 self.library.anybit_sim_last_error().decode()
@@ -244,9 +164,9 @@ class KernelRunner:
             scratch: the byte that fills the workspace before the call.
             tactic: which kernel, 0 for the library's choice.
         """
-        shape = self.shape(attrs, len(x), x.dtype, tactic)
+        shape = gemm_shape(attrs, len(x), x.dtype, tactic)
         y = np.full(len(x) * attrs.out_features * x.itemsize, POISON, np.uint8)
-        workspace = np.full(self.workspace_bytes(op, shape), scratch, np.uint8)
+        workspace = np.full(self.kernels.workspace_bytes(op, shape), scratch, np.uint8)
         arrays = {"x": x, **tensors, "y": y, "workspace": workspace}
         memory = {name: Memory(array, self.kind == "cuda") for name, array in arrays.items()}
         self.call(op, shape, {name: part.pointer for name, part in memory.items()})

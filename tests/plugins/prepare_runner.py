@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from plugins.core.activation import quantize_activation
+from plugins.tools.kernels import DTYPES
 from tests.plugins.kernel_cases import F32, assert_same_bits
-from tests.plugins.kernel_runner import DTYPES, POISON, KernelError, KernelRunner, Memory
+from tests.plugins.kernel_runner import POISON, KernelError, KernelRunner, Memory
 
 __all__ = [
     "FLOATS",

@@ -15,6 +15,7 @@ import pytest
 from plugins import op_spec
 from plugins.core.activation import quantize_activation
 from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins.tools.kernels import ANY_TACTIC, SIMPLE, gemm_shape
 from tests.plugins.kernel_cases import (
     BF16,
     F16,
@@ -30,7 +31,7 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import ANY_TACTIC, SIMPLE, KernelError, KernelRunner
+from tests.plugins.kernel_runner import KernelError, KernelRunner
 
 
 def check(
@@ -305,8 +306,8 @@ def test_trap_24_workspace_needs_no_clearing(runner: KernelRunner, scratch: int)
     ],
 )
 def test_refused_shapes(runner: KernelRunner, op: str, attrs: GemmAttributes) -> None:
-    shape = runner.shape(attrs, 2, F16)
-    assert runner.workspace_bytes(op, shape) == 0
+    shape = gemm_shape(attrs, 2, F16)
+    assert runner.kernels.workspace_bytes(op, shape) == 0
     with pytest.raises(KernelError) as error:
         runner.call(op, shape, {})
     assert error.value.code == 1
@@ -315,22 +316,23 @@ def test_refused_shapes(runner: KernelRunner, op: str, attrs: GemmAttributes) ->
 def test_missing_buffers_are_refused(runner: KernelRunner) -> None:
     for op, attrs in (("ABQGemm", abq(8, 64)), ("QQQGemm", qqq(8, 64))):
         with pytest.raises(KernelError) as error:
-            runner.call(op, runner.shape(attrs, 2, F16), {})
+            runner.call(op, gemm_shape(attrs, 2, F16), {})
         assert error.value.code == 1
 
 
 def test_workspace_size_counts_in_64_bits(runner: KernelRunner) -> None:
     m, k = 1 << 20, 8192
-    assert runner.workspace_bytes(
-        "ABQGemm", runner.shape(abq(8, k), m, F16, SIMPLE)
+    assert runner.kernels.workspace_bytes(
+        "ABQGemm", gemm_shape(abq(8, k), m, F16, SIMPLE)
     ) == m * 8 + 8 * m * (k // 8)
     assert (
-        runner.workspace_bytes("QQQGemm", runner.shape(qqq(8, k), m, F16, SIMPLE)) == m * 4 + m * k
+        runner.kernels.workspace_bytes("QQQGemm", gemm_shape(qqq(8, k), m, F16, SIMPLE))
+        == m * 4 + m * k
     )
     for op, attrs in (("ABQGemm", abq(8, k)), ("QQQGemm", qqq(8, k))):
         codes = m * (k + (12 if op == "ABQGemm" else 8))
         assert (
             codes
-            < runner.workspace_bytes(op, runner.shape(attrs, m, F16, ANY_TACTIC))
+            < runner.kernels.workspace_bytes(op, gemm_shape(attrs, m, F16, ANY_TACTIC))
             < codes + (9 << 20)
         )

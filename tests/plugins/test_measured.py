@@ -47,7 +47,7 @@ CHOICE = """
 #include "qqq_gemm/cuda/config.h"
 using namespace anybit;
 const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
-const KernelTable table = {"QQQGemm", kQqqKernelCount, name_of, nullptr, qqq_plan, qqq_choose, nullptr};
+const KernelTable table = {"QQQGemm", kQqqKernelCount, name_of, nullptr, qqq_plan, qqq_choose, nullptr, nullptr, nullptr};
 int main() {
   for (const int n : {4096, 4097, 4098})
     for (const int room : {227 << 10, 64 << 10}) {
@@ -144,12 +144,12 @@ def test_the_library_takes_measured_kernels_where_they_run(tmp_path: Path) -> No
     """A row that fits is taken, and named by a tactic too; one whose kernel the GPU lacks room for,
     or that is gone, is not.
     """
-    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "host").mkdir(parents=True)
     rows = [
         f'{{90, 132, "QQQGemm", 4, 16, 8, 0, {n}, 4096, 8, "{kernel}", 3}},'
         for n, kernel in ((4096, "int8 256x64"), (4097, "gone"))
     ]
-    (tmp_path / "core" / "measured.inc").write_text(merged_table("", rows))
+    (tmp_path / "core" / "host" / "measured.inc").write_text(merged_table("", rows))
     assert output_of(tmp_path, CHOICE) == [
         "4096 227: int8 256x64 3",
         "4096 64: int8 64x8 by rule",
@@ -167,7 +167,7 @@ def test_what_was_measured_elsewhere_stays() -> None:
         )
 
     first = merged_table(
-        (PLUGINS / "core" / "measured.inc").read_text(),
+        (PLUGINS / "core" / "host" / "measured.inc").read_text(),
         [row(80, 1, "a"), row(90, 1, "a"), row(90, 16, "b")],
     )
     second = merged_table(first, [row(90, 1, "c"), row(90, 2, "d")])
@@ -180,5 +180,5 @@ def test_what_was_measured_elsewhere_stays() -> None:
     assert (
         first.splitlines()[0]
         == second.splitlines()[0]
-        == (PLUGINS / "core" / "measured.inc").read_text().splitlines()[0]
+        == (PLUGINS / "core" / "host" / "measured.inc").read_text().splitlines()[0]
     )

@@ -15,6 +15,7 @@ from plugins import op_spec
 from plugins.core.activation import rms_norm
 from plugins.core.op_spec import GemmAttributes
 from plugins.errors import InputError
+from plugins.tools.kernels import ANY_TACTIC, KERNEL_STEP, SIMPLE, gemm_shape
 from tests.plugins.kernel_cases import (
     BF16,
     F16,
@@ -28,7 +29,7 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import ANY_TACTIC, KERNEL_STEP, SIMPLE, KernelError, KernelRunner
+from tests.plugins.kernel_runner import KernelError, KernelRunner
 
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 EPSILON = 3.0  # of tokens of +-1: the root of the mean square is then exactly 2
@@ -170,11 +171,14 @@ def test_workspace_has_room_for_the_norm_of_the_simple_kernel_only(runner: Kerne
     ):
         normed = replace(attrs, norm_epsilon=1e-5)
         for tactic, name in runner.tactics(op, attrs, 8, F16).items():
-            grown = runner.workspace_bytes(
-                op, runner.shape(normed, 8, F16, tactic)
-            ) - runner.workspace_bytes(op, runner.shape(attrs, 8, F16, tactic))
+            grown = runner.kernels.workspace_bytes(
+                op, gemm_shape(normed, 8, F16, tactic)
+            ) - runner.kernels.workspace_bytes(op, gemm_shape(attrs, 8, F16, tactic))
             assert grown == (8 * 1024 * 2 if name == "simple" else 0)
-        assert runner.workspace_bytes(op, runner.shape(normed, 8, F16, ANY_TACTIC)) >= 8 * 1024 * 2
+        assert (
+            runner.kernels.workspace_bytes(op, gemm_shape(normed, 8, F16, ANY_TACTIC))
+            >= 8 * 1024 * 2
+        )
 
 
 def test_a_missing_gamma_and_a_bad_epsilon_are_refused(runner: KernelRunner) -> None:
@@ -187,7 +191,9 @@ def test_a_missing_gamma_and_a_bad_epsilon_are_refused(runner: KernelRunner) -> 
             with pytest.raises(KernelError) as error:
                 runner.gemm(op, refused, x, tensors)
             assert error.value.code == 1
-        assert not any(runner.workspace_bytes(op, runner.shape(refused, 2, F16)) for refused in bad)
+        assert not any(
+            runner.kernels.workspace_bytes(op, gemm_shape(refused, 2, F16)) for refused in bad
+        )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *PLUGINS.glob("core/tensorrt/abi/*.cpp"),
         *PLUGINS.glob("*/tensorrt.cpp"),
     ]
-    include = [f"-I{PLUGINS}", f"-I{PLUGINS / 'core' / 'trt'}"]
+    include = [f"-I{PLUGINS}", f"-I{PLUGINS / 'core' / 'tensorrt' / 'abi'}"]
     subprocess.run(
         [
             "g++",

@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from plugins import op_names
 from plugins.core.op_spec import GemmAttributes
+from plugins.errors import InputError
 from plugins.tools.build import build_library
+from plugins.tools.kernels import GemmShape, KernelLibrary
 
 REGISTRY = Path(__file__).parent / "trt" / "registry.py"
 ABQ = GemmAttributes(
@@ -151,15 +154,24 @@ def test_exports_only_its_interface(library: Path) -> None:
     output = subprocess.run(
         ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
     ).stdout
-    functions = ("", "_kernel", "_tactics", "_workspace")
     assert sorted(line.split()[-1] for line in output.splitlines()) == [
-        *(f"anybit_abq_gemm{function}" for function in functions),
+        "anybit_ops",
         "anybit_prepare_rows",
         "anybit_prepare_tokens",
-        *(f"anybit_qqq_gemm{function}" for function in functions),
         "getCreators",
         "setLoggerFinder",
     ]
+
+
+def test_exports_the_ops_that_python_knows(library: Path) -> None:
+    kernels = KernelLibrary(library)
+    assert kernels.ops == tuple(op_names())
+    with pytest.raises(InputError) as caught:
+        kernels.tactics("Gemm", GemmShape())
+    assert str(caught.value) == (
+        f"{library}: got no op 'Gemm', expected one of ABQGemm, QQQGemm. "
+        "Build the library again: python -m plugins build."
+    )
 
 
 def test_needs_no_cuda_library(library: Path) -> None:
@@ -181,7 +193,7 @@ def test_needs_no_cuda_library(library: Path) -> None:
 
 
 def test_loads_without_any_environment(library: Path) -> None:
-    code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).anybit_abq_gemm is not None)"
+    code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).anybit_ops is not None)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={"LD_BIND_NOW": "1", "PATH": os.defpath},

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from plugins.tools.build import build_library, build_selftest, build_sim
+from plugins.tools.kernels import GemmShape
 from plugins.tools.toolkit import find_cuda_include
-from tests.plugins.kernel_runner import GemmShape, cuda_missing
+from tests.plugins.kernel_runner import cuda_missing
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 USAGE = (
@@ -27,21 +28,23 @@ SHIM = """
 #include <dlfcn.h>
 #include <cmath>
 #include "core/host/params.h"
-static void* library() { static void* opened = dlopen("REAL", RTLD_NOW); return opened; }
-template <class F> static F* real(const char* name) { return reinterpret_cast<F*>(dlsym(library(), name)); }
-#define OP(name) \\
-  ANYBIT_API size_t name##_workspace(const GemmShape* s) { return real<size_t(const GemmShape*)>(#name "_workspace")(s); } \\
-  ANYBIT_API int name##_tactics(const GemmShape* s, int32_t* t, int n) { \\
-    return real<int(const GemmShape*, int32_t*, int)>(#name "_tactics")(s, t, n); } \\
-  ANYBIT_API const char* name##_kernel(int32_t t) { return real<const char*(int32_t)>(#name "_kernel")(t); } \\
-  ANYBIT_API int name(const GemmShape* s, const GemmBuffers* b, void* stream) { \\
-    int code = real<int(const GemmShape*, const GemmBuffers*, void*)>(#name)(s, b, stream); \\
-    unsigned char* y = static_cast<unsigned char*>(b->y); \\
-    const size_t y_bytes = size_t(s->m) * s->n * 2; \\
-    if (s->m == 7 && y_bytes) { CHANGE; } \\
-    return code; }
-OP(anybit_abq_gemm)
-OP(anybit_qqq_gemm)
+static const AnybitOp* real;
+template <int kOp> int changed_run(const GemmShape* s, const GemmBuffers* b, void* stream) {
+  int code = real[kOp].run(s, b, stream);
+  unsigned char* y = static_cast<unsigned char*>(b->y);
+  const size_t y_bytes = size_t(s->m) * s->n * 2;
+  if (s->m == 7 && y_bytes) { CHANGE; }
+  return code;
+}
+ANYBIT_API int anybit_ops(const AnybitOp** ops) {
+  static AnybitOp changed[2];
+  void* library = dlopen("REAL", RTLD_NOW);
+  if (reinterpret_cast<int (*)(const AnybitOp**)>(dlsym(library, "anybit_ops"))(&real) != 2) return 0;
+  changed[0] = real[0], changed[0].run = changed_run<0>;
+  changed[1] = real[1], changed[1].run = changed_run<1>;
+  *ops = changed;
+  return COUNT;
+}
 """
 # what tells the simulation from the library for GPUs
 SIMULATED = "ANYBIT_API void anybit_sim_set_seed(unsigned) {}\n"
@@ -109,10 +112,10 @@ def compiled(folder: Path, name: str, text: str, include: Path = PLUGINS) -> Pat
     return library
 
 
-def shim(folder: Path, change: str, simulated: bool = True) -> Path:
-    text = SHIM.replace("REAL", str(build_sim())).replace("CHANGE", change) + (
-        SIMULATED if simulated else ""
-    )
+def shim(folder: Path, change: str, simulated: bool = True, ops: int = 2) -> Path:
+    """The library SHIM; of its ops, it shows as many as `ops`."""
+    text = SHIM.replace("REAL", str(build_sim())).replace("CHANGE", change)
+    text = text.replace("COUNT", str(ops)) + (SIMULATED if simulated else "")
     return compiled(folder, "libshim.so", text)
 
 
@@ -192,12 +195,17 @@ def test_errors(tmp_path: Path) -> None:
     assert missing.stderr.endswith(
         "expected a kernel library. Build it: python -m plugins build.\n"
     )
-    other = run(compiled(tmp_path, "other.so", "int answer = 42;"))
-    assert (other.returncode, other.stderr) == (
-        2,
-        "LIBRARY: got one without anybit_abq_gemm_workspace, expected a kernel library of this version. "
-        "Build it: python -m plugins build.\n",
-    )
+    for library, found in (
+        (compiled(tmp_path, "other.so", "int answer = 42;"), "no ops"),
+        (shim(tmp_path, "", ops=1), "ABQGemm"),
+    ):
+        other = run(library)
+        assert (other.returncode, other.stdout, other.stderr) == (
+            2,
+            "",
+            f"LIBRARY: got one with {found}, expected a kernel library of this version, with "
+            "ABQGemm, QQQGemm. Build it: python -m plugins build.\n",
+        )
     nothing = run(build_sim(), "--quick", "--op", "QQQGemm", "--kernel", "int9")
     assert (nothing.returncode, nothing.stdout) == (2, "")
     assert nothing.stderr.startswith(

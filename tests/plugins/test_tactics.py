@@ -13,6 +13,7 @@ import pytest
 
 from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins.tools.kernels import KERNEL_STEP, SIMPLE
 from tests.plugins.kernel_cases import (
     BF16,
     F16,
@@ -26,7 +27,7 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import KERNEL_STEP, SIMPLE, KernelError, KernelRunner, gpu_sm
+from tests.plugins.kernel_runner import KernelError, KernelRunner, gpu_sm
 
 INT8 = {"int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
 WGMMA = {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}

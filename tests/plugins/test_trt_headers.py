@@ -18,7 +18,7 @@ from plugins.tools.toolkit import find_cuda_include
 
 PROBES = Path(__file__).parent / "trt"
 PLUGINS = Path(__file__).parents[2] / "plugins"
-OURS = PLUGINS / "core" / "trt"
+OURS = PLUGINS / "core" / "tensorrt" / "abi"
 NVIDIA = [
     Path(folder)
     for folder in os.environ.get("ANYBIT_TENSORRT_INCLUDE", "").split(os.pathsep)

@@ -1,4 +1,5 @@
-// The families of fast ABQGemm kernels, each in a .cu file of its own, so that they compile side by side.
+// The families of fast ABQGemm kernels, each in a .cu file of its own, so that
+// they compile side by side.
 #pragma once
 #include "abq_gemm/cuda/binary.cuh"
 #include "abq_gemm/cuda/config.h"
@@ -12,8 +13,10 @@ namespace anybit {
 // Kernel `kernel` of kAbqKernels on prepared tokens.
 cudaError_t abq_int8(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
 cudaError_t abq_binary(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
-cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
-cudaError_t abq_weight_only(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split);
+cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form,
+                          const Split& split);
+cudaError_t abq_weight_only(int kernel, const AbqGemmArgs& p, const AbqForm& form,
+                            const Split& split);
 
 // What the templates of a family are instantiated with, as a value.
 template <int kPlanes_, int kWords_, bool kGrouped_, class Shape_>
@@ -31,7 +34,8 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
     if constexpr (row.family != kFamily) {
       return cudaErrorInvalidValue;
     } else {
-      return with_index<3>(form.planes == 2 ? 0 : form.planes == 4 ? 1 : 2, [&](auto p) {
+      const int planes_index = form.planes == 2 ? 0 : form.planes == 4 ? 1 : 2;
+      return with_index<3>(planes_index, [&](auto p) {
         constexpr int kPlanes = 2 << p.value;
         constexpr Tile t = abq_tile(kFamily, row.tile, kPlanes);
         using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
@@ -46,7 +50,8 @@ cudaError_t with_abq_kernel(int kernel, const AbqForm& form, F f) {
             if constexpr (kFamily != AbqFamily::kWarpgroup) {
               if (form.words == 1) return f(AbqInstance<kPlanes, 1, true, Shape>());
             }
-            if constexpr (kFamily == AbqFamily::kInt8) return f(AbqInstance<kPlanes, 2, true, Shape>());
+            if constexpr (kFamily == AbqFamily::kInt8)
+              return f(AbqInstance<kPlanes, 2, true, Shape>());
           }
           return cudaErrorInvalidValue;
         }

@@ -1,14 +1,18 @@
-// ABQGemm on int8 tensor cores: codes of any bits are put together from their planes in registers (planes.cuh).
+// ABQGemm on int8 tensor cores: codes of any bits are put together from their planes
+// in registers (planes.cuh).
 //
-// With P = sum a q, Q = sum q and S = sum (a - z) over a group, token zero point z and weight zero point zero:
-//   D = sum (a - z)(q - zero) = (P - z * Q) - zero * S                                                       exact
-// P comes from the tensor core, S from the token kernel, Q from the tensor core too, with a fragment of ones as tokens.
+// With P = sum a q, Q = sum q and S = sum (a - z) over a group, token zero point z
+// and weight zero point zero:
+//   D = sum (a - z)(q - zero) = (P - z * Q) - zero * S            exact
+// P comes from the tensor core, S from the token kernel, Q from the tensor core too, with a
+// fragment of ones as tokens.
 #pragma once
 #include "abq_gemm/cuda/weights.cuh"
 
 namespace anybit {
 
-// kPlanes: 2, 4 or 8, of which p.planes are there. kWords: unit of planes.cuh. kGrouped: several scales per row.
+// kPlanes: 2, 4 or 8, of which p.planes are there. kWords: unit of planes.cuh.
+// kGrouped: several scales per row.
 template <int kPlanes, int kWords, bool kGrouped, class Shape_>
 struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   using Args = AbqGemmArgs;
@@ -22,7 +26,8 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
 
   int32_t product[kRowTiles][kTokenTiles][4] = {};  // P of the current group
   int32_t code_sum[kRowTiles][4] = {};              // Q, the same in every column
-  Acc acc[kRowTiles][kTokenTiles][4] = {};          // grouped: sum of float(D) * scale; per channel: P - z * Q
+  // grouped: sum of float(D) * scale; per channel: P - z * Q
+  Acc acc[kRowTiles][kTokenTiles][4] = {};
 
   using Base::Base;
 
@@ -33,22 +38,26 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
     uint32_t a[4];
   };
   __device__ static Fragment fragment(const uint32_t (&codes)[2][8], int step) {
-    return {{codes[0][2 * step], codes[1][2 * step], codes[0][2 * step + 1], codes[1][2 * step + 1]}};
+    return {
+        {codes[0][2 * step], codes[1][2 * step], codes[0][2 * step + 1], codes[1][2 * step + 1]}};
   }
 
   // End of a group: its integers become one fp32 term of every output.
   __device__ void close_group() {
     bool far = false;
     ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r)
+    for (int r = 0; r < kRowTiles; ++r) {
       ANYBIT_UNROLL
-      for (int half = 0; half < 2; ++half) far |= terms.zero[r][half] > p.zero_limit || terms.zero[r][half] < -p.zero_limit;
+      for (int half = 0; half < 2; ++half)
+        far |= terms.zero[r][half] > p.zero_limit || terms.zero[r][half] < -p.zero_limit;
+    }
     if (ballot(far)) add_terms<int64_t>();
     else add_terms<int32_t>();
     ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r)
+    for (int r = 0; r < kRowTiles; ++r) {
       ANYBIT_UNROLL
       for (int i = 0; i < 4; ++i) code_sum[r][i] = 0;
+    }
   }
 
   // Int: wide enough for D.
@@ -63,7 +72,7 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
         z[i] = p.asymmetric ? p.tokens.zero[this->token_of(t, i)] : 0;
       }
       ANYBIT_UNROLL
-      for (int r = 0; r < kRowTiles; ++r)
+      for (int r = 0; r < kRowTiles; ++r) {
         ANYBIT_UNROLL
         for (int i = 0; i < 4; ++i) {
           const Int zero = terms.zero[r][i / 2];
@@ -72,39 +81,52 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
           acc[r][t][i] = __fadd_rn(acc[r][t][i], __fmul_rn(term, terms.scale[r][i / 2]));
           product[r][t][i] = 0;
         }
+      }
     }
   }
 
   __device__ void sum_codes(const uint32_t (&codes)[kRowTiles][2][8]) {
     const uint32_t ones[2] = {0x01010101u, 0x01010101u};
     ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r)
+    for (int r = 0; r < kRowTiles; ++r) {
       ANYBIT_UNROLL
-      for (int step = 0; step < kWords; ++step) mma_u8_s8(code_sum[r], fragment(codes[r], step).a, ones);
+      for (int step = 0; step < kWords; ++step)
+        mma_u8_s8(code_sum[r], fragment(codes[r], step).a, ones);
+    }
   }
+
+  // k steps come in pairs, which share the registers of load_token_fragments(); a unit of one word
+  // is half a pair.
+  static constexpr int kPairs = (kWords + 1) / 2, kStepsOfPair = kWords == 1 ? 1 : 2;
+  __device__ static int first_pair(int unit) { return unit * kWords / 2; }
+  __device__ static bool is_upper_step(int unit, int step) { return kWords == 1 ? unit % 2 : step; }
 
   __device__ void multiply_unit(const char* slot, const char* tokens, int c, int unit) {
     uint32_t codes[kRowTiles][2][8];
     this->load_codes(codes, slot, c, unit);
     if (p.asymmetric) sum_codes(codes);
     ANYBIT_UNROLL
-    for (int t = 0; t < kTokenTiles; ++t)
+    for (int t = 0; t < kTokenTiles; ++t) {
       ANYBIT_UNROLL
-      for (int pair = 0; pair < (kWords + 1) / 2; ++pair) {
+      for (int pair = 0; pair < kPairs; ++pair) {
         uint32_t b[4];
-        load_token_fragments(b, tokens, t, (unit * kWords) / 2 + pair);
+        load_token_fragments(b, tokens, t, first_pair(unit) + pair);
         ANYBIT_UNROLL
-        for (int step = 0; step < (kWords == 1 ? 1 : 2); ++step) {
-          const bool second = kWords == 1 ? unit % 2 : step;  // one word is half of a pair of steps
-          const uint32_t b_step[2] = {second ? b[2] : b[0], second ? b[3] : b[1]};
+        for (int step = 0; step < kStepsOfPair; ++step) {
+          const bool upper = is_upper_step(unit, step);
+          const uint32_t b_step[2] = {upper ? b[2] : b[0], upper ? b[3] : b[1]};
           ANYBIT_UNROLL
-          for (int r = 0; r < kRowTiles; ++r) mma_u8_s8(product[r][t], fragment(codes[r], 2 * pair + step).a, b_step);
+          for (int r = 0; r < kRowTiles; ++r)
+            mma_u8_s8(product[r][t], fragment(codes[r], 2 * pair + step).a, b_step);
         }
       }
+    }
   }
 
   __device__ void multiply(const char* slot, int stage) {
-    const auto multiply_at = [&](int c, int unit) { multiply_unit(slot, slot + kWeightBytes + c * Shape::kTokens * kChunkBytes, c, unit); };
+    const auto multiply_at = [&](int c, int unit) {
+      multiply_unit(slot, slot + kWeightBytes + c * Shape::kTokens * kChunkBytes, c, unit);
+    };
     if constexpr (kGrouped) {
       this->walk(stage, multiply_at, [&] { close_group(); });
     } else {
@@ -116,17 +138,19 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
   __device__ void finish(char* shared) {
     if constexpr (!kGrouped) {
       ANYBIT_UNROLL
-      for (int t = 0; t < kTokenTiles; ++t)
+      for (int t = 0; t < kTokenTiles; ++t) {
         ANYBIT_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int32_t z = p.asymmetric ? p.tokens.zero[this->token_of(t, i)] : 0;
           ANYBIT_UNROLL
           for (int r = 0; r < kRowTiles; ++r) acc[r][t][i] = product[r][t][i] - z * code_sum[r][i];
         }
+      }
     }
     if (!sum_over_k<Shape>(acc, p, shared)) return;
     store_tile<Shape>(p, shared, acc, this->warp * kRowTiles, [&](int n) {
-      if constexpr (kGrouped) return [this](float v, int m) { return __fmul_rn(v, p.tokens.scale[m]); };
+      if constexpr (kGrouped)
+        return [this](float v, int m) { return __fmul_rn(v, p.tokens.scale[m]); };
       else return this->outputs_of(n);
     });
   }

@@ -1,10 +1,14 @@
-// ABQGemm kernels: y = x * w^T by counting bits, after "ABQ-LLM" (arXiv 2408.08554), with scales and zero points exact.
+// ABQGemm kernels: y = x * w^T by counting bits, after "ABQ-LLM" (arXiv 2408.08554), with
+// scales and zero points exact.
 //
-// A weight is w[n,k] = scale[n,g] * (q[n,k] - zero[n,g]), g = k / group_len. Its codes q lie in `planes` bit planes, the
-// activation codes a (two's complement, abits planes) in the same layout, so that with plane weights +-2^i and 2^j
+// A weight is w[n,k] = scale[n,g] * (q[n,k] - zero[n,g]), g = k / group_len. Its codes q lie in
+// `planes` bit planes, the activation codes a (two's complement, abits planes) in the same layout,
+// so that with plane weights +-2^i and 2^j
 //   sum_k a*q = sum_i sum_j (+-2^i)(2^j) popcount(a_i AND q_j).
-// Layout of a row (pictured for group_len 40): every group starts a new word, LSB first; pad bits (.) are 0.
-//   word 0 = e 0..31 of group 0 | word 1 = e 32..39 of group 0 and 24 . | word 2 = e 0..31 of group 1 | ... | pad to 4 words
+// Layout of a row (pictured for group_len 40): every group starts a new word, LSB
+// first; pad bits (.) are 0.
+//   word 0 = e 0..31 of group 0 | word 1 = e 32..39 of group 0 and 24 .
+//   | word 2 = e 0..31 of group 1 | ... | pad to 4 words
 #pragma once
 #include "core/device/quantize.cuh"
 
@@ -15,20 +19,20 @@ constexpr int kAbqThreads = 64;  // outputs per block of a GEMM kernel
 
 struct AbqArgs {
   int m, n, k;
-  int n_groups, group_len;       // group_len = k when per channel
-  int group_words, row_words;    // 32-bit words per group and per row of one plane
+  int n_groups, group_len;     // group_len = k when per channel
+  int group_words, row_words;  // 32-bit words per group and per row of one plane
   int planes, abits;
   bool act_symmetric;
-  const void* x;                 // [m, k]
-  const uint32_t* weight;        // [planes, n, row_words]
-  const float* scale;            // [n, n_groups]
-  const int32_t* zero;           // [n, n_groups]
-  const float* bias;             // [n] or null
-  void* y;                       // [m, n]
-  float* token_scale;            // [m]                     workspace, written by abq_quantize
-  int32_t* token_zero;           // [m]                     workspace
-  uint32_t* token_planes;        // [abits, m, row_words]   workspace
-  void* normed;                  // [m, k]                  workspace: x after its norm; null without one
+  const void* x;           // [m, k]
+  const uint32_t* weight;  // [planes, n, row_words]
+  const float* scale;      // [n, n_groups]
+  const int32_t* zero;     // [n, n_groups]
+  const float* bias;       // [n] or null
+  void* y;                 // [m, n]
+  float* token_scale;      // [m]                     workspace, written by abq_quantize
+  int32_t* token_zero;     // [m]                     workspace
+  uint32_t* token_planes;  // [abits, m, row_words]   workspace
+  void* normed;            // [m, k]                  workspace: x after its norm, or null
 };
 
 // Quantises one token per block and writes its bit planes, a word per warp and step.
@@ -77,7 +81,8 @@ __device__ inline GroupSums group_sums(const AbqArgs& p, int m, int n, int first
       ANYBIT_UNROLL
       for (int j = 0; j < kMaxPlanes; ++j)
         if (j < p.planes) dot += __popc(a & q[j]) << j;
-      const int32_t weight = i == p.abits - 1 ? -(1 << i) : 1 << i;  // two's complement: the top plane counts negative
+      // two's complement: the top plane counts negative
+      const int32_t weight = i == p.abits - 1 ? -(1 << i) : 1 << i;
       sums.aq += weight * dot;
       sums.a += weight * __popc(a);
     }

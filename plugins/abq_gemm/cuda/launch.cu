@@ -1,9 +1,10 @@
-// ABQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
+// The host side of ABQGemm and its row of the table of ops: checks the shape, lays out the
+// workspace and enqueues the kernels. Compiles with nvcc and with g++.
 #include "abq_gemm/cuda/config.h"
 #include "abq_gemm/cuda/families.h"
 #include "abq_gemm/cuda/kernel.cuh"
-#include "core/host/frame.h"
 #include "core/device/norm.cuh"
+#include "core/host/frame.h"
 
 namespace anybit {
 namespace {
@@ -51,8 +52,10 @@ template <class T>
 cudaError_t run_simple(const AbqArgs& p, cudaStream_t stream) {
   const dim3 outputs(ceil_div(p.n, kAbqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
   if (p.abits == 16) return launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm_float<T>, p);
-  const cudaError_t error = launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, abq_quantize<T>, p);
-  return error != cudaSuccess ? error : launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm<T>, p);
+  const cudaError_t error =
+      launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, abq_quantize<T>, p);
+  return error != cudaSuccess ? error
+                              : launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm<T>, p);
 }
 
 AbqGemmArgs fast_args(const GemmShape& s) {
@@ -71,9 +74,12 @@ AbqGemmArgs fast_args(const GemmShape& s) {
 
 PrepareShape prepare_shape(AbqFamily family, const GemmShape& s) {
   PrepareShape p = {};
-  p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits, p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
+  p.m = s.m, p.k = s.k, p.group_size = s.group_size, p.abits = s.abits,
+  p.act_symmetric = s.act_symmetric, p.dtype = s.dtype;
   p.epsilon = s.norm_epsilon;
-  p.order = family == AbqFamily::kWeightOnly ? kSlotFloats : family == AbqFamily::kBinary ? kBitPlanes : kSlotCodes;
+  p.order = family == AbqFamily::kWeightOnly ? kSlotFloats
+            : family == AbqFamily::kBinary   ? kBitPlanes
+                                             : kSlotCodes;
   p.unit_words = abq_form(family, s).words;
   return p;
 }
@@ -82,12 +88,15 @@ PrepareShape prepare_shape(AbqFamily family, const GemmShape& s) {
 size_t carve_fast(AbqGemmArgs& p, int kernel, const GemmShape& s, void* workspace) {
   Carver carver(workspace);
   carve_partials(carver, p, abq_plan(kernel, s, {}));
-  carve_tokens(carver, p.tokens, prepare_shape(kAbqKernels[kernel].family, s), s.abits == kWeightOnly ? 0 : p.n_groups);
+  carve_tokens(carver, p.tokens, prepare_shape(kAbqKernels[kernel].family, s),
+               s.abits == kWeightOnly ? 0 : p.n_groups);
   return carver.used();
 }
 
 size_t workspace_of(int kernel, const GemmShape& s) {
-  if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kWeightOnly) && kernel != kSimple) return 0;
+  if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kWeightOnly) &&
+      kernel != kSimple)
+    return 0;
   if (kernel == kSimple) {
     AbqArgs p = simple_args(s);
     return carve_simple(p, s, nullptr);
@@ -97,8 +106,6 @@ size_t workspace_of(int kernel, const GemmShape& s) {
 }
 
 const char* name_of(int kernel) { return kAbqKernels[kernel].name; }
-
-constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan, abq_choose, workspace_of};
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   AbqArgs p = simple_args(s);
@@ -110,7 +117,8 @@ cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream
   return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
 }
 
-cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
+cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device,
+                 cudaStream_t stream) {
   const Plan plan = abq_plan(config.kernel, s, device);
   AbqGemmArgs p = fast_args(s);
   carve_fast(p, config.kernel, s, b.workspace);
@@ -131,28 +139,20 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   return run(config.kernel, p, form, {config.shares, device, stream});
 }
 
+cudaError_t run(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device,
+                cudaStream_t stream) {
+  return config.kernel == kSimple ? simple(s, b, stream) : fast(config, s, b, device, stream);
+}
+
+bool has_inputs(const GemmShape&, const GemmBuffers& buffers) {
+  return buffers.weight && buffers.scale && buffers.zero;
+}
+
+// clang-format off
+constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan,
+                                abq_choose, workspace_of, has_inputs, run};
+// clang-format on
+const OpRegistration registration(op_from_table<kTable>());
+
 }  // namespace
 }  // namespace anybit
-
-size_t anybit_abq_gemm_workspace(const GemmShape* shape) { return anybit::workspace_bytes(anybit::kTable, shape); }
-
-int anybit_abq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
-  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
-}
-
-const char* anybit_abq_gemm_kernel(int32_t tactic) { return anybit::kernel_name(anybit::kTable, tactic); }
-
-int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
-  using namespace anybit;
-  if (!supported(*shape)) return cudaErrorInvalidValue;
-  if (shape->m == 0) return cudaSuccess;
-  if (!b->x || !b->weight || !b->scale || !b->zero || !b->y || (has_norm(*shape) && !b->gamma)) return cudaErrorInvalidValue;
-  Device device;
-  Config config;
-  cudaError_t error = query_device(device);
-  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
-  if (error != cudaSuccess) return error;
-  if (!b->workspace && workspace_of(config.kernel, *shape)) return cudaErrorInvalidValue;
-  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
-}

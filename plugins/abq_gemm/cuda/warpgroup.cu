@@ -3,11 +3,13 @@
 
 namespace anybit {
 
-cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form, const Split& split) {
+cudaError_t abq_warpgroup(int kernel, const AbqGemmArgs& p, const AbqForm& form,
+                          const Split& split) {
   return with_abq_kernel<AbqFamily::kWarpgroup>(kernel, form, [&](auto instance) {
     using I = decltype(instance);
     static_assert(I::kWords == 4, "units are whole chunks");
-    return launch_warpgroups<AbqWarpgroup<I::kPlanes, I::kGrouped, WarpgroupShape<typename I::Shape>>>(p, split);
+    return launch_warpgroups<
+        AbqWarpgroup<I::kPlanes, I::kGrouped, WarpgroupShape<typename I::Shape>>>(p, split);
   });
 }
 

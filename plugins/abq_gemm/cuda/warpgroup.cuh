@@ -1,11 +1,13 @@
-// ABQGemm on the int8 tensor cores of compute capability 9.0 (wgmma): codes made of planes in registers are operand A, as in int8.cuh.
+// ABQGemm on the int8 tensor cores of compute capability 9.0 (wgmma): codes made of planes in
+// registers are operand A, as in int8.cuh.
 #pragma once
 #include "abq_gemm/cuda/int8.cuh"
 #include "core/device/warpgroup.cuh"
 
 namespace anybit {
 
-// kPlanes: 2, 4 or 8, of which p.planes are there. kGrouped: several scales per row, of multiples of 128 k.
+// kPlanes: 2, 4 or 8, of which p.planes are there. kGrouped: several scales per
+// row, of multiples of 128 k.
 template <int kPlanes, bool kGrouped, class Shape_>
 struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
   using Shape = Shape_;
@@ -19,7 +21,9 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
     __device__ Copies(const AbqGemmArgs& p, int thread, int first)
         : weights_(p, thread, first), tokens_(p, first * kChunks, p.row_words / kChunkWords) {}
     __device__ void load_weights(char* slot, uint64_t*) { weights_.load_weights(slot); }
-    __device__ void load_tokens(char* slot, uint64_t* barrier) { tokens_.load(slot + kWeightBytes, 0, barrier); }
+    __device__ void load_tokens(char* slot, uint64_t* barrier) {
+      tokens_.load(slot + kWeightBytes, 0, barrier);
+    }
 
    private:
     AbqCopies<kPlanes, Shape, kCopyingThreads> weights_;
@@ -38,7 +42,7 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
   __device__ void share_code_sums() {
     if (!p.asymmetric) return;
     ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r)
+    for (int r = 0; r < kRowTiles; ++r) {
       ANYBIT_UNROLL
       for (int i = 0; i < 4; i += 2) {
         int32_t sum = code_sum[r][i];
@@ -46,6 +50,7 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
         sum += shuffle_xor(sum, 2);
         code_sum[r][i] = code_sum[r][i + 1] = sum;
       }
+    }
   }
 
   __device__ void multiply_chunk(const char* slot, int c) {
@@ -61,10 +66,12 @@ struct AbqWarpgroup : AbqInt8<kPlanes, 4, kGrouped, Shape_> {
   }
 
   __device__ void multiply(const char* slot, int stage) {
-    this->walk(stage, [&](int c, int) { multiply_chunk(slot, c); }, [&] {
-      share_code_sums();
-      this->close_group();
-    });
+    this->walk(
+        stage, [&](int c, int) { multiply_chunk(slot, c); },
+        [&] {
+          share_code_sums();
+          this->close_group();
+        });
   }
 
   __device__ void finish(char* shared) {

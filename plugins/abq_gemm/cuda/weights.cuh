@@ -1,4 +1,5 @@
-// The weight side of every fast ABQGemm kernel: bit planes on their way from device memory to a lane's registers.
+// The weight side of every fast ABQGemm kernel: bit planes on their way from device
+// memory to a lane's registers.
 #pragma once
 #include "abq_gemm/cuda/planes.cuh"
 #include "core/device/pipeline.cuh"
@@ -8,11 +9,11 @@ namespace anybit {
 struct AbqGemmArgs : GemmArgs {
   int n_groups, group_len, group_words, row_words;  // as AbqArgs
   int planes, abits;
-  bool asymmetric;           // whether any token zero point may differ from 0
-  int32_t zero_limit;        // up to this |zero|, D fits 32 bits
-  const uint32_t* weight;    // [planes, n, row_words]
-  const float* scale;        // [n, n_groups]
-  const int32_t* zero;       // [n, n_groups]
+  bool asymmetric;         // whether any token zero point may differ from 0
+  int32_t zero_limit;      // up to this |zero|, D fits 32 bits
+  const uint32_t* weight;  // [planes, n, row_words]
+  const float* scale;      // [n, n_groups]
+  const int32_t* zero;     // [n, n_groups]
 };
 
 constexpr int kChunkWords = 4;  // 32-bit words of a chunk's 128 k in one plane
@@ -27,22 +28,29 @@ struct RowTerms {
 // A slot's bit planes: [plane][row][chunk][16 bytes], swizzled.
 template <int kPlanes, class Shape>
 struct AbqSlot {
-  static constexpr int kChunks = Shape::kChunks, kPlaneBytes = Shape::kRows * kChunks * 16, kWeightBytes = kPlanes * kPlaneBytes;
+  static constexpr int kChunks = Shape::kChunks;
+  static constexpr int kPlaneBytes = Shape::kRows * kChunks * 16;
+  static constexpr int kWeightBytes = kPlanes * kPlaneBytes;
 
   // Place of 16-byte part `chunk` of a row: 8 rows that one ldmatrix reads lie in different banks.
-  __device__ static int part_offset(int row, int chunk) { return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16; }
+  __device__ static int part_offset(int row, int chunk) {
+    return (row * kChunks + (chunk ^ row * kChunks / 8 % kChunks)) * 16;
+  }
 };
 
-// What one of kThreads threads copies of every plane of every slot, from stage `first` on: 16-byte part thread % kChunks of a few rows.
+// What one of kThreads threads copies of every plane of every slot, from stage `first` on: 16-byte
+// part thread % kChunks of a few rows.
 template <int kPlanes, class Shape, int kThreads = Shape::kThreads>
 class AbqCopies {
  public:
-  __device__ AbqCopies(const AbqGemmArgs& args, int thread, int first) : p(args), copies_(thread < kRowsAtOnce * kChunks) {
+  __device__ AbqCopies(const AbqGemmArgs& args, int thread, int first)
+      : p(args), copies_(thread < kRowsAtOnce * kChunks) {
     const int c = thread % kChunks, n0 = blockIdx.x * Shape::kRows;
     left_ = p.row_words / kChunkWords - first * kChunks - c;
     ANYBIT_UNROLL
     for (int i = 0; i < kCopies; ++i) {
-      const int row = thread / kChunks + i * kRowsAtOnce, n = n0 + row < p.n ? n0 + row : p.n - 1;  // rows past the last are not stored
+      // rows past the last are not stored
+      const int row = thread / kChunks + i * kRowsAtOnce, n = n0 + row < p.n ? n0 + row : p.n - 1;
       from_[i] = p.weight + size_t(n) * p.row_words + (first * kChunks + c) * kChunkWords;
       to_[i] = Slot::part_offset(row, c);
     }
@@ -56,7 +64,8 @@ class AbqCopies {
       const uint32_t* from = from_[i];
       ANYBIT_UNROLL
       for (int j = 0; j < kPlanes; ++j, from += plane_words)
-        if (copies_ && j < p.planes) copy_async16(slot + j * Slot::kPlaneBytes + to_[i], from, from_bytes);
+        if (copies_ && j < p.planes)
+          copy_async16(slot + j * Slot::kPlaneBytes + to_[i], from, from_bytes);
       from_[i] += kChunks * kChunkWords;
     }
     left_ -= kChunks;
@@ -68,7 +77,8 @@ class AbqCopies {
  private:
   using Slot = AbqSlot<kPlanes, Shape>;
   static constexpr int kChunks = Shape::kChunks;
-  static constexpr int kRowsAtOnce = kThreads / kChunks < Shape::kRows ? kThreads / kChunks : Shape::kRows;
+  static constexpr int kRowsAtOnce =
+      kThreads / kChunks < Shape::kRows ? kThreads / kChunks : Shape::kRows;
   static constexpr int kCopies = Shape::kRows / kRowsAtOnce;
 
   const bool copies_;
@@ -84,15 +94,19 @@ class AbqTileCopies : public AbqCopies<kPlanes, Shape> {
   __device__ AbqTileCopies(const AbqGemmArgs& args, int thread, int first)
       : AbqCopies<kPlanes, Shape>(args, thread, first),
         tokens_(args, thread, first * kChunks, args.row_words / kChunkWords * kTokenChunks) {}
-  __device__ void load_tokens(char* slot) { tokens_.load(slot + AbqSlot<kPlanes, Shape>::kWeightBytes); }
+  __device__ void load_tokens(char* slot) {
+    tokens_.load(slot + AbqSlot<kPlanes, Shape>::kWeightBytes);
+  }
 
  private:
   static constexpr int kChunks = Shape::kChunks * kTokenChunks;
   TokenCopies<kChunks, Shape> tokens_;
 };
 
-// kPlanes: 2, 4 or 8, of which p.planes are there, at least kSure. kWords: unit of planes.cuh. kGrouped: several scales per row.
-template <int kPlanes, int kWords, bool kGrouped, class Shape, int kSure = kPlanes == 2 ? 1 : kPlanes / 2 + 1>
+// kPlanes: 2, 4 or 8, of which p.planes are there, at least kSure. kWords: unit of planes.cuh.
+// kGrouped: several scales per row.
+template <int kPlanes, int kWords, bool kGrouped, class Shape,
+          int kSure = kPlanes == 2 ? 1 : kPlanes / 2 + 1>
 struct AbqPlanes : AbqSlot<kPlanes, Shape> {
   using Slot = AbqSlot<kPlanes, Shape>;
   using Slot::kChunks, Slot::kPlaneBytes, Slot::kWeightBytes, Slot::part_offset;
@@ -109,8 +123,10 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
 
   __device__ bool is_there(int plane) const { return plane < kSure || plane < p.planes; }
 
-  // plane[half][j]: this lane's word of plane j, of row g + 8 * half of tile r, its first bit of unit `unit` of chunk c lowest.
-  __device__ void load_planes(uint32_t (&plane)[2][kPlanes], const char* slot, int r, int c, int unit) const {
+  // plane[half][j]: this lane's word of plane j, of row g + 8 * half of tile r, its first bit of
+  // unit `unit` of chunk c lowest.
+  __device__ void load_planes(uint32_t (&plane)[2][kPlanes], const char* slot, int r, int c,
+                              int unit) const {
     const int row = 16 * (warp * kRowTiles + r);
     if constexpr (kWords == 4) {  // word q of every row: two planes of both halves at a time
       const char* from = slot + part_offset(row + lane % 16, c) + lane / 16 * kPlaneBytes;
@@ -125,10 +141,12 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
       constexpr int kLanes = 4 / kWords;  // that share a word
       ANYBIT_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const char* from = slot + part_offset(row + lane / 4 + 8 * half, c) + 4 * (unit * kWords + q / kLanes);
+        const char* from =
+            slot + part_offset(row + lane / 4 + 8 * half, c) + 4 * (unit * kWords + q / kLanes);
         ANYBIT_UNROLL
         for (int j = 0; j < kPlanes; ++j) {
-          const uint32_t word = is_there(j) ? *reinterpret_cast<const uint32_t*>(from + j * kPlaneBytes) : 0;
+          const uint32_t word =
+              is_there(j) ? *reinterpret_cast<const uint32_t*>(from + j * kPlaneBytes) : 0;
           plane[half][j] = word >> q % kLanes * 2 * kWords;
         }
       }
@@ -136,7 +154,8 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
   }
 
   // codes[r][half]: of rows g + 8 * half of tile r, all k of the unit.
-  __device__ void load_codes(uint32_t (&codes)[kRowTiles][2][8], const char* slot, int c, int unit) const {
+  __device__ void load_codes(uint32_t (&codes)[kRowTiles][2][8], const char* slot, int c,
+                             int unit) const {
     ANYBIT_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
       uint32_t plane[2][kPlanes];
@@ -153,13 +172,14 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
 
   __device__ void load_terms(int of_group) {
     ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r)
+    for (int r = 0; r < kRowTiles; ++r) {
       ANYBIT_UNROLL
       for (int half = 0; half < 2; ++half) {
         const size_t at = size_t(row_of(r, half)) * p.n_groups + of_group;
         terms.scale[r][half] = p.scale[at];
         terms.zero[r][half] = p.zero[at];
       }
+    }
   }
 
   __device__ int token_of(int t, int i) const {
@@ -169,7 +189,8 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
 
   // D = centred - zero * sum (int8.cuh) as a float, in 64 bits only where it may need them.
   __device__ float difference(int32_t centred, int32_t zero, int32_t sum) const {
-    if (zero > p.zero_limit || zero < -p.zero_limit) return __ll2float_rn(centred - int64_t{zero} * sum);
+    if (zero > p.zero_limit || zero < -p.zero_limit)
+      return __ll2float_rn(centred - int64_t{zero} * sum);
     return __int2float_rn(centred - zero * sum);
   }
 
@@ -192,7 +213,8 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
     if constexpr (kGrouped) open_group(stage * kChunks * kChunkWords / p.group_words);
   }
 
-  // multiply(chunk of the slot, unit) for the units of a slot, close() at the end of every group but with one group per row.
+  // multiply(chunk of the slot, unit) for the units of a slot, close() at the end of every group
+  // but with one group per row.
   template <class Multiply, class Close>
   __device__ void walk(int stage, Multiply multiply, Close close) {
     ANYBIT_ROLLED

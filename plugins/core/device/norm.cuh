@@ -1,11 +1,12 @@
-// RMSNorm of a GEMM node's input: for the simple kernels a kernel of its own in fp64, which the fast ones' fused norm is held against.
+// RMSNorm of a GEMM node's input: for the simple kernels a kernel of its own in fp64, which the
+// fast ones' fused norm is held against.
 #pragma once
 #include <cfloat>
 #include <cmath>
 
-#include "core/host/frame.h"
 #include "core/device/numeric.cuh"
 #include "core/device/words.cuh"
+#include "core/host/frame.h"
 
 namespace anybit {
 
@@ -19,7 +20,8 @@ struct NormArgs {
   void* y;            // [m, k]
 };
 
-// y = RMSNorm(x) * gamma of one token per block: rms_norm() of plugins/core/activation.py, to the bit but for ties.
+// y = RMSNorm(x) * gamma of one token per block: rms_norm() of
+// plugins/core/activation.py, to the bit but for ties.
 template <class T>
 __global__ void rms_norm(NormArgs p) {
   const size_t first = size_t(blockIdx.x) * p.k;
@@ -34,27 +36,34 @@ __global__ void rms_norm(NormArgs p) {
   for (int thread = 0; thread < kNormThreads; ++thread) squares += squares_sh[thread];
   const double inverse_rms = 1 / sqrt(squares / p.k + p.epsilon);
   for (int i = threadIdx.x; i < p.k; i += kNormThreads)
-    static_cast<T*>(p.y)[first + i] = rounded_to<T>(float(wide(x[i]) * inverse_rms * wide(gamma[i])));
+    static_cast<T*>(p.y)[first + i] =
+        rounded_to<T>(float(wide(x[i]) * inverse_rms * wide(gamma[i])));
 }
 
-inline bool has_norm(const GemmShape& s) { return s.norm_epsilon > 0; }
-inline bool norm_supported(const GemmShape& s) { return s.norm_epsilon >= 0 && s.norm_epsilon <= FLT_MAX; }
+inline bool norm_supported(const GemmShape& s) {
+  return s.norm_epsilon >= 0 && s.norm_epsilon <= FLT_MAX;
+}
 
 // What the token kernels fuse.
-inline NormBuffers norm_of(const GemmShape& s, const GemmBuffers& b) { return {has_norm(s) ? b.gamma : nullptr, nullptr, nullptr}; }
+inline NormBuffers norm_of(const GemmShape& s, const GemmBuffers& b) {
+  return {has_norm(s) ? b.gamma : nullptr, nullptr, nullptr};
+}
 
 // Room for x [m, k] after its norm; null without one.
 inline void* carve_normed(Carver& carver, const GemmShape& s) {
-  return has_norm(s) ? carver.take<char>(size_t(s.m) * s.k * (s.dtype == kFloat32 ? 4 : 2)) : nullptr;
+  return has_norm(s) ? carver.take<char>(size_t(s.m) * s.k * (s.dtype == kFloat32 ? 4 : 2))
+                     : nullptr;
 }
 
 // Sets x to what a simple kernel reads: the caller's, or after the norm that this enqueues.
-inline cudaError_t norm_input(const GemmShape& s, const GemmBuffers& b, void* normed, const void*& x, cudaStream_t stream) {
+inline cudaError_t norm_input(const GemmShape& s, const GemmBuffers& b, void* normed,
+                              const void*& x, cudaStream_t stream) {
   x = has_norm(s) ? normed : b.x;
   if (!has_norm(s)) return cudaSuccess;
   const NormArgs p = {s.k, s.norm_epsilon, b.x, b.gamma, normed};
   const LaunchShape shape{dim3(s.m), dim3(kNormThreads), kNormThreads * sizeof(double)};
-  return with_dtype(s.dtype, [&](auto t) { return launch(shape, stream, rms_norm<decltype(t)>, p); });
+  return with_dtype(s.dtype,
+                    [&](auto t) { return launch(shape, stream, rms_norm<decltype(t)>, p); });
 }
 
 }  // namespace anybit

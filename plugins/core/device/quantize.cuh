@@ -1,17 +1,21 @@
-// Per-token activation quantisation inside one thread block; the same arithmetic as plugins/core/activation.py.
+// Per-token activation quantisation inside one thread block; the same arithmetic as
+// plugins/core/activation.py.
 //
-// x ~ scale * (code - zero), codes signed. Every fp32 operation is rounded on its own (no fma), so that numpy, ONNX Runtime
-// and the GPU agree to the last bit.
+// x ~ scale * (code - zero), codes signed. Every fp32 operation is rounded on its own (no fma), so
+// that numpy, ONNX Runtime and the GPU agree to the last bit.
 #pragma once
 #include "core/device/numeric.cuh"
 
 namespace anybit {
 
-constexpr int kQuantizeThreads = 128;                               // threads of a block that quantises one token
+// threads of a block that quantises one token
+constexpr int kQuantizeThreads = 128;
 constexpr int kQuantizeWarps = kQuantizeThreads / 32;
-constexpr size_t kQuantizeShared = 2 * kQuantizeWarps * sizeof(float);  // bytes of shared memory for row_range
-// Smallest range, so that an all-zero token has a scale. 2^-118, because then scale >= 2^-118 / 255 is a normal number, which
-// nothing flushes to zero, and 1 / scale is finite: with an infinite one, 0 * inf would turn zeros into NaN.
+// bytes of shared memory for row_range
+constexpr size_t kQuantizeShared = 2 * kQuantizeWarps * sizeof(float);
+// Smallest range, so that an all-zero token has a scale. 2^-118, because then scale >= 2^-118 / 255
+// is a normal number, which nothing flushes to zero, and 1 / scale is finite: with an infinite one,
+// 0 * inf would turn zeros into NaN.
 constexpr float kTiny = 0x1p-118f;
 
 struct RowRange {
@@ -19,7 +23,8 @@ struct RowRange {
 };
 
 struct TokenQuant {
-  float scale;    // NaN if the row holds a NaN or an infinity, so that the whole output row shows it
+  // NaN if the row holds a NaN or an infinity, so that the whole output row shows it
+  float scale;
   float inverse;  // 1 / scale
   int zero;
   int lo, hi;  // code limits
@@ -38,7 +43,8 @@ __device__ RowRange row_range(const T* x, int k) {
   RowRange* warps_sh = dynamic_shared<RowRange>();  // [kQuantizeWarps]
   if (threadIdx.x % 32 == 0) warps_sh[threadIdx.x / 32] = r;
   __syncthreads();
-  for (int w = 0; w < kQuantizeWarps; ++w) r = {min_nan(r.lo, warps_sh[w].lo), max_nan(r.hi, warps_sh[w].hi)};
+  for (int w = 0; w < kQuantizeWarps; ++w)
+    r = {min_nan(r.lo, warps_sh[w].lo), max_nan(r.hi, warps_sh[w].hi)};
   return r;
 }
 

@@ -1,21 +1,28 @@
-// The frame of the GEMM kernels for compute capability 9.0: four warps copy, groups of four warps multiply (wgmma).
+// The frame of the GEMM kernels for compute capability 9.0: four warps copy, groups of
+// four warps multiply (wgmma).
 //
-// Tiles, slots, shares of K and results are those of pipeline.cuh. The copying warps fill a slot as soon as all multiplying warps have
-// left it; no __syncthreads in the loop. Two mbarriers for each slot: `full` (weights and tokens are there) and `empty`. Tokens of a
-// tile are one piece of memory for each chunk (tiles.cuh), so that one thread's bulk copies bring them. While one group of warps makes
-// int8 codes of its weights, the tensor cores work for the other. Multiplying warps take over most registers of the copying ones.
+// Tiles, slots, shares of K and results are those of pipeline.cuh. The copying warps fill a slot as
+// soon as all multiplying warps have left it; no __syncthreads in the loop. Two mbarriers for each
+// slot: `full` (weights and tokens are there) and `empty`. Tokens of a tile are one piece of memory
+// for each chunk (tiles.cuh), so that one thread's bulk copies bring them. While one group of warps
+// makes int8 codes of its weights, the tensor cores work for the other. Multiplying warps take over
+// most registers of the copying ones.
 #pragma once
 #include "core/device/pipeline.cuh"
 #include "core/device/ptx_sm90.cuh"
 
 namespace anybit {
 
-constexpr int kCopyingThreads = 128, kCopyingRegisters = 40, kMultiplyingRegisters = 232;  // 65536 registers for 384 threads
+// 65536 registers for 384 threads
+constexpr int kCopyingThreads = 128, kCopyingRegisters = 40, kMultiplyingRegisters = 232;
 
 template <class Tile>
 struct WarpgroupShape : Tile {
-  static_assert(Tile::kThreads == 256 && Tile::kStages >= 2, "registers are shared out for two groups of four warps");
-  static_assert(kCopyingRegisters * kCopyingThreads + kMultiplyingRegisters * 256 <= 168 * (kCopyingThreads + 256), "what a launch gives");
+  static_assert(Tile::kThreads == 256 && Tile::kStages >= 2,
+                "registers are shared out for two groups of four warps");
+  static_assert(kCopyingRegisters * kCopyingThreads + kMultiplyingRegisters * 256 <=
+                    168 * (kCopyingThreads + 256),
+                "what a launch gives");
   __device__ static void sync() { sync_part<Tile::kThreads>(); }
 };
 
@@ -23,7 +30,8 @@ struct WarpgroupShape : Tile {
 template <class Op>
 constexpr size_t warpgroup_shared_bytes() {
   constexpr size_t kBarriers = 2 * Op::Shape::kStages * sizeof(uint64_t);
-  static_assert(Op::kSlotBytes % 1024 == 0 && Op::kWeightBytes % 1024 == 0, "the swizzle of wgmma starts over every 1024 bytes");
+  static_assert(Op::kSlotBytes % 1024 == 0 && Op::kWeightBytes % 1024 == 0,
+                "the swizzle of wgmma starts over every 1024 bytes");
   static_assert(kBarriers <= kWarpgroupBarriers, "what Plan::shared_bytes has for the barriers");
   return gemm_shared_bytes<Op>() + kBarriers;
 }
@@ -39,12 +47,15 @@ struct RingPlace {
   }
 };
 
-// As TokenCopies, by one thread's bulk copies, told to the barrier together with `more` other bytes.
+// As TokenCopies, by one thread's bulk copies, told to the barrier
+// together with `more` other bytes.
 template <int kChunks, class Shape>
 class BulkTokenCopies {
  public:
-  __device__ BulkTokenCopies(const GemmArgs& p, int first, int end) : chunk_bytes_(size_t(p.tokens.row_count) * kChunkBytes), left_(end - first) {
-    const int first_row = blockIdx.y * Shape::kTokens, rows = p.m - first_row < Shape::kTokens ? p.m - first_row : Shape::kTokens;
+  __device__ BulkTokenCopies(const GemmArgs& p, int first, int end)
+      : chunk_bytes_(size_t(p.tokens.row_count) * kChunkBytes), left_(end - first) {
+    const int first_row = blockIdx.y * Shape::kTokens;
+    const int rows = p.m - first_row < Shape::kTokens ? p.m - first_row : Shape::kTokens;
     from_ = p.tokens.rows + token_offset(p.tokens.row_count, first, first_row, 0);
     bytes_ = rows * kChunkBytes;
   }
@@ -65,29 +76,36 @@ class BulkTokenCopies {
 
 constexpr int kChunkSteps = 4;  // of 32 k in a chunk
 
-// product[r] += rows of this lane's tile r times the tokens of a chunk [token][128], a[step][r] being the fragments; done when it returns.
+// product[r] += rows of this lane's tile r times the tokens of a chunk [token][128], a[step][r]
+// being the fragments; done when it returns.
 template <bool kUnsigned, int kRowTiles, int kTokenTiles>
-__device__ void multiply_fragments(int32_t (&product)[kRowTiles][kTokenTiles][4], const uint32_t (&a)[kChunkSteps][kRowTiles][4],
+__device__ void multiply_fragments(int32_t (&product)[kRowTiles][kTokenTiles][4],
+                                   const uint32_t (&a)[kChunkSteps][kRowTiles][4],
                                    const char* tokens) {
   const SwizzledRows rows(tokens);
   fence_products();
   ANYBIT_UNROLL
-  for (int step = 0; step < kChunkSteps; ++step)
+  for (int step = 0; step < kChunkSteps; ++step) {
     ANYBIT_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) wgmma<kUnsigned>(product[r], a[step][r], rows.part(32 * step), true);
+    for (int r = 0; r < kRowTiles; ++r)
+      wgmma<kUnsigned>(product[r], a[step][r], rows.part(32 * step), true);
+  }
   commit_products();
   wait_for_products<0>();
   ANYBIT_UNROLL
   for (int r = 0; r < kRowTiles; ++r) settle_products(product[r]);
 }
 
-// The copying warps. Op::Copies(args, thread, first stage), each of whose functions fills the next stage into a slot:
-// load_weights(slot, barrier) by all threads, with copy_async or, told to the barrier, copy_bulk; load_tokens(slot, barrier) by one,
-// which announces all bulk copies of the stage.
+// The copying warps. Op::Copies(args, thread, first stage), each of whose functions fills
+// the next stage into a slot: load_weights(slot, barrier) by all threads, with copy_async
+// or, told to the barrier, copy_bulk; load_tokens(slot, barrier) by one, which announces all
+// bulk copies of the stage.
 template <class Op>
-__device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* full, uint64_t* empty, int first, int end) {
+__device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* full, uint64_t* empty,
+                            int first, int end) {
   constexpr int kStages = Op::Shape::kStages;
-  const int thread = threadIdx.x - Op::Shape::kThreads, ahead = end - first < kStages ? end : first + kStages;
+  const int thread = threadIdx.x - Op::Shape::kThreads;
+  const int ahead = end - first < kStages ? end : first + kStages;
   typename Op::Copies copies(p, thread, first);
   const auto load_weights = [&](int i) {
     copies.load_weights(ring + i * Op::kSlotBytes, full + i);
@@ -109,9 +127,11 @@ __device__ void copy_stages(const typename Op::Args& p, char* ring, uint64_t* fu
   wait_for_copies<0>();  // a thread stays until its copies have come
 }
 
-// As gemm() of pipeline.cuh, with Op::multiply() done with the slot when it returns, and Op::Copies as above. Only sm_90a code has it.
+// As gemm() of pipeline.cuh, with Op::multiply() done with the slot when it returns, and Op::Copies
+// as above. Only sm_90a code has it.
 template <class Op>
-__global__ void __launch_bounds__(Op::Shape::kThreads + kCopyingThreads, 1) gemm_warpgroups(typename Op::Args p) {
+__global__ void __launch_bounds__(Op::Shape::kThreads + kCopyingThreads, 1)
+    gemm_warpgroups(typename Op::Args p) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kStages = Op::Shape::kStages, kThreads = Op::Shape::kThreads;
   char* ring = dynamic_shared<char>();

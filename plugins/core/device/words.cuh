@@ -1,4 +1,5 @@
-// Rows of activations in registers, a thread holding words of 32 elements: every group of a row starts a new word, pads are 0.
+// Rows of activations in registers, a thread holding words of 32 elements: every group of a row
+// starts a new word, pads are 0.
 #pragma once
 #include "core/device/numeric.cuh"
 
@@ -34,7 +35,8 @@ struct Values {
     else return raw[i / 2] >> i % 2 * 16 & 0xffff;
   }
   __device__ float operator[](int i) const {
-    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits(i))));
+    if constexpr (std::is_same<T, __half>::value)
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits(i))));
     else if constexpr (sizeof(T) == 2) return __uint_as_float(bits(i) << 16);
     else return __uint_as_float(bits(i));
   }
@@ -73,7 +75,9 @@ __device__ void for_each_part(const T* row, Span span, F f) {
     Part<T> part = {};
     const int first = i * part.kCount;
     if constexpr (!kVectors) {
-      part.set([&](int j) { return first + j < span.count ? row[span.first + first + j] : rounded_to<T>(0.0f); });
+      part.set([&](int j) {
+        return first + j < span.count ? row[span.first + first + j] : rounded_to<T>(0.0f);
+      });
     } else if (first < span.count) {
       const uint4 from = *reinterpret_cast<const uint4*>(row + span.first + first);
       part = {{from.x, from.y, from.z, from.w}};
@@ -96,9 +100,11 @@ __device__ void store_word(T* row, Span span, bool vectors, const Word<T>& w) {
     if (!vectors) {
       ANYBIT_UNROLL
       for (int j = 0; j < part.kCount; ++j)
-        if (first + j < span.count) row[span.first + first + j] = rounded_to<T>(part[j]);  // already a T
+        // already a T
+        if (first + j < span.count) row[span.first + first + j] = rounded_to<T>(part[j]);
     } else if (first < span.count) {
-      *reinterpret_cast<uint4*>(row + span.first + first) = {part.raw[0], part.raw[1], part.raw[2], part.raw[3]};
+      *reinterpret_cast<uint4*>(row + span.first + first) = {part.raw[0], part.raw[1], part.raw[2],
+                                                             part.raw[3]};
     }
   }
 }
@@ -106,19 +112,22 @@ __device__ void store_word(T* row, Span span, bool vectors, const Word<T>& w) {
 // Widens the range -ends[0] .. ends[1] to hold the word; NaN if it holds one.
 template <class T>
 __device__ void widen(float (&ends)[2], const Word<T>& w) {
-  const auto add = [&](float low, float high) { ends[0] = max_nan(ends[0], -low), ends[1] = max_nan(ends[1], high); };
+  const auto add = [&](float low, float high) {
+    ends[0] = max_nan(ends[0], -low), ends[1] = max_nan(ends[1], high);
+  };
   if constexpr (sizeof(T) == 4) {
     ANYBIT_UNROLL
     for (int i = 0; i < 32; ++i) add(w[i], w[i]);
   } else {
     Values<T, 1> low = {}, high = {};  // two columns of values at a time
     ANYBIT_UNROLL
-    for (const Part<T>& part : w.part)
+    for (const Part<T>& part : w.part) {
       ANYBIT_UNROLL
       for (uint32_t pair : part.raw) {
         low.raw[0] = min_or_max_nan2<T, false>(low.raw[0], pair);
         high.raw[0] = min_or_max_nan2<T, true>(high.raw[0], pair);
       }
+    }
     add(low[0], high[0]);
     add(low[1], high[1]);
   }

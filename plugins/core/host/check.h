@@ -1,4 +1,5 @@
-// Errors of the plugins: the same three parts as in Python (where, got against expected, what to do), sent to TensorRT's logger.
+// Errors of the plugins: the same three parts as in Python (where, got against expected, what to
+// do), sent to TensorRT's logger.
 #pragma once
 #include <cstdarg>
 #include <cstdio>

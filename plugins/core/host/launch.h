@@ -14,15 +14,18 @@ namespace anybit {
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
-  bool overlap = false;  // may start before the launch before it has ended (programmatic dependent launch, sm_90 and later)
+  // may start before the launch before it has ended (programmatic
+  // dependent launch, sm_90 and later)
+  bool overlap = false;
 };
 
 #ifdef __CUDACC__
 
 constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes
 
-// What the driver was asked and told about kernels of one signature, so that a launch need not wait for it every time. A slot holds a
-// kernel, a device and the answer in one word; two kernels that meet in a slot only ask again.
+// What the driver was asked and told about kernels of one signature, so that a launch need not wait
+// for it every time. A slot holds a kernel, a device and the answer in one word; two kernels that
+// meet in a slot only ask again.
 class Asked {
  public:
   // The answer that is kept, below 256; -1 if there is none.
@@ -46,8 +49,8 @@ class Asked {
   std::atomic<uint64_t> slots_[256] = {};
 };
 
-// Whether the kernel's code has the instructions of programmatic dependent launch: code for less than sm_90, which the driver may
-// have translated for a later GPU, must not overlap.
+// Whether the kernel's code has the instructions of programmatic dependent launch: code for less
+// than sm_90, which the driver may have translated for a later GPU, must not overlap.
 template <class... Params>
 bool waits_for_earlier_launch(void (*kernel)(Params...)) {
   static Asked asked;
@@ -62,7 +65,8 @@ bool waits_for_earlier_launch(void (*kernel)(Params...)) {
   return waits;
 }
 
-// Lets the kernel have so much shared memory, once for each device: the answer is KiB, of which a GPU has whole ones.
+// Lets the kernel have so much shared memory, once for each device: the answer is KiB, of
+// which a GPU has whole ones.
 template <class... Params>
 cudaError_t opt_in(void (*kernel)(Params...), size_t bytes, bool again = false) {
   static Asked asked;
@@ -71,15 +75,18 @@ cudaError_t opt_in(void (*kernel)(Params...), size_t bytes, bool again = false) 
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (!again && asked.kept(address, device) == units) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units * 1024);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units * 1024);
   if (error == cudaSuccess) asked.keep(address, device, units);
   return error;
 }
 
 template <class... Params, class... Args>
-cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Params...), Args&&... args) {
+cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Params...),
+                   Args&&... args) {
   if (shape.shared_bytes > kSharedWithoutOptIn) {
-    if (const cudaError_t error = opt_in(kernel, shape.shared_bytes); error != cudaSuccess) return error;
+    if (const cudaError_t error = opt_in(kernel, shape.shared_bytes); error != cudaSuccess)
+      return error;
   }
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -92,7 +99,8 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  if (error == cudaErrorInvalidValue && shape.shared_bytes > kSharedWithoutOptIn) {  // another context of the device than was asked
+  // another context of the device than was asked
+  if (error == cudaErrorInvalidValue && shape.shared_bytes > kSharedWithoutOptIn) {
     cudaGetLastError();
     error = opt_in(kernel, shape.shared_bytes, true);
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
@@ -110,10 +118,13 @@ bool waits_for_earlier_launch(void (*)(Params...)) {
 inline unsigned sim_seed = 0;
 inline thread_local std::string sim_error;
 
-// Runs the kernel to its end before returning. A failure of the simulation becomes cudaErrorLaunchFailure (719) and a text.
+// Runs the kernel to its end before returning. A failure of the simulation becomes
+// cudaErrorLaunchFailure (719) and a text.
 template <class... Params, class... Args>
-cudaError_t launch(const LaunchShape& shape, cudaStream_t, void (*kernel)(Params...), Args... args) {
-  if (!simt::launchable(shape.grid, shape.block, shape.shared_bytes)) return cudaErrorInvalidConfiguration;
+cudaError_t launch(const LaunchShape& shape, cudaStream_t, void (*kernel)(Params...),
+                   Args... args) {
+  if (!simt::launchable(shape.grid, shape.block, shape.shared_bytes))
+    return cudaErrorInvalidConfiguration;
   try {
     simt::launch(shape.grid, shape.block, shape.shared_bytes, sim_seed, [=] { kernel(args...); });
     return cudaSuccess;
@@ -129,7 +140,11 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t, void (*kernel)(Params
 
 #ifndef __CUDACC__
 // The simulation library's own controls, inline so that every op's launch.cu may carry them.
-ANYBIT_API inline __attribute__((used)) void anybit_sim_set_seed(unsigned seed) { anybit::sim_seed = seed; }
+ANYBIT_API inline __attribute__((used)) void anybit_sim_set_seed(unsigned seed) {
+  anybit::sim_seed = seed;
+}
 // Why the last call of this OS thread returned cudaErrorLaunchFailure; empty if none did.
-ANYBIT_API inline __attribute__((used)) const char* anybit_sim_last_error() { return anybit::sim_error.c_str(); }
+ANYBIT_API inline __attribute__((used)) const char* anybit_sim_last_error() {
+  return anybit::sim_error.c_str();
+}
 #endif

@@ -1,11 +1,13 @@
-// What the token kernels do, for the launchers of the GEMMs: x becomes Tokens in one of several orders, with or without RMSNorm.
+// What the token kernels do, for the launchers of the GEMMs: x becomes Tokens in one of several
+// orders, with or without RMSNorm.
 #pragma once
-#include "core/host/launch.h"
 #include "core/device/tiles.cuh"
+#include "core/host/launch.h"
 
 namespace anybit {
 
-// Floating point before the quantisation, all null for none: y = RMSNorm(x + residual) * gamma takes the place of x.
+// Floating point before the quantisation, all null for none: y = RMSNorm(x + residual) *
+// gamma takes the place of x.
 struct NormBuffers {
   const void* gamma;     // [k] or null: no norm
   const void* residual;  // [m, k] or null
@@ -18,9 +20,10 @@ bool preparable(const PrepareShape& shape);
 int token_row_count(const PrepareShape& shape);
 int token_chunks(const PrepareShape& shape);
 
-// Enqueue the token kernel. tokens.row_count and tokens.sum_pitch (>= m) say how the buffers lie; tokens.sums may be null, and with
-// kSlotFloats scale and zero are. overlap: start before the launch before it has ended (sm_90 and later).
-cudaError_t prepare_tokens(const PrepareShape& shape, const void* x, const NormBuffers& norm, const Tokens& tokens, bool overlap,
-                           cudaStream_t stream);
+// Enqueue the token kernel. tokens.row_count and tokens.sum_pitch (>= m) say how the buffers lie;
+// tokens.sums may be null, and with kSlotFloats scale and zero are. overlap: start before the
+// launch before it has ended (sm_90 and later).
+cudaError_t prepare_tokens(const PrepareShape& shape, const void* x, const NormBuffers& norm,
+                           const Tokens& tokens, bool overlap, cudaStream_t stream);
 
 }  // namespace anybit

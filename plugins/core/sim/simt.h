@@ -1,8 +1,10 @@
-// Runs CUDA kernels on the CPU, one fiber per CUDA thread: deterministic for a seed, and strict where hardware is lenient.
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread: deterministic for a seed, and strict
+// where hardware is lenient.
 //
-// What it catches: results that depend on the thread order (run several seeds), reads of unwritten shared memory (it is
-// poisoned), writes past it (guard bytes), and barriers, mbarriers or warp collectives that some thread does not reach.
-// What it does not do: partial warp masks, static __shared__ arrays, timing, memory reordering within a thread.
+// What it catches: results that depend on the thread order (run several seeds), reads of unwritten
+// shared memory (it is poisoned), writes past it (guard bytes), and barriers, mbarriers or warp
+// collectives that some thread does not reach. What it does not do: partial warp masks, static
+// __shared__ arrays, timing, memory reordering within a thread.
 #pragma once
 #include <cuda_bf16.h>  // CUDA's headers come before the macros below, which would break them
 #include <cuda_fp16.h>
@@ -32,8 +34,8 @@
 
 namespace simt {
 
-// Blocks run together up to this many threads, as on one multiprocessor; the other blocks of the grid come after them.
-// A kernel whose blocks wait for each other needs a grid that fits.
+// Blocks run together up to this many threads, as on one multiprocessor; the other blocks of the
+// grid come after them. A kernel whose blocks wait for each other needs a grid that fits.
 constexpr int kResidentThreads = 2048;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kGuardBytes = 64, kSharedAlignment = 1024;
@@ -45,7 +47,8 @@ enum class State { ready, at_block_barrier, at_part_barrier, at_warp_barrier, at
 struct Registers {
   uint32_t word[8];
 };
-// cp.async of one thread that nothing has waited for yet: the bytes arrive when a wait covers the copy's group, or (eager) at once.
+// cp.async of one thread that nothing has waited for yet: the bytes arrive when a wait covers the
+// copy's group, or (eager) at once.
 struct AsyncCopy {
   void* to;
   const void* from;
@@ -57,13 +60,15 @@ struct AsyncCopy {
   }
 };
 
-// An mbarrier object, in its 8 bytes of shared memory: a phase ends when all arrivals and all announced bytes have come.
+// An mbarrier object, in its 8 bytes of shared memory: a phase ends when all arrivals and all
+// announced bytes have come.
 struct MBarrier {
   int16_t expected, pending;  // arrivals of a phase, and those still to come
   int32_t bytes : 31;         // announced and not arrived, or (negative) the other way round
   uint32_t phase : 1;
 };
-// Copies that end by telling an mbarrier: with so many bytes (cp.async.bulk), or with an arrival (0 bytes; cp.async).
+// Copies that end by telling an mbarrier: with so many bytes (cp.async.bulk), or with an
+// arrival (0 bytes; cp.async).
 struct Flight {
   std::vector<AsyncCopy> copies;
   MBarrier* barrier;
@@ -73,8 +78,9 @@ struct Flight {
 struct Fiber;
 struct Warp {
   std::vector<Fiber*> lanes;
-  Registers slots[2][32];  // a few registers per lane, double-buffered so that one barrier per exchange is enough
-  int phase[32] = {};      // which buffer each lane used last
+  // a few registers per lane, double-buffered so that one barrier per exchange is enough
+  Registers slots[2][32];
+  int phase[32] = {};  // which buffer each lane used last
 };
 struct Block {
   uint3 idx;
@@ -84,8 +90,9 @@ struct Block {
   std::vector<Flight> flights;  // that have not landed
 };
 struct Fiber {
-  void* registers[5];  // __builtin_setjmp buffer: several times faster than swapcontext, which calls the kernel
-  ucontext_t start;    // used once, to get onto the fiber's own stack
+  // __builtin_setjmp buffer: several times faster than swapcontext, which calls the kernel
+  void* registers[5];
+  ucontext_t start;  // used once, to get onto the fiber's own stack
   bool started = false;
   State state = State::done;
   uint3 tid;
@@ -94,7 +101,8 @@ struct Fiber {
   Warp* warp;
   std::vector<std::vector<AsyncCopy>> groups;  // committed groups, the oldest first
   std::vector<AsyncCopy> open_group;
-  std::vector<std::vector<std::function<void()>>> products;  // wgmma that nothing has waited for: groups, the open one last
+  // wgmma that nothing has waited for: groups, the open one last
+  std::vector<std::vector<std::function<void()>>> products;
   const MBarrier* barrier;  // at_mbarrier: waits for the end of this phase of it
   uint32_t phase;
   size_t part;  // at_part_barrier: of so many threads
@@ -104,7 +112,8 @@ inline thread_local Fiber* me = nullptr;
 inline thread_local void* scheduler_registers[5];
 inline thread_local dim3 grid_dim, block_dim;
 inline thread_local std::function<void()> body;
-inline thread_local bool eager = false;   // asynchronous copies arrive at once, and one warp runs as far ahead as it can
+// asynchronous copies arrive at once, and one warp runs as far ahead as it can
+inline thread_local bool eager = false;
 inline thread_local std::string failure;  // first exception thrown inside a kernel
 
 [[gnu::noinline]] inline void jump(void** to) { __builtin_longjmp(to, 1); }
@@ -178,12 +187,14 @@ inline void sync_part(size_t threads) { me->part = threads, wait_as(State::at_pa
 inline void sync_warp() { wait_as(State::at_warp_barrier); }
 inline void* shared_memory() { return me->block->shared; }
 
-// Every lane of a full warp publishes `mine`; returns those of all 32 lanes, valid until the lane's next exchange but one.
+// Every lane of a full warp publishes `mine`; returns those of all 32 lanes, valid until the
+// lane's next exchange but one.
 inline const Registers* exchange(const Registers& mine) {
   Warp& warp = *me->warp;
   Registers* slots = warp.slots[warp.phase[me->lane] ^= 1];
   slots[me->lane] = mine;
-  if (warp.lanes.size() != 32) throw std::runtime_error("simt: warp collective in a warp of fewer than 32 threads");
+  if (warp.lanes.size() != 32)
+    throw std::runtime_error("simt: warp collective in a warp of fewer than 32 threads");
   sync_warp();
   return slots;
 }
@@ -214,7 +225,8 @@ inline void settle(MBarrier& barrier) {
   barrier.phase ^= 1, barrier.pending = barrier.expected;
 }
 inline void arrive(MBarrier& barrier) {
-  if (barrier.pending <= 0) throw std::runtime_error("simt: more arrivals at an mbarrier than it was told to expect");
+  if (barrier.pending <= 0)
+    throw std::runtime_error("simt: more arrivals at an mbarrier than it was told to expect");
   --barrier.pending;
   settle(barrier);
 }
@@ -230,8 +242,10 @@ inline void take_off(Flight flight) {
   else me->block->flights.push_back(std::move(flight));
 }
 inline void copy_bulk(void* to, const void* from, int bytes, MBarrier* barrier) {
-  if (bytes <= 0 || (uintptr_t(bytes) | reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
-    throw std::runtime_error("simt: cp.async.bulk of " + std::to_string(bytes) + " bytes: size and addresses must be multiples of 16");
+  if (bytes <= 0 ||
+      (uintptr_t(bytes) | reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
+    throw std::runtime_error("simt: cp.async.bulk of " + std::to_string(bytes) +
+                             " bytes: size and addresses must be multiples of 16");
   take_off({{{to, from, bytes, bytes}}, barrier, bytes});
 }
 // All copies that this thread has begun end with one arrival.
@@ -297,10 +311,13 @@ inline bool release_barriers(std::vector<Block>& blocks) {
 }
 
 // Run resident blocks to their end, `order` being the order in which threads take turns.
-inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, std::mt19937* random) {
+inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order,
+                       std::mt19937* random) {
   for (;;) {
-    // Any order must give the same answer. An eager run keeps its order for a while, so that warps get far apart.
-    if (random && (!eager || (*random)() % 64 == 0)) std::shuffle(order.begin(), order.end(), *random);
+    // Any order must give the same answer. An eager run keeps its order for a while, so
+    // that warps get far apart.
+    if (random && (!eager || (*random)() % 64 == 0))
+      std::shuffle(order.begin(), order.end(), *random);
     bool ran = false;
     Warp* only = nullptr;
     for (Fiber* fiber : order) {
@@ -315,10 +332,13 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, s
     for (Fiber* fiber : order) {
       if (fiber->state == State::done) continue;
       const State state = fiber->state;
-      const char* place = state == State::at_block_barrier ? "__syncthreads" : state == State::at_part_barrier ? "barrier.sync"
-                          : state == State::at_mbarrier    ? "an mbarrier"   : "a warp collective";
-      throw std::runtime_error("simt: deadlock, block " + text(fiber->block->idx) + " thread " + text(fiber->tid) +
-                               " waits at " + place + " that another thread never reaches");
+      const char* place = state == State::at_block_barrier  ? "__syncthreads"
+                          : state == State::at_part_barrier ? "barrier.sync"
+                          : state == State::at_mbarrier     ? "an mbarrier"
+                                                            : "a warp collective";
+      throw std::runtime_error("simt: deadlock, block " + text(fiber->block->idx) + " thread " +
+                               text(fiber->tid) + " waits at " + place +
+                               " that another thread never reaches");
     }
     return;
   }
@@ -326,10 +346,13 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order, s
 
 inline Block make_block(size_t index, size_t shared_bytes) {
   Block block;
-  const size_t x = index % grid_dim.x, y = index / grid_dim.x % grid_dim.y, z = index / grid_dim.x / grid_dim.y;
+  const size_t x = index % grid_dim.x;
+  const size_t y = index / grid_dim.x % grid_dim.y;
+  const size_t z = index / grid_dim.x / grid_dim.y;
   block.idx = {unsigned(x), unsigned(y), unsigned(z)};
   block.store.assign(kSharedAlignment + shared_bytes + kGuardBytes, kPoison);
-  block.shared = block.store.data() + -reinterpret_cast<uintptr_t>(block.store.data()) % kSharedAlignment;
+  block.shared =
+      block.store.data() + -reinterpret_cast<uintptr_t>(block.store.data()) % kSharedAlignment;
   block.warps.resize((size_t(block_dim.x) * block_dim.y * block_dim.z + 31) / 32);
   return block;
 }
@@ -359,18 +382,23 @@ inline void check_guard(const Block& block, size_t shared_bytes) {
                                std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
-// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory of sm_90 (smaller chips: config.h).
+// Whether the hardware would take this launch: sizes of sm_80 and later, shared memory of sm_90
+// (smaller chips: config.h).
 inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
   const size_t threads = size_t(block.x) * block.y * block.z;
-  return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 &&
-         grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 && shared_bytes <= 227 << 10;
+  return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffff &&
+         grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535 &&
+         shared_bytes <= 227 << 10;
 }
 
-// Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other seeds shuffle blocks and
-// threads; even ones let copies arrive early and warps run ahead, to catch memory that is used again too soon. Throws
-// std::runtime_error on a deadlock, a shared memory overrun or an exception inside the kernel.
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed, std::function<void()> kernel_call) {
-  const size_t block_threads = size_t(block.x) * block.y * block.z, n_blocks = size_t(grid.x) * grid.y * grid.z;
+// Run `kernel_call` once per thread of the grid. seed 0 takes the threads in index order, other
+// seeds shuffle blocks and threads; even ones let copies arrive early and warps run ahead, to catch
+// memory that is used again too soon. Throws std::runtime_error on a deadlock, a shared memory
+// overrun or an exception inside the kernel.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
+                   std::function<void()> kernel_call) {
+  const size_t block_threads = size_t(block.x) * block.y * block.z;
+  const size_t n_blocks = size_t(grid.x) * grid.y * grid.z;
   const size_t resident = std::min(n_blocks, std::max<size_t>(1, kResidentThreads / block_threads));
   std::mt19937 random(seed);
   std::vector<size_t> block_order(n_blocks);

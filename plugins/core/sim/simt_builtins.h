@@ -1,4 +1,5 @@
-// CUDA's built-in variables and the intrinsics that our kernels use, on the simulation of simt.h, with the results of the hardware.
+// CUDA's built-in variables and the intrinsics that our kernels use, on the simulation of simt.h,
+// with the results of the hardware.
 #pragma once
 #include "core/sim/simt.h"
 
@@ -13,7 +14,8 @@ template <class T>
 T __ldcg(const T* from) {
   return *from;
 }
-inline int atomicAdd(int* to, int v) { return std::exchange(*to, *to + v); }  // threads take turns: every step is atomic
+// threads take turns: every step is atomic
+inline int atomicAdd(int* to, int v) { return std::exchange(*to, *to + v); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline float __uint_as_float(uint32_t v) {
   float as_float;
@@ -25,11 +27,13 @@ inline uint32_t __float_as_uint(float v) {
   std::memcpy(&bits, &v, 4);
   return bits;
 }
-// Byte i of the result is the byte of {b, a} that nibble i of `selector` (0..7) names. PTX prmt.b32.
+// Byte i of the result is the byte of {b, a} that nibble i of `selector`
+// (0..7) names. PTX prmt.b32.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  for (int i = 0; i < 4; ++i)
+    result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
 // sum + the dot product of the four signed bytes of a and b. PTX dp4a.s32.s32.

@@ -1,6 +1,8 @@
-// A low-bit GEMM as a TensorRT plugin: the op folder says what is special about it, plugin_base.cpp holds the IPluginV3 overrides.
+// A low-bit GEMM as a TensorRT plugin: the op folder says what is special about it, plugin_base.cpp
+// holds the IPluginV3 overrides.
 //
-// An op folder's tensorrt.cpp fills one GemmOp and makes one static GemmCreator of it; that registers the plugin.
+// An op folder's tensorrt.cpp fills one GemmOp and makes one static GemmCreator of it;
+// that registers the plugin.
 #pragma once
 #include <NvInferRuntime.h>
 
@@ -9,12 +11,12 @@
 #include <vector>
 
 #include "core/host/check.h"
-#include "core/host/params.h"
 #include "core/tensorrt/registry.h"
 
 namespace anybit {
 
-// The node's attributes, the same names as GemmAttributes of op_spec.py; TensorRT hands them over as plugin fields.
+// The node's attributes, the same names as GemmAttributes of op_spec.py; TensorRT hands
+// them over as plugin fields.
 struct GemmAttributes {
   int32_t wbits, levels, abits, act_symmetric, group_size, in_features, out_features, has_bias;
   float norm_epsilon;  // of the RMSNorm of X; 0 = no norm
@@ -37,14 +39,13 @@ struct InputSpec {
   std::vector<int64_t> dims;
 };
 
-// What differs between the ops. `check` logs its reason and returns false for attributes the op cannot run.
+// What differs between the ops beside their kernels, which anybit_ops() has under the same name.
+// `check` logs its reason and returns false for attributes the op cannot run.
 struct GemmOp {
   const char* name;  // ONNX op_type and plugin name
   bool (*check)(const GemmAttributes& attributes, const std::string& where);
-  std::vector<InputSpec> (*inputs)(const GemmAttributes& attributes);  // without X, bias and gamma, which every op has
-  size_t (*workspace)(const GemmShape* shape);
-  int (*tactics)(const GemmShape* shape, int32_t* tactics, int capacity);
-  int (*run)(const GemmShape* shape, const GemmBuffers* buffers, void* stream);
+  // without X, bias and gamma, which every op has
+  std::vector<InputSpec> (*inputs)(const GemmAttributes& attributes);
 };
 
 class GemmCreator final : public nvinfer1::IPluginCreatorV3One {

@@ -7,7 +7,8 @@
 
 namespace {
 
-// A function's static, so that it exists before the first registration whatever the order of the op folders.
+// A function's static, so that it exists before the first registration whatever
+// the order of the op folders.
 std::vector<nvinfer1::IPluginCreatorInterface*>& creators() {
   static std::vector<nvinfer1::IPluginCreatorInterface*> list;
   return list;
@@ -15,7 +16,9 @@ std::vector<nvinfer1::IPluginCreatorInterface*>& creators() {
 
 }  // namespace
 
-anybit::Registration::Registration(nvinfer1::IPluginCreatorInterface& creator) { creators().push_back(&creator); }
+anybit::Registration::Registration(nvinfer1::IPluginCreatorInterface& creator) {
+  creators().push_back(&creator);
+}
 
 #define ANYBIT_ENTRY extern "C" __attribute__((visibility("default")))
 
@@ -24,5 +27,6 @@ ANYBIT_ENTRY nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
   return creators().data();
 }
 
-// TensorRT passes an nvinfer1::ILoggerFinder*; its layout depends on the version (core/tensorrt/abi/logger.h), so the type stays open here.
+// TensorRT passes an nvinfer1::ILoggerFinder*; its layout depends on the version
+// (core/tensorrt/abi/logger.h), so the type stays open here.
 ANYBIT_ENTRY void setLoggerFinder(void* finder) { anybit::trt::set_finder(finder); }

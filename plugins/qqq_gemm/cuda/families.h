@@ -1,4 +1,5 @@
-// The families of fast QQQGemm kernels, each in a .cu file of its own, so that they compile side by side.
+// The families of fast QQQGemm kernels, each in a .cu file of its own, so that
+// they compile side by side.
 #pragma once
 #include "core/host/frame.h"
 #include "qqq_gemm/cuda/config.h"
@@ -27,7 +28,8 @@ cudaError_t with_qqq_kernel(int kernel, bool grouped, F f) {
     } else {
       constexpr Tile t = qqq_tile(kQqqKernels[k.value]);
       using Shape = TileShape<t.warps, t.row_tiles, t.token_tiles, t.chunks, t.stages>;
-      return grouped ? f(QqqInstance<GroupWeights, Shape>()) : f(QqqInstance<ChannelWeights, Shape>());
+      return grouped ? f(QqqInstance<GroupWeights, Shape>())
+                     : f(QqqInstance<ChannelWeights, Shape>());
     }
   });
 }

@@ -1,10 +1,14 @@
-// QQQGemm kernels: W4A8 integer GEMM on the packed layout of "QQQ" (arXiv 2406.09904), without its locks and reduce buffer.
+// QQQGemm kernels: W4A8 integer GEMM on the packed layout of "QQQ" (arXiv 2406.09904), without
+// its locks and reduce buffer.
 //
-// Per channel: w8 = q, a code -8..7. Per group: w8 = clamp(rint(q * scale_group), -127, 127), an int8 weight.
+// Per channel: w8 = q, a code -8..7. Per group: w8 = clamp(rint(q * scale_group),
+// -127, 127), an int8 weight.
 //   y[m,n] = (float(sum_k a[m,k] * w8[n,k]) * scale[n]) * token_scale[m]
-// Weight words, [k_pad / 16, 2 * n_pad], k_pad = k rounded up to 16, n_pad = n to 64. In row k/16, a 64-column block is 128
-// words = 32 lanes of 4 words, the int8 B fragments that lane of mma.m16n8k16 needs for columns 16j + 8b + lane/4:
-//   word = 128 * (n/64) + 4 * lane + j,  lane = 4 * (n%8) + (k%16)/4,  j = (n%64)/16,  b = (n%16)/8,  r = k%4
+// Weight words, [k_pad / 16, 2 * n_pad], k_pad = k rounded up to 16, n_pad = n to 64. In row k/16,
+// a 64-column block is 128 words = 32 lanes of 4 words, the int8 B fragments that lane of
+// mma.m16n8k16 needs for columns 16j + 8b + lane/4:
+//   word = 128 * (n/64) + 4 * lane + j,  lane = 4 * (n%8) + (k%16)/4,  j = (n%64)/16,
+//   b = (n%16)/8,  r = k%4
 //   nibble   per channel  r: 0 1 2 3     per group  r: 0 1 2 3
 //            b=0             1 3 5 7                   0 4 1 5
 //            b=1             0 2 4 6                   2 6 3 7
@@ -15,9 +19,18 @@ namespace anybit {
 
 constexpr int kQqqThreads = 64;  // outputs per block of the GEMM kernel
 
+// The packed weight as the fast kernels take it.
+constexpr int kPackedRowK = 16;                              // k of a packed row
+constexpr int kChunkK = 128;                                 // k of a chunk
+constexpr int kChunkRows = kChunkK / kPackedRowK;            // packed rows of a chunk
+constexpr int kBlockRows = 64;                               // weight rows of a column block
+constexpr int kBlockWords = 2 * kBlockRows;                  // of a packed row
+constexpr int kBlockBytes = kBlockWords * sizeof(uint32_t);  // of a packed row
+constexpr int kLaneWords = kBlockWords / 32;  // one for each m16 tile of the column block
+
 struct QqqArgs {
   int m, n, k;
-  int group_size;             // 0 = per channel
+  int group_size;  // 0 = per channel
   int k_pad, n_pad;
   const void* x;              // [m, k]
   const uint32_t* weight;     // [k_pad / 16, 2 * n_pad]

@@ -1,6 +1,7 @@
-// QQQGemm entry points: checks the shape, lays out the workspace and enqueues the kernels. Compiles with nvcc and with g++.
-#include "core/host/frame.h"
+// The host side of QQQGemm and its row of the table of ops: checks the shape, lays out the
+// workspace and enqueues the kernels. Compiles with nvcc and with g++.
 #include "core/device/norm.cuh"
+#include "core/host/frame.h"
 #include "qqq_gemm/cuda/config.h"
 #include "qqq_gemm/cuda/families.h"
 #include "qqq_gemm/cuda/kernel.cuh"
@@ -36,7 +37,8 @@ size_t carve_simple(QqqArgs& p, const GemmShape& s, void* workspace) {
 
 template <class T>
 cudaError_t run_simple(const QqqArgs& p, cudaStream_t stream) {
-  const cudaError_t error = launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, qqq_quantize<T>, p);
+  const cudaError_t error =
+      launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, qqq_quantize<T>, p);
   if (error != cudaSuccess) return error;
   const dim3 outputs(ceil_div(p.n, kQqqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
   return launch({outputs, dim3(kQqqThreads)}, stream, qqq_gemm<T>, p);
@@ -75,8 +77,6 @@ size_t workspace_of(int kernel, const GemmShape& s) {
 
 const char* name_of(int kernel) { return kQqqKernels[kernel].name; }
 
-constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan, qqq_choose, workspace_of};
-
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   QqqArgs p = simple_args(s);
   carve_simple(p, s, b.workspace);
@@ -88,7 +88,8 @@ cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream
   return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
 }
 
-cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device, cudaStream_t stream) {
+cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device,
+                 cudaStream_t stream) {
   const Plan plan = qqq_plan(config.kernel, s, device);
   QqqGemmArgs p = fast_args(s);
   carve_fast(p, plan, s, b.workspace);
@@ -100,32 +101,25 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   prepare.n_counters = config.shares > 1 ? int(plan.tiles(s)) : 0;
   const cudaError_t error = prepare_tokens(prepare, b.x, norm_of(s, b), p.tokens, false, stream);
   if (error != cudaSuccess) return error;
-  const auto run = kQqqKernels[config.kernel].family == QqqFamily::kWarpgroup ? qqq_warpgroup : qqq_int8;
+  const auto run =
+      kQqqKernels[config.kernel].family == QqqFamily::kWarpgroup ? qqq_warpgroup : qqq_int8;
   return run(config.kernel, p, {config.shares, device, stream});
 }
 
+cudaError_t run(Config config, const GemmShape& s, const GemmBuffers& b, const Device& device,
+                cudaStream_t stream) {
+  return config.kernel == kSimple ? simple(s, b, stream) : fast(config, s, b, device, stream);
+}
+
+bool has_inputs(const GemmShape& shape, const GemmBuffers& buffers) {
+  return buffers.weight && buffers.scale && (!shape.group_size || buffers.scale_group);
+}
+
+// clang-format off
+constexpr KernelTable kTable = {"QQQGemm", kQqqKernelCount, name_of, supported, qqq_plan,
+                                qqq_choose, workspace_of, has_inputs, run};
+// clang-format on
+const OpRegistration registration(op_from_table<kTable>());
+
 }  // namespace
 }  // namespace anybit
-
-size_t anybit_qqq_gemm_workspace(const GemmShape* shape) { return anybit::workspace_bytes(anybit::kTable, shape); }
-
-int anybit_qqq_gemm_tactics(const GemmShape* shape, int32_t* tactics, int capacity) {
-  return anybit::list_tactics(anybit::kTable, shape, tactics, capacity);
-}
-
-const char* anybit_qqq_gemm_kernel(int32_t tactic) { return anybit::kernel_name(anybit::kTable, tactic); }
-
-int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* b, void* cuda_stream) {
-  using namespace anybit;
-  if (!supported(*shape)) return cudaErrorInvalidValue;
-  if (shape->m == 0) return cudaSuccess;
-  if (!b->x || !b->weight || !b->scale || !b->y || !b->workspace) return cudaErrorInvalidValue;
-  if ((shape->group_size && !b->scale_group) || (has_norm(*shape) && !b->gamma)) return cudaErrorInvalidValue;
-  Device device;
-  Config config;
-  cudaError_t error = query_device(device);
-  if (error == cudaSuccess) error = config_of(kTable, *shape, device, config);
-  if (error != cudaSuccess) return error;
-  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  return config.kernel == kSimple ? simple(*shape, *b, stream) : fast(config, *shape, *b, device, stream);
-}

@@ -1,9 +1,10 @@
-// One kernel for each wrapper of plugins/core/device/ptx.cuh: a warp takes `in` words per lane and gives `out` words per lane. Those of
-// ptx_sm90.cuh work together in one kernel of four warps.
-// Compiles with nvcc and with g++ (the CPU simulation); tests/plugins/test_ptx.py compares both with numpy.
-#include "core/host/launch.h"
+// One kernel for each wrapper of plugins/core/device/ptx.cuh: a warp takes `in` words per lane and
+// gives `out` words per lane. Those of ptx_sm90.cuh work together in one kernel of four warps.
+// Compiles with nvcc and with g++ (the CPU simulation); tests/plugins/test_ptx.py
+// compares both with numpy.
 #include "core/device/ptx.cuh"
 #include "core/device/ptx_sm90.cuh"
+#include "core/host/launch.h"
 
 #include <cstring>
 
@@ -12,8 +13,8 @@ using namespace anybit;
 namespace {
 
 struct Words {
-  const uint32_t* in;   // [lane][inputs]
-  uint32_t* out;        // [lane][outputs]
+  const uint32_t* in;  // [lane][inputs]
+  uint32_t* out;       // [lane][outputs]
   int inputs, outputs;
 
   __device__ uint32_t operator()(int i) const { return in[(threadIdx.x % 32) * inputs + i]; }
@@ -33,17 +34,24 @@ __device__ void mma(const Words& w, Mma multiply) {
 }
 
 __global__ void run_mma_u8_s8(Words w) {
-  mma<int32_t>(w, [](int32_t(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { mma_u8_s8(c, a, b); });
+  mma<int32_t>(w, [](int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_u8_s8(c, a, b);
+  });
 }
 __global__ void run_mma_s8_s8(Words w) {
-  mma<int32_t>(w, [](int32_t(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { mma_s8_s8(c, a, b); });
+  mma<int32_t>(w, [](int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_s8_s8(c, a, b);
+  });
 }
 __global__ void run_mma_b1(Words w) {
-  mma<int32_t>(w, [](int32_t(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { mma_b1(c, a, b); });
+  mma<int32_t>(
+      w, [](int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_b1(c, a, b); });
 }
 template <class T>
 __global__ void run_mma_float(Words w) {
-  mma<float>(w, [](float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { mma_float<T>(c, a, b); });
+  mma<float>(w, [](float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_float<T>(c, a, b);
+  });
 }
 
 // Four 8 x 16 byte matrices, 512 bytes of in, row r of matrix i at 16 * (8 * i + r).
@@ -56,7 +64,8 @@ __global__ void run_load_matrices(Words w) {
   for (int i = 0; i < 4; ++i) w.result(i) = r[i];
 }
 
-// Word 0..3: copied; 4..7: zeros instead; 8: four bytes. Two groups, of which the older is waited for first.
+// Word 0..3: copied; 4..7: zeros instead; 8: four bytes. Two groups, of which the
+// older is waited for first.
 __global__ void run_copies(Words w) {
   uint32_t* tile_sh = dynamic_shared<uint32_t>() + threadIdx.x * 12;
   for (int i = 0; i < 12; ++i) tile_sh[i] = 0xcbcbcbcbu;
@@ -98,7 +107,8 @@ __global__ void run_pairs(Words w) {
 }
 
 __global__ void run_extremes(Words w) {
-  const float low = min_nan(__uint_as_float(w(0)), __uint_as_float(w(1))), high = max_nan(__uint_as_float(w(0)), __uint_as_float(w(1)));
+  const float low = min_nan(__uint_as_float(w(0)), __uint_as_float(w(1)));
+  const float high = max_nan(__uint_as_float(w(0)), __uint_as_float(w(1)));
   w.result(0) = __float_as_uint(low);
   w.result(1) = __float_as_uint(high);
   w.result(2) = min_or_max_nan2<__half, false>(w(2), w(3));
@@ -107,8 +117,8 @@ __global__ void run_extremes(Words w) {
   w.result(5) = min_or_max_nan2<__nv_bfloat16, true>(w(4), w(5));
 }
 
-// D = A B^T (+ D) by four warps: A [64, 128] by the threads' copies and from there to registers, the swizzled rows of B by a bulk copy,
-// both told to one barrier.
+// D = A B^T (+ D) by four warps: A [64, 128] by the threads' copies and from there to registers,
+// the swizzled rows of B by a bulk copy, both told to one barrier.
 struct Products {
   const uint32_t* a;  // [128 threads][4 steps][4]
   const char* b;      // [8 * kTiles][128], swizzled
@@ -144,7 +154,8 @@ __global__ void __launch_bounds__(128) run_wgmma(Products p) {
   const SwizzledRows rows(b_sh);
   fence_products();
   ANYBIT_UNROLL
-  for (int step = 0; step < 4; ++step) wgmma<kUnsigned>(d, a[step], rows.part(32 * step), step || p.accumulate);
+  for (int step = 0; step < 4; ++step)
+    wgmma<kUnsigned>(d, a[step], rows.part(32 * step), step || p.accumulate);
   commit_products();
   wait_for_products<0>();
   settle_products(d);
@@ -158,19 +169,28 @@ struct Named {
   Kernel kernel;
 };
 const Named kKernels[] = {
-    {"mma_u8_s8", run_mma_u8_s8}, {"mma_s8_s8", run_mma_s8_s8}, {"mma_b1", run_mma_b1}, {"mma_fp16", run_mma_float<__half>},
-    {"mma_bf16", run_mma_float<__nv_bfloat16>}, {"load_matrices", run_load_matrices}, {"copies", run_copies},
-    {"copy_without_wait", run_copy_without_wait}, {"lanes", run_lanes}, {"pairs", run_pairs},
+    {"mma_u8_s8", run_mma_u8_s8},
+    {"mma_s8_s8", run_mma_s8_s8},
+    {"mma_b1", run_mma_b1},
+    {"mma_fp16", run_mma_float<__half>},
+    {"mma_bf16", run_mma_float<__nv_bfloat16>},
+    {"load_matrices", run_load_matrices},
+    {"copies", run_copies},
+    {"copy_without_wait", run_copy_without_wait},
+    {"lanes", run_lanes},
+    {"pairs", run_pairs},
     {"extremes", run_extremes},
 };
 
 }  // namespace
 
 // 0, a cudaError_t, or -1 for an unknown name; waits for the end.
-ANYBIT_API int run_wrapper(const char* name, const uint32_t* in, uint32_t* out, int inputs, int outputs) {
+ANYBIT_API int run_wrapper(const char* name, const uint32_t* in, uint32_t* out, int inputs,
+                           int outputs) {
   for (const Named& named : kKernels) {
     if (std::strcmp(named.name, name) != 0) continue;
-    const cudaError_t error = launch({dim3(1), dim3(32), 32 * 48}, nullptr, named.kernel, Words{in, out, inputs, outputs});
+    const cudaError_t error = launch({dim3(1), dim3(32), 32 * 48}, nullptr, named.kernel,
+                                     Words{in, out, inputs, outputs});
 #ifdef __CUDACC__
     if (error == cudaSuccess) return cudaDeviceSynchronize();
 #endif
@@ -180,10 +200,12 @@ ANYBIT_API int run_wrapper(const char* name, const uint32_t* in, uint32_t* out, 
 }
 
 // The same for run_wgmma.
-ANYBIT_API int run_products(int is_unsigned, int tiles, const uint32_t* a, const char* b, int32_t* d, int accumulate) {
+ANYBIT_API int run_products(int is_unsigned, int tiles, const uint32_t* a, const char* b,
+                            int32_t* d, int accumulate) {
   const auto kernel = is_unsigned ? (tiles == 8 ? run_wgmma<true, 8> : run_wgmma<true, 16>)
                                   : (tiles == 8 ? run_wgmma<false, 8> : run_wgmma<false, 16>);
-  const cudaError_t error = launch({dim3(1), dim3(128), size_t(tiles) * 1024 + 16 + 8192}, nullptr, kernel, Products{a, b, d, accumulate});
+  const cudaError_t error = launch({dim3(1), dim3(128), size_t(tiles) * 1024 + 16 + 8192}, nullptr,
+                                   kernel, Products{a, b, d, accumulate});
 #ifdef __CUDACC__
   if (error == cudaSuccess) return cudaDeviceSynchronize();
 #endif

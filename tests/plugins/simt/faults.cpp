@@ -1,7 +1,7 @@
 // Kernels with planted faults, to prove that the CPU simulation notices them.
-#include "core/host/launch.h"
 #include "core/device/ptx.cuh"
 #include "core/device/ptx_sm90.cuh"
+#include "core/host/launch.h"
 
 using namespace anybit;
 
@@ -16,7 +16,8 @@ void reverse(const int* in, int* out, bool forget_sync) {
   out[i] = tile_sh[blockDim.x - 1 - i];
 }
 
-// Three rounds through one tile; without the second barrier a thread overwrites what another still has to read.
+// Three rounds through one tile; without the second barrier a thread overwrites what
+// another still has to read.
 void reverse_rounds(const int* in, int* out, bool forget_sync) {
   int* tile_sh = dynamic_shared<int>();
   const int i = threadIdx.x;
@@ -49,7 +50,8 @@ void shared_overrun(const int* in, int* out, bool) {
 
 void partial_warp(const int*, int* out, bool) { out[threadIdx.x] = int(shuffle_xor(1.0f, 1)); }
 
-// out[(block y * grid x + block x) * block x + thread x] = that index, over more blocks than run together.
+// out[(block y * grid x + block x) * block x + thread x] = that index, over more
+// blocks than run together.
 void every_thread(const int*, int* out, bool) {
   const int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
   out[i] = i;
@@ -99,7 +101,8 @@ void lonely_part(const int*, int* out, bool) {
   out[threadIdx.x] = 0;
 }
 
-// The second of two slots' worth of work overwrites what a product that nobody has waited for still reads.
+// The second of two slots' worth of work overwrites what a product that nobody
+// has waited for still reads.
 void late_product(const int*, int* out, bool forget_wait) {
   char* rows_sh = dynamic_shared<char>();
   for (int i = threadIdx.x; i < 8192; i += blockDim.x) rows_sh[i] = 1;
@@ -125,17 +128,31 @@ void product_without_fence(const int*, int*, bool) {
 
 }  // namespace
 
-// Runs one kernel by name with `threads` threads per block and one int of shared memory each (late_product: 8 KiB); returns a cudaError_t.
-ANYBIT_API int run_fault(const char* name, int grid_x, int grid_y, int threads, const int* in, int* out, int forget_sync) {
+// Runs one kernel by name with `threads` threads per block and one int of shared memory each
+// (late_product: 8 KiB); returns a cudaError_t.
+ANYBIT_API int run_fault(const char* name, int grid_x, int grid_y, int threads, const int* in,
+                         int* out, int forget_sync) {
   using Kernel = void (*)(const int*, int*, bool);
   const std::pair<const char*, Kernel> kernels[] = {
-      {"reverse", reverse},           {"reverse_rounds", reverse_rounds}, {"divergent_barrier", divergent_barrier},
-      {"early_exit", early_exit},     {"shared_overrun", shared_overrun}, {"partial_warp", partial_warp},
-      {"every_thread", every_thread}, {"warp_steps", warp_steps},         {"bulk_copy", bulk_copy},
-      {"nobody_arrives", nobody_arrives}, {"too_many_arrivals", too_many_arrivals}, {"bulk_of_12_bytes", bulk_of_12_bytes},
-      {"lonely_part", lonely_part},   {"late_product", late_product},         {"product_without_fence", product_without_fence}};
+      {"reverse", reverse},
+      {"reverse_rounds", reverse_rounds},
+      {"divergent_barrier", divergent_barrier},
+      {"early_exit", early_exit},
+      {"shared_overrun", shared_overrun},
+      {"partial_warp", partial_warp},
+      {"every_thread", every_thread},
+      {"warp_steps", warp_steps},
+      {"bulk_copy", bulk_copy},
+      {"nobody_arrives", nobody_arrives},
+      {"too_many_arrivals", too_many_arrivals},
+      {"bulk_of_12_bytes", bulk_of_12_bytes},
+      {"lonely_part", lonely_part},
+      {"late_product", late_product},
+      {"product_without_fence", product_without_fence}};
   for (const auto& [key, kernel] : kernels)
     if (!std::strcmp(key, name))
-      return launch({dim3(grid_x, grid_y), dim3(threads), kernel == late_product ? 8192 : threads * sizeof(int)}, nullptr, kernel, in, out, forget_sync != 0);
+      return launch({dim3(grid_x, grid_y), dim3(threads),
+                     kernel == late_product ? 8192 : threads * sizeof(int)},
+                    nullptr, kernel, in, out, forget_sync != 0);
   return cudaErrorInvalidValue;
 }

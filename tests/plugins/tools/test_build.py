@@ -33,7 +33,7 @@ def test_unchanged_sources_are_not_compiled_again(sources: Path) -> None:
     first = library.stat().st_mtime_ns
     assert library == sources.parent / "build" / "libanybit_kernels_sim.so"
     assert build.build_sim().stat().st_mtime_ns == first
-    header = sources / "core" / "params.h"
+    header = sources / "core" / "host" / "params.h"
     header.write_text(header.read_text() + "// changed\n")
     assert build.build_sim().stat().st_mtime_ns != first
     assert sorted(path.name for path in library.parent.iterdir()) == [
@@ -48,18 +48,23 @@ def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
     TensorRT's headers in the plugins only.
     """
     made = (
-        build._sources("*/cuda/*.cu", "core/host/*.cu"),
-        build._sources("selftest/*.cpp"),
-        build._sources("*/tensorrt.cpp"),
+        build._sources(*build.KERNEL_SOURCES),
+        build._sources(*build.SELFTEST_SOURCES),
+        build._sources(*build.PLUGIN_SOURCES),
     )
 
+    def digests() -> list[str]:
+        compiles = [{source: ["g++"] for source in sources} for sources in made]
+        return [build._recipe("out", each, ["{}"]).digest() for each in compiles]
+
     def changed(file: str) -> tuple[bool, ...]:
-        before = [build._digest(each) for each in made]
+        before = digests()
         (sources / file).write_text((sources / file).read_text() + "// changed\n")
-        return tuple(old != build._digest(each) for old, each in zip(before, made, strict=True))
+        return tuple(old != new for old, new in zip(before, digests(), strict=True))
 
     assert changed("selftest/layer.cpp") == (False, True, False)
     assert changed("selftest/device.h") == (False, True, False)
+    assert changed("abq_gemm/selftest.cpp") == (False, True, False)
     assert changed("core/host/measured.inc") == (True, False, False)
     assert changed("abq_gemm/cuda/int8.cuh") == (True, False, False)
     assert changed("core/host/params.h") == (True, True, True)
@@ -69,10 +74,10 @@ def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:
         False,
         True,
     )  # included as <NvInferRuntime.h>
-    (sources / "core" / "vector").write_text(
+    (sources / "core" / "host" / "vector").write_text(
         "// beside headers that include <vector>, where a compiler does not look for it\n"
     )
-    assert changed("core/vector") == (False, False, False)
+    assert changed("core/host/vector") == (False, False, False)
 
 
 def test_9_0_gets_all_its_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +90,7 @@ def test_9_0_gets_all_its_instructions(tmp_path: Path, monkeypatch: pytest.Monke
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_80,code=compute_80",
     ]
-    (tmp_path / "plugins" / "op").mkdir(parents=True)
+    (tmp_path / "plugins" / "op" / "cuda").mkdir(parents=True)
     (tmp_path / "plugins" / "core").mkdir()
     (tmp_path / "plugins" / "op" / "cuda" / "one.cu").write_text(
         'extern "C" __global__ void one(int* out) { *out = 1; }\n'

@@ -1,5 +1,6 @@
-// Registers a logger finder as one TensorRT version lays it out, logs through it, and prints what arrived.
-// -DLAYOUT=10 or 11: the classes below, which repeat that version's layout; -DLAYOUT=0: the classes of NVIDIA's own headers.
+// Registers a logger finder as one TensorRT version lays it out, logs through it, and prints what
+// arrived. -DLAYOUT=10 or 11: the classes below, which repeat that version's layout; -DLAYOUT=0:
+// the classes of NVIDIA's own headers.
 #include "core/tensorrt/abi/logger.h"
 
 #include <cstdint>
@@ -59,7 +60,9 @@ int main() {
   Printer printer;
   Finder finder;
   Stranger stranger;
-  std::printf("layout %d\n", static_cast<int>(anybit::trt::logger_layout(static_cast<nvinfer1::ILoggerFinder*>(&finder))));
+  std::printf(
+      "layout %d\n",
+      static_cast<int>(anybit::trt::logger_layout(static_cast<nvinfer1::ILoggerFinder*>(&finder))));
   anybit::trt::set_finder(static_cast<nvinfer1::ILoggerFinder*>(&finder));
   anybit::trt::log(anybit::trt::Severity::kError, "no logger yet");
   finder.logger = &printer;

@@ -1,5 +1,6 @@
-// Plays TensorRT: makes plugins through getCreators(), calls what a builder and a runtime call, and prints the answers.
-// The kernels are replaced by functions that print the shape they are called with.
+// Plays TensorRT: makes plugins through getCreators(), calls what a builder and a runtime
+// call, and prints the answers. The kernels are replaced by functions that print the
+// shape they are called with.
 #include <NvInferRuntime.h>
 
 #include <cstdint>
@@ -20,14 +21,15 @@ extern "C" void setLoggerFinder(void* finder);
 namespace {
 
 size_t print_workspace(const char* op, const GemmShape* s) {
-  std::printf("%s workspace m %d n %d k %d group %d planes %d dtype %d tactic %d\n", op, s->m, s->n, s->k, s->group_size, s->planes,
-              s->dtype, s->tactic);
+  std::printf("%s workspace m %d n %d k %d group %d planes %d dtype %d tactic %d\n", op, s->m, s->n,
+              s->k, s->group_size, s->planes, s->dtype, s->tactic);
   return 100 + static_cast<size_t>(s->m);
 }
 
 // Kernel 2 for up to 16 tokens, kernel 3 for more; each could run what the other is chosen for.
 int list_tactics(const GemmShape* s, int32_t* tactics, int capacity) {
-  const int32_t small = anybit::tactic_from_config({2, 5}), large = anybit::tactic_from_config({3, 1});
+  const int32_t small = anybit::tactic_from_config({2, 5});
+  const int32_t large = anybit::tactic_from_config({3, 1});
   const int32_t list[] = {s->m <= 16 ? small : large, s->m <= 16 ? large : small};
   for (int i = 0; i < 2 && i < capacity; ++i) tactics[i] = list[i];
   return 2;
@@ -41,11 +43,16 @@ void print_tactics(IPluginV3OneBuild* build) {
 }
 
 int print_run(const char* op, const GemmShape* s, const GemmBuffers* b, void* stream) {
-  const auto id = [](const void* pointer) { return static_cast<int>(reinterpret_cast<intptr_t>(pointer)); };
-  std::printf("%s run m %d n %d k %d w%d levels %d a%d symmetric %d dtype %d", op, s->m, s->n, s->k, s->wbits, s->levels, s->abits,
-              s->act_symmetric, s->dtype);
-  std::printf(" x %d weight %d scale %d zero %d scale_group %d bias %d gamma %d y %d workspace %d stream %d", id(b->x), id(b->weight),
-              id(b->scale), id(b->zero), id(b->scale_group), id(b->bias), id(b->gamma), id(b->y), id(b->workspace), id(stream));
+  const auto id = [](const void* pointer) {
+    return static_cast<int>(reinterpret_cast<intptr_t>(pointer));
+  };
+  std::printf("%s run m %d n %d k %d w%d levels %d a%d symmetric %d dtype %d", op, s->m, s->n, s->k,
+              s->wbits, s->levels, s->abits, s->act_symmetric, s->dtype);
+  std::printf(
+      " x %d weight %d scale %d zero %d scale_group %d bias %d gamma %d y %d workspace %d stream "
+      "%d",
+      id(b->x), id(b->weight), id(b->scale), id(b->zero), id(b->scale_group), id(b->bias),
+      id(b->gamma), id(b->y), id(b->workspace), id(stream));
   if (s->norm_epsilon != 0) std::printf(" norm_epsilon %g", s->norm_epsilon);
   std::printf(s->tactic ? " tactic %d\n" : "\n", s->tactic);
   return s->m == 13 ? 999 : 0;
@@ -57,13 +64,17 @@ Dims dims(std::initializer_list<int64_t> sizes) {
   return result;
 }
 
-PluginTensorDesc tensor(DataType type, std::initializer_list<int64_t> sizes) { return {dims(sizes), type, TensorFormat::kLINEAR, 1.0f}; }
+PluginTensorDesc tensor(DataType type, std::initializer_list<int64_t> sizes) {
+  return {dims(sizes), type, TensorFormat::kLINEAR, 1.0f};
+}
 
 using Sizes = std::initializer_list<int64_t>;
 DynamicPluginTensorDesc dynamic(DataType type, Sizes sizes, Sizes least, Sizes most) {
   return {tensor(type, sizes), dims(least), dims(most), dims(most)};
 }
-DynamicPluginTensorDesc fixed(DataType type, Sizes sizes) { return dynamic(type, sizes, sizes, sizes); }
+DynamicPluginTensorDesc fixed(DataType type, Sizes sizes) {
+  return dynamic(type, sizes, sizes, sizes);
+}
 
 IPluginCreatorV3One* creator(const char* name) {
   int32_t count = 0;
@@ -80,8 +91,10 @@ IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsi
   IPluginCreatorV3One* maker = creator(name);
   const PluginFieldCollection* names = maker->getFieldNames();
   std::vector<PluginField> fields;
-  for (size_t i = 0; i < values.size(); ++i) fields.push_back({names->fields[i].name, &values[i], PluginFieldType::kINT32, 1});
-  if (epsilon != 0) fields.push_back({names->fields[values.size()].name, &epsilon, PluginFieldType::kFLOAT32, 1});
+  for (size_t i = 0; i < values.size(); ++i)
+    fields.push_back({names->fields[i].name, &values[i], PluginFieldType::kINT32, 1});
+  if (epsilon != 0)
+    fields.push_back({names->fields[values.size()].name, &epsilon, PluginFieldType::kFLOAT32, 1});
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return maker->createPlugin("layer0", &collection, TensorRTPhase::kBUILD);
 }
@@ -98,8 +111,10 @@ void enqueue(IPluginV3* plugin, PluginTensorDesc x, size_t inputs) {
   void* out[] = {address(6)};
   std::vector<PluginTensorDesc> descs(inputs, x);
   auto* runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
-  std::printf("shape %d\n", runtime->onShapeChange(descs.data(), static_cast<int32_t>(inputs), &x, 1));
-  std::printf("status %d\n", runtime->enqueue(descs.data(), &x, in, out, address(7), static_cast<cudaStream_t>(address(8))));
+  std::printf("shape %d\n",
+              runtime->onShapeChange(descs.data(), static_cast<int32_t>(inputs), &x, 1));
+  std::printf("status %d\n", runtime->enqueue(descs.data(), &x, in, out, address(7),
+                                              static_cast<cudaStream_t>(address(8))));
 }
 
 // ABQGemm w2 balanced, a8 asymmetric, groups of 40, K 120, N 8, with bias.
@@ -107,9 +122,14 @@ void abq() {
   IPluginV3* plugin = make("ABQGemm", {2, 5, 8, 0, 40, 120, 8, 1}, 0);
   auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
   std::vector<DynamicPluginTensorDesc> io{
-      dynamic(DataType::kBF16, {-1, -1, 120}, {1, 1, 120}, {4, 16, 120}), fixed(DataType::kINT32, {3, 8, 8}), fixed(DataType::kFLOAT, {8, 3}),
-      fixed(DataType::kINT32, {8, 3}), fixed(DataType::kFLOAT, {8}), dynamic(DataType::kBF16, {-1, -1, 8}, {1, 1, 8}, {4, 16, 8})};
-  for (int32_t i = 0; i < 6; ++i) std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 5, 1));
+      dynamic(DataType::kBF16, {-1, -1, 120}, {1, 1, 120}, {4, 16, 120}),
+      fixed(DataType::kINT32, {3, 8, 8}),
+      fixed(DataType::kFLOAT, {8, 3}),
+      fixed(DataType::kINT32, {8, 3}),
+      fixed(DataType::kFLOAT, {8}),
+      dynamic(DataType::kBF16, {-1, -1, 8}, {1, 1, 8}, {4, 16, 8})};
+  for (int32_t i = 0; i < 6; ++i)
+    std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 5, 1));
   io[5].desc.type = DataType::kHALF;
   std::printf("other output type %d\n", build->supportsFormatCombination(5, io.data(), 5, 1));
   io[0].desc.type = DataType::kINT8;
@@ -126,64 +146,103 @@ void abq() {
   io[0].desc.dims = dims({-1, -1, 121});
   std::printf("configure wrong x %d\n", build->configurePlugin(io.data(), 5, &io[5], 1));
   DataType type = DataType::kHALF, out_type = DataType::kFLOAT;
-  std::printf("types %d %d\n", build->getOutputDataTypes(&out_type, 1, &type, 1), static_cast<int>(out_type));
-  IPluginV3* copy = part<IPluginV3OneRuntime>(plugin->clone(), PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
-  for (const PluginTensorDesc& x : {tensor(DataType::kHALF, {120}), tensor(DataType::kHALF, {7, 120}), tensor(DataType::kBF16, {2, 3, 120}),
-                                    tensor(DataType::kFLOAT, {2, 3, 4, 120}), tensor(DataType::kHALF, {0, 3, 120}),
-                                    tensor(DataType::kHALF, {13, 120}), tensor(DataType::kHALF, {7, 119})}) {
+  std::printf("types %d %d\n", build->getOutputDataTypes(&out_type, 1, &type, 1),
+              static_cast<int>(out_type));
+  IPluginV3* copy = part<IPluginV3OneRuntime>(plugin->clone(), PluginCapabilityType::kRUNTIME)
+                        ->attachToContext(nullptr);
+  for (const PluginTensorDesc& x :
+       {tensor(DataType::kHALF, {120}), tensor(DataType::kHALF, {7, 120}),
+        tensor(DataType::kBF16, {2, 3, 120}), tensor(DataType::kFLOAT, {2, 3, 4, 120}),
+        tensor(DataType::kHALF, {0, 3, 120}), tensor(DataType::kHALF, {13, 120}),
+        tensor(DataType::kHALF, {7, 119})}) {
     enqueue(copy, x, 5);
   }
 }
 
-// QQQGemm in groups of 64, K 128, N 70, with a norm, made again from the fields it serialises, as an engine does.
+// QQQGemm in groups of 64, K 128, N 70, with a norm, made again from the fields it
+// serialises, as an engine does.
 void qqq() {
   IPluginV3* built = make("QQQGemm", {4, 16, 8, 1, 64, 128, 70, 0}, 1e-5f);
-  const PluginFieldCollection* fields = part<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+  const PluginFieldCollection* fields =
+      part<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
   for (int32_t i = 0; i < fields->nbFields; ++i) {
     const PluginField& field = fields->fields[i];
-    if (field.type == PluginFieldType::kFLOAT32) std::printf("field %s %g\n", field.name, *static_cast<const float*>(field.data));
+    if (field.type == PluginFieldType::kFLOAT32)
+      std::printf("field %s %g\n", field.name, *static_cast<const float*>(field.data));
     else std::printf("field %s %d\n", field.name, *static_cast<const int32_t*>(field.data));
   }
   IPluginV3* plugin = creator("QQQGemm")->createPlugin("layer0", fields, TensorRTPhase::kRUNTIME);
   auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
-  std::vector<DynamicPluginTensorDesc> io{
-      dynamic(DataType::kHALF, {-1, 128}, {1, 128}, {9, 128}), fixed(DataType::kINT32, {8, 256}), fixed(DataType::kFLOAT, {70, 1}),
-      fixed(DataType::kHALF, {2, 70}), fixed(DataType::kHALF, {128}), dynamic(DataType::kHALF, {-1, 70}, {1, 70}, {9, 70})};
-  for (int32_t i = 0; i < 6; ++i) std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 5, 1));
+  std::vector<DynamicPluginTensorDesc> io{dynamic(DataType::kHALF, {-1, 128}, {1, 128}, {9, 128}),
+                                          fixed(DataType::kINT32, {8, 256}),
+                                          fixed(DataType::kFLOAT, {70, 1}),
+                                          fixed(DataType::kHALF, {2, 70}),
+                                          fixed(DataType::kHALF, {128}),
+                                          dynamic(DataType::kHALF, {-1, 70}, {1, 70}, {9, 70})};
+  for (int32_t i = 0; i < 6; ++i)
+    std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 5, 1));
   io[4].desc.type = DataType::kFLOAT;
-  std::printf("gamma of another type than x %d\n", build->supportsFormatCombination(4, io.data(), 5, 1));
+  std::printf("gamma of another type than x %d\n",
+              build->supportsFormatCombination(4, io.data(), 5, 1));
   io[4].desc.type = DataType::kHALF;
   std::printf("configure %d\n", build->configurePlugin(io.data(), 5, &io[5], 1));
   print_tactics(build);
   std::printf("workspace %zu\n", build->getWorkspaceSize(io.data(), 5, &io[5], 1));
   std::printf("timing %s\n", build->getTimingCacheID());
-  std::printf("set tactic %d\n", part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->setTactic(197));
-  plugin = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
+  std::printf("set tactic %d\n",
+              part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->setTactic(197));
+  plugin =
+      part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
   enqueue(plugin, tensor(DataType::kHALF, {5, 128}), 5);
   auto* core = part<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
-  std::printf("plugin %s %s %s outputs %d tactics %d\n", core->getPluginName(), core->getPluginVersion(), core->getPluginNamespace(),
-              build->getNbOutputs(), build->getNbTactics());
+  std::printf("plugin %s %s %s outputs %d tactics %d\n", core->getPluginName(),
+              core->getPluginVersion(), core->getPluginNamespace(), build->getNbOutputs(),
+              build->getNbTactics());
   // Symbolic shapes are opaque to the plugin: it only moves the pointers.
-  const auto expression = [](int number) { return static_cast<const IDimensionExpr*>(address(number)); };
-  DimsExprs in[5]{{3, {expression(1), expression(2), expression(3)}}, {}, {2, {expression(4), expression(5)}}, {}, {}}, out{};
+  const auto expression = [](int number) {
+    return static_cast<const IDimensionExpr*>(address(number));
+  };
+  DimsExprs in[5]{{3, {expression(1), expression(2), expression(3)}},
+                  {},
+                  {2, {expression(4), expression(5)}},
+                  {},
+                  {}},
+      out{};
   IExprBuilder& builder = *static_cast<IExprBuilder*>(address(9));
   std::printf("shapes %d", build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
-  for (int32_t i = 0; i < out.nbDims; ++i) std::printf(" %d", static_cast<int>(reinterpret_cast<intptr_t>(out.d[i])));
-  std::printf("\nshapes of three inputs %d\n", build->getOutputShapes(in, 3, nullptr, 0, &out, 1, builder));
+  for (int32_t i = 0; i < out.nbDims; ++i)
+    std::printf(" %d", static_cast<int>(reinterpret_cast<intptr_t>(out.d[i])));
+  std::printf("\nshapes of three inputs %d\n",
+              build->getOutputShapes(in, 3, nullptr, 0, &out, 1, builder));
   in[0].nbDims = 0;
-  std::printf("shapes of a scalar x %d\n", build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
+  std::printf("shapes of a scalar x %d\n",
+              build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
   in[0].nbDims = 3, in[2].nbDims = 0;
-  std::printf("shapes of a scalar scale %d\n", build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
+  std::printf("shapes of a scalar scale %d\n",
+              build->getOutputShapes(in, 5, nullptr, 0, &out, 1, builder));
 }
+
+// The functions of one op, which print this name.
+template <const char* kName>
+AnybitOp printing_op(const char* name) {
+  AnybitOp op{};
+  op.name = name;
+  op.workspace = [](const GemmShape* shape) { return print_workspace(kName, shape); };
+  op.tactics = list_tactics;
+  op.run = [](const GemmShape* shape, const GemmBuffers* buffers, void* stream) {
+    return print_run(kName, shape, buffers, stream);
+  };
+  return op;
+}
+constexpr char kAbq[] = "abq", kQqq[] = "qqq";
 
 }  // namespace
 
-size_t anybit_abq_gemm_workspace(const GemmShape* shape) { return print_workspace("abq", shape); }
-size_t anybit_qqq_gemm_workspace(const GemmShape* shape) { return print_workspace("qqq", shape); }
-int anybit_abq_gemm_tactics(const GemmShape* s, int32_t* tactics, int capacity) { return list_tactics(s, tactics, capacity); }
-int anybit_qqq_gemm_tactics(const GemmShape* s, int32_t* tactics, int capacity) { return list_tactics(s, tactics, capacity); }
-int anybit_abq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* stream) { return print_run("abq", shape, buffers, stream); }
-int anybit_qqq_gemm(const GemmShape* shape, const GemmBuffers* buffers, void* stream) { return print_run("qqq", shape, buffers, stream); }
+int anybit_ops(const AnybitOp** ops) {
+  static const AnybitOp list[] = {printing_op<kAbq>("ABQGemm"), printing_op<kQqq>("QQQGemm")};
+  *ops = list;
+  return 2;
+}
 
 int main(int argc, char** argv) {
   setLoggerFinder(nullptr);  // errors go to stderr

@@ -1,9 +1,11 @@
-// The part of TensorRT's C++ plugin interface that our plugins use; no package registry ships NVIDIA's headers.
+// The part of TensorRT's C++ plugin interface that our plugins use; no package
+// registry ships NVIDIA's headers.
 //
-// What is fixed by the ABI, and therefore equal to NVIDIA's: names (they are mangled into RTTI), the order of virtual
-// functions, the layout of structs, enum values, the strings and versions that getInterfaceInfo returns. Everything else is
-// left out. These interfaces are the same in TensorRT 10.0 to 11.x and TensorRT-RTX 1.7; tests/plugins/test_trt_headers.py
-// compares them with real headers where it finds some. CMake takes the real SDK's header of this name instead when
+// What is fixed by the ABI, and therefore equal to NVIDIA's: names (they are mangled into RTTI),
+// the order of virtual functions, the layout of structs, enum values, the strings and versions that
+// getInterfaceInfo returns. Everything else is left out. These interfaces are the same in TensorRT
+// 10.0 to 11.x and TensorRT-RTX 1.7; tests/plugins/test_trt_headers.py compares them with real
+// headers where it finds some. CMake takes the real SDK's header of this name instead when
 // -DTENSORRT_ROOT points at one.
 #pragma once
 
@@ -11,7 +13,8 @@
 #include <cstdint>
 
 struct CUstream_st;
-using cudaStream_t = CUstream_st*;  // the same alias as in CUDA's driver_types.h, which may be included too
+// the same alias as in CUDA's driver_types.h, which may be included too
+using cudaStream_t = CUstream_st*;
 
 namespace nvinfer1 {
 
@@ -22,17 +25,21 @@ using InterfaceKind = const char*;
 
 enum class APILanguage : int32_t { kCPP = 0, kPYTHON = 1 };
 
+// clang-format off
 enum class DataType : int32_t {
-  kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBOOL = 4, kUINT8 = 5, kFP8 = 6, kBF16 = 7, kINT64 = 8, kINT4 = 9,
+  kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBOOL = 4,
+  kUINT8 = 5, kFP8 = 6, kBF16 = 7, kINT64 = 8, kINT4 = 9,
 };
 
-enum class TensorFormat : int32_t { kLINEAR = 0 };  // the vectorised formats are of no use to a GEMM
+// the vectorised formats are of no use to a GEMM
+enum class TensorFormat : int32_t { kLINEAR = 0 };
 
 enum class PluginFieldType : int32_t {
   kFLOAT16 = 0, kFLOAT32 = 1, kFLOAT64 = 2, kINT8 = 3, kINT16 = 4, kINT32 = 5, kCHAR = 6,
   kDIMS = 7, kUNKNOWN = 8, kBF16 = 9, kINT64 = 10, kFP8 = 11,
 };
 
+// clang-format on
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
 
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };
@@ -69,9 +76,8 @@ struct DynamicPluginTensorDesc {
 class PluginField {
  public:
   PluginField(const AsciiChar* fieldName = nullptr, const void* fieldData = nullptr,
-    PluginFieldType fieldType = PluginFieldType::kUNKNOWN, int32_t count = 0) noexcept
-    : name(fieldName), data(fieldData), type(fieldType), length(count) {
-  }
+              PluginFieldType fieldType = PluginFieldType::kUNKNOWN, int32_t count = 0) noexcept
+      : name(fieldName), data(fieldData), type(fieldType), length(count) {}
 
   const AsciiChar* name;
   const void* data;
@@ -139,19 +145,24 @@ class IPluginV3OneBuild : public IPluginCapability {
 
   InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_BUILD", 1, 0}; }
 
-  virtual int32_t configurePlugin(
-    const DynamicPluginTensorDesc* in, int32_t nbIn, const DynamicPluginTensorDesc* out, int32_t nbOut) noexcept = 0;
-  virtual int32_t getOutputDataTypes(DataType* out, int32_t nbOut, const DataType* in, int32_t nbIn) const noexcept = 0;
-  virtual int32_t getOutputShapes(const DimsExprs* in, int32_t nbIn, const DimsExprs* shapeIn, int32_t nbShapeIn,
-    DimsExprs* out, int32_t nbOut, IExprBuilder& builder) noexcept = 0;
-  virtual bool supportsFormatCombination(
-    int32_t pos, const DynamicPluginTensorDesc* inOut, int32_t nbIn, int32_t nbOut) noexcept = 0;
+  virtual int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t nbIn,
+                                  const DynamicPluginTensorDesc* out, int32_t nbOut) noexcept = 0;
+  virtual int32_t getOutputDataTypes(DataType* out, int32_t nbOut, const DataType* in,
+                                     int32_t nbIn) const noexcept = 0;
+  virtual int32_t getOutputShapes(const DimsExprs* in, int32_t nbIn, const DimsExprs* shapeIn,
+                                  int32_t nbShapeIn, DimsExprs* out, int32_t nbOut,
+                                  IExprBuilder& builder) noexcept = 0;
+  virtual bool supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* inOut,
+                                         int32_t nbIn, int32_t nbOut) noexcept = 0;
   virtual int32_t getNbOutputs() const noexcept = 0;
   virtual size_t getWorkspaceSize(const DynamicPluginTensorDesc* /*in*/, int32_t /*nbIn*/,
-    const DynamicPluginTensorDesc* /*out*/, int32_t /*nbOut*/) const noexcept {
+                                  const DynamicPluginTensorDesc* /*out*/,
+                                  int32_t /*nbOut*/) const noexcept {
     return 0;
   }
-  virtual int32_t getValidTactics(int32_t* /*tactics*/, int32_t /*nbTactics*/) noexcept { return 0; }
+  virtual int32_t getValidTactics(int32_t* /*tactics*/, int32_t /*nbTactics*/) noexcept {
+    return 0;
+  }
   virtual int32_t getNbTactics() noexcept { return 0; }
   virtual const char* getTimingCacheID() noexcept { return nullptr; }
   virtual int32_t getFormatCombinationLimit() noexcept { return kDEFAULT_FORMAT_COMBINATION_LIMIT; }
@@ -160,22 +171,28 @@ class IPluginV3OneBuild : public IPluginCapability {
 
 class IPluginV3OneRuntime : public IPluginCapability {
  public:
-  InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_RUNTIME", 1, 0}; }
+  InterfaceInfo getInterfaceInfo() const noexcept override {
+    return {"PLUGIN_V3ONE_RUNTIME", 1, 0};
+  }
 
   virtual int32_t setTactic(int32_t /*tactic*/) noexcept { return 0; }
-  virtual int32_t onShapeChange(
-    const PluginTensorDesc* in, int32_t nbIn, const PluginTensorDesc* out, int32_t nbOut) noexcept = 0;
-  virtual int32_t enqueue(const PluginTensorDesc* inDesc, const PluginTensorDesc* outDesc, const void* const* in,
-    void* const* out, void* workspace, cudaStream_t stream) noexcept = 0;
+  virtual int32_t onShapeChange(const PluginTensorDesc* in, int32_t nbIn,
+                                const PluginTensorDesc* out, int32_t nbOut) noexcept = 0;
+  virtual int32_t enqueue(const PluginTensorDesc* inDesc, const PluginTensorDesc* outDesc,
+                          const void* const* in, void* const* out, void* workspace,
+                          cudaStream_t stream) noexcept = 0;
   virtual IPluginV3* attachToContext(IPluginResourceContext* context) noexcept = 0;
   virtual const PluginFieldCollection* getFieldsToSerialize() noexcept = 0;
 };
 
 class IPluginCreatorV3One : public IPluginCreatorInterface {
  public:
-  InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN CREATOR_V3ONE", 1, 0}; }
+  InterfaceInfo getInterfaceInfo() const noexcept override {
+    return {"PLUGIN CREATOR_V3ONE", 1, 0};
+  }
 
-  virtual IPluginV3* createPlugin(const AsciiChar* name, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept = 0;
+  virtual IPluginV3* createPlugin(const AsciiChar* name, const PluginFieldCollection* fields,
+                                  TensorRTPhase phase) noexcept = 0;
   virtual const PluginFieldCollection* getFieldNames() noexcept = 0;
   virtual const AsciiChar* getPluginName() const noexcept = 0;
   virtual const AsciiChar* getPluginVersion() const noexcept = 0;

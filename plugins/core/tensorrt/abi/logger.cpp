@@ -1,17 +1,18 @@
 // Finds out which TensorRT's logger we were given, and calls it.
 #include "logger.h"
 
+#include <cxxabi.h>
 #include <cstdio>
 #include <cstring>
-#include <cxxabi.h>
 #include <mutex>
 #include <typeinfo>
 
 namespace anybit::trt {
 namespace {
 
-constexpr const char* kFinder10 = "N8nvinfer113ILoggerFinderE";         // nvinfer1::ILoggerFinder
-constexpr const char* kFinder11 = "N8nvinfer15v_1_013ILoggerFinderE";  // nvinfer1::v_1_0::ILoggerFinder
+constexpr const char* kFinder10 = "N8nvinfer113ILoggerFinderE";  // nvinfer1::ILoggerFinder
+// nvinfer1::v_1_0::ILoggerFinder
+constexpr const char* kFinder11 = "N8nvinfer15v_1_013ILoggerFinderE";
 
 struct Finder {
   void* object = nullptr;
@@ -55,7 +56,8 @@ bool log_to_tensorrt(Finder finder, Severity severity, const char* text) noexcep
 
 LoggerLayout logger_layout(const void* object) noexcept {
   if (object == nullptr) return LoggerLayout::kUnknown;
-  // Itanium C++ ABI: the word before a vtable's first function points to the type_info, null where built with -fno-rtti.
+  // Itanium C++ ABI: the word before a vtable's first function points to the type_info, null
+  // where built with -fno-rtti.
   const auto* const* vtable = *static_cast<const void* const* const*>(object);
   return layout_of_type(static_cast<const std::type_info*>(vtable[-1]));
 }
@@ -67,7 +69,9 @@ void set_finder(void* object) noexcept {
 
 void log(Severity severity, const char* text) noexcept {
   Finder finder;
-  {  // not held during the call: a logger written in Python waits for the interpreter's lock, which our caller may hold
+  // not held during the call: a logger written in Python waits for the interpreter's lock,
+  // which our caller may hold
+  {
     const std::lock_guard<std::mutex> lock(finder_mutex);
     finder = current_finder;
   }

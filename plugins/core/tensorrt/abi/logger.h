@@ -1,10 +1,11 @@
 // Sends messages to TensorRT's own logger, whose C++ layout differs between TensorRT 10 and 11.
 //
-// setLoggerFinder hands us an object without saying which TensorRT it comes from. In TensorRT 10 both the finder and the
-// logger begin with their one virtual function; in TensorRT 11 and TensorRT-RTX 1.7 they derive from IVersionedInterface,
-// which puts four others in front. Calling the wrong slot runs a destructor, so we ask the object's run-time type which of
-// the two it is, and write to stderr when we cannot tell. The layouts are therefore declared here under our own names,
-// whatever NvInferRuntime.h is in use.
+// setLoggerFinder hands us an object without saying which TensorRT it comes from. In TensorRT 10
+// both the finder and the logger begin with their one virtual function; in TensorRT 11 and
+// TensorRT-RTX 1.7 they derive from IVersionedInterface, which puts four others in front. Calling
+// the wrong slot runs a destructor, so we ask the object's run-time type which of the two it is,
+// and write to stderr when we cannot tell. The layouts are therefore declared here under our own
+// names, whatever NvInferRuntime.h is in use.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -13,7 +14,13 @@
 
 namespace anybit::trt {
 
-enum class Severity : int32_t { kInternalError = 0, kError = 1, kWarning = 2, kInfo = 3, kVerbose = 4 };
+enum class Severity : int32_t {
+  kInternalError = 0,
+  kError = 1,
+  kWarning = 2,
+  kInfo = 3,
+  kVerbose = 4
+};
 
 // TensorRT 10: nvinfer1::ILogger and nvinfer1::ILoggerFinder.
 class Logger10 {
