@@ -26,6 +26,7 @@ from calibration.settings import CalibrationSettings, MethodSettings
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import search_grid
 from calibration.solvers.hessian import Moments
+from plugins import op_names, op_spec
 from plugins.errors import InputError
 from tests.calibration.block_cases import QQQ, QQQ_GROUPS, W3A6, block_task, calibrate_tiny
 from tests.calibration.llama import DOWN, QKV, SITES
@@ -482,10 +483,11 @@ def test_a_rotation_without_a_switch_is_recorded(tiny_model_dir: Path, tmp_path:
 
 def test_declarations_of_the_package() -> None:
     made = {name: find_method(name) for name in method_names()}
-    assert {name: one.declaration.op for name, one in made.items()} == {
-        "abq": "ABQGemm",
-        "qqq": "QQQGemm",
-        "rtn": None,
+    assert list(made) == ["abq", "qqq", "rtn"]
+    assert {one.declaration.op for one in made.values()} == {None}  # the ops name their methods
+    assert {name: op_spec(name).method for name in op_names()} == {
+        "ABQGemm": "abq",
+        "QQQGemm": "qqq",
     }
     assert [name for name, one in made.items() if one.declaration.counts_processes] == ["abq"]
     assert not made["abq"].makes(QQQ) and made["qqq"].makes(QQQ) and made["rtn"].makes(W3A6)
