@@ -171,6 +171,13 @@ def test_what_no_gpu_has_run_is_said_once() -> None:
     assert said == [("README.md", "never run on a GPU")]
 
 
+def test_nothing_is_said_of_how_busy_a_machine_was() -> None:
+    pattern = re.compile(
+        r"\bbusy\b|\bother (jobs|work|programs)\b|shared machine|jobs shared", re.I
+    )
+    assert not [page.name for page in PAGES if pattern.search(page.read_text())]
+
+
 def test_output_in_readme_is_of_the_commands_that_make_runs() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     names = dict(re.findall(r"^(\w+)\s*\??:?=\s*(.+)$", makefile, re.MULTILINE))
