@@ -23,6 +23,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/*.md", "plugins/**/*.md")
     for path in REPOSITORY.glob(pattern)
 )
+README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
 OURS = ("exporter", "deploy", "calibration", "plugins")
 FOLDERS = (*OURS, "tests", "docs", "examples", "benchmarks")
 
@@ -74,8 +75,9 @@ def commands(page: Path, *modules: str) -> list[list[str]]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(commands(REPOSITORY / "README.md", "exporter", "deploy")) >= 6
-    assert (REPOSITORY / "README.md").read_text().splitlines()[2:5][1].startswith("make demo")
+    assert len(commands(DOCS / "getting_started.md", "exporter", "deploy")) >= 6
+    assert [words[:2] for words in shell_lines(README)] == [["make", "demo"], ["make", "test"]]
+    assert README.read_text().splitlines()[2:5][1].startswith("make demo")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -108,15 +110,90 @@ def test_commands_are_ones_we_have(
             assert words[-1] in makefile, f"{words}: the Makefile pins something else"
 
 
+def links(page: Path) -> list[str]:
+    """Targets of the page's links that stay in the repository, outside its code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [link for link in found if not link.startswith("http")]
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {word.strip().replace(" ", "-") for word in words}
+
+
+def resolves(page: Path, link: str) -> bool:
+    """Whether a link leads to a file in the repository and, if it says so, to a heading of it."""
+    name, _, fragment = link.partition("#")
+    target = (page.parent / name).resolve() if name else page
+    if not target.exists() or not target.is_relative_to(REPOSITORY):
+        return False
+    return not fragment or fragment in anchors(target)
+
+
+def test_broken_links_are_seen(tmp_path: Path) -> None:
+    page = DOCS / "README.md"
+    assert resolves(page, "limits.md#measured") and resolves(page, "../README.md")
+    for broken in ("limits.md#measures", "no.md", "#nothing", "../../elsewhere.md"):
+        assert not resolves(page, broken), broken
+
+
+def test_the_index_lists_every_page() -> None:
+    listed = {(DOCS / link).resolve() for link in links(DOCS / "README.md")}
+    assert not {page for page in DOCS.glob("*.md") if page.name != "README.md"} - listed
+
+
+def test_ten_changes_and_the_files_they_are_made_in() -> None:
+    """The last section of docs/architecture.md; that its links resolve is tested with all others."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    *_, title, section = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", section, re.MULTILINE)
+    assert title == "Where do I change ..."
+    assert [int(number) for number, *_ in rows] == list(range(1, 11))
+    for number, what, where in rows:
+        files = re.findall(r"\]\(([^)\s]+)\)", where)
+        assert files and all((DOCS / file).is_file() for file in files), (number, what)
+
+
+def test_what_no_gpu_has_run_is_said_once() -> None:
+    """In README's support table, which the other pages link to."""
+    pattern = re.compile(
+        r"(never|not|nothing|none|no\s+gpu)\b[^.|]{0,60}\brun\b[^.|]{0,20}\bgpu|no\s+gpu\s+has",
+        re.I,
+    )
+    pages = [page for page in PAGES if page.name not in ("TODO-gpu.md", "CHANGELOG.md")]
+    said = [
+        (page.name, match.group()) for page in pages for match in pattern.finditer(page.read_text())
+    ]
+    assert said == [("README.md", "never run on a GPU")]
+
+
+def test_nothing_is_said_of_how_busy_a_machine_was() -> None:
+    pattern = re.compile(
+        r"\bbusy\b|\bother (jobs|work|programs)\b|shared machine|jobs shared", re.I
+    )
+    assert not [page.name for page in PAGES if pattern.search(page.read_text())]
+
+
+def test_output_in_readme_is_of_the_commands_that_make_runs() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    names = dict(re.findall(r"^(\w+)\s*\??:?=\s*(.+)$", makefile, re.MULTILINE))
+    while "$(" in makefile.split("\ntest:")[0].split("\ndemo:")[1]:
+        makefile = re.sub(r"\$\((\w+)\)", lambda name: names[name.group(1)], makefile)
+    block = re.findall(r"^```text\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)[0]
+    shown = [line for line in block.splitlines() if line.startswith(".venv/")]
+    assert [line.split()[2] for line in shown] == ["exporter", "deploy"]
+    recipes = [line.strip().lstrip("@") for line in makefile.splitlines()]
+    assert not [line for line in shown if line not in recipes]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    links = [
-        link.split("#")[0]
-        for link in re.findall(r"\]\(([^)\s]+)\)", text)
-        if not link.startswith(("http", "#"))
-    ]
-    missing = [link for link in links if not (page.parent / link).exists()]
+    missing = [link for link in links(page) if not resolves(page, link)]
     paths = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)
     missing += [
         path
@@ -151,7 +228,7 @@ def test_help_answers(words: list[str], capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_pictures_are_whole() -> None:
-    pictures = sorted((REPOSITORY / "docs").glob("*.svg"))
+    pictures = sorted(DOCS.glob("*.svg"))
     assert pictures
     for picture in pictures:
         assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -188,7 +265,7 @@ def test_sizes_of_llama_7b() -> None:
         if name not in linears
     )
     kv_cache = 2 * 2 * 4096 * 32 * 2048  # keys and values, fp16, width, layers, tokens
-    text = (REPOSITORY / "README.md").read_text()
+    text = (DOCS / "getting_started.md").read_text()
     for label, size in (
         ("in fp16, for comparison", 2 * codes + rest),
         ("one byte per code", codes + 4 * rows + rest),
@@ -197,6 +274,7 @@ def test_sizes_of_llama_7b() -> None:
     ):
         row = next(line for line in text.splitlines() if line.startswith("|") and label in line)
         assert f"{size / 1e9:.2f} GB |" in row
+    text = (DOCS / "bits.md").read_text()
     for label, wbits, balanced in (
         ("W8", 8, False),
         ("W6", 6, False),
@@ -221,7 +299,7 @@ def test_the_bits_file_fits_llama_7b(tmp_path: Path) -> None:
 
     block = re.search(
         r"^```text\n(# bits.txt.*?)^```",
-        (REPOSITORY / "README.md").read_text(),
+        (DOCS / "bits.md").read_text(),
         re.DOTALL | re.MULTILINE,
     )
     assert block
@@ -255,7 +333,7 @@ def test_onnx_page_names_every_attribute_and_node(
 
     export_onnx(read_quant(tiny_quant() / "quant"), tmp_path)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    text = (REPOSITORY / "docs" / "onnx.md").read_text()
+    text = (DOCS / "onnx.md").read_text()
     custom = [node for node in model.graph.node if is_custom(node.domain)]
     assert {attribute.name for attribute in custom[0].attribute} == {
         *(field.name for field in fields(GemmAttributes)),
@@ -283,7 +361,7 @@ def test_quant_page_names_every_tensor_and_key(
     from safetensors import safe_open
 
     folder = tiny_quant(**scheme) / "quant"
-    text = (REPOSITORY / "docs" / "quant_format.md").read_text()
+    text = (DOCS / "quant_format.md").read_text()
     meta = json.loads((folder / "quant.json").read_text())
     for key in (*meta, *meta["scheme"], *meta["source"]):
         assert f"`{key}`" in text, key
@@ -313,9 +391,20 @@ def test_every_switch_of_the_methods_is_documented_with_its_default() -> None:
     }
     rows = re.findall(
         r"^\| `(\w+)` \| (.*?) \| (.*?) \| ",
-        (REPOSITORY / "docs/calibration.md").read_text(encoding="utf-8"),
+        (DOCS / "calibration.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     assert {name: qqq.strip("`") for name, qqq, _ in rows if qqq.strip()} == defaults["qqq"]
     assert {name: abq.strip("`") for name, _, abq in rows if abq.strip()} == defaults["abq"]
     assert not any(defaults[name] for name in method_names() if name not in ("qqq", "abq"))
+
+
+def test_code_in_extending_is_what_other_tests_run() -> None:
+    """A family, a runner and a command; docs/methods.md has its own test, and so has the op."""
+    from tests.deploy.test_toy import COMMAND, RUNNER
+
+    text = (DOCS / "extending.md").read_text(encoding="utf-8")
+    family, *others = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    name, _, source = family.partition("\n")
+    assert (REPOSITORY / name.removeprefix("# ")).read_text(encoding="utf-8") == source
+    assert [block.strip() for block in others] == [RUNNER.strip(), COMMAND.strip()]
