@@ -14,7 +14,7 @@ from calibration.cli import add_quant_arguments, default_out, schemes_from_args,
 from calibration.out.files import StageWriter, locked, read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import Progress, make_progress
-from plugins.cli import run_cli
+from plugins.cli import add_version, run_cli
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         "python -m calibration", description="Quantise a model into OUT/quant."
     )
+    add_version(parser)
     add_quant_arguments(parser)
     parser.add_argument(
         "--resume",

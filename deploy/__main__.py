@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from deploy import commands
-from plugins.cli import run_cli
+from plugins.cli import add_version, run_cli
 
 __all__ = ["build_parser", "main"]
 
@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deploy", description="Run what python -m exporter made."
     )
+    add_version(parser)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands().values():
         choice = choices.add_parser(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from plugins import library_ops
-from plugins.cli import run_cli, whole_number
+from plugins.cli import add_version, run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError
 from plugins.tools.build import build_library, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m plugins", description="Compile and inspect the custom ops."
     )
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="the TensorRT plugin library, with nvcc")
     build.add_argument(

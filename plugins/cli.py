@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from plugins.errors import EXIT_INTERRUPT, EXIT_OTHER, UserError
 
-__all__ = ["number", "run_cli", "whole_number"]
+__all__ = ["add_version", "number", "run_cli", "whole_number"]
 
 
 def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
@@ -45,6 +45,25 @@ def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+class _Version(argparse.Action):
+    """Prints the version of the installed distribution; looks it up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> None:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("anybit-trt")
+        except metadata.PackageNotFoundError:
+            version = "of a folder that is not installed"
+        print(f"anybit-trt {version}")
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """--version, of every command line."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
