@@ -1,0 +1,1 @@
+"""The artefact folder OUT: stages, manifest, fingerprints, checks."""
