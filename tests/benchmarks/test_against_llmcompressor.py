@@ -181,6 +181,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_the_whole_run_around_a_peer_that_does_nothing(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from plugins.errors import CheckError
 from plugins.tools.build import build_sim
 
 
+@pytest.mark.slow
 def test_every_scheme_is_right_in_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
     assert gemm.main(["--check-only", "--sim", "--tokens", "2", "9"]) == 0
     assert "results compared, all right" in capsys.readouterr().out

@@ -60,6 +60,7 @@ def test_manifest_names_everything(run: Run, tmp_path: Path) -> None:
     assert manifest["stages"]["onnx"]["facts"]["custom_nodes"] == 8
 
 
+@pytest.mark.slow
 def test_same_command_same_bytes(
     run_module: Any, snapshot: Any, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

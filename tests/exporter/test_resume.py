@@ -100,6 +100,7 @@ def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(
     assert list(json.loads((out / "manifest.json").read_text())["stages"]) == ["onnx", "quant"]
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     command = [

@@ -220,6 +220,7 @@ def test_trap_23_qqq_many_tokens_and_odd_column_blocks(runner: KernelRunner) -> 
     check(runner, attrs, qqq_arrays(attrs), tokens(513, 64, F16))
 
 
+@pytest.mark.slow
 def test_more_tokens_than_the_grid_is_high(runner: KernelRunner) -> None:
     attrs = abq(1, 1, a=16)
     check(runner, attrs, abq_arrays(attrs), tokens(65_538, 1, F16))

@@ -119,6 +119,7 @@ def shim(folder: Path, change: str, simulated: bool = True, ops: int = 2) -> Pat
     return compiled(folder, "libshim.so", text)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_right() -> None:
     done = run(build_sim(), "--quick")
     assert (done.returncode, done.stderr) == (0, "")

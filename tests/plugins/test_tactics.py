@@ -30,6 +30,8 @@ from tests.plugins.kernel_cases import (
 from tests.plugins.kernel_runner import KernelError, KernelRunner, gpu_sm
 
 INT8 = {"int8 64x8", "int8 64x16", "int8 128x32", "int8 128x64", "int8 256x64"}
+pytestmark = pytest.mark.slow  # a minute as a whole
+
 WGMMA = {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 

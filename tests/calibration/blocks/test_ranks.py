@@ -145,6 +145,7 @@ def _sums(rank: int) -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_three_processes(together: Callable[..., Ended]) -> None:
     assert [code for code, *_ in together(_sums, world=3)] == [0, 0, 0]
 

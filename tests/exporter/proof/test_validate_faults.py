@@ -16,6 +16,8 @@ import pytest
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from plugins.errors import CheckError
 
+pytestmark = pytest.mark.slow  # a minute as a whole
+
 Fault = Callable[[onnx.ModelProto, Path], None]
 
 

@@ -28,7 +28,19 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def test_unchanged_sources_are_not_compiled_again(sources: Path) -> None:
+@pytest.fixture
+def small_sources(sources: Path) -> Path:
+    """The same with one small kernel file that includes a header, in place of all kernels."""
+    for kernels in (*sources.glob("*/cuda/*.cu"), *sources.glob("core/host/*.cu")):
+        kernels.unlink()
+    (sources / "abq_gemm" / "cuda" / "launch.cu").write_text(
+        '#include "core/host/params.h"\nANYBIT_API int answer() { return 42; }\n'
+    )
+    return sources
+
+
+def test_unchanged_sources_are_not_compiled_again(small_sources: Path) -> None:
+    sources = small_sources
     library = build.build_sim()
     first = library.stat().st_mtime_ns
     assert library == sources.parent / "build" / "libanybit_kernels_sim.so"
@@ -108,10 +120,10 @@ def test_9_0_gets_all_its_instructions(tmp_path: Path, monkeypatch: pytest.Monke
     assert "sm_90.ptx" in listed
 
 
-def test_compiler_output_is_shown_and_the_old_library_stays(sources: Path) -> None:
+def test_compiler_output_is_shown_and_the_old_library_stays(small_sources: Path) -> None:
     library = build.build_sim()
     before = library.read_bytes()
-    (sources / "abq_gemm" / "cuda" / "launch.cu").write_text("#error this kernel is broken\n")
+    (small_sources / "abq_gemm" / "cuda" / "launch.cu").write_text("#error this kernel is broken\n")
     with pytest.raises(UserError, match="#error this kernel is broken") as caught:
         build.build_sim()
     assert caught.value.where == "abq_gemm/cuda/launch.cu"

@@ -44,12 +44,19 @@ def kernels() -> list[Kernel]:
     return inspect(build_library())
 
 
-def test_library_passes(kernels: list[Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_library_passes(
+    kernels: list[Kernel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert failures(kernels, build_library().stat().st_size) == []
+    inspected: list[Path] = []
+    monkeypatch.setattr(command, "inspect", lambda library: inspected.append(library) or kernels)
     assert command.main(["sass"]) == 0
+    assert inspected == [build_library()]
     assert "all checks passed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_family_is_there_for_every_architecture(kernels: list[Kernel]) -> None:
     assert {(kernel.arch, kernel.family) for kernel in kernels} >= {
         (arch, family) for arch in ("sm_80", "sm_90a") for family in FAMILIES
