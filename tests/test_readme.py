@@ -292,6 +292,37 @@ def test_sizes_of_llama_7b() -> None:
         assert f"{codes * planes / 8e9:.2f} GB |" in row, label
 
 
+def test_perplexities_are_those_of_the_result_files() -> None:
+    def result(name: str) -> Any:
+        return json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
+
+    settings = result("calibration-settings-2026-11-25")["rows"]
+    peer = result("calibration-peer-2026-11-25")["settings"]
+    channel, groups = peer["per channel"]["rows"], peer["g64"]["rows"]
+    expected = {
+        "float": (channel["float"],),
+        "W4A8": (channel["anybit-trt"], channel["llm-compressor"]),
+        "W4A8, groups of 64": (groups["anybit-trt"], groups["llm-compressor"]),
+        "W8A8": (settings["w8a8"],),
+        "W6A6": (settings["w6a6"],),
+        "W3A8, groups of 64": (settings["w3a8-g64"],),
+        "W2\\*A8, groups of 64": (settings["w2ba8-g64"],),
+        "W4A4, groups of 64": (settings["w4a4-g64"],),
+    }
+    for page, title, rows in (
+        (README, "## Results", 7),
+        (DOCS / "limits.md", "### Quality", 8),
+    ):
+        section = page.read_text().split(title)[1].split("\n\n|")[1].split("\n\n")[0]
+        found = [line.split(" | ") for line in section.splitlines()[2:]]
+        assert len(found) == rows
+        for name, *cells in found:
+            label = name.removeprefix("| ").removesuffix(" (5 levels)")
+            numbers = [cell for cell in cells if re.fullmatch(r"\d+\.\d\d", cell.strip(" |"))]
+            shown = [number.strip(" |") for number in numbers]
+            assert shown == [f"{row['ppl']:.2f}" for row in expected[label]], label
+
+
 def test_the_bits_file_fits_llama_7b(tmp_path: Path) -> None:
     from calibration.families import family
     from calibration.quant.bits import read_bits_file
