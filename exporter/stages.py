@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from calibration.out.files import sha256_file
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
-    file_stamps,
     method_digest,
     package_versions,
     text_digest,
@@ -157,8 +156,7 @@ class QuantStage(Stage):
     def inputs(self) -> Any:
         """The model's files, the settings and the text."""
         return [
-            self.checkpoint.fingerprint,
-            file_stamps(self.checkpoint.input_files()),
+            self.checkpoint.stamp(),
             self.request.identity(),
             self.schemes.as_dict(),
             text_digest(self.request.settings.calib),

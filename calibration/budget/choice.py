@@ -18,7 +18,6 @@ from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     code_digest,
     digest,
-    file_stamps,
     method_digest,
     package_versions,
     text_digest,
@@ -223,8 +222,7 @@ def _costs(
         seqlen=min(budget.settings.seqlen, _SEQLEN),
     )
     stamp = digest(
-        checkpoint.fingerprint,
-        file_stamps(checkpoint.input_files()),
+        checkpoint.stamp(),
         [scheme.as_dict() for scheme in schemes],
         settings.as_dict(),
         text_digest(settings.calib),

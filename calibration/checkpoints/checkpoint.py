@@ -23,6 +23,7 @@ from calibration.families import (
     accepted_architectures,
     family_of_architecture,
 )
+from calibration.out.fingerprint import file_stamps
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ class Checkpoint:
             else [path for pattern in SMALL_FILES for path in self.source.path.glob(pattern)]
         )
         return sorted({*self._weights.files, *small})
+
+    def stamp(self) -> list[Any]:
+        """Everything of the model that a result depends on: its files, and what its family says."""
+        files = file_stamps(self.input_files())
+        return [self.fingerprint, files, self.decoder.declaration()]
 
     def hf_config(self) -> dict[str, Any]:
         """The transformers config as plain JSON, without anything that depends on this machine."""

@@ -377,6 +377,10 @@ class Decoder:
         if not self.head.tied:
             yield TensorInfo(f"{self.head.name}.weight", table, f"{self.head.gguf}.weight")
 
+    def declaration(self) -> str:
+        """All that its family says of it, as text: two decoders of one text compute the same."""
+        return repr((self.embedding, self.blocks, self.head))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of every tensor, in execution order."""
         return {info.name: info.shape for info in self.tensors()}

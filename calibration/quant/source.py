@@ -16,7 +16,6 @@ from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     code_digest,
     digest,
-    file_stamps,
     method_digest,
     package_versions,
 )
@@ -205,8 +204,7 @@ def open_source(
     if note:
         progress.message(note)
     stamp = digest(
-        checkpoint.fingerprint,
-        file_stamps(checkpoint.input_files()),
+        checkpoint.stamp(),
         schemes.as_dict(),
         settings.as_dict(),
         hashlib.sha256(windows.tobytes()).hexdigest(),

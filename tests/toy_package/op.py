@@ -1,7 +1,7 @@
 """A whole op in one file, to be copied: W3A8 with codes -3..3 and scales that are a power of two
 times the channel's, so that a group costs one byte.
 
-tests/test_new_op.py installs it as a package of its own and takes it from a float model to
+tests/test_toy_op.py installs it as a package of its own and takes it from a float model to
 a proven ONNX file. It has no kernel: ONNX Runtime runs its body.
 """
 
