@@ -155,7 +155,7 @@ class DecoderSession(ABC):
 
 
 def cache_names(layers: int) -> list[str]:
-    """ "0.key", "0.value", "1.key", ...: the cache tensors, to be prefixed with past_key_values. or
+    """The cache tensors, "0.key", "0.value", "1.key" ..., to be prefixed with past_key_values. or
     present.
     """
     return [f"{index}.{kind}" for index in range(layers) for kind in ("key", "value")]
