@@ -178,6 +178,7 @@ class SiteSolver:
         self.notes: list[str] = []
 
     def __call__(self, site: str, moments: Moments | None) -> QuantArrays:
+        """The arrays of one site from what its inputs were; keeps the errors before and after."""
         assert moments is not None
         scheme = self._task.schemes[site]
         moments.reduce(self._task.ranks)

@@ -41,6 +41,7 @@ _FILE = {"bytes": int, "sha256": str}
 
 
 def installed_versions() -> dict[str, str]:
+    """Versions of Python and of every package that can change a number, for the manifest."""
     return {"python": sys.version.split()[0], **package_versions(PACKAGES)}
 
 
@@ -57,6 +58,7 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> None:
+    """Let peak_rss count from here; does nothing where the system does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

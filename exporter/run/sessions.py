@@ -152,7 +152,7 @@ class DecoderSession(ABC):
 
 
 def cache_names(inputs: Iterable[str]) -> list[str]:
-    """ "0.key", "0.value", "1.key", ...: the cache tensors of a model with these inputs, to be
+    """The cache tensors of a model with these inputs, "0.key", "0.value", "1.key" ..., to be
     prefixed with past_key_values. or present.
     """
     prefix = "past_key_values."
