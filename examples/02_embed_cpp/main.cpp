@@ -55,9 +55,8 @@ std::string read_file(const std::string& path) {
 // exporter in a fixed form.
 std::string json_string(const std::string& json, const std::string& key) {
   std::smatch match;
-  return std::regex_search(json, match, std::regex("\n  \"" + key + "\": \"([^\"]*)\""))
-             ? match[1].str()
-             : "";
+  const std::regex pattern("\n  \"" + key + "\": \"([^\"]*)\"");
+  return std::regex_search(json, match, pattern) ? match[1].str() : "";
 }
 
 class DeviceBuffer {
