@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -183,13 +184,19 @@ class FloatReference:
                 input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past,
+                **{_cache_argument(self.model): past},
                 use_cache=True,
             )
         finally:
             for hook in hooks:
                 hook.remove()
         return Computed(result.logits.float(), tuple(layers), _HuggingFaceCache(past))
+
+
+def _cache_argument(model: Any) -> str:
+    """What forward() calls the cache: transformers renamed it in 5.24, and drops the old name."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 class _HuggingFaceCache(Sequence[tuple[Tensor, Tensor]]):

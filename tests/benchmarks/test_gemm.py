@@ -230,6 +230,7 @@ def test_a_case_without_all_its_kernels_is_no_measurement(
     assert len(lines) == len(reached)
 
 
+@pytest.mark.slow
 def test_tactics_with_other_shares_and_a_file_of_its_own(timed: Any) -> None:
     first, second = timed(100, True), timed(100, True)
     assert [path.path.name for path in (first, second)] == ["gemm-sim.json", "gemm-sim-2.json"]

@@ -164,6 +164,7 @@ def test_the_slowest_resource_is_the_prediction() -> None:
     assert predict(l4, 3, Cost(8, 64, 1))["binding"] == "logic"
 
 
+@pytest.mark.slow
 def test_the_command_checks_and_writes_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_json_progress_is_one_object_per_line(run: Run, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -288,6 +288,7 @@ def test_a_launch_error_on_a_gpu_does_not_end_the_run(tmp_path: Path) -> None:
     assert "cuStreamEndCapture" not in done.stdout
 
 
+@pytest.mark.slow
 def test_list_and_seed() -> None:
     listed = run(build_sim(), "--list").stdout.splitlines()
     assert "ABQGemm W2*A8 g0 9x70x320 fp16" in listed

@@ -15,7 +15,7 @@ import torch
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.quant.folder import read_quant
 from calibration.reference.fake_quant import FakeQuantLinear
-from calibration.reference.model import float_model, quantised_model
+from calibration.reference.model import _cache_argument, float_model, quantised_model
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 512
 
@@ -144,3 +144,14 @@ def test_generation_with_the_cache_equals_one_pass(tiny_quant: Callable[..., Pat
     first = model(IDS[:, :20])
     rest = model(IDS[:, 20:], cache=first.cache).logits
     np.testing.assert_allclose(rest.numpy(), whole[:, 20:].numpy(), atol=1e-4)
+
+
+def test_both_names_that_transformers_gives_the_cache() -> None:
+    class Old:
+        def forward(self, input_ids: int, past_key_values: None = None) -> None: ...
+
+    class New:
+        def forward(self, input_ids: int, cache: None = None, **more: int) -> None: ...
+
+    assert _cache_argument(Old()) == "past_key_values"
+    assert _cache_argument(New()) == "cache"
