@@ -14,7 +14,7 @@ from calibration.cli import add_quant_arguments, default_out, schemes_from_args,
 from calibration.out.files import StageWriter, locked, read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import Progress, make_progress
-from plugins.cli import add_version, run_cli
+from plugins.cli import add_version, program, run_cli
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _refuse_other(
 
 def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m calibration", description="Quantise a model into OUT/quant."
+        program("calibration", "calibrate"), description="Quantise a model into OUT/quant."
     )
     add_version(parser)
     add_quant_arguments(parser)

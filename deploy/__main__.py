@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from deploy import commands
-from plugins.cli import add_version, run_cli
+from plugins.cli import add_version, program, run_cli
 
 __all__ = ["build_parser", "main"]
 
@@ -15,7 +15,7 @@ __all__ = ["build_parser", "main"]
 def build_parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy", description="Run what python -m exporter made."
+        prog=program("deploy", ""), description="Run what python -m exporter made."
     )
     add_version(parser)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

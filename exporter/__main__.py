@@ -14,7 +14,7 @@ from calibration.cli import add_quant_arguments, default_out, schemes_from_args,
 from calibration.out.folder import command_for
 from calibration.out.layout import HTML_FILE, ONNX, REPORT, STAGES
 from exporter.pipeline import ExportRequest, run_pipeline
-from plugins.cli import add_version, run_cli, whole_number
+from plugins.cli import add_version, program, run_cli, whole_number
 from plugins.errors import InputError
 
 __all__ = ["build_parser", "main"]
@@ -22,7 +22,7 @@ __all__ = ["build_parser", "main"]
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
-    parser = argparse.ArgumentParser(prog="python -m exporter", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("exporter", "export"), description=__doc__)
     add_version(parser)
     add_quant_arguments(parser)
     engine = parser.add_argument_group("engine")

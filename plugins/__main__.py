@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from plugins import library_ops
-from plugins.cli import add_version, run_cli, whole_number
+from plugins.cli import add_version, program, run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError
 from plugins.tools.build import build_library, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
@@ -19,7 +19,7 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m plugins", description="Compile and inspect the custom ops."
+        prog=program("plugins", "plugins"), description="Compile and inspect the custom ops."
     )
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)

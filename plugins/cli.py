@@ -9,10 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from plugins.errors import EXIT_INTERRUPT, EXIT_OTHER, UserError
 
-__all__ = ["add_version", "number", "run_cli", "whole_number"]
+__all__ = ["add_version", "number", "program", "run_cli", "whole_number"]
 
 
 def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
@@ -45,6 +46,14 @@ def run_cli(main: Callable[[], int], interrupted: str = "Interrupted.") -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def program(package: str, command: str) -> str:
+    """How the running command line was called, for its usage: python -m PACKAGE, or anybit
+    COMMAND.
+    """
+    own = Path(sys.argv[0]).name == "anybit"
+    return f"anybit {command}".rstrip() if own else f"python -m {package}"
 
 
 class _Version(argparse.Action):
