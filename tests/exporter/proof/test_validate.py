@@ -20,6 +20,8 @@ from calibration.progress import NullProgress
 from exporter.proof.validate import ValidateOptions, validate
 from plugins.errors import InputError
 
+pytestmark = pytest.mark.slow  # half a minute as a whole
+
 HONEST: dict[str, dict[str, Any]] = {
     "qqq": {"op": "QQQGemm"},
     "qqq-g64": {"op": "QQQGemm", "group_size": 64},
