@@ -61,6 +61,7 @@ class Pipeline:
             raise InputError(
                 "--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path"
             )
+        self.missing = ""  # why "auto" builds no engine
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
         check_scheme(self.checkpoint, request.schemes, request.format)
@@ -76,13 +77,16 @@ class Pipeline:
             return None
         from exporter.engine.build import select_edition
         from exporter.engine.edition import edition_warning
+        from plugins.tools.toolkit import find_compilers
 
         try:
             edition = select_edition(self.request.engine)
-        except InputError:
-            if self.request.engine == "auto":
-                return None
-            raise
+            find_compilers()  # of the plugin library, without which there is no engine
+        except InputError as error:
+            if self.request.engine != "auto":
+                raise
+            self.missing = f"{error.where}: {error.problem}"
+            return None
         if warning := edition_warning(edition):
             self.progress.message(f"{ENGINE}: {warning}")
         return edition
@@ -150,7 +154,7 @@ class Pipeline:
         scored = self._eval_request()
         stages = (
             OnnxStage(*common),
-            EngineStage(*common, edition=self.edition),
+            EngineStage(*common, edition=self.edition, missing=self.missing),
             ReportStage(*common, scored=scored),
         )
         yield from (stage for stage in stages if stage.name in self.wanted)

@@ -221,9 +221,9 @@ class EngineStage(Stage):
     name = ENGINE
     code = ("exporter/engine",)
 
-    def __init__(self, *common: Any, edition: Edition | None) -> None:
+    def __init__(self, *common: Any, edition: Edition | None, missing: str = "") -> None:
         super().__init__(*common)
-        self.edition = edition
+        self.edition, self.missing = edition, missing
 
     def skipped(self) -> str:
         """Without an edition."""
@@ -232,9 +232,9 @@ class EngineStage(Stage):
         if self.request.engine == "none":
             return "skipped, because of --engine none"
         return (
-            "skipped, because no TensorRT is installed. To get one: pip install "
-            "'anybit-trt[rtx]', which needs no GPU to build, or pip install tensorrt on a machine "
-            "with a GPU; then run the same command with --resume"
+            f"skipped: {self.missing}. pip install 'anybit-trt[rtx]' brings a TensorRT that needs "
+            "no GPU to build, and its compiler; g++ is needed too. Then run the same command with "
+            "--resume"
         )
 
     def _options(self) -> Any:
@@ -247,14 +247,18 @@ class EngineStage(Stage):
             max_seq=self.request.max_seq,
         )
 
+    def _library(self) -> Path:
+        from plugins.tools.build import build_library
+
+        return build_library(say=lambda text: self.progress.message(f"{ENGINE}: {text}"))
+
     def inputs(self) -> Any:
         """The edition, its options, the plugin library, and the GPU where engines depend on it."""
         from exporter.engine.edition import gpu_capabilities
-        from plugins.tools.build import build_library
 
         assert self.edition is not None
         gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []
-        return [asdict(self._options()), str(self.edition), gpus, sha256_file(build_library())]
+        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self._library())]
 
     def needed_bytes(self) -> int:
         """The engine, and room for what it is built from."""
@@ -264,11 +268,10 @@ class EngineStage(Stage):
         """Build, and count the plugins."""
         from exporter.engine.build import build_engine
         from exporter.engine.limits import engine_limits
-        from plugins.tools.build import build_library
 
         source = self.out / ONNX
         record = build_engine(
-            source / MODEL_FILE, build_library(), folder, self._options(), self.progress
+            source / MODEL_FILE, self._library(), folder, self._options(), self.progress
         )
         description = open_stage(self.out, ONNX, "the engine").description()
         copy_files(source, description.tokenizer, folder)
@@ -368,4 +371,5 @@ class ReportStage(Stage):
 def copy_files(source: Path, names: Sequence[str], folder: Path) -> None:
     """Copy files of one folder into another."""
     for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)  # chat templates may lie deeper
         shutil.copyfile(source / name, folder / name)

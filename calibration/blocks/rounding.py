@@ -58,7 +58,15 @@ class Plain:
 
 def smoothed(task: BlockTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The block with the sites of the switch `smooth` smoothed, and their scales."""
-    sites = smoothed_sites(task.settings.method.smooth, task.block)
+    which = task.settings.method.smooth
+    sites = smoothed_sites(which, task.block)
+    if which != "none" and not sites:
+        raise InputError(
+            f"smooth={which}",
+            f"got {task.block.prefix}, where nothing takes the scales of such a site in, expected "
+            "norms, values or gates in front of it",
+            "Add --set smooth=none",
+        )
     scales = adaptive_scales(task, sites) if sites else {}
     return fold_scales(task.weights, scales, task.block), scales
 

@@ -243,6 +243,10 @@ def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
         family.decoder(plain_config(config))
     except UnsupportedError as error:
         objection = str(error)
+    except (KeyError, TypeError, ValueError) as error:  # a field that only this family reads
+        objection = (
+            f"got fields that no {family.name} decoder has ({type(error).__name__}: {error})"
+        )
     if objection:
         raise InputError(
             where, objection, "Choose a model without it; this export would compute something else"

@@ -210,32 +210,32 @@ class GgufWeights:
         self._file = file
         self._head_dim = decoder.blocks[0].heads.head_dim
         self._names = {
-            info.name: (info.gguf, info.rotary)
-            for info in _known_tensors(decoder)
-            if info.gguf in file.tensors
+            info.name: info for info in _known_tensors(decoder) if info.gguf in file.tensors
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that the family knows."""
         tensors = self._file.tensors
         return {
-            hf: tuple(reversed([int(n) for n in tensors[gguf].shape]))
-            for hf, (gguf, _) in self._names.items()
+            hf: tuple(reversed([int(n) for n in tensors[info.gguf].shape]))
+            for hf, info in self._names.items()
         }
 
     def array(self, name: str) -> np.ndarray:
         """One tensor, dequantised to fp32."""
-        gguf, rotary = self._names[name]
-        tensor = self._file.tensors[gguf]
+        info = self._names[name]
+        tensor = self._file.tensors[info.gguf]
         try:
             values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
         except (NotImplementedError, ValueError) as error:
             raise InputError(
-                f"{self._file.path}, tensor {gguf}",
+                f"{self._file.path}, tensor {info.gguf}",
                 f"got type {tensor.tensor_type.name} that cannot be read ({error})",
                 "Convert the model to another GGUF type, such as Q8_0 or F16",
             ) from None
-        return self._rows_in_order(values) if rotary else values
+        if info.offset:  # these files hold what the decoder multiplies with
+            values = values - np.float32(info.offset)
+        return self._rows_in_order(values) if info.rotary else values
 
     def rope_factors(self) -> np.ndarray | None:
         """Divisors of the rotary frequencies (LLaMA 3.1 files carry them as a tensor), or None."""

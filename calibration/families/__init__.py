@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 
 from calibration.families.decoder import Decoder, Family, UnsupportedError
 from plugins.errors import InputError
@@ -34,7 +36,31 @@ def _registry() -> dict[str, Family]:
     others = (Path(entry, *__name__.split(".")) for entry in sys.path)
     __path__[:] = [here, *(str(path) for path in others if _adds_files(path))]
     names = sorted(found.name for found in iter_modules(__path__) if _is_family(found.name))
-    return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
+    found = {name: _checked(importlib.import_module(f"{__name__}.{name}"), name) for name in names}
+    for name, one in found.items():
+        if (other := _reads(found, one.architecture)) is not one:
+            raise InputError(
+                f"model family {name!r}",
+                f"got {one.architecture}, which {other.name!r} reads too, expected one file for it",
+                "Take one of the two files away",
+            )
+    return found
+
+
+def _checked(module: ModuleType, name: str) -> Family:
+    found = getattr(module, "FAMILY", None)
+    if not isinstance(found, Family) or found.name != name:
+        got = f"a FAMILY named {found.name!r}" if isinstance(found, Family) else "no FAMILY"
+        raise InputError(
+            f"model family {name!r}, {module.__file__}",
+            f"got {got}, expected FAMILY = Family({name!r}, ...)",
+            "Correct the file, or take it out of this folder",
+        )
+    return found
+
+
+def _reads(families: Mapping[str, Family], architecture: str) -> Family:
+    return next(one for one in families.values() if one.architecture == architecture)
 
 
 def _adds_files(path: Path) -> bool:

@@ -58,42 +58,55 @@ class Config:
         value = self.values.get(name)
         return default if value is None else value
 
+    def size(self, name: str, default: int | None = None) -> int:
+        """A field that counts something.
+
+        Raises:
+            UnsupportedError: it is missing, or no whole number above 0.
+        """
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UnsupportedError(f"got {name} {value}, expected a whole number above 0")
+        return value
+
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return int(self.values["hidden_size"])
+        return self.size("hidden_size")
 
     @property
     def intermediate(self) -> int:
         """Width of the MLP."""
-        return int(self.values["intermediate_size"])
+        return self.size("intermediate_size")
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return int(self.values["num_hidden_layers"])
+        return self.size("num_hidden_layers")
 
     @property
     def vocab(self) -> int:
         """Rows of the embedding."""
-        return int(self.values["vocab_size"])
+        return self.size("vocab_size")
 
     @property
     def epsilon(self) -> float:
         """Of the norms."""
-        return float(self.values["rms_norm_eps"])
+        value = self.get("rms_norm_eps")
+        if not isinstance(value, (int, float)) or value < 0:
+            raise UnsupportedError(f"got rms_norm_eps {value}, expected a number of at least 0")
+        return float(value)
 
     @property
     def heads(self) -> Heads:
         """Heads of queries, keys and values."""
-        heads, kv_heads = (
-            int(self.values[f"num_{kind}_heads"]) for kind in ("attention", "key_value")
-        )
+        heads = self.size("num_attention_heads")
+        kv_heads = self.size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise UnsupportedError(
                 f"got {heads} attention heads on {kv_heads} key-value heads, expected a multiple"
             )
-        return Heads(heads, kv_heads, int(self.get("head_dim", self.hidden // heads)))
+        return Heads(heads, kv_heads, self.size("head_dim", self.hidden // heads))
 
     @property
     def activation(self) -> str:
@@ -147,14 +160,35 @@ class Site:
     Attributes:
         linears: the node.
         lead: steps in front of it.
-        source: what scales of the node's input channels can be folded into: the Norm right in
-            front, the linear whose rows make these channels (values in front of attention, the up
-            projection in front of a gate), or None.
+        before: the node before it in its branch, or None.
     """
 
     linears: Linears
     lead: tuple[Step, ...]
-    source: Norm | Linear | None
+    before: Linears | None = None
+
+    @cached_property
+    def source(self) -> Norm | Linear | None:
+        """What scales of the node's input channels can be folded into: the Norm right in front, the
+        linear whose rows make these channels (values in front of attention, the up projection in
+        front of a gate), or None.
+        """
+        if self.norm is not None:
+            return self.norm
+        if self.before is None or not self.lead:
+            return None
+        last = self.before.members[-1]
+        if isinstance(self.lead[-1], Attend):
+            heads = next(step for step in self.lead if isinstance(step, Heads))
+            return last if last.out_features == heads.kv_heads * heads.head_dim else None
+        if isinstance(self.lead[-1], Gate) and len(self.lead) == 1:
+            return last if 2 * last.out_features == self.before.out_features else None
+        return None
+
+    @property
+    def by_value_head(self) -> bool:
+        """Whether its source makes values, each of which several query heads may read."""
+        return self.attention and isinstance(self.source, Linear)
 
     @property
     def norm(self) -> Norm | None:
@@ -199,9 +233,29 @@ class Block:
 
     def __post_init__(self) -> None:
         for branch in self.branches:  # a family file that makes no sense fails here, by name
+            for site in branch.sites:
+                self._check_widths(site)
             first, last = branch.sites[0].linears, branch.sites[-1].linears
             if first.in_features != last.out_features:
                 raise ValueError(f"{self.prefix}: {last.node} is not as wide as {first.node} reads")
+
+    def _check_widths(self, site: Site) -> None:
+        made = site.before.out_features if site.before is not None else 0
+        for step in site.lead:
+            if isinstance(step, Heads):
+                wanted = (step.heads + 2 * step.kv_heads) * step.head_dim
+                if made != wanted:
+                    raise ValueError(
+                        f"{self.prefix}: Heads cut {wanted} values, but get {made} of them"
+                    )
+                made = step.heads * step.head_dim
+            elif isinstance(step, Gate):
+                made //= 2
+        if site.before is not None and made != site.linears.in_features:
+            raise ValueError(
+                f"{self.prefix}: {site.linears.node} reads {site.linears.in_features} values, but "
+                f"gets {made}"
+            )
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
@@ -210,7 +264,7 @@ class Block:
         for step in self.steps:
             if isinstance(step, Linears):
                 before = sites[-1].linears if sites else None
-                sites.append(Site(step, tuple(lead), _source(lead, before)))
+                sites.append(Site(step, tuple(lead), before))
                 lead = []
             elif isinstance(step, Add):
                 found.append(Branch(tuple(sites), tuple(lead), step))
@@ -280,18 +334,6 @@ class Block:
                 yield replace(info, name=self.name(info.name), gguf=gguf)
 
 
-def _source(lead: list[Step], before: Linears | None) -> Norm | Linear | None:
-    if not lead:
-        return None
-    if isinstance(lead[-1], Norm):
-        return lead[-1]
-    if before is not None and isinstance(lead[-1], Attend):
-        return before.members[-1]  # values
-    if before is not None and isinstance(lead[-1], Gate) and len(lead) == 1:
-        return before.members[-1]  # up
-    return None
-
-
 @dataclass(frozen=True)
 class Decoder:
     """A family's decoder with a model's sizes.
@@ -305,6 +347,11 @@ class Decoder:
     embedding: Embedding
     blocks: tuple[Block, ...]
     head: Head
+
+    def __post_init__(self) -> None:
+        kinds = {block.heads for block in self.blocks}
+        if len(kinds) > 1:
+            raise UnsupportedError("got layers with different heads, expected the same in all")
 
     @property
     def hidden(self) -> int:
@@ -409,7 +456,8 @@ class Family:
         model_type: Hugging Face config type.
         block: the steps of a layer from a model's config and the layer's index; raises
             UnsupportedError where no step can do what the config says.
-        gguf: value of general.architecture in GGUF files, or "" if they are not read.
+        gguf: value of general.architecture in GGUF files, or "" if they are not read; for families
+            whose config LLaMA's fields describe, see calibration/checkpoints/gguf.py.
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
         prefix: of a layer's tensors.

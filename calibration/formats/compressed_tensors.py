@@ -231,6 +231,13 @@ def _uncentred(codes: np.ndarray, bits: int) -> np.ndarray:
     return codes.view(np.uint8) + np.uint8(1 << bits - 1)
 
 
+def _as_stored(quant: QuantModel, name: str) -> np.ndarray:
+    """A tensor as a checkpoint of this family has it: some store gain - 1."""
+    array = quant.tensor(name)
+    offset = next((info.offset for info in quant.decoder.tensors() if info.name == name), 0.0)
+    return array if not offset else (array.astype(np.float32) - offset).astype(array.dtype)
+
+
 def _shard_tensors(
     quant: QuantModel, names: Iterable[str], linears: dict[str, QuantLinear]
 ) -> Iterator[_Tensor]:
@@ -240,7 +247,7 @@ def _shard_tensors(
             yield from _linear_tensors(linears[layer])
         elif layer not in linears and name != _ROPE:  # the frequencies follow from the config
             array = quant.tensor(name)
-            yield TensorSpec(name, array.dtype, array.shape), partial(quant.tensor, name)
+            yield TensorSpec(name, array.dtype, array.shape), partial(_as_stored, quant, name)
 
 
 # ---------------------------------------------------------------- the folder
@@ -300,4 +307,5 @@ def write(quant: QuantModel, folder: Path) -> None:
         },
     )
     for name in quant.files.keys() - names.keys():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)  # chat templates may lie deeper
         shutil.copyfile(quant.path / name, folder / name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from calibration.out.files import read_json, write_json
 from calibration.out.layout import DESCRIPTION
+from calibration.out.manifest import is_file_record
 from plugins.errors import InputError
 
 __all__ = ["FORMAT", "Description", "KeyValueCache", "read_description", "write_description"]
@@ -145,6 +146,8 @@ def read_description(path: Path, renew: str) -> tuple[Description, dict[str, dic
         for name, kind in {**_FIELDS, "files": dict}.items():
             if not isinstance(value[name], kind):
                 raise KeyError(name)
+        if not all(map(is_file_record, value["files"].values())):
+            raise KeyError("files")
         fields = {name: value[name] for name in _FIELDS}
         cache = KeyValueCache(**(value["cache"] | {"parts": tuple(value["cache"]["parts"])}))
     except (KeyError, TypeError) as error:

@@ -40,11 +40,16 @@ class StageFolder:
     """
 
     def __init__(
-        self, path: Path, stage: str, records: Mapping[str, Mapping[str, Any]], renew: str
+        self,
+        path: Path,
+        stage: str,
+        records: Mapping[str, Mapping[str, Any]],
+        renew: str,
+        recorder: str = "",
     ) -> None:
         self.path, self.stage = path, stage
         self._unread = dict(records)
-        self._known = {*records, _RECORDERS.get(stage, "")}
+        self._known = {*records, recorder}
         self._renew = renew
 
     def file(self, name: str) -> Path:
@@ -70,7 +75,7 @@ class StageFolder:
         Raises:
             InputError: it is missing, damaged, or of another format.
         """
-        if DESCRIPTION in self._unread:
+        if (self.path / DESCRIPTION).is_file():
             self.file(DESCRIPTION)
         return read_description(self.path / DESCRIPTION, self._renew)[0]
 
@@ -78,6 +83,8 @@ class StageFolder:
         """The transformers tokenizer in these files (this imports transformers)."""
         for name in names:
             self.file(name)
+        for path in (*self.path.glob("*token*"), *self.path.glob("*.jinja")):
+            self.file(path.name)  # transformers takes what it finds
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
@@ -97,15 +104,16 @@ def command_for(out: Path, stage: str) -> str:
         command = read_manifest(out / MANIFEST).get("command", [])
     if not command:
         return f"{_MAKE} --until {stage} --out {out}"
+    kept: list[str] = []
     words = iter(command)
-    kept = []
     for word in words:
-        if word == "--until":
-            next(words, None)
-        elif word != "--resume" and not word.startswith("--until="):
+        option, equals, value = word.partition("=")
+        if option in ("--until", "--engine"):
+            value = value if equals else next(words, "")
+        if option == "--engine":
+            kept += [option, "auto" if (stage, value) == (ENGINE, "none") else value]
+        elif option not in ("--until", "--resume"):
             kept.append(word)
-    if stage == ENGINE and "none" in kept:
-        kept += ["--engine", "auto"]
     return shlex.join([*kept, "--until", stage, "--resume"])
 
 
@@ -158,11 +166,15 @@ def _open_alone(path: Path, found: str, stage: str, why: str) -> StageFolder:
         )
     renew = f"Renew it with: {_MAKE} --until {stage} --out OUT --resume"
     if stage == QUANT:
-        hashes = read_json(path / QUANT_JSON).get("files", {})
+        hashes = read_json(path / QUANT_JSON).get("files")
+        if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
+            raise InputError(
+                str(path / QUANT_JSON), "got no checksums of files, expected a whole record", renew
+            )
         records = {name: {"sha256": sha256} for name, sha256 in hashes.items()}
     else:
         records = read_description(path / DESCRIPTION, renew)[1]
-    return StageFolder(path, stage, records, renew)
+    return StageFolder(path, stage, records, renew, _RECORDERS[stage])
 
 
 def _alone(path: Path) -> str:

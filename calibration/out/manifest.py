@@ -17,6 +17,7 @@ from plugins.errors import InputError
 __all__ = [
     "FORMAT",
     "installed_versions",
+    "is_file_record",
     "open_manifest",
     "peak_rss",
     "read_manifest",
@@ -99,6 +100,11 @@ def _flaw(manifest: dict[str, Any]) -> str:
             if not _has(entry, _FILE):
                 return f"a broken record of {name}/{file}"
     return ""
+
+
+def is_file_record(record: Any) -> bool:
+    """Whether this records a file: its size and checksum."""
+    return _has(record, _FILE)
 
 
 def _has(record: Any, fields: dict[str, Any]) -> bool:

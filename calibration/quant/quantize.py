@@ -199,8 +199,12 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {key: value for key, value in config.items() if key not in _MACHINE_KEYS})
-    files = sorted(path for path in folder.iterdir() if path.suffix != ".safetensors")
-    return {file.name: sha256_file(file) for file in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(file.relative_to(folder)): sha256_file(file)
+        for file in files
+        if file.suffix != ".safetensors"
+    }
 
 
 # ---------------------------------------------------------------- quant.json

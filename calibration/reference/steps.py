@@ -116,6 +116,30 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (keys > queries[:, None] - window)
 
 
+@dataclass(frozen=True)
+class _Activation:
+    """An activation in plain fp32, and as the graph's nodes compute it with a rounding behind
+    each.
+    """
+
+    plain: Callable[[Tensor], Tensor]
+    rounded: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+_ACTIVATIONS = {  # by the values of calibration.families.steps.ACTIVATIONS
+    "silu": _Activation(  # a Sigmoid and a Mul
+        F.silu, lambda x, rounded: rounded(x * rounded(torch.sigmoid(x.double())))
+    ),
+    "gelu_tanh": _Activation(
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x, rounded: rounded(F.gelu(x.double(), approximate="tanh")),
+    ),
+    "relu2": _Activation(  # a Relu, which is exact, and a Mul
+        lambda x: F.relu(x).square(), lambda x, rounded: rounded(F.relu(x).square())
+    ),
+}
+
+
 class Plain:
     """fp32 without roundings of its own, differentiable."""
 
@@ -129,9 +153,7 @@ class Plain:
 
     def activation(self, name: str, x: Tensor) -> Tensor:
         """A value of ACTIVATIONS."""
-        if name == "silu":
-            return F.silu(x)
-        return F.gelu(x, approximate="tanh") if name == "gelu_tanh" else F.relu(x).square()
+        return _ACTIVATIONS[name].plain(x)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, step: Attend, mask: Tensor | None
@@ -179,12 +201,8 @@ class Rounded(Plain):
         return self.round(wide * torch.rsqrt(mean + epsilon) * gain.double())
 
     def activation(self, name: str, x: Tensor) -> Tensor:
-        """As the graph's nodes: silu is a Sigmoid and a Mul, relu2 a Relu and a Mul."""
-        if name == "silu":
-            return self.round(x * self.round(torch.sigmoid(x.double())))
-        if name == "gelu_tanh":
-            return self.round(F.gelu(x.double(), approximate="tanh"))
-        return self.round(F.relu(x).square())
+        """As the graph's nodes."""
+        return _ACTIVATIONS[name].rounded(x, self.round)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, step: Attend, mask: Tensor | None

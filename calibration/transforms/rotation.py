@@ -40,6 +40,9 @@ def obstacle(decoder: Decoder) -> str:
                 step = branch.tail[0]
                 name = block.name(step.name) if isinstance(step, Norm) else type(step).__name__
                 return f"{name}, behind {block.name(last.linears.node)}, does not commute with it"
+        for node, site in block.sites.items():
+            if site.attention and site.source is None:
+                return f"{block.name(node)} reads values that are no linear of their own"
     return ""
 
 
@@ -116,15 +119,17 @@ class Rotation:
         def wide(name: str) -> Tensor:
             return weights[f"{name}.weight"].double()
 
-        for name, norm in _readers(block).items():
+        readers = _readers(block)
+        for name, norm in readers.items():
             rotated[f"{name}.weight"] = wide(name) * weights[norm.gain].double() @ self.residual
         for branch in block.branches:
             for name in branch.sites[-1].linears.names:
-                rotated[f"{name}.weight"] = self.residual.T @ wide(name)
+                weight = rotated[f"{name}.weight"] if name in readers else wide(name)
+                rotated[f"{name}.weight"] = self.residual.T @ weight
                 if f"{name}.bias" in weights:
                     rotated[f"{name}.bias"] = self.residual.T @ weights[f"{name}.bias"].double()
         for site in block.sites.values():
-            if site.attention and isinstance(site.source, Linear):
+            if site.by_value_head and isinstance(site.source, Linear):
                 self._turn_values(rotated, weights, site.source.name, site.linears.names)
         return {name: tensor.float().contiguous() for name, tensor in rotated.items()}
 

@@ -39,7 +39,8 @@ def smoothed_sites(which: str, block: Block) -> tuple[str, ...]:
     return tuple(
         node
         for node, site in block.sites.items()
-        if site.source is not None and (which == "all" or isinstance(site.lead[-1], Gate))
+        if site.source is not None
+        and (which == "all" or any(isinstance(step, Gate) for step in site.lead))
     )
 
 
@@ -57,7 +58,7 @@ def fold_scales(weights: BlockWeights, scales: Mapping[str, Tensor], block: Bloc
             continue
         assert site.source is not None, f"{node}: nothing takes its scales in"
         source = site.source.name
-        before = _one_per_value(scale, block.heads) if site.attention else scale
+        before = _one_per_value(scale, block.heads) if site.by_value_head else scale
         folded[f"{source}.weight"] = folded[f"{source}.weight"] / before[:, None]
         if f"{source}.bias" in folded:
             folded[f"{source}.bias"] = folded[f"{source}.bias"] / before
@@ -193,7 +194,7 @@ def _search(site: Site, weights: BlockWeights, inputs: list[Tensor], task: Block
         if reach == 0:
             break
         scale = clip_scales(low, high, threshold)
-        scale = _shared_by_groups(scale, task.block.heads) if site.attention else scale
+        scale = _shared_by_groups(scale, task.block.heads) if site.by_value_head else scale
         scaled = {f"{name}.weight": weights[f"{name}.weight"] * scale for name in names}
         quantised = _quantised(site, weights | scaled, task)
         total = torch.zeros((), dtype=torch.float64, device=task.device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"]
 
-# the level before these: tensors of quant/ against the float model's, see validate_weights.py
+# the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
 LEVELS = ("export", "kernel", "quantisation")  # in the order in which a failure is named
 _BETWEEN = {

@@ -33,7 +33,7 @@ export is right: their expectation assumes bell-shaped weights (range 8 sigma) a
 (range 20 sigma), and is meant to catch a broken layer only. Keys and values are quantised head by
 head, where the range is 8 sigma too (SmolLM2-135M: 5.4 to 7.6). Tokens with larger outliers are
 covered by a factor: SmolLM2-135M at W8A8 showed 2.2 times the expectation. The codes themselves are
-judged one linear at a time, see validate_weights.py.
+judged one linear at a time, see weights.py.
 """
 
 from __future__ import annotations

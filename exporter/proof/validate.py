@@ -3,7 +3,7 @@ and the cost of quantising.
 
 What runs where:
 - weights: every tensor in quant/ against the float model's, without running a model
-  (validate_weights.py).
+  (weights.py).
 - export: ONNX Runtime against the fake-quantised torch reference. ONNX Runtime runs the graph after
   round_every_op, which casts explicitly around standard ops, because its CPU
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in

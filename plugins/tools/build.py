@@ -7,7 +7,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,14 @@ def _link_cuda(cuda: CudaToolkit, *flags: str) -> Command:
     return [find_program("g++", "g++"), "-shared", *flags, "{}", *libraries]
 
 
-def build_library(arch: str = "all") -> Path:
+def build_library(arch: str = "all", say: Callable[[str], None] | None = None) -> Path:
     """The TensorRT plugin library, compiled if needed.
 
     It links the CUDA runtime statically, so it loads where there is no driver and no CUDA toolkit.
 
     Args:
         arch: "all", or compute capabilities such as "80;90".
+        say: told before it is compiled.
 
     Raises:
         InputError: no compiler, or a wrong `arch`.
@@ -149,7 +150,8 @@ def build_library(arch: str = "all") -> Path:
         "nvcc": str(cuda.nvcc),
         "nvcc_version": cuda.version(),
     }
-    return make(_recipe(PLUGIN_LIBRARY, compiles, _link_cuda(cuda, *flags["link"]), record))
+    recipe = _recipe(PLUGIN_LIBRARY, compiles, _link_cuda(cuda, *flags["link"]), record)
+    return make(recipe, say)
 
 
 def build_sim() -> Path:

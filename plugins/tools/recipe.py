@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,8 +145,12 @@ def _is_made(output: Path, note: Path, digest: str) -> bool:
     return bool(json.loads(note.read_text(encoding="utf-8")).get("digest") == digest)
 
 
-def make(recipe: Recipe) -> Path:
+def make(recipe: Recipe, say: Callable[[str], None] | None = None) -> Path:
     """The output, made unless the note beside it says that it was made from the same things.
+
+    Args:
+        recipe: how.
+        say: told before it is made.
 
     Raises:
         UserError: a compiler failed; the message holds its output.
@@ -155,6 +159,8 @@ def make(recipe: Recipe) -> Path:
     with locked(output.parent):
         if _is_made(output, note, digest):
             return output
+        if say is not None:
+            say(f"compiling {output.name}, which takes a minute or two and is done once")
         began = time.monotonic()
         note.unlink(missing_ok=True)
         _compile_and_link(recipe)

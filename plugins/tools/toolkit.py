@@ -12,7 +12,14 @@ from pathlib import Path
 
 from plugins.errors import InputError
 
-__all__ = ["CudaToolkit", "find_cuda", "find_cuda_include", "find_program", "wheel_program"]
+__all__ = [
+    "CudaToolkit",
+    "find_compilers",
+    "find_cuda",
+    "find_cuda_include",
+    "find_program",
+    "wheel_program",
+]
 
 WHEELS = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
 INSTALL = (
@@ -129,6 +136,16 @@ def wheel_program(name: str) -> Path | None:
     """A program of the CUDA wheels, such as cuobjdump; None if its wheel is not installed."""
     root = _wheel_root()
     return root / "bin" / name if root is not None and (root / "bin" / name).is_file() else None
+
+
+def find_compilers() -> None:
+    """Check that the plugin library can be compiled here.
+
+    Raises:
+        InputError: there is no CUDA compiler, or no g++.
+    """
+    find_cuda()
+    find_program("g++", "g++")
 
 
 def find_program(name: str, package: str) -> str:

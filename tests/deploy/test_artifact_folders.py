@@ -176,12 +176,12 @@ def test_a_missing_stage_names_the_command_that_made_the_others(copy: Path) -> N
     ]
     write_json(path, manifest)
     shutil.rmtree(copy / "onnx")
-    command = "python -m exporter 'my model' --wbits 4 --abits 8 --engine none"
+    command = "python -m exporter 'my model' --wbits 4 --abits 8 --engine"
     assert refused(copy) == (
         f"{copy}: got no onnx folder, expected it for --runner onnxruntime. "
-        f"Make it with: {command} --until onnx --resume."
+        f"Make it with: {command} none --until onnx --resume."
     )
-    assert command_for(copy, "engine") == f"{command} --engine auto --until engine --resume"
+    assert command_for(copy, "engine") == f"{command} auto --until engine --resume"
 
 
 def test_an_artifact_of_an_older_version_is_refused_with_the_command_that_renews_it(
@@ -251,6 +251,13 @@ def test_a_damaged_file_of_a_folder_alone(copy: Path) -> None:
     model = find_model(alone)
     with pytest.raises(InputError, match=r"tokenizer.json: got 2 bytes, expected "):
         model.tokenizer()
+
+
+def test_a_tokenizer_file_that_nobody_recorded(copy: Path) -> None:
+    extra = copy / "onnx" / "special_tokens_map.json"
+    extra.write_text("{}")
+    with pytest.raises(InputError, match="got a file without a record"):
+        find_model(copy).tokenizer()
 
 
 def test_a_folder_alone_of_another_stage(artifact: Path, pretend_gpus: Pretend) -> None:

@@ -136,14 +136,31 @@ def test_auto_without_a_tensorrt_exports_and_says_how_to_get_one(
     monkeypatch.setattr("exporter.engine.edition._installed", lambda name: None)
     code, _, err = run(tmp_path / "out", "--until", "engine", "--engine", "auto")
     assert code == 0 and err.splitlines()[-1] == (
-        "engine: skipped, because no TensorRT is installed. To get one: pip install "
-        "'anybit-trt[rtx]', which needs no GPU to build, or pip install tensorrt on a machine "
-        "with a GPU; then run the same command with --resume"
+        "engine: skipped: --engine auto: got no module tensorrt_rtx, expected it installed. pip "
+        "install 'anybit-trt[rtx]' brings a TensorRT that needs no GPU to build, and its "
+        "compiler; g++ is needed too. Then run the same command with --resume"
     )
     assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
     assert not (tmp_path / "out" / "engine").exists()
     code, _, err = run(tmp_path / "new", "--until", "engine", "--engine", "tensorrt-rtx")
     assert code == 2 and err.startswith("--engine tensorrt-rtx: got no module tensorrt_rtx")
+
+
+def test_auto_without_a_compiler_exports_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.engine.edition import Edition
+    from plugins.tools import toolkit
+
+    monkeypatch.setattr("exporter.engine.edition._installed", lambda name: Edition(name, "1.7"))
+    monkeypatch.setattr("exporter.engine.edition.gpu_capabilities", list)
+    monkeypatch.setattr(toolkit, "_wheel_root", lambda: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    code, _, err = run(tmp_path / "out", "--until", "engine", "--engine", "auto")
+    assert code == 0
+    assert err.splitlines()[-1].startswith("engine: skipped: CUDA compiler: got no nvcc")
+    assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
 
 
 def test_a_gpu_that_the_edition_does_not_list_is_said(
@@ -157,7 +174,7 @@ def test_a_gpu_that_the_edition_does_not_list_is_said(
         lambda name: Edition(name, "1.7") if name == "tensorrt-rtx" else None,
     )
 
-    def stop() -> None:
+    def stop(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("plugins.tools.build.build_library", stop)

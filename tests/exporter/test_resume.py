@@ -210,7 +210,7 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("exporter.engine.edition.gpu_capabilities", lambda: world.gpus)
     monkeypatch.setattr("exporter.engine.build.select_edition", lambda choice: world.edition)
     monkeypatch.setattr("exporter.engine.build.build_engine", build_engine)
-    monkeypatch.setattr("plugins.tools.build.build_library", lambda: world.library)
+    monkeypatch.setattr("plugins.tools.build.build_library", lambda **_: world.library)
     monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: ValidationResult((), "", ()))
     monkeypatch.setattr(
         "exporter.report.report.write_report",

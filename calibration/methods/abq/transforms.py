@@ -74,7 +74,7 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
 
         def start(node: str) -> nn.Parameter:
             site = block.sites[node]
-            groups = heads.groups if site.attention else 1
+            groups = heads.groups if site.by_value_head else 1
             stacked = [weights[f"{name}.weight"] for name in site.linears.names]
             columns = torch.cat(stacked).abs().amax(0)
             ranges = [
@@ -86,7 +86,9 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
 
         self._scales = nn.ParameterList(map(start, self.sites))
         self.query_key = None
-        if parts.query_key and not any(isinstance(step, HeadNorm) for step in block.steps):
+        norms = any(isinstance(step, HeadNorm) for step in block.steps)
+        apart = len(_before_attention(block).linears.members) == 3
+        if parts.query_key and apart and not norms:
             like = weights[block.norms[0].gain]
             self.query_key = nn.Parameter(like.new_ones(heads.kv_heads, heads.head_dim // 2))
         self._start = [scale.detach().clone() for scale in self._scales]
@@ -118,7 +120,7 @@ class EquivalentTransform(nn.Module):  # type: ignore[misc]
     def columns(self) -> dict[str, Tensor]:
         """The scales [K] of each learned site's weight columns; its input is divided by them."""
         return {
-            node: self._per_query_head(s) if self._block.sites[node].attention else s
+            node: self._per_query_head(s) if self._block.sites[node].by_value_head else s
             for node, s in zip(self.sites, self._scales, strict=True)
         }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,17 +20,21 @@ from calibration.blocks.forward import block_output, embedded, float_linear, loa
 from calibration.blocks.rounding import Plain, RoundingMethod
 from calibration.budget.sensitivity import Measurement, measure
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.families.decoder import Block, Family, UnsupportedError
+from calibration.families.llama import block as llama_steps
+from calibration.families.steps import Add, Heads, Linear, Linears, Norm
 from calibration.methods.abq.transforms import EquivalentTransform, TransformParts
 from calibration.methods.qqq.settings import QqqSettings
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import FloatReference, float_model
 from calibration.reference.steps import PLAIN, Rope
 from calibration.settings import CalibrationSettings
-from calibration.transforms.rotation import Rotation, obstacle
+from calibration.transforms.rotation import Rotation, obstacle, orthogonal
 from calibration.transforms.smoothing import fold_scales, smoothed_sites
 from exporter.__main__ import main
 from plugins.errors import InputError
 from tests.calibration.block_cases import tokens
+from tests.calibration.llama import llama
 from tests.conftest import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("more_families")
@@ -175,3 +180,66 @@ def test_a_bad_block_is_named(checkpoint: Checkpoint) -> None:
     block: Any = checkpoint.decoder.blocks[0]
     with pytest.raises(ValueError, match="expected branches of linears that each end in an Add"):
         replace(block, steps=block.steps[:-1])
+
+
+def fused(config: Any, index: int) -> tuple[Any, ...]:
+    """LLaMA's block with queries, keys and values in one linear, as Phi-3's checkpoints have it."""
+    first, stacked, *rest = llama_steps(config, index)
+    one = Linear("self_attn.qkv_proj", stacked.out_features, stacked.in_features)
+    return (first, replace(stacked, members=(one,)), *rest)
+
+
+def test_values_that_are_no_linear_of_their_own_take_no_scales_and_no_rotation() -> None:
+    decoder = Family("fused", "Fused", "fused", fused).decoder(llama(1).config.values)
+    assert decoder.blocks[0].sites["self_attn.o_proj"].source is None
+    assert obstacle(decoder) == (
+        "model.layers.0.self_attn.o_proj reads values that are no linear of their own"
+    )
+    assert "self_attn.o_proj" not in smoothed_sites("all", decoder.blocks[0])
+
+
+def test_a_branch_of_one_linear_is_rotated_on_both_sides() -> None:
+    block = Block(
+        0, "layer", (Norm("norm", 8, 1e-5), Linears("node", (Linear("one", 8, 8),)), Add())
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights = {"norm.weight": torch.rand(8) + 0.5, "one.weight": torch.randn(8, 8)}
+    rotation = Rotation(orthogonal(8, generator), orthogonal(4, generator))
+    rotated, x = rotation.block(weights, block), torch.randn(1, 5, 8)
+    still = Rope(torch.ones(5, 4), torch.zeros(5, 4))
+    want = block_output(x, weights, float_linear(weights, block), block, still)
+    turned = x @ rotation.residual.float()
+    found = block_output(turned, rotated, float_linear(rotated, block), block, still)
+    torch.testing.assert_close(found, want @ rotation.residual.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_make_no_sense_are_told() -> None:
+    steps = list(llama(1).blocks[0].steps)
+    place = next(number for number, step in enumerate(steps) if isinstance(step, Heads))
+    with pytest.raises(ValueError, match="Heads cut 192 values, but get 128 of them"):
+        Block(0, "layer", (*steps[:place], Heads(4, 4, 16), *steps[place + 1 :]))
+    with pytest.raises(
+        UnsupportedError, match="got num_key_value_heads 0, expected a whole number"
+    ):
+        llama(1, num_key_value_heads=0)
+    with pytest.raises(UnsupportedError, match="got layers with different heads"):
+        replace(llama(2), blocks=(llama(2).blocks[0], llama(1, num_key_value_heads=4).blocks[0]))
+
+
+def test_what_a_family_says_is_part_of_what_results_depend_on() -> None:
+    assert llama(2).declaration() == llama(2).declaration()
+    assert llama(2).declaration() != llama(2, rms_norm_eps=1e-6).declaration()
+
+
+def test_a_checkpoint_written_back_has_the_gains_as_it_stores_them(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_llama(architecture="Gemma2", **FAMILIES["Gemma2"])
+    out = tmp_path / "out"
+    command = [str(folder), "--wbits", "8", "--abits", "8", "--method", "rtn", "--out", str(out)]
+    command += ["--format", "compressed-tensors", "--dtype", "float32", "--until", "quant"]
+    assert main([*command, "--offline", "--progress", "none"]) == 0
+    name = "model.layers.0.post_feedforward_layernorm.weight"
+    stored = load_file(next(folder.glob("*.safetensors")))[name]
+    written = load_file(next((out / "quant" / "compressed-tensors").glob("*.safetensors")))[name]
+    torch.testing.assert_close(written, stored, atol=1e-6, rtol=0)

@@ -5,6 +5,7 @@ written.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ def test_same_input_gives_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -
     ]
     assert first == second
     assert not any(str(tmp_path).encode() in content for content in first.values())
+
+
+def test_further_chat_templates_come_along(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    _quantise(model, tmp_path / "q")
+    template = tmp_path / "q" / "additional_chat_templates" / "tool_use.jinja"
+    assert template.read_text() == "{{ tools }}"
+    assert read_quant(tmp_path / "q").tokenizer().chat_template["tool_use"] == "{{ tools }}"
+    template.write_text("{{ other }}")
+    with pytest.raises(InputError, match="tool_use.jinja: got SHA-256"):
+        read_quant(tmp_path / "q").tokenizer()
 
 
 def test_a_local_model_needs_no_network(
