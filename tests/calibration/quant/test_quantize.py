@@ -105,7 +105,7 @@ def test_further_chat_templates_come_along(tiny_model_dir: Path, tmp_path: Path)
     assert template.read_text() == "{{ tools }}"
     assert read_quant(tmp_path / "q").tokenizer().chat_template["tool_use"] == "{{ tools }}"
     template.write_text("{{ other }}")
-    with pytest.raises(InputError, match="tool_use.jinja: got SHA-256"):
+    with pytest.raises(InputError, match=r"tool_use.jinja: got SHA-256"):
         read_quant(tmp_path / "q").tokenizer()
 
 
