@@ -164,7 +164,8 @@ def test_facts_and_cost(tiny_model_dir: Path, tmp_path: Path) -> None:
     facts = quantize_model(
         open_checkpoint(str(tiny_model_dir), offline=True), QQQ, options, tmp_path / "quant"
     )
-    assert facts["peak_stream_bytes"] == 0 and facts["spilled_bytes"] > 0 and facts["seconds"] > 0
+    assert facts["peak_stream_bytes"] == 0 and facts["spilled_bytes"] > 0
+    assert facts["seconds"] >= 0  # 0.0 where it took less than 50 ms
     calibration = json.loads((tmp_path / "quant" / "quant.json").read_text())["calibration"]
     assert set(calibration) == {"settings", "windows", "blocks"}
     assert calibration["settings"] == settings.as_dict() and calibration["windows"] == [3, 16]
