@@ -27,7 +27,7 @@ __all__ = [
     "family_of_architecture",
 ]
 
-_SHARED = ("decoder", "steps")  # what families are made of
+_SHARED = ("decoder", "parts", "steps")  # what families are made of
 
 
 @cache
@@ -38,7 +38,8 @@ def _registry() -> dict[str, Family]:
     names = sorted(found.name for found in iter_modules(__path__) if _is_family(found.name))
     found = {name: _checked(importlib.import_module(f"{__name__}.{name}"), name) for name in names}
     for name, one in found.items():
-        if (other := _reads(found, one.architecture)) is not one:
+        other = _reader(found, one.architecture)
+        if other is not None and other is not one:
             raise InputError(
                 f"model family {name!r}",
                 f"got {one.architecture}, which {other.name!r} reads too, expected one file for it",
@@ -59,8 +60,8 @@ def _checked(module: ModuleType, name: str) -> Family:
     return found
 
 
-def _reads(families: Mapping[str, Family], architecture: str) -> Family:
-    return next(one for one in families.values() if one.architecture == architecture)
+def _reader(families: Mapping[str, Family], architecture: str) -> Family | None:
+    return next((one for one in families.values() if one.architecture == architecture), None)
 
 
 def _adds_files(path: Path) -> bool:
@@ -103,9 +104,8 @@ def family_of_architecture(architecture: str, where: str) -> Family:
     Raises:
         InputError: none does; lists those that are read.
     """
-    for found in _registry().values():
-        if found.architecture == architecture:
-            return found
+    if found := _reader(_registry(), architecture):
+        return found
     raise InputError(
         where,
         f"got architecture {architecture}, expected one of {', '.join(accepted_architectures())}",

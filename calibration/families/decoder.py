@@ -424,6 +424,11 @@ class Decoder:
         if not self.head.tied:
             yield TensorInfo(f"{self.head.name}.weight", table, f"{self.head.gguf}.weight")
 
+    @cached_property
+    def offsets(self) -> dict[str, float]:
+        """What is added to the tensors that a checkpoint stores less it, by name."""
+        return {info.name: info.offset for info in self.tensors() if info.offset}
+
     def declaration(self) -> str:
         """All that its family says of it, as text: two decoders of one text compute the same."""
         return repr((self.embedding, self.blocks, self.head))

@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
-from calibration.families.steps import (
-    Add,
-    Attend,
-    Gate,
-    Linear,
-    Linears,
-    Norm,
-    Rope,
-    Step,
-)
+from calibration.families.parts import gated_mlp, output_projection, projections
+from calibration.families.steps import Add, Attend, Norm, Rope, Step
 
 __all__ = ["FAMILY", "block"]
 
 
 def block(config: Config, index: int) -> tuple[Step, ...]:
     """The steps of every layer."""
-    hidden, width, heads = config.hidden, config.intermediate, config.heads
-    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
+    hidden, heads = config.hidden, config.heads
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return (
         Norm("input_layernorm", hidden, config.epsilon, "attn_norm"),
-        Linears(
-            "self_attn.qkv_proj",
-            (
-                Linear("self_attn.q_proj", q, hidden, bias, "attn_q", rotary=True),
-                Linear("self_attn.k_proj", kv, hidden, bias, "attn_k", rotary=True),
-                Linear("self_attn.v_proj", kv, hidden, bias, "attn_v"),
-            ),
-        ),
+        projections(config, bias, rotary=True),
         heads,
         Rope(),
         Attend(scale=heads.head_dim**-0.5),
-        Linears("self_attn.o_proj", (Linear("self_attn.o_proj", hidden, q, bias, "attn_output"),)),
+        output_projection(config, bias),
         Add(),
         Norm("post_attention_layernorm", hidden, config.epsilon, "ffn_norm"),
-        Linears(
-            "mlp.gate_up_proj",
-            (
-                Linear("mlp.gate_proj", width, hidden, mlp_bias, "ffn_gate"),
-                Linear("mlp.up_proj", width, hidden, mlp_bias, "ffn_up"),
-            ),
-        ),
-        Gate(config.activation),
-        Linears("mlp.down_proj", (Linear("mlp.down_proj", hidden, width, mlp_bias, "ffn_down"),)),
+        *gated_mlp(config, mlp_bias),
         Add(),
     )
 

@@ -146,11 +146,6 @@ class Linears:
         """Whether a member has a bias, and so the node."""
         return any(member.bias for member in self.members)
 
-    def tensors(self) -> Iterator[TensorInfo]:
-        """Those of the members."""
-        for member in self.members:
-            yield from member.tensors()
-
 
 @dataclass(frozen=True)
 class Heads:
@@ -182,11 +177,6 @@ class HeadNorm:
 
     query: Norm
     key: Norm
-
-    def tensors(self) -> Iterator[TensorInfo]:
-        """Both gains."""
-        yield from self.query.tensors()
-        yield from self.key.tensors()
 
 
 @dataclass(frozen=True)

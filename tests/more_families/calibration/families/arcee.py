@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
-from calibration.families.steps import (
-    Activate,
-    Add,
-    Attend,
-    Linear,
-    Linears,
-    Norm,
-    Rope,
-    Step,
-)
+from calibration.families.parts import output_projection, projections
+from calibration.families.steps import Activate, Add, Attend, Linear, Linears, Norm, Rope, Step
 
 __all__ = ["FAMILY"]
 
@@ -20,22 +12,14 @@ __all__ = ["FAMILY"]
 def block(config: Config, index: int) -> tuple[Step, ...]:
     """The steps of every layer."""
     hidden, width, heads = config.hidden, config.intermediate, config.heads
-    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return (
         Norm("input_layernorm", hidden, config.epsilon),
-        Linears(
-            "self_attn.qkv_proj",
-            (
-                Linear("self_attn.q_proj", q, hidden, bias),
-                Linear("self_attn.k_proj", kv, hidden, bias),
-                Linear("self_attn.v_proj", kv, hidden, bias),
-            ),
-        ),
+        projections(config, bias),
         heads,
         Rope(),
         Attend(scale=heads.head_dim**-0.5),
-        Linears("self_attn.o_proj", (Linear("self_attn.o_proj", hidden, q, bias),)),
+        output_projection(config, bias),
         Add(),
         Norm("post_attention_layernorm", hidden, config.epsilon),
         Linears("mlp.up_proj", (Linear("mlp.up_proj", width, hidden, mlp_bias),)),

@@ -5,16 +5,8 @@ softcaps, and a window in every other layer.
 from __future__ import annotations
 
 from calibration.families.decoder import Config, Embedding, Family, Head, UnsupportedError
-from calibration.families.steps import (
-    Add,
-    Attend,
-    Gate,
-    Linear,
-    Linears,
-    Norm,
-    Rope,
-    Step,
-)
+from calibration.families.parts import gated_mlp, output_projection, projections
+from calibration.families.steps import Add, Attend, Norm, Rope, Step
 
 __all__ = ["FAMILY"]
 
@@ -28,20 +20,12 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     """The steps of a layer."""
     if config.get("use_bidirectional_attention"):
         raise UnsupportedError("got use_bidirectional_attention true, expected causal attention")
-    hidden, width, heads = config.hidden, config.intermediate, config.heads
-    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
+    heads = config.heads
     bias = bool(config.get("attention_bias"))
     slides = config.values["layer_types"][index] == "sliding_attention"
     return (
         norm("input_layernorm", config),
-        Linears(
-            "self_attn.qkv_proj",
-            (
-                Linear("self_attn.q_proj", q, hidden, bias),
-                Linear("self_attn.k_proj", kv, hidden, bias),
-                Linear("self_attn.v_proj", kv, hidden, bias),
-            ),
-        ),
+        projections(config, bias),
         heads,
         Rope(),
         Attend(
@@ -49,19 +33,11 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
             window=config.get("sliding_window") if slides else None,
             softcap=config.get("attn_logit_softcapping"),
         ),
-        Linears("self_attn.o_proj", (Linear("self_attn.o_proj", hidden, q, bias),)),
+        output_projection(config, bias),
         norm("post_attention_layernorm", config),
         Add(),
         norm("pre_feedforward_layernorm", config),
-        Linears(
-            "mlp.gate_up_proj",
-            (
-                Linear("mlp.gate_proj", width, hidden),
-                Linear("mlp.up_proj", width, hidden),
-            ),
-        ),
-        Gate(config.activation),
-        Linears("mlp.down_proj", (Linear("mlp.down_proj", hidden, width),)),
+        *gated_mlp(config),
         norm("post_feedforward_layernorm", config),
         Add(),
     )

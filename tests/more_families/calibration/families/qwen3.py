@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
-from calibration.families.steps import (
-    Add,
-    Attend,
-    Gate,
-    HeadNorm,
-    Linear,
-    Linears,
-    Norm,
-    Rope,
-    Step,
-)
+from calibration.families.parts import gated_mlp, output_projection, projections
+from calibration.families.steps import Add, Attend, HeadNorm, Norm, Rope, Step
 
 __all__ = ["FAMILY"]
 
 
 def block(config: Config, index: int) -> tuple[Step, ...]:
     """The steps of a layer; some layers may have a window."""
-    hidden, width, heads = config.hidden, config.intermediate, config.heads
-    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
+    hidden, heads = config.hidden, config.heads
     bias = bool(config.get("attention_bias"))
     slides = config.values["layer_types"][index] == "sliding_attention"
     return (
         Norm("input_layernorm", hidden, config.epsilon),
-        Linears(
-            "self_attn.qkv_proj",
-            (
-                Linear("self_attn.q_proj", q, hidden, bias),
-                Linear("self_attn.k_proj", kv, hidden, bias),
-                Linear("self_attn.v_proj", kv, hidden, bias),
-            ),
-        ),
+        projections(config, bias),
         heads,
         HeadNorm(
             Norm("self_attn.q_norm", heads.head_dim, config.epsilon),
@@ -41,18 +24,10 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
         ),
         Rope(),
         Attend(heads.head_dim**-0.5, window=config.get("sliding_window") if slides else None),
-        Linears("self_attn.o_proj", (Linear("self_attn.o_proj", hidden, q, bias),)),
+        output_projection(config, bias),
         Add(),
         Norm("post_attention_layernorm", hidden, config.epsilon),
-        Linears(
-            "mlp.gate_up_proj",
-            (
-                Linear("mlp.gate_proj", width, hidden),
-                Linear("mlp.up_proj", width, hidden),
-            ),
-        ),
-        Gate(config.activation),
-        Linears("mlp.down_proj", (Linear("mlp.down_proj", hidden, width),)),
+        *gated_mlp(config),
         Add(),
     )
 
