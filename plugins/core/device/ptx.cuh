@@ -64,6 +64,28 @@ __device__ inline float max_nan(float a, float b) {
 #endif
 }
 
+#ifndef __CUDACC__
+// The lower one of two 16-bit numbers, T = __half or __nv_bfloat16.
+template <class T>
+float low_on_host(uint32_t bits) {
+  const auto half = static_cast<unsigned short>(bits);
+  if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(half));
+  else return __bfloat162float(__ushort_as_bfloat16(half));
+}
+
+// a * b + c of both: exact in double up to the one rounding.
+template <class T>
+uint32_t fma2_on_host(uint32_t a, uint32_t b, uint32_t c) {
+  const auto fma = [&](int shift) -> uint32_t {
+    const double product = double(low_on_host<T>(a >> shift)) * double(low_on_host<T>(b >> shift));
+    const double sum = product + double(low_on_host<T>(c >> shift));
+    if constexpr (std::is_same<T, __half>::value) return __half_as_ushort(__double2half(sum));
+    else return __bfloat16_as_ushort(__double2bfloat16(sum));
+  };
+  return fma(0) | fma(16) << 16;
+}
+#endif
+
 // The same on two 16-bit values per register, T = __half or __nv_bfloat16. PTX min.NaN and
 // max.NaN on .f16x2 or .bf16x2.
 template <class T, bool kMax>
@@ -78,13 +100,8 @@ __device__ inline uint32_t min_or_max_nan2(uint32_t a, uint32_t b) {
   else asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 #else
-  const auto wide = [](uint32_t bits) {
-    const auto half = static_cast<unsigned short>(bits);
-    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(half));
-    else return __bfloat162float(__ushort_as_bfloat16(half));
-  };
   const auto pick = [&](int shift) {
-    const float x = wide(a >> shift), y = wide(b >> shift);
+    const float x = low_on_host<T>(a >> shift), y = low_on_host<T>(b >> shift);
     return (x != x || (kMax ? x > y : x < y) ? a : b) >> shift & 0xffff;
   };
   return pick(0) | pick(16) << 16;
@@ -132,15 +149,7 @@ __device__ inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 #else
-  const auto wide = [](uint32_t bits) {
-    return double(__half2float(__ushort_as_half(static_cast<unsigned short>(bits))));
-  };
-  const auto fma = [&](int shift) {  // exact in double up to the one rounding
-    return uint32_t(__half_as_ushort(
-               __double2half(wide(a >> shift) * wide(b >> shift) + wide(c >> shift))))
-           << shift;
-  };
-  return fma(0) | fma(16);
+  return fma2_on_host<__half>(a, b, c);
 #endif
 }
 
@@ -152,9 +161,7 @@ __device__ inline uint32_t half2_limited(uint32_t v, uint32_t lo, uint32_t hi) {
   return v;
 #else
   const auto limit = [&](int shift) {
-    const auto wide = [&](uint32_t bits) {
-      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> shift)));
-    };
+    const auto wide = [&](uint32_t bits) { return low_on_host<__half>(bits >> shift); };
     return (wide(v) < wide(lo) ? lo : wide(v) > wide(hi) ? hi : v) >> shift & 0xffff;
   };
   return limit(0) | limit(16) << 16;
@@ -168,15 +175,7 @@ __device__ inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 #else
-  const auto wide = [](uint32_t bits) {
-    return double(__bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits))));
-  };
-  const auto fma = [&](int shift) {
-    return uint32_t(__bfloat16_as_ushort(
-               __double2bfloat16(wide(a >> shift) * wide(b >> shift) + wide(c >> shift))))
-           << shift;
-  };
-  return fma(0) | fma(16);
+  return fma2_on_host<__nv_bfloat16>(a, b, c);
 #endif
 }
 
@@ -393,13 +392,9 @@ __device__ inline void mma_float(float (&c)[4], const uint32_t (&a)[4], const ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  const auto wide = [](uint32_t bits) {
-    const auto half = static_cast<unsigned short>(bits);
-    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(half));
-    else return __bfloat162float(__ushort_as_bfloat16(half));
-  };
-  mma_on_host(c, a, b, [&](uint32_t x, uint32_t y) {
-    return wide(x) * wide(y) + wide(x >> 16) * wide(y >> 16);
+  mma_on_host(c, a, b, [](uint32_t x, uint32_t y) {
+    return low_on_host<T>(x) * low_on_host<T>(y) +
+           low_on_host<T>(x >> 16) * low_on_host<T>(y >> 16);
   });
 #endif
 }
