@@ -22,6 +22,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 REPOSITORY = Path(__file__).resolve().parent.parent
 MORE_FAMILIES = REPOSITORY / "tests" / "more_families"
 
+# Options of the command lines that quantise a tiny model.
+W4A8 = ("--wbits", "4", "--abits", "8")
+FOUR_WINDOWS = ("--nsamples", "4", "--seqlen", "32")
+
 TINY_CONFIG: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,

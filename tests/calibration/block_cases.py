@@ -19,6 +19,7 @@ from calibration.methods.qqq.settings import QqqSettings
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.steps import Rope
 from calibration.settings import CalibrationSettings
+from tests.conftest import FOUR_WINDOWS, W4A8
 
 __all__ = [
     "MODELS",
@@ -110,14 +111,8 @@ def calibrate_tiny(model: Path, out: Path, *more: str) -> int:
     return main(
         [
             str(model),
-            "--wbits",
-            "4",
-            "--abits",
-            "8",
-            "--nsamples",
-            "4",
-            "--seqlen",
-            "32",
+            *W4A8,
+            *FOUR_WINDOWS,
             "--out",
             str(out),
             "--offline",

@@ -26,6 +26,7 @@ from calibration.quant.folder import read_quant
 from calibration.settings import CalibrationSettings
 from exporter.__main__ import main as exporter_main
 from plugins.errors import InputError
+from tests.conftest import FOUR_WINDOWS, W4A8
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -174,14 +175,8 @@ def test_command_writes_the_quant_folder(
     done = run_module(
         "calibration",
         str(tiny_model_dir),
-        "--wbits",
-        "4",
-        "--abits",
-        "8",
-        "--nsamples",
-        "4",
-        "--seqlen",
-        "32",
+        *W4A8,
+        *FOUR_WINDOWS,
         "--out",
         str(out),
         "--offline",
@@ -312,10 +307,7 @@ def test_ctrl_c_exits_130_and_gives_the_terminal_back(
     out = tmp_path / "out"
     command = [
         str(tiny_model_dir),
-        "--wbits",
-        "4",
-        "--abits",
-        "8",
+        *W4A8,
         "--method",
         "rtn",
         "--out",

@@ -14,6 +14,7 @@ import pytest
 from calibration.out.layout import DATA_FILE
 from exporter.proof.validate import LayerReport, ValidationResult
 from plugins.errors import EXIT_CHECK, EXIT_INTERRUPT
+from tests.conftest import FOUR_WINDOWS, W4A8
 
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[[tuple[int, str, str], str], None]
@@ -69,14 +70,8 @@ def test_same_command_same_bytes(
         done = run_module(
             "exporter",
             str(tiny_model_dir),
-            "--wbits",
-            "4",
-            "--abits",
-            "8",
-            "--nsamples",
-            "4",
-            "--seqlen",
-            "32",
+            *W4A8,
+            *FOUR_WINDOWS,
             "--out",
             str(tmp_path / seed),
             "--until",

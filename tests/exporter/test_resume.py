@@ -23,6 +23,7 @@ from calibration.out.layout import DATA_FILE, STAGES
 from exporter.engine.edition import Edition
 from exporter.proof.validate import ValidationResult
 from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT
+from tests.conftest import W4A8
 
 Run = Callable[..., tuple[int, str, str]]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -108,10 +109,7 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
         "-m",
         "exporter",
         str(tiny_model_dir),
-        "--wbits",
-        "4",
-        "--abits",
-        "8",
+        *W4A8,
         "--method",
         "rtn",
         "--out",

@@ -26,6 +26,7 @@ from calibration.methods.qqq.settings import QqqSettings
 from calibration.settings import CalibrationSettings
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny, files, tokens
 from tests.calibration.llama import SITES
+from tests.conftest import FOUR_WINDOWS, W4A8
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAYERS = 3
@@ -131,14 +132,8 @@ def test_killed(
         "-m",
         "calibration",
         str(model),
-        "--wbits",
-        "4",
-        "--abits",
-        "8",
-        "--nsamples",
-        "4",
-        "--seqlen",
-        "32",
+        *W4A8,
+        *FOUR_WINDOWS,
         "--out",
         str(tmp_path),
         "--offline",

@@ -23,6 +23,7 @@ from calibration.blocks.ranks import ALONE, Ranks, join_ranks
 from calibration.out.files import locked
 from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny, files
+from tests.conftest import W4A8
 
 PATIENCE = 300  # seconds, on a machine that is busy
 HEAVY = [
@@ -111,10 +112,7 @@ def _command(rank: int, *arguments: str) -> int:
 def _tiny(model: Path, out: Path, *more: str) -> tuple[str, ...]:
     return (
         str(model),
-        "--wbits",
-        "4",
-        "--abits",
-        "8",
+        *W4A8,
         "--nsamples",
         "5",
         "--seqlen",

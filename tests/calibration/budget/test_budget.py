@@ -24,6 +24,7 @@ from calibration.quant.scheme import QuantScheme
 from calibration.quant.sizes import node_bits
 from calibration.settings import CalibrationSettings
 from plugins.errors import InputError
+from tests.conftest import W4A8
 
 QQQ = QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True)
 SMALL = CalibrationSettings(nsamples=4, seqlen=64)
@@ -263,10 +264,7 @@ def command(model: Path, out: Path, *more: str) -> int:
     return main(
         [
             str(model),
-            "--wbits",
-            "4",
-            "--abits",
-            "8",
+            *W4A8,
             "--method",
             "rtn",
             "--nsamples",

@@ -19,6 +19,7 @@ from calibration.quant.checks import check_scheme
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from plugins.errors import InputError
+from tests.conftest import W4A8
 
 QQQ = QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True)
 EIGHT = QuantScheme("ABQGemm", "rtn", 8, 8, act_symmetric=True)
@@ -173,10 +174,7 @@ def test_a_folder_of_other_bits_is_refused_and_kept(
     out, bits = tmp_path / "out", tmp_path / "bits.txt"
     command = [
         str(tiny_model_dir),
-        "--wbits",
-        "4",
-        "--abits",
-        "8",
+        *W4A8,
         "--method",
         "rtn",
         "--out",
