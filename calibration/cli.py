@@ -293,15 +293,11 @@ def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:
     """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -mixed or -b<B> where a
     bits file or budget changes bits.
     """
-    mixed = (
-        "-mixed"
-        if args.bits_file is not None
-        else ""
-        if args.budget is None
-        else f"-b{args.budget:g}"
-    )
-    return (
-        args.out
-        if args.out is not None
-        else Path("out") / f"{model_slug(args.model)}-{scheme.model_label}{mixed}"
-    )
+    if args.out is not None:
+        return Path(args.out)
+    end = ""
+    if args.bits_file is not None:
+        end = "-mixed"
+    elif args.budget is not None:
+        end = f"-b{args.budget:g}"
+    return Path("out") / f"{model_slug(args.model)}-{scheme.model_label}{end}"

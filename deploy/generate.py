@@ -28,9 +28,8 @@ __all__ = [
     "prompt_tokens",
 ]
 
-_CONTEXT_TOKENS = (
-    6  # decoded together with new ones, so that spaces and multi-token characters come out right
-)
+# Decoded together with new ones, so that spaces and multi-token characters come out right.
+_CONTEXT_TOKENS = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -247,6 +248,7 @@ class EngineStage(Stage):
             max_seq=self.request.max_seq,
         )
 
+    @cached_property
     def _library(self) -> Path:
         from plugins.tools.build import build_library
 
@@ -258,7 +260,7 @@ class EngineStage(Stage):
 
         assert self.edition is not None
         gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []
-        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self._library())]
+        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self._library)]
 
     def needed_bytes(self) -> int:
         """The engine, and room for what it is built from."""
@@ -271,7 +273,7 @@ class EngineStage(Stage):
 
         source = self.out / ONNX
         record = build_engine(
-            source / MODEL_FILE, self._library(), folder, self._options(), self.progress
+            source / MODEL_FILE, self._library, folder, self._options(), self.progress
         )
         description = open_stage(self.out, ONNX, "the engine").description()
         copy_files(source, description.tokenizer, folder)

@@ -19,7 +19,7 @@ from calibration.blocks.forward import load_block, norm_gains
 from calibration.blocks.store import BlockResult
 from calibration.blocks.walk import WalkBlock, site_weight, walk
 from calibration.solvers.gptq import NO_INPUTS, quadratic_error, says_something
-from calibration.solvers.grid import Grid, search_grid
+from calibration.solvers.grid import Grid, column_groups, search_grid
 from calibration.solvers.hessian import Moments, corrected_target
 from calibration.transforms.rotation import Rotation, obstacle
 from calibration.transforms.smoothing import adaptive_scales, fold_scales, smoothed_sites
@@ -195,14 +195,11 @@ class SiteSolver:
         ).all():  # an activation overflowed: as if nothing had been seen
             moments = Moments(len(moments.hessian), cross=False, device=self._task.device)
         weight, bias = site_weight(self._weights, self._task.block.sites[site].linears)
-        group = torch.arange(weight.shape[1], device=weight.device) // (
-            scheme.group_size or weight.shape[1]
-        )
         target = corrected_target(weight, moments, self._settings.correct)
         found = self._grids.get(site) or search_grid(
             target, scheme, torch.diagonal(moments.hessian), self._settings.clip_steps
         )
-        grid = SiteGrid(found, group, self._generator(site))
+        grid = SiteGrid(found, column_groups(weight, scheme), self._generator(site))
         nearest = Rounded(grid.round(target), grid)
         rounded = self._rounded(site, target, moments.hessian, nearest)
 

@@ -34,19 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "allocate", "bits_within", "candidates", "schemes_within"]
 
-_WBITS = (
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-)  # not 1, which is beyond second order, nor W2*, whose 5 levels take the 3 planes of W3's 8
-_WINDOWS, _SEQLEN = (
-    8,
-    512,
-)  # at most: sums over all weights of a node settle long before a calibration does
+# Not 1, which is beyond second order, nor W2*, whose 5 levels take the 3 planes of W3's 8.
+_WBITS = range(2, 9)
+# At most: sums over all weights of a node settle long before a calibration does.
+_WINDOWS, _SEQLEN = 8, 512
 
 Option = tuple[int, float]  # bits, cost
 
@@ -121,15 +112,9 @@ def bits_within(checkpoint: Checkpoint, budget: Budget) -> int:
     Raises:
         InputError: fewer than the smallest choice everywhere takes, or more than the largest.
     """
-    sizes, weights = (
-        _sizes(checkpoint, _choices(budget)),
-        _weights(checkpoint),
-    )
-    bits, least, most = (
-        math.floor(budget.bits * weights),
-        sum(map(min, sizes)),
-        sum(map(max, sizes)),
-    )
+    sizes, weights = _sizes(checkpoint, _choices(budget)), _weights(checkpoint)
+    bits = math.floor(budget.bits * weights)
+    least, most = sum(map(min, sizes)), sum(map(max, sizes))
     low, high = (math.ceil(100 * total / weights) / 100 for total in (least, most))
     if bits < least or budget.bits > high:
         raise InputError(

@@ -24,7 +24,7 @@ from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation
 from calibration.reference.steps import PLAIN, Rope
-from calibration.solvers.grid import search_grid
+from calibration.solvers.grid import column_groups, search_grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,10 +206,8 @@ def _rounded(weight: Tensor, scheme: QuantScheme, importance: Tensor, method: Me
     if not method.looks_at_data:
         arrays = method.quantize(weight.cpu().numpy(), None, scheme)
         return torch.from_numpy(QuantLinear("", scheme, arrays).dequantize()).to(weight.device)
-    groups = torch.arange(weight.shape[1], device=weight.device) // (
-        scheme.group_size or weight.shape[1]
-    )
-    return search_grid(weight, scheme, importance, _CLIP_STEPS).round(weight, groups)[1]
+    grid = search_grid(weight, scheme, importance, _CLIP_STEPS)
+    return grid.round(weight, column_groups(weight, scheme))[1]
 
 
 @dataclass(frozen=True)

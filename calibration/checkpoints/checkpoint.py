@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
-STATIC_ROPE = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # the others change their frequencies with the sequence length
+# The other kinds change their frequencies with the sequence length.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -57,7 +53,6 @@ class Checkpoint:
         self.config = config
         self.decoder: Decoder = family.decoder(plain_config(config))
         self._weights = weights
-        self._offsets = {info.name: info.offset for info in self.decoder.tensors() if info.offset}
         where = source.hub_id or str(source.path)
         check_tensors(where, self.decoder.shapes(), weights.shapes(), self.decoder.layers)
 
@@ -112,7 +107,7 @@ class Checkpoint:
             InputError: it holds NaN or Inf.
         """
         array = self.stored(name)
-        offset = self._offsets.get(name)
+        offset = self.decoder.offsets.get(name)
         return array if offset is None else array.astype(np.float32) + np.float32(offset)
 
     def stored(self, name: str) -> np.ndarray:

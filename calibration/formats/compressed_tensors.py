@@ -234,8 +234,8 @@ def _uncentred(codes: np.ndarray, bits: int) -> np.ndarray:
 def _as_stored(quant: QuantModel, name: str) -> np.ndarray:
     """A tensor as a checkpoint of this family has it: some store gain - 1."""
     array = quant.tensor(name)
-    offset = next((info.offset for info in quant.decoder.tensors() if info.name == name), 0.0)
-    return array if not offset else (array.astype(np.float32) - offset).astype(array.dtype)
+    offset = quant.decoder.offsets.get(name)
+    return array if offset is None else (array.astype(np.float32) - offset).astype(array.dtype)
 
 
 def _shard_tensors(

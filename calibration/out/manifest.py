@@ -97,7 +97,7 @@ def _flaw(manifest: dict[str, Any]) -> str:
         if not _has(record, _RECORD) or not isinstance(record.get("facts", {}), dict):
             return f"a broken record of stage {name}"
         for file, entry in record["files"].items():
-            if not _has(entry, _FILE):
+            if not is_file_record(entry):
                 return f"a broken record of {name}/{file}"
     return ""
 

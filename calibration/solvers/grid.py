@@ -19,9 +19,15 @@ from plugins.core.rounding import SMALLEST_SCALE
 if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["Grid", "search_grid"]
+__all__ = ["Grid", "column_groups", "search_grid"]
 
 _CHUNK = 1 << 22  # weights searched together
+
+
+def column_groups(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """The group of each column of a weight [N, K], int64 [K] on its device."""
+    columns = weight.shape[1]
+    return torch.arange(columns, device=weight.device) // (scheme.group_size or columns)
 
 
 def search_grid(

@@ -21,7 +21,7 @@ from calibration.families.decoder import Block, Branch, Site
 from calibration.families.steps import Gate, Heads, Norm
 from calibration.reference.fake_quant import Activation
 from calibration.reference.steps import Context, HeadHook, cached_heads, run
-from calibration.solvers.grid import search_grid
+from calibration.solvers.grid import column_groups, search_grid
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import BlockTask
@@ -169,10 +169,7 @@ def _quantised(site: Site, weights: BlockWeights, task: BlockTask) -> Callable[[
     scheme = task.schemes[site.linears.node]
     weight, bias = site_weight(weights, site.linears)
     grid = search_grid(weight, scheme, steps=1)
-    group = torch.arange(weight.shape[1], device=weight.device) // (
-        scheme.group_size or weight.shape[1]
-    )
-    values = grid.round(weight, group)[1]
+    values = grid.round(weight, column_groups(weight, scheme))[1]
     return lambda x: torch.nn.functional.linear(
         Activation.of(x, scheme.abits, scheme.act_symmetric).values(), values, bias
     )

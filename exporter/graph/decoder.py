@@ -12,7 +12,7 @@ from calibration.checkpoints.safetensors import numpy_dtype
 from calibration.families.steps import Rope
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
-from exporter.graph.names import KINDS, layer_output, new_key, past, present
+from exporter.graph.names import KINDS, past, present
 from exporter.graph.nodes import NodeFactory
 from exporter.graph.steps import write_block
 from exporter.graph.weights import ExternalWeights
@@ -28,8 +28,6 @@ __all__ = [
     "IR_VERSION",
     "OPSET",
     "export_onnx",
-    "layer_output",
-    "new_key",
 ]
 
 OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention are standard ops from here on

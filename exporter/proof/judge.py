@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS
-from exporter.graph.decoder import layer_output, new_key
+from exporter.graph.names import layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
 

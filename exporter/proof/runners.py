@@ -15,7 +15,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from calibration.out.layout import MODEL_FILE
-from exporter.graph.decoder import layer_output, new_key
+from exporter.graph.names import layer_output, new_key
 from exporter.run.reference import TorchSession
 from plugins.core.op_spec import is_custom
 from plugins.errors import CheckError

@@ -35,7 +35,7 @@ from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
-from exporter.graph.decoder import layer_output, new_key
+from exporter.graph.names import layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory

@@ -9,7 +9,7 @@ from calibration.out.layout import STAGES
 from exporter.run.runner import Runner
 from plugins.errors import InputError
 
-__all__ = ["Runner", "find_runner", "runner_names", "runners"]
+__all__ = ["Runner", "find_runner", "runners"]
 
 
 def runners() -> dict[str, Runner]:
@@ -21,11 +21,6 @@ def runners() -> dict[str, Runner]:
     found: list[Runner] = [module.RUNNER for module in modules if hasattr(module, "RUNNER")]
     found.sort(key=lambda runner: (STAGES.index(runner.stage), runner.name))
     return {runner.name: runner for runner in found}
-
-
-def runner_names() -> tuple[str, ...]:
-    """Names of every runner."""
-    return tuple(runners())
 
 
 def find_runner(name: str) -> Runner:

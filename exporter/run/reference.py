@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import QUANT, QUANT_JSON
+from exporter.graph.names import KINDS, layer_output, present
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession
 
@@ -70,19 +71,15 @@ class TorchSession(DecoderSession):
     ) -> dict[str, np.ndarray]:
         import torch
 
-        from exporter.graph.decoder import layer_output
-
         ids, mask, places = map(torch.from_numpy, (input_ids, attention_mask, positions))
         made = self._compute(ids, mask, places)
         self._cache = made.cache
         outputs: dict[str, np.ndarray] = {"logits": made.logits.numpy()}
         if self._watch:
-            for index, (layer, (key, value)) in enumerate(
-                zip(made.layers, made.cache, strict=True)
-            ):
+            for index, (layer, cache) in enumerate(zip(made.layers, made.cache, strict=True)):
                 outputs[layer_output(index)] = layer.numpy()
-                outputs[f"present.{index}.key"] = key.numpy()
-                outputs[f"present.{index}.value"] = value.numpy()
+                for kind, part in zip(KINDS, cache, strict=True):
+                    outputs[present(index, kind)] = part.numpy()
         return outputs
 
     def _compute(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Computed:

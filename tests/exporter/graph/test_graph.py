@@ -17,7 +17,8 @@ from calibration.out.layout import DATA_FILE, MODEL_FILE
 from calibration.quant.bits import Rule, SchemeMap
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
-from exporter.graph.decoder import export_onnx, layer_output
+from exporter.graph.decoder import export_onnx
+from exporter.graph.names import layer_output
 from exporter.run.onnxruntime import OnnxSession
 from plugins.core.op_spec import is_custom
 from tests.exporter.graph_cases import Decoder, export, feeds
