@@ -114,6 +114,7 @@ def selftest() -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_new_op_is_one_folder(toy: Path) -> None:
     kernels = KernelLibrary(build.build_sim())
     assert kernels.ops == ("ToyGemm",)
@@ -138,6 +139,7 @@ def test_a_new_op_is_one_folder(toy: Path) -> None:
     assert wrong.stdout.startswith("ToyGemm simple W8A16 g0 3x40x70 fp32: got y[2, 39] = ")
 
 
+@pytest.mark.slow
 def test_an_op_without_an_oracle_is_refused(toy: Path) -> None:
     """It would be shipped untested."""
     (toy / "cuda" / "other.cu").write_text(

@@ -123,6 +123,7 @@ def test_stopped_while_the_folder_is_written(
     assert files(tmp_path / "quant") == whole
 
 
+@pytest.mark.slow
 def test_killed(
     model: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

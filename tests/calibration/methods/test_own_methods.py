@@ -182,6 +182,7 @@ def test_random_rounding_is_of_the_seed_and_may_refit(tiny_model_dir: Path, tmp_
     assert notes == [[f"{site}: thrown dice" for site in SITES]] * 2
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_made_again(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
