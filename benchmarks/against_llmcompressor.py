@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoints.sources import model_slug
-from calibration.out.files import read_json
+from calibration.out.json_file import read_json
 from plugins.cli import run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError, UserError
 

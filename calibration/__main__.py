@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
-from calibration.out.files import StageWriter, locked, read_json
+from calibration.out.files import StageWriter, locked
+from calibration.out.json_file import read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import Progress, make_progress
 from plugins.cli import add_version, program, run_cli

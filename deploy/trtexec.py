@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.out.files import read_json
 from calibration.out.folder import command_for
+from calibration.out.json_file import read_json
 from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD, MODEL_FILE, ONNX
 from deploy.command import Command
 from plugins.errors import InputError

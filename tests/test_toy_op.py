@@ -21,8 +21,8 @@ import torch
 import plugins
 from calibration import formats
 from calibration.methods.rtn import quantize
-from calibration.out.files import read_json
 from calibration.out.fingerprint import code_digest
+from calibration.out.json_file import read_json
 from calibration.quant.bits import Rule
 from calibration.quant.folder import fuse, read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.files import read_json, sha256_file, write_json
+from calibration.out.files import sha256_file, write_json
+from calibration.out.json_file import read_json
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from calibration import formats
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.methods import find_method
-from calibration.out.files import read_json, write_json
+from calibration.out.files import write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     code_digest,
@@ -22,6 +22,7 @@ from calibration.out.fingerprint import (
     package_versions,
     text_digest,
 )
+from calibration.out.json_file import read_json
 from calibration.quant.bits import Rule, SchemeMap
 from calibration.quant.scheme import QuantScheme
 from calibration.quant.sizes import node_bits, node_weights

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from calibration.checkpoints.safetensors import read_header, read_tensor
-from calibration.out.files import read_json
+from calibration.out.json_file import read_json
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -102,12 +102,7 @@ def read_source_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is truncated or damaged.
     """
-    try:
-        return read_json(path)
-    except InputError as error:
-        raise InputError(
-            error.where, error.problem, "It is truncated or damaged: download it again"
-        ) from None
+    return read_json(path, "It is truncated or damaged: download it again")
 
 
 def open_hf_weights(folder: Path) -> WeightSource:

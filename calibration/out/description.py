@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calibration.out.files import read_json, write_json
+from calibration.out.files import write_json
+from calibration.out.json_file import read_json
 from calibration.out.layout import DESCRIPTION
 from calibration.out.manifest import is_file_record
 from plugins.errors import InputError

@@ -23,7 +23,6 @@ __all__ = [
     "StageWriter",
     "file_records",
     "locked",
-    "read_json",
     "sha256_file",
     "verify_files",
     "write_json",
@@ -94,35 +93,6 @@ def _unwritable(path: Path, error: OSError) -> InputError:
         f"writable folder with enough space",
         "Check the disk and the permissions; earlier results are whole",
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or is not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            str(path),
-            "got no such file, expected a JSON file of an artefact folder",
-            "Check the path, or make the artefact with python -m exporter",
-        ) from None
-    except (ValueError, OSError) as error:
-        raise InputError(
-            str(path),
-            f"got unreadable JSON ({error}), expected a whole file",
-            "It is truncated or damaged: make this stage again",
-        ) from None
-    if not isinstance(value, dict):
-        raise InputError(
-            str(path),
-            f"got a JSON {type(value).__name__}, expected an object",
-            "Make this stage again",
-        )
-    return value
 
 
 def file_records(folder: Path, only: str = "*") -> dict[str, dict[str, Any]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.description import Description, read_description
-from calibration.out.files import read_json, verify_files
+from calibration.out.files import verify_files
+from calibration.out.json_file import read_json
 from calibration.out.layout import (
     DESCRIPTION,
     ENGINE,

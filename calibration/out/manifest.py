@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from calibration.out.files import read_json
 from calibration.out.fingerprint import package_versions
+from calibration.out.json_file import read_json
 from calibration.out.layout import MANIFEST, STAGES
 from plugins.errors import InputError
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from calibration.checkpoints.safetensors import read_header, read_tensor
 from calibration.families import Decoder, Family, UnsupportedError, family
-from calibration.out.files import read_json, sha256_file
+from calibration.out.files import sha256_file
+from calibration.out.json_file import read_json
 from calibration.out.layout import QUANT_JSON
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from plugins import op_spec

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.out.files import read_json, sha256_file
+from calibration.out.files import sha256_file
+from calibration.out.json_file import read_json
 from calibration.out.layout import ENGINE_FILE, ENGINE_RECORD
 from plugins import library_ops
 from plugins.core.op_spec import DOMAIN

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.files import read_json, write_json
+from calibration.out.files import write_json
+from calibration.out.json_file import read_json
 from calibration.out.layout import ENGINE, ENGINE_RECORD, HTML_FILE, JSON_FILE, QUANT, REPORT
 from exporter.engine.edition import gpu_capabilities
 from exporter.report.html import page

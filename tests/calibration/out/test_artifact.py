@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.out.files import StageWriter, file_records, read_json, verify_files, write_json
+from calibration.out.files import StageWriter, file_records, verify_files, write_json
+from calibration.out.json_file import read_json
 from plugins.errors import InputError
 
 
@@ -140,8 +141,9 @@ def test_json_round_trip_and_corruption(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(InputError) as caught:
         read_json(path)
-    assert (
-        str(caught.value) == f"{path}: got a JSON list, expected an object. Make this stage again."
+    assert str(caught.value) == (
+        f"{path}: got a JSON list, expected an object. It is truncated or damaged: make this stage "
+        "again."
     )
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from calibration.out.files import read_json, write_json
+from calibration.out.files import write_json
+from calibration.out.json_file import read_json
 from calibration.quant.folder import read_quant
 from calibration.reference.model import CacheQuantizer
 from exporter.engine.build import custom_nodes

@@ -14,7 +14,8 @@ from typing import Any
 import onnx
 import pytest
 
-from calibration.out.files import read_json, write_json
+from calibration.out.files import write_json
+from calibration.out.json_file import read_json
 from calibration.quant.folder import read_quant
 from exporter.graph.decoder import export_onnx
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate

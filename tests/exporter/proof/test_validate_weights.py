@@ -16,7 +16,8 @@ import pytest
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.checkpoints.safetensors import read_header, read_tensor
 from calibration.methods.rtn import quantize
-from calibration.out.files import read_json, sha256_file, write_json
+from calibration.out.files import sha256_file, write_json
+from calibration.out.json_file import read_json
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.graph.decoder import export_onnx
