@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.files import sha256_file, write_json
-from calibration.out.json_file import read_json
+from calibration.out.files import remove, sha256_file, temporary, write_json
+from calibration.out.json_file import read_record
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["BlockResult", "BlockStore"]
 
 _STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What state.json holds: of what the results are, and the checksums of their files."""
+
+    fingerprint: str = ""
+    sha256: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,14 @@ class BlockStore:
         self.folder = folder
         if not writes:
             return
-        state = self._state()
-        fresh = not keep or state.get("fingerprint") != fingerprint
+        state = _State() if folder.is_symlink() else self._state()  # a link is not written through
+        fresh = not keep or state.fingerprint != fingerprint
         try:
-            if fresh and folder.exists():
-                shutil.rmtree(folder)
+            if fresh:
+                remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(".*.tmp"):  # of a process that was killed
+                path.unlink()
         except OSError as error:
             raise InputError(
                 str(folder),
@@ -73,11 +83,11 @@ class BlockStore:
         if fresh:
             write_json(folder / _STATE, {"fingerprint": fingerprint, "sha256": []})
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> _State:
         try:
-            return read_json(self.folder / _STATE)
+            return read_record(self.folder / _STATE, _State)
         except InputError:
-            return {}
+            return _State()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -87,7 +97,7 @@ class BlockStore:
         as missing.
         """
         count = 0
-        for wanted in self._state().get("sha256", ()):
+        for wanted in self._state().sha256:
             path = self._path(count)
             if not path.is_file() or sha256_file(path) != wanted:
                 break
@@ -107,13 +117,13 @@ class BlockStore:
         tensors = {f"gain/{name}": array for name, array in result.gains.items()}
         for site, arrays in result.sites.items():
             tensors |= {f"site/{site}/{name}": array for name, array in arrays.named().items()}
-        temporary = self.folder / ".block.tmp"
+        unfinished = temporary(self._path(index))
         try:
-            save_file(tensors, str(temporary), {"report": json.dumps(result.report)})
-            with temporary.open("rb") as file:
+            save_file(tensors, str(unfinished), {"report": json.dumps(result.report)})
+            with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
-            digest = sha256_file(temporary)
-            temporary.replace(self._path(index))
+            digest = sha256_file(unfinished)
+            unfinished.replace(self._path(index))
         except Exception as error:  # safetensors reports a full disk as an error of its own
             raise InputError(
                 str(self._path(index)),
@@ -121,7 +131,8 @@ class BlockStore:
                 "Check the disk; finished blocks are whole, go on with --resume",
             ) from error
         state = self._state()
-        write_json(self.folder / _STATE, {**state, "sha256": [*state["sha256"][:index], digest]})
+        sha256 = [*state.sha256[:index], digest]
+        write_json(self.folder / _STATE, {"fingerprint": state.fingerprint, "sha256": sha256})
 
     def load(self, index: int) -> BlockResult:
         """A finished block."""
@@ -146,4 +157,5 @@ class BlockStore:
 
     def remove(self) -> None:
         """When everything is in the quant folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(self.folder)

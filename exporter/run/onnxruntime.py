@@ -4,6 +4,7 @@ and every 16-bit rounding in its place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,9 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
         InputError: the files are missing or ONNX Runtime refuses them (when the runner is
             activated).
     """
+    os.environ.setdefault(
+        "ORT_DISABLE_TELEMETRY", "1"
+    )  # before its first import, see plugins/cli.py
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     model = load_model(folder, marked)
