@@ -136,7 +136,7 @@ class Pipeline:
             InputError: bad input. CheckError: plugin layers are missing, or a layer is out of
                 tolerance.
         """
-        self.library = self._build_library()
+        self.library = self._compile()
         with locked(self.request.out, self.progress.message):
             self.manifest = self._open_manifest()  # now that nobody else writes it
             if not self.manifest["stages"]:
@@ -151,12 +151,14 @@ class Pipeline:
                 stage.finish()
         return self.manifest
 
-    def _build_library(self) -> Path | None:
-        """The plugins that the engine needs: what fails here fails before hours of work."""
+    def _compile(self) -> Path | None:
+        """All that the engine needs compiled: what fails here fails before hours of work."""
+        from exporter.engine.edition import prepare_parser
         from plugins.tools.build import build_library
 
         if self.edition is None:
             return None
+        prepare_parser(self.edition)
         return build_library(say=lambda text: self.progress.message(f"{ENGINE}: {text}"))
 
     def _spend(self, budget: Budget) -> None:
