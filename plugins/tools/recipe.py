@@ -21,6 +21,7 @@ from typing import Any
 
 from plugins.errors import InputError, UserError
 from plugins.lock import locked
+from plugins.tools.toolkit import compiler_environment
 
 __all__ = ["Command", "Recipe", "make", "make_file", "run"]
 
@@ -93,7 +94,13 @@ def run(command: Command, what: str, folder: Path) -> None:
         UserError: it failed to make `what`; the message holds its output.
     """
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False
+        command,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=compiler_environment(),
+        check=False,
     )
     if result.returncode != 0:
         output = "\n".join(
