@@ -160,7 +160,7 @@ class QuantStage(Stage):
         """The model's files, the settings and the text."""
         return [
             self.checkpoint.stamp(),
-            {key: value for key, value in self.request.quantization().items() if key != "calib"},
+            self.request.quantization() | {"calib": ""},  # its content follows
             self.schemes.as_dict(),
             text_digest(self.request.settings.calib),
             self.request.format,

@@ -69,9 +69,8 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
         InputError: the files are missing or ONNX Runtime refuses them (when the runner is
             activated).
     """
-    os.environ.setdefault(
-        "ORT_DISABLE_TELEMETRY", "1"
-    )  # before its first import, see plugins/cli.py
+    # Before the first import, for those who use this without a command line (plugins/cli.py).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     model = load_model(folder, marked)
