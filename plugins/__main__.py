@@ -10,6 +10,7 @@ from pathlib import Path
 from plugins import library_ops
 from plugins.cli import Parser, add_version, program, run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError
+from plugins.text import printable
 from plugins.tools.build import build_library, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
 
@@ -76,13 +77,13 @@ def _selftest(options: argparse.Namespace) -> int:
 
 def _inspect(library: Path) -> int:
     kernels = inspect(library)
-    print(table(kernels))
+    print(printable(table(kernels), keep="\n"))
     found, size = failures(kernels, library.stat().st_size), library.stat().st_size / 1e6
     print(
         f"\n{len(kernels)} kernels, {size:.1f} MB: "
         + (f"{len(found)} failures" if found else "all checks passed")
     )
-    print("\n".join(found))
+    print("\n".join(map(printable, found)))
     return EXIT_CHECK if found else 0
 
 
