@@ -186,7 +186,7 @@ class GgufWeights:
 
     Raises:
         InputError: there are tensors that the family does not use, or of a type that cannot be
-            read.
+            read, or rotary factors that are none.
     """
 
     def __init__(self, file: GgufFile, decoder: Decoder) -> None:
@@ -198,6 +198,7 @@ class GgufWeights:
         }
         self._check_all_used(decoder)
         self._check_types()
+        self.rope_factors()
 
     def _check_all_used(self, decoder: Decoder) -> None:
         used = {info.gguf for info in self._names.values()} | {_ROPE_FACTORS}

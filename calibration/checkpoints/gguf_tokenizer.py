@@ -118,28 +118,26 @@ def gguf_tokenizer(file: GgufFile) -> Any:
         raise file.wrong(_MODEL, "gpt2 (byte-level BPE) or llama (sentencepiece)", _GIVE_FOLDER)
     build = _byte_level if model == "gpt2" else _sentencepiece
     backend, bos = build(file, tokens)
-    named = {
-        f"{short}_token": None
-        if (found := token_id(file, name, len(tokens))) is None
-        else tokens[found]
-        for short, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    ids = {
+        "bos": token_id(file, "bos", len(tokens)),
+        "eos": token_id(file, "eos", len(tokens)),
+        "unk": token_id(file, "unknown", len(tokens)),
+        "pad": token_id(file, "padding", len(tokens)),
     }
+    options: dict[str, Any] = {
+        f"{name}_token": tokens[index] for name, index in ids.items() if index is not None
+    }
+    for name, default in (("bos", bos), ("eos", False)):
+        if _flag(file, f"tokenizer.ggml.add_{name}_token", default):
+            if ids[name] is None:
+                raise file.wrong(
+                    f"tokenizer.ggml.{name}_token_id", f"the token that add_{name}_token adds"
+                )
+            options[f"add_{name}_token"] = True
+    if template := _chat_template(file):
+        options["chat_template"] = template
     _add_special_tokens(file, backend, tokens)
-    adds = {
-        "bos": _flag(file, "tokenizer.ggml.add_bos_token", bos),
-        "eos": _flag(file, "tokenizer.ggml.add_eos_token", False),
-    }
-    for name in ("bos", "eos"):
-        if adds[name] and named[f"{name}_token"] is None:
-            raise file.wrong(
-                f"tokenizer.ggml.{name}_token_id", f"the token that add_{name}_token adds"
-            )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=_chat_template(file),
-        **{f"add_{name}_token": True for name in adds if adds[name]},
-        **named,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 def _check_keys(file: GgufFile) -> None:

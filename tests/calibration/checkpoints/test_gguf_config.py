@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from calibration.checkpoints.checkpoint import open_checkpoint
@@ -357,3 +359,56 @@ def test_missing_metadata(tmp_path: Path) -> None:
         ": got no metadata llama.attention.head_count, expected it in a model file. "
         "Convert the model to GGUF again."
     )
+
+
+def _keys() -> list[str]:
+    sizes = (
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+    )
+    heads = (
+        "head_count",
+        "head_count_kv",
+        "key_length",
+        "layer_norm_rms_epsilon",
+        "sliding_window",
+    )
+    scaling = ("type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast")
+    tokens = ("tokens", "token_type", "merges", "model", "pre", "add_bos_token", "eos_token_id")
+    return [
+        *(f"llama.{name}" for name in (*sizes, "rope.freq_base", "rope.dimension_count")),
+        *(f"llama.attention.{name}" for name in heads),
+        *(SCALING + name for name in scaling),
+        *(f"tokenizer.ggml.{name}" for name in tokens),
+        *("tokenizer.chat_template", "general.type", "split.count", "split.tensors.count"),
+    ]
+
+
+ANY_VALUE = st.one_of(
+    st.integers(0, 0xFFFFFFFF),
+    st.floats(width=32),
+    st.booleans(),
+    st.sampled_from(["", "llama", "gpt2", "yarn", "linear", "none", "x" * 5000, "\x1b[31m"]),
+    st.lists(st.integers(0, 1000), min_size=1, max_size=4),
+    st.lists(st.sampled_from(["a", "b c", "<0x0A>"]), min_size=1, max_size=4),
+)
+
+
+@given(values=st.dictionaries(st.sampled_from(_keys()), ANY_VALUE, min_size=1, max_size=3))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_metadata_is_refused_or_makes_a_model(
+    gguf_of: Callable[..., Path], values: dict[str, Any]
+) -> None:
+    try:
+        checkpoint = open_checkpoint(str(gguf_of(values)), True)
+        frequencies, magnitude = checkpoint.rope()
+        assert checkpoint.tokenizer()("light")["input_ids"]
+    except InputError as error:
+        assert len(str(error)) < 1000
+    else:
+        assert np.isfinite(frequencies).all() and math.isfinite(magnitude)
