@@ -78,9 +78,9 @@ _GPT2 = PreTokenizer(gpt2=True)
 _DIGITS_GPT2 = PreTokenizer(digits=True, gpt2=True)
 _LLAMA3 = PreTokenizer((_LLAMA3_RULE,), whole_words=True, bos=True)
 
-# By tokenizer.ggml.pre. A name stands here when what llama.cpp (src/llama-vocab.cpp) makes of it has
-# been compared with the tokenizer.json of the models that it is named for. Where the two differ, as
-# in Qwen's NFC, the model's own rule is followed.
+# By tokenizer.ggml.pre. The rules are those of the tokenizer.json of SmolLM2, Refact, GPT-2, LLaMA 3,
+# Qwen2, Mistral Nemo and DeepSeek Coder; other names stand here that mean one of these to llama.cpp
+# (src/llama-vocab.cpp). Where llama.cpp differs from the model, as in Qwen's NFC, the model is right.
 PRE_TOKENIZERS = {
     # What llama.cpp falls back on; no model's own rule is known for such a file.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_RULE, r"\p{N}+", "[0-9][0-9][0-9]")),
