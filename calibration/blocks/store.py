@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from calibration.out.files import remove, sha256_file, temporary, write_json
 from calibration.out.json_file import read_record
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["BlockResult", "BlockStore"]
 
 _STATE = "state.json"
-
-
-@dataclass(frozen=True)
-class _State:
-    """What state.json holds: of what the results are, and the checksums of their files."""
-
-    fingerprint: str = ""
-    sha256: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,13 @@ class BlockResult:
         return self.sites[site]
 
 
+class _State(TypedDict):
+    """What the results depend on, and the checksum of each."""
+
+    fingerprint: str
+    sha256: list[str]
+
+
 class BlockStore:
     """A folder with one file per finished block, each written whole or not at all, and the files'
     checksums.
@@ -66,8 +65,8 @@ class BlockStore:
         self.folder = folder
         if not writes:
             return
-        state = _State() if folder.is_symlink() else self._state()  # a link is not written through
-        fresh = not keep or state.fingerprint != fingerprint
+        linked = folder.is_symlink()  # it is not written through
+        fresh = linked or not keep or self._state()["fingerprint"] != fingerprint
         try:
             if fresh:
                 remove(folder)
@@ -87,7 +86,7 @@ class BlockStore:
         try:
             return read_record(self.folder / _STATE, _State)
         except InputError:
-            return _State()
+            return {"fingerprint": "", "sha256": []}
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -97,7 +96,7 @@ class BlockStore:
         as missing.
         """
         count = 0
-        for wanted in self._state().sha256:
+        for wanted in self._state()["sha256"]:
             path = self._path(count)
             if not path.is_file() or sha256_file(path) != wanted:
                 break
@@ -131,8 +130,7 @@ class BlockStore:
                 "Check the disk; finished blocks are whole, go on with --resume",
             ) from error
         state = self._state()
-        sha256 = [*state.sha256[:index], digest]
-        write_json(self.folder / _STATE, {"fingerprint": state.fingerprint, "sha256": sha256})
+        write_json(self.folder / _STATE, {**state, "sha256": [*state["sha256"][:index], digest]})
 
     def load(self, index: int) -> BlockResult:
         """A finished block."""

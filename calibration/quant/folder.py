@@ -14,7 +14,7 @@ import numpy as np
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
 from calibration.families import Decoder, Family, UnsupportedError, family
 from calibration.out.files import sha256_file
-from calibration.out.json_file import Size, TokenId, checked, read_json
+from calibration.out.json_file import Count, Size, TokenId, checked, read_json
 from calibration.out.layout import QUANT_JSON
 from calibration.out.records import FileName, Sha256
 from calibration.quant.scheme import QuantLinear, QuantScheme, check_abits, check_kv_bits
@@ -50,6 +50,36 @@ class _Config(TypedDict):
     hf: dict[str, Any]
 
 
+class _Sizes(TypedDict):
+    linear_weights: Count
+    linear_float_bytes: Count
+    linear_quant_bits: Count
+    bits_per_weight: float
+    rest_bytes: Count
+    model_float_bytes: Count
+    model_quant_bytes: Count
+
+
+class _Settings(TypedDict):
+    effort: str
+    calib: str
+    seed: Count
+    switches: dict[str, Any]
+
+
+class _Block(TypedDict):
+    loss_before: float
+    loss_after: float
+    notes: list[str]
+
+
+class _Calibration(TypedDict, total=False):
+    settings: _Settings
+    windows: tuple[Size, Size]
+    blocks: list[_Block]
+    rotation: str
+
+
 class _Meta(TypedDict):
     """What quant.json holds, its format aside."""
 
@@ -59,8 +89,8 @@ class _Meta(TypedDict):
     scheme: Any
     layers: NotRequired[dict[str, Any]]  # absent where all nodes have one scheme
     files: dict[FileName, Sha256]
-    sizes: dict[str, float]
-    calibration: NotRequired[dict[str, Any]]
+    sizes: _Sizes
+    calibration: NotRequired[_Calibration]
 
 
 class QuantModel:
@@ -84,8 +114,8 @@ class QuantModel:
         self.config: dict[str, Any] = dict(meta["config"])
         self.source: _Source = meta["source"]
         self.files: dict[str, str] = meta["files"]
-        self.sizes: dict[str, Any] = meta["sizes"]
-        self.calibration: dict[str, Any] = meta.get("calibration", {})
+        self.sizes: dict[str, Any] = {**meta["sizes"]}
+        self.calibration: dict[str, Any] = {**meta.get("calibration", {})}
         self.family: Family = family(meta["family"])
         self._check_present()
         shards = [path / name for name in sorted(self.files) if name.endswith(".safetensors")]
