@@ -271,7 +271,8 @@ def test_bias_that_the_config_does_not_ask_for(model: Path) -> None:
     )
     assert _refusal(model) == (
         f"{model}: got tensors the config does not ask for: model.layers.1.self_attn.q_proj.bias. "
-        "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias in the config."
+        "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias in the config, "
+        "or save the model without them."
     )
 
 

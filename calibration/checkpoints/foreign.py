@@ -1,0 +1,54 @@
+"""What the readers of other people's files have in common: is it a file at all, and names and
+reasons that fit a message.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import stat
+from pathlib import Path
+
+from plugins.errors import InputError
+
+__all__ = ["check_regular", "reason", "shown"]
+
+_LONGEST_NAME, _LONGEST_REASON = 120, 200  # characters
+
+
+def shown(name: object) -> str:
+    """A name, or another value, as a message shows it: the middle of a very long one is left out."""
+    text, half = str(name), _LONGEST_NAME // 2
+    return text if len(text) <= _LONGEST_NAME else f"{text[:half]} ... {text[-half:]}"
+
+
+def reason(error: Exception) -> str:
+    """What a library says is wrong, in a line; torch's advice to run the code in a file is left
+    out.
+    """
+    line = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", line)
+        return f"it calls {shown(found[1])}" if found else "it holds more than tensors"
+    if not line or "weights_only" in line:
+        return type(error).__name__
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."
+
+
+def check_regular(path: Path, kind: str) -> None:
+    """Refuse what is no regular file, or a link to one: a pipe or a device would never end.
+
+    Args:
+        kind: what is expected there, such as "a safetensors file".
+
+    Raises:
+        InputError: it is not, or is missing, or may not be looked at.
+    """
+    try:
+        got = "" if stat.S_ISREG(path.stat().st_mode) else "no regular file"
+    except OSError as error:
+        got = error.strerror or str(error)
+    if got:
+        raise InputError(
+            str(path), f"got {got}, expected {kind}", "Check the path and the permissions"
+        )
