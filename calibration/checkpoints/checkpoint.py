@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from calibration.checkpoints.foreign import reason, shown
+from calibration.checkpoints.foreign import quiet_transformers, reason, shown
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
@@ -40,6 +40,7 @@ __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
 # The other kinds change their frequencies with the sequence length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_LONGEST = 400  # characters of an objection
 ADAPTER = "adapter_config.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 # Of stored rotary frequencies: bfloat16's rounding, and fp16's near zero.
@@ -51,7 +52,7 @@ _ELSEWHERE = ("configuration_files", "fusion_config", "per_layer_config", "trans
 # No model is near these sizes. What a file really holds is compared with its header afterwards,
 # but a config becomes a decoder, and lists of transformers', before its weights are there.
 _Width = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-_Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 11)]
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
 _Labels = Annotated[int, msgspec.Meta(ge=0, le=1 << 12)]
 # fp32, in which RoPE's angles are computed, knows no odd positions beyond.
 _Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -122,7 +123,7 @@ class Checkpoint:
         Raises:
             InputError: they differ: the config is not the one that the model was trained with.
         """
-        names = [name for name in self._names.inert if name.endswith("inv_freq")]
+        names = [name for name in self._names.inert.values() if name.endswith("inv_freq")]
         if not names:
             return
         scaled = self.rope()[0]
@@ -151,9 +152,9 @@ class Checkpoint:
         return self._names.renaming
 
     @property
-    def inert(self) -> tuple[str, ...]:
-        """The files' names of buffers that nobody reads."""
-        return self._names.inert
+    def inert(self) -> Collection[str]:
+        """Names of buffers in the files that nobody reads."""
+        return self._names.inert.keys()
 
     @property
     def name(self) -> str:
@@ -360,7 +361,8 @@ def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
 
     values = {key: value for key, value in raw.items() if key != "model_type"}
     try:
-        config = AutoConfig.for_model(family.model_type, **values)
+        with quiet_transformers():
+            config = AutoConfig.for_model(family.model_type, **values)
     except Exception as error:  # transformers' strict configs raise their own kinds
         raise InputError(
             where,
@@ -380,7 +382,9 @@ def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
         )
     if objection:
         raise InputError(
-            where, objection, "Choose a model without it; this export would compute something else"
+            where,
+            shown(objection, _LONGEST),
+            "Choose a model without it; this export would compute something else",
         )
     return config
 
@@ -388,6 +392,9 @@ def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
 def _objection(config: Any) -> str:
     if not getattr(config, "is_causal", True):
         return "got is_causal false, expected causal attention"
+    padding, vocab = getattr(config, "pad_token_id", None), config.vocab_size
+    if padding is not None and not -vocab <= padding < vocab:  # transformers makes no such table
+        return f"got pad_token_id {padding}, expected a row of the {vocab} of the embedding"
     rope = config.rope_parameters
     rope_type = rope.get("rope_type", "default")
     if rope_type not in STATIC_ROPE:

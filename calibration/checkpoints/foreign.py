@@ -7,19 +7,21 @@ from __future__ import annotations
 import pickle
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from plugins.errors import InputError
 
-__all__ = ["check_regular", "reason", "shown"]
+__all__ = ["check_regular", "quiet_transformers", "reason", "shown"]
 
 _LONGEST_NAME, _LONGEST_REASON = 120, 200  # characters
 
 
-def shown(name: object) -> str:
+def shown(name: object, longest: int = _LONGEST_NAME) -> str:
     """A name, or another value, as a message shows it: the middle of a very long one is left out."""
-    text, half = str(name), _LONGEST_NAME // 2
-    return text if len(text) <= _LONGEST_NAME else f"{text[:half]} ... {text[-half:]}"
+    text, half = str(name), longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 def reason(error: Exception) -> str:
@@ -33,6 +35,24 @@ def reason(error: Exception) -> str:
     if not line or "weights_only" in line:
         return type(error).__name__
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers show neither bars nor warnings, where what it would warn of is looked at
+    anyway.
+    """
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check_regular(path: Path, kind: str) -> None:

@@ -38,12 +38,12 @@ class Names:
             one.
         renaming: {pattern of the files' names: what stands for it in the decoder's}, for
             transformers' key_mapping; empty where they are the same.
-        inert: names in the files of buffers that a decoder computes itself.
+        inert: the same of buffers that a decoder computes itself.
     """
 
     stored: Mapping[str, str]
     renaming: Mapping[str, str]
-    inert: tuple[str, ...]
+    inert: Mapping[str, str]
 
 
 def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
@@ -72,7 +72,7 @@ def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, .
                 return Names(
                     {ours: renamed[theirs] for ours, theirs in names.stored.items()},
                     {f"^{re.escape(prefix)}": replacement},
-                    tuple(renamed[name] for name in names.inert),
+                    {ours: renamed[theirs] for ours, theirs in names.inert.items()},
                 )
     return _matched(where, decoder, found)
 
@@ -117,7 +117,7 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
                 "The weights and the config belong to different models: use the config of these weights",
             )
     others = sorted(found.keys() - stored.values())
-    inert = tuple(name for name in others if _INERT.search(name))
+    inert = {name: name for name in others if _INERT.search(name)}
     extra = [name for name in others if not _INERT.search(name)]
     if extra:
         raise InputError(

@@ -30,7 +30,7 @@ def refuse_code(folder: Path) -> None:
     """
     for name in _MAY_NAME_CODE:
         path = folder / name
-        if path.exists() and "auto_map" in read_json(path, _AGAIN):
+        if path.exists() and read_json(path, _AGAIN).get("auto_map"):
             raise InputError(
                 f"{path}, auto_map",
                 "got classes in Python code of the model's own, expected those of transformers",

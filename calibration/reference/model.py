@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibration.checkpoints.foreign import reason, shown
+from calibration.checkpoints.foreign import quiet_transformers, reason, shown
 from calibration.checkpoints.tensor_checks import same_numbers
 from calibration.families.decoder import Block
 from calibration.quant.scheme import FLOAT_BITS
@@ -106,6 +105,7 @@ def float_model(checkpoint: Checkpoint) -> Any:
             some up. CheckError: it reads other numbers than the checkpoint gave.
     """
     model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    model.config.return_dict = True  # results are read by name, whatever a config says
     model.requires_grad_(False)
     return model.eval()
 
@@ -115,10 +115,10 @@ def _own(checkpoint: Checkpoint) -> Any:
     import transformers
 
     where = str(checkpoint.source.path)
-    # Only what makes logits is of interest here.
-    unread = {"generation_config": transformers.GenerationConfig()}
+    # Not the files': they have no part in the logits, and an attention may name a package.
+    ours = {"generation_config": transformers.GenerationConfig(), "attn_implementation": None}
     try:
-        with _quiet():
+        with quiet_transformers():
             model, report = getattr(transformers, checkpoint.family.architecture).from_pretrained(
                 where,
                 dtype=torch.float32,
@@ -126,7 +126,7 @@ def _own(checkpoint: Checkpoint) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **unread,
+                **ours,
             )
     except Exception as error:  # transformers raises many kinds
         raise InputError(
@@ -165,22 +165,6 @@ def _differs(checkpoint: Checkpoint, what: str) -> CheckError:
         "got other numbers than transformers reads from the same files",
         "The quantised model was made of the wrong numbers: do not use it, and report this model",
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its bars and warnings; what it would warn of is looked at here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _from_tensors(checkpoint: Checkpoint) -> Any:
@@ -242,9 +226,7 @@ class FloatReference:
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """What the head reads, see Reference."""
-        states: Tensor = self.model.model(
-            input_ids, use_cache=False, return_dict=True
-        ).last_hidden_state
+        states: Tensor = self.model.model(input_ids, use_cache=False).last_hidden_state
         return states
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -274,7 +256,6 @@ class FloatReference:
         try:
             result = self.model(
                 input_ids,
-                return_dict=True,  # a config may say otherwise
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 **{_cache_argument(self.model): past},
