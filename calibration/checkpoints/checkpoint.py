@@ -47,7 +47,13 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _NEAR, _NEAR_ZERO = 2.0**-8, 2.0**-24
 # Fields of a config that let transformers take weights or another config from elsewhere, or change
 # single layers.
-_ELSEWHERE = ("configuration_files", "fusion_config", "per_layer_config", "transformers_weights")
+_ELSEWHERE = (
+    "configuration_files",
+    "fusion_config",
+    "per_layer_config",
+    "text_config",
+    "transformers_weights",
+)
 
 # No model is near these sizes. What a file really holds is compared with its header afterwards,
 # but a config becomes a decoder, and lists of transformers', before its weights are there.

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, REPOSITORY, W4A8
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.reference.model import FloatReference, float_model
 from plugins.errors import CheckError, InputError
+from tests.conftest import FAMILIES, REPOSITORY, W4A8
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 OTHER = "Choose a model without it; this export would compute something else."
@@ -412,7 +412,14 @@ def test_a_model_type_of_another_architecture(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["configuration_files", "fusion_config", "per_layer_config", "transformers_weights"]
+    "field",
+    [
+        "configuration_files",
+        "fusion_config",
+        "per_layer_config",
+        "text_config",
+        "transformers_weights",
+    ],
 )
 def test_fields_that_lead_transformers_elsewhere(model: Path, field: str) -> None:
     path = configure(model, **{field: {"0": {"rms_norm_eps": 1.0}}})

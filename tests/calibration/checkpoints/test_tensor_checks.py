@@ -5,12 +5,12 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG
 
 from calibration.checkpoints import tensor_checks
 from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
 from calibration.families import family
 from plugins.errors import InputError
+from tests.conftest import TINY_CONFIG
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
