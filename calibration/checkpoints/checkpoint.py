@@ -83,6 +83,7 @@ class _Fields:
     num_labels: _Labels | None = None
     rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
+    is_causal: bool | None = None
 
 
 class Checkpoint:

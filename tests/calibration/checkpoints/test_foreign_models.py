@@ -396,6 +396,7 @@ def test_sizes_that_no_model_has(model: Path, field: str, most: int) -> None:
         ("rms_norm_eps", "", "got str, expected float | null"),
         ("tie_word_embeddings", "no", "got str, expected bool | null"),
         ("model_type", 5, "got int, expected str | null"),
+        ("is_causal", 1, "got int, expected bool | null"),
     ],
 )
 def test_fields_of_another_type(model: Path, field: str, value: Any, problem: str) -> None:
