@@ -11,7 +11,8 @@ import importlib
 import sys
 
 from deploy import commands
-from plugins.cli import Parser, add_version, streams
+from plugins.cli import Parser, add_version
+from plugins.streams import streams
 
 __all__ = ["main"]
 

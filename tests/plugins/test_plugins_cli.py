@@ -53,6 +53,12 @@ def test_a_bug_keeps_its_traceback() -> None:
         run_cli(lambda: 1 // 0)
 
 
+def test_a_bug_keeps_its_traceback_where_stdout_is_lost() -> None:
+    script = "from plugins.cli import run_cli\nrun_cli(lambda: [print('x', end=''), 1 // 0] and 0)"
+    code, _, err = shell(script, ">/dev/full")
+    assert code == 1 and "ZeroDivisionError" in err and "stdout: got No space left" in err
+
+
 def test_a_reader_that_leaves_is_no_traceback() -> None:
     code = (
         "import sys; from plugins.cli import run_cli\nsys.exit(run_cli(lambda: [print('x' * "
