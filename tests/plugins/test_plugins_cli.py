@@ -79,7 +79,7 @@ def shell(script: str, redirections: str, **environment: str) -> tuple[int, str,
     done = subprocess.run(
         ["bash", "-c", f"exec {shlex.join([sys.executable, '-c', script])} {redirections}"],
         cwd=REPOSITORY,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -101,19 +101,28 @@ sys.exit(run_cli(main, stdout_is_result={result}))
 """
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("times", [1, 9999])
 @pytest.mark.parametrize(
     ("redirections", "problem"),
     [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")],
 )
 def test_a_result_that_cannot_be_written_is_an_error_and_a_table_is_not(
-    redirections: str, problem: str, times: int
+    redirections: str, problem: str, times: int, unbuffered: str
 ) -> None:
     text = f"stdout: got {problem} while writing, expected room for all of it."
     script = PRINTS.format(times=times, result=True)
-    assert shell(script, redirections) == (1, "", f"on stderr\n{text} Send it elsewhere.\n")
+    assert shell(script, redirections, PYTHONUNBUFFERED=unbuffered) == (
+        1,
+        "",
+        f"on stderr\n{text} Send it elsewhere.\n",
+    )
     script = PRINTS.format(times=times, result=False)
-    assert shell(script, redirections) == (0, "", f"on stderr\n{text} Files are not concerned.\n")
+    assert shell(script, redirections, PYTHONUNBUFFERED=unbuffered) == (
+        0,
+        "",
+        f"on stderr\n{text} Files are not concerned.\n",
+    )
 
 
 @pytest.mark.parametrize("result", [True, False])
