@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
+from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, check_tensors
 from calibration.families import (
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
-SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model", "additional_chat_templates/*.jinja")
 # The other kinds change their frequencies with the sequence length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -45,6 +46,7 @@ class Checkpoint:
         family: its declaration.
         config: transformers config.
         decoder: its steps with the model's sizes.
+        generation: how its makers want text to be made.
     """
 
     def __init__(self, source: Source, family: Family, config: Any, weights: WeightSource) -> None:
@@ -52,6 +54,7 @@ class Checkpoint:
         self.family = family
         self.config = config
         self.decoder: Decoder = family.decoder(plain_config(config))
+        self.generation = read_generation(source.path) if source.path.is_dir() else Generation()
         self._weights = weights
         where = source.hub_id or str(source.path)
         check_tensors(where, self.decoder.shapes(), weights.shapes(), self.decoder.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.description import Description, KeyValueCache
+from calibration.out.description import Description, KeyValueCache, SamplingDefaults
 from calibration.out.layout import BITS_FILE
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from calibration.quant.folder import QuantModel
 
-__all__ = ["describe"]
+__all__ = ["describe", "token_list"]
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -34,7 +34,8 @@ def describe(quant: QuantModel) -> Description:
         context=context,
         max_context=context,
         bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=_end_tokens(quant.path, config.get("eos_token_id")),
+        eos_token_ids=tuple(token_list(config.get("eos_token_id"))),
+        sampling=SamplingDefaults(**config.get("sampling", {})),
         cache=KeyValueCache(
             layers=quant.layers,
             heads=int(config["num_key_value_heads"]),
@@ -47,21 +48,9 @@ def describe(quant: QuantModel) -> Description:
     )
 
 
-def _end_tokens(folder: Path, eos: Any) -> tuple[int, ...]:
-    """The config's end tokens, and the tokenizer's own: models made for chat often end a turn with
-    another one than a text.
-    """
-    found = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    return tuple(dict.fromkeys((*found, *_tokenizer_end(folder))))
-
-
-def _tokenizer_end(folder: Path) -> list[int]:
-    if not (folder / "tokenizer.json").is_file():
-        return []
-    token = _json(folder / "tokenizer_config.json").get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    added = _json(folder / "tokenizer.json").get("added_tokens", [])
-    return [int(item["id"]) for item in added if item["content"] == text]
+def token_list(tokens: Any) -> list[int]:
+    """What a config means where it may give no token, one or several."""
+    return [] if tokens is None else list(tokens) if isinstance(tokens, list | tuple) else [tokens]
 
 
 def _json(path: Path) -> dict[str, Any]:
