@@ -8,27 +8,28 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from calibration.out.folder import command_for
-from calibration.out.json_file import read_json
 from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD, MODEL_FILE, ONNX
 from deploy.command import Command
+from exporter.engine.record import EngineRecord, Shapes, read_engine_record
 from plugins.errors import InputError
 
 __all__ = ["COMMAND", "build_command", "script", "time_command"]
 
 _TOOLS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
+_WHICH: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
 _BREAK = " \\\n    "
 
 
-def _shapes(inputs: Mapping[str, Mapping[str, Sequence[int]]], which: str) -> str:
+def _shapes(inputs: Mapping[str, Shapes], which: Literal["min", "opt", "max"]) -> str:
     return ",".join(
         f"{name}:{'x'.join(str(size) for size in shape[which])}" for name, shape in inputs.items()
     )
 
 
-def _plugins(engine: Path, record: Mapping[str, Any]) -> str:
+def _plugins(engine: Path, record: EngineRecord) -> str:
     # --staticPlugins only opens a library and waits for creators that register themselves; ours
     # hands its out through getCreators, which is what --dynamicPlugins asks for.
     return f"--dynamicPlugins={engine / record['plugin_library']['name']}"
@@ -38,7 +39,7 @@ def _join(words: Sequence[str]) -> str:
     return _BREAK.join(shlex.quote(word) for word in words)
 
 
-def build_command(out: Path, record: Mapping[str, Any]) -> str:
+def build_command(out: Path, record: EngineRecord) -> str:
     """The command that builds OUT/engine/trtexec.engine with the same profiles, as the data-centre
     edition must on its GPU.
     """
@@ -56,10 +57,7 @@ def build_command(out: Path, record: Mapping[str, Any]) -> str:
         )  # a no-op from TensorRT 11 on; TensorRT-RTX knows nothing else
     for index, profile in enumerate(record["profiles"]):
         words.append(f"--profile={index}")
-        words += [
-            f"--{which}Shapes={_shapes(profile['inputs'], which)}"
-            for which in ("min", "opt", "max")
-        ]
+        words += [f"--{which}Shapes={_shapes(profile['inputs'], which)}" for which in _WHICH]
     if record.get("decomposable_attention"):
         layers = sum(name.endswith(".key") for name in record["profiles"][0]["inputs"])
         names = [f"model.layers.{index}.self_attn.context_heads" for index in range(layers)]
@@ -67,7 +65,7 @@ def build_command(out: Path, record: Mapping[str, Any]) -> str:
     return _join(words)
 
 
-def time_command(out: Path, record: Mapping[str, Any], index: int) -> str:
+def time_command(out: Path, record: EngineRecord, index: int) -> str:
     """The command that times the built engine at the likely shapes of one profile, on random input."""
     engine = out / ENGINE
     words = [
@@ -93,23 +91,16 @@ def script(out: Path) -> str:
             "got no such file, expected the record of a built engine",
             f"Build one with: {command_for(out, ENGINE)}",
         )
-    record = read_json(path)
-    try:
-        nodes = sum(record["custom_nodes"].values())
-        parts = [
-            f"# {record['edition']} {record['version']}, {nodes} plugin layers. Times are on "
-            f"random input.",
-            "# Build the same engine from the ONNX file:",
-            build_command(out, record),
-        ]
-        for index, profile in enumerate(record["profiles"]):
-            parts += [f"# Time {profile['name']}:", time_command(out, record, index)]
-    except (KeyError, TypeError, AttributeError, IndexError):
-        raise InputError(
-            str(path),
-            "got a record without profiles or plugin library, expected a whole engine.json",
-            "It is damaged: build the engine again",
-        ) from None
+    record = read_engine_record(path.parent)
+    nodes = sum(record["custom_nodes"].values())
+    parts = [
+        f"# {record['edition']} {record['version']}, {nodes} plugin layers. Times are on random "
+        "input.",
+        "# Build the same engine from the ONNX file:",
+        build_command(out, record),
+    ]
+    for index, profile in enumerate(record["profiles"]):
+        parts += [f"# Time {profile['name']}:", time_command(out, record, index)]
     return "\n".join(parts)
 
 

@@ -6,10 +6,10 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from calibration.out.files import sha256_file, write_json
-from calibration.out.json_file import read_json
+from calibration.out.json_file import read_record
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
@@ -41,6 +41,13 @@ class BlockResult:
         return self.sites[site]
 
 
+class _State(TypedDict):
+    """What the results depend on, and the checksum of each."""
+
+    fingerprint: str
+    sha256: list[str]
+
+
 class BlockStore:
     """A folder with one file per finished block, each written whole or not at all, and the files'
     checksums.
@@ -59,7 +66,7 @@ class BlockStore:
         if not writes:
             return
         state = self._state()
-        fresh = not keep or state.get("fingerprint") != fingerprint
+        fresh = not keep or state["fingerprint"] != fingerprint
         try:
             if fresh and folder.exists():
                 shutil.rmtree(folder)
@@ -73,11 +80,11 @@ class BlockStore:
         if fresh:
             write_json(folder / _STATE, {"fingerprint": fingerprint, "sha256": []})
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> _State:
         try:
-            return read_json(self.folder / _STATE)
+            return read_record(self.folder / _STATE, _State)
         except InputError:
-            return {}
+            return {"fingerprint": "", "sha256": []}
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -87,7 +94,7 @@ class BlockStore:
         as missing.
         """
         count = 0
-        for wanted in self._state().get("sha256", ()):
+        for wanted in self._state()["sha256"]:
             path = self._path(count)
             if not path.is_file() or sha256_file(path) != wanted:
                 break

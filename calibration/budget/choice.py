@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from calibration import formats
 from calibration.blocks.ranks import ALONE, Ranks
@@ -22,7 +23,7 @@ from calibration.out.fingerprint import (
     package_versions,
     text_digest,
 )
-from calibration.out.json_file import read_json
+from calibration.out.json_file import read_record
 from calibration.quant.bits import Rule, SchemeMap
 from calibration.quant.scheme import QuantScheme
 from calibration.quant.sizes import node_bits, node_weights
@@ -198,6 +199,13 @@ def allocate(options: Sequence[Sequence[Option]], room: int) -> list[int]:
         chosen[number] = choice
 
 
+class _Measured(TypedDict):
+    """What the cache of measurements holds."""
+
+    fingerprint: str
+    costs: dict[str, list[float]]
+
+
 def _costs(
     checkpoint: Checkpoint, budget: Budget, schemes: tuple[QuantScheme, ...], progress: Progress
 ) -> dict[str, list[float]]:
@@ -217,10 +225,11 @@ def _costs(
         package_versions(("torch", "numpy")),
     )
     if budget.resume and budget.cache.is_file():
-        found = read_json(budget.cache)
-        if found.get("fingerprint") == stamp:
-            progress.message("budget: measured before, nothing changed")
-            return dict(found["costs"])
+        with suppress(InputError):  # a damaged one is measured again
+            found = read_record(budget.cache, _Measured)
+            if found["fingerprint"] == stamp:
+                progress.message("budget: measured before, nothing changed")
+                return found["costs"]
 
     from calibration.budget.sensitivity import Measurement, measure
     from calibration.data import calibration_windows

@@ -22,6 +22,7 @@ __all__ = [
     "SafetensorsWriter",
     "TensorEntry",
     "TensorSpec",
+    "dtype_name",
     "numpy_dtype",
     "read_header",
     "read_tensor",
@@ -78,6 +79,11 @@ class TensorSpec:
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """float16, bfloat16 or float32 as a numpy dtype."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """What safetensors calls a numpy dtype, such as BF16."""
+    return _NAMES[dtype]
 
 
 def _damaged(path: Path, problem: str) -> InputError:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
-
-from msgspec import Meta
 
 from calibration.out.description import SamplingDefaults
-from calibration.out.json_file import checked, read_json
+from calibration.out.json_file import TokenId, checked, read_json
 from plugins.errors import InputError
 
 __all__ = ["Generation", "read_generation"]
@@ -42,7 +39,6 @@ _NOT_FOLLOWED = (
     "top_h",
     "typical_p",
 )
-_Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class _EndTokens:
-    eos_token_id: _Token | list[_Token] = field(default_factory=list)
+    eos_token_id: TokenId | list[TokenId] = field(default_factory=list)
 
 
 def read_generation(folder: Path) -> Generation:

@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
 from calibration.out.files import write_json
-from calibration.out.json_file import checked, read_json
+from calibration.out.json_file import Size, TokenId, checked, read_json
 from calibration.out.layout import DESCRIPTION
-from calibration.out.manifest import is_file_record
+from calibration.out.records import Bits, Dtype, FileName, FileRecords
 from plugins.errors import InputError
 
 __all__ = [
@@ -44,11 +44,11 @@ class KeyValueCache:
         past, present: names of the model's inputs and outputs.
     """
 
-    layers: int
-    heads: int
-    head_dim: int
-    bits: int
-    dtype: str
+    layers: Size
+    heads: Size
+    head_dim: Size
+    bits: Bits
+    dtype: Dtype
     past: str = "past_key_values.{layer}.{part}"
     present: str = "present.{layer}.{part}"
     parts: tuple[str, ...] = ("key", "value")
@@ -100,18 +100,18 @@ class Description:
     family: str
     scheme: str
     method: str
-    dtype: str
-    sizes: dict[str, int]
-    context: int
-    max_context: int
-    max_batch: int | None = None
-    max_tokens: int | None = None
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    dtype: Dtype
+    sizes: dict[str, Size]
+    context: Size
+    max_context: Size
+    max_batch: Size | None = None
+    max_tokens: Size | None = None
+    bos_token_id: TokenId | None
+    eos_token_ids: tuple[TokenId, ...]
     sampling: SamplingDefaults = SamplingDefaults()
     cache: KeyValueCache
     chat_template: str | None
-    tokenizer: tuple[str, ...] = field(default=())
+    tokenizer: tuple[FileName, ...] = field(default=())
 
     def within(self, max_batch: int, max_tokens: int, max_context: int) -> Description:
         """The same model in an engine of these limits."""
@@ -123,24 +123,10 @@ class Description:
         )
 
 
-_NUMBER = (int, type(None))
-_FIELDS: dict[str, Any] = {
-    "model": str,
-    "family": str,
-    "scheme": str,
-    "method": str,
-    "dtype": str,
-    "sizes": dict,
-    "context": int,
-    "max_context": int,
-    "max_batch": _NUMBER,
-    "max_tokens": _NUMBER,
-    "bos_token_id": _NUMBER,
-    "eos_token_ids": list,
-    "cache": dict,
-    "chat_template": (str, type(None)),
-    "tokenizer": list,
-}
+class _ModelFile(TypedDict):
+    """What else model.json holds."""
+
+    files: FileRecords
 
 
 def write_description(
@@ -155,7 +141,7 @@ def write_description(
     write_json(folder / DESCRIPTION, value)
 
 
-def read_description(path: Path, renew: str) -> tuple[Description, dict[str, dict[str, Any]]]:
+def read_description(path: Path, renew: str) -> tuple[Description, FileRecords]:
     """A description, and the records of the files beside it.
 
     Args:
@@ -174,24 +160,5 @@ def read_description(path: Path, renew: str) -> tuple[Description, dict[str, dic
         raise InputError(
             str(path), f"got format {json.dumps(value.get('format'))}, expected {FORMAT}", renew
         )
-    try:
-        for name, kind in {**_FIELDS, "files": dict}.items():
-            if not isinstance(value[name], kind):
-                raise KeyError(name)
-        if not all(map(is_file_record, value["files"].values())):
-            raise KeyError("files")
-        fields = {name: value[name] for name in _FIELDS}
-        cache = KeyValueCache(**(value["cache"] | {"parts": tuple(value["cache"]["parts"])}))
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            str(path), f"got no valid {error}, expected a whole {DESCRIPTION}", renew
-        ) from None
-    fields |= {
-        "cache": cache,
-        "sampling": checked(
-            value.get("sampling", {}), SamplingDefaults, f"{path}, sampling", renew
-        ),
-        "eos_token_ids": tuple(value["eos_token_ids"]),
-        "tokenizer": tuple(value["tokenizer"]),
-    }
-    return Description(**fields), value["files"]
+    found = checked(value, _ModelFile, str(path), renew)
+    return checked(value, Description, str(path), renew), found["files"]

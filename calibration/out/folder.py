@@ -7,11 +7,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from calibration.out.description import Description, read_description
 from calibration.out.files import verify_files
-from calibration.out.json_file import read_json
+from calibration.out.json_file import checked, read_json
 from calibration.out.layout import (
     DESCRIPTION,
     ENGINE,
@@ -23,12 +23,19 @@ from calibration.out.layout import (
     QUANT_JSON,
 )
 from calibration.out.manifest import read_manifest
+from calibration.out.records import FileName, Sha256
 from plugins.errors import InputError
 
 __all__ = ["StageFolder", "command_for", "open_stage", "stages_in"]
 
 _MARKS = {QUANT: QUANT_JSON, ENGINE: ENGINE_RECORD, ONNX: MODEL_FILE}  # a file that no other has
 _MAKE = "python -m exporter MODEL --wbits W --abits A"
+
+
+class _Files(TypedDict):
+    """What quant.json says of the files beside it."""
+
+    files: dict[FileName, Sha256]
 
 
 class StageFolder:
@@ -167,12 +174,10 @@ def _open_alone(path: Path, found: str, stage: str, why: str) -> StageFolder:
         )
     renew = f"Renew it with: {_MAKE} --until {stage} --out OUT --resume"
     if stage == QUANT:
-        hashes = read_json(path / QUANT_JSON).get("files")
-        if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
-            raise InputError(
-                str(path / QUANT_JSON), "got no checksums of files, expected a whole record", renew
-            )
-        records = {name: {"sha256": sha256} for name, sha256 in hashes.items()}
+        record = checked(read_json(path / QUANT_JSON), _Files, str(path / QUANT_JSON), renew)
+        records: Mapping[str, Mapping[str, Any]] = {
+            name: {"sha256": sha256} for name, sha256 in record["files"].items()
+        }
     else:
         records = read_description(path / DESCRIPTION, renew)[1]
     return StageFolder(path, stage, records, renew, _RECORDERS[stage])

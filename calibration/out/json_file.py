@@ -11,16 +11,28 @@ import msgspec
 
 from plugins.errors import InputError
 
-__all__ = ["MAKE_AGAIN", "Count", "Size", "checked", "parse_json", "read_json", "read_record"]
+__all__ = [
+    "MAKE_AGAIN",
+    "Count",
+    "Size",
+    "TokenId",
+    "checked",
+    "parse_json",
+    "read_json",
+    "read_record",
+]
 
 T = TypeVar("T")
 
 MAKE_AGAIN = "It is truncated or damaged: make this stage again"
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # of bytes or weights
 Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]  # of a dimension of a tensor
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 _MOST_BYTES = 1 << 28  # tokenizers, the largest of these files, have some 10 MB
 _DEEPEST = 100
+# A message of msgspec's, and the field's place in it: at `$.a.b`, or at `key` in `$.a`.
+_PLACE = re.compile(r"(.*?)(?: - at (`key` in )?`\$\.?(.*)`)?", re.DOTALL)
 _LONGEST = 200  # characters of a reason that stands in a message
 
 
@@ -112,8 +124,9 @@ def checked(value: Any, kind: type[T], where: str, fix: str = MAKE_AGAIN) -> T:
     try:
         return msgspec.convert(value, kind, strict=True)
     except (ValueError, OverflowError) as error:
-        problem, _, place = str(error).partition(" - at `")
-        name = place.rstrip("`").removeprefix("$").removeprefix(".")
+        found = _PLACE.fullmatch(str(error))
+        assert found is not None  # its first part takes any text
+        problem, name = found[1], f"{'a key of ' if found[2] else ''}{found[3] or ''}"
         raise InputError(f"{where}, {name}" if name else where, _got(problem), fix) from None
 
 

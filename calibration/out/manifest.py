@@ -7,17 +7,17 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from calibration.out.fingerprint import package_versions
-from calibration.out.json_file import read_json
+from calibration.out.json_file import Count, checked, read_json
 from calibration.out.layout import MANIFEST, STAGES
+from calibration.out.records import FileRecords
 from plugins.errors import InputError
 
 __all__ = [
     "FORMAT",
     "installed_versions",
-    "is_file_record",
     "open_manifest",
     "peak_rss",
     "read_manifest",
@@ -37,8 +37,28 @@ PACKAGES = (
     "numpy",
     "nvidia-cuda-nvcc",
 )
-_RECORD = {"fingerprint": str, "seconds": (int, float), "peak_rss": int, "files": dict}
-_FILE = {"bytes": int, "sha256": str}
+
+
+_EXPORT_AGAIN = "It is damaged or of another version: export the model again into a new folder"
+
+
+class StageRecord(TypedDict):
+    """What the manifest keeps of a finished stage."""
+
+    fingerprint: str
+    seconds: float
+    peak_rss: Count
+    files: FileRecords
+    facts: NotRequired[dict[str, Any]]
+
+
+class Manifest(TypedDict):
+    """What the manifest holds, its format aside; `stages` by name, each a StageRecord."""
+
+    request: dict[str, Any]
+    stages: dict[str, Any]
+    versions: NotRequired[dict[str, str]]
+    command: NotRequired[list[str]]
 
 
 def installed_versions() -> dict[str, str]:
@@ -72,45 +92,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged, or of another format.
     """
-    manifest = read_json(path)
+    manifest = read_json(path, _EXPORT_AGAIN)
     if manifest.get("format") != FORMAT:
         raise InputError(
             str(path),
             f"got format {json.dumps(manifest.get('format'))}, expected {FORMAT}",
-            "It is damaged or of another version: export the model again into a new folder",
+            _EXPORT_AGAIN,
         )
-    if flaw := _flaw(manifest):
-        raise InputError(
-            str(path),
-            f"got {flaw}, expected the manifest of an artefact folder",
-            "It is damaged: export the model again into a new folder",
-        )
-    stages = manifest["stages"]
+    stages = checked(manifest, Manifest, str(path), _EXPORT_AGAIN)["stages"]
+    for name, record in stages.items():
+        checked(record, StageRecord, f"{path}, stages.{name}", _EXPORT_AGAIN)
     return manifest | {"stages": {name: stages[name] for name in STAGES if name in stages}}
-
-
-def _flaw(manifest: dict[str, Any]) -> str:
-    for key in ("request", "stages"):
-        if not isinstance(manifest.get(key), dict):
-            return f"no {key}"
-    for name, record in manifest["stages"].items():
-        if not _has(record, _RECORD) or not isinstance(record.get("facts", {}), dict):
-            return f"a broken record of stage {name}"
-        for file, entry in record["files"].items():
-            if not is_file_record(entry):
-                return f"a broken record of {name}/{file}"
-    return ""
-
-
-def is_file_record(record: Any) -> bool:
-    """Whether this records a file: its size and checksum."""
-    return _has(record, _FILE)
-
-
-def _has(record: Any, fields: dict[str, Any]) -> bool:
-    return isinstance(record, dict) and all(
-        isinstance(record.get(key), kind) for key, kind in fields.items()
-    )
 
 
 def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
-from calibration.checkpoints.safetensors import read_header, read_tensor
+from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
 from calibration.families import Decoder, Family, UnsupportedError, family
+from calibration.out.description import SamplingDefaults
 from calibration.out.files import sha256_file
-from calibration.out.json_file import read_json
+from calibration.out.json_file import Count, Size, TokenId, checked, read_json
 from calibration.out.layout import QUANT_JSON
-from calibration.quant.scheme import QuantLinear, QuantScheme
+from calibration.out.records import FileName, Sha256
+from calibration.quant.scheme import QuantLinear, QuantScheme, check_abits, check_kv_bits
+from calibration.quant.sizes import stored_items
 from plugins import op_spec
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
@@ -23,16 +27,72 @@ from plugins.errors import InputError
 __all__ = ["FORMAT", "QuantModel", "fuse", "read_quant"]
 
 FORMAT = 1
-_KEYS = {
-    "family": str,
-    "source": dict,
-    "config": dict,
-    "scheme": dict,
-    "layers": dict,
-    "files": dict,
-    "sizes": dict,
-}
 _AGAIN = "The folder is damaged: quantise the model again"
+
+
+class _Source(TypedDict):
+    name: str
+    kind: str
+    fingerprint: str
+
+
+class _Config(TypedDict):
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    max_position_embeddings: Size
+    bos_token_id: TokenId | None
+    eos_token_id: TokenId | list[TokenId] | None
+    sampling: NotRequired[SamplingDefaults]
+    rope_attention_scaling: float
+    hf: dict[str, Any]
+
+
+class _Sizes(TypedDict):
+    linear_weights: Count
+    linear_float_bytes: Count
+    linear_quant_bits: Count
+    bits_per_weight: float
+    rest_bytes: Count
+    model_float_bytes: Count
+    model_quant_bytes: Count
+
+
+class _Settings(TypedDict):
+    effort: str
+    calib: str
+    seed: Count
+    switches: dict[str, Any]
+
+
+class _Block(TypedDict):
+    loss_before: float
+    loss_after: float
+    notes: list[str]
+
+
+class _Calibration(TypedDict, total=False):
+    settings: _Settings
+    windows: tuple[Size, Size]
+    blocks: list[_Block]
+    rotation: str
+
+
+class _Meta(TypedDict):
+    """What quant.json holds, its format aside."""
+
+    family: str
+    source: _Source
+    config: _Config
+    scheme: Any
+    layers: NotRequired[dict[str, Any]]  # absent where all nodes have one scheme
+    files: dict[FileName, Sha256]
+    sizes: _Sizes
+    calibration: NotRequired[_Calibration]
 
 
 class QuantModel:
@@ -53,24 +113,33 @@ class QuantModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         meta = _read_meta(path / QUANT_JSON)
-        self.config: dict[str, Any] = meta["config"]
-        self.source: dict[str, str] = meta["source"]
+        self.config: dict[str, Any] = dict(meta["config"])
+        self.source: _Source = meta["source"]
         self.files: dict[str, str] = meta["files"]
-        self.sizes: dict[str, Any] = meta["sizes"]
-        self.calibration: dict[str, Any] = meta.get("calibration", {})
+        self.sizes: dict[str, Any] = {**meta["sizes"]}
+        self.calibration: dict[str, Any] = {**meta.get("calibration", {})}
         self.family: Family = family(meta["family"])
-        self.decoder = self._decoder()
-        self.scheme = _scheme(str(path / QUANT_JSON), meta["scheme"])
-        self.exceptions = {
-            node: self._exception(node, fields) for node, fields in meta["layers"].items()
-        }
         self._check_present()
         shards = [path / name for name in sorted(self.files) if name.endswith(".safetensors")]
         self._entries = {
             name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()
         }
+        self.decoder = self._decoder()
+        self.scheme = _scheme(f"{path / QUANT_JSON}, scheme", meta["scheme"])
+        self.exceptions = {
+            node: self._exception(node, fields) for node, fields in meta.get("layers", {}).items()
+        }
+        self._check_tensors()
 
     def _decoder(self) -> Decoder:
+        layers, hf = self.config["num_hidden_layers"], self.config["hf"]
+        if hf.get("num_hidden_layers") != layers or layers > len(self._entries):
+            raise InputError(
+                f"{self.path / QUANT_JSON}, config",
+                f"got {layers} decoder layers, {hf.get('num_hidden_layers')} in hf, and "
+                f"{len(self._entries)} tensors, expected numbers that belong together",
+                _AGAIN,
+            )
         try:
             return self.family.decoder(self.config["hf"])
         except (KeyError, TypeError, ValueError, UnsupportedError) as error:
@@ -99,6 +168,26 @@ class QuantModel:
             raise InputError(
                 str(self.path), f"got no {missing[0]}, expected it from {QUANT_JSON}", _AGAIN
             )
+
+    def _check_tensors(self) -> None:
+        frequencies = self.decoder.blocks[0].heads.head_dim // 2
+        items = stored_items(self.decoder, self.scheme, self.scheme_of, frequencies)
+        wanted = {spec.name: spec for item in items for spec in item.specs}
+        if strange := sorted(self._entries.keys() ^ wanted.keys()):
+            got, expected = ("no", "it") if strange[0] in wanted else ("a", "no such")
+            raise InputError(
+                str(self.path),
+                f"got {got} tensor {strange[0]}, expected {expected} from the config",
+                _AGAIN,
+            )
+        for name, (shard, entry) in self._entries.items():
+            dtype, shape = dtype_name(wanted[name].dtype), wanted[name].shape
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                raise InputError(
+                    f"{shard}, tensor {name}",
+                    f"got {entry.dtype} {list(entry.shape)}, expected {dtype} {list(shape)}",
+                    _AGAIN,
+                )
 
     def verify(self) -> None:
         """Compare every file with its checksum.
@@ -199,27 +288,27 @@ def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:
 
 
 def _scheme(where: str, fields: Any) -> QuantScheme:
-    try:
-        return QuantScheme(**fields)
-    except TypeError:
-        raise InputError(where, "got a scheme with unknown or missing fields", _AGAIN) from None
+    scheme = checked(fields, QuantScheme, where, _AGAIN)
+    known = {field.name for field in dataclass_fields(QuantScheme)}
+    if unknown := sorted(fields.keys() - known):
+        raise InputError(where, f"got a scheme with {unknown[0]}, expected no such field", _AGAIN)
+    check_abits(scheme.abits, where)
+    check_kv_bits(scheme.kv_bits, where)
+    if objection := op_spec(scheme.op).objection(scheme.gemm):
+        raise InputError(where, *objection)
+    return scheme
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    meta = read_json(path)
+def _read_meta(path: Path) -> _Meta:
+    meta = read_json(path, _AGAIN)
     if meta.get("format") != FORMAT:
         raise InputError(
             str(path),
             f"got format {json.dumps(meta.get('format'))}, expected {FORMAT}",
             "Quantise the model again with this version",
         )
-    meta = {"layers": {}, **meta}  # absent where all nodes have one scheme
-    wrong = [key for key, kind in _KEYS.items() if not isinstance(meta.get(key), kind)]
-    if wrong:
-        raise InputError(
-            str(path), f"got no valid {wrong[0]}, expected a whole {QUANT_JSON}", _AGAIN
-        )
-    return meta
+    checked(meta, _Meta, str(path), _AGAIN)
+    return cast(_Meta, meta)  # with the fields that nobody has to check
 
 
 def read_quant(path: Path | str, verify: bool = True) -> QuantModel:

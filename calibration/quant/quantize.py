@@ -7,14 +7,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calibration import formats
-from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, numpy_dtype
+from calibration.checkpoints.safetensors import SafetensorsWriter, numpy_dtype
 from calibration.out.files import sha256_file, write_json
 from calibration.out.layout import BITS_FILE, QUANT, QUANT_JSON, WORK
 from calibration.progress import NullProgress
@@ -24,7 +25,7 @@ from calibration.quant.describe import token_list
 from calibration.quant.folder import FORMAT, read_quant
 from calibration.quant.options import QuantizeOptions
 from calibration.quant.scheme import QuantScheme
-from calibration.quant.sizes import linear_specs, stored_bits
+from calibration.quant.sizes import StoredItem, stored_items
 from calibration.quant.source import QuantSource, open_source
 from plugins.errors import InputError
 
@@ -93,7 +94,7 @@ def quantize_model(
 def _write_shards(
     checkpoint: Checkpoint,
     source: QuantSource,
-    shards: list[list[_Item]],
+    shards: list[list[StoredItem]],
     folder: Path,
     progress: Progress,
 ) -> dict[str, str]:
@@ -128,38 +129,13 @@ def quant_bytes(
 # ---------------------------------------------------------------- what is written
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A float tensor ("float"), a quantised linear ("linear") or the rotary frequencies ("rope"),
-    with its tensors to write.
-    """
-
-    kind: str
-    name: str
-    specs: tuple[TensorSpec, ...]
-    scheme: QuantScheme  # the base's for what is not a linear: its type
-    bits: int = 0  # of a linear, its codes packed to their bits
+def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[StoredItem]:
+    scheme_of = partial(schemes.of, decoder=decoder)
+    return list(stored_items(decoder, schemes.base, scheme_of, len(checkpoint.rope()[0])))
 
 
-def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[_Item]:
-    base_scheme, rest = schemes.base, numpy_dtype(schemes.base.dtype)
-    items = []
-    for name, shape in decoder.shapes().items():
-        base, _, end = name.rpartition(".")
-        linear = decoder.linears.get(base)
-        if linear is None:
-            items.append(_Item("float", name, (TensorSpec(name, rest, shape),), base_scheme))
-        elif end == "weight":
-            scheme = schemes.of(base, decoder)
-            layer = linear.shape, linear.bias, scheme
-            specs, bits = tuple(linear_specs(base, *layer)), stored_bits(*layer)
-            items.append(_Item("linear", base, specs, scheme, bits))
-    frequencies = TensorSpec("rope.inv_freq", np.dtype(np.float32), checkpoint.rope()[0].shape)
-    return [*items, _Item("rope", "rope.inv_freq", (frequencies,), base_scheme)]
-
-
-def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
-    shards: list[list[_Item]] = [[]]
+def _shards(items: list[StoredItem], limit: int) -> list[list[StoredItem]]:
+    shards: list[list[StoredItem]] = [[]]
     filled = 0
     for item in items:
         size = sum(spec.nbytes for spec in item.specs)
@@ -171,7 +147,7 @@ def _shards(items: list[_Item], limit: int) -> list[list[_Item]]:
     return shards
 
 
-def _arrays(checkpoint: Checkpoint, source: QuantSource, item: _Item) -> Iterator[np.ndarray]:
+def _arrays(checkpoint: Checkpoint, source: QuantSource, item: StoredItem) -> Iterator[np.ndarray]:
     if item.kind == "float":
         yield _cast(
             f"{checkpoint.source.path}, tensor {item.name}",
@@ -217,7 +193,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
 def _meta(
     checkpoint: Checkpoint,
     schemes: SchemeMap,
-    items: list[_Item],
+    items: list[StoredItem],
     files: dict[str, str],
     quantised: QuantSource,
 ) -> dict[str, Any]:
@@ -298,7 +274,7 @@ def _warnings(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[str]:
         yield f"generation_config.json asks for {asked}, which python -m deploy does not follow."
 
 
-def _sizes(items: list[_Item]) -> dict[str, Any]:
+def _sizes(items: list[StoredItem]) -> dict[str, Any]:
     """Bytes before (in scheme.dtype) and bits after, with scales and zero points, without the
     kernels' padding.
     """

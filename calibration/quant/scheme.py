@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from calibration.out.records import Dtype
 from plugins import op_spec
 from plugins.core.code_sets import CodeSet, code_set
 from plugins.core.op_spec import GemmAttributes, GemmScheme, OpSpec, QuantArrays
@@ -87,7 +88,7 @@ class QuantScheme:
     balanced: bool = False
     group_size: int = 0
     act_symmetric: bool = False
-    dtype: str = "float16"
+    dtype: Dtype = "float16"
     kv_bits: int = FLOAT_BITS
 
     @property
@@ -141,7 +142,7 @@ def scheme_for(
     where: str,
     *,
     method: str,
-    dtype: str,
+    dtype: Dtype,
     kv_bits: int = FLOAT_BITS,
 ) -> QuantScheme:
     """The scheme of these bits: what the command line and the rules of a bits file share.

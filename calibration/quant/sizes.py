@@ -4,20 +4,74 @@ points.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.checkpoints.safetensors import TensorSpec
+from calibration.checkpoints.safetensors import TensorSpec, numpy_dtype
 from plugins import op_spec
 
 if TYPE_CHECKING:
+    from calibration.families import Decoder
     from calibration.families.steps import Linears
     from calibration.quant.scheme import QuantScheme
     from plugins.core.op_spec import ArraySpec
 
-__all__ = ["linear_specs", "node_bits", "node_weights", "stored_bits"]
+__all__ = ["ROPE", "StoredItem", "node_bits", "node_weights", "stored_bits", "stored_items"]
+
+ROPE = "rope.inv_freq"
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """What lies together in the quant folder, with its tensors in order.
+
+    Attributes:
+        kind: "float" for a tensor that stays, "linear" for a quantized one, or "rope" for the
+            rotary frequencies.
+        name: of the tensor or linear.
+        specs: its tensors.
+        scheme: of the linear; the base's otherwise.
+        bits: of a linear, its codes packed to their bits.
+    """
+
+    kind: str
+    name: str
+    specs: tuple[TensorSpec, ...]
+    scheme: QuantScheme
+    bits: int = 0
+
+
+def stored_items(
+    decoder: Decoder,
+    base: QuantScheme,
+    scheme_of: Callable[[str], QuantScheme],
+    frequencies: int,
+) -> Iterator[StoredItem]:
+    """Everything that the quant folder of a model holds, in order.
+
+    Args:
+        decoder: of the model.
+        base: its type is that of all that is not quantized.
+        scheme_of: of a linear, by its full name.
+        frequencies: of the rotary embedding.
+    """
+    rest = numpy_dtype(base.dtype)
+    for name, shape in decoder.shapes().items():
+        owner, _, end = name.rpartition(".")
+        linear = decoder.linears.get(owner)
+        if linear is None:
+            yield StoredItem("float", name, (TensorSpec(name, rest, shape),), base)
+        elif end == "weight":
+            scheme = scheme_of(owner)
+            layer = linear.shape, linear.bias, scheme
+            yield StoredItem(
+                "linear", owner, tuple(linear_specs(owner, *layer)), scheme, stored_bits(*layer)
+            )
+    rope = TensorSpec(ROPE, np.dtype(np.float32), (frequencies,))
+    yield StoredItem("rope", ROPE, (rope,), base)
 
 
 def linear_specs(

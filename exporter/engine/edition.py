@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.files import sha256_file
-from calibration.out.json_file import read_json
-from calibration.out.layout import ENGINE_FILE, ENGINE_RECORD
+from calibration.out.layout import ENGINE_FILE
+from exporter.engine.record import EngineRecord, read_engine_record
 from plugins import library_ops
 from plugins.core.op_spec import DOMAIN
 from plugins.errors import CheckError, InputError
@@ -281,23 +281,20 @@ def captured_log() -> Iterator[_Collector]:
         logger.propagate = propagate
 
 
-def check_engine(folder: Path) -> dict[str, Any]:
+def check_engine(folder: Path) -> EngineRecord:
     """Check that the engine in `folder` fits the TensorRT and the GPU that are here; returns its
     engine.json.
 
     Raises:
-        InputError: it was built by another edition or version, or for another GPU.
+        InputError: engine.json is damaged, or it was built by another edition or version, or for
+            another GPU.
     """
-    record = read_json(folder / ENGINE_RECORD)
+    record = read_engine_record(folder)
     where, fix = (
         str(folder / ENGINE_FILE),
         "Build the engine again on this machine (python -m exporter ... --resume)",
     )
-    made_by = Edition(str(record.get("edition")), str(record.get("version")))
-    if made_by.name not in EDITIONS:
-        raise InputError(
-            where, f"got an engine of {made_by}, expected {' or '.join(EDITIONS)}", fix
-        )
+    made_by = Edition(record["edition"], record["version"])
     installed = _installed(made_by.name)
     if installed is None:
         raise InputError(
@@ -309,7 +306,7 @@ def check_engine(folder: Path) -> dict[str, Any]:
         raise InputError(
             where, f"got an engine of {made_by}, expected one of the installed {installed}", fix
         )
-    here, built_for = gpu_capabilities(), record.get("compute_capabilities", [])
+    here, built_for = gpu_capabilities(), record["compute_capabilities"]
     if built_for and here and here[0] not in built_for:
         raise InputError(
             where,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import write_json
-from calibration.out.json_file import read_json
-from calibration.out.layout import ENGINE, ENGINE_RECORD, HTML_FILE, JSON_FILE, QUANT, REPORT
+from calibration.out.layout import ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
 from exporter.engine.edition import gpu_capabilities
+from exporter.engine.record import read_engine_record
 from exporter.report.html import page
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
     from calibration.quant.folder import read_quant
 
     quant = read_quant(out / QUANT, verify=False)
-    engine = (
-        read_json(out / ENGINE / ENGINE_RECORD) if ENGINE in manifest.get("stages", {}) else None
-    )
+    engine = read_engine_record(out / ENGINE) if ENGINE in manifest.get("stages", {}) else None
     stages = [
         {
             "name": name,

@@ -16,6 +16,7 @@ from exporter.engine.edition import (
     load_plugins,
 )
 from exporter.engine.limits import engine_limits
+from exporter.engine.record import EngineRecord
 from exporter.run.runner import Runner
 from exporter.run.sessions import CHUNK, DecoderSession, cache_names
 from plugins.errors import InputError
@@ -86,7 +87,7 @@ class TensorrtSession(DecoderSession):
         self._open(folder / ENGINE_FILE, folder, record)
         self._clear()
 
-    def _open(self, engine: Path, folder: Path, record: dict[str, Any]) -> None:
+    def _open(self, engine: Path, folder: Path, record: EngineRecord) -> None:
         edition = Edition(record["edition"], record["version"])
         load_plugins(edition, folder / record["plugin_library"]["name"])
         _offer_cuda_runtime()

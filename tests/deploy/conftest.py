@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from calibration.out.files import file_records, write_json
+from tests.exporter.engine_cases import ENGINE
 
 
 @pytest.fixture(scope="session")
@@ -83,15 +83,7 @@ def engine_record(copy: Path) -> Callable[..., Path]:
         folder.mkdir()
         (folder / "model.engine").write_bytes(b"no engine")
         (folder / "libanybit_plugins.so").write_bytes(b"no library")
-        record: dict[str, Any] = {
-            "edition": "tensorrt-rtx",
-            "version": "1.7.1.116",
-            "custom_nodes": {"ABQGemm": 8},
-            "compute_capabilities": [],
-            "profiles": profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64)),
-            "decomposable_attention": False,
-            "plugin_library": {"name": "libanybit_plugins.so"},
-        }
+        record = ENGINE | {"profiles": profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64))}
         description, _ = read_description(copy / "onnx" / "model.json", "")
         copy_files(copy / "onnx", description.tokenizer, folder)
         limits = asdict(engine_limits(record["profiles"]))

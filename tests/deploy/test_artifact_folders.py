@@ -81,12 +81,10 @@ def test_quant_alone_needs_no_manifest(copy: Path) -> None:
 def test_a_damaged_manifest(copy: Path) -> None:
     path = copy / "manifest.json"
     path.write_text("[]")
-    assert refused(copy) == f"{path}: got a JSON list, expected an object. Make this stage again."
+    again = "It is damaged or of another version: export the model again into a new folder."
+    assert refused(copy) == f"{path}: got a JSON list, expected an object. {again}"
     path.write_text('{"format": 1, "request": {}, "stages": {"quant": 3}}')
-    assert refused(copy) == (
-        f"{path}: got a broken record of stage quant, expected the manifest of an artefact folder. "
-        "It is damaged: export the model again into a new folder."
-    )
+    assert refused(copy) == (f"{path}, stages.quant: got int, expected object. {again}")
     assert refused(copy, "auto") == refused(copy)
 
 
@@ -96,7 +94,8 @@ def test_a_truncated_manifest(copy: Path) -> None:
     message = refused(copy)
     assert message.startswith(f"{copy / 'manifest.json'}: got unreadable JSON (")
     assert message.endswith(
-        "), expected a whole file. It is truncated or damaged: make this stage again."
+        "), expected a whole file. It is damaged or of another version: export the model again into "
+        "a new folder."
     )
 
 
@@ -204,9 +203,9 @@ def test_an_artifact_of_an_older_version_is_refused_with_the_command_that_renews
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"format": 2}, "got format 2, expected 1"),
-        ({"max_context": "many"}, "got no valid 'max_context', expected a whole model.json"),
-        ({"cache": {"layers": 2}}, "got no valid 'parts', expected a whole model.json"),
+        ({"format": 2}, ": got format 2, expected 1"),
+        ({"max_context": "many"}, ", max_context: got str, expected int"),
+        ({"cache": {"layers": 2}}, ", cache: got no heads, expected a whole record"),
     ],
 )
 def test_a_description_of_another_format(
@@ -215,7 +214,7 @@ def test_a_description_of_another_format(
     path = copy / "onnx" / "model.json"
     write_json(path, json.loads(path.read_text()) | change)
     message = refused(copy / "onnx")
-    assert message.startswith(f"{path}: {problem}. Renew it with: python -m exporter MODEL ")
+    assert message.startswith(f"{path}{problem}. Renew it with: python -m exporter MODEL ")
 
 
 # ---------------------------------------------------------------- shipped alone

@@ -24,6 +24,7 @@ from exporter.engine.edition import Edition
 from exporter.proof.validate import ValidationResult
 from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT
 from tests.conftest import W4A8
+from tests.exporter.engine_cases import ENGINE
 
 Run = Callable[..., tuple[int, str, str]]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -186,20 +187,7 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     world.text.write_text("The river runs to the sea. " * 100)
 
     def build_engine(onnx: Path, library: Path, folder: Path, *_: Any) -> dict[str, Any]:
-        record = {
-            "edition": world.edition.name,
-            "version": world.edition.version,
-            "layers": {"PLUGIN_V3": 8},
-            "profiles": [
-                {
-                    "inputs": {
-                        "input_ids": {"max": [1, 64]},
-                        "past_key_values.0.key": {"max": [1, 2, 64, 16]},
-                    }
-                }
-            ]
-            * 2,
-        }
+        record = ENGINE | {"edition": world.edition.name, "version": world.edition.version}
         write_json(folder / "engine.json", record)
         return record
 

@@ -12,9 +12,11 @@ import pytest
 from calibration.out.manifest import open_manifest, read_manifest
 from plugins.errors import InputError
 
-FILES = {"a": {"bytes": 3, "sha256": "00"}}
+FILES = {"a": {"bytes": 3, "sha256": 64 * "0"}}
 RECORD = {"fingerprint": "f", "seconds": 1.5, "peak_rss": 9, "files": FILES}
 WHOLE = {"format": 1, "request": {"model": "m"}, "stages": {"onnx": RECORD, "quant": RECORD}}
+
+AGAIN = "It is damaged or of another version: export the model again into a new folder."
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -30,35 +32,53 @@ def test_a_whole_manifest_has_its_stages_in_order(tmp_path: Path) -> None:
     assert list(read_manifest(path)["stages"]) == ["quant", "onnx"]
 
 
+def with_record(**change: Any) -> dict[str, Any]:
+    return {"stages": {"quant": RECORD | change}}
+
+
 @pytest.mark.parametrize(
-    ("change", "flaw"),
+    ("change", "place", "problem"),
     [
-        ({"request": 3}, "no request"),
-        ({"request": None}, "no request"),
-        ({"stages": []}, "no stages"),
-        *(
-            ({"stages": {"quant": {**RECORD, key: None}}}, "a broken record of stage quant")
-            for key in (*RECORD, "facts")
+        ({"request": 3}, "request", "int, expected object"),
+        ({"request": None}, "request", "null, expected object"),
+        ({"stages": []}, "stages", "array, expected object"),
+        ({"command": "python"}, "command", "str, expected array"),
+        ({"stages": {"onnx": 3}}, "stages.onnx", "int, expected object"),
+        (with_record(fingerprint=None), "stages.quant, fingerprint", "null, expected str"),
+        (with_record(seconds="1"), "stages.quant, seconds", "str, expected float"),
+        (with_record(peak_rss=True), "stages.quant, peak_rss", "bool, expected int"),
+        (with_record(facts=None), "stages.quant, facts", "null, expected object"),
+        (with_record(files={"a": None}), "stages.quant, files[...]", "null, expected object"),
+        (
+            with_record(files={"a": {"bytes": 3}}),
+            "stages.quant, files[...]",
+            "no sha256, expected a whole record",
         ),
-        ({"stages": {"onnx": 3}}, "a broken record of stage onnx"),
-        *(
-            (
-                {"stages": {"quant": {**RECORD, "files": {"a": record}}}},
-                "a broken record of quant/a",
-            )
-            for record in (None, {"bytes": 3}, {"bytes": "3", "sha256": "00"})
+        (
+            with_record(files={"a": {"bytes": "3", "sha256": 64 * "0"}}),
+            "stages.quant, files[...].bytes",
+            "str, expected int",
         ),
     ],
 )
-def test_a_damaged_manifest_is_refused(tmp_path: Path, change: dict[str, Any], flaw: str) -> None:
+def test_a_damaged_manifest_is_refused(
+    tmp_path: Path, change: dict[str, Any], place: str, problem: str
+) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(WHOLE | change))
-    message = (
-        f"{path}: got {flaw}, expected the manifest of an artefact folder. "
-        "It is damaged: export the model again into a new folder."
-    )
+    message = f"{path}, {place}: got {problem}. {AGAIN}"
     assert refused(lambda: read_manifest(path)) == message
     assert refused(lambda: open_manifest(tmp_path, {"model": "m"})) == message
+
+
+@pytest.mark.parametrize("name", ["../b", "/etc/hosts", "a/../../b", "..", "a\nb", ""])
+def test_a_file_lies_below_its_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(WHOLE | with_record(files={name: FILES["a"]})))
+    message = refused(lambda: read_manifest(path))
+    assert message.startswith(
+        f"{path}, stages.quant, a key of files: got a wrong value (Expected str "
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,8 +88,7 @@ def test_another_format_is_refused(tmp_path: Path, text: str, found: str) -> Non
     path = tmp_path / "manifest.json"
     path.write_text(text)
     assert refused(lambda: open_manifest(tmp_path, {})) == (
-        f"{path}: got format {found}, expected 1. It is damaged or of another version: export "
-        f"the model again into a new folder."
+        f"{path}: got format {found}, expected 1. {AGAIN}"
     )
 
 
@@ -78,9 +97,7 @@ def test_a_truncated_manifest_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(WHOLE)[:40])
     message = refused(lambda: open_manifest(tmp_path, {}))
     assert message.startswith(f"{path}: got unreadable JSON (")
-    assert message.endswith(
-        "), expected a whole file. It is truncated or damaged: make this stage again."
-    )
+    assert message.endswith(f"), expected a whole file. {AGAIN}")
 
 
 def test_only_a_finished_stage_makes_a_folder_someones(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from calibration.out.files import sha256_file
 from calibration.quant.folder import fuse, read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from plugins.core.op_spec import QuantArrays
@@ -151,7 +153,7 @@ def test_missing_and_corrupt_quant_json(folder: Path) -> None:
     path.write_text(path.read_text()[:-20])
     message = _refusal(folder)
     assert message.startswith(f"{path}: got unreadable JSON (") and message.endswith(
-        "It is truncated or damaged: make this stage again."
+        f"), expected a whole file. {AGAIN}"
     )
     path.unlink()
     assert _refusal(folder) == (
@@ -169,25 +171,98 @@ def test_other_format(folder: Path, value: object) -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["family", "source", "config", "scheme", "files", "sizes"])
+@pytest.mark.parametrize("key", ["family", "source", "config", "files", "sizes"])
 def test_field_of_another_type(folder: Path, key: str) -> None:
     _change_meta(folder, **{key: 3})
+    wanted = "str" if key == "family" else "object"
     assert (
-        _refusal(folder)
-        == f"{folder / 'quant.json'}: got no valid {key}, expected a whole quant.json. {AGAIN}"
+        _refusal(folder) == f"{folder / 'quant.json'}, {key}: got int, expected {wanted}. {AGAIN}"
     )
 
 
 def test_scheme_with_unknown_fields_and_unknown_family(folder: Path) -> None:
-    _change_meta(folder, scheme={"bits": 4})
-    assert (
-        _refusal(folder)
-        == f"{folder / 'quant.json'}: got a scheme with unknown or missing fields. {AGAIN}"
-    )
+    path = folder / "quant.json"
+    scheme = json.loads(path.read_text())["scheme"]
+    for change, message in (
+        (3, f"{path}, scheme: got int, expected object. {AGAIN}"),
+        ({"wbits": 4}, f"{path}, scheme: got no op, expected a whole record. {AGAIN}"),
+        (
+            {**scheme, "bits": 4},
+            f"{path}, scheme: got a scheme with bits, expected no such field. {AGAIN}",
+        ),
+        ({**scheme, "wbits": "4"}, f"{path}, scheme, wbits: got str, expected int. {AGAIN}"),
+        (
+            {**scheme, "abits": 1},
+            f"{path}, scheme: got 1, expected 2 to 8, or 16 for weight-only. Give one of these.",
+        ),
+        (
+            {**scheme, "dtype": "float8"},
+            f"{path}, scheme, dtype: got a wrong value (Invalid enum value 'float8'). {AGAIN}",
+        ),
+    ):
+        _change_meta(folder, scheme=change)
+        assert _refusal(folder) == message
+    _change_meta(folder, scheme=scheme)
     _change_meta(folder, family="gpt")
     assert _refusal(folder) == (
         "model family 'gpt': unknown, expected one of llama, mistral. "
         "Make the quantised folder again with this version."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "64"}, "config.hidden_size: got str, expected int. " + AGAIN),
+        ({"eos_token_id": [1, None]}, "config.eos_token_id[1]: got null, expected int. " + AGAIN),
+        ({"hf": []}, "config.hf: got array, expected object. " + AGAIN),
+        (
+            {"num_hidden_layers": 1 << 30},
+            "config: got 1073741824 decoder layers, 2 in hf, and {tensors} tensors, expected "
+            "numbers that belong together. " + AGAIN,
+        ),
+    ],
+)
+def test_config_of_wrong_values(folder: Path, change: dict[str, Any], message: str) -> None:
+    path = folder / "quant.json"
+    config = json.loads(path.read_text())["config"]
+    tensors = len(read_quant(folder)._entries)
+    _change_meta(folder, config=config | change)
+    assert _refusal(folder) == f"{path}, {message.format(tensors=tensors)}"
+
+
+def test_tensors_are_those_of_the_config(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = "model.layers.0.mlp.down_proj.scale"
+    _save(folder, {key + "s" if key == name else key: array for key, array in tensors.items()})
+    assert (
+        _refusal(folder) == f"{folder}: got no tensor {name}, expected it from the config. {AGAIN}"
+    )
+    _save(folder, {**tensors, "more": tensors[name]})
+    assert (
+        _refusal(folder)
+        == f"{folder}: got a tensor more, expected no such from the config. {AGAIN}"
+    )
+    rows = list(tensors[name].shape)
+    for array, got in (
+        (tensors[name].astype(np.float64), f"F64 {rows}"),
+        (tensors[name][1:], f"F32 {[rows[0] - 1, rows[1]]}"),
+    ):
+        _save(folder, {**tensors, name: array})
+        assert (
+            _refusal(folder) == f"{shard}, tensor {name}: got {got}, expected F32 {rows}. {AGAIN}"
+        )
+
+
+def _save(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Other tensors, with a checksum that fits."""
+    shard = next(folder.glob("*.safetensors"))
+    save_file(tensors, shard)
+    _change_meta(
+        folder,
+        files=json.loads((folder / "quant.json").read_text())["files"]
+        | {shard.name: sha256_file(shard)},
     )
 
 

@@ -96,7 +96,7 @@ def test_one_scheme_leaves_the_folder_as_it_was(tiny_quant: Callable[..., Path])
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (3, "{path}: got no valid layers, expected a whole quant.json. " + AGAIN),
+        (3, "{path}, layers: got int, expected object. " + AGAIN),
         (
             {"model.layers.2.mlp.down_proj": EIGHT.as_dict()},
             "{path}, layers: got model.layers.2.mlp.down_proj, expected GEMM nodes such as "
@@ -109,13 +109,12 @@ def test_one_scheme_leaves_the_folder_as_it_was(tiny_quant: Callable[..., Path])
         ),
         (
             {"model.layers.1.mlp.down_proj": {"wbits": 8}},
-            "{path}, layers, model.layers.1.mlp.down_proj: got a scheme with unknown or missing fields. "
+            "{path}, layers, model.layers.1.mlp.down_proj: got no op, expected a whole record. "
             + AGAIN,
         ),
         (
             {"model.layers.1.mlp.down_proj": 8},
-            "{path}, layers, model.layers.1.mlp.down_proj: got a scheme with unknown or missing fields. "
-            + AGAIN,
+            "{path}, layers, model.layers.1.mlp.down_proj: got int, expected object. " + AGAIN,
         ),
         (
             {"model.layers.1.mlp.down_proj": {**EIGHT.as_dict(), "dtype": "float32"}},

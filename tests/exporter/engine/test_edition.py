@@ -12,6 +12,7 @@ from calibration.out.files import write_json
 from exporter.engine import edition
 from exporter.engine.edition import Edition, check_engine, select_edition
 from plugins.errors import InputError
+from tests.exporter.engine_cases import ENGINE
 
 Install = Callable[..., None]
 
@@ -90,11 +91,6 @@ def test_nothing_to_choose(machine: Install, choice: str, gpus: list[str], text:
     assert str(caught.value) == text
 
 
-RECORD: dict[str, Any] = {
-    "edition": "tensorrt-rtx",
-    "version": "1.7.1.116",
-    "compute_capabilities": [],
-}
 FIX = "Build the engine again on this machine (python -m exporter ... --resume)."
 
 
@@ -114,11 +110,6 @@ FIX = "Build the engine again on this machine (python -m exporter ... --resume).
             "pip install tensorrt (needs NVIDIA's package index and a GPU).",
         ),
         (
-            {"edition": "other"},
-            [],
-            f"got an engine of other 1.7.1.116, expected tensorrt or tensorrt-rtx. {FIX}",
-        ),
-        (
             {"compute_capabilities": ["8.0"]},
             ["9.0"],
             f"got an engine for compute capability 8.0, expected 9.0. {FIX}",
@@ -129,7 +120,7 @@ def test_engine_of_another_build_is_refused(
     machine: Install, tmp_path: Path, record: dict[str, Any], gpus: list[str], text: str
 ) -> None:
     machine(gpus, tensorrt_rtx="1.7.1.116")
-    write_json(tmp_path / "engine.json", {**RECORD, **record})
+    write_json(tmp_path / "engine.json", {**ENGINE, **record})
     with pytest.raises(InputError) as caught:
         check_engine(tmp_path)
     assert str(caught.value) == f"{tmp_path / 'model.engine'}: {text}"
@@ -137,8 +128,42 @@ def test_engine_of_another_build_is_refused(
 
 def test_engine_of_this_build_is_taken(machine: Install, tmp_path: Path) -> None:
     machine(["9.0"], tensorrt_rtx="1.7.1.116")
-    write_json(tmp_path / "engine.json", RECORD)
-    assert check_engine(tmp_path) == RECORD
+    write_json(tmp_path / "engine.json", ENGINE)
+    assert check_engine(tmp_path) == ENGINE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"edition": "other"}, "edition: got a wrong value (Invalid enum value 'other')"),
+        ({"version": 3}, "version: got int, expected str"),
+        (
+            {"profiles": ENGINE["profiles"][:1]},
+            "profiles: got a wrong value (Expected array of length >= 2)",
+        ),
+        (
+            {
+                "profiles": [
+                    ENGINE["profiles"][0],
+                    {"name": "decode", "inputs": {"input_ids": {"min": [1]}}},
+                ]
+            },
+            "profiles[1].inputs[...]: got no opt, expected a whole record",
+        ),
+        ({"layers": {"PLUGIN_V3": "8"}}, "layers[...]: got str, expected int"),
+        (
+            {"plugin_library": {"name": "libanybit_plugins.so"}},
+            "plugin_library: got no sha256, expected a whole record",
+        ),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_json(tmp_path / "engine.json", ENGINE | change)
+    with pytest.raises(InputError) as caught:
+        check_engine(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'engine.json'}, {message}. It is damaged: build the engine again."
+    )
 
 
 def test_missing_engine(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from calibration.out.files import write_json
 from exporter.proof.validate import LayerReport, ValidationResult
 from exporter.report.report import environment, report_data, write_report
+from tests.exporter.engine_cases import ENGINE
 
 ROW = LayerReport(
     "export",
@@ -51,9 +52,8 @@ def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> N
     out = tmp_path / "out"
     shutil.copytree(tiny_export(), out)
     assert report_data(out, MANIFEST, RESULT)["engine"] is None
-    engine = {"edition": "tensorrt-rtx"}
     (out / "engine").mkdir()
-    write_json(out / "engine" / "engine.json", engine)
+    write_json(out / "engine" / "engine.json", ENGINE)
     assert (
         report_data(out, MANIFEST, RESULT)["engine"] is None
     )  # the manifest says what belongs to this export, not the disk
@@ -61,7 +61,7 @@ def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> N
         out, {**MANIFEST, "stages": {"quant": RECORD, "engine": RECORD, "report": RECORD}}, RESULT
     )
     assert (
-        data["label"] == "w4a8" and data["scheme"]["op"] == "ABQGemm" and data["engine"] == engine
+        data["label"] == "w4a8" and data["scheme"]["op"] == "ABQGemm" and data["engine"] == ENGINE
     )
     assert data["stages"] == [
         {"name": name, "seconds": 2.5, "peak_rss": 10**8, "bytes": 7}
