@@ -28,10 +28,12 @@ __all__ = [
     "IR_VERSION",
     "OPSET",
     "export_onnx",
+    "positions",
 ]
 
 OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention are standard ops from here on
 IR_VERSION = 11
+_COSINES = "rope.cos"
 
 
 def export_onnx(
@@ -172,9 +174,15 @@ def _rope_tables(writer: GraphWriter, longest: int | None) -> tuple[str, str]:
     scaling, dtype = float(config["rope_attention_scaling"]), numpy_dtype(writer.quant.scheme.dtype)
     cos, sin = (
         writer.weights.add(name, (table * scaling).astype(np.float32).astype(dtype))
-        for name, table in (("rope.cos", np.cos(angles)), ("rope.sin", np.sin(angles)))
+        for name, table in ((_COSINES, np.cos(angles)), ("rope.sin", np.sin(angles)))
     )
     return cos, sin
+
+
+def positions(model: onnx.ModelProto) -> int | None:
+    """Most tokens of a sequence that a graph has positions for; None where no block rotates."""
+    tables = (table for table in model.graph.initializer if table.name == _COSINES)
+    return next((int(table.dims[0]) for table in tables), None)
 
 
 def _head(writer: GraphWriter, stream: str) -> str:

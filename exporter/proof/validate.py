@@ -35,6 +35,7 @@ from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
+from exporter.graph.decoder import positions
 from exporter.graph.names import layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
@@ -137,10 +138,11 @@ class _Validator:
 
         self.out, self.options, self.progress = out, options, progress
         self.quant: QuantModel = read_quant(out / QUANT)
-        self.context = open_stage(out, ONNX, "the validation").description().max_context
+        model = load_model(out / ONNX)
+        self.context = positions(model) or int(self.quant.config["max_position_embeddings"])
         self.steps = max(min(options.steps, self.context - 2), 0)
         self.tokens = min(options.tokens, self.context - self.steps)
-        self.nodes = gemm_nodes(load_model(out / ONNX), self.quant.decoder)
+        self.nodes = gemm_nodes(model, self.quant.decoder)
         inner = [name for node in self.nodes for name in (node.source, node.result)]
         keys = map(
             new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0)
@@ -234,7 +236,7 @@ class _Validator:
         model = quantised_model(self.quant)
 
         def open_session() -> TorchSession:
-            return TorchSession(model, watch_layers=True)
+            return TorchSession(model)
 
         onnx, torch = ReplayRunner(ONNX_RUNTIME, record), SessionRunner(TORCH, open_session)
         lockstep = LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)
@@ -257,7 +259,7 @@ class _Validator:
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(FloatReference(float_model(checkpoint)), watch_layers=True),
+                lambda: TorchSession(FloatReference(float_model(checkpoint))),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),

@@ -107,7 +107,7 @@ class OnnxRuntimeRunner(Runner):
         """Reads the ONNX file and its weights."""
         for name in (MODEL_FILE, DATA_FILE):
             folder.file(name)
-        return OnnxSession(folder.path, description.max_context)
+        return OnnxSession(folder.path, description.max_context, dtype=description.dtype)
 
 
 class OnnxSession(DecoderSession):
@@ -121,10 +121,17 @@ class OnnxSession(DecoderSession):
         folder: OUT/onnx.
         max_context: most tokens a sequence may have.
         marked: inner tensors that step() returns besides the model's outputs.
+        dtype: of the model's floats.
     """
 
-    def __init__(self, folder: Path, max_context: int, marked: Sequence[str] = ()) -> None:
-        super().__init__(max_context)
+    def __init__(
+        self,
+        folder: Path,
+        max_context: int,
+        marked: Sequence[str] = (),
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(max_context, dtype=dtype)
         self._runner = onnx_runner(folder, marked)
         self._runner.activate()
         inputs = self._runner.get_input_metadata()

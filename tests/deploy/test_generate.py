@@ -16,7 +16,7 @@ from deploy.generate import (
     generate_tokens,
     prompt_tokens,
 )
-from deploy.sampling import Sampler, Sampling
+from deploy.sampling import Sampler, Sampling, SamplingOptions
 from plugins.errors import InputError
 
 PROMPT = "The river and the town"
@@ -64,7 +64,7 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
         next(generate_tokens(session, [1] * 20, Sampler(Sampling()), 4))
     assert str(error.value) == (
         "--prompt: got 20 tokens, expected fewer than the context of 20. "
-        "Give a shorter prompt, or build the engine with a larger --max-seq."
+        "Give a shorter prompt, or export with a larger --max-seq."
     )
 
 
@@ -77,7 +77,7 @@ def test_greedy_tokens_are_those_of_whole_passes_without_a_cache(
     from calibration.reference.model import quantised_model
     from exporter.run.model import open_session
 
-    prompt = prompt_tokens(tokenizer, PROMPT)
+    prompt = prompt_tokens(tokenizer, PROMPT, 512)
     model = quantised_model(read_quant(artifact / "quant"))
     expected = list(prompt)
     for _ in range(12):
@@ -135,7 +135,7 @@ def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture
             prompt=PROMPT,
             max_new_tokens=8,
             runner="onnxruntime",
-            sampling=Sampling(0.8, 20, 3),
+            sampling=SamplingOptions(temperature=0.8, top_k=20, seed=3),
             stream=stream,
         )
         generate_text(artifact, request)
@@ -159,7 +159,7 @@ def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture
 )
 def test_bad_prompts(prompt: str, text: str) -> None:
     with pytest.raises(InputError) as error:
-        prompt_tokens(object(), prompt)
+        prompt_tokens(object(), prompt, 512)
     assert str(error.value) == text
 
 
@@ -168,7 +168,7 @@ def test_a_full_context_is_said(
     artifact: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str], asked: int, said: bool
 ) -> None:
     prompt = tokenizer.decode(tokenizer("The river and the town " * 40)["input_ids"][:8])
-    room = 256 - len(prompt_tokens(tokenizer, prompt))
+    room = 256 - len(prompt_tokens(tokenizer, prompt, 512))
     request = GenerateRequest(
         prompt=prompt, max_new_tokens=room + asked - 248, runner="onnxruntime"
     )

@@ -54,7 +54,7 @@ def test_a_stage_that_dies_can_be_resumed(
 ) -> None:
     out = tmp_path / "out"
 
-    def die(quant: Any, folder: Path, progress: Any) -> None:
+    def die(quant: Any, folder: Path, *arguments: Any, **options: Any) -> None:
         (folder / "half").write_bytes(b"half")
         raise failure
 
@@ -304,7 +304,7 @@ def test_a_stage_that_fails_keeps_what_follows(
     before = snapshot(out)
     append(world.root / "exporter" / "graph" / "decoder.py")
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporter.graph.decoder, "export_onnx", fail)

@@ -356,13 +356,13 @@ def test_profiles_fit_each_other() -> None:
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
-        "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2048]},
-        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1024, 64]},
+        "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
+        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
-        "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1025]},
-        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1024, 64]},
+        "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},
+        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1023, 64]},
     }
 
 
