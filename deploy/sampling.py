@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plugins.errors import CheckError, InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,28 +100,17 @@ class Sampler:
         """The next token.
 
         Args:
-            logits: [vocab].
+            logits: [vocab], finite.
             text: the tokens so far, the prompt's too.
-
-        Raises:
-            CheckError: there is a NaN among the logits.
         """
-        import numpy as np
-
-        if np.isnan(logits).any():
-            raise CheckError(
-                "logits",
-                f"got {int(np.isnan(logits).sum())} NaN of {logits.size}, expected finite numbers",
-                "An activation overflowed: look at the report's first bad layer, or export with "
-                "--dtype bfloat16",
-            )
-        scores = self._penalized(logits, text)
+        scores = self.penalized(logits, text)
         if not self._sampling.temperature:
             return int(scores.argmax())
         tokens, odds = self.odds(scores)
         return int(self._random.choice(tokens, p=odds))
 
-    def _penalized(self, logits: np.ndarray, text: Sequence[int]) -> np.ndarray:
+    def penalized(self, logits: np.ndarray, text: Sequence[int]) -> np.ndarray:
+        """The logits, [vocab], those of tokens that the text has already made less likely."""
         penalty = self._sampling.repetition_penalty
         if penalty == 1 or not len(text):
             return logits
