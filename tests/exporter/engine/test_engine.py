@@ -139,6 +139,7 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
     assert record["custom_nodes"] == {"ABQGemm": 1, "QQQGemm": 1}
     assert record["edition"] == "tensorrt-rtx"
     assert [profile["name"] for profile in record["profiles"]] == ["prefill", "decode"]
+    assert record["max_context"] == 16
     assert record["bytes"] == (tmp_path / "model.engine").stat().st_size > 1000
     plan = (tmp_path / "model.engine").read_bytes()  # what the runtime hands to createPlugin again
     assert all(
