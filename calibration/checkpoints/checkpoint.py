@@ -5,6 +5,7 @@ any work.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from functools import cached_property
@@ -142,15 +143,24 @@ class Checkpoint:
         Raises:
             InputError: there is none, or it cannot be read.
         """
+        if self.source.kind == "gguf":
+            from calibration.checkpoints.gguf import GgufFile
+            from calibration.checkpoints.gguf_tokenizer import gguf_tokenizer
+
+            return gguf_tokenizer(GgufFile(self.source.path))
         from transformers import AutoTokenizer
 
         path = self.source.path
-        folder, extra = (
-            (path.parent, {"gguf_file": path.name}) if self.source.kind == "gguf" else (path, {})
-        )
         try:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # transformers and tokenizers raise many kinds
+            if _needs_sentencepiece(path):
+                raise InputError(
+                    str(path / "tokenizer.model"),
+                    "got a sentencepiece tokenizer and no tokenizer.json, expected the package "
+                    "sentencepiece to read it",
+                    "Run `pip install sentencepiece`, or put the model's tokenizer.json beside it",
+                ) from None
             reason = (
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             )
@@ -159,6 +169,15 @@ class Checkpoint:
                 f"got no readable tokenizer ({reason})",
                 "Put the model's tokenizer.json and tokenizer_config.json beside its weights",
             ) from None
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    path = folder / "tokenizer.model"
+    return (
+        path.is_file()
+        and not (folder / "tokenizer.json").exists()
+        and importlib.util.find_spec("sentencepiece") is None
+    )
 
 
 def open_checkpoint(model: str, offline: bool = False) -> Checkpoint:
@@ -182,7 +201,8 @@ def open_checkpoint(model: str, offline: bool = False) -> Checkpoint:
 
 
 def _open_gguf(source: Source) -> Checkpoint:
-    from calibration.checkpoints.gguf import GgufFile, GgufWeights, gguf_config, gguf_family
+    from calibration.checkpoints.gguf import GgufFile, GgufWeights
+    from calibration.checkpoints.gguf_config import gguf_config, gguf_family
 
     file = GgufFile(source.path)
     family = gguf_family(file)
