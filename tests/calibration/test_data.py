@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration import text_file
 from calibration.data import (
     calibration_windows,
     default_text,
@@ -191,6 +194,30 @@ def test_the_default_text_is_too_short_for_the_papers_and_says_so() -> None:
     assert (
         note == f"Calibrating on {len(windows)} windows of 2048 tokens; 128 of 2048 were asked for."
     )
+
+
+def test_packed_lines_of_json_are_calibrated_on_as_the_text_in_them(tmp_path: Path) -> None:
+    texts = [_numbers(20), "one two", _numbers(30)]
+    want, _ = _windows(tmp_path / "a.txt", "\n\n".join(texts), nsamples=4, seqlen=8)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for name, content in (
+        ("a.jsonl", lines.encode()),
+        ("a.json", lines.encode()),
+        ("a.txt", gzip.compress(lines.encode())),
+        ("a.jsonl.gz", gzip.compress(lines.encode())),
+        ("a.gz", gzip.compress("\n\n".join(texts).encode())),
+    ):
+        got, _ = _windows(tmp_path / name, content, nsamples=4, seqlen=8)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_of_a_long_text_it_is_said_what_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_file, "MOST_BYTES", 1 << 20)
+    path = tmp_path / "a.txt"
+    windows, note = _windows(path, "word " * 300_000, nsamples=1, seqlen=8)
+    assert windows.shape == (1, 8) and note == f"{path} is long: its first 1 MB are used."
 
 
 def test_calibration_takes_bytes_that_are_not_text(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,13 @@ def test_a_window_longer_than_the_context(artifact: Path) -> None:
         == "--seqlen: got 257, expected at most 256, the context with onnxruntime. Give a "
         "smaller --seqlen."
     )
+
+
+def test_a_packed_text_has_the_same_perplexity(artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(TEXT.read_bytes()))
+    plain, packed = (evaluate(artifact, EvalRequest(one, first=2)) for one in (TEXT, path))
+    assert plain | {"seconds": 0} == packed | {"seconds": 0}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
