@@ -73,9 +73,11 @@ def quantise(args: argparse.Namespace) -> None:
     from calibration.settings import CalibrationSettings
 
     watch.lap("import")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model, local_files_only=True, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.float32, local_files_only=True
+        args.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     watch.lap("load")
     settings = CalibrationSettings(

@@ -168,7 +168,7 @@ def _hf_model(folder: Path) -> Any:
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         ).eval()
     except ImportError as error:
         raise InputError(

@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import numpy as np
 
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
+from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.families import Decoder, Family, UnsupportedError, family
 from calibration.out.description import SamplingDefaults
 from calibration.out.files import sha256_file
@@ -268,10 +269,13 @@ class QuantModel:
         return self.decoder.layers
 
     def tokenizer(self) -> Any:
-        """The transformers tokenizer (this imports transformers)."""
-        from transformers import AutoTokenizer
+        """The transformers tokenizer (this imports transformers).
 
-        return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        Raises:
+            InputError: the folder holds a file that quant.json does not name, or code.
+        """
+        check_named(self.path, {*self.files, QUANT_JSON}, _AGAIN)
+        return load_tokenizer(self.path, _AGAIN)
 
 
 def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:
