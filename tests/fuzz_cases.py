@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ __all__ = ["Folder", "bounded_memory", "changed_bytes", "changed_json", "fuzzed"
 
 T = TypeVar("T")
 
-# The same examples in every run: a failure is found again, and a green run stays green.
+# The same examples in every run: a failure is found again, and a green run stays green. ANYBIT_FUZZ
+# asks for more of them.
 fuzzed = settings(
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
-    max_examples=100,
+    max_examples=int(os.environ.get("ANYBIT_FUZZ", "100")),
 )
 
 VALUES: list[Any] = [

@@ -109,6 +109,7 @@ class Checkpoint:
         if self._has_own_head():
             config.tie_word_embeddings = False
             self.decoder = family.decoder(plain_config(config))
+        self.rope()  # settings without frequencies are refused before any work
         self._check_inert()
 
     @property
