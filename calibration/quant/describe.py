@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.description import Description, KeyValueCache, SamplingDefaults
+from calibration.out.json_file import MAKE_AGAIN, read_json
 from calibration.out.layout import BITS_FILE
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,15 +54,15 @@ def token_list(tokens: Any) -> list[int]:
     return [] if tokens is None else list(tokens) if isinstance(tokens, list | tuple) else [tokens]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
 def _chat_template(folder: Path) -> str | None:
     """The tokenizer's template: transformers writes a file of its own, older versions a field."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                str(file), f"got a template that is not UTF-8 ({error})", MAKE_AGAIN
+            ) from None
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
