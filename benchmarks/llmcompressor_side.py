@@ -83,7 +83,9 @@ def quantise(args: argparse.Namespace) -> None:
     settings = CalibrationSettings(
         calib=str(args.calib), nsamples=args.nsamples, seqlen=args.seqlen
     )
-    windows = calibration_windows(tokenizer, settings, args.seqlen, offline=True)[0].tolist()
+    windows = calibration_windows(
+        tokenizer, settings, args.seqlen, model.config.vocab_size, offline=True
+    )[0].tolist()
     recipe = [
         SmoothQuantModifier(smoothing_strength=SMOOTHING),
         GPTQModifier(config_groups=w4a8_groups(args.group_size), ignore=["lm_head"]),

@@ -42,10 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--max-seq",
-        type=whole_number(1),
+        type=whole_number(2),
         default=2048,
         metavar="S",
-        help="largest context of the profiles (default: 2048)",
+        help="most tokens of a sequence, in the ONNX file and the engine; at most the model's "
+        "context (default: 2048)",
     )
     proof = parser.add_argument_group("report")
     proof.add_argument(
@@ -59,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=whole_number(1),
         default=5,
         metavar="K",
-        help="at most how many windows of 2048 tokens, from the beginning (default: 5)",
+        help="at most how many windows, from the beginning, of 2048 tokens or of --max-seq if that "
+        "is less (default: 5)",
     )
     run = parser.add_argument_group("run")
     run.add_argument(

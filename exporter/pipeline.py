@@ -31,6 +31,7 @@ from exporter.stages import (
     QuantStage,
     ReportStage,
     Stage,
+    within_context,
 )
 from plugins.errors import InputError
 
@@ -56,6 +57,7 @@ class Pipeline:
         from calibration.checkpoints.checkpoint import open_checkpoint
         from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
+        from exporter.proof.perplexity import check_text
 
         self.request = request
         self.progress = progress
@@ -65,15 +67,15 @@ class Pipeline:
         self.content = {"calib": text_digest(request.settings.calib)}
         self.manifest = self._open_manifest()  # before a long download
         text = request.eval_text
-        if text is not None and not text.is_file():
-            raise InputError(
-                "--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path"
-            )
+        if text is not None:
+            check_text(text, "--eval")
         self.missing = ""  # why "auto" builds no engine
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
         self.content["model"] = self.checkpoint.fingerprint
         self.manifest = self._open_manifest()
+        context = int(self.checkpoint.config.max_position_embeddings)
+        self.request = within_context(request, context, progress)
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
         self.budget = self._budget()
@@ -186,13 +188,13 @@ class Pipeline:
         """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer
         stages.
         """
-        from exporter.proof.perplexity import EvalRequest, whole_windows
+        from exporter.proof.perplexity import EvalRequest, eval_seqlen, whole_windows
         from exporter.run.model import find_model
 
         text = self.request.eval_text
         if text is None or REPORT not in self.wanted:
             return None
-        request = EvalRequest(text, option="--eval")
+        request = EvalRequest(text, option="--eval", seqlen=eval_seqlen(self.request.max_seq))
         windows = whole_windows(find_model(self.request.out, "torch"), request)
         return replace(request, first=min(self.request.eval_windows, len(windows)))
 

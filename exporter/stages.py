@@ -40,7 +40,15 @@ if TYPE_CHECKING:
     from exporter.proof.perplexity import EvalRequest
     from exporter.proof.validate import ValidationResult
 
-__all__ = ["EngineStage", "ExportRequest", "OnnxStage", "QuantStage", "ReportStage", "Stage"]
+__all__ = [
+    "EngineStage",
+    "ExportRequest",
+    "OnnxStage",
+    "QuantStage",
+    "ReportStage",
+    "Stage",
+    "within_context",
+]
 
 _RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # the report's numbers differ
 
@@ -55,7 +63,8 @@ class ExportRequest:
         out: the artifact folder.
         settings: of the calibration; its text serves the validation too.
         engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
-        max_batch, max_seq: largest batch and context of the engine's profiles.
+        max_batch: largest batch of the engine's profiles.
+        max_seq: most tokens of a sequence, in the ONNX file and the engine.
         until: the last stage to run, one of STAGES.
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
@@ -96,6 +105,17 @@ class ExportRequest:
             "budget": self.budget,
             **self.settings.as_dict(),
         }
+
+
+def within_context(request: ExportRequest, context: int, progress: Progress) -> ExportRequest:
+    """The request with a max_seq that the model has positions for; says what it cuts."""
+    if request.max_seq <= context:
+        return request
+    progress.message(
+        f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model was "
+        f"made for."
+    )
+    return replace(request, max_seq=context)
 
 
 class Stage(ABC):
@@ -188,14 +208,16 @@ class QuantStage(Stage):
 
 
 class OnnxStage(Stage):
-    """quant -> onnx: the graph with packed weights."""
+    """quant -> onnx: the graph with packed weights, and positions for as many tokens as are asked
+    for.
+    """
 
     name = ONNX
     code = ("exporter/graph", "plugins")
 
     def inputs(self) -> Any:
-        """Nothing else."""
-        return []
+        """How many positions there are."""
+        return [self.request.max_seq]
 
     def needed_bytes(self) -> int:
         """About what the codes take."""
@@ -208,13 +230,14 @@ class OnnxStage(Stage):
         from exporter.graph.decoder import export_onnx
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
-        facts = export_onnx(quant, folder, self.progress)
-        self._description = describe(quant)
+        longest = self.request.max_seq
+        facts = export_onnx(quant, folder, self.progress, positions=longest)
+        self._description = replace(describe(quant), max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
         return facts
 
     def description(self) -> Description:
-        """Of the model, without limits of its own."""
+        """Of the model, within the positions of the file."""
         return self._description
 
 

@@ -238,6 +238,7 @@ def _costs(
         checkpoint.tokenizer(),
         settings,
         int(checkpoint.config.max_position_embeddings),
+        checkpoint.decoder.vocab,
         budget.offline,
     )
     costs = measure(

@@ -18,6 +18,7 @@ import numpy as np
 
 from calibration.checkpoints.foreign import quiet_transformers, reason, shown
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
+from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
 from calibration.checkpoints.tokenizer import load_tokenizer, refuse_code
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
-SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model", "additional_chat_templates/*.jinja")
 # The other kinds change their frequencies with the sequence length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _LONGEST = 400  # characters of an objection
@@ -94,6 +95,7 @@ class Checkpoint:
         family: its declaration.
         config: transformers config.
         decoder: its steps with the model's sizes.
+        generation: how its makers want text to be made.
     """
 
     def __init__(self, source: Source, family: Family, config: Any, weights: WeightSource) -> None:
@@ -101,6 +103,7 @@ class Checkpoint:
         self.family = family
         self.config = config
         self.decoder: Decoder = family.decoder(plain_config(config))
+        self.generation = read_generation(source.path) if source.path.is_dir() else Generation()
         self._weights = weights
         self._names = match_tensors(self._where, self.decoder, weights.shapes())
         if self._has_own_head():

@@ -15,6 +15,7 @@ from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
 from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.families import Decoder, Family, UnsupportedError, family
+from calibration.out.description import SamplingDefaults
 from calibration.out.files import sha256_file
 from calibration.out.json_file import Count, Size, TokenId, checked, read_json
 from calibration.out.layout import QUANT_JSON
@@ -48,6 +49,7 @@ class _Config(TypedDict):
     max_position_embeddings: Size
     bos_token_id: TokenId | None
     eos_token_id: TokenId | list[TokenId] | None
+    sampling: NotRequired[SamplingDefaults]
     rope_attention_scaling: float
     hf: dict[str, Any]
 

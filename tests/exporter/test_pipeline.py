@@ -280,7 +280,7 @@ def test_a_bad_eval_text_is_refused_early(run: Run, refused: Refused, tmp_path: 
     options = ("--until", "report", "--eval", str(text))
     refused(
         run(out, *options),
-        f"--eval: got no such file {text}, expected a UTF-8 text file. Check the path.",
+        f"--eval: got no such file {text}, expected a text file. Check the path.",
     )
     assert not out.exists()
     text.write_text("")

@@ -107,7 +107,7 @@ def test_a_stage_that_dies_can_be_resumed(
 ) -> None:
     out = tmp_path / "out"
 
-    def die(quant: Any, folder: Path, progress: Any) -> None:
+    def die(quant: Any, folder: Path, *arguments: Any, **options: Any) -> None:
         (folder / "half").write_bytes(b"half")
         raise failure
 
@@ -327,10 +327,11 @@ def test_a_library_that_cannot_be_made_is_told_before_any_work(
         raise InputError("libanybit_plugins.so", "got no folder that can be written", "Set one")
 
     monkeypatch.setattr("plugins.tools.build.build_library", refuse)
-    code, _, err = run(tmp_path / "out", *WHOLE, model=world.model)
+    whole = (*WHOLE, "--max-seq", "64")
+    code, _, err = run(tmp_path / "out", *whole, model=world.model)
     assert (code, err) == (2, "libanybit_plugins.so: got no folder that can be written. Set one.\n")
     assert not (tmp_path / "out").exists()
-    assert run(tmp_path / "out", *WHOLE, "--engine", "none", model=world.model)[0] == 0
+    assert run(tmp_path / "out", *whole, "--engine", "none", model=world.model)[0] == 0
 
 
 def test_stages_that_follow_a_new_one_are_gone(
@@ -370,7 +371,7 @@ def test_a_stage_that_fails_keeps_what_follows(
     before = snapshot(out)
     append(world.root / "exporter" / "graph" / "decoder.py")
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporter.graph.decoder, "export_onnx", fail)

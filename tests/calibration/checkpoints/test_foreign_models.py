@@ -338,7 +338,7 @@ def test_fields_that_only_a_caller_of_transformers_sees(
     model: Path, tiny_model_dir: Path, changes: dict[str, Any]
 ) -> None:
     configure(model, **changes)
-    (model / "generation_config.json").write_text("[")
+    (model / "generation_config.json").write_text('{"top_p": 0.5, "num_beams": 0}')
     ids = torch.arange(12)[None]
     ours, original = (
         FloatReference(float_model(open_checkpoint(str(folder), True)))
