@@ -2,7 +2,7 @@
 // each instruction set.
 #pragma once
 #include "abq_gemm/cpu/layout.h"
-#if 0 && defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
 #include "abq_gemm/cpu/few_avx512.h"
 #endif
 
@@ -133,7 +133,8 @@ struct AbqKernel {
                 tokens.zero[m0 + m], sums[m], code_sums, outputs[m]);
   }
 
-#if 0 && defined(__AVX512VNNI__)
+  static constexpr int kMoreRows = kAbqMoreRows;
+#if defined(__AVX512VNNI__)
   static constexpr int kFewTokens = kAbqFewTokens;
   ANYBIT_INLINE bool takes_few() const { return abq_takes_few(*this); }
   template <class T>

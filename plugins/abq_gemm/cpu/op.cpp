@@ -32,7 +32,7 @@ size_t workspace(const GemmShape& s) {
   using namespace portable;
   float* rows;
   if (s.abits == kAbqWeightOnly) return abq_float_memory(s, nullptr, &rows).used;
-  return slab_memory(abq_layout(s), s.m, kAbqFewTokens, nullptr).bytes;
+  return slab_memory(abq_layout(s), s.m, kAbqMoreRows, nullptr).bytes;
 }
 
 constexpr Op kOp = {"ABQGemm",

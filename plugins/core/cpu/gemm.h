@@ -11,7 +11,10 @@
 //   add_group(group, n0, tokens, m0, count, sums, code_sums, outputs)
 //                                            outputs[m] = what the scale of token m0 + m multiplies,
 //                                            added up group by group
-//   kFewTokens, few(...)                     most tokens that a kernel of its own takes, and that
+//   kMoreRows                      of the workspace, for its own use
+//   kFewTokens, takes_few(), few(slab, m, to, parallel)
+//                                  most tokens that a kernel of its own takes, whether it takes these
+//                                  weights, and the kernel
 #pragma once
 #include "core/cpu/dot.h"
 #include "core/cpu/parallel.h"
@@ -36,14 +39,14 @@ struct Carver {
   }
 };
 
-// Tokens of a slab of a call with m tokens, and `few` rows in an order of the kernel's own.
+// Tokens of a slab of a call with m tokens, and rows of the same length for a kernel's own use.
 struct SlabMemory {
   Tokens tokens;
-  int8_t* ordered;  // [few, row_bytes]
+  int8_t* ordered;  // [more, row_bytes]
   size_t bytes;
 };
 
-ANYBIT_INLINE SlabMemory slab_memory(const TokenLayout& layout, int64_t m, int few, void* memory) {
+ANYBIT_INLINE SlabMemory slab_memory(const TokenLayout& layout, int64_t m, int more, void* memory) {
   Carver carver{static_cast<char*>(memory)};
   const int64_t rows = smaller(m > 1 ? m : 1, kSlab);
   SlabMemory slab;
@@ -52,7 +55,7 @@ ANYBIT_INLINE SlabMemory slab_memory(const TokenLayout& layout, int64_t m, int f
   slab.tokens.zero = carver.take<int32_t>(rows);
   slab.tokens.sums = carver.take<int32_t>(rows * layout.n_groups);
   slab.tokens.codes = carver.take<int8_t>(rows * layout.row_bytes);
-  slab.ordered = carver.take<int8_t>(few * layout.row_bytes);
+  slab.ordered = carver.take<int8_t>(more * layout.row_bytes);
   slab.bytes = carver.used;
   return slab;
 }
@@ -176,7 +179,7 @@ ANYBIT_INLINE void for_tokens(int64_t m, int64_t k, const Parallel& parallel, co
 template <class T, class Kernel>
 inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuffers& b,
                          const Parallel& parallel) {
-  const SlabMemory slab = slab_memory(kernel.layout, s.m, Kernel::kFewTokens, b.workspace);
+  const SlabMemory slab = slab_memory(kernel.layout, s.m, Kernel::kMoreRows, b.workspace);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
   for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
     for_tokens(m, s.k, parallel, [&](int64_t i) {

@@ -2,7 +2,7 @@
 // once for each instruction set.
 #pragma once
 #include "qqq_gemm/cpu/layout.h"
-#if 0 && defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
 #include "qqq_gemm/cpu/few_avx512.h"
 #endif
 
@@ -112,9 +112,10 @@ struct QqqKernel {
     }
   }
 
-#if 0 && defined(__AVX512VNNI__)
+  static constexpr int kMoreRows = 0;
+#if defined(__AVX512VNNI__)
   static constexpr int kFewTokens = kQqqFewTokens;
-  ANYBIT_INLINE bool takes_few() const { return qqq_takes_few(*this); }
+  ANYBIT_INLINE bool takes_few() const { return true; }
   template <class T>
   ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
                          const Parallel& parallel) const {

@@ -25,7 +25,7 @@ bool has_inputs(const GemmShape& s, const GemmBuffers& b) {
 
 size_t workspace(const GemmShape& s) {
   using namespace portable;
-  return slab_memory(qqq_layout(s), s.m, kQqqFewTokens, nullptr).bytes;
+  return slab_memory(qqq_layout(s), s.m, 0, nullptr).bytes;
 }
 
 constexpr Op kOp = {"QQQGemm",
