@@ -1,4 +1,4 @@
-"""Command line of the plugins package: python -m plugins build | sim | sass | selftest."""
+"""Command line of the plugins package: python -m plugins build | cpu | sim | sass | selftest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugins import library_ops
 from plugins.cli import Parser, add_version, program, run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError
 from plugins.text import printable
-from plugins.tools.build import build_library, build_selftest, build_sim
+from plugins.tools.build import build_library, build_onnxruntime, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
 
 __all__ = ["main"]
@@ -28,10 +28,13 @@ def _main(arguments: list[str] | None) -> int:
     )
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="the TensorRT plugin library, with nvcc")
+    build = commands.add_parser(
+        "build", help="the libraries for TensorRT, with nvcc, and for ONNX Runtime"
+    )
     build.add_argument(
         "--arch", default="all", help='"all" or compute capabilities such as "80;90" (default: all)'
     )
+    commands.add_parser("cpu", help="the library for ONNX Runtime alone, with g++")
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
     sass = commands.add_parser(
         "sass",
@@ -56,7 +59,9 @@ def _main(arguments: list[str] | None) -> int:
         return _selftest(options)
     if options.command == "sass":
         return _inspect(options.library or build_library())
-    print(build_library(options.arch) if options.command == "build" else build_sim())
+    if options.command == "build":
+        print(build_library(options.arch))
+    print(build_sim() if options.command == "sim" else build_onnxruntime())
     return 0
 
 
