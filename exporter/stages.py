@@ -8,7 +8,6 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,11 +93,14 @@ class ExportRequest:
     budget: float | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What makes an OUT folder belong to this request: another model or setting needs another
-        folder.
+        """What makes an OUT folder belong to this request, as it was asked for: another model or
+        setting needs another folder.
         """
+        return {"model": self.model, **self.quantization()}
+
+    def quantization(self) -> dict[str, Any]:
+        """The settings in it."""
         return {
-            "model": self.model,
             "scheme": self.schemes.as_dict(),
             "budget": self.budget,
             **self.settings.as_dict(),
@@ -178,7 +180,7 @@ class QuantStage(Stage):
         """The model's files, the settings and the text."""
         return [
             self.checkpoint.stamp(),
-            self.request.identity(),
+            self.request.quantization() | {"calib": ""},  # its content follows
             self.schemes.as_dict(),
             text_digest(self.request.settings.calib),
             self.request.format,
@@ -245,9 +247,15 @@ class EngineStage(Stage):
     name = ENGINE
     code = ("exporter/engine",)
 
-    def __init__(self, *common: Any, edition: Edition | None, missing: str = "") -> None:
+    def __init__(
+        self,
+        *common: Any,
+        edition: Edition | None,
+        library: Path | None = None,
+        missing: str = "",
+    ) -> None:
         super().__init__(*common)
-        self.edition, self.missing = edition, missing
+        self.edition, self.library, self.missing = edition, library, missing
 
     def skipped(self) -> str:
         """Without an edition."""
@@ -271,19 +279,13 @@ class EngineStage(Stage):
             max_seq=self.request.max_seq,
         )
 
-    @cached_property
-    def _library(self) -> Path:
-        from plugins.tools.build import build_library
-
-        return build_library(say=lambda text: self.progress.message(f"{ENGINE}: {text}"))
-
     def inputs(self) -> Any:
         """The edition, its options, the plugin library, and the GPU where engines depend on it."""
         from exporter.engine.edition import gpu_capabilities
 
-        assert self.edition is not None
+        assert self.edition is not None and self.library is not None
         gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []
-        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self._library)]
+        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self.library)]
 
     def needed_bytes(self) -> int:
         """The engine, and room for what it is built from."""
@@ -294,9 +296,10 @@ class EngineStage(Stage):
         from exporter.engine.build import build_engine
         from exporter.engine.limits import engine_limits
 
+        assert self.library is not None
         source = self.out / ONNX
         record = build_engine(
-            source / MODEL_FILE, self._library, folder, self._options(), self.progress
+            source / MODEL_FILE, self.library, folder, self._options(), self.progress
         )
         description = open_stage(self.out, ONNX, "the engine").description()
         copy_files(source, description.tokenizer, folder)

@@ -4,6 +4,8 @@ do.
 
 from __future__ import annotations
 
+from plugins.text import printable
+
 __all__ = [
     "CheckError",
     "EXIT_CHECK",
@@ -27,18 +29,21 @@ class UserError(Exception):
         where: the op, layer, tensor, file or option concerned.
         problem: what was got against what was expected, with values.
         fix: what the user can do about it.
+        output: what another program said, shown below in its own lines.
+
+    Names in all of them may come from anywhere: control characters are escaped.
     """
 
     exit_code = EXIT_OTHER
 
-    def __init__(self, where: str, problem: str, fix: str) -> None:
-        super().__init__(f"{where}: {problem}. {fix}.")
-        self.where = where
-        self.problem = problem
-        self.fix = fix
+    def __init__(self, where: str, problem: str, fix: str, output: str = "") -> None:
+        self.where, self.problem, self.fix = map(printable, (where, problem, fix))
+        self.output = printable(output, keep="\n\t")
+        below = f"\n{self.output}" if output else ""
+        super().__init__(f"{self.where}: {self.problem}. {self.fix}.{below}")
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
-        return type(self), (self.where, self.problem, self.fix)
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, str]]:
+        return type(self), (self.where, self.problem, self.fix, self.output)
 
 
 class InputError(UserError):

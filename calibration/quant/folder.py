@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
+from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
 from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.families import Decoder, Family, UnsupportedError, family
@@ -146,7 +147,7 @@ class QuantModel:
         except (KeyError, TypeError, ValueError, UnsupportedError) as error:
             raise InputError(
                 f"{self.path / QUANT_JSON}, config",
-                f"got fields that no {self.family.name} decoder has ({error})",
+                f"got fields that no {self.family.name} decoder has ({reason(error)})",
                 _AGAIN,
             ) from None
 

@@ -4,6 +4,7 @@ and every 16-bit rounding in its place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,8 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
         InputError: the files are missing or ONNX Runtime refuses them (when the runner is
             activated).
     """
+    # Before the first import, for those who use this without a command line (plugins/cli.py).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     model = load_model(folder, marked)
