@@ -76,7 +76,7 @@ class Pipeline:
         self.manifest = self._open_manifest()
         context = int(self.checkpoint.config.max_position_embeddings)
         self.request = within_context(request, context, progress)
-        if text is not None:
+        if text is not None and REPORT in self.wanted:
             seqlen, vocab = eval_seqlen(self.request.max_seq), self.checkpoint.decoder.vocab
             text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
         check_scheme(self.checkpoint, request.schemes, request.format)
