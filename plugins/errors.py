@@ -4,7 +4,7 @@ do.
 
 from __future__ import annotations
 
-from plugins.text import printable
+from plugins.text import printable, shown
 
 __all__ = [
     "CheckError",
@@ -21,6 +21,8 @@ EXIT_INPUT = 2
 EXIT_CHECK = 3
 EXIT_INTERRUPT = 130
 
+_LONGEST = 1500  # characters of a part
+
 
 class UserError(Exception):
     """An error with three parts; printed without a traceback by every command line.
@@ -31,13 +33,16 @@ class UserError(Exception):
         fix: what the user can do about it.
         output: what another program said, shown below in its own lines.
 
-    Names in all of them may come from anywhere: control characters are escaped.
+    Names in all of them may come from anywhere: control characters are escaped, and the middle of
+    a very long part is left out.
     """
 
     exit_code = EXIT_OTHER
 
     def __init__(self, where: str, problem: str, fix: str, output: str = "") -> None:
-        self.where, self.problem, self.fix = map(printable, (where, problem, fix))
+        self.where, self.problem, self.fix = (
+            shown(printable(part), _LONGEST) for part in (where, problem, fix)
+        )
         self.output = printable(output, keep="\n\t")
         below = f"\n{self.output}" if output else ""
         super().__init__(f"{self.where}: {self.problem}. {self.fix}.{below}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["printable"]
+__all__ = ["printable", "shown"]
 
 # What a terminal obeys or what disarranges a line: C0 and C1 controls with DEL, marks and overrides
 # of the writing direction, line and paragraph separators, and halves of surrogate pairs, which stand
@@ -27,3 +27,9 @@ def printable(text: str, keep: str = "") -> str:
         ),
         text,
     )
+
+
+def shown(name: object, longest: int = 120) -> str:
+    """A name, or another value, as a message shows it: the middle of a very long one is left out."""
+    text, half = str(name), longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from calibration.checkpoints.foreign import quiet_transformers, reason, shown
+from calibration.checkpoints.foreign import quiet_transformers, reason
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
 from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
@@ -32,6 +32,7 @@ from calibration.families import (
 from calibration.out.fingerprint import file_stamps
 from calibration.out.json_file import checked
 from plugins.errors import InputError
+from plugins.text import shown
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,5 @@
-"""What the readers of other people's files have in common: is it a file at all, and names and
-reasons that fit a message.
+"""What the readers of other people's files have in common: is it a file at all, and reasons that fit
+a message.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plugins.errors import InputError
+from plugins.text import shown
 
-__all__ = ["check_regular", "quiet_transformers", "reason", "shown"]
+__all__ = ["check_regular", "quiet_transformers", "reason"]
 
-_LONGEST_NAME, _LONGEST_REASON = 120, 200  # characters
-
-
-def shown(name: object, longest: int = _LONGEST_NAME) -> str:
-    """A name, or another value, as a message shows it: the middle of a very long one is left out."""
-    text, half = str(name), longest // 2
-    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+_LONGEST_REASON = 200  # characters
 
 
 def reason(error: Exception) -> str:

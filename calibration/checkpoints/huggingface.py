@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from calibration.checkpoints.foreign import check_regular, reason, shown
+from calibration.checkpoints.foreign import check_regular, reason
 from calibration.checkpoints.safetensors import read_header, read_tensor
 from calibration.out.json_file import read_json
 from plugins.errors import InputError
+from plugins.text import shown
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from calibration.checkpoints.foreign import check_regular, shown
+from calibration.checkpoints.foreign import check_regular
 from calibration.out.json_file import Count, checked
 from plugins.errors import InputError
+from plugins.text import shown
 
 __all__ = [
     "SafetensorsWriter",

@@ -12,9 +12,9 @@ from itertools import islice
 
 import numpy as np
 
-from calibration.checkpoints.foreign import shown
 from calibration.families import Decoder
 from plugins.errors import InputError
+from plugins.text import shown
 
 __all__ = ["Names", "check_finite", "match_tensors", "same_numbers"]
 

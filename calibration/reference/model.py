@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibration.checkpoints.foreign import quiet_transformers, reason, shown
+from calibration.checkpoints.foreign import quiet_transformers, reason
 from calibration.checkpoints.tensor_checks import same_numbers
 from calibration.families.decoder import Block
 from calibration.quant.scheme import FLOAT_BITS
@@ -24,6 +24,7 @@ from calibration.reference.fake_quant import (
 )
 from calibration.reference.steps import Context, Plain, Rope, Rounded, run, visible
 from plugins.errors import CheckError, InputError
+from plugins.text import shown
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint

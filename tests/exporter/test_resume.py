@@ -327,10 +327,11 @@ def test_a_library_that_cannot_be_made_is_told_before_any_work(
         raise InputError("libanybit_plugins.so", "got no folder that can be written", "Set one")
 
     monkeypatch.setattr("plugins.tools.build.build_library", refuse)
-    code, _, err = run(tmp_path / "out", *WHOLE, model=world.model)
+    whole = (*WHOLE, "--max-seq", "64")
+    code, _, err = run(tmp_path / "out", *whole, model=world.model)
     assert (code, err) == (2, "libanybit_plugins.so: got no folder that can be written. Set one.\n")
     assert not (tmp_path / "out").exists()
-    assert run(tmp_path / "out", *WHOLE, "--engine", "none", model=world.model)[0] == 0
+    assert run(tmp_path / "out", *whole, "--engine", "none", model=world.model)[0] == 0
 
 
 def test_stages_that_follow_a_new_one_are_gone(

@@ -6,7 +6,7 @@ import pickle
 import sys
 import unicodedata
 
-from plugins.errors import InputError
+from plugins.errors import InputError, UserError
 from plugins.text import printable
 
 OBEYED = "\x1b]0;title\x07\r\x9b31m\u202e\u2066\u2028\x85\x7f"
@@ -40,3 +40,8 @@ def test_an_error_shows_names_in_one_line_and_a_programs_output_in_its_own() -> 
         "ten\\x1b[2Jsor\\n: got \\u202ename, expected b. Do \\x9bc.\none\ntwo\\x1b\n"
     )
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_very_long_part_of_an_error_loses_its_middle() -> None:
+    error = UserError("a" * 5000, "got b", "Do c", output="d" * 5000)
+    assert str(error) == f"{'a' * 750} ... {'a' * 750}: got b. Do c.\n{'d' * 5000}"
