@@ -57,7 +57,7 @@ class Pipeline:
         from calibration.checkpoints.checkpoint import open_checkpoint
         from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
-        from exporter.proof.perplexity import check_text
+        from exporter.proof.perplexity import check_text, eval_seqlen, text_windows
 
         self.request = request
         self.progress = progress
@@ -76,6 +76,9 @@ class Pipeline:
         self.manifest = self._open_manifest()
         context = int(self.checkpoint.config.max_position_embeddings)
         self.request = within_context(request, context, progress)
+        if text is not None and REPORT in self.wanted:
+            seqlen, vocab = eval_seqlen(self.request.max_seq), self.checkpoint.decoder.vocab
+            text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
         self.budget = self._budget()

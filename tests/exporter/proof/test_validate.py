@@ -207,7 +207,7 @@ def test_an_engine_with_a_gpu_is_compared(
     )
 
 
-@pytest.mark.parametrize("content", [b"Too short.", b"not UTF-8: \xff\xfe"])
+@pytest.mark.parametrize("content", [b"Too short.", b"not UTF-8: \xff" + b" word" * 40])
 def test_a_text_that_calibration_takes_is_repeated(
     tiny_export: Callable[..., Path], tmp_path: Path, content: bytes
 ) -> None:
