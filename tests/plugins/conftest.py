@@ -24,9 +24,7 @@ def _runner(kind: str) -> Iterator[KernelRunner]:
     runner.set_device(90, 4)
 
 
-@pytest.fixture(
-    scope="module", params=["sim", "cuda", *(f"cpu-{isa}" for isa in INSTRUCTION_SETS)]
-)
+@pytest.fixture(scope="module", params=["sim", "cuda", *(f"cpu-{isa}" for isa in INSTRUCTION_SETS)])
 def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
     """The kernels in the simulation, natively on this CPU with each of its instruction sets and,
     where there is one, on a GPU; a test may choose the simulated GPU.

@@ -163,7 +163,9 @@ def test_bad_rows_are_nan_and_alone(runner: KernelRunner, bad: float) -> None:
             assert np.isnan(y).all(axis=1).tolist() == [False, True, False, False]
 
 
-def test_workspace_has_room_for_the_norm_of_the_simple_kernel_only(gpu_runner: KernelRunner) -> None:
+def test_workspace_has_room_for_the_norm_of_the_simple_kernel_only(
+    gpu_runner: KernelRunner,
+) -> None:
     for op, attrs in (
         ("ABQGemm", abq(64, 1024)),
         ("ABQGemm", abq(64, 1024, a=16)),

@@ -147,7 +147,9 @@ def changed(case: Case, name: str, change: Any) -> onnx.ModelProto:
     model = model_of([case], F32)
     for tensor in model.graph.initializer:
         if tensor.name == f"gemm0.{name}":
-            tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(change(numpy_helper.to_array(tensor)), tensor.name)
+            )
     return model
 
 

@@ -30,11 +30,11 @@ ORDERS = pytest.mark.parametrize(
     "kind", [NATURAL, SLOTS, PLANES, FLOATS], ids=["natural", "slots", "planes", "floats"]
 )
 
+
 @pytest.fixture(scope="module")
 def runner(gpu_runner: KernelRunner) -> KernelRunner:
     """These are tests of the CUDA kernels alone."""
     return gpu_runner
-
 
 
 def case_of(kind: int, k: int, **changes: Any) -> Case:

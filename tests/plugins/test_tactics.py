@@ -35,11 +35,11 @@ pytestmark = pytest.mark.slow  # a minute as a whole
 WGMMA = {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 
+
 @pytest.fixture(scope="module")
 def runner(gpu_runner: KernelRunner) -> KernelRunner:
     """These are tests of the CUDA kernels alone."""
     return gpu_runner
-
 
 
 def has_wgmma(runner: KernelRunner) -> bool:
