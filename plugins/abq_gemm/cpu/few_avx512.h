@@ -8,15 +8,15 @@
 // a lane of 128 bits, so that lane L has codes 128 L to 128 L + 127, the first 64 in vectors 0 to 3
 // and the others in 4 to 7.
 #pragma once
-#include "abq_gemm/cpu/layout.h"
+#include "abq_gemm/cpu/weights.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kAbqSpan = 512;       // codes of 64 bytes of each plane
-constexpr int kAbqVectors = 8;      // of codes, in a span
+constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
+constexpr int kAbqVectors = 8;  // of codes, in a span
 constexpr int kAbqRowsTogether = 4;
-constexpr int kAbqMostSums = 640;   // groups times operands: 80 KB of the stack
+constexpr int kAbqMostSums = 640;  // groups times operands: 80 KB of the stack
 
 // A token's codes in the order in which the planes' codes come out.
 //
@@ -37,8 +37,7 @@ inline void abq_order(const int8_t* codes, int64_t bytes, int planes, int8_t* or
   }
 }
 
-// Codes of a span, times 4^f or 16^f. `planes` is 2, 4 or 8; planes that there are not have an empty
-// mask.
+// Codes of a span, times 4^f or 16^f. `planes` is 2, 4 or 8; planes that there are not are 0.
 template <int kPlanes>
 ANYBIT_INLINE void abq_codes(const __m512i* plane, __m512i* codes) {
   const __m512i transpose = _mm512_set1_epi64(0x8040201008040201LL);
@@ -71,10 +70,10 @@ ANYBIT_INLINE void abq_codes(const __m512i* plane, __m512i* codes) {
     }
     for (int i = 0; i < 4; ++i) {
       const __m512i* pair = pairs[i / 2];
-      const __m512i high = i % 2 ? _mm512_unpackhi_epi16(pair[0], pair[1])
-                                 : _mm512_unpacklo_epi16(pair[0], pair[1]);
-      const __m512i low = i % 2 ? _mm512_unpackhi_epi16(pair[2], pair[3])
-                                : _mm512_unpacklo_epi16(pair[2], pair[3]);
+      const __m512i high =
+          i % 2 ? _mm512_unpackhi_epi16(pair[0], pair[1]) : _mm512_unpacklo_epi16(pair[0], pair[1]);
+      const __m512i low =
+          i % 2 ? _mm512_unpackhi_epi16(pair[2], pair[3]) : _mm512_unpacklo_epi16(pair[2], pair[3]);
       codes[2 * i] = turned(_mm512_unpacklo_epi32(high, low));
       codes[2 * i + 1] = turned(_mm512_unpackhi_epi32(high, low));
     }
@@ -103,35 +102,44 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
     rows[r] = w.words + smaller(n + r, w.n - 1) * w.row_bytes;
   __m512i totals[kOperands][kSets][kAbqRowsTogether];
   const bool whole_row = w.n_groups == 1;
-  // The sums of 4 rows as one vector, a lane of which has a row in each element.
-  const auto flush = [&](int64_t span) {
+  int64_t group = 0, position = 0;  // of the next sums, position in the group
+  // The sums of 4 rows as one vector, a lane of which has a row in each element, to their groups.
+  const auto flush = [&] {
+    alignas(64) __m128i added[kOperands][kSets][4];
     for (int i = 0; i < kOperands; ++i) {
       for (int set = 0; set < kSets; ++set) {
         const __m512i* t = totals[i][set];
-        const __m512i left = _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]),
-                                              _mm512_unpackhi_epi32(t[0], t[1]));
-        const __m512i right = _mm512_add_epi32(_mm512_unpacklo_epi32(t[2], t[3]),
-                                               _mm512_unpackhi_epi32(t[2], t[3]));
-        alignas(64) __m128i lanes[4];
-        _mm512_store_si512(lanes, _mm512_add_epi32(_mm512_unpacklo_epi64(left, right),
-                                                   _mm512_unpackhi_epi64(left, right)));
-        for (int lane = 0; lane < 4; ++lane) {
-          const int64_t position = span + 128 * lane + 64 * set;
-          const int64_t group = whole_row ? 0 : position / w.group_bytes;
-          if (group >= w.n_groups) break;
+        const __m512i left =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
+        const __m512i right =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
+        _mm512_store_si512(added[i][set], _mm512_add_epi32(_mm512_unpacklo_epi64(left, right),
+                                                           _mm512_unpackhi_epi64(left, right)));
+      }
+    }
+    for (int lane = 0; lane < 4 && group < w.n_groups; ++lane) {
+      for (int set = 0; set < kSets && group < w.n_groups; ++set) {
+        for (int i = 0; i < kOperands; ++i) {
           __m128i* to = reinterpret_cast<__m128i*>(sums[group * kOperands + i] + column);
-          _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), lanes[lane]));
+          _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), added[i][set][lane]));
         }
+        position += whole_row ? 0 : 128 / kSets;
+        if (position < w.group_bytes) continue;
+        position = 0;
+        ++group;
       }
     }
   };
-  const auto row_span = [&](int r, int64_t first, __m512i (&fields)[kOperands][kSets][kFields]) {
+  const auto row_span = [&](int r, int64_t first, __m512i(&fields)[kOperands][kSets][kFields]) {
     const int64_t left = w.row_bytes - first;
     const __mmask16 all = left >= 64 ? __mmask16(0xffff) : __mmask16((1 << left / 4) - 1);
     __m512i plane[kPlanes], codes[kAbqVectors];
+    const char* ahead = reinterpret_cast<const char*>(rows[r] + kAbqRowsTogether * w.row_bytes);
     for (int j = 0; j < kPlanes; ++j)
-      plane[j] = _mm512_maskz_loadu_epi32(j < w.planes ? all : __mmask16(0),
-                                          rows[r] + first + j * w.plane_bytes);
+      if (j < w.planes) _mm_prefetch(ahead + first + j * w.plane_bytes, _MM_HINT_T0);
+    for (int j = 0; j < kPlanes; ++j)
+      plane[j] = j < w.planes ? _mm512_maskz_loadu_epi32(all, rows[r] + first + j * w.plane_bytes)
+                              : _mm512_setzero_si512();
     abq_codes<kPlanes>(plane, codes);
     for (int i = 0; i < kOperands; ++i) {
       const int8_t* operand = w.operands + i * w.operand_bytes + 8 * first;
@@ -141,7 +149,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       }
     }
   };
-  const auto close = [&](int r, const __m512i (&fields)[kOperands][kSets][kFields]) {
+  const auto close = [&](int r, const __m512i(&fields)[kOperands][kSets][kFields]) {
     for (int i = 0; i < kOperands; ++i) {
       for (int set = 0; set < kSets; ++set) {
         __m512i total = fields[i][set][0];
@@ -157,7 +165,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       for (int64_t first = 0; first < w.row_bytes; first += 64) row_span(r, first, fields);
       close(r, fields);
     }
-    flush(0);
+    flush();
     return;
   }
   for (int64_t first = 0; first < w.row_bytes; first += 64) {
@@ -166,7 +174,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       row_span(r, first, fields);
       close(r, fields);
     }
-    flush(8 * first);
+    flush();
   }
 }
 
@@ -198,6 +206,28 @@ ANYBIT_INLINE bool abq_takes_few(const Kernel& kernel) {
   return layout.n_groups == 1 || layout.group_bytes % 128 == 0 || layout.group_bytes == 64;
 }
 
+constexpr int kAbqGroupsTogether = 4;
+
+// abq_terms() of 4 groups: rows of 4 scales and 4 zero points are transposed.
+inline void abq_terms_of_four(const AbqWeights& w, int64_t n_groups, int64_t group, int64_t n0,
+                              AbqGroupTerms* terms) {
+  for (int i = 0; i < kPanelRows; i += 4) {
+    __m128 scale[4], zero[4];
+    for (int r = 0; r < 4; ++r) {
+      const int64_t at = smaller(n0 + i + r, w.n - 1) * n_groups + group;
+      scale[r] = _mm_loadu_ps(w.scale + at);
+      zero[r] = _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + at)));
+    }
+    _MM_TRANSPOSE4_PS(scale[0], scale[1], scale[2], scale[3]);
+    _MM_TRANSPOSE4_PS(zero[0], zero[1], zero[2], zero[3]);
+    for (int g = 0; g < kAbqGroupsTogether; ++g) {
+      _mm_store_ps(terms[g].scale + i, scale[g]);
+      _mm_store_si128(reinterpret_cast<__m128i*>(terms[g].zero + i), _mm_castps_si128(zero[g]));
+    }
+  }
+  for (int g = 0; g < kAbqGroupsTogether; ++g) terms[g].set_largest_zero();
+}
+
 template <class Kernel, class T>
 inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const Destination<T>& to,
                     const Parallel& parallel) {
@@ -207,24 +237,47 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
   const int operands = m + (kernel.needs_code_sums ? 1 : 0);
   const int64_t spans = layout.row_bytes / kAbqSpan * kAbqSpan;
   for (int i = 0; i < m; ++i)
-    abq_order(tokens.codes + i * layout.row_bytes, spans, planes <= 2 ? 2 : planes <= 4 ? 4 : 8,
+    abq_order(tokens.codes + i * layout.row_bytes, spans,
+              planes <= 2   ? 2
+              : planes <= 4 ? 4
+                            : 8,
               slab.ordered + i * layout.row_bytes);
   if (kernel.needs_code_sums)
     std::memset(slab.ordered + m * layout.row_bytes, 1, size_t(layout.row_bytes));
   const int64_t row_bytes = 4 * kernel.weights.row_words;
-  const AbqRows rows = {kernel.weights.words, to.n,         row_bytes,
-                        to.n * row_bytes,     planes,       slab.ordered,
-                        layout.row_bytes,     layout.n_groups, layout.group_bytes};
+  const AbqRows rows = {kernel.weights.words,
+                        to.n,
+                        row_bytes,
+                        to.n * row_bytes,
+                        planes,
+                        slab.ordered,
+                        layout.row_bytes,
+                        layout.n_groups,
+                        layout.group_bytes};
   for_blocks(1, to.n, kernel.weight_bytes, parallel, [&](int64_t, int, int64_t n0) {
     alignas(64) Sums sums[kAbqMostSums];
     alignas(64) Outputs outputs[kAbqFewTokens];
     std::memset(sums, 0, sizeof(Sums) * size_t(layout.n_groups * operands));
     const int columns = int(smaller<int64_t>(kPanelRows, to.n - n0));
+    // wanted at the end
+    const int64_t first_term = n0 * layout.n_groups, last_term = (n0 + columns) * layout.n_groups;
+    for (int64_t term = first_term; term < last_term; term += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(kernel.weights.scale + term), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(kernel.weights.zero + term), _MM_HINT_T0);
+    }
     for (int column = 0; column < columns; column += kAbqRowsTogether)
       with_count<kAbqFewTokens + 1>(operands, AbqRowsCall{rows, n0 + column, sums, column});
+    AbqGroupTerms terms[kAbqGroupsTogether];
     for (int64_t group = 0; group < layout.n_groups; ++group) {
-      Sums* of_group = sums + group * operands;
-      kernel.add_group(group, n0, tokens, 0, m, of_group, of_group[operands - 1], outputs);
+      const int64_t in_four = group % kAbqGroupsTogether;
+      if (group - in_four + kAbqGroupsTogether > layout.n_groups) {
+        abq_terms(kernel.weights, layout.n_groups, group, n0, terms[in_four]);
+      } else if (in_four == 0) {
+        abq_terms_of_four(kernel.weights, layout.n_groups, group, n0, terms);
+      }
+      const Sums* of_group = sums + group * operands;
+      kernel.add_terms(terms[in_four], group, tokens, 0, m, of_group, of_group[operands - 1],
+                       outputs);
     }
     to.write(outputs, 0, m, n0);
   });

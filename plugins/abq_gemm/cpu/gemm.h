@@ -1,25 +1,13 @@
 // ABQGemm on a CPU: codes from bit planes, inner products, zero points, scales. Compiled once for
 // each instruction set.
 #pragma once
-#include "abq_gemm/cpu/layout.h"
+#include "abq_gemm/cpu/weights.h"
 #if defined(__AVX512VNNI__)
 #include "abq_gemm/cpu/few_avx512.h"
 #endif
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
-
-struct AbqWeights {
-  int64_t n, group_words, row_words;
-  int planes;
-  const uint8_t* words;  // uint32 [planes, n, row_words]
-  const float* scale;    // [n, n_groups]
-  const int32_t* zero;   // [n, n_groups]
-
-  ANYBIT_INLINE const uint8_t* row(int plane, int64_t channel) const {
-    return words + 4 * ((plane * n + channel) * row_words);
-  }
-};
 
 // A panel of 4 * steps elements from word `word` of a row on; channels beyond the last repeat it.
 inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps, uint8_t* panel) {
@@ -61,24 +49,6 @@ inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps,
   }
 }
 
-struct AbqGroupTerms {
-  alignas(64) float scale[kPanelRows];
-  alignas(64) int32_t zero[kPanelRows];
-  int64_t largest_zero;
-};
-
-ANYBIT_INLINE void abq_terms(const AbqWeights& w, int64_t n_groups, int64_t group, int64_t n0,
-                             AbqGroupTerms& terms) {
-  terms.largest_zero = 0;
-  for (int i = 0; i < kPanelRows; ++i) {
-    const int64_t at = smaller(n0 + i, w.n - 1) * n_groups + group;
-    terms.scale[i] = w.scale[at];
-    terms.zero[i] = w.zero[at];
-    const int64_t magnitude = w.zero[at] < 0 ? -int64_t{w.zero[at]} : w.zero[at];
-    terms.largest_zero = magnitude > terms.largest_zero ? magnitude : terms.largest_zero;
-  }
-}
-
 struct AbqKernel {
   TokenLayout layout;
   int largest;
@@ -106,21 +76,24 @@ struct AbqKernel {
   }
 
   // outputs += float(D) * scale, D = P - zero A - z Q + L z zero.
-  ANYBIT_INLINE void add_terms(const AbqGroupTerms& terms, bool first, int32_t a, int32_t z,
-                               const int32_t* sums, const int32_t* code_sums,
-                               float* outputs) const {
-    alignas(64) float d[kPanelRows];
-    if (terms.largest_zero <= zero_limit) {
-      const int32_t by_zero = int32_t(layout.group_len) * z - a;
+  ANYBIT_INLINE void add_terms(const AbqGroupTerms& terms, int64_t group, const Tokens& tokens,
+                               int64_t m0, int count, const Sums* sums, const Sums& code_sums,
+                               Outputs* outputs) const {
+    for (int m = 0; m < count; ++m) {
+      const int32_t a = tokens.sums[(m0 + m) * layout.n_groups + group], z = tokens.zero[m0 + m];
+      alignas(64) float d[kPanelRows];
+      if (terms.largest_zero <= zero_limit) {
+        const int32_t by_zero = int32_t(layout.group_len) * z - a;
+        for (int i = 0; i < kPanelRows; ++i)
+          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - z * code_sums[i]);
+      } else {
+        const int64_t by_zero = layout.group_len * z - a;
+        for (int i = 0; i < kPanelRows; ++i)
+          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i]);
+      }
       for (int i = 0; i < kPanelRows; ++i)
-        d[i] = float(sums[i] + by_zero * terms.zero[i] - z * code_sums[i]);
-    } else {
-      const int64_t by_zero = layout.group_len * z - a;
-      for (int i = 0; i < kPanelRows; ++i)
-        d[i] = float(sums[i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i]);
+        outputs[m][i] = (group == 0 ? 0.0f : outputs[m][i]) + d[i] * terms.scale[i];
     }
-    for (int i = 0; i < kPanelRows; ++i)
-      outputs[i] = (first ? 0.0f : outputs[i]) + d[i] * terms.scale[i];
   }
 
   ANYBIT_INLINE void add_group(int64_t group, int64_t n0, const Tokens& tokens, int64_t m0,
@@ -128,9 +101,7 @@ struct AbqKernel {
                                Outputs* outputs) const {
     AbqGroupTerms terms;
     abq_terms(weights, layout.n_groups, group, n0, terms);
-    for (int m = 0; m < count; ++m)
-      add_terms(terms, group == 0, tokens.sums[(m0 + m) * layout.n_groups + group],
-                tokens.zero[m0 + m], sums[m], code_sums, outputs[m]);
+    add_terms(terms, group, tokens, m0, count, sums, code_sums, outputs);
   }
 
   static constexpr int kMoreRows = kAbqMoreRows;

@@ -5,9 +5,9 @@
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kAbqWeightOnly = 16;  // abits: activations stay floating point
-constexpr int kAbqWord = 32;        // codes
-constexpr int kAbqFewTokens = 4;    // for which weights are not unpacked into panels
+constexpr int kAbqWeightOnly = 16;               // abits: activations stay floating point
+constexpr int kAbqWord = 32;                     // codes
+constexpr int kAbqFewTokens = 4;                 // for which weights are not unpacked into panels
 constexpr int kAbqMoreRows = kAbqFewTokens + 1;  // those in another order, and ones
 
 ANYBIT_INLINE TokenLayout abq_layout(const GemmShape& s) {

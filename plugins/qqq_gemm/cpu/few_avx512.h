@@ -6,33 +6,34 @@
 // (b = 0) and 16 j + i + 8 (b = 1). A token's 16 codes are therefore spread to 4 equal elements a
 // lane, and the lanes of the sums are added at the end.
 //
-// Rows are walked in chunks: of one block all the way down, every 512 bytes would be in another page.
+// Four rows of many blocks are walked before the next four: of one block all the way down, every 512
+// bytes would be in another page.
 #pragma once
 #include "qqq_gemm/cpu/layout.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kQqqVectors = 8;      // of a block's packed row
-constexpr int kQqqMostRows = 8;     // of a chunk: those of a group, else 4
+constexpr int kQqqVectors = 8;  // of a block's packed row
+constexpr int kQqqRowsTogether = 4;
 constexpr int kQqqMostBlocks = 32;  // whose sums, 1 KB for each token, stay in the cache
+constexpr int kQqqAhead = 2 * kQqqBlockBytes;
 
 // Sums of a block and a token by vector i and b.
 using QqqSums = __m512i[kQqqVectors][2];
+using QqqTables = __m512i[kQqqVectors][2];
 
 // The tables of int8 weights plus 128 by nibble, of one group and a block: bytes 16 j to 16 j + 15 of
 // tables[i][b] are those of output channel 16 j + 8 b + i.
 template <class Weights>
-ANYBIT_INLINE void qqq_tables(const Weights& w, int64_t group, int64_t block,
-                              __m512i (&tables)[kQqqVectors][2]) {
+ANYBIT_INLINE void qqq_tables(const Weights& w, int64_t group, int64_t block, QqqTables& tables) {
   const int64_t n0 = block * kQqqBlock;
-  const __m512 codes =
-      _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   const __m512i least = _mm512_set1_epi32(-127);
   for (int j = 0; j < 4; ++j) {
     const int64_t left = w.n - n0 - 16 * j;
-    const __mmask16 mask = left >= 16 ? __mmask16(0xffff)
-                                      : __mmask16(left > 0 ? (1 << left) - 1 : 0);
+    const __mmask16 mask =
+        left >= 16 ? __mmask16(0xffff) : __mmask16(left > 0 ? (1 << left) - 1 : 0);
     alignas(64) float scale[16];
     _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(
                                mask, w.scale_group + group * w.n + n0 + 16 * j)));
@@ -52,8 +53,8 @@ ANYBIT_INLINE void qqq_tables(const Weights& w, int64_t group, int64_t block,
 // `rows` packed rows from row0 on, of one block, times kTokens tokens.
 template <int kTokens, bool kGrouped>
 inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int rows,
-                      const __m512i (&codes)[kQqqMostRows][kTokens],
-                      const __m512i (&tables)[kQqqVectors][2], QqqSums* sums) {
+                      const __m512i (*codes)[kTokens], const __m512i (&tables)[kQqqVectors][2],
+                      QqqSums* sums) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(char(0xf0));
   const __m512i bias = _mm512_set1_epi8(8), high_bias = _mm512_set1_epi8(char(0x80));
   // bits from which the nibbles of r = 0, 1, 2, 3 begin, in the order of a group's words
@@ -70,6 +71,8 @@ inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int rows,
     const uint8_t* from = words;
     for (int row = 0; row < rows; ++row, from += row_stride) {
       const __m512i w = _mm512_loadu_si512(from);
+      // The same row of a later block: the processor sees no stream in 512 bytes here and there.
+      _mm_prefetch(reinterpret_cast<const char*>(from + kQqqAhead), _MM_HINT_T0);
       __m512i weights[2];
       if constexpr (kGrouped) {
         for (int b = 0; b < 2; ++b) {
@@ -95,22 +98,24 @@ inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int rows,
 
 // The lanes of four vectors added: lane i is vector i's sum.
 ANYBIT_INLINE __m512i added_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44),
-                                      _mm512_shuffle_i32x4(a, b, 0xee));
-  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44),
-                                      _mm512_shuffle_i32x4(c, d, 0xee));
+  const __m512i ab =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+  const __m512i cd =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
 }
 
 // Sums of a block in the order of its 64 output channels.
 ANYBIT_INLINE void qqq_collect(const QqqSums& sums, bool grouped, int32_t* to) {
   __m512i added[2][2];  // [i / 4][b]: lane i % 4, element j
+  // Per channel b = 0 counts 16 times; all four lanes of that would not always fit.
+  const auto sum = [&](int i, int b) {
+    return b == 0 && !grouped ? _mm512_srai_epi32(sums[i][b], 4) : sums[i][b];
+  };
   for (int part = 0; part < 2; ++part) {
-    for (int b = 0; b < 2; ++b) {
-      added[part][b] = added_lanes(sums[4 * part][b], sums[4 * part + 1][b],
-                                   sums[4 * part + 2][b], sums[4 * part + 3][b]);
-      if (!grouped && b == 0) added[part][b] = _mm512_srai_epi32(added[part][b], 4);
-    }
+    for (int b = 0; b < 2; ++b)
+      added[part][b] = added_lanes(sum(4 * part, b), sum(4 * part + 1, b), sum(4 * part + 2, b),
+                                   sum(4 * part + 3, b));
   }
   const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   for (int j = 0; j < 4; ++j) {
@@ -138,34 +143,38 @@ struct QqqFewCall {
   inline void blocks() const {
     constexpr int kBlocks = kQqqMostBlocks / kTokens;
     for (int64_t block = first_block; block < last_block; block += kBlocks)
-      column<kTokens, kGrouped>(block, int(smaller<int64_t>(kBlocks, last_block - block)));
+      column<kTokens, kGrouped, kBlocks>(block, int(smaller<int64_t>(kBlocks, last_block - block)));
   }
 
   // All packed rows of up to kBlocks blocks.
-  template <int kTokens, bool kGrouped>
+  template <int kTokens, bool kGrouped, int kBlocks>
   ANYBIT_INLINE void column(int64_t block0, int count) const {
     const auto& w = kernel.weights;
     const int64_t rows = tokens.layout.group_bytes / kQqqRow;
-    const int per_chunk = kGrouped ? int(w.group_size) / kQqqRow : 4;
+    // as many rows as share tables, and of those as many as are walked together
+    const int64_t rows_of_table = kGrouped ? w.group_size / kQqqRow : rows;
     const int64_t row_stride = w.blocks * kQqqBlockBytes;
     const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     alignas(64) QqqSums sums[kQqqMostBlocks];
     std::memset(sums, 0, sizeof(QqqSums) * size_t(count * kTokens));
-    for (int64_t row0 = 0; row0 < rows; row0 += per_chunk) {
-      const int chunk = int(smaller<int64_t>(per_chunk, rows - row0));
-      __m512i codes[kQqqMostRows][kTokens], tables[kQqqVectors][2];
-      for (int row = 0; row < chunk; ++row) {
+    alignas(64) QqqTables tables[kGrouped ? kBlocks : 1];
+    for (int64_t row0 = 0, end; row0 < rows; row0 = end) {
+      end = row0 + smaller<int64_t>(kQqqRowsTogether, rows_of_table - row0 % rows_of_table);
+      __m512i codes[kQqqRowsTogether][kTokens];
+      for (int64_t row = row0; row < end; ++row) {
         for (int m = 0; m < kTokens; ++m) {
-          const int8_t* from = tokens.codes + m * tokens.layout.row_bytes + kQqqRow * (row0 + row);
-          codes[row][m] = _mm512_permutexvar_epi32(
-              spread, _mm512_castsi128_si512(
-                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+          const int8_t* from = tokens.codes + m * tokens.layout.row_bytes + kQqqRow * row;
+          codes[row - row0][m] = _mm512_permutexvar_epi32(
+              spread,
+              _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
         }
       }
       for (int block = 0; block < count; ++block) {
-        if constexpr (kGrouped) qqq_tables(w, row0 / per_chunk, block0 + block, tables);
-        qqq_chunk<kTokens, kGrouped>(w.at(row0, block0 + block), row_stride, chunk, codes, tables,
-                                     sums + block * kTokens);
+        QqqTables& of_block = tables[kGrouped ? block : 0];
+        if (kGrouped && row0 % rows_of_table == 0)
+          qqq_tables(w, row0 / rows_of_table, block0 + block, of_block);
+        qqq_chunk<kTokens, kGrouped>(w.at(row0, block0 + block), row_stride, int(end - row0), codes,
+                                     of_block, sums + block * kTokens);
       }
     }
     for (int block = 0; block < count; ++block) {
