@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.checkpoints.foreign import reason
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
-from exporter.run.onnxruntime import whole_graph
+from exporter.run.onnxruntime import load_model, whole_graph
+from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
 from plugins.errors import InputError, UserError
@@ -33,10 +35,14 @@ def _library() -> Path | UserError:
         return error
 
 
-def native_session(folder: Path) -> Any:
+def native_session(folder: Path, dtype: str) -> Any:
     """An onnxruntime.InferenceSession on the ONNX file in `folder`, as it is.
 
-    The weights stay where the system maps the data file; nothing is copied or repacked.
+    The weights stay where the system maps the data file; nothing is copied or repacked. ONNX
+    Runtime has no bfloat16 on a CPU: such a graph is rewritten by round_every_op first.
+
+    Args:
+        dtype: of the model's floats.
 
     Raises:
         InputError: ONNX Runtime refuses the file or the library.
@@ -45,20 +51,27 @@ def native_session(folder: Path) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    library = _library()
+    library, source = _library(), str(folder / MODEL_FILE)
     if isinstance(library, UserError):
         raise library
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    graph: str | bytes = source
+    if dtype == "bfloat16":
+        model = load_model(folder)
+        with whole_graph(folder):
+            round_every_op(model)
+        graph = model.SerializeToString()
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder.resolve())
+        )
     try:
         options.register_custom_ops_library(str(library))
-        return onnxruntime.InferenceSession(
-            str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a kind of its own for each status
         raise InputError(
-            str(folder / MODEL_FILE),
-            f"got a model that ONNX Runtime refuses ({str(error).strip()})",
+            source,
+            f"got a model that ONNX Runtime refuses ({reason(error)})",
             "The file or its data is damaged: export the model again",
         ) from None
 
@@ -104,14 +117,14 @@ class NativeSession(DecoderSession):
 
         super().__init__(max_context, dtype=dtype)
         self._folder = folder
-        self._session: Any = native_session(folder)
+        self._session: Any = native_session(folder, dtype)
         with whole_graph(folder):
             inputs = {value.name: value for value in self._session.get_inputs()}
             self._names = cache_names(inputs)
             _, heads, _, width = inputs["past_key_values.0.key"].shape
             self._cache_shape = int(heads), int(width)
-            kind = "FLOAT" if dtype == "float32" else dtype.upper()
-            self._type = onnx.TensorProto.DataType.Value(kind)
+            kind = inputs["past_key_values.0.key"].type.removeprefix("tensor(").removesuffix(")")
+            self._type = onnx.TensorProto.DataType.Value(kind.upper())
         self._outputs = ["logits", *(f"present.{name}" for name in self._names)]
         self._clear()
 
