@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+# Others in this folder are the user's own.
+FOLDERS := plugins calibration exporter deploy tests benchmarks examples
 DEMO   := out/smollm2-135m-w4a8
 KERNEL_SOURCES = find plugins -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
 # Spinning OpenMP threads slow a shared machine down up to ten times.
@@ -27,23 +29,23 @@ test: lint kernels  ## lint, types and every test
 	$(PY) -m pytest
 
 format: install  ## lay out Python, C++ and CUDA
-	$(PY) -m ruff check --fix --select I .
-	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix --select I $(FOLDERS)
+	$(PY) -m ruff format $(FOLDERS)
 	$(KERNEL_SOURCES) | xargs $(VENV)/bin/clang-format -i
 
 format-check: install
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff format --check $(FOLDERS)
 	$(KERNEL_SOURCES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 lint: install  ## ruff and mypy
-	$(PY) -m ruff check .
+	$(PY) -m ruff check $(FOLDERS)
 	$(PY) -m mypy
 
 # Before the tests: two of their processes would wait for each other's compiler.
 kernels: install
 	$(PY) -m plugins selftest --sim --list > /dev/null
 
-install: $(VENV)/.installed  ## the virtual environment and the plugin library
+install: $(VENV)/.installed  ## the virtual environment and the libraries for TensorRT and ONNX Runtime
 	$(PY) -m plugins build
 
 # torch first and pinned: a range would take a build with several GB of CUDA packages.

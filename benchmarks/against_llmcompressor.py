@@ -93,7 +93,8 @@ def measure(command: Sequence[str], environment: dict[str, str], log: Path) -> R
         raise UserError(
             " ".join(command),
             f"got exit code {process.returncode}, expected 0",
-            f"The end of its output:\n{tail}",
+            "The end of its output follows",
+            tail,
         )
     return Run(
         round(seconds, 2),

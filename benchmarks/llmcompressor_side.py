@@ -73,15 +73,19 @@ def quantise(args: argparse.Namespace) -> None:
     from calibration.settings import CalibrationSettings
 
     watch.lap("import")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model, local_files_only=True, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.float32, local_files_only=True
+        args.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     watch.lap("load")
     settings = CalibrationSettings(
         calib=str(args.calib), nsamples=args.nsamples, seqlen=args.seqlen
     )
-    windows = calibration_windows(tokenizer, settings, args.seqlen, offline=True)[0].tolist()
+    windows = calibration_windows(
+        tokenizer, settings, args.seqlen, model.config.vocab_size, offline=True
+    )[0].tolist()
     recipe = [
         SmoothQuantModifier(smoothing_strength=SMOOTHING),
         GPTQModifier(config_groups=w4a8_groups(args.group_size), ignore=["lm_head"]),

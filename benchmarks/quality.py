@@ -168,7 +168,7 @@ def _hf_model(folder: Path) -> Any:
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         ).eval()
     except ImportError as error:
         raise InputError(
@@ -207,7 +207,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from exporter.proof.perplexity import select_windows, text_windows
 
     checkpoint = open_checkpoint(args.model, offline=True)
-    windows = text_windows(checkpoint.tokenizer(), args.text, args.seqlen)
+    windows = text_windows(checkpoint.tokenizer(), args.text, args.seqlen, checkpoint.decoder.vocab)
     windows = windows[select_windows(len(windows), 0, args.first)]
     totals = score(open_models(checkpoint, args.outs, args.hf_folder), windows)
     return {

@@ -15,7 +15,7 @@ from calibration.out.files import StageWriter, locked
 from calibration.out.json_file import read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import Progress, make_progress
-from plugins.cli import add_version, program, run_cli
+from plugins.cli import Parser, add_version, offline, program, run_cli
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
         return
     _refuse_other(out / QUANT, checkpoint, schemes, nodes=budget is None)
     writer = StageWriter(out, QUANT, quant_bytes(checkpoint, schemes, args.format))
-    with locked(out):
+    with locked(out, progress.message):
         _refuse_exporters(out)  # and again, now that nobody else writes
         if budget is not None:
             schemes = schemes_within(checkpoint, budget, progress)
@@ -129,7 +129,7 @@ def _refuse_other(
 
 
 def _main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         program("calibration", "calibrate"), description="Quantise a model into OUT/quant."
     )
     add_version(parser)
@@ -147,7 +147,8 @@ def _main(argv: list[str] | None) -> int:
             args = parser.parse_args(argv)
         progress = make_progress(args.progress if ranks.first else "none")
         try:
-            _quantise(args, ranks, progress)
+            with offline(args.offline):
+                _quantise(args, ranks, progress)
         finally:
             progress.close()
     return 0
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_cli(
         lambda: _main(argv),
         "Interrupted; finished blocks are kept. Run the same command with --resume to go on.",
+        stdout_is_result=False,
     )
 
 

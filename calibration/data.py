@@ -4,10 +4,11 @@ cut into token windows.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.text_file import TEXT_FIELDS, Say, bounded, existing, read_text
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "calibration_windows",
+    "check_tokens",
     "default_text",
     "load_text",
-    "tokens_from_text",
+    "text_tokens",
     "windows_from_tokens",
 ]
 
 _DEFAULT = Path(__file__).with_name("default_text.txt")
-_TEXT_FIELDS = ("text", "content")
+_FILES = (".txt", ".jsonl", ".json", ".md", ".gz")
 
 
 def default_text() -> str:
@@ -33,31 +35,34 @@ def default_text() -> str:
 
 
 def load_text(
-    spec: str | None, offline: bool = False, where: str = "--calib", strict: bool = True
+    spec: str | None,
+    offline: bool = False,
+    where: str = "--calib",
+    strict: bool = True,
+    say: Say = lambda text: None,
 ) -> str:
     """The text behind a specification.
 
     Args:
-        spec: a .jsonl file (one object with "text" per line), any other file (plain UTF-8 text),
-            a name of the `datasets` library as NAME[:CONFIG[:SPLIT]], or None for the default text.
+        spec: a file as read_text takes it, a name of the `datasets` library as
+            NAME[:CONFIG[:SPLIT]], or None for the default text.
         offline: never touch the network.
         where: the option named in errors.
-        strict: refuse bytes that are not UTF-8; else they become U+FFFD, for calibration takes what
-            it gets.
+        strict: refuse bytes that are no characters; else a few may become U+FFFD, for calibration
+            takes what it gets.
+        say: told when the text is so long that only its beginning is used.
 
     Raises:
         InputError: it is missing, not text, or empty.
     """
     if spec is None:
         return default_text()
-    path = Path(spec).expanduser()
-    if path.is_file():
-        text = _read_file(path, strict)
-    elif path.exists() or path.suffix in (".txt", ".jsonl", ".json", ".md"):
-        kind = "a folder" if path.is_dir() else "no such file"
+    if path := existing(spec):
+        text = read_text(path, where, strict, say)
+    elif Path(spec).suffix in _FILES:
         raise InputError(
             where,
-            f"got {kind} {spec}, expected a .txt or .jsonl file or a dataset name",
+            f"got no such file {spec}, expected a .txt or .jsonl file or a dataset name",
             "Check the path",
         )
     else:
@@ -68,42 +73,6 @@ def load_text(
             f"got {spec} with no text in it",
             "Give a file with at least a few thousand words",
         )
-    return text
-
-
-def _read_file(path: Path, strict: bool) -> str:
-    try:
-        text = path.read_text(
-            encoding="utf-8", errors="strict" if strict or path.suffix == ".jsonl" else "replace"
-        )
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(
-            str(path), f"got a file that is not UTF-8 text ({error})", "Save it as UTF-8"
-        ) from None
-    if path.suffix != ".jsonl":
-        return text
-    return "\n\n".join(
-        _json_text(path, number, line)
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip()
-    )
-
-
-def _json_text(path: Path, number: int, line: str) -> str:
-    fix = 'Write one object per line: {"text": "..."}'
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise InputError(f"{path}, line {number}", "got no valid JSON", fix) from None
-    if isinstance(record, str):
-        return record
-    text = (
-        next((record[field] for field in _TEXT_FIELDS if field in record), None)
-        if isinstance(record, dict)
-        else None
-    )
-    if not isinstance(text, str):
-        raise InputError(f"{path}, line {number}", 'got no field "text" with a string', fix)
     return text
 
 
@@ -122,7 +91,7 @@ def _read_dataset(spec: str, offline: bool, where: str) -> str:
         rows = datasets.load_dataset(
             name, config or None, split=split or "train", download_config=download
         )
-        field = next(field for field in _TEXT_FIELDS if field in rows.column_names)
+        field = next(field for field in TEXT_FIELDS if field in rows.column_names)
     except StopIteration:
         raise InputError(
             where,
@@ -136,7 +105,7 @@ def _read_dataset(spec: str, offline: bool, where: str) -> str:
             f"got {spec}, neither a file nor a dataset that can be loaded ({reason})",
             "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file",
         ) from None
-    return "\n\n".join(text for text in rows[field] if text.strip())
+    return bounded(text for text in rows[field] if isinstance(text, str) and text.strip())
 
 
 def windows_from_tokens(tokens: np.ndarray, seqlen: int) -> np.ndarray:
@@ -145,41 +114,38 @@ def windows_from_tokens(tokens: np.ndarray, seqlen: int) -> np.ndarray:
     return tokens[: count * seqlen].reshape(count, seqlen)
 
 
-def tokens_from_text(
-    tokenizer: Any, text: str, nsamples: int, seqlen: int, where: str = "--calib"
-) -> np.ndarray:
-    """The first `nsamples` non-overlapping windows of `seqlen` tokens, int64 [nsamples, seqlen]; no
-    BOS is added.
-
-    Raises:
-        InputError: the text is empty or too short, with the counts.
-    """
+def text_tokens(tokenizer: Any, text: str, vocab: int, where: str) -> np.ndarray:
+    """Tokens of a text, int64 [n]; no special token is added. Raises as check_tokens does."""
     import numpy as np
 
-    if nsamples < 1 or seqlen < 2:
-        raise InputError(
-            "--nsamples, --seqlen",
-            f"got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2",
-            "Give larger numbers",
-        )
-    tokens = np.asarray(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
-    )
-    if len(tokens) < nsamples * seqlen:
-        fits = (
-            (len(tokens) // seqlen, seqlen) if len(tokens) >= seqlen else (1, max(len(tokens), 2))
-        )
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    check_tokens(tokenizer, ids, vocab, where)
+    return np.asarray(ids, np.int64)
+
+
+def check_tokens(tokenizer: Any, ids: Sequence[int], vocab: int, where: str) -> None:
+    """Look whether the model knows every token: a tokenizer may have more than the embedding has
+    rows.
+
+    Raises:
+        InputError: one is beyond it; names the first.
+    """
+    beyond = next((token for token in ids if token >= vocab), None)
+    if beyond is not None:
         raise InputError(
             where,
-            f"got a text of {len(tokens)} tokens, expected at least {nsamples * seqlen} "
-            f"({nsamples} windows of {seqlen})",
-            f"Give a longer text, or --nsamples {fits[0]} --seqlen {fits[1]}",
+            f"got the token {tokenizer.convert_ids_to_tokens(beyond)!r} with id {beyond}, expected "
+            f"ids below the model's vocab_size of {vocab}",
+            "Leave it out of the text, or give a model whose embedding has a row for it",
         )
-    return windows_from_tokens(tokens, seqlen)[:nsamples]
 
 
 def calibration_windows(
-    tokenizer: Any, settings: CalibrationSettings, longest: int, offline: bool = False
+    tokenizer: Any,
+    settings: CalibrationSettings,
+    longest: int,
+    vocab: int,
+    offline: bool = False,
 ) -> tuple[np.ndarray, str]:
     """Windows of the calibration text: whole, not overlapping, drawn from all of the text by the
     seed; no BOS is added.
@@ -189,19 +155,20 @@ def calibration_windows(
 
     Args:
         longest: most tokens the model takes.
+        vocab: rows of its embedding.
 
     Returns:
-        int64 [n, L], and one line on what is less than asked for, or "".
+        int64 [n, L], and what is less than asked for, a line each, or "".
 
     Raises:
-        InputError: the text is missing, empty or of a single token.
+        InputError: the text is missing, empty, of a single token, or has one that the model does
+            not know.
     """
     import numpy as np
 
-    text = load_text(settings.calib, offline, strict=False)
-    tokens = np.asarray(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
-    )
+    notes: list[str] = []
+    text = load_text(settings.calib, offline, strict=False, say=notes.append)
+    tokens = text_tokens(tokenizer, text, vocab, "--calib")
     if len(tokens) < 2:
         raise InputError(
             "--calib",
@@ -212,10 +179,9 @@ def calibration_windows(
     windows = windows_from_tokens(tokens, seqlen)
     order = np.random.default_rng(settings.seed).permutation(len(windows))[: settings.nsamples]
     asked, found = (settings.nsamples, settings.seqlen), (len(order), seqlen)
-    note = (
-        ""
-        if asked == found
-        else f"Calibrating on {found[0]} windows of {found[1]} tokens; {asked[0]} of {asked[1]} "
-        f"were asked for."
-    )
-    return windows[order], note
+    if asked != found:
+        notes.append(
+            f"Calibrating on {found[0]} windows of {found[1]} tokens; {asked[0]} of {asked[1]} "
+            f"were asked for."
+        )
+    return windows[order], "\n".join(notes)

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from plugins.text import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
 
@@ -122,7 +124,7 @@ class PlainProgress:
 
     def message(self, text: str) -> None:
         """Print the text."""
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Every line is out already."""
@@ -149,12 +151,12 @@ class RichProgress:
 
         self._stage, self._began = stage, time.monotonic()
         self._bars = Bars(
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<9}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=Console(stderr=True),
             transient=True,
         )
@@ -164,7 +166,7 @@ class RichProgress:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move the bar."""
         if self._bars is not None:
-            self._bars.update(self._bars.task_ids[0], advance=steps, note=note)
+            self._bars.update(self._bars.task_ids[0], advance=steps, note=printable(note))
 
     def finish(self) -> None:
         """Replace the bar by one line."""
@@ -174,9 +176,10 @@ class RichProgress:
     def message(self, text: str) -> None:
         """Print above the bar."""
         from rich.console import Console
+        from rich.text import Text
 
         console = self._bars.console if self._bars is not None else Console(stderr=True)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(printable(text)), soft_wrap=True)  # names are no markup
 
     def close(self) -> None:
         """Take the bar away and show the cursor again."""

@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 
 from deploy import commands
-from plugins.cli import add_version, program, run_cli
+from plugins.cli import Parser, add_version, program, run_cli
 
 __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
-        prog=program("deploy", ""), description="Run what python -m exporter made."
-    )
+    parser = Parser(prog=program("deploy", ""), description="Run what python -m exporter made.")
     add_version(parser)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands().values():

@@ -11,7 +11,8 @@ import importlib
 import sys
 
 from deploy import commands
-from plugins.cli import add_version
+from plugins.cli import Parser, add_version
+from plugins.streams import streams
 
 __all__ = ["main"]
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     own = {name: help for name, (_, help) in _PACKAGES.items()}
     own |= {command.name: command.help for command in commands().values()}
     listed = "\n".join(f"  {name:<12}{help}" for name, help in own.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "anybit",
         usage="anybit COMMAND ...",
         description=f"commands:\n{listed}\n\nanybit COMMAND --help tells of each.",
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_version(parser)
     parser.add_argument("command", choices=tuple(own), metavar="COMMAND", help=argparse.SUPPRESS)
-    command = parser.parse_args(argv[:1]).command
+    with streams(stdout_is_result=True):
+        command = parser.parse_args(argv[:1]).command
     package, rest = _PACKAGES.get(command, ("deploy", ""))[0], argv[1:]
     entry = importlib.import_module(f"{package}.__main__").main
     code: int = entry([command, *rest] if package == "deploy" else rest)

@@ -45,7 +45,13 @@ class Evaluate(Command):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Which text, which windows of it, which runner."""
         add = parser.add_argument
-        add("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text file")
+        add(
+            "--text",
+            required=True,
+            type=Path,
+            metavar="FILE",
+            help="text file, or JSON lines, also gzipped",
+        )
         add(
             "--first",
             type=whole_number(1),

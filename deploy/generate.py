@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.out.description import SamplingDefaults
 from deploy.command import Command, add_runner
-from deploy.sampling import Sampler, Sampling
+from deploy.sampling import Sampler, Sampling, SamplingOptions
 from exporter.run.model import AUTO, find_model
 from plugins.cli import number, whole_number
 from plugins.errors import InputError
@@ -41,14 +42,14 @@ class GenerateRequest:
         max_new_tokens: most tokens to add; generation also ends at the model's end token and at its
             context.
         runner: "auto" or a name of exporter/run.
-        sampling: how tokens are chosen.
+        sampling: how tokens are chosen, where not as the model's makers say.
         stream: print tokens as they come rather than all at the end.
     """
 
     prompt: str
     max_new_tokens: int = 128
     runner: str = AUTO
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stream: bool = False
 
 
@@ -91,12 +92,15 @@ class TextStream:
         )
 
 
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str, vocab: int) -> list[int]:
     """The prompt's tokens, with the special tokens that the model expects in front.
 
     Raises:
-        InputError: it is empty or not text.
+        InputError: it is empty or not text, or has a token that the model, whose embedding has
+            `vocab` rows, does not know.
     """
+    from calibration.data import check_tokens
+
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -114,6 +118,7 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
             "got an empty text, expected at least one word",
             'Give some: --prompt "Once upon a time"',
         )
+    check_tokens(tokenizer, tokens, vocab, "--prompt")
     return tokens
 
 
@@ -130,11 +135,13 @@ def generate_tokens(
         raise InputError(
             "--prompt",
             f"got {len(prompt)} tokens, expected fewer than the context of {session.max_context}",
-            "Give a shorter prompt, or build the engine with a larger --max-seq",
+            "Give a shorter prompt, or export with a larger --max-seq",
         )
+    text = list(prompt)
     logits = session.run(np.array([prompt], np.int64), reset=True, last_only=True)
     for count in range(1, limit + 1):
-        token = sampler.choose(logits[0, -1])
+        token = sampler.choose(logits[0, -1], text)
+        text.append(token)
         yield token
         if count < limit:
             logits = session.run(np.array([[token]], np.int64), last_only=True)
@@ -147,11 +154,15 @@ def generate_text(out: Path, request: GenerateRequest) -> int:
     Raises:
         InputError: OUT, the prompt or the runner is wrong. CheckError: the model computes NaN.
     """
-    sampler = Sampler(request.sampling)
     model = find_model(out, request.runner)
+    sampling = request.sampling.over(model.description.sampling)
+    if request.sampling.over(SamplingDefaults()) != sampling:
+        print(_own_way(sampling), file=sys.stderr)
+    sampler = Sampler(sampling)
     with model.open() as session:
         tokenizer = model.tokenizer()
-        prompt = prompt_tokens(tokenizer, request.prompt)
+        vocab = model.description.sizes["vocab_size"]
+        prompt = prompt_tokens(tokenizer, request.prompt, vocab)
         text, count, began = TextStream(tokenizer, prompt), 0, time.monotonic()
         pieces, full = [request.prompt], False
         _show(pieces, request.stream)
@@ -179,8 +190,21 @@ def _show(pieces: list[str], stream: bool) -> None:
 
 
 def _full(limit: int, context: int) -> str:
-    longer = "" if limit == context else ", or build the engine with a larger --max-seq"
+    longer = "" if limit == context else ", or export with a larger --max-seq"
     return f"The context of {limit} tokens is full, so the text ends here: give a shorter prompt{longer}."
+
+
+def _own_way(sampling: Sampling) -> str:
+    draw = (
+        f"draws at temperature {sampling.temperature:g} with top-k {sampling.top_k} and top-p "
+        f"{sampling.top_p:g}"
+        if sampling.temperature
+        else "takes the best token"
+    )
+    return (
+        f"As the model's generation_config.json says, this {draw}, with repetition penalty "
+        f"{sampling.repetition_penalty:g}; options change it."
+    )
 
 
 class Generate(Command):
@@ -205,16 +229,27 @@ class Generate(Command):
         add(
             "--temperature",
             type=number(0),
-            default=0.0,
             metavar="T",
-            help="0: always the best token (default); 1: the model's own odds",
+            help="0: always the best token; 1: the model's own odds; this and the next three: as "
+            "the model's generation_config.json says (default, where it says nothing: 0)",
         )
         add(
             "--top-k",
             type=whole_number(0),
-            default=0,
             metavar="K",
-            help="draw among the K best only; 0: all (default)",
+            help="draw among the K best only; 0: all",
+        )
+        add(
+            "--top-p",
+            type=number(0),
+            metavar="P",
+            help="draw among the fewest tokens that are this likely together; 1: all",
+        )
+        add(
+            "--repetition-penalty",
+            type=number(0),
+            metavar="R",
+            help="makes tokens less likely that the text has already; 1: none",
         )
         add("--seed", type=whole_number(0), default=0, metavar="S", help="of the draws (default 0)")
         add(
@@ -229,7 +264,13 @@ class Generate(Command):
             prompt=args.prompt,
             max_new_tokens=args.max_new_tokens,
             runner=args.runner,
-            sampling=Sampling(args.temperature, args.top_k, args.seed),
+            sampling=SamplingOptions(
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                repetition_penalty=args.repetition_penalty,
+                seed=args.seed,
+            ),
             stream=sys.stdout.isatty() if args.stream is None else args.stream,
         )
         generate_text(out, request)

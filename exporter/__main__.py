@@ -14,15 +14,16 @@ from calibration.cli import add_quant_arguments, default_out, schemes_from_args,
 from calibration.out.folder import command_for
 from calibration.out.layout import HTML_FILE, ONNX, REPORT, STAGES
 from exporter.pipeline import ExportRequest, run_pipeline
-from plugins.cli import add_version, program, run_cli, whole_number
+from plugins.cli import Parser, add_version, offline, program, run_cli, whole_number
 from plugins.errors import InputError
+from plugins.text import printable
 
 __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
-    parser = argparse.ArgumentParser(prog=program("exporter", "export"), description=__doc__)
+    parser = Parser(prog=program("exporter", "export"), description=__doc__)
     add_version(parser)
     add_quant_arguments(parser)
     engine = parser.add_argument_group("engine")
@@ -41,10 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--max-seq",
-        type=whole_number(1),
+        type=whole_number(2),
         default=2048,
         metavar="S",
-        help="largest context of the profiles (default: 2048)",
+        help="most tokens of a sequence, in the ONNX file and the engine; at most the model's "
+        "context (default: 2048)",
     )
     proof = parser.add_argument_group("report")
     proof.add_argument(
@@ -58,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=whole_number(1),
         default=5,
         metavar="K",
-        help="at most how many windows of 2048 tokens, from the beginning (default: 5)",
+        help="at most how many windows, from the beginning, of 2048 tokens or of --max-seq if that "
+        "is less (default: 5)",
     )
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -74,8 +77,9 @@ def print_summary(out: Path, manifest: dict[str, object]) -> None:
     """The table of stages on stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(out), title_justify="left")
+    table = Table(title=Text(printable(str(out))), title_justify="left")  # names are no markup
     for column in ("stage", "seconds", "peak MB", "size MB", "result"):
         table.add_column(column, justify="left" if column in ("stage", "result") else "right")
     stages = manifest["stages"]
@@ -83,11 +87,11 @@ def print_summary(out: Path, manifest: dict[str, object]) -> None:
     for name, record in stages.items():
         size = sum(item["bytes"] for item in record["files"].values()) / 1e6
         table.add_row(
-            name,
+            Text(name),
             f"{record['seconds']:.1f}",
             f"{record['peak_rss'] / 1e6:.0f}",
             f"{size:.1f}",
-            str(record.get("facts", {}).get("summary", "")),
+            Text(printable(str(record.get("facts", {}).get("summary", "")))),
         )
     Console().print(table)
 
@@ -99,7 +103,7 @@ def last_lines(out: Path, manifest: dict[str, object]) -> str:
     lines = [f"Report: {out / REPORT / HTML_FILE}"] if REPORT in stages else []
     generate = ["python", "-m", "deploy", "generate", str(out), "--prompt", "Once upon a time"]
     following = shlex.join(generate) if ONNX in stages else command_for(out, REPORT)
-    return "\n".join([*lines, f"Next: {following}"])
+    return "\n".join(map(printable, [*lines, f"Next: {following}"]))
 
 
 def _main(argv: list[str] | None) -> int:
@@ -133,7 +137,8 @@ def _main(argv: list[str] | None) -> int:
         format=args.format,
         budget=args.budget,
     )
-    manifest = run_pipeline(request, progress)
+    with offline(args.offline):
+        manifest = run_pipeline(request, progress)
     if args.progress != "json":
         print_summary(out, manifest)
         print(last_lines(out, manifest))
@@ -147,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_cli(
         lambda: _main(argv),
         "Interrupted; finished stages are kept. Run the same command with --resume to go on.",
+        stdout_is_result=False,
     )
 
 

@@ -4,16 +4,23 @@ manifest, and resume.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.description import write_description
-from calibration.out.files import StageWriter, file_records, locked, verify_files, write_json
-from calibration.out.fingerprint import code_digest, digest
+from calibration.out.files import (
+    StageWriter,
+    file_records,
+    locked,
+    remove,
+    verify_files,
+    write_json,
+)
+from calibration.out.fingerprint import code_digest, digest, text_digest
 from calibration.out.layout import DESCRIPTION, ENGINE, MANIFEST, REPORT, SENSITIVITY, STAGES
 from calibration.out.manifest import installed_versions, open_manifest, peak_rss, reset_peak_rss
 from calibration.progress import Progress
@@ -24,6 +31,7 @@ from exporter.stages import (
     QuantStage,
     ReportStage,
     Stage,
+    within_context,
 )
 from plugins.errors import InputError
 
@@ -49,27 +57,37 @@ class Pipeline:
         from calibration.checkpoints.checkpoint import open_checkpoint
         from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
+        from exporter.proof.perplexity import check_text, eval_seqlen, text_windows
 
         self.request = request
         self.progress = progress
         self.fingerprint = ""
         self.wanted = STAGES[: STAGES.index(request.until) + 1]
         check_name(request.model)  # a mistyped name is not a wrong --out
-        self.manifest = open_manifest(request.out, request.identity())
+        self.content = {"calib": text_digest(request.settings.calib)}
+        self.manifest = self._open_manifest()  # before a long download
         text = request.eval_text
-        if text is not None and not text.is_file():
-            raise InputError(
-                "--eval", f"got no such file {text}, expected a UTF-8 text file", "Check the path"
-            )
+        if text is not None:
+            check_text(text, "--eval")
         self.missing = ""  # why "auto" builds no engine
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
+        self.content["model"] = self.checkpoint.fingerprint
+        self.manifest = self._open_manifest()
+        context = int(self.checkpoint.config.max_position_embeddings)
+        self.request = within_context(request, context, progress)
+        if text is not None and REPORT in self.wanted:
+            seqlen, vocab = eval_seqlen(self.request.max_seq), self.checkpoint.decoder.vocab
+            text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
         self.budget = self._budget()
         if self.budget is not None:
             bits_within(self.checkpoint, self.budget)
         self._check_memory()
+
+    def _open_manifest(self) -> dict[str, Any]:
+        return open_manifest(self.request.out, self.request.identity(), self.content)
 
     def _edition(self) -> Edition | None:
         """Which TensorRT builds; None where none is wanted, or "auto" finds none."""
@@ -123,9 +141,9 @@ class Pipeline:
             InputError: bad input. CheckError: plugin layers are missing, or a layer is out of
                 tolerance.
         """
-        with locked(self.request.out):
-            # now that nobody else writes it
-            self.manifest = open_manifest(self.request.out, self.request.identity())
+        self.library = self._compile()
+        with locked(self.request.out, self.progress.message):
+            self.manifest = self._open_manifest()  # now that nobody else writes it
             if not self.manifest["stages"]:
                 self._save()
             if self.budget is not None:
@@ -137,6 +155,16 @@ class Pipeline:
                 self._make_or_keep(stage)
                 stage.finish()
         return self.manifest
+
+    def _compile(self) -> Path | None:
+        """All that the engine needs compiled: what fails here fails before hours of work."""
+        from exporter.engine.edition import prepare_parser
+        from plugins.tools.build import build_library
+
+        if self.edition is None:
+            return None
+        prepare_parser(self.edition)
+        return build_library(say=lambda text: self.progress.message(f"{ENGINE}: {text}"))
 
     def _spend(self, budget: Budget) -> None:
         from calibration.budget.choice import schemes_within
@@ -154,7 +182,7 @@ class Pipeline:
         scored = self._eval_request()
         stages = (
             OnnxStage(*common),
-            EngineStage(*common, edition=self.edition, missing=self.missing),
+            EngineStage(*common, edition=self.edition, library=self.library, missing=self.missing),
             ReportStage(*common, scored=scored),
         )
         yield from (stage for stage in stages if stage.name in self.wanted)
@@ -163,13 +191,13 @@ class Pipeline:
         """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer
         stages.
         """
-        from exporter.proof.perplexity import EvalRequest, whole_windows
+        from exporter.proof.perplexity import EvalRequest, eval_seqlen, whole_windows
         from exporter.run.model import find_model
 
         text = self.request.eval_text
         if text is None or REPORT not in self.wanted:
             return None
-        request = EvalRequest(text, option="--eval")
+        request = EvalRequest(text, option="--eval", seqlen=eval_seqlen(self.request.max_seq))
         windows = whole_windows(find_model(self.request.out, "torch"), request)
         return replace(request, first=min(self.request.eval_windows, len(windows)))
 
@@ -220,7 +248,8 @@ class Pipeline:
             self.manifest["stages"].pop(stage, None)
         self._save()
         for stage in later:
-            shutil.rmtree(self.request.out / stage, ignore_errors=True)
+            with suppress(OSError):
+                remove(self.request.out / stage)
 
     def _save(self) -> None:
         self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}

@@ -8,7 +8,6 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,7 +40,15 @@ if TYPE_CHECKING:
     from exporter.proof.perplexity import EvalRequest
     from exporter.proof.validate import ValidationResult
 
-__all__ = ["EngineStage", "ExportRequest", "OnnxStage", "QuantStage", "ReportStage", "Stage"]
+__all__ = [
+    "EngineStage",
+    "ExportRequest",
+    "OnnxStage",
+    "QuantStage",
+    "ReportStage",
+    "Stage",
+    "within_context",
+]
 
 _RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # the report's numbers differ
 
@@ -56,7 +63,8 @@ class ExportRequest:
         out: the artifact folder.
         settings: of the calibration; its text serves the validation too.
         engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
-        max_batch, max_seq: largest batch and context of the engine's profiles.
+        max_batch: largest batch of the engine's profiles.
+        max_seq: most tokens of a sequence, in the ONNX file and the engine.
         until: the last stage to run, one of STAGES.
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
@@ -85,15 +93,29 @@ class ExportRequest:
     budget: float | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What makes an OUT folder belong to this request: another model or setting needs another
-        folder.
+        """What makes an OUT folder belong to this request, as it was asked for: another model or
+        setting needs another folder.
         """
+        return {"model": self.model, **self.quantization()}
+
+    def quantization(self) -> dict[str, Any]:
+        """The settings in it."""
         return {
-            "model": self.model,
             "scheme": self.schemes.as_dict(),
             "budget": self.budget,
             **self.settings.as_dict(),
         }
+
+
+def within_context(request: ExportRequest, context: int, progress: Progress) -> ExportRequest:
+    """The request with a max_seq that the model has positions for; says what it cuts."""
+    if request.max_seq <= context:
+        return request
+    progress.message(
+        f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model was "
+        f"made for."
+    )
+    return replace(request, max_seq=context)
 
 
 class Stage(ABC):
@@ -158,7 +180,7 @@ class QuantStage(Stage):
         """The model's files, the settings and the text."""
         return [
             self.checkpoint.stamp(),
-            self.request.identity(),
+            self.request.quantization() | {"calib": ""},  # its content follows
             self.schemes.as_dict(),
             text_digest(self.request.settings.calib),
             self.request.format,
@@ -186,14 +208,16 @@ class QuantStage(Stage):
 
 
 class OnnxStage(Stage):
-    """quant -> onnx: the graph with packed weights."""
+    """quant -> onnx: the graph with packed weights, and positions for as many tokens as are asked
+    for.
+    """
 
     name = ONNX
     code = ("exporter/graph", "plugins")
 
     def inputs(self) -> Any:
-        """Nothing else."""
-        return []
+        """How many positions there are."""
+        return [self.request.max_seq]
 
     def needed_bytes(self) -> int:
         """About what the codes take."""
@@ -206,13 +230,14 @@ class OnnxStage(Stage):
         from exporter.graph.decoder import export_onnx
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
-        facts = export_onnx(quant, folder, self.progress)
-        self._description = describe(quant)
+        longest = self.request.max_seq
+        facts = export_onnx(quant, folder, self.progress, positions=longest)
+        self._description = replace(describe(quant), max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
         return facts
 
     def description(self) -> Description:
-        """Of the model, without limits of its own."""
+        """Of the model, within the positions of the file."""
         return self._description
 
 
@@ -222,9 +247,15 @@ class EngineStage(Stage):
     name = ENGINE
     code = ("exporter/engine",)
 
-    def __init__(self, *common: Any, edition: Edition | None, missing: str = "") -> None:
+    def __init__(
+        self,
+        *common: Any,
+        edition: Edition | None,
+        library: Path | None = None,
+        missing: str = "",
+    ) -> None:
         super().__init__(*common)
-        self.edition, self.missing = edition, missing
+        self.edition, self.library, self.missing = edition, library, missing
 
     def skipped(self) -> str:
         """Without an edition."""
@@ -248,19 +279,13 @@ class EngineStage(Stage):
             max_seq=self.request.max_seq,
         )
 
-    @cached_property
-    def _library(self) -> Path:
-        from plugins.tools.build import build_library
-
-        return build_library(say=lambda text: self.progress.message(f"{ENGINE}: {text}"))
-
     def inputs(self) -> Any:
         """The edition, its options, the plugin library, and the GPU where engines depend on it."""
         from exporter.engine.edition import gpu_capabilities
 
-        assert self.edition is not None
+        assert self.edition is not None and self.library is not None
         gpus = gpu_capabilities() if self.edition.name == "tensorrt" else []
-        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self._library)]
+        return [asdict(self._options()), str(self.edition), gpus, sha256_file(self.library)]
 
     def needed_bytes(self) -> int:
         """The engine, and room for what it is built from."""
@@ -271,9 +296,10 @@ class EngineStage(Stage):
         from exporter.engine.build import build_engine
         from exporter.engine.limits import engine_limits
 
+        assert self.library is not None
         source = self.out / ONNX
         record = build_engine(
-            source / MODEL_FILE, self._library, folder, self._options(), self.progress
+            source / MODEL_FILE, self.library, folder, self._options(), self.progress
         )
         description = open_stage(self.out, ONNX, "the engine").description()
         copy_files(source, description.tokenizer, folder)

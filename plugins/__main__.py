@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from plugins import library_ops
-from plugins.cli import add_version, program, run_cli, whole_number
+from plugins.cli import Parser, add_version, program, run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError
+from plugins.text import printable
 from plugins.tools.build import build_library, build_onnxruntime, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
 
@@ -18,7 +19,11 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    return run_cli(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
+    parser = Parser(
         prog=program("plugins", "plugins"), description="Compile and inspect the custom ops."
     )
     add_version(parser)
@@ -52,18 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     selftest.add_argument("--kernel", metavar="NAME", help='such as "int8 64x8"')
     selftest.add_argument("--seed", type=whole_number(0), metavar="N")
     options = parser.parse_args(arguments)
-
-    def run() -> int:
-        if options.command == "selftest":
-            return _selftest(options)
-        if options.command == "sass":
-            return _inspect(options.library or build_library())
-        if options.command == "build":
-            print(build_library(options.arch))
-        print(build_sim() if options.command == "sim" else build_onnxruntime())
-        return 0
-
-    return run_cli(run)
+    if options.command == "selftest":
+        return _selftest(options)
+    if options.command == "sass":
+        return _inspect(options.library or build_library())
+    if options.command == "build":
+        print(build_library(options.arch))
+    print(build_sim() if options.command == "sim" else build_onnxruntime())
+    return 0
 
 
 def _selftest(options: argparse.Namespace) -> int:
@@ -84,13 +85,13 @@ def _selftest(options: argparse.Namespace) -> int:
 
 def _inspect(library: Path) -> int:
     kernels = inspect(library)
-    print(table(kernels))
+    print(printable(table(kernels), keep="\n"))
     found, size = failures(kernels, library.stat().st_size), library.stat().st_size / 1e6
     print(
         f"\n{len(kernels)} kernels, {size:.1f} MB: "
         + (f"{len(found)} failures" if found else "all checks passed")
     )
-    print("\n".join(found))
+    print("\n".join(map(printable, found)))
     return EXIT_CHECK if found else 0
 
 

@@ -16,6 +16,7 @@ import pytest
 # Before torch is imported: two workers with as many threads each as there are cores slow each other
 # down, and those of a process that only waits would spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -6,48 +6,19 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatch
-from functools import cache
+from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.tracked import REPOSITORY, tracked_files
+
 # Each may import itself and what stands before it.
 ORDER = ("plugins", "calibration", "exporter", "deploy")
-
-
-@cache
-def source_files() -> tuple[Path, ...]:
-    """Every file that git tracks; where there is no git, every file that .gitignore leaves."""
-    if (REPOSITORY / ".git").exists():
-        listed = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        ).stdout.split("\0")
-        return tuple(path for name in listed if name and (path := REPOSITORY / name).is_file())
-    return tuple(not_ignored(REPOSITORY))
-
-
-def not_ignored(folder: Path) -> Iterator[Path]:
-    """Files below a folder that its .gitignore does not name; knows the patterns that ours uses:
-    a name, a name with a star, a folder, and a folder at the top.
-    """
-    lines = (folder / ".gitignore").read_text(encoding="utf-8").split()
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        ignored = any(
-            fnmatch(part, pattern.strip("/"))
-            and (not pattern.startswith("/") or depth == 0)
-            and (not pattern.endswith("/") or depth < len(parts) - 1)
-            for pattern in lines
-            for depth, part in enumerate(parts)
-        )
-        if path.is_file() and not ignored and parts[0] != ".git":
-            yield path
 
 
 def short(path: Path) -> str:
@@ -90,12 +61,12 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def ours() -> dict[str, Path]:
-    return modules(REPOSITORY, source_files(), ORDER)
+    return modules(REPOSITORY, tracked_files(), ORDER)
 
 
 def test_there_is_something_to_look_at() -> None:
     assert {"plugins", "exporter.__main__", "calibration.quant.scheme"} <= set(ours())
-    assert Path(__file__) in source_files()
+    assert Path(__file__) in tracked_files()
 
 
 @pytest.mark.parametrize("package", ORDER)
@@ -137,14 +108,59 @@ def test_a_circle_and_an_upward_import_are_found(tmp_path: Path) -> None:
     assert circle(graph) == []
 
 
-def test_without_git_what_gitignore_names_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / ".gitignore").write_text("/out/\nbuild/\n*.pyc\n.ci/run\n")
-    kept = ("a/out/kept.py", "a/one.py", ".ci/more", "build.py")
-    for name in (*kept, "out/x.py", "a/build/x.py", "a/one.pyc", ".git/config"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = {str(path.relative_to(tmp_path)) for path in not_ignored(tmp_path)}
-    assert found == {".gitignore", *kept}
+@pytest.mark.slow
+def test_what_lies_beside_the_project_is_not_looked_at(tmp_path: Path) -> None:
+    """A user's folders, an OUT, a checkpoint and notes in the clone change no check."""
+    clone = tmp_path / "clone"
+    for path in tracked_files():
+        copy = clone / path.relative_to(REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    for name, text in {
+        "mine/own.py": "import os, deploy\nx  =  1 # TODO at /home/me\n",
+        "mine/half.py": "def broken(:\n",
+        "model/config.json": "{}",
+        "quantised/onnx/model.onnx": "",
+        "notes.md": "[gone](nowhere.md)\n```sh\nmake nothing\n```\n",
+        "docs/mine.md": "[gone](nowhere.md)\n",
+    }.items():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(text)
+    makefile = (clone / "Makefile").read_text(encoding="utf-8")
+    folders = re.search(r"^FOLDERS *:= (.*)$", makefile, re.MULTILINE)
+    assert folders
+    checks = [
+        words.replace("$(FOLDERS)", folders[1]).split()
+        for words in re.findall(
+            r"^\t\$\(PY\) -m (ruff (?:check|format --check) \$\(FOLDERS\)|mypy)$",
+            makefile,
+            re.MULTILINE,
+        )
+    ]
+    assert [check[0] for check in checks] == ["ruff", "ruff", "mypy"]
+    for check in (
+        *checks,
+        ["pytest", "-q", "-n0", "tests/test_layout.py", "tests/test_readme.py", "-m", "not slow"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *check], cwd=clone, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_git_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.tracked.REPOSITORY", tmp_path)
+    unseen = tracked_files.__wrapped__
+    with pytest.raises(pytest.skip.Exception, match=r"git cannot say: no \.git in the folder"):
+        unseen()
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(pytest.skip.Exception, match="git cannot say: fatal: not a git repository"):
+        unseen()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match="git: No such file or directory"):
+        unseen()
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
@@ -160,7 +176,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_every_module_says_what_it_is_for() -> None:
     silent = [
         short(path)
-        for path in source_files()
+        for path in tracked_files()
         if path.suffix == ".py"
         and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
@@ -175,7 +191,7 @@ def test_nothing_of_one_machine_and_nothing_unfinished() -> None:
     )
     found = [
         f"{short(path)}: {match.group()}"
-        for path in source_files()
+        for path in tracked_files()
         if path != Path(__file__) and path.name != "LICENSE"
         for match in pattern.finditer(path.read_text(encoding="utf-8", errors="replace"))
     ]

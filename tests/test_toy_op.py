@@ -33,8 +33,8 @@ from exporter.proof.memory import check_memory
 from plugins import extension_files, library_ops, op_names, op_spec, ranked_ops
 from plugins.core.op_spec import OpSpec, QuantArrays, is_custom
 from plugins.errors import InputError
+from tests.tracked import REPOSITORY, tracked_files
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TOY = QuantScheme("ToyGemm", "rtn", 3, 8, group_size=16, act_symmetric=True)
 ENTRY = "[anybit.ops]\ntoy = {}\n"
 
@@ -207,11 +207,12 @@ def test_its_arrays_are_stacked_and_cut(toy: OpSpec) -> None:
 
 def test_nothing_outside_its_folder_names_an_op() -> None:
     """Neither `scheme.op == ...` nor the name of an op in any module but the op's own."""
-    found, folders = [], {path.parent for path in (REPOSITORY / "plugins").glob("*/op.py")}
-    for package in ("plugins", "calibration", "exporter", "deploy"):
-        for path in sorted((REPOSITORY / package).rglob("*.py")):
-            if folders & {*path.parents}:
-                continue
+    sources = [path for path in tracked_files() if path.suffix == ".py"]
+    folders = {path.parent for path in sources if path.match("plugins/*/op.py")}
+    packages = {REPOSITORY / name for name in ("plugins", "calibration", "exporter", "deploy")}
+    found = []
+    for path in sources:
+        if packages & {*path.parents} and not folders & {*path.parents}:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 named = isinstance(node, ast.Constant) and node.value in library_ops()
                 equal = isinstance(node, ast.Compare) and any(

@@ -17,6 +17,7 @@ from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
 from calibration.progress import NullProgress, Progress
+from calibration.quant.scheme import LARGEST_FLOAT16
 from calibration.reference.steps import Rope
 from plugins.errors import InputError
 
@@ -193,6 +194,8 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
                     windows=len(job.windows),
                 )
             )
+            if next(iter(schemes.values())).dtype == "float16":
+                _check_range(block, streams, ranks)
             if ranks.first:
                 job.store.save(index, result)
             ranks.wait()
@@ -208,6 +211,19 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         "spilled_bytes": budget.spilled,
     }
     return Calibrated(reports, cost)
+
+
+def _check_range(block: Block, streams: Streams, ranks: Ranks) -> None:
+    """Look whether float16, in which the model is to run, holds the residual stream."""
+    peak = torch.stack([window.abs().max() for window in streams.quant]).max()
+    ranks.largest(peak)
+    if not peak <= LARGEST_FLOAT16:
+        raise InputError(
+            f"--dtype float16, {block.prefix}",
+            f"got {float(peak):.3g} in the residual stream behind this layer, expected at most "
+            f"{LARGEST_FLOAT16:g}",
+            "Use --dtype bfloat16 or float32, which hold larger numbers",
+        )
 
 
 def _line(index: int, layers: int, report: Mapping[str, Any], left: float) -> str:

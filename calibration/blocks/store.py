@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from calibration.out.files import sha256_file, write_json
+from calibration.out.files import remove, sha256_file, temporary, write_json
 from calibration.out.json_file import read_record
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
@@ -65,12 +65,14 @@ class BlockStore:
         self.folder = folder
         if not writes:
             return
-        state = self._state()
-        fresh = not keep or state["fingerprint"] != fingerprint
+        linked = folder.is_symlink()  # it is not written through
+        fresh = linked or not keep or self._state()["fingerprint"] != fingerprint
         try:
-            if fresh and folder.exists():
-                shutil.rmtree(folder)
+            if fresh:
+                remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(".*.tmp"):  # of a process that was killed
+                path.unlink()
         except OSError as error:
             raise InputError(
                 str(folder),
@@ -114,13 +116,13 @@ class BlockStore:
         tensors = {f"gain/{name}": array for name, array in result.gains.items()}
         for site, arrays in result.sites.items():
             tensors |= {f"site/{site}/{name}": array for name, array in arrays.named().items()}
-        temporary = self.folder / ".block.tmp"
+        unfinished = temporary(self._path(index))
         try:
-            save_file(tensors, str(temporary), {"report": json.dumps(result.report)})
-            with temporary.open("rb") as file:
+            save_file(tensors, str(unfinished), {"report": json.dumps(result.report)})
+            with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
-            digest = sha256_file(temporary)
-            temporary.replace(self._path(index))
+            digest = sha256_file(unfinished)
+            unfinished.replace(self._path(index))
         except Exception as error:  # safetensors reports a full disk as an error of its own
             raise InputError(
                 str(self._path(index)),
@@ -153,4 +155,5 @@ class BlockStore:
 
     def remove(self) -> None:
         """When everything is in the quant folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(self.folder)

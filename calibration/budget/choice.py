@@ -218,7 +218,7 @@ def _costs(
     stamp = digest(
         checkpoint.stamp(),
         [scheme.as_dict() for scheme in schemes],
-        settings.as_dict(),
+        settings.as_dict() | {"calib": ""},
         text_digest(settings.calib),
         code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),
@@ -238,6 +238,7 @@ def _costs(
         checkpoint.tokenizer(),
         settings,
         int(checkpoint.config.max_position_embeddings),
+        checkpoint.decoder.vocab,
         budget.offline,
     )
     costs = measure(

@@ -7,15 +7,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 
+from calibration.checkpoints.foreign import quiet_transformers, reason
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
+from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
-from calibration.checkpoints.tensor_checks import check_finite, check_tensors
+from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
+from calibration.checkpoints.tokenizer import load_tokenizer, refuse_code
 from calibration.families import (
     Decoder,
     Family,
@@ -24,17 +30,62 @@ from calibration.families import (
     family_of_architecture,
 )
 from calibration.out.fingerprint import file_stamps
+from calibration.out.json_file import checked
 from plugins.errors import InputError
+from plugins.text import shown
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
-SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model")
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model", "additional_chat_templates/*.jinja")
 # The other kinds change their frequencies with the sequence length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_LONGEST = 400  # characters of an objection
+ADAPTER = "adapter_config.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+# Of stored rotary frequencies: bfloat16's rounding, and fp16's near zero.
+_NEAR, _NEAR_ZERO = 2.0**-8, 2.0**-24
+# Fields of a config that let transformers take weights or another config from elsewhere, or change
+# single layers.
+_ELSEWHERE = (
+    "configuration_files",
+    "fusion_config",
+    "per_layer_config",
+    "text_config",
+    "transformers_weights",
+)
+
+# No model is near these sizes. What a file really holds is compared with its header afterwards,
+# but a config becomes a decoder, and lists of transformers', before its weights are there.
+_Width = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+_Labels = Annotated[int, msgspec.Meta(ge=0, le=1 << 12)]
+# fp32, in which RoPE's angles are computed, knows no odd positions beyond.
+_Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a config.json says of sizes and kinds."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    hidden_size: _Width | None = None
+    intermediate_size: _Width | None = None
+    num_hidden_layers: _Layers | None = None
+    num_attention_heads: _Width | None = None
+    num_key_value_heads: _Width | None = None
+    head_dim: _Width | None = None
+    vocab_size: _Width | None = None
+    max_position_embeddings: _Positions | None = None
+    num_labels: _Labels | None = None
+    rms_norm_eps: float | None = None
+    tie_word_embeddings: bool | None = None
+    is_causal: bool | None = None
 
 
 class Checkpoint:
@@ -45,6 +96,7 @@ class Checkpoint:
         family: its declaration.
         config: transformers config.
         decoder: its steps with the model's sizes.
+        generation: how its makers want text to be made.
     """
 
     def __init__(self, source: Source, family: Family, config: Any, weights: WeightSource) -> None:
@@ -52,9 +104,69 @@ class Checkpoint:
         self.family = family
         self.config = config
         self.decoder: Decoder = family.decoder(plain_config(config))
+        self.generation = read_generation(source.path) if source.path.is_dir() else Generation()
         self._weights = weights
-        where = source.hub_id or str(source.path)
-        check_tensors(where, self.decoder.shapes(), weights.shapes(), self.decoder.layers)
+        self._names = match_tensors(self._where, self.decoder, weights.shapes())
+        if self._has_own_head():
+            config.tie_word_embeddings = False
+            self.decoder = family.decoder(plain_config(config))
+        self.rope()  # settings without frequencies are refused before any work
+        self._check_inert()
+
+    @property
+    def _where(self) -> str:
+        return self.source.hub_id or str(self.source.path)
+
+    def _has_own_head(self) -> bool:
+        """Whether a model that its config calls tied has another head in its file: transformers
+        then ties nothing.
+        """
+        table, head = f"{self.decoder.embedding.name}.weight", f"{self.decoder.head.name}.weight"
+        stored = self._names.stored
+        return (
+            self.decoder.tied
+            and head in stored
+            and not same_numbers(*(self._weights.array(stored[name]) for name in (table, head)))
+        )
+
+    def _check_inert(self) -> None:
+        """Compare stored rotary frequencies, which nobody reads, with those of the config.
+
+        Raises:
+            InputError: they differ: the config is not the one that the model was trained with.
+        """
+        names = [name for name in self._names.inert.values() if name.endswith("inv_freq")]
+        if not names:
+            return
+        scaled = self.rope()[0]
+        theta = float(self.config.rope_parameters["rope_theta"])
+        exponents = np.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
+        plain = theta**-exponents  # models of old saved these, and scaled positions instead
+        shapes = self._weights.shapes()
+        for name in names:
+            near = shapes[name] == scaled.shape and any(
+                np.allclose(self._weights.array(name), wanted, rtol=_NEAR, atol=_NEAR_ZERO)
+                for wanted in (scaled, plain)
+            )
+            if not near:
+                raise InputError(
+                    f"{self._where}, tensor {shown(name)}",
+                    f"got other rotary frequencies than those of rope_theta {theta:g}",
+                    "Correct rope_theta or rope_scaling in config.json, or save the model without "
+                    "this tensor",
+                )
+
+    @property
+    def renaming(self) -> Mapping[str, str]:
+        """{pattern of the files' names: what stands for it in the model's}; empty where they are
+        the same.
+        """
+        return self._names.renaming
+
+    @property
+    def inert(self) -> Collection[str]:
+        """Names of buffers in the files that nobody reads."""
+        return self._names.inert.keys()
 
     @property
     def name(self) -> str:
@@ -112,8 +224,8 @@ class Checkpoint:
 
     def stored(self, name: str) -> np.ndarray:
         """One tensor as the checkpoint has it. Raises as array()."""
-        array = self._weights.array(name)
-        check_finite(f"{self.source.hub_id or self.source.path}, tensor {name}", array)
+        array = self._weights.array(self._names.stored[name])
+        check_finite(f"{self._where}, tensor {name}", array)
         return array
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -123,14 +235,29 @@ class Checkpoint:
         return torch.from_numpy(self.array(name).astype(np.float32))
 
     def rope(self) -> tuple[np.ndarray, float]:
-        """Rotary frequencies fp32 [head_dim/2], and the factor on cos and sin."""
+        """Rotary frequencies fp32 [head_dim/2], and the factor on cos and sin.
+
+        Raises:
+            InputError: the config's numbers make none.
+        """
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        rotary = LlamaRotaryEmbedding(self.config)
-        frequencies = np.asarray(rotary.inv_freq.numpy(), np.float32)
+        try:
+            rotary = LlamaRotaryEmbedding(self.config)
+            frequencies = np.asarray(rotary.inv_freq.numpy(), np.float32)
+            scaling = float(rotary.attention_scaling)
+        except Exception as error:  # transformers computes with whatever the config holds
+            raise self._no_rope(reason(error)) from None
+        if not (np.isfinite(frequencies).all() and 0 < scaling < math.inf):
+            raise self._no_rope("they are not finite")
         factors = getattr(self._weights, "rope_factors", lambda: None)()
-        return frequencies if factors is None else frequencies / factors, float(
-            rotary.attention_scaling
+        return frequencies if factors is None else frequencies / factors, scaling
+
+    def _no_rope(self, why: str) -> InputError:
+        return InputError(
+            self._where,
+            f"got RoPE settings without frequencies ({why})",
+            "Correct rope_theta and rope_scaling in config.json",
         )
 
     def tokenizer(self) -> Any:
@@ -139,23 +266,15 @@ class Checkpoint:
         Raises:
             InputError: there is none, or it cannot be read.
         """
-        from transformers import AutoTokenizer
+        if self.source.kind == "gguf":
+            from calibration.checkpoints.gguf import GgufFile
+            from calibration.checkpoints.gguf_tokenizer import gguf_tokenizer
 
-        path = self.source.path
-        folder, extra = (
-            (path.parent, {"gguf_file": path.name}) if self.source.kind == "gguf" else (path, {})
+            return gguf_tokenizer(GgufFile(self.source.path))
+        return load_tokenizer(
+            self.source.path,
+            "Put the model's tokenizer.json and tokenizer_config.json beside its weights",
         )
-        try:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
-        except Exception as error:  # transformers and tokenizers raise many kinds
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
-            raise InputError(
-                str(path),
-                f"got no readable tokenizer ({reason})",
-                "Put the model's tokenizer.json and tokenizer_config.json beside its weights",
-            ) from None
 
 
 def open_checkpoint(model: str, offline: bool = False) -> Checkpoint:
@@ -179,7 +298,8 @@ def open_checkpoint(model: str, offline: bool = False) -> Checkpoint:
 
 
 def _open_gguf(source: Source) -> Checkpoint:
-    from calibration.checkpoints.gguf import GgufFile, GgufWeights, gguf_config, gguf_family
+    from calibration.checkpoints.gguf import GgufFile, GgufWeights
+    from calibration.checkpoints.gguf_config import gguf_config, gguf_family
 
     file = GgufFile(source.path)
     family = gguf_family(file)
@@ -191,12 +311,20 @@ def _open_gguf(source: Source) -> Checkpoint:
 
 def _open_config(folder: Path) -> tuple[Family, Any]:
     path = folder / "config.json"
-    if not path.is_file():
+    if (adapter := folder / ADAPTER).exists():
+        raise InputError(
+            str(adapter),
+            "got a PEFT adapter, expected a whole model",
+            "Merge it into its base model with peft's merge_and_unload and give what that saves; "
+            f"if the weights beside it have it in them, take {ADAPTER} away",
+        )
+    if not path.exists():
         raise InputError(
             str(folder),
             "got a folder without config.json, expected a Hugging Face model folder",
             "Give the folder that holds config.json and the weights",
         )
+    refuse_code(folder)
     raw = read_source_json(path)
     quantised = raw.get("quantization_config") or raw.get("compression_config")
     if quantised:
@@ -207,18 +335,32 @@ def _open_config(folder: Path) -> tuple[Family, Any]:
         )
         raise InputError(
             str(path),
-            f"got an already quantised checkpoint (quant_method {method}), "
+            f"got an already quantised checkpoint (quant_method {shown(method)}), "
             "expected float32, float16 or bfloat16 weights, or a .gguf file",
             "Give the float model it was made from",
         )
-    architectures = raw.get("architectures") or []
-    if not architectures:
+    fields = checked(raw, _Fields, str(path), "Correct config.json")
+    if not fields.architectures:
         raise InputError(
             str(path),
             f"got no architectures, expected one of {', '.join(accepted_architectures())}",
             "Add the model's class to config.json",
         )
-    family = family_of_architecture(str(architectures[0]), str(path))
+    family = family_of_architecture(shown(fields.architectures[0]), str(path))
+    if fields.model_type not in (None, family.model_type):
+        raise InputError(
+            f"{path}, model_type",
+            f"got {shown(fields.model_type)}, expected {family.model_type} with "
+            f"{family.architecture}",
+            "Correct the one that is not the model's",
+        )
+    elsewhere = [name for name in _ELSEWHERE if raw.get(name)]
+    if elsewhere:
+        raise InputError(
+            f"{path}, {elsewhere[0]}",
+            "got a field that makes transformers read or compute something else, expected none",
+            "Choose a model without it; this export would compute something else",
+        )
     return family, _make_config(str(path), raw, family)
 
 
@@ -227,29 +369,40 @@ def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
 
     values = {key: value for key, value in raw.items() if key != "model_type"}
     try:
-        config = AutoConfig.for_model(family.model_type, **values)
+        with quiet_transformers():
+            config = AutoConfig.for_model(family.model_type, **values)
     except Exception as error:  # transformers' strict configs raise their own kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            where, f"got a config that transformers refuses ({reason})", "Correct the named field"
+            where,
+            f"got a config that transformers refuses ({reason(error)})",
+            "Correct the named field",
         ) from None
     try:
         objection = _objection(config) or family.objection(config)
         family.decoder(plain_config(config))
     except UnsupportedError as error:
         objection = str(error)
-    except (KeyError, TypeError, ValueError) as error:  # a field that only this family reads
+    # A field that only this family reads.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         objection = (
-            f"got fields that no {family.name} decoder has ({type(error).__name__}: {error})"
+            f"got fields that no {family.name} decoder has "
+            f"({type(error).__name__}: {reason(error)})"
         )
     if objection:
         raise InputError(
-            where, objection, "Choose a model without it; this export would compute something else"
+            where,
+            shown(objection, _LONGEST),
+            "Choose a model without it; this export would compute something else",
         )
     return config
 
 
 def _objection(config: Any) -> str:
+    if not getattr(config, "is_causal", True):
+        return "got is_causal false, expected causal attention"
+    padding, vocab = getattr(config, "pad_token_id", None), config.vocab_size
+    if padding is not None and not -vocab <= padding < vocab:  # transformers makes no such table
+        return f"got pad_token_id {padding}, expected a row of the {vocab} of the embedding"
     rope = config.rope_parameters
     rope_type = rope.get("rope_type", "default")
     if rope_type not in STATIC_ROPE:

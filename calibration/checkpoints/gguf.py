@@ -1,88 +1,91 @@
-"""Reads a .gguf file as a Hugging Face checkpoint: config from the metadata, tensors dequantised
-one at a time.
-"""
+"""Reads .gguf files as a Hugging Face checkpoint: metadata, and tensors dequantized one at a time."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from calibration.families import Decoder, Family, family, family_names
+from calibration.checkpoints.gguf_header import (
+    ANOTHER_TYPE,
+    DOWNLOAD_AGAIN,
+    GgufPart,
+    GgufTensor,
+)
+from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
 from plugins.errors import InputError
 
-__all__ = ["GgufFile", "GgufWeights", "gguf_config", "gguf_family"]
+__all__ = ["GgufFile", "GgufWeights"]
 
+# Part 2 of 3, as gguf-split names it: model-00002-of-00003.gguf; split.no counts from 0.
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ROPE_FACTORS = "rope_freqs.weight"
 _LARGEST = 1e12
-_LONGEST_LIST = 1000
-_AGAIN = "The file is truncated or damaged: download it again"
-
-
-class _CheckedReader(GGUFReader):  # type: ignore[misc]
-    """GGUFReader slices past the end of the file without a word; this one says so."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
-        end = int(offset) + np.dtype(dtype).itemsize * int(count)
-        if end > len(self.data):
-            raise EOFError(f"got {len(self.data)} bytes, expected at least {end}")
-        return super()._get(offset, dtype, count, *args, **kwargs)
+_SHOWN = 3
 
 
 class GgufFile:
-    """An open GGUF file: metadata and raw tensors.
+    """An open GGUF model: the metadata and the tensors of a file, or of all parts of a split one.
+
+    Attributes:
+        path: what was opened, which may be any part.
+        paths: every part, in order.
+        tensors: by name.
 
     Raises:
-        InputError: not a GGUF file, truncated, or damaged.
+        InputError: a part is missing, is not a GGUF file, is truncated or damaged, or belongs to
+            another set.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-            if magic != b"GGUF":
+        parts = _whole_set(GgufPart(path))
+        self.paths = [part.path for part in parts]
+        self.tensors: dict[str, GgufTensor] = {}
+        for part in parts:
+            twice = self.tensors.keys() & part.tensors.keys()
+            if twice:
                 raise InputError(
-                    str(path),
-                    f"got first bytes {magic!r}, expected b'GGUF'",
-                    "This is not a GGUF file: check the download",
+                    f"{part.path}, tensor {min(twice)}",
+                    "got this tensor twice, expected it in one part",
+                    DOWNLOAD_AGAIN,
                 )
-            reader = _CheckedReader(path)
-            # The token lists are half a million little arrays: only the rest is kept.
-            self._values = {
-                key: field.contents()
-                for key, field in reader.fields.items()
-                if len(field.data) <= _LONGEST_LIST
-            }
-        except OSError as error:
+            self.tensors |= part.tensors
+        self._head = parts[0]  # gguf-split writes the model's metadata there and nowhere else
+        total = self.value("split.tensors.count", len(self.tensors))
+        if len(parts) > 1 and total != len(self.tensors):
             raise InputError(
                 str(path),
-                f"got {error.strerror}, expected a GGUF file",
-                "Check the path and the permissions",
-            ) from None
-        except EOFError as error:
-            raise InputError(str(path), str(error), _AGAIN) from None
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-            RecursionError,
-        ) as error:
-            raise InputError(str(path), f"got a damaged GGUF file ({error})", _AGAIN) from None
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+                f"got {len(self.tensors)} tensors in {len(parts)} parts, expected {total}",
+                DOWNLOAD_AGAIN,
+            )
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key of the metadata."""
+        return self._head.keys
 
     def value(self, key: str, default: Any = None) -> Any:
-        """One metadata value."""
-        return self._values.get(key, default)
+        """One metadata value that is not a list."""
+        return self._head.values.get(key, default)
+
+    def strings(self, key: str) -> list[str] | None:
+        """A list of strings of the metadata, or None if there is none."""
+        return self._head.strings(key)
+
+    def numbers(self, key: str) -> list[Any] | None:
+        """A list of numbers of the metadata, or None if there is none."""
+        return self._head.numbers(key)
+
+    def length(self, key: str) -> int | None:
+        """How long a list of the metadata is, or None if there is none."""
+        return self._head.length(key)
 
     def number(self, key: str, default: float | None = None) -> float:
         """One metadata number above zero; without a default it must be there."""
@@ -92,93 +95,70 @@ class GgufFile:
             or not isinstance(value, (int, float))
             or not 0 < value < _LARGEST
         ):
-            raise InputError(
-                f"{self.path}, metadata {key}",
-                f"got {str(value)[:40]!r}, expected a positive number",
-                _AGAIN,
-            )
+            raise self.wrong(key, "a positive number")
         return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """One metadata number that counts something; without a default it must be there."""
+        value = self.number(key, default)
+        if value != int(value) or value >= 1 << 31:
+            raise self.wrong(key, "a positive whole number below 2^31")
+        return int(value)
 
     def required(self, key: str) -> Any:
         """One metadata value that must be there."""
-        value = self.value(key)
-        if value is None:
+        if key not in self.keys:
             raise InputError(
                 str(self.path),
                 f"got no metadata {key}, expected it in a model file",
                 "Convert the model to GGUF again",
             )
-        return value
+        return self.value(key)
 
-
-def gguf_family(file: GgufFile) -> Family:
-    """The family that reads this file.
-
-    Raises:
-        InputError: none does.
-    """
-    architecture = str(file.required("general.architecture"))
-    accepted = {family(name).gguf: family(name) for name in family_names() if family(name).gguf}
-    if architecture not in accepted or file.value(f"{architecture}.expert_count", 0):
-        got = f"{architecture} with experts" if architecture in accepted else architecture
-        raise InputError(
-            str(file.path),
-            f"got architecture {got}, expected one of {', '.join(accepted)}",
-            "Choose a model of a supported architecture",
+    def wrong(self, key: str, expected: str, fix: str = DOWNLOAD_AGAIN) -> InputError:
+        """The error of a metadata value that is not what was expected."""
+        length = self.length(key)
+        got = repr(str(self.value(key))[:40]) if length is None else f"a list of {length}"
+        return InputError(
+            f"{self.path}, metadata {key[:60]}", f"got {got}, expected {expected}", fix
         )
-    return accepted[architecture]
 
 
-def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
-    """The Hugging Face config that the metadata and the tensors describe."""
-    key = f"{found.gguf}."
-    heads, hidden = (
-        int(file.number(key + "attention.head_count")),
-        int(file.number(key + "embedding_length")),
-    )
-    head_dim = int(file.number(key + "attention.key_length", hidden // heads))
-    layers = int(file.number(key + "block_count"))
-    if layers > len(file.tensors):
+def _whole_set(part: GgufPart) -> list[GgufPart]:
+    """All parts of the model that a file belongs to, in order."""
+    count = part.values.get("split.count", 0)
+    if not isinstance(count, int) or count < 2:
+        return [part]
+    name = _PART_NAME.fullmatch(part.path.name)
+    if name is None or int(name["count"]) != count:
         raise InputError(
-            f"{file.path}, metadata {key}block_count",
-            f"got {layers}, expected at most the {len(file.tensors)} tensors of the file",
-            _AGAIN,
+            str(part.path),
+            f"got one of {count} parts under a name of its own, expected NAME-00001-of-{count:05d}.gguf",
+            "Give the parts the names that gguf-split gave them",
         )
-    embedding = file.tensors.get("token_embd.weight")
-    return {
-        "architectures": [found.architecture],
-        "model_type": found.model_type,
-        "hidden_size": hidden,
-        "intermediate_size": int(file.number(key + "feed_forward_length")),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(file.number(key + "attention.head_count_kv", heads)),
-        "head_dim": head_dim,
-        "vocab_size": int(embedding.shape[-1])
-        if embedding is not None
-        else int(file.number(key + "vocab_size")),
-        "max_position_embeddings": int(file.number(key + "context_length")),
-        "rms_norm_eps": file.number(key + "attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
-        "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
-        "rope_parameters": _rope(file, key, head_dim),
-    }
-
-
-def _rope(file: GgufFile, key: str, head_dim: int) -> dict[str, Any]:
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": file.number(key + "rope.freq_base", 10000.0),
-    }
-    scaling = str(file.value(key + "rope.scaling.type", "none"))
-    if scaling != "none":
-        rope |= {"rope_type": scaling, "factor": file.number(key + "rope.scaling.factor", 1.0)}
-    rotated = int(file.number(key + "rope.dimension_count", head_dim))
-    return rope if rotated == head_dim else rope | {"partial_rotary_factor": rotated / head_dim}
+    paths = [
+        part.path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf")
+        for number in range(1, count + 1)
+    ]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise InputError(
+            str(part.path),
+            f"got {count - len(missing)} of {count} parts, missing "
+            f"{', '.join(missing[:_SHOWN])}{more}",
+            "Put all parts of the model into one folder",
+        )
+    parts = [GgufPart(path) for path in paths]
+    for index, one in enumerate(parts):
+        got = one.values.get("split.no"), one.values.get("split.count")
+        if got != (index, count):
+            raise InputError(
+                str(one.path),
+                f"got split.no {got[0]} of split.count {got[1]}, expected {index} of {count}",
+                "The part belongs to another model or was renamed: download it again",
+            )
+    return parts
 
 
 def _known_tensors(decoder: Decoder) -> Iterator[TensorInfo]:
@@ -201,50 +181,88 @@ def _known_tensors(decoder: Decoder) -> Iterator[TensorInfo]:
 
 
 class GgufWeights:
-    """Tensors of a GGUF file under Hugging Face names; rows that RoPE rotates are put back in
+    """Tensors of a GGUF model under Hugging Face names; rows that RoPE rotates are put back in
     order.
+
+    Raises:
+        InputError: there are tensors that the family does not use, or of a type that cannot be
+            read, or rotary factors that are none.
     """
 
     def __init__(self, file: GgufFile, decoder: Decoder) -> None:
-        self.files = [file.path]
+        self.files = file.paths
         self._file = file
         self._head_dim = decoder.blocks[0].heads.head_dim
         self._names = {
             info.name: info for info in _known_tensors(decoder) if info.gguf in file.tensors
         }
+        self._check_all_used(decoder)
+        self._check_types()
+        self.rope_factors()
+
+    def _check_all_used(self, decoder: Decoder) -> None:
+        used = {info.gguf for info in self._names.values()} | {_ROPE_FACTORS}
+        unknown = [name for name in self._file.tensors if name not in used]
+        if unknown:
+            more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+            raise InputError(
+                str(self._file.path),
+                f"got tensors that the model's {decoder.layers} layers do not use: "
+                f"{', '.join(name[:60] for name in unknown[:_SHOWN])}{more}",
+                "The export would drop them: choose a model without them",
+            )
+
+    def _check_types(self) -> None:
+        """Try one block of each type, so that a type that cannot be read shows before any work."""
+        kinds = {tensor.type: (name, tensor) for name, tensor in self._file.tensors.items()}
+        for name, tensor in kinds.values():
+            block = tensor.data.reshape(-1, tensor.data.shape[-1])[:1]
+            self._dequantized(name, replace(tensor, data=block))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that the family knows."""
-        tensors = self._file.tensors
-        return {
-            hf: tuple(reversed([int(n) for n in tensors[info.gguf].shape]))
-            for hf, info in self._names.items()
-        }
+        """Shape of every tensor."""
+        return {hf: self._file.tensors[info.gguf].shape for hf, info in self._names.items()}
 
     def array(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to fp32."""
+        """One tensor, dequantized to fp32."""
         info = self._names[name]
-        tensor = self._file.tensors[info.gguf]
-        try:
-            values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"{self._file.path}, tensor {info.gguf}",
-                f"got type {tensor.tensor_type.name} that cannot be read ({error})",
-                "Convert the model to another GGUF type, such as Q8_0 or F16",
-            ) from None
+        values = self._dequantized(info.gguf, self._file.tensors[info.gguf])
         if info.offset:  # these files hold what the decoder multiplies with
             values = values - np.float32(info.offset)
         return self._rows_in_order(values) if info.rotary else values
 
     def rope_factors(self) -> np.ndarray | None:
-        """Divisors of the rotary frequencies (LLaMA 3.1 files carry them as a tensor), or None."""
+        """Divisors of the rotary frequencies, fp32 [head_dim/2] (LLaMA 3.1 files carry them as a
+        tensor), or None.
+
+        Raises:
+            InputError: they have another shape, or are not positive numbers.
+        """
         tensor = self._file.tensors.get(_ROPE_FACTORS)
-        return (
-            None
-            if tensor is None
-            else np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1)
-        )
+        if tensor is None:
+            return None
+        where = f"{self._file.path}, tensor {_ROPE_FACTORS}"
+        if tensor.shape != (self._head_dim // 2,):
+            raise InputError(
+                where,
+                f"got shape {list(tensor.shape)}, expected [{self._head_dim // 2}], half a head",
+                DOWNLOAD_AGAIN,
+            )
+        factors = self._dequantized(_ROPE_FACTORS, tensor)
+        wrong = factors[~((factors > 0) & np.isfinite(factors))]
+        if wrong.size:
+            raise InputError(where, f"got {wrong[0]}, expected positive numbers", DOWNLOAD_AGAIN)
+        return factors
+
+    def _dequantized(self, name: str, tensor: GgufTensor) -> np.ndarray:
+        try:
+            return np.asarray(dequantize(tensor.data, tensor.type), np.float32)
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(
+                f"{self._file.path}, tensor {name}",
+                f"got type {tensor.type.name} that cannot be read ({error})",
+                ANOTHER_TYPE,
+            ) from None
 
     def _rows_in_order(self, rows: np.ndarray) -> np.ndarray:
         # GGUF stores each head's rows as pairs (0, d/2), (1, d/2 + 1) ...; Hugging Face as two

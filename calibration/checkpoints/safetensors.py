@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
+from calibration.checkpoints.foreign import check_regular
+from calibration.out.json_file import Count, checked
 from plugins.errors import InputError
+from plugins.text import shown
 
 __all__ = [
     "SafetensorsWriter",
@@ -76,6 +79,15 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class _Info:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """float16, bfloat16 or float32 as a numpy dtype."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
@@ -111,6 +123,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         InputError: missing, truncated or corrupt file.
     """
+    check_regular(path, "a safetensors file")
     try:
         size = path.stat().st_size
         raw, base = _header_bytes(path, size)
@@ -121,20 +134,33 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             "Check the path and the permissions",
         ) from None
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {
-            name: TensorEntry(
-                str(info["dtype"]),
-                tuple(int(n) for n in info["shape"]),
-                *(base + int(n) for n in info["data_offsets"]),
-            )
-            for name, info in header.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError):
+        header = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_refuse)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None:
+            checked(metadata, dict[str, str], str(path))
+        infos = checked(header, dict[str, _Info], str(path))
+    except (ValueError, TypeError, AttributeError, RecursionError, InputError):
         raise _damaged(path, "got a safetensors header that is not valid JSON of tensors") from None
+    entries = {
+        name: TensorEntry(
+            info.dtype, tuple(info.shape), *(base + offset for offset in info.data_offsets)
+        )
+        for name, info in infos.items()
+    }
     _check_tiling(path, entries, base, size)
     return entries
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values under one name, readers take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _check_tiling(path: Path, entries: dict[str, TensorEntry], base: int, size: int) -> None:
@@ -142,14 +168,14 @@ def _check_tiling(path: Path, entries: dict[str, TensorEntry], base: int, size: 
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.dtype not in _DTYPES:
             raise InputError(
-                f"{path}, tensor {name}",
-                f"got dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}",
+                f"{path}, tensor {shown(name)}",
+                f"got dtype {shown(entry.dtype)}, expected one of {', '.join(_DTYPES)}",
                 "Save the checkpoint as float32, float16 or bfloat16",
             )
         wanted = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
         if entry.start != position or entry.end - entry.start != wanted:
             raise _damaged(
-                path, f"got a header whose tensor {name} does not fit its place in the file"
+                path, f"got a header whose tensor {shown(name)} does not fit its place in the file"
             )
         position = entry.end
     if position != size:

@@ -57,6 +57,7 @@ ALIASES = {
 MODELS_VARIABLE = "ANYBIT_MODELS"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PART = re.compile(r"-\d{5}-of-\d{5}$")  # as gguf-split names parts
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.model"]
 _IGNORED = ["*/*", "consolidated*"]  # sub-folders and second copies of the weights
 
@@ -80,9 +81,12 @@ class Source:
 
 
 def model_slug(model: str) -> str:
-    """A short name fit for a folder: the alias, the last part of a hub id or path, a GGUF's stem."""
+    """A short name fit for a folder: the alias, the last part of a hub id or path, a GGUF's stem
+    (of a split one without the part's number).
+    """
     path = Path(model.rstrip("/\\"))
-    name = path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
+    is_gguf = path.suffix == ".gguf"
+    name = _PART.sub("", path.stem) if is_gguf else path.name or path.resolve().name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.").lower() or "model"
 
 

@@ -5,40 +5,104 @@ of a wall of names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
+from calibration.families import Decoder
 from plugins.errors import InputError
+from plugins.text import shown
 
-__all__ = ["check_finite", "check_tensors"]
+__all__ = ["Names", "check_finite", "match_tensors", "same_numbers"]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK = 1 << 22  # elements looked at together, to bound the memory
 _SHOWN = 3
+# Buffers that old versions of transformers saved with a model: rotary frequencies and their waves,
+# positions, and the number that masks stood for.
+_INERT = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$"
+)
+_QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".SCB")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
+@dataclass(frozen=True)
+class Names:
+    """Under which names a checkpoint's files hold the decoder's tensors.
+
+    Attributes:
+        stored: {the decoder's name: the files'}, also of the head of a tied model where there is
+            one.
+        renaming: {pattern of the files' names: what stands for it in the decoder's}, for
+            transformers' key_mapping; empty where they are the same.
+        inert: the same of buffers that a decoder computes itself.
+    """
+
+    stored: Mapping[str, str]
+    renaming: Mapping[str, str]
+    inert: Mapping[str, str]
 
 
-def check_tensors(
-    where: str,
-    wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    layers: int,
-) -> None:
-    """Names and shapes against the config.
+def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
+    """Account for every tensor of a checkpoint, by name and shape.
+
+    All names may have a prefix that a wrapper around the model left there, if what is behind it
+    fits exactly. As transformers does, a tied model may have its table under the head's name only.
+
+    Args:
+        found: {name: shape} in the files.
 
     Raises:
-        InputError: tensors are missing, have another shape, or are biases and weights that the
-            graph would drop.
+        InputError: tensors are missing, have another shape, or are neither the decoder's nor known
+            to have no part in its result.
     """
-    missing = [name for name in wanted if name not in found]
+    table = f"{decoder.embedding.name}.weight"
+    prefixes = () if table in found else _prefixes(table, found)
+    for prefix, replacement in prefixes:
+        renamed = {
+            replacement + name.removeprefix(prefix) if name.startswith(prefix) else name: name
+            for name in found
+        }
+        if len(renamed) == len(found):
+            with suppress(InputError):
+                names = _matched(where, decoder, {new: found[old] for new, old in renamed.items()})
+                return Names(
+                    {ours: renamed[theirs] for ours, theirs in names.stored.items()},
+                    {f"^{re.escape(prefix)}": replacement},
+                    {ours: renamed[theirs] for ours, theirs in names.inert.items()},
+                )
+    return _matched(where, decoder, found)
+
+
+def _prefixes(table: str, found: Iterable[str]) -> list[tuple[str, str]]:
+    """What may stand before a name, and what is there in its place: before all of it
+    (base_model.model.model.layers), or behind its first part (model.language_model.layers).
+    """
+    first, _, rest = table.partition(".")
+    prefixes = (
+        (name.removesuffix(end), replacement)
+        for end, replacement in ((table, ""), (rest, f"{first}."))
+        for name in found
+        if name.endswith(f".{end}")
+    )
+    return list(islice(prefixes, _SHOWN))  # each is tried with every name
+
+
+def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
+    wanted = decoder.shapes()
+    table, head = f"{decoder.embedding.name}.weight", f"{decoder.head.name}.weight"
+    if decoder.tied and head in found:
+        wanted |= {head: wanted[table]}
+    stored = {name: name for name in wanted if name in found}
+    if decoder.tied and head in stored and table not in stored:
+        stored[table] = stored.pop(head)
+        del wanted[head]
+    missing = [name for name in wanted if name not in stored]
     if missing:
-        cause, fix = _missing_cause(missing, found, layers)
+        cause, fix = _missing_cause(missing, decoder, found)
         raise InputError(
             where,
             f"got {len(wanted) - len(missing)} of the {len(wanted)} tensors its config asks for, "
@@ -46,52 +110,86 @@ def check_tensors(
             fix,
         )
     for name, shape in wanted.items():
-        if found[name] != shape:
+        if found[stored[name]] != shape:
             raise InputError(
-                f"{where}, tensor {name}",
-                f"got shape {list(found[name])}, expected {list(shape)} from the config",
+                f"{where}, tensor {shown(stored[name])}",
+                f"got shape {list(found[stored[name]])}, expected {list(shape)} from the config",
                 "The weights and the config belong to different models: use the config of these weights",
             )
-    extra = [
-        name
-        for name in found
-        if name not in wanted and re.search(r"\.layers\.\d+\..*(_proj|norm)\.(weight|bias)$", name)
-    ]
+    others = sorted(found.keys() - stored.values())
+    inert = {name: name for name in others if _INERT.search(name)}
+    extra = [name for name in others if not _INERT.search(name)]
     if extra:
         raise InputError(
             where,
             f"got tensors the config does not ask for: {_some(extra)}",
             "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias "
-            "in the config",
+            "in the config, or save the model without them",
         )
+    return Names(stored, {}, inert)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(shown, names[:_SHOWN])) + more
 
 
 def _missing_cause(
-    missing: list[str], found: Mapping[str, tuple[int, ...]], layers: int
+    missing: Sequence[str], decoder: Decoder, found: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, str]:
-    if missing == ["lm_head.weight"]:
+    table = f"{decoder.embedding.name}.weight"
+    first, _, rest = table.partition(".")
+    if missing == [f"{decoder.head.name}.weight"]:
         return (
             "",
             "If the head is the embedding, set tie_word_embeddings to true in the config; else "
             "complete the weights",
         )
-    if any(name.startswith(("layers.", "embed_tokens.")) for name in found):
+    if any(".lora_" in name for name in found):
         return (
-            " (names lack the prefix model.)",
+            " (these are an adapter's tensors)",
+            "Merge the adapter into its base model with peft's merge_and_unload, and give what "
+            "that saves",
+        )
+    if rest in found or any(name.startswith("layers.") for name in found):
+        return (
+            f" (names lack the prefix {first}.)",
             "Save the model with its head (LlamaForCausalLM, not LlamaModel)",
         )
-    if any(name.endswith((".qweight", ".qzeros", ".weight_packed", ".SCB")) for name in found):
+    if any(name.endswith(_QUANTISED) for name in found):
         return " (the weights are quantised)", "Give the float model it was made from"
+    if table not in found and (prefixes := _prefixes(table, found)):
+        return (
+            f" (names have the prefix {shown(prefixes[0][0])})",
+            "Without that prefix they are not the config's model either: save the language model "
+            "alone, with its own config",
+        )
     indices = [
-        int(match.group(1)) for name in found if (match := re.search(r"\.layers\.(\d+)\.", name))
+        int(match.group(1))
+        for name in found
+        if (match := re.search(r"\.layers\.(\d{1,9})\.", name))
     ]
     have = max(indices, default=-1) + 1
-    if have < layers:
+    if have < decoder.layers:
         return (
-            f" (layers in the file: {have}, in the config: {layers})",
+            f" (layers in the file: {have}, in the config: {decoder.layers})",
             "The file is incomplete or belongs to a smaller model: check the download",
         )
     return "", "The download is incomplete or the file belongs to another model"
+
+
+def same_numbers(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two tensors of one shape are equal in fp32; one in memory twice is not read."""
+    if first.__array_interface__ == second.__array_interface__:
+        return True
+    one, other = first.reshape(-1), second.reshape(-1)
+    return all(
+        np.array_equal(
+            np.asarray(one[start : start + _BLOCK], np.float32),
+            np.asarray(other[start : start + _BLOCK], np.float32),
+        )
+        for start in range(0, one.size, _BLOCK)
+    )
 
 
 def check_finite(where: str, array: np.ndarray) -> None:

@@ -253,6 +253,16 @@ def _shard_tensors(
 # ---------------------------------------------------------------- the folder
 
 
+def _generation(quant: QuantModel) -> dict[str, Any]:
+    """How text is to be made, where config.json does not say it all; {} where it does."""
+    config, ends = quant.config["hf"], quant.config["eos_token_id"]
+    sampling = quant.config.get("sampling", {})
+    if not sampling and ends == config.get("eos_token_id"):
+        return {}
+    tokens = {name: config.get(name) for name in ("bos_token_id", "pad_token_id")}
+    return {**tokens, "eos_token_id": ends, **sampling}
+
+
 def write(quant: QuantModel, folder: Path) -> None:
     """Write config.json, weight files that are cut as those of the quant folder, their index, and
     copies of all other files.
@@ -306,6 +316,8 @@ def write(quant: QuantModel, folder: Path) -> None:
             "quantization_config": _quantization_config(quant.decoder.head.name, linears.values()),
         },
     )
+    if generation := _generation(quant):
+        write_json(folder / "generation_config.json", generation)
     for name in quant.files.keys() - names.keys():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)  # chat templates may lie deeper
         shutil.copyfile(quant.path / name, folder / name)

@@ -11,7 +11,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from calibration.out.files import write_json
 from calibration.out.json_file import Size, TokenId, checked, read_json
@@ -19,7 +21,14 @@ from calibration.out.layout import DESCRIPTION
 from calibration.out.records import Bits, Dtype, FileName, FileRecords
 from plugins.errors import InputError
 
-__all__ = ["FORMAT", "Description", "KeyValueCache", "read_description", "write_description"]
+__all__ = [
+    "FORMAT",
+    "Description",
+    "KeyValueCache",
+    "SamplingDefaults",
+    "read_description",
+    "write_description",
+]
 
 FORMAT = 1
 
@@ -46,6 +55,26 @@ class KeyValueCache:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """How the model's makers want tokens to be chosen, where the user does not say.
+
+    Attributes:
+        do_sample: draw a token; else the best one is taken.
+        temperature: of the draw.
+        top_k: draw among the K best only; 0 is all.
+        top_p: draw among the fewest tokens that are this likely together; 1 is all.
+        repetition_penalty: divides the logits of what the text has already, multiplies negative
+            ones; 1 leaves them.
+    """
+
+    do_sample: bool = False
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What model.json holds.
 
@@ -61,6 +90,7 @@ class Description:
         max_tokens: most new tokens in one call; None: no limit.
         bos_token_id: None where the model has none.
         eos_token_ids: each of them ends a text.
+        sampling: how tokens are chosen where the user does not say.
         cache: the KV cache.
         chat_template: of the tokenizer (Jinja), or None.
         tokenizer: names of its files.
@@ -78,6 +108,7 @@ class Description:
     max_tokens: Size | None = None
     bos_token_id: TokenId | None
     eos_token_ids: tuple[TokenId, ...]
+    sampling: SamplingDefaults = SamplingDefaults()
     cache: KeyValueCache
     chat_template: str | None
     tokenizer: tuple[FileName, ...] = field(default=())

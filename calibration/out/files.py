@@ -5,55 +5,89 @@ it; checks what it reads back.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from calibration.out.layout import LOCK, old, partial
 from plugins.errors import InputError
+from plugins.lock import BusyError
+from plugins.lock import locked as lock_file
 
 __all__ = [
     "StageWriter",
     "file_records",
     "locked",
+    "remove",
     "sha256_file",
+    "temporary",
     "verify_files",
     "write_json",
 ]
 
 _CHUNK = 1 << 22
+_TEMPORARY = f".*.{'[0-9a-f]' * 16}.tmp"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One writing process at a time in an OUT folder, which is made if need be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
-    except OSError as error:
-        raise InputError(
-            str(out),
-            f"got {error.strerror}, expected a folder that can be written",
-            "Choose another --out",
-        ) from error
-    with file:
+def locked(out: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """One writing process at a time in an OUT folder, which is made if need be.
+
+    Args:
+        out: the folder.
+        say: told where the file system has no locks.
+
+    Raises:
+        InputError: another process writes it, or it cannot be written.
+    """
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            out.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(lock_file(out / LOCK, say=say))
+        except BusyError:
             raise InputError(
                 str(out),
                 "got a folder that another process is writing, expected a free one",
                 "Wait for it to end or choose another --out",
             ) from None
+        except OSError as error:
+            link = error.errno == errno.ELOOP
+            raise InputError(
+                str(out / LOCK if link else out),
+                f"got {'a symbolic link' if link else error.strerror}, "
+                f"expected {'a file' if link else 'a folder'} that can be written",
+                "Choose another --out",
+            ) from error
+        if held:  # nobody else is writing what a killed process left
+            for path in out.glob(_TEMPORARY):
+                path.unlink()
         yield
+
+
+def temporary(path: Path) -> Path:
+    """A new name beside `path` for what will take its place; nobody else uses or foresees it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a symbolic link, whose target stays; it may be
+    missing.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def sha256_file(path: Path) -> str:
@@ -71,19 +105,19 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    unfinished = temporary(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with unfinished.open("x", encoding="utf-8") as file:
             json.dump(value, file, indent=2, sort_keys=True)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        unfinished.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            unfinished.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
@@ -136,7 +170,8 @@ class StageWriter:
     """Context manager for one stage's folder: written under a temporary name, renamed when whole.
 
     An error or Ctrl-C inside the block removes the temporary folder and leaves an earlier result
-    untouched.
+    untouched. Nothing is written through a symbolic link in OUT: one in the stage's place is replaced
+    by the new folder, and what it leads to stays.
 
     Args:
         out: the artefact folder OUT.
@@ -169,7 +204,7 @@ class StageWriter:
     def __enter__(self) -> StageWriter:
         try:
             self._restore()  # a process killed between the two renames left no final folder
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove(self.path)
             self.path.mkdir(parents=True)
         except OSError as error:
             raise _unwritable(self.final, error) from error
@@ -187,7 +222,8 @@ class StageWriter:
         except OSError as failure:
             raise _unwritable(self.final, failure) from failure
         finally:
-            shutil.rmtree(self.path, ignore_errors=True)  # gone already where the commit went well
+            with suppress(OSError):
+                remove(self.path)  # gone already where the commit went well
         if isinstance(error, OSError) and self._concerns(error):
             raise _unwritable(self.final, error) from error
 
@@ -200,17 +236,18 @@ class StageWriter:
 
     def _commit(self) -> None:
         self.sync()
-        shutil.rmtree(self._old, ignore_errors=True)
+        remove(self._old)
         try:
-            if self.final.exists():
+            if os.path.lexists(self.final):
                 self.final.rename(self._old)
             self.path.rename(self.final)
         finally:
             self._restore()
-        shutil.rmtree(self._old, ignore_errors=True)
+        with suppress(OSError):
+            remove(self._old)
 
     def _restore(self) -> None:
-        if self._old.exists() and not self.final.exists():
+        if os.path.lexists(self._old) and not os.path.lexists(self.final):
             self._old.rename(self.final)
 
     def _concerns(self, error: OSError) -> bool:

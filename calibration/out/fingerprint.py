@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.out.files import sha256_file
+from calibration.text_file import existing
 from plugins import extension_files
 
 __all__ = [
@@ -61,8 +62,8 @@ def method_digest(file: Path | None) -> dict[str, str]:
 
 def text_digest(calib: str | None) -> str:
     """Hash of what is in a calibration text; a dataset goes by its name."""
-    path = _ROOT / "calibration" / "default_text.txt" if calib is None else Path(calib).expanduser()
-    return sha256_file(path) if path.is_file() else str(calib)
+    path = _ROOT / "calibration" / "default_text.txt" if calib is None else existing(calib)
+    return sha256_file(path) if path and path.is_file() else str(calib)
 
 
 def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.out.description import Description, read_description
 from calibration.out.files import verify_files
 from calibration.out.json_file import checked, read_json
@@ -91,11 +92,10 @@ class StageFolder:
         """The transformers tokenizer in these files (this imports transformers)."""
         for name in names:
             self.file(name)
+        check_named(self.path, self._known, self._renew)  # transformers takes what it finds
         for path in (*self.path.glob("*token*"), *self.path.glob("*.jinja")):
-            self.file(path.name)  # transformers takes what it finds
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+            self.file(path.name)
+        return load_tokenizer(self.path, self._renew)
 
 
 _RECORDERS = {  # the file that records the others where there is no manifest

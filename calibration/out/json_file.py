@@ -90,7 +90,7 @@ def parse_json(data: bytes | str, where: str, fix: str = MAKE_AGAIN) -> Any:
 
 
 def _deeper(value: Any, limit: int) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit + 1):
         level = [
             inner

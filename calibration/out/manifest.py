@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from calibration.out.fingerprint import package_versions
 from calibration.out.json_file import Count, checked, read_json
-from calibration.out.layout import MANIFEST, STAGES
+from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, STAGES
 from calibration.out.records import FileRecords
 from plugins.errors import InputError
 
@@ -39,6 +39,7 @@ PACKAGES = (
 )
 
 
+_UNKNOWN = "What model this folder was made of cannot be told: choose another --out"
 _EXPORT_AGAIN = "It is damaged or of another version: export the model again into a new folder"
 
 
@@ -52,13 +53,29 @@ class StageRecord(TypedDict):
     facts: NotRequired[dict[str, Any]]
 
 
+class Request(TypedDict):
+    """The part of a request that is looked into; the rest is compared as it is."""
+
+    content: NotRequired[dict[str, str]]
+
+
 class Manifest(TypedDict):
     """What the manifest holds, its format aside; `stages` by name, each a StageRecord."""
 
-    request: dict[str, Any]
+    request: Request
     stages: dict[str, Any]
     versions: NotRequired[dict[str, str]]
     command: NotRequired[list[str]]
+
+
+class _Source(TypedDict):
+    fingerprint: str
+
+
+class _Made(TypedDict):
+    """What quant.json says of the model."""
+
+    source: _Source
 
 
 def installed_versions() -> dict[str, str]:
@@ -105,18 +122,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest | {"stages": {name: stages[name] for name in STAGES if name in stages}}
 
 
-def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def open_manifest(
+    out: Path, request: dict[str, Any], content: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The manifest of OUT, fresh or existing.
+
+    What was spelled otherwise and is the same may replace or resume it: `model/`, `./model` and the
+    hub's name of what lies there are one model.
 
     Args:
         out: the artefact folder.
-        identity: model and settings; a folder with a finished stage must have been made with the
+        request: model and settings; a folder with a finished stage must have been made with the
             same.
+        content: fingerprints of what entries of `request` only name, "model" among them; without
+            the model's, it is not looked at.
 
     Raises:
         InputError: OUT cannot be read, is not ours, or belongs to another model or setting, or its
             manifest is damaged.
     """
+    content = content or {}
     try:
         strangers = _strangers(out)
     except OSError as error:
@@ -132,22 +157,45 @@ def open_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"expected a new or an artefact folder",
             "Choose another --out",
         )
-    fresh = {"format": FORMAT, "request": identity, "stages": {}}
+    fresh = {"format": FORMAT, "request": {**request, "content": dict(content)}, "stages": {}}
     if not (out / MANIFEST).exists():
         return fresh
     manifest = read_manifest(out / MANIFEST)
     if not manifest["stages"]:
         return fresh
-    for key, expected in identity.items():
-        got = manifest["request"].get(key)
-        if got != expected:
+    recorded, made_of = manifest["request"], manifest["request"].get("content", {})
+    if "model" in content:
+        _check_model(out, recorded, request["model"], content["model"])
+    for key, expected in request.items():
+        got = recorded.get(key)
+        same = key in content and content[key] == made_of.get(key)
+        if key != "model" and not same and got != expected:
             theirs, ours = map(", ".join, zip(*_differences(key, got, expected), strict=True))
             raise InputError(
                 str(out),
                 f"got an artifact with {theirs}, expected {ours}",
                 "Choose another --out, or delete this folder",
             )
-    return manifest
+    return manifest | {"request": {**request, "content": {**made_of, **content}}}
+
+
+def _check_model(out: Path, recorded: Mapping[str, Any], model: str, fingerprint: str) -> None:
+    """The weights are the same, whatever they are called. Artifacts of version 0.1 have their
+    fingerprint in quant.json only.
+    """
+    made_of = recorded.get("content", {}).get("model")
+    if made_of is None:
+        path = out / QUANT / QUANT_JSON
+        made_of = checked(read_json(path, _UNKNOWN), _Made, str(path), _UNKNOWN)["source"][
+            "fingerprint"
+        ]
+    if made_of != fingerprint:
+        raise InputError(
+            str(out),
+            f"got an artifact of other weights (model {json.dumps(recorded.get('model'))}, "
+            f"fingerprint {made_of[:12]}), expected those of {model} ({fingerprint[:12]})",
+            "Choose another --out",
+        )
 
 
 def _strangers(out: Path) -> list[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.description import Description, KeyValueCache
+from calibration.out.description import Description, KeyValueCache, SamplingDefaults
+from calibration.out.json_file import MAKE_AGAIN, read_json
 from calibration.out.layout import BITS_FILE
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from calibration.quant.folder import QuantModel
 
-__all__ = ["describe"]
+__all__ = ["describe", "token_list"]
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -34,7 +35,8 @@ def describe(quant: QuantModel) -> Description:
         context=context,
         max_context=context,
         bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=_end_tokens(quant.path, config.get("eos_token_id")),
+        eos_token_ids=tuple(token_list(config.get("eos_token_id"))),
+        sampling=SamplingDefaults(**config.get("sampling", {})),
         cache=KeyValueCache(
             layers=quant.layers,
             heads=int(config["num_key_value_heads"]),
@@ -47,32 +49,20 @@ def describe(quant: QuantModel) -> Description:
     )
 
 
-def _end_tokens(folder: Path, eos: Any) -> tuple[int, ...]:
-    """The config's end tokens, and the tokenizer's own: models made for chat often end a turn with
-    another one than a text.
-    """
-    found = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    return tuple(dict.fromkeys((*found, *_tokenizer_end(folder))))
-
-
-def _tokenizer_end(folder: Path) -> list[int]:
-    if not (folder / "tokenizer.json").is_file():
-        return []
-    token = _json(folder / "tokenizer_config.json").get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    added = _json(folder / "tokenizer.json").get("added_tokens", [])
-    return [int(item["id"]) for item in added if item["content"] == text]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+def token_list(tokens: Any) -> list[int]:
+    """What a config means where it may give no token, one or several."""
+    return [] if tokens is None else list(tokens) if isinstance(tokens, list | tuple) else [tokens]
 
 
 def _chat_template(folder: Path) -> str | None:
     """The tokenizer's template: transformers writes a file of its own, older versions a field."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                str(file), f"got a template that is not UTF-8 ({error})", MAKE_AGAIN
+            ) from None
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None

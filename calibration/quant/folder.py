@@ -11,8 +11,11 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
+from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
+from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.families import Decoder, Family, UnsupportedError, family
+from calibration.out.description import SamplingDefaults
 from calibration.out.files import sha256_file
 from calibration.out.json_file import Count, Size, TokenId, checked, read_json
 from calibration.out.layout import QUANT_JSON
@@ -46,6 +49,7 @@ class _Config(TypedDict):
     max_position_embeddings: Size
     bos_token_id: TokenId | None
     eos_token_id: TokenId | list[TokenId] | None
+    sampling: NotRequired[SamplingDefaults]
     rope_attention_scaling: float
     hf: dict[str, Any]
 
@@ -143,7 +147,7 @@ class QuantModel:
         except (KeyError, TypeError, ValueError, UnsupportedError) as error:
             raise InputError(
                 f"{self.path / QUANT_JSON}, config",
-                f"got fields that no {self.family.name} decoder has ({error})",
+                f"got fields that no {self.family.name} decoder has ({reason(error)})",
                 _AGAIN,
             ) from None
 
@@ -266,10 +270,13 @@ class QuantModel:
         return self.decoder.layers
 
     def tokenizer(self) -> Any:
-        """The transformers tokenizer (this imports transformers)."""
-        from transformers import AutoTokenizer
+        """The transformers tokenizer (this imports transformers).
 
-        return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        Raises:
+            InputError: the folder holds a file that quant.json does not name, or code.
+        """
+        check_named(self.path, {*self.files, QUANT_JSON}, _AGAIN)
+        return load_tokenizer(self.path, _AGAIN)
 
 
 def fuse(linears: Sequence[QuantLinear], name: str) -> QuantLinear:

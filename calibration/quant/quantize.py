@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from calibration.out.layout import BITS_FILE, QUANT, QUANT_JSON, WORK
 from calibration.progress import NullProgress
 from calibration.quant.bits import SchemeMap, as_map
 from calibration.quant.checks import check_scheme
+from calibration.quant.describe import token_list
 from calibration.quant.folder import FORMAT, read_quant
 from calibration.quant.options import QuantizeOptions
 from calibration.quant.scheme import QuantScheme
@@ -67,6 +68,8 @@ def quantize_model(
         tokenizer,
         progress,
     )
+    for warning in _warnings(checkpoint, tokenizer):
+        progress.message(warning)
     items = _plan(checkpoint, schemes, source.decoder)
     if not source.writes:
         return {}
@@ -75,6 +78,7 @@ def quantize_model(
         (folder / BITS_FILE).write_text(schemes.as_text(), encoding="utf-8")
     files |= _save_tokenizer(tokenizer, folder)
     meta = _meta(checkpoint, schemes, items, files, source)
+    meta["config"] |= _generation(checkpoint, tokenizer)
     write_json(folder / QUANT_JSON, meta)
     formats.write(options.format, read_quant(folder, verify=False))
     progress.finish()
@@ -241,6 +245,33 @@ def _model_config(checkpoint: Checkpoint, tied: bool) -> dict[str, Any]:
         | untied
         | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config() | untied}
     )
+
+
+def _generation(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, Any]:
+    """What else is to be known to make text: every end token, where config.json lacks some, and how
+    tokens are chosen, where the checkpoint says so.
+
+    Models made for chat often end a turn with another token than a text.
+    """
+    made, known = checkpoint.generation, token_list(checkpoint.config.eos_token_id)
+    own = token_list(tokenizer.eos_token_id)
+    wanted = list(dict.fromkeys((*known, *made.end_tokens, *own)))
+    found: dict[str, Any] = {"eos_token_id": wanted} if set(wanted) != set(known) else {}
+    return found | ({} if made.sampling is None else {"sampling": asdict(made.sampling)})
+
+
+def _warnings(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[str]:
+    vocab = checkpoint.decoder.vocab
+    beyond = {token: name for name, token in tokenizer.get_vocab().items() if token >= vocab}
+    if beyond:
+        first = min(beyond)
+        yield (
+            f"The tokenizer has {len(beyond)} tokens beyond the model's vocab_size of {vocab}, the "
+            f"first {beyond[first]!r} with id {first}: a text with one of them will be refused."
+        )
+    if checkpoint.generation.not_followed:
+        asked = ", ".join(checkpoint.generation.not_followed)
+        yield f"generation_config.json asks for {asked}, which python -m deploy does not follow."
 
 
 def _sizes(items: list[StoredItem]) -> dict[str, Any]:

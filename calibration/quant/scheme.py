@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_BITS",
+    "LARGEST_FLOAT16",
     "Bits",
     "QuantLinear",
     "QuantScheme",
@@ -25,6 +26,7 @@ __all__ = [
     "scheme_for",
 ]
 
+LARGEST_FLOAT16 = 65504.0  # activations of real models may be larger
 FLOAT_BITS = 16  # activation or cache bits that mean: left in floating point
 
 

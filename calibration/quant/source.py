@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from calibration.data import calibration_windows, load_text
+from calibration.data import calibration_windows, load_text, text_tokens
 from calibration.methods import Method, find_method
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
@@ -190,7 +190,8 @@ def open_source(
     method.check_settings(settings)
     if not method.looks_at_data:
         if settings.calib is not None:
-            load_text(settings.calib, options.offline, strict=False)
+            text = load_text(settings.calib, options.offline, strict=False, say=progress.message)
+            text_tokens(tokenizer, text, checkpoint.decoder.vocab, "--calib")
         return _PlainSource(checkpoint, method, options.ranks.first)
 
     import torch
@@ -199,14 +200,18 @@ def open_source(
     from calibration.blocks.store import BlockStore
 
     windows, note = calibration_windows(
-        tokenizer, settings, int(checkpoint.config.max_position_embeddings), options.offline
+        tokenizer,
+        settings,
+        int(checkpoint.config.max_position_embeddings),
+        checkpoint.decoder.vocab,
+        options.offline,
     )
     if note:
         progress.message(note)
     stamp = digest(
         checkpoint.stamp(),
         schemes.as_dict(),
-        settings.as_dict(),
+        settings.as_dict() | {"calib": ""},  # the text by its windows, whatever its name
         hashlib.sha256(windows.tobytes()).hexdigest(),
         code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calibration.checkpoints.foreign import quiet_transformers, reason
+from calibration.checkpoints.tensor_checks import same_numbers
 from calibration.families.decoder import Block
 from calibration.quant.scheme import FLOAT_BITS
 from calibration.reference.fake_quant import (
@@ -21,6 +23,8 @@ from calibration.reference.fake_quant import (
     round_to,
 )
 from calibration.reference.steps import Context, Plain, Rope, Rounded, run, visible
+from plugins.errors import CheckError, InputError
+from plugins.text import shown
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
@@ -94,11 +98,83 @@ class Reference(Protocol):
 
 
 def float_model(checkpoint: Checkpoint) -> Any:
-    """The transformers model in fp32, eval mode, as the checkpoint has it."""
+    """The transformers model in fp32, eval mode: of a Hugging Face folder as transformers itself
+    reads it, so that it shares no mistake of ours; of a GGUF file with the checkpoint's tensors.
+
+    Raises:
+        InputError: transformers does not load the folder, or would leave tensors of it out or make
+            some up. CheckError: it reads other numbers than the checkpoint gave.
+    """
+    model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    model.config.return_dict = True  # results are read by name, whatever a config says
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _own(checkpoint: Checkpoint) -> Any:
+    """What transformers loads from the folder by itself, checked by its own report."""
+    import transformers
+
+    where = str(checkpoint.source.path)
+    # Not the files': they have no part in the logits, and an attention may name a package.
+    ours = {"generation_config": transformers.GenerationConfig(), "attn_implementation": None}
+    try:
+        with quiet_transformers():
+            model, report = getattr(transformers, checkpoint.family.architecture).from_pretrained(
+                where,
+                dtype=torch.float32,
+                key_mapping=dict(checkpoint.renaming) or None,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **ours,
+            )
+    except Exception as error:  # transformers raises many kinds
+        raise InputError(
+            where,
+            f"got a model that transformers does not load ({reason(error)})",
+            "Make the checkpoint again with save_pretrained",
+        ) from None
+    left = {kind: names for kind, names in report.items() if names}
+    left["unexpected_keys"] = set(left.pop("unexpected_keys", ())) - set(checkpoint.inert)
+    wrong = [f"{kind} {shown(min(map(str, names)))}" for kind, names in left.items() if names]
+    if wrong:
+        raise InputError(
+            where,
+            f"got weights that transformers does not all use ({', '.join(wrong)})",
+            "Make the checkpoint again with save_pretrained",
+        )
+    _check_same(model, checkpoint)
+    return model
+
+
+def _check_same(model: Any, checkpoint: Checkpoint) -> None:
+    """Hold what the quantised model is made of against what transformers read from the same files."""
+    head = f"{checkpoint.decoder.head.name}.weight"
+    table = f"{checkpoint.decoder.embedding.name}.weight"
+    for name in {**checkpoint.decoder.shapes(), head: ()}:
+        ours = checkpoint.stored(table if name == head and checkpoint.decoder.tied else name)
+        if not same_numbers(model.get_parameter(name).detach().numpy(), ours):
+            raise _differs(checkpoint, f"tensor {name}")
+    if not same_numbers(model.model.rotary_emb.inv_freq.numpy(), checkpoint.rope()[0]):
+        raise _differs(checkpoint, "the rotary frequencies")
+
+
+def _differs(checkpoint: Checkpoint, what: str) -> CheckError:
+    return CheckError(
+        f"{checkpoint.source.path}, {what}",
+        "got other numbers than transformers reads from the same files",
+        "The quantised model was made of the wrong numbers: do not use it, and report this model",
+    )
+
+
+def _from_tensors(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            checkpoint.config, dtype=torch.float32, trust_remote_code=False
+        )
     state = {
         name: torch.from_numpy(checkpoint.stored(name).astype(np.float32))
         for name in checkpoint.decoder.shapes()
@@ -116,8 +192,7 @@ def float_model(checkpoint: Checkpoint) -> Any:
     rotary.original_inv_freq = rotary.inv_freq.clone()
     rotary.attention_scaling = scaling
     _fill_buffers(model)
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def _fill_buffers(model: Any) -> None:

@@ -59,6 +59,15 @@ std::string json_string(const std::string& json, const std::string& key) {
   return std::regex_search(json, match, pattern) ? match[1].str() : "";
 }
 
+// The whole number of a top-level key.
+int64_t json_number(const std::string& json, const std::string& key, const std::string& where) {
+  std::smatch match;
+  const std::regex pattern("\n  \"" + key + "\": ([0-9]+)");
+  if (!std::regex_search(json, match, pattern))
+    fail(where, "got no " + key + ", expected a whole engine.json", "Build the engine again");
+  return std::stoll(match[1].str());
+}
+
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(size_t bytes) {
@@ -109,7 +118,7 @@ class Decoder {
       }
     }
     list_cache();
-    allocate();
+    allocate(json_number(record, "max_context", folder + "/engine.json"));
   }
 
   ~Decoder() {
@@ -117,7 +126,8 @@ class Decoder {
   }
 
   int64_t max_prompt() const { return max_prompt_; }
-  bool full() const { return past_ > max_past_; }
+  int64_t max_context() const { return max_context_; }
+  bool full() const { return past_ >= max_context_; }
 
   // Appends tokens [1, S] to the sequence and returns the most likely next one.
   int64_t step(const std::vector<int64_t>& tokens) {
@@ -137,7 +147,7 @@ class Decoder {
       if (!ok)
         fail("past_key_values." + cache_[i],
              "got a refusal of " + std::to_string(past_) + " cached tokens",
-             "Rebuild with a larger --max-seq");
+             "Export with a larger --max-seq");
     }
     if (!context.setTensorAddress("logits", logits_.get()) || !context.enqueueV3(stream_)) {
       fail("enqueueV3", "got a failure, expected a queued step", "See the messages above");
@@ -166,27 +176,27 @@ class Decoder {
            "Export the model again");
   }
 
-  void allocate() {
+  // Position tables end at `longest` tokens, also where the profiles would allow more.
+  void allocate(int64_t longest) {
     const std::string first = "past_key_values." + cache_.front();
     const auto max_shape = [&](const std::string& name, int32_t profile) {
       return engine_->getProfileShape(name.c_str(), profile, nvinfer1::OptProfileSelector::kMAX);
     };
-    max_prompt_ = max_shape("input_ids", kPrefill).d[1];
-    max_past_ = max_shape(first, kDecode).d[kCacheAxis];
     cache_dims_ = max_shape(first, kDecode);
+    max_context_ = std::min<int64_t>(longest, cache_dims_.d[kCacheAxis] + 1);
+    max_prompt_ = std::min<int64_t>(max_context_, max_shape("input_ids", kPrefill).d[1]);
     vocab_ = engine_->getTensorShape("logits").d[2];
     row_.resize(vocab_);
-    const int64_t context = std::max(max_prompt_, max_past_ + 1);
     // else fp16 or bf16
     const size_t element =
         engine_->getTensorDataType(first.c_str()) == nvinfer1::DataType::kFLOAT ? 4 : 2;
-    const size_t cache_bytes = element * cache_dims_.d[1] * context * cache_dims_.d[3];
+    const size_t cache_bytes = element * cache_dims_.d[1] * max_context_ * cache_dims_.d[3];
     for (size_t i = 0; i < cache_.size(); ++i) {
       past_buffers_.emplace_back(cache_bytes);
       present_buffers_.emplace_back(cache_bytes);
     }
     for (DeviceBuffer* buffer : {&ids_, &mask_, &positions_})
-      *buffer = DeviceBuffer(context * sizeof(int64_t));
+      *buffer = DeviceBuffer(max_context_ * sizeof(int64_t));
     logits_ = DeviceBuffer(max_prompt_ * vocab_ * sizeof(float));
   }
 
@@ -223,7 +233,7 @@ class Decoder {
   DeviceBuffer ids_{1}, mask_{1}, positions_{1}, logits_{1};
   std::vector<float> row_;
   nvinfer1::Dims cache_dims_{};
-  int64_t max_prompt_ = 0, max_past_ = 0, vocab_ = 0, past_ = 0;
+  int64_t max_prompt_ = 0, max_context_ = 0, vocab_ = 0, past_ = 0;
 };
 
 int main(int argc, char** argv) {
@@ -240,13 +250,16 @@ int main(int argc, char** argv) {
       fail("TOKEN_ID",
            "got " + std::to_string(tokens.size()) + " tokens, expected at most " +
                std::to_string(decoder.max_prompt()),
-           "Build the engine with a larger --max-seq");
+           "Give fewer, or export with a larger --max-seq");
     }
-    for (int i = 0; i < new_tokens && !decoder.full(); ++i) {
+    int made = 0;
+    for (; made < new_tokens && !decoder.full(); ++made) {
       tokens = {decoder.step(tokens)};
       std::cout << tokens[0] << ' ' << std::flush;
     }
     std::cout << '\n';
+    if (made < new_tokens)
+      std::cerr << "The context of " << decoder.max_context() << " tokens is full.\n";
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 2;

@@ -52,7 +52,7 @@ class EngineOptions:
     Attributes:
         edition: "auto", "tensorrt" or "tensorrt-rtx".
         max_batch: largest batch.
-        max_seq: largest number of new tokens, and of cached tokens, in one call.
+        max_seq: most tokens of a sequence; the ONNX file must have as many positions.
     """
 
     edition: str = "auto"
@@ -94,9 +94,10 @@ def profile_shapes(
 ) -> list[dict[str, Any]]:
     """Shapes of the two optimisation profiles, as engine.json holds them.
 
-    "prefill" takes 1..max_seq new tokens behind 0..max_seq cached ones, so a prompt may come in
+    "prefill" takes 1..max_seq new tokens behind 0..max_seq - 1 cached ones, so a prompt may come in
     pieces and a conversation go on; "decode" takes one new token. The largest shapes fit each other
-    (T = P + S), because TensorRT infers shapes at them.
+    (T = P + S), because TensorRT infers shapes at them; that new and cached tokens are max_seq at
+    most, whoever runs the engine has to see to.
 
     Args:
         inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens,
@@ -107,19 +108,19 @@ def profile_shapes(
         InputError: a dimension has another name.
     """
     batch, seq = options.max_batch, options.max_seq
-    middle = max(seq // 2, 1)
+    middle = seq // 2
     ranges: dict[str, dict[str, tuple[int, int, int]]] = {  # least, likely, most
         "prefill": {
             "B": (1, 1, batch),
-            "S": (1, middle, seq),
-            "P": (0, 0, seq),
-            "T": (1, middle, 2 * seq),
+            "S": (1, max(middle, 1), seq),
+            "P": (0, 0, seq - 1),
+            "T": (1, max(middle, 1), 2 * seq - 1),
         },
         "decode": {
             "B": (1, 1, batch),
             "S": (1, 1, 1),
-            "P": (0, middle, seq),
-            "T": (1, middle + 1, seq + 1),
+            "P": (0, middle, seq - 1),
+            "T": (1, middle + 1, seq),
         },
     }
 
@@ -357,6 +358,7 @@ def build_engine(
         if edition.name == "tensorrt"
         else [],  # empty: all it supports
         "profiles": profiles,
+        "max_context": options.max_seq,
         "layers": dict(layers),
         "custom_nodes": dict(Counter(nodes.values())),
         "decomposable_attention": decomposable,

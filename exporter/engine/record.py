@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict, cast
+from typing import Annotated, Literal, NotRequired, TypedDict, cast
 
 import msgspec
 
@@ -45,6 +45,7 @@ class EngineRecord(TypedDict):
         edition, version: of the TensorRT that built it.
         compute_capabilities: of the GPU that it runs on; none: all that the edition supports.
         profiles: "prefill" and "decode".
+        max_context: most tokens of a sequence, new and cached together.
         layers: how many of each type.
         custom_nodes: of the ONNX file, by op.
         decomposable_attention: whether attention is computed from parts.
@@ -58,6 +59,7 @@ class EngineRecord(TypedDict):
     version: str
     compute_capabilities: list[str]
     profiles: Annotated[list[Profile], msgspec.Meta(min_length=2, max_length=2)]
+    max_context: NotRequired[Size]
     layers: dict[str, Size]
     custom_nodes: dict[str, Size]
     decomposable_attention: bool

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
 from exporter.graph.names import layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
+from exporter.run.finite import WIDER
 
 if TYPE_CHECKING:
     from calibration.families import Decoder
@@ -50,6 +51,7 @@ class LayerReport:
             inputs; "" if not measured; of weights the worst row, such as "row 7".
         operator_error, operator_limit: relative, of that operator; without a limit the error is
             shown but not judged.
+        overflow: the layer's first operator whose numbers the model's type cannot hold, or "".
     """
 
     level: str
@@ -64,11 +66,16 @@ class LayerReport:
     operator: str = ""
     operator_error: float | None = None
     operator_limit: float | None = None
+    overflow: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether the tensor is finite and both errors are within their limits."""
-        if self.relative is None or (self.limit is not None and self.relative > self.limit):
+        if (
+            self.overflow
+            or self.relative is None
+            or (self.limit is not None and self.relative > self.limit)
+        ):
             return False
         if not self.operator or self.operator_limit is None:
             return True
@@ -167,8 +174,14 @@ def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
 def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) -> LayerReport:
     level, phase, tensor = key
     total = total_error(errors[key])
-    worst = ("", 0.0, 0.0)
+    worst, overflow = ("", 0.0, 0.0), ""
     if level == "export":
+        beyond = (
+            one.name
+            for one in stack.operators(index)
+            if _overflow(errors, phase, one.tensor, stack)
+        )
+        overflow = next(beyond, "")
         worst = max(
             (
                 (
@@ -198,6 +211,7 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
         _finite(total.relative),
         stack.limit(level, tensor),
         total.agreement if tensor == "logits" else None,
+        overflow=overflow,
         **measured,  # type: ignore[arg-type]
     )
 
@@ -247,6 +261,8 @@ def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:
         for operator in stack.operators(index):
             error = total_error(errors["operator", phase, operator.tensor])
             got, limit = _measured(operator, error, Limits(stack.scheme))
+            if _overflow(errors, phase, operator.tensor, stack):
+                return _too_large(errors, phase, operator, index, stack)
             if not got <= limit:
                 channel = (
                     f" in output channel {error.worst_channel[0]}"
@@ -259,3 +275,22 @@ def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:
                     f"{_BETWEEN['export']}), expected at most {limit:.2g}"
                 )
     return ""
+
+
+def _overflow(errors: Errors, phase: str, tensor: str, stack: Stack) -> bool:
+    """Whether float16 cannot hold an operator's tensor. The reference, like the kernels, then gives
+    the largest number, or NaN further on.
+    """
+    rounded = total_error(errors["operator", phase, tensor])
+    return stack.scheme.dtype == "float16" and rounded.peak >= LARGEST_FLOAT16
+
+
+def _too_large(errors: Errors, phase: str, operator: Operator, index: int, stack: Stack) -> str:
+    tensor = layer_output(index) if index < stack.layers else "logits"
+    real = errors.get(("quantisation", phase, tensor), [])
+    peak = max((error.peak for error in real), default=0.0)
+    known = f", {peak:.3g} at {tensor} of the float model" if peak > LARGEST_FLOAT16 else ""
+    return (
+        f"got numbers beyond float16 at {operator.name} (export, {phase}){known}, expected at most "
+        f"{LARGEST_FLOAT16:g}: {WIDER[0].lower()}{WIDER[1:]}"
+    )

@@ -31,6 +31,7 @@ class TensorError:
         agreements: rows whose largest element is at the same place.
         channel_error, channel_signal: sums of squares per channel, [C].
         finite: neither side holds NaN or Inf.
+        peak: largest magnitude of the reference; infinite where it holds NaN or Inf.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class TensorError:
     channel_error: np.ndarray
     channel_signal: np.ndarray
     finite: bool
+    peak: float
 
     # Polygraphy's Comparator prints quantiles of both tensors under this name, which takes longer
     # than the comparison; none has it.
@@ -59,6 +61,7 @@ class TensorError:
             self.channel_error + other.channel_error,
             self.channel_signal + other.channel_signal,
             self.finite and other.finite,
+            max(self.peak, other.peak),
         )
 
     @property
@@ -116,12 +119,14 @@ def tensor_error(reference: np.ndarray, got: np.ndarray, valid: np.ndarray) -> T
 def _rows_error(reference: np.ndarray, got: np.ndarray) -> TensorError:
     tokens, channels = reference.shape
     error = got - reference
+    peak = float(max(reference.max(), -reference.min()))
+    peak = peak if math.isfinite(peak) else math.inf
     signal, noise, loudness = (
         np.einsum("tc,tc->t", array, array) for array in (reference, error, got)
     )
     if not np.isfinite(signal + noise + loudness).all():
         nothing = np.zeros(channels)
-        return TensorError(tokens, math.inf, math.nan, math.inf, 0, nothing, nothing, False)
+        return TensorError(tokens, math.inf, math.nan, math.inf, 0, nothing, nothing, False, peak)
     dot = (signal + loudness - noise) / 2
     product = np.sqrt(signal) * np.sqrt(loudness)
     # Two silent rows agree; a silent row against a loud one does not.
@@ -141,6 +146,7 @@ def _rows_error(reference: np.ndarray, got: np.ndarray) -> TensorError:
         np.einsum("tc,tc->c", error, error),
         np.einsum("tc,tc->c", reference, reference),
         True,
+        peak,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_SEQLEN",
     "EvalRequest",
+    "check_text",
+    "eval_seqlen",
     "score",
     "select_windows",
     "text_windows",
@@ -35,10 +38,10 @@ class EvalRequest:
     """What to score.
 
     Attributes:
-        text: a UTF-8 text file (or .jsonl with a field "text").
+        text: a file as calibration.text_file.read_text takes it.
         windows: score this many windows, spread evenly; 0 is all.
         first: of the first ones only; 0 is all.
-        seqlen: tokens of a window; 0 is 2048, or the model's context if that is shorter.
+        seqlen: tokens of a window; 0 is 2048, or the longest context if that is shorter.
         runner: name of the runner, or "auto".
         option: the command line's name of the text, for messages.
     """
@@ -52,23 +55,32 @@ class EvalRequest:
     option: str = "--text"
 
 
-def text_windows(tokenizer: Any, path: Path, seqlen: int, option: str = "--text") -> np.ndarray:
+def text_windows(
+    tokenizer: Any,
+    path: Path,
+    seqlen: int,
+    vocab: int,
+    option: str = "--text",
+    say: Callable[[str], None] = lambda text: None,
+) -> np.ndarray:
     """Every whole window of the text, int64 [n, seqlen]; no special token is added.
 
+    Args:
+        tokenizer: of transformers.
+        path: of the text.
+        seqlen: tokens of a window.
+        vocab: rows of the model's embedding.
+        option: named in errors.
+        say: told when the text is so long that only its beginning is used.
+
     Raises:
-        InputError: the file is missing, not text, empty or shorter than one window.
+        InputError: the file is missing, not text, empty, shorter than one window, or has a token
+            that the model does not know.
     """
-    import numpy as np
+    from calibration.data import text_tokens, windows_from_tokens
 
-    from calibration.data import load_text, windows_from_tokens
-
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no such file"
-        raise InputError(option, f"got {kind} {path}, expected a UTF-8 text file", "Check the path")
-    text = load_text(str(path), offline=True, where=option)
-    tokens = np.asarray(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
-    )
+    text = check_text(path, option, say)
+    tokens = text_tokens(tokenizer, text, vocab, option)
     if len(tokens) < seqlen:
         shorter = f", or --seqlen {len(tokens)}" if len(tokens) > 1 and option == "--text" else ""
         raise InputError(
@@ -79,13 +91,43 @@ def text_windows(tokenizer: Any, path: Path, seqlen: int, option: str = "--text"
     return windows_from_tokens(tokens, seqlen)
 
 
-def whole_windows(model: Model, request: EvalRequest) -> np.ndarray:
-    """Every whole window of the request's text, int64 [n, seqlen]. Raises as text_windows does."""
-    return text_windows(model.tokenizer(), request.text, _seqlen(model, request), request.option)
+def check_text(path: Path, option: str, say: Callable[[str], None] = lambda text: None) -> str:
+    """The text of a file. Takes `option` and `say` as text_windows does.
+
+    Raises:
+        InputError: the file is missing, not text or empty.
+    """
+    from calibration.data import load_text
+    from calibration.text_file import existing
+
+    if existing(str(path)) is None:
+        raise InputError(option, f"got no such file {path}, expected a text file", "Check the path")
+    return load_text(str(path), offline=True, where=option, say=say)
+
+
+def whole_windows(
+    model: Model, request: EvalRequest, say: Callable[[str], None] = lambda text: None
+) -> np.ndarray:
+    """Every whole window of the request's text, int64 [n, seqlen]. Takes `say` and raises as
+    text_windows does.
+    """
+    return text_windows(
+        model.tokenizer(),
+        request.text,
+        _seqlen(model, request),
+        model.description.sizes["vocab_size"],
+        request.option,
+        say,
+    )
 
 
 def _seqlen(model: Model, request: EvalRequest) -> int:
-    return request.seqlen or min(DEFAULT_SEQLEN, model.description.context)
+    return request.seqlen or eval_seqlen(model.description.max_context)
+
+
+def eval_seqlen(context: int) -> int:
+    """Tokens of a window where nobody says: 2048, or the context if that is shorter."""
+    return min(DEFAULT_SEQLEN, context)
 
 
 def select_windows(count: int, windows: int, first: int) -> list[int]:
@@ -145,18 +187,14 @@ def score(
     progress = progress or NullProgress()
     context, seqlen = model.description.context, _seqlen(model, request)
     if seqlen > session.max_context:
-        rebuild = (
-            ""
-            if session.max_context == context
-            else ", or build the engine with a larger --max-seq"
-        )
+        rebuild = "" if session.max_context == context else ", or export with a larger --max-seq"
         raise InputError(
             "--seqlen",
             f"got {seqlen}, expected at most {session.max_context}, the context with "
             f"{model.runner.name}",
             f"Give a smaller --seqlen{rebuild}",
         )
-    windows = whole_windows(model, request)
+    windows = whole_windows(model, request, progress.message)
     chosen = select_windows(len(windows), request.windows, request.first)
     progress.start("eval", len(chosen))
     total, began = 0.0, time.monotonic()

@@ -228,7 +228,7 @@ class _LockstepSession(TorchSession):
     """Notes the tensors that come by in the reference and goes on with the leader's."""
 
     def __init__(self, reference: QuantReference, places: Mapping[tuple[str, str], str]) -> None:
-        super().__init__(reference, watch_layers=True)
+        super().__init__(reference)
         self._quant, self._places = reference, places
         self.lead({})
 

@@ -35,6 +35,7 @@ from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
+from exporter.graph.decoder import positions
 from exporter.graph.names import layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
@@ -74,7 +75,7 @@ class ValidateOptions:
         offline: never use the network.
         model: the float model that was quantised; without it neither the weights nor the
             quantisation error are checked.
-        tokens: length of the prefill, cut to the model's context.
+        tokens: length of the prefill; with the steps cut to the context.
         steps: greedy decode steps.
     """
 
@@ -137,9 +138,11 @@ class _Validator:
 
         self.out, self.options, self.progress = out, options, progress
         self.quant: QuantModel = read_quant(out / QUANT)
-        self.context = int(self.quant.config["max_position_embeddings"])
-        self.tokens = max(min(options.tokens, self.context - options.steps), 2)
-        self.nodes = gemm_nodes(load_model(out / ONNX), self.quant.decoder)
+        model = load_model(out / ONNX)
+        self.context = positions(model) or int(self.quant.config["max_position_embeddings"])
+        self.steps = max(min(options.steps, self.context - 2), 0)
+        self.tokens = min(options.tokens, self.context - self.steps)
+        self.nodes = gemm_nodes(model, self.quant.decoder)
         inner = [name for node in self.nodes for name in (node.source, node.result)]
         keys = map(
             new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0)
@@ -155,11 +158,11 @@ class _Validator:
         """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration
         takes it too.
         """
-        from calibration.data import load_text
+        from calibration.data import load_text, text_tokens
 
         text = load_text(self.options.calib, self.options.offline, strict=False)
-        tokens = self.quant.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.resize(np.asarray(tokens, np.int64), (3, self.tokens))
+        tokens = text_tokens(self.quant.tokenizer(), text, self.quant.decoder.vocab, "--calib")
+        return np.resize(tokens, (3, self.tokens))
 
     def feeds(self, leader: SessionRunner) -> Iterator[dict[str, np.ndarray]]:
         """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the
@@ -172,10 +175,10 @@ class _Validator:
                 "decode",
                 windows[:1],
                 np.ones((1, self.tokens), np.int64),
-                self.options.steps,
+                self.steps,
             )
         ]
-        width = min(self.tokens, _PADDED)
+        width = min(self.tokens, _PADDED, self.context - 1)
         mask = np.ones((2, width), np.int64)
         mask[0, : width // 4] = 0
         plans.append(("padded batch", "padded batch", windows[1:, :width], mask, 1))
@@ -233,7 +236,7 @@ class _Validator:
         model = quantised_model(self.quant)
 
         def open_session() -> TorchSession:
-            return TorchSession(model, watch_layers=True)
+            return TorchSession(model)
 
         onnx, torch = ReplayRunner(ONNX_RUNTIME, record), SessionRunner(TORCH, open_session)
         lockstep = LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)
@@ -256,7 +259,7 @@ class _Validator:
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(FloatReference(float_model(checkpoint)), watch_layers=True),
+                lambda: TorchSession(FloatReference(float_model(checkpoint))),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),
@@ -316,7 +319,7 @@ class _Validator:
         sizes = self.quant.sizes
         check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()
-        calls = self.options.steps + 3
+        calls = self.steps + 3
         weights = compared_tensors(checkpoint) if checkpoint else 0
         self.progress.start(REPORT, weights + calls * (3 if checkpoint else 2))
         rows = compare_weights(checkpoint, self.quant, self.progress) if checkpoint else []
@@ -329,7 +332,7 @@ class _Validator:
         rows += judge(self.errors, stack)
         facts = {
             "tokens": self.tokens,
-            "steps": self.options.steps,
+            "steps": self.steps,
             "text": self.options.calib or "the project's default text",
             "seconds": round(time.monotonic() - began, 2),
         }

@@ -5,10 +5,9 @@ went otherwise than planned.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
-from exporter.report.chart import bar, table
+from exporter.report.chart import bar, escape, table
 
 __all__ = ["calibration_section"]
 

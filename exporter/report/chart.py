@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
-__all__ = ["Chart", "Series", "bar", "line_chart", "table"]
+from plugins.text import printable
+
+__all__ = ["Chart", "Series", "bar", "escape", "line_chart", "table"]
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 74, 16, 16, 50
@@ -45,6 +47,11 @@ class Chart:
     unit: str
     labels: Sequence[str]
     log: bool = False
+
+
+def escape(text: str) -> str:
+    """Any text as HTML that shows it, its control characters too."""
+    return html.escape(printable(text))
 
 
 def line_chart(chart: Chart, series: Sequence[Series], key: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.report.calibration import calibration_section
-from exporter.report.chart import Chart, Series, bar, line_chart, table
+from exporter.report.chart import Chart, Series, bar, escape, line_chart, table
 from exporter.report.style import STYLE
 
 __all__ = ["page"]

@@ -4,7 +4,9 @@ and every 16-bit rounding in its place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
-from plugins.errors import InputError
+from plugins.errors import InputError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
 
+
 __all__ = ["RUNNER", "OnnxSession", "load_model", "onnx_runner"]
+
+_LONGEST = 300  # characters of a reason that stands in a message
 
 
 def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
@@ -50,11 +55,32 @@ def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
             f"got a file that is not ONNX ({error})",
             "It is damaged: export the model again",
         ) from None
-    if marked:
+    if not marked:
+        return model
+    with _whole(folder):
         outputs = list(model.graph.output)
         model.graph.value_info.extend(outputs)  # ModifyOutputs looks for types there
-        model = ModifyOutputs(model, outputs=[*(value.name for value in outputs), *marked])()
-    return model
+        return ModifyOutputs(model, outputs=[*(value.name for value in outputs), *marked])()
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Takes a graph for damaged where working with it fails.
+
+    Raises:
+        InputError: it does, in any of the ways in which libraries fail.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        raise InputError(
+            str(folder / MODEL_FILE),
+            f"got a model that cannot be run ({reason}), expected one as it was exported",
+            "The file or its data is damaged or changed: export the model again",
+        ) from None
 
 
 def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
@@ -68,10 +94,13 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
         InputError: the files are missing or ONNX Runtime refuses them (when the runner is
             activated).
     """
+    # Before the first import, for those who use this without a command line (plugins/cli.py).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     model = load_model(folder, marked)
-    round_every_op(model)
+    with _whole(folder):
+        round_every_op(model)
 
     def session() -> Any:
         import onnxruntime
@@ -107,7 +136,7 @@ class OnnxRuntimeRunner(Runner):
         """Reads the ONNX file and its weights."""
         for name in (MODEL_FILE, DATA_FILE):
             folder.file(name)
-        return OnnxSession(folder.path, description.max_context)
+        return OnnxSession(folder.path, description.max_context, dtype=description.dtype)
 
 
 class OnnxSession(DecoderSession):
@@ -121,16 +150,25 @@ class OnnxSession(DecoderSession):
         folder: OUT/onnx.
         max_context: most tokens a sequence may have.
         marked: inner tensors that step() returns besides the model's outputs.
+        dtype: of the model's floats.
     """
 
-    def __init__(self, folder: Path, max_context: int, marked: Sequence[str] = ()) -> None:
-        super().__init__(max_context)
+    def __init__(
+        self,
+        folder: Path,
+        max_context: int,
+        marked: Sequence[str] = (),
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(max_context, dtype=dtype)
+        self._folder = folder
         self._runner = onnx_runner(folder, marked)
-        self._runner.activate()
-        inputs = self._runner.get_input_metadata()
-        self._names = cache_names(inputs)
-        meta = inputs["past_key_values.0.key"]
-        self._cache_shape, self._dtype = (meta.shape[1], meta.shape[3]), meta.dtype
+        with _whole(folder):
+            self._runner.activate()
+            inputs = self._runner.get_input_metadata()
+            self._names = cache_names(inputs)
+            meta = inputs["past_key_values.0.key"]
+            self._cache_shape, self._dtype = (meta.shape[1], meta.shape[3]), meta.dtype
         self._clear()
 
     def _clear(self) -> None:
@@ -150,8 +188,9 @@ class OnnxSession(DecoderSession):
             "position_ids": positions,
             **past,
         }
-        outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
-        self._cache = {name: outputs[f"present.{name}"] for name in self._names}
+        with _whole(self._folder):
+            outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
+            self._cache = {name: outputs[f"present.{name}"] for name in self._names}
         return outputs
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ class ReferenceRunner(Runner):
         quant = read_quant(folder.path, verify=False)
         for name in quant.files:
             folder.file(name)
-        return TorchSession(quantised_model(quant))
+        return TorchSession(quantised_model(quant), description.dtype)
 
 
 class TorchSession(DecoderSession):
@@ -54,13 +54,12 @@ class TorchSession(DecoderSession):
 
     Args:
         reference: of calibration/reference/model.py.
-        watch_layers: also return every decoder layer's output and the cache.
+        dtype: of its floats.
     """
 
-    def __init__(self, reference: Reference, watch_layers: bool = False) -> None:
-        super().__init__(reference.context)
+    def __init__(self, reference: Reference, dtype: str = "float32") -> None:
+        super().__init__(reference.context, dtype=dtype)
         self.reference = reference
-        self._watch = watch_layers
         self._clear()
 
     def _clear(self) -> None:
@@ -75,11 +74,10 @@ class TorchSession(DecoderSession):
         made = self._compute(ids, mask, places)
         self._cache = made.cache
         outputs: dict[str, np.ndarray] = {"logits": made.logits.numpy()}
-        if self._watch:
-            for index, (layer, cache) in enumerate(zip(made.layers, made.cache, strict=True)):
-                outputs[layer_output(index)] = layer.numpy()
-                for kind, part in zip(KINDS, cache, strict=True):
-                    outputs[present(index, kind)] = part.numpy()
+        for index, (layer, cache) in enumerate(zip(made.layers, made.cache, strict=True)):
+            for kind, part in zip(KINDS, cache, strict=True):
+                outputs[present(index, kind)] = part.numpy()
+            outputs[layer_output(index)] = layer.numpy()
         return outputs
 
     def _compute(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Computed:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from exporter.run.finite import check_finite
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ class DecoderSession(ABC):
     Attributes:
         max_context: most tokens a sequence may have.
         max_tokens: most new tokens in one call into the runtime.
+        dtype: of the model's floats.
     """
 
-    def __init__(self, max_context: int, max_tokens: int = CHUNK) -> None:
-        self.max_context, self.max_tokens = max_context, max_tokens
+    def __init__(self, max_context: int, max_tokens: int = CHUNK, dtype: str = "float32") -> None:
+        self.max_context, self.max_tokens, self.dtype = max_context, max_tokens, dtype
         self._mask: np.ndarray | None = None  # of everything in the cache, [B, P]
 
     def __enter__(self) -> DecoderSession:
@@ -71,6 +73,7 @@ class DecoderSession(ABC):
 
         Raises:
             InputError: shapes do not fit the cache, or the context would grow too long.
+            CheckError: the logits are no numbers.
         """
         import numpy as np
 
@@ -82,7 +85,9 @@ class DecoderSession(ABC):
         pieces: list[np.ndarray] = []
         for start in range(0, tokens, self.max_tokens):
             end = min(start + self.max_tokens, tokens)
-            logits = self.step(ids[:, start:end], mask[:, : past + end])["logits"]
+            outputs = self.step(ids[:, start:end], mask[:, : past + end])
+            check_finite(outputs, self.dtype)
+            logits = outputs["logits"]
             pieces = [logits[:, -1:]] if last_only else [*pieces, logits]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
 

@@ -58,7 +58,7 @@ class TensorrtRunner(Runner):
         record = check_engine(folder.file(ENGINE_RECORD).parent)
         for name in (ENGINE_FILE, record["plugin_library"]["name"]):
             folder.file(name)
-        return TensorrtSession(folder.path, description.max_context)
+        return TensorrtSession(folder.path, description.max_context, description.dtype)
 
 
 class TensorrtSession(DecoderSession):
@@ -71,15 +71,16 @@ class TensorrtSession(DecoderSession):
     Args:
         folder: OUT/engine.
         max_context: most tokens a sequence may have; the engine's profiles may allow fewer.
+        dtype: of the model's floats.
 
     Raises:
         InputError: there is no engine, or it is another TensorRT's.
     """
 
-    def __init__(self, folder: Path, max_context: int) -> None:
+    def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
         record = check_engine(folder)
         limits = engine_limits(record["profiles"])
-        super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens))
+        super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens), dtype)
         decode = record["profiles"][1]["inputs"]
         self._names = cache_names(decode)
         _, heads, self._decode_past, width = decode["past_key_values.0.key"]["max"]

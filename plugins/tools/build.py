@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.errors import InputError
-from plugins.tools.recipe import Command, Recipe, locked, make, run
+from plugins.tools.recipe import Command, Recipe, make, make_file, run
 from plugins.tools.toolkit import CudaToolkit, find_cuda, find_cuda_include, find_program
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "PLUGIN_LIBRARY",
     "SELFTEST",
     "SIM_LIBRARY",
-    "build_folder",
+    "build_folders",
     "build_library",
     "build_onnxruntime",
     "build_selftest",
@@ -46,12 +46,19 @@ SELFTEST_SOURCES = ("selftest/*.cpp", "*/selftest.cpp")
 _SOURCES = Path(__file__).resolve().parent.parent
 
 
-def build_folder() -> Path:
-    """Where libraries are kept: build/ of a checkout, else the user's cache folder."""
+def build_folders() -> list[Path]:
+    """Where libraries may be: build/ of a checkout, then the user's cache folder, which serves where
+    the first belongs to somebody else.
+    """
     root = _SOURCES.parent
-    if (root / "pyproject.toml").is_file():
-        return root / "build"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit-trt"
+    folders = [root / "build"] if (root / "pyproject.toml").is_file() else []
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # an account without a home
+            return folders
+    return [*folders, cache / "anybit-trt"]
 
 
 def _flags() -> dict[str, list[str]]:
@@ -96,7 +103,8 @@ def _recipe(
 ) -> Recipe:
     return Recipe(
         root=_SOURCES,
-        output=build_folder() / output,
+        name=output,
+        folders=build_folders(),
         compiles=compiles,
         link=link,
         include=_flags()["include"],
@@ -243,27 +251,18 @@ def build_soname(library: Path, soname: str) -> Path:
 
     Once loaded, a later dlopen(soname) anywhere in the process finds it, and through it every
     symbol of `library`: no environment variable, no file in a system folder.
+
+    Raises:
+        InputError: no g++, or no folder that can be written.
+        UserError: the linker failed; the message holds its output.
     """
-    cxx = find_program("g++", "g++")
-    folder = build_folder() / f"soname-{hashlib.sha256(str(library).encode()).hexdigest()[:12]}"
-    output = folder / soname
-    with locked(folder):
-        if not output.is_file():
-            temporary = folder / f".{soname}.tmp"
-            run(
-                [
-                    cxx,
-                    "-shared",
-                    "-nostdlib",
-                    f"-Wl,-soname,{soname}",
-                    "-Wl,--no-as-needed",
-                    str(library),
-                    f"-Wl,-rpath,{library.parent}",
-                    "-o",
-                    str(temporary),
-                ],
-                soname,
-                folder,
-            )
-            temporary.replace(output)
-    return output
+    name = f"soname-{hashlib.sha256(str(library).encode()).hexdigest()[:12]}"
+
+    def work(scratch: Path, output: Path) -> None:
+        made, cxx = scratch / soname, find_program("g++", "g++")
+        flags = ["-shared", "-nostdlib", f"-Wl,-soname,{soname}", "-Wl,--no-as-needed"]
+        place = [f"-Wl,-rpath,{library.parent}", "-o", str(made)]
+        run([cxx, *flags, str(library), *place], soname, scratch)
+        made.replace(output)
+
+    return make_file(soname, [folder / name for folder in build_folders()], Path.is_file, work)

@@ -4,7 +4,6 @@ changed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,16 +12,18 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import UserError
+from plugins.errors import InputError, UserError
+from plugins.lock import locked
+from plugins.tools.toolkit import compiler_environment
 
-__all__ = ["Command", "Recipe", "locked", "make", "run"]
+__all__ = ["Command", "Recipe", "make", "make_file", "run"]
 
 _COMPILER_OUTPUT_LINES = 40
 
@@ -35,7 +36,8 @@ class Recipe:
 
     Attributes:
         root: folder that commands run in and that the names of sources are relative to.
-        output: the library or program.
+        name: of the library or program.
+        folders: where it may be, the best first.
         compiles: compiler command by source file; "-c source -o object" is appended.
         link: linker command; "objects -o output" goes in place of "{}".
         include: folders below `root` whose headers are ours.
@@ -44,7 +46,8 @@ class Recipe:
     """
 
     root: Path
-    output: Path
+    name: str
+    folders: Sequence[Path]
     compiles: dict[str, Command]
     link: Command
     include: Sequence[str]
@@ -90,59 +93,25 @@ def run(command: Command, what: str, folder: Path) -> None:
     Raises:
         UserError: it failed to make `what`; the message holds its output.
     """
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=compiler_environment(),
+        check=False,
+    )
     if result.returncode != 0:
         output = "\n".join(
             (result.stdout + result.stderr).strip().splitlines()[:_COMPILER_OUTPUT_LINES]
         )
         raise UserError(
             what,
-            f"got exit code {result.returncode} from {command[0]}, expected 0:\n{output}\n",
+            f"got exit code {result.returncode} from {command[0]}, expected 0",
             f"The command was: {' '.join(command)}",
+            output,
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One build at a time; a second process waits and then finds the result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _compile_and_link(recipe: Recipe) -> None:
-    # Compilers run side by side, then the linker; the output gets to its place in one step.
-    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
-    with tempfile.TemporaryDirectory(dir=recipe.output.parent, prefix=".build-") as scratch:
-        objects = {
-            source: str(Path(scratch) / (source.replace("/", "-") + ".o"))
-            for source in recipe.compiles
-        }
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            jobs = [
-                pool.submit(
-                    run,
-                    [*launcher, *command, "-c", source, "-o", objects[source]],
-                    source,
-                    recipe.root,
-                )
-                for source, command in recipe.compiles.items()
-            ]
-            for job in jobs:
-                job.result()
-        library = Path(scratch) / recipe.output.name
-        place = recipe.link.index("{}")
-        made = [*objects.values(), "-o", str(library)]
-        link = [*recipe.link[:place], *made, *recipe.link[place + 1 :]]
-        run(link, recipe.output.name, recipe.root)
-        library.replace(recipe.output)
-
-
-def _is_made(output: Path, note: Path, digest: str) -> bool:
-    if not (output.is_file() and note.is_file()):
-        return False
-    return bool(json.loads(note.read_text(encoding="utf-8")).get("digest") == digest)
 
 
 def make(recipe: Recipe, say: Callable[[str], None] | None = None) -> Path:
@@ -153,22 +122,108 @@ def make(recipe: Recipe, say: Callable[[str], None] | None = None) -> Path:
         say: told before it is made.
 
     Raises:
-        UserError: a compiler failed; the message holds its output.
+        InputError: it is not there, and none of its folders can be written.
+        UserError: a compiler failed; the message holds its output. What was there before stays.
     """
-    output, note, digest = recipe.output, recipe.output.with_suffix(".json"), recipe.digest()
-    with locked(output.parent):
-        if _is_made(output, note, digest):
-            return output
+    digest, note = recipe.digest(), Path(recipe.name).with_suffix(".json").name
+
+    def is_made(output: Path) -> bool:
+        return output.is_file() and _digest_in(output.with_name(note)) == digest
+
+    def work(scratch: Path, output: Path) -> None:
         if say is not None:
-            say(f"compiling {output.name}, which takes a minute or two and is done once")
+            say(f"compiling {recipe.name}, which takes a minute or two and is done once")
         began = time.monotonic()
-        note.unlink(missing_ok=True)
-        _compile_and_link(recipe)
+        library = _compile_and_link(recipe, scratch)
         done = {
             **recipe.record,
             "digest": digest,
             "seconds": round(time.monotonic() - began, 1),
-            "bytes": output.stat().st_size,
+            "bytes": library.stat().st_size,
         }
-        note.write_text(json.dumps(done, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return output
+        text = json.dumps(done, indent=2, sort_keys=True) + "\n"
+        (scratch / note).write_text(text, encoding="utf-8")
+        output.with_name(note).unlink(missing_ok=True)  # it never tells of another library
+        library.replace(output)
+        (scratch / note).replace(output.with_name(note))
+
+    return make_file(recipe.name, recipe.folders, is_made, work, say)
+
+
+def make_file(
+    name: str,
+    folders: Sequence[Path],
+    is_made: Callable[[Path], bool],
+    work: Callable[[Path, Path], None],
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """A file in the first of these folders that has it, else made in the first that can be written.
+
+    What is made already is taken as it is: nothing is locked or written, so that anybody who can
+    read it can use it. Else one process makes it, and others wait for it.
+
+    Args:
+        name: of the file.
+        folders: where it may be; made if need be.
+        is_made: whether the file at this path is the one.
+        work: makes it, with an empty folder for what comes before and the path where it belongs.
+        say: told of a file system without locks.
+
+    Raises:
+        InputError: it is not there, and no folder can be written. Else as `work`.
+    """
+    for folder in folders:
+        if is_made(folder / name):
+            return folder / name
+    refused = []
+    for folder in folders:
+        with ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".build-")
+                scratch_path = Path(held.enter_context(scratch))
+                held.enter_context(locked(folder / ".lock", wait=True, say=say))
+            except OSError as error:
+                refused.append(f"{folder}: {error.strerror}")
+                continue
+            if not is_made(folder / name):
+                work(scratch_path, folder / name)
+            return folder / name
+    raise InputError(
+        name,
+        f"got no folder that can be written ({'; '.join(refused)}), expected one to compile it in",
+        "Set XDG_CACHE_HOME to a folder of your own",
+    )
+
+
+def _digest_in(note: Path) -> str | None:
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("digest") if isinstance(found, dict) else None
+
+
+def _compile_and_link(recipe: Recipe, scratch: Path) -> Path:
+    # Compilers run side by side, then the linker.
+    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
+    objects = {
+        source: str(scratch / (source.replace("/", "-") + ".o")) for source in recipe.compiles
+    }
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(
+                run,
+                [*launcher, *command, "-c", source, "-o", objects[source]],
+                source,
+                recipe.root,
+            )
+            for source, command in recipe.compiles.items()
+        ]
+        for job in jobs:
+            job.result()
+    library = scratch / recipe.name
+    place = recipe.link.index("{}")
+    made = [*objects.values(), "-o", str(library)]
+    run([*recipe.link[:place], *made, *recipe.link[place + 1 :]], recipe.name, recipe.root)
+    return library

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from plugins.errors import InputError
 
 __all__ = [
     "CudaToolkit",
+    "compiler_environment",
     "find_compilers",
     "find_cuda",
     "find_cuda_include",
@@ -41,6 +43,13 @@ class CudaToolkit:
             [str(self.nvcc), "--version"], capture_output=True, text=True, check=True
         ).stdout
         return next((line for line in output.splitlines() if "release" in line), output.strip())
+
+
+def compiler_environment() -> dict[str, str]:
+    """Environment variables for compilers: these put their temporary files into TMPDIR and fail
+    where that is not there, so they get a folder that is.
+    """
+    return {**os.environ, "TMPDIR": tempfile.gettempdir()}
 
 
 def _first_with(folders: list[Path], file: str) -> Path | None:
@@ -73,6 +82,7 @@ def _root_of(nvcc: str) -> Path | None:
         [nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"],
         capture_output=True,
         text=True,
+        env=compiler_environment(),
         check=False,
     )
     match = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)

@@ -56,7 +56,7 @@ def test_a_failed_process_shows_the_end_of_its_output(tmp_path: Path) -> None:
     end = "\n".join(str(number) for number in range(5, 20))
     assert (
         str(caught.value)
-        == f"{' '.join(command)}: got exit code 5, expected 0. The end of its output:\n{end}."
+        == f"{' '.join(command)}: got exit code 5, expected 0. The end of its output follows.\n{end}"
     )
 
 

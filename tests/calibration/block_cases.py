@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 
 from calibration.__main__ import main
-from calibration.blocks.driver import BlockTask
-from calibration.blocks.forward import BlockWeights, load_block
+from calibration.blocks.driver import Basis, BlockTask
+from calibration.blocks.forward import (
+    BlockWeights,
+    block_output,
+    embedded,
+    float_linear,
+    load_block,
+)
 from calibration.blocks.ranks import ALONE
+from calibration.blocks.rounding import Plain
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.methods.qqq.settings import QqqSettings
 from calibration.quant.scheme import QuantScheme
-from calibration.reference.steps import Rope
+from calibration.reference.steps import PLAIN, Rope
 from calibration.settings import CalibrationSettings
 from tests.conftest import FOUR_WINDOWS, W4A8
 
@@ -29,6 +36,7 @@ __all__ = [
     "block_task",
     "calibrate_tiny",
     "files",
+    "float_logits",
     "streams",
     "tokens",
 ]
@@ -126,3 +134,23 @@ def calibrate_tiny(model: Path, out: Path, *more: str) -> int:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def float_logits(checkpoint: Checkpoint, ids: Tensor, basis: Basis | None = None) -> Tensor:
+    """Logits [B, S, vocab] of the float model, step by step.
+
+    Args:
+        ids: int64 [B, S].
+        basis: in which its weights are; None: as they are.
+    """
+    basis = basis or Plain()
+    decoder, rope = checkpoint.decoder, Rope.of(checkpoint, ids.shape[1])
+    x = embedded(basis.tensor(checkpoint, f"{decoder.embedding.name}.weight"), ids, decoder)
+    for block in decoder.blocks:
+        weights = basis.load(checkpoint, block.index)
+        x = block_output(x, weights, float_linear(weights, block), block, rope)
+    head = decoder.head
+    tied = decoder.tied and not basis.unties
+    table = basis.tensor(checkpoint, f"{(decoder.embedding if tied else head).name}.weight")
+    scores = PLAIN.norm(x, head.norm, basis.tensor(checkpoint, head.norm.gain)) @ table.T
+    return scores if head.softcap is None else PLAIN.softcap(scores, head.softcap)

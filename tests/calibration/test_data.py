@@ -1,7 +1,9 @@
-"""Calibration text: files, lines of JSON, the text that comes along, and what is too short."""
+"""Calibration text: what a name stands for, the text that comes along, and what is too short."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration import text_file
 from calibration.data import (
     calibration_windows,
     default_text,
     load_text,
-    tokens_from_text,
+    text_tokens,
     windows_from_tokens,
 )
 from calibration.settings import CalibrationSettings
@@ -40,31 +43,6 @@ def test_default_text_is_long_enough_to_be_useful() -> None:
     assert len(default_text().split()) > 1500 and len(set(default_text().lower().split())) > 600
 
 
-def test_text_and_json_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("Grüße\n\nand more", encoding="utf-8")
-    assert load_text(str(tmp_path / "a.txt")) == "Grüße\n\nand more"
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n"two"\n{"content": "three", "id": 4}\n')
-    assert load_text(str(tmp_path / "a.jsonl")) == "one\n\ntwo\n\nthree"
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{oops", "got no valid JSON"),
-        ('{"id": 1}', 'got no field "text" with a string'),
-        ('{"text": 5}', 'got no field "text" with a string'),
-        ("3", 'got no field "text" with a string'),
-    ],
-)
-def test_bad_json_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"text": "fine"}}\n{line}\n')
-    assert (
-        _refusal(str(path))
-        == f'{path}, line 2: {problem}. Write one object per line: {{"text": "..."}}.'
-    )
-
-
 @pytest.mark.parametrize("content", ["", " \n\n\t"])
 def test_empty_text(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.txt"
@@ -75,24 +53,13 @@ def test_empty_text(tmp_path: Path, content: str) -> None:
     )
 
 
-def test_file_that_is_not_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xff\xfe\x00")
-    assert _refusal(str(path)) == (
-        f"{path}: got a file that is not UTF-8 text ('utf-8' codec can't decode byte 0xff in "
-        "position 0: "
-        "invalid start byte). Save it as UTF-8."
-    )
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    assert _refusal("none/of/this.txt", where="--text") == (
-        "--text: got no such file none/of/this.txt, expected a .txt or .jsonl file or a dataset "
-        "name. Check the path."
-    )
-    assert _refusal(str(tmp_path)) == (
-        f"--calib: got a folder {tmp_path}, expected a .txt or .jsonl file or a dataset name. "
-        "Check the path."
+@pytest.mark.parametrize(
+    "name", ["none/of/this.txt", "none.json.gz", "~nobody-of-this-name/a.md", "x" * 300 + ".txt"]
+)
+def test_missing_file(name: str) -> None:
+    assert _refusal(name, where="--text") == (
+        f"--text: got no such file {name}, expected a .txt or .jsonl file or a dataset name. Check "
+        "the path."
     )
 
 
@@ -130,33 +97,26 @@ def test_dataset_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_windows() -> None:
-    tokens = tokens_from_text(WordTokenizer(), "a bb ccc dddd eeeee " * 3, nsamples=2, seqlen=7)
-    assert tokens.dtype == np.int64
-    np.testing.assert_array_equal(tokens, [[1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1, 2, 3, 4]])
-    assert windows_from_tokens(np.arange(10), 4).shape == (2, 4)
+    assert windows_from_tokens(np.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-@pytest.mark.parametrize(
-    ("nsamples", "seqlen", "advice"),
-    [(4, 5, "--nsamples 2 --seqlen 5"), (1, 15, "--nsamples 1 --seqlen 12")],
-)
-def test_too_short_text_states_the_counts(nsamples: int, seqlen: int, advice: str) -> None:
+def test_tokens_that_the_model_does_not_know(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """As a tokenizer that has grown beyond the embedding makes them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_tokenizer))
+    vocab = len(tokenizer)
+    tokenizer.add_tokens(["<|im_start|>"])
+    assert text_tokens(tokenizer, "of bread", vocab, "--text").max() < vocab
+    path = tmp_path / "a.txt"
+    path.write_text("It begins with <|im_start|> here")
     with pytest.raises(InputError) as caught:
-        tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
-    windows = f"{nsamples} windows of {seqlen}"
+        calibration_windows(tokenizer, CalibrationSettings(calib=str(path)), 64, vocab)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
-        f"--calib: got a text of 12 tokens, expected at least {nsamples * seqlen} ({windows}). "
-        f"Give a longer text, or {advice}."
-    )
-
-
-@pytest.mark.parametrize(("nsamples", "seqlen"), [(0, 64), (4, 1), (-1, -1)])
-def test_counts_that_make_no_sense(nsamples: int, seqlen: int) -> None:
-    with pytest.raises(InputError) as caught:
-        tokens_from_text(WordTokenizer(), "word " * 12, nsamples, seqlen)
-    assert str(caught.value) == (
-        f"--nsamples, --seqlen: got {nsamples} windows of {seqlen} tokens, expected at least 1 of 2. "
-        "Give larger numbers."
+        f"--calib: got the token '<|im_start|>' with id {vocab}, expected ids below the model's "
+        f"vocab_size of {vocab}. Leave it out of the text, or give a model whose embedding has a "
+        "row for it."
     )
 
 
@@ -168,7 +128,7 @@ def _windows(
 ) -> tuple[np.ndarray, str]:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return calibration_windows(
-        WordTokenizer(), CalibrationSettings(calib=str(path), **settings), longest
+        WordTokenizer(), CalibrationSettings(calib=str(path), **settings), longest, 999
     )
 
 
@@ -229,16 +189,41 @@ def test_a_short_text_gives_what_it_has(
 
 def test_the_default_text_is_too_short_for_the_papers_and_says_so() -> None:
     settings = CalibrationSettings(nsamples=128, seqlen=2048)
-    windows, note = calibration_windows(WordTokenizer(), settings, 4096)
+    windows, note = calibration_windows(WordTokenizer(), settings, 4096, 999)
     assert windows.shape[1] == 2048 and 1 <= len(windows) < 128
     assert (
         note == f"Calibrating on {len(windows)} windows of 2048 tokens; 128 of 2048 were asked for."
     )
 
 
+def test_packed_lines_of_json_are_calibrated_on_as_the_text_in_them(tmp_path: Path) -> None:
+    texts = [_numbers(20), "one two", _numbers(30)]
+    want, _ = _windows(tmp_path / "a.txt", "\n\n".join(texts), nsamples=4, seqlen=8)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for name, content in (
+        ("a.jsonl", lines.encode()),
+        ("a.json", lines.encode()),
+        ("a.txt", gzip.compress(lines.encode())),
+        ("a.jsonl.gz", gzip.compress(lines.encode())),
+        ("a.gz", gzip.compress("\n\n".join(texts).encode())),
+    ):
+        got, _ = _windows(tmp_path / name, content, nsamples=4, seqlen=8)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_of_a_long_text_it_is_said_what_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_file, "MOST_BYTES", 1 << 20)
+    path = tmp_path / "a.txt"
+    windows, note = _windows(path, "word " * 300_000, nsamples=1, seqlen=8)
+    assert windows.shape == (1, 8) and note == f"{path} is long: its first 1 MB are used."
+
+
 def test_calibration_takes_bytes_that_are_not_text(tmp_path: Path) -> None:
-    windows, _ = _windows(tmp_path / "a.txt", b"one \xff\xfe three", nsamples=1, seqlen=2)
-    assert windows.tolist() == [[3, 2]]  # a character that cannot be read counts as one
+    text = b"one \xff\xfe three" + b" four" * 50
+    windows, _ = _windows(tmp_path / "a.txt", text, nsamples=1, seqlen=52)
+    assert windows[0, :3].tolist() == [3, 2, 5]  # a character that cannot be read counts as one
     with pytest.raises(InputError, match="got a file that is not UTF-8 text"):
         load_text(str(tmp_path / "a.txt"))
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,26 +16,39 @@ from tests.exporter.engine_cases import ENGINE
 
 
 @pytest.fixture(scope="session")
-def artifact(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OUT of a tiny W8A8 model, up to the ONNX file. Do not change it."""
+def export() -> Callable[..., Path]:
+    """export(model, out, **request) -> OUT of a W8A8 model, up to the ONNX file."""
     from calibration.progress import NullProgress
     from calibration.quant.bits import SchemeMap
     from calibration.quant.scheme import QuantScheme
     from exporter.pipeline import ExportRequest, run_pipeline
 
-    out = tmp_path_factory.mktemp("deploy") / "out"
-    scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
-    run_pipeline(
-        ExportRequest(
-            model=str(tiny_model_dir),
-            schemes=SchemeMap(scheme),
-            out=out,
-            until="onnx",
-            offline=True,
-        ),
-        NullProgress(),
-    )
-    return out
+    def make(model: Path, out: Path, **request: Any) -> Path:
+        scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
+        run_pipeline(
+            ExportRequest(
+                model=str(model),
+                schemes=SchemeMap(scheme),
+                out=out,
+                until="onnx",
+                offline=True,
+                **request,
+            ),
+            NullProgress(),
+        )
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def artifact(
+    tiny_model_dir: Path,
+    export: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """OUT of a tiny W8A8 model, up to the ONNX file. Do not change it."""
+    return export(tiny_model_dir, tmp_path_factory.mktemp("deploy") / "out")
 
 
 @pytest.fixture

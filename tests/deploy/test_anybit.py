@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from deploy.anybit import main
+from tests.tracked import REPOSITORY, tracked_files
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = ("export", "calibrate", "plugins", "eval", "generate", "trtexec")
 SCRIPT = "import sys; sys.path.remove(''); from deploy.anybit import main; sys.exit(main())"
 
@@ -74,16 +74,10 @@ def test_errors_keep_their_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_wheel_holds_what_runs_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     source = tmp_path / "source"  # setuptools writes beside what it builds
-    skipped = shutil.ignore_patterns(".*", "build", "out", "*.egg-info", "__pycache__")
-    shutil.copytree(
-        REPOSITORY,
-        source,
-        ignore=lambda folder, names: (
-            skipped(folder, names) - {"out"}
-            if Path(folder).name == "calibration"
-            else skipped(folder, names)
-        ),
-    )
+    for path in tracked_files():
+        copy = source / path.relative_to(REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--quiet"]
     command += ["--no-build-isolation", "--wheel-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

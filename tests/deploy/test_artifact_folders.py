@@ -278,7 +278,7 @@ def test_the_engine_folder_alone_says_why_it_cannot_run(
     model = find_model(alone)
     assert model.runner.name == "tensorrt"
     assert model.tokenizer()("The river")["input_ids"]
-    assert (model.description.context, model.description.max_context) == (256, 128)
+    assert (model.description.context, model.description.max_context) == (256, 127)
     assert (model.description.max_batch, model.description.max_tokens) == (2, 64)
 
 
@@ -309,6 +309,13 @@ def test_the_description_says_what_a_service_needs(artifact: Path) -> None:
         "max_tokens": None,
         "bos_token_id": 0,
         "eos_token_ids": [0],
+        "sampling": {
+            "do_sample": False,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+        },
         "chat_template": None,
         "cache": {
             "layers": 2,
@@ -353,9 +360,7 @@ def test_each_file_that_is_read_is_hashed_once_and_no_other(
     out = engine_record()
     tokenizer = json.loads((out / "onnx" / "model.json").read_text())["tokenizer"]
     hashed = hashed_files(monkeypatch)
-    monkeypatch.setattr(
-        "exporter.run.tensorrt.TensorrtSession", lambda folder, max_context: (folder, max_context)
-    )
+    monkeypatch.setattr("exporter.run.tensorrt.TensorrtSession", lambda *arguments: arguments)
 
     def read(runner: str, path: Path) -> list[str]:
         hashed.clear()

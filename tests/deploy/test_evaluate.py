@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_perplexity_is_that_of_whole_windows(artifact: Path) -> None:
     from calibration.reference.model import quantised_model
 
     quant = read_quant(artifact / "quant")
-    windows = text_windows(quant.tokenizer(), TEXT, 64)[:3]
+    windows = text_windows(quant.tokenizer(), TEXT, 64, 512)[:3]
     model = quantised_model(quant)
     losses = []
     for window in windows:
@@ -77,7 +78,7 @@ def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
     from calibration.quant.folder import read_quant
 
     tokenizer = read_quant(artifact / "quant").tokenizer()
-    windows = text_windows(tokenizer, TEXT, 100)
+    windows = text_windows(tokenizer, TEXT, 100, 512)
     tokens = tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"]
     assert windows.shape == (len(tokens) // 100, 100)
     assert windows.reshape(-1).tolist() == tokens[: len(tokens) // 100 * 100]
@@ -134,8 +135,8 @@ def test_the_default_window_is_the_models_context_where_that_is_short(artifact: 
             "--text: got {path} with {tokens} tokens, expected at least one window of 64. Give "
             "a longer text, or --seqlen {tokens}.",
         ),
-        (None, "--text: got no such file {path}, expected a UTF-8 text file. Check the path."),
-        (b"\xff\xfe\x00", None),
+        (None, "--text: got no such file {path}, expected a text file. Check the path."),
+        (b"\xff\xfd\x01", None),
     ],
 )
 def test_bad_texts(
@@ -168,6 +169,13 @@ def test_a_window_longer_than_the_context(artifact: Path) -> None:
         == "--seqlen: got 257, expected at most 256, the context with onnxruntime. Give a "
         "smaller --seqlen."
     )
+
+
+def test_a_packed_text_has_the_same_perplexity(artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(TEXT.read_bytes()))
+    plain, packed = (evaluate(artifact, EvalRequest(one, first=2)) for one in (TEXT, path))
+    assert plain | {"seconds": 0} == packed | {"seconds": 0}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

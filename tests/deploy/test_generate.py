@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.evaluate import evaluate
 from deploy.generate import (
     GenerateRequest,
     TextStream,
@@ -16,7 +20,8 @@ from deploy.generate import (
     generate_tokens,
     prompt_tokens,
 )
-from deploy.sampling import Sampler, Sampling
+from deploy.sampling import Sampler, Sampling, SamplingOptions
+from exporter.proof.perplexity import EvalRequest
 from plugins.errors import InputError
 
 PROMPT = "The river and the town"
@@ -64,7 +69,7 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
         next(generate_tokens(session, [1] * 20, Sampler(Sampling()), 4))
     assert str(error.value) == (
         "--prompt: got 20 tokens, expected fewer than the context of 20. "
-        "Give a shorter prompt, or build the engine with a larger --max-seq."
+        "Give a shorter prompt, or export with a larger --max-seq."
     )
 
 
@@ -77,7 +82,7 @@ def test_greedy_tokens_are_those_of_whole_passes_without_a_cache(
     from calibration.reference.model import quantised_model
     from exporter.run.model import open_session
 
-    prompt = prompt_tokens(tokenizer, PROMPT)
+    prompt = prompt_tokens(tokenizer, PROMPT, 512)
     model = quantised_model(read_quant(artifact / "quant"))
     expected = list(prompt)
     for _ in range(12):
@@ -135,7 +140,7 @@ def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture
             prompt=PROMPT,
             max_new_tokens=8,
             runner="onnxruntime",
-            sampling=Sampling(0.8, 20, 3),
+            sampling=SamplingOptions(temperature=0.8, top_k=20, seed=3),
             stream=stream,
         )
         generate_text(artifact, request)
@@ -159,7 +164,7 @@ def test_streaming_prints_the_same(artifact: Path, capsys: pytest.CaptureFixture
 )
 def test_bad_prompts(prompt: str, text: str) -> None:
     with pytest.raises(InputError) as error:
-        prompt_tokens(object(), prompt)
+        prompt_tokens(object(), prompt, 512)
     assert str(error.value) == text
 
 
@@ -168,7 +173,7 @@ def test_a_full_context_is_said(
     artifact: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str], asked: int, said: bool
 ) -> None:
     prompt = tokenizer.decode(tokenizer("The river and the town " * 40)["input_ids"][:8])
-    room = 256 - len(prompt_tokens(tokenizer, prompt))
+    room = 256 - len(prompt_tokens(tokenizer, prompt, 512))
     request = GenerateRequest(
         prompt=prompt, max_new_tokens=room + asked - 248, runner="onnxruntime"
     )
@@ -177,3 +182,103 @@ def test_a_full_context_is_said(
     message = "The context of 256 tokens is full, so the text ends here: give a shorter prompt.\n"
     assert err.endswith(message) == said
     assert made == min(room, request.max_new_tokens)
+
+
+# ---------------------------------------------------------------- what the checkpoint says
+
+
+def _tokens(out: Path, runner: str, count: int) -> list[int]:
+    from exporter.run.model import find_model
+
+    model = find_model(out, runner)
+    prompt = prompt_tokens(model.tokenizer(), PROMPT, 512)
+    with model.open() as session:
+        return list(generate_tokens(session, prompt, Sampler(Sampling()), count))
+
+
+@pytest.mark.parametrize("runner", ["torch", "onnxruntime"])
+def test_an_end_token_of_generation_config_alone_ends_the_text(
+    artifact: Path,
+    export: Callable[..., Path],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    runner: str,
+) -> None:
+    """As in transformers, whose generate reads no other file for it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    found = _tokens(artifact, runner, 12)
+    last = next(token for token in found[4:] if token not in found[:4])
+    _write_generation(model, eos_token_id=[last, 0])
+    request = GenerateRequest(prompt=PROMPT, max_new_tokens=12, runner=runner)
+    assert generate_text(artifact, request) == 12
+    assert generate_text(export(model, tmp_path / "out"), request) == found.index(last)
+    real = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([prompt_tokens(AutoTokenizer.from_pretrained(model), PROMPT, 512)])
+    assert set(real.generation_config.eos_token_id) == {last, 0}
+    made = real.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+    assert len(made) == 12 or made[-1] in (last, 0)
+
+
+def test_how_the_makers_want_tokens_to_be_chosen(
+    export: Callable[..., Path],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    _write_generation(model, do_sample=True, temperature=1.5, repetition_penalty=1.2)
+    out = export(model, tmp_path / "out")
+
+    def text(**options: Any) -> tuple[str, bool]:
+        request = GenerateRequest(
+            prompt=PROMPT,
+            max_new_tokens=12,
+            runner="onnxruntime",
+            sampling=SamplingOptions(**options),
+        )
+        generate_text(out, request)
+        captured = capsys.readouterr()
+        note = (
+            "As the model's generation_config.json says, this draws at temperature 1.5 with top-k "
+            "50 and top-p 1, with repetition penalty 1.2; options change it.\n"
+        )
+        return captured.out, captured.err.startswith(note)
+
+    own = {"temperature": 1.5, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2}
+    assert text() == (text(**own)[0], True) and not text(**own)[1]
+    assert text(seed=1)[0] != text()[0]
+    greedy = text(temperature=0.0, repetition_penalty=1.0)
+    assert greedy != text() and not greedy[1]
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_know(
+    export: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<|{index}|>" for index in range(513 - len(tokenizer))])
+    tokenizer.save_pretrained(model)
+    token = tokenizer.convert_ids_to_tokens(512)
+    out = export(model, tmp_path / "out")
+    with pytest.raises(InputError) as error:
+        generate_text(out, GenerateRequest(prompt=f"The {token}", runner="onnxruntime"))
+    assert (error.value.exit_code, str(error.value)) == (
+        2,
+        f"--prompt: got the token {token!r} with id 512, expected ids below the model's vocab_size "
+        "of 512. Leave it out of the text, or give a model whose embedding has a row for it.",
+    )
+    text = tmp_path / "text.txt"
+    text.write_text(f"The river {token}")
+    for request in (EvalRequest(text, seqlen=2), EvalRequest(text, seqlen=2, runner="torch")):
+        with pytest.raises(InputError) as error:
+            evaluate(out, request)
+        assert str(error.value).startswith(f"--text: got the token {token!r} with id 512, ")
+
+
+def _write_generation(model: Path, **fields: Any) -> None:
+    (model / "generation_config.json").write_text(json.dumps(fields))

@@ -1,12 +1,16 @@
-"""Choosing tokens: greedy, temperature, top-k, seeds, and NaN."""
+"""Choosing tokens: greedy, temperature, top-k, top-p, penalties, seeds; and who says so."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from deploy.sampling import Sampler, Sampling
-from plugins.errors import CheckError, InputError
+from calibration.out.description import SamplingDefaults
+from deploy.sampling import Sampler, Sampling, SamplingOptions
+from plugins.errors import InputError
 
 LOGITS = np.log(np.array([0.1, 0.6, 0.05, 0.25], np.float32))
 
@@ -52,20 +56,132 @@ def test_minus_infinity_is_never_drawn() -> None:
     assert {sampler.choose(np.array([0, -np.inf, 0], np.float32)) for _ in range(50)} == {0, 2}
 
 
-def test_top_k_without_temperature_is_refused() -> None:
+# ---------------------------------------------------------------- as transformers' generate
+
+
+def _transformers(sampling: Sampling, logits: np.ndarray, text: list[int]) -> np.ndarray:
+    """The odds of every token, by transformers' own processors in the order of its generate."""
+    import torch
+    from transformers import generation
+
+    scores, tokens = torch.from_numpy(logits)[None], torch.tensor([text])
+    makers = [
+        (sampling.repetition_penalty != 1, generation.RepetitionPenaltyLogitsProcessor),
+        (sampling.temperature != 1, generation.TemperatureLogitsWarper),
+        (sampling.top_k != 0, generation.TopKLogitsWarper),
+        (sampling.top_p != 1, generation.TopPLogitsWarper),
+    ]
+    numbers = (
+        sampling.repetition_penalty,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+    )
+    for (wanted, maker), number in zip(makers, numbers, strict=True):
+        if wanted:
+            scores = maker(number)(tokens, scores)
+    return np.asarray(scores.double().softmax(-1)[0])
+
+
+def _ours(sampling: Sampling, logits: np.ndarray, text: list[int]) -> np.ndarray:
+    sampler, odds = Sampler(sampling), np.zeros(len(logits))
+    tokens, likely = sampler.odds(sampler.penalized(logits, text))
+    odds[tokens] = likely
+    return odds
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 7])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.3])
+def test_the_odds_are_those_of_transformers(
+    temperature: float, top_k: int, top_p: float, penalty: float
+) -> None:
+    random = np.random.default_rng(0)
+    sampling = Sampling(temperature, top_k, top_p=top_p, repetition_penalty=penalty)
+    for _ in range(5):
+        logits = random.normal(size=60).astype(np.float32) * 4
+        text = random.integers(0, 60, 40).tolist()
+        np.testing.assert_allclose(
+            _ours(sampling, logits, text), _transformers(sampling, logits, text), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.5])
+def test_a_penalty_changes_the_best_token_as_in_transformers(penalty: float) -> None:
+    import torch
+    from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+    random, changed = np.random.default_rng(1), 0
+    for _ in range(50):
+        logits = random.normal(size=30).astype(np.float32)
+        text = random.integers(0, 30, 20).tolist()
+        processor = RepetitionPenaltyLogitsProcessor(penalty)
+        scores = processor(torch.tensor([text]), torch.from_numpy(logits.copy())[None])
+        before = logits.copy()
+        best = Sampler(Sampling(repetition_penalty=penalty)).choose(logits, text)
+        assert best == int(scores.argmax()) and (logits == before).all()
+        changed += best != int(logits.argmax())
+    assert changed > 5
+
+
+DRAWN = SamplingDefaults(
+    do_sample=True, temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.1
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "found"),
+    [
+        ({}, SamplingDefaults(), Sampling()),
+        ({}, DRAWN, Sampling(0.6, 50, top_p=0.9, repetition_penalty=1.1)),
+        ({"seed": 3}, DRAWN, Sampling(0.6, 50, 3, 0.9, 1.1)),
+        # greedy unless do_sample says otherwise, however odd a temperature is given
+        ({}, replace(DRAWN, do_sample=False), Sampling(repetition_penalty=1.1)),
+        ({"temperature": 0.8}, SamplingDefaults(), Sampling(0.8)),
+        ({"temperature": 0.8}, replace(DRAWN, do_sample=False), Sampling(0.8, 50, 0, 0.9, 1.1)),
+        ({"temperature": 0.0}, DRAWN, Sampling(repetition_penalty=1.1)),
+        ({"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}, DRAWN, Sampling(0.6)),
+        ({"top_k": 5}, DRAWN, Sampling(0.6, 5, top_p=0.9, repetition_penalty=1.1)),
+    ],
+)
+def test_options_go_over_what_the_model_says(
+    given: dict[str, Any], model: SamplingDefaults, found: Sampling
+) -> None:
+    assert SamplingOptions(**given).over(model) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"top_k": 40},
+            "--top-k: got 40 with temperature 0, expected none: 0 always takes the best token. "
+            "Add --temperature 0.8, or leave --top-k out.",
+        ),
+        (
+            {"top_p": 0.9},
+            "--top-p: got 0.9 with temperature 0, expected none: 0 always takes the best token. "
+            "Add --temperature 0.8, or leave --top-p out.",
+        ),
+        (
+            {"top_p": 1.5, "temperature": 1.0},
+            "--top-p: got 1.5, expected more than 0 and at most 1. Give such a number; 1 draws "
+            "among all tokens.",
+        ),
+        (
+            {"top_p": 0.0, "temperature": 1.0},
+            "--top-p: got 0, expected more than 0 and at most 1. Give such a number; 1 draws "
+            "among all tokens.",
+        ),
+        (
+            {"repetition_penalty": 0.0},
+            "--repetition-penalty: got 0, expected more than 0. Give such a number; 1 changes "
+            "nothing.",
+        ),
+    ],
+)
+def test_options_that_make_no_sense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as error:
-        Sampling(top_k=40)
-    assert str(error.value) == (
-        "--top-k: got 40 with temperature 0, expected none: 0 always takes the best token. "
-        "Add --temperature 0.8, or leave --top-k out."
-    )
-
-
-def test_nan_is_an_error() -> None:
-    with pytest.raises(CheckError) as error:
-        Sampler(Sampling()).choose(np.array([0, np.nan, 1], np.float32))
-    assert str(error.value) == (
-        "logits: got 1 NaN of 3, expected finite numbers. An activation overflowed: look at the "
-        "report's first "
-        "bad layer, or export with --dtype bfloat16."
-    )
+        SamplingOptions(**given).over(SamplingDefaults())
+    assert str(error.value) == message

@@ -4,6 +4,7 @@ earlier results whole.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 
+from calibration.checkpoints.checkpoint import open_checkpoint
 from plugins.errors import EXIT_INPUT
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,10 +49,35 @@ def test_a_folder_of_another_setting_is_refused_and_kept(
         'true, expected scheme.op "ABQGemm", scheme.wbits 3, scheme.act_symmetric false. Choose '
         "another --out, or delete this folder.",
     )
-    other = tiny_llama(tie_word_embeddings=False)
-    _, _, err = run(out, model=other)
-    assert err.splitlines()[-1].endswith(
-        f'expected model "{other}". Choose another --out, or delete this folder.'
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_different_model_under_the_same_name_is_refused_and_kept(
+    run: Run,
+    refused: Refused,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    tiny_llama: Callable[..., Path],
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: tuple[str, ...],
+) -> None:
+    out = tmp_path / "out"
+    for name, model in (("a", tiny_model_dir), ("b", tiny_llama(tie_word_embeddings=False))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(model)
+    monkeypatch.chdir(tmp_path / "a")
+    assert run(out, model=Path("model"))[0] == 0
+    before = snapshot(out)
+    ours, theirs = (
+        open_checkpoint(str(tmp_path / name / "model")).fingerprint[:12] for name in ("a", "b")
+    )
+    monkeypatch.chdir(tmp_path / "b")
+    refused(
+        run(out, *resume, model=Path("model")),
+        f'{out}: got an artifact of other weights (model "model", fingerprint {ours}), expected '
+        f"those of model ({theirs}). Choose another --out.",
     )
     assert snapshot(out) == before
 
@@ -106,6 +133,67 @@ def test_two_exports_do_not_share_a_folder(run: Run, refused: Refused, tmp_path:
             f"{out}: got a folder that another process is writing, expected a free one. "
             "Wait for it to end or choose another --out.",
         )
+
+
+def test_a_file_system_without_locks_is_written_with_a_word(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    out = tmp_path / "out"
+    code, _, err = run(out, "--max-seq", "64")
+    assert code == 0 and err.splitlines()[0] == (
+        f"{out} lies on a file system without locks (No locks available): let no other process "
+        "write it meanwhile"
+    )
+
+
+def test_links_in_out_lead_nowhere(run: Run, tmp_path: Path, refused: Refused) -> None:
+    """An OUT from somebody else whose names lead to files of ours."""
+    out, victim = tmp_path / "out", tmp_path / "thesis.tex"
+    victim.write_text("years of work")
+    assert run(out)[0] == 0
+    (out / "quant").rename(tmp_path / "elsewhere")
+    (out / "quant").symlink_to(tmp_path / "elsewhere")
+    for name in (".manifest.json.tmp", ".onnx.partial", ".onnx.old", "report", ".calibration"):
+        (out / name).symlink_to(victim)
+    code, _, err = run(out, "--resume")  # a folder on another disk is read
+    assert code == 0 and "quant: kept" in err and victim.read_text() == "years of work"
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()}
+    assert run(out)[0] == 0 and not (out / "quant").is_symlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == kept
+    assert victim.read_text() == "years of work"
+    (out / ".lock").unlink()
+    (out / ".lock").symlink_to(victim)
+    refused(
+        run(out),
+        f"{out / '.lock'}: got a symbolic link, expected a file that can be written. Choose another "
+        "--out.",
+    )
+    assert victim.read_text() == "years of work"
+
+
+def test_names_are_shown_and_not_obeyed(
+    run: Run, refused: Refused, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Of a path, of an architecture, and markup of the library that draws the table."""
+    code, _, err = run(tmp_path / "out", model=tmp_path / "\x1b[2Jmodel\n\u202e.gguf")
+    assert code == EXIT_INPUT
+    assert err.startswith(f"{tmp_path}/\\x1b[2Jmodel\\n\\u202e.gguf: got no such file or folder")
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace("LlamaForCausalLM", "Llama\\u001b[31m"))
+    code, _, err = run(tmp_path / "out", model=model)
+    assert code == EXIT_INPUT and "Llama\\x1b[31m" in err and "\x1b" not in err
+    (model / "config.json").write_text(config)
+    for name in ("a[/]b", "a[bold red]b", "a\x1b[31m\u202eb", ":smile:"):
+        out = tmp_path / name
+        code, stdout, err = run(out, model=model)
+        shown = name.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+        assert code == 0 and f"/{shown}" in stdout and "\x1b" not in stdout + err
+        assert (out / "onnx" / "model.onnx").is_file()
 
 
 def test_bits_and_limits_out_of_range(run: Run, refused: Refused, tmp_path: Path) -> None:
@@ -208,6 +296,8 @@ def test_damaged_weights_leave_earlier_results_whole(
     size = path.stat().st_size
     _damage(path, _set_nan)
     code, _, err = run(out, "--resume", model=model)
+    assert code == EXIT_INPUT and ": got an artifact of other weights (" in err
+    code, _, err = run(tmp_path / "new", model=model)
     assert (
         code == EXIT_INPUT
         and err.splitlines()[-1].startswith(f"{model}, tensor model.")

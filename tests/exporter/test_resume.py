@@ -22,7 +22,7 @@ from calibration.out.files import write_json
 from calibration.out.layout import DATA_FILE, STAGES
 from exporter.engine.edition import Edition
 from exporter.proof.validate import ValidationResult
-from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT
+from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT, InputError
 from tests.conftest import W4A8
 from tests.exporter.engine_cases import ENGINE
 
@@ -44,6 +44,59 @@ def test_resume_redoes_only_what_changed(run: Run, tmp_path: Path) -> None:
     assert data.read_bytes() == whole
 
 
+def test_the_same_model_and_text_by_any_name_is_kept(
+    run: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (tmp_path / "text.txt").write_text("The river runs to the sea. " * 20)
+    (tmp_path / "below").mkdir()
+    kept = "quant: kept, nothing changed\nonnx: kept, nothing changed\n"
+
+    def export(name: str, calib: str, *more: str) -> str:
+        code, _, err = run(out, "--calib", calib, *more, model=name)
+        assert code == 0, err
+        return err
+
+    monkeypatch.chdir(tmp_path)
+    export("model", "text.txt")
+    for name, calib in (
+        ("model/", "./text.txt"),
+        ("./model", "below/../text.txt"),
+        (str(model), str(tmp_path / "text.txt")),
+    ):
+        assert kept in export(name, calib, "--resume")
+    monkeypatch.chdir("below")
+    assert kept in export("../model", "../text.txt", "--resume")
+    (tmp_path / "model").rename(tmp_path / "below" / "moved")
+    assert kept in export("moved", "../text.txt", "--resume")
+
+
+@pytest.mark.slow
+def test_an_alias_and_what_it_stands_for_are_one_model(
+    run_module: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    hub, commit = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-360M-Instruct", "0" * 40
+    snapshot = hub / "snapshots" / commit
+    (hub / "refs").mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    (hub / "refs" / "main").write_text(commit)
+    for number, path in enumerate(tiny_model_dir.iterdir()):
+        shutil.copy(path, hub / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    out = tmp_path / "out"
+    options = [*W4A8, "--method", "rtn", "--offline", "--until", "quant", "--out", str(out)]
+    for number, name in enumerate(
+        ("smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct", str(snapshot))
+    ):
+        done = run_module(
+            "exporter", name, *options, "--resume", HF_HUB_CACHE=str(tmp_path / "hub")
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("quant: kept, nothing changed" in done.stderr) == (number > 0)
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_stage_that_dies_can_be_resumed(
     run: Run,
@@ -54,7 +107,7 @@ def test_a_stage_that_dies_can_be_resumed(
 ) -> None:
     out = tmp_path / "out"
 
-    def die(quant: Any, folder: Path, progress: Any) -> None:
+    def die(quant: Any, folder: Path, *arguments: Any, **options: Any) -> None:
         (folder / "half").write_bytes(b"half")
         raise failure
 
@@ -267,6 +320,20 @@ def test_a_change_redoes_its_stage_and_what_follows(
     assert code == 0 and kept == list(STAGES[: STAGES.index(stage)] if stage in STAGES else STAGES)
 
 
+def test_a_library_that_cannot_be_made_is_told_before_any_work(
+    run: Run, world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise InputError("libanybit_plugins.so", "got no folder that can be written", "Set one")
+
+    monkeypatch.setattr("plugins.tools.build.build_library", refuse)
+    whole = (*WHOLE, "--max-seq", "64")
+    code, _, err = run(tmp_path / "out", *whole, model=world.model)
+    assert (code, err) == (2, "libanybit_plugins.so: got no folder that can be written. Set one.\n")
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", *whole, "--engine", "none", model=world.model)[0] == 0
+
+
 def test_stages_that_follow_a_new_one_are_gone(
     run: Run, world: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -304,7 +371,7 @@ def test_a_stage_that_fails_keeps_what_follows(
     before = snapshot(out)
     append(world.root / "exporter" / "graph" / "decoder.py")
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporter.graph.decoder, "export_onnx", fail)

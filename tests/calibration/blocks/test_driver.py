@@ -123,6 +123,26 @@ def test_stopped_while_the_folder_is_written(
     assert files(tmp_path / "quant") == whole
 
 
+def test_model_and_text_may_be_named_otherwise(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("The river runs to the sea, and the sea to the sky. " * 40)
+    with monkeypatch.context() as patch:
+        patch.setattr("calibration.quant.quantize.SafetensorsWriter.write", die)
+        assert calibrate_tiny(model, out, "--calib", str(text)) == 130
+    monkeypatch.chdir(tmp_path)
+    link = Path("link")
+    link.symlink_to(model)
+    assert _kept(capsys, link, out, "--resume", "--calib", "./text.txt") == _names(LAYERS)
+
+
 @pytest.mark.slow
 def test_killed(
     model: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]

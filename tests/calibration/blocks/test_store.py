@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calibration.blocks.store import BlockResult, BlockStore
+from calibration.out.files import temporary
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
@@ -182,3 +183,43 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_removed_when_everything_is_written(tmp_path: Path) -> None:
     _filled(tmp_path / "work").remove()
     assert not (tmp_path / "work").exists()
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    store = _filled(victim)
+    kept = {path.name: path.read_bytes() for path in victim.iterdir()}
+    link = tmp_path / "work"
+    link.symlink_to(victim)
+    store = BlockStore(link, "print")  # the right fingerprint is no excuse
+    assert store.finished() == 0 and not link.is_symlink()
+    for name in (".block.tmp", "block-00000.safetensors", "state.json"):
+        (link / name).unlink(missing_ok=True)
+        (link / name).symlink_to(victim / "block-00001.safetensors")
+    (link / "state.json").unlink()
+    store = BlockStore(link, "other")
+    (link / "block-00000.safetensors").symlink_to(victim / "block-00001.safetensors")
+    store.save(0, _result(7))
+    assert store.finished() == 1 and not (link / "block-00000.safetensors").is_symlink()
+    assert {path.name: path.read_bytes() for path in victim.iterdir()} == kept
+    store.remove()
+    assert not link.exists()
+
+
+def test_half_a_block_of_a_killed_process_is_swept(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    _filled(folder, 1)
+    temporary(folder / "block-00001.safetensors").write_bytes(b"half")
+    assert BlockStore(folder, "print").finished() == 1
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "block-00000.safetensors",
+        "state.json",
+    ]
+
+
+@pytest.mark.parametrize("state", [{"fingerprint": "print", "sha256": 5}, {"sha256": [3]}])
+def test_a_state_of_other_types_is_none(tmp_path: Path, state: object) -> None:
+    folder = tmp_path / "work"
+    _filled(folder, 1)
+    (folder / "state.json").write_text(json.dumps(state))
+    assert BlockStore(folder, "print").finished() == 0

@@ -99,8 +99,32 @@ def test_no_header(tmp_path: Path, content: bytes) -> None:
     )
 
 
+ONE = b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
 @pytest.mark.parametrize(
-    "header", [b"not json", b'{"w": 3}', b'["w"]', b'{"w": {"dtype": "F32", "shape": [1]}}']
+    "header",
+    [
+        b"not json",
+        b'{"w": 3}',
+        b'["w"]',
+        b'{"w": {"dtype": "F32", "shape": [1]}}',
+        b'{"w": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}',
+        b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"format": 3}, "w": ' + ONE + b"}",
+        b'{"__metadata__": [], "w": ' + ONE + b"}",
+        b'{"w": ' + ONE + b', "w": ' + ONE + b"}",
+        b'{"w": {"dtype": "F32", "shape": [1], "shape": [1], "data_offsets": [0, 4]}}',
+        b"[" * 100_000,
+        b'{"\xff": ' + ONE + b"}",
+    ],
+    ids=lambda header: header[:60],
 )
 def test_header_that_is_not_tensors(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.safetensors"
@@ -113,19 +137,35 @@ def test_header_that_is_not_tensors(tmp_path: Path, header: bytes) -> None:
     )
 
 
-def _raw(path: Path, info: dict[str, object], size: int) -> None:
-    header = json.dumps({"w": info}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
-
-
-def test_tensor_that_does_not_fit_its_place(tmp_path: Path) -> None:
+def test_overlapping_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    _raw(path, {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}, 12)
+    header = b'{"v": ' + ONE + b', "w": ' + ONE + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(InputError) as caught:
         read_header(path)
     assert (
         str(caught.value)
         == f"{path}: got a header whose tensor w does not fit its place in the file. {AGAIN}"
+    )
+
+
+def _raw(path: Path, info: dict[str, object], size: int, name: str = "w") -> None:
+    header = json.dumps({name: info}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [([2, 2], "w"), ([1 << 61], "w"), ([1 << 61] * 9, "w"), ([2, 2], "w" * 5000)]
+)
+def test_tensor_that_does_not_fit_its_place(tmp_path: Path, shape: list[int], name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    _raw(path, {"dtype": "F32", "shape": shape, "data_offsets": [0, 12]}, 12, name)
+    with pytest.raises(InputError) as caught:
+        read_header(path)
+    shown = name if len(name) == 1 else f"{'w' * 60} ... {'w' * 60}"
+    assert (
+        str(caught.value)
+        == f"{path}: got a header whose tensor {shown} does not fit its place in the file. {AGAIN}"
     )
 
 

@@ -32,6 +32,8 @@ def test_the_aliases_the_issue_names_are_there() -> None:
         ("llama-7b", "llama-7b"),
         ("meta-llama/Llama-2-7b-hf", "llama-2-7b-hf"),
         ("/a/b/SmolLM2-135M.Q4_1.gguf", "smollm2-135m.q4_1"),
+        ("/a/SmolLM2-00002-of-00003.gguf", "smollm2"),
+        ("owner/name-00002-of-00003", "name-00002-of-00003"),
         ("./my model/", "my-model"),
         ("..hidden", "hidden"),
     ],

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from calibration.checkpoints import tensor_checks
-from calibration.checkpoints.tensor_checks import check_finite, check_tensors
+from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
+from calibration.families import family
 from plugins.errors import InputError
+from tests.conftest import TINY_CONFIG
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
@@ -32,24 +34,38 @@ def test_large_finite_weights_do_not_look_infinite() -> None:
     check_finite("here", np.full(1000, 3e38, np.float32))
 
 
+@pytest.mark.parametrize("position", [(0, 0), (2, 3), (2, 4), (9, 6)])
+def test_one_different_number_shows_whatever_the_blocks(
+    position: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_checks, "_BLOCK", 9)
+    array: np.ndarray = np.ones((10, 7), np.float32)
+    other = array.astype(np.float16)
+    assert same_numbers(array, other) and same_numbers(array, array)
+    other[position] = 1.001
+    assert not same_numbers(array, other)
+
+
 @pytest.mark.parametrize(
-    ("found", "cause"),
+    ("rename", "cause"),
     [
         (
-            ["model.layers.0.mlp.up_proj.qweight"],
+            {"up_proj.weight": "up_proj.qweight"},
             "missing model.layers.0.mlp.up_proj.weight (the weights are quantised). Give the "
             "float model it was made from.",
         ),
         (
-            ["model.layers.0.mlp.down_proj.weight"],
+            {"up_proj.weight": "up_proj.new"},
             "missing model.layers.0.mlp.up_proj.weight. The download is incomplete or the file "
             "belongs to another model.",
         ),
     ],
 )
-def test_causes(found: list[str], cause: str) -> None:
+def test_causes(rename: dict[str, str], cause: str) -> None:
+    decoder = family("llama").decoder({**TINY_CONFIG, "num_hidden_layers": 1})
+    found = dict(decoder.shapes())
+    for old, new in rename.items():
+        found[f"model.layers.0.mlp.{new}"] = found.pop(f"model.layers.0.mlp.{old}")
     with pytest.raises(InputError) as caught:
-        check_tensors(
-            "m", {"model.layers.0.mlp.up_proj.weight": (1,)}, dict.fromkeys(found, (1,)), 1
-        )
-    assert str(caught.value) == f"m: got 0 of the 1 tensors its config asks for, {cause}"
+        match_tensors("m", decoder, found)
+    assert str(caught.value) == f"m: got 10 of the 11 tensors its config asks for, {cause}"

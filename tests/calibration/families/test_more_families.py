@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from calibration.blocks.forward import block_output, embedded, float_linear, load_block
-from calibration.blocks.rounding import Plain, RoundingMethod
+from calibration.blocks.forward import block_output, float_linear, load_block
+from calibration.blocks.rounding import RoundingMethod
 from calibration.budget.sensitivity import Measurement, measure
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.families.decoder import Block, Family, UnsupportedError
@@ -27,13 +26,13 @@ from calibration.methods.abq.transforms import EquivalentTransform, TransformPar
 from calibration.methods.qqq.settings import QqqSettings
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import FloatReference, float_model
-from calibration.reference.steps import PLAIN, Rope
+from calibration.reference.steps import Rope
 from calibration.settings import CalibrationSettings
 from calibration.transforms.rotation import Rotation, obstacle, orthogonal
 from calibration.transforms.smoothing import fold_scales, smoothed_sites
 from exporter.__main__ import main
 from plugins.errors import InputError
-from tests.calibration.block_cases import tokens
+from tests.calibration.block_cases import float_logits, tokens
 from tests.calibration.llama import llama
 from tests.conftest import FAMILIES
 
@@ -68,20 +67,6 @@ def checkpoint(tiny_llama: Callable[..., Path], name: str) -> Checkpoint:
     return open_checkpoint(str(tiny_llama(architecture=name, **FAMILIES[name])), offline=True)
 
 
-def logits(checkpoint: Checkpoint, basis: Plain | Rotation) -> Tensor:
-    """The float model, step by step."""
-    decoder, rope = checkpoint.decoder, Rope.of(checkpoint, IDS.shape[1])
-    x = embedded(basis.tensor(checkpoint, f"{decoder.embedding.name}.weight"), IDS, decoder)
-    for block in decoder.blocks:
-        weights = basis.load(checkpoint, block.index)
-        x = block_output(x, weights, float_linear(weights, block), block, rope)
-    head = decoder.head
-    tied = decoder.tied and not basis.unties
-    table = basis.tensor(checkpoint, f"{(decoder.embedding if tied else head).name}.weight")
-    scores = PLAIN.norm(x, head.norm, basis.tensor(checkpoint, head.norm.gain)) @ table.T
-    return scores if head.softcap is None else PLAIN.softcap(scores, head.softcap)
-
-
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def test_the_steps_are_transformers(checkpoint: Checkpoint) -> None:
     folder = checkpoint.source.path
@@ -89,7 +74,7 @@ def test_the_steps_are_transformers(checkpoint: Checkpoint) -> None:
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     want = model(IDS).logits
-    torch.testing.assert_close(logits(checkpoint, Plain()), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(float_logits(checkpoint, IDS), want, atol=1e-4, rtol=0)
     found = FloatReference(float_model(checkpoint))
     torch.testing.assert_close(found(IDS).logits, want, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.head(found.hidden(IDS)), want, atol=1e-4, rtol=0)
@@ -111,9 +96,9 @@ def test_a_rotation_keeps_the_function_or_is_refused(checkpoint: Checkpoint, nam
         return
     basis = method.basis(checkpoint, settings)
     assert isinstance(basis, Rotation)
-    want = logits(checkpoint, Plain())
+    want = float_logits(checkpoint, IDS)
     torch.testing.assert_close(
-        logits(checkpoint, basis), want, atol=1e-4 * want.abs().max(), rtol=0
+        float_logits(checkpoint, IDS, basis), want, atol=1e-4 * want.abs().max(), rtol=0
     )
 
 

@@ -393,6 +393,25 @@ def test_rotary_frequencies_of_a_gguf_file(
     assert _refusal(lambda: formats.write(NAME, read_quant(tmp_path))) == message
 
 
+def test_end_tokens_and_sampling_come_along(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In the file from which transformers takes them, where config.json does not say it all."""
+    from transformers import GenerationConfig
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
+    for number, fields in enumerate(({}, {"eos_token_id": [7], "top_p": 0.9})):
+        (model / "generation_config.json").write_text(json.dumps(fields))
+        out = tmp_path / str(number)
+        out.mkdir()
+        quantize_model(open_checkpoint(str(model), True), scheme, QuantizeOptions(), out)
+        folder = _written(read_quant(out))
+        assert (folder / "generation_config.json").exists() == bool(fields)
+    config = GenerationConfig.from_pretrained(str(folder))
+    assert (config.eos_token_id, config.bos_token_id) == ([0, 7], 0)
+    assert (config.top_p, config.do_sample) == (0.9, False)
+
+
 @pytest.mark.parametrize(
     "rope",
     [

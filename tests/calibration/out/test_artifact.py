@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from calibration.out.files import StageWriter, file_records, verify_files, write_json
+from calibration.out.files import (
+    StageWriter,
+    file_records,
+    locked,
+    temporary,
+    verify_files,
+    write_json,
+)
 from calibration.out.json_file import read_json
 from plugins.errors import InputError
 
@@ -186,3 +193,110 @@ def test_damage_is_named(tmp_path: Path, damage: object, problem: str) -> None:
         str(caught.value) == f"{tmp_path / 'a.bin'}: {problem}. The artefact is damaged: "
         f"make this stage again."
     )
+
+
+# ---------------------------------------------------------------- symbolic links, locks
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A folder outside OUT that links lead to."""
+    folder = tmp_path / "victim"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    return folder
+
+
+def _kept(victim: Path) -> bool:
+    return {path.name: path.read_text() for path in victim.iterdir()} == {
+        "thesis.tex": "years of work"
+    }
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, victim: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for target in (victim / "thesis.tex", victim / "new"):
+        (out / ".lock").unlink(missing_ok=True)
+        (out / ".lock").symlink_to(target)
+        with pytest.raises(InputError) as caught, locked(out):
+            raise AssertionError("a link was followed")
+        assert str(caught.value) == (
+            f"{out / '.lock'}: got a symbolic link, expected a file that can be written. "
+            "Choose another --out."
+        )
+    assert _kept(victim)
+
+
+def test_json_is_not_written_through_a_link(tmp_path: Path, victim: Path) -> None:
+    """Neither one in the file's place nor one that waits where a temporary file may come."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").symlink_to(victim / "thesis.tex")
+    for name in (".manifest.json.tmp", ".manifest.json.0123456789abcdef.tmp"):
+        (out / name).symlink_to(victim / "thesis.tex")
+    write_json(out / "manifest.json", {"a": 1})
+    assert read_json(out / "manifest.json") == {"a": 1}
+    assert not (out / "manifest.json").is_symlink() and _kept(victim)
+    with locked(out):
+        assert sorted(path.name for path in out.iterdir()) == [
+            ".lock",
+            ".manifest.json.tmp",
+            "manifest.json",
+        ]
+    assert _kept(victim)
+
+
+@pytest.mark.parametrize("name", ["quant", ".quant.partial", ".quant.old"])
+@pytest.mark.parametrize("target", ["victim", "nowhere"])
+def test_a_stage_is_not_written_through_a_link(
+    tmp_path: Path, victim: Path, name: str, target: str
+) -> None:
+    out = tmp_path / "out"
+    for content in (b"first", b"second"):
+        if content == b"second" and name == "quant":
+            (out / name).rename(tmp_path / "moved")  # to a larger disk, say
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).symlink_to(tmp_path / target)
+        with StageWriter(out, "quant") as writer:
+            (writer.path / "a.bin").write_bytes(content)
+        assert [path.name for path in out.iterdir()] == ["quant"]
+        assert not (out / "quant").is_symlink()
+        assert (out / "quant" / "a.bin").read_bytes() == content
+        assert _kept(victim) and not (tmp_path / "nowhere").exists()
+
+
+def test_a_failing_stage_leaves_a_link_in_its_place(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "quant").symlink_to(victim)
+    with pytest.raises(ValueError, match="broken"), StageWriter(tmp_path, "quant"):
+        raise ValueError("broken")
+    assert (tmp_path / "quant").readlink() == victim and _kept(victim)
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """Where the file system has no locks."""
+    path = tmp_path / "a.json"
+    assert len({temporary(path) for _ in range(9)}) == 9
+    assert temporary(path).parent == tmp_path and temporary(path).name.startswith(".a.json.")
+
+
+def test_what_a_killed_process_left_is_swept_only_under_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = temporary(tmp_path / "manifest.json")
+    left.write_text("half")
+    told: list[str] = []
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", refuse)
+        with locked(tmp_path, told.append):
+            assert left.exists()
+    assert told == [
+        f"{tmp_path} lies on a file system without locks (No locks available): let no other process "
+        "write it meanwhile"
+    ]
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

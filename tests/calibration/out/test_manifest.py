@@ -101,12 +101,64 @@ def test_a_truncated_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_a_finished_stage_makes_a_folder_someones(tmp_path: Path) -> None:
-    fresh = {"format": 1, "request": {"model": "n"}, "stages": {}}
-    assert open_manifest(tmp_path / "new", {"model": "n"}) == fresh
+    request = {"model": "n", "seed": 1}
+    fresh = {"format": 1, "request": {**request, "content": {"model": "2"}}, "stages": {}}
+    assert open_manifest(tmp_path / "new", request, {"model": "2"}) == fresh
     (tmp_path / "manifest.json").write_text(json.dumps(WHOLE | {"stages": {}}))
-    assert open_manifest(tmp_path, {"model": "n"}) == fresh
-    (tmp_path / "manifest.json").write_text(json.dumps(WHOLE))
-    assert refused(lambda: open_manifest(tmp_path, {"model": "n"})) == (
-        f'{tmp_path}: got an artifact with model "m", expected model "n". Choose another --out, or '
+    assert open_manifest(tmp_path, request, {"model": "2"}) == fresh
+    (tmp_path / "manifest.json").write_text(json.dumps(WHOLE | {"request": {"seed": 2}}))
+    assert refused(lambda: open_manifest(tmp_path, request)) == (
+        f"{tmp_path}: got an artifact with seed 2, expected seed 1. Choose another --out, or "
         f"delete this folder."
     )
+
+
+def test_what_is_named_otherwise_is_compared_by_its_content(tmp_path: Path) -> None:
+    made = {"model": "model", "calib": "a.txt", "content": {"model": "1", "calib": "7"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(WHOLE | {"request": made}))
+    request = {"model": "/here/model", "calib": "./a.txt"}
+    content = {"model": "1", "calib": "7"}
+    found = open_manifest(tmp_path, request, content)
+    assert found == WHOLE | {"request": {**request, "content": content}}
+    changed = {"model": "1", "calib": "8"}  # another text under the same name is made again
+    assert open_manifest(tmp_path, {**request, "calib": "a.txt"}, changed)["request"] == {
+        **request,
+        "calib": "a.txt",
+        "content": changed,
+    }
+    assert refused(lambda: open_manifest(tmp_path, request, changed)) == (
+        f'{tmp_path}: got an artifact with calib "a.txt", expected calib "./a.txt". Choose another '
+        "--out, or delete this folder."
+    )
+    other = {"model": "22222222222222", "calib": "7"}
+    assert refused(lambda: open_manifest(tmp_path, {"model": "model"}, other)) == (
+        f'{tmp_path}: got an artifact of other weights (model "model", fingerprint 1), expected '
+        "those of model (222222222222). Choose another --out."
+    )
+
+
+def test_an_older_manifest_has_its_model_in_quant_json(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(WHOLE))
+    request, content = {"model": "./m"}, {"model": "1"}
+    quant = tmp_path / "quant" / "quant.json"
+    quant.parent.mkdir()
+    unknown = "What model this folder was made of cannot be told: choose another --out."
+    assert refused(lambda: open_manifest(tmp_path, request, content)).startswith(
+        f"{quant}: got no such file, "
+    )
+    for text, problem in (
+        ("{}", f"{quant}: got no source, expected a whole record. {unknown}"),
+        (
+            '{"source": {"fingerprint": 3}}',
+            f"{quant}, source.fingerprint: got int, expected str. {unknown}",
+        ),
+        (
+            '{"source": {"fingerprint": "2"}}',
+            f'{tmp_path}: got an artifact of other weights (model "m", fingerprint 2), expected '
+            "those of ./m (1). Choose another --out.",
+        ),
+    ):
+        quant.write_text(text)
+        assert refused(lambda: open_manifest(tmp_path, request, content)) == problem
+    quant.write_text('{"source": {"fingerprint": "1"}}')
+    assert open_manifest(tmp_path, request, content)["request"]["content"] == content

@@ -225,7 +225,7 @@ def test_windows_are_those_of_the_seed(
     for seed in (0, 0, 5):
         _open(tiny_model_dir, tmp_path / "work", seed=seed)
         wanted, _ = calibration_windows(
-            tokenizer, CalibrationSettings(nsamples=4, seqlen=32, seed=seed), 256
+            tokenizer, CalibrationSettings(nsamples=4, seqlen=32, seed=seed), 256, 512
         )
         np.testing.assert_array_equal(given[-1], wanted)
     assert np.array_equal(given[0], given[1]) and not np.array_equal(given[0], given[2])

@@ -139,6 +139,7 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
     assert record["custom_nodes"] == {"ABQGemm": 1, "QQQGemm": 1}
     assert record["edition"] == "tensorrt-rtx"
     assert [profile["name"] for profile in record["profiles"]] == ["prefill", "decode"]
+    assert record["max_context"] == 16
     assert record["bytes"] == (tmp_path / "model.engine").stat().st_size > 1000
     plan = (tmp_path / "model.engine").read_bytes()  # what the runtime hands to createPlugin again
     assert all(
@@ -356,13 +357,13 @@ def test_profiles_fit_each_other() -> None:
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
-        "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2048]},
-        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1024, 64]},
+        "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
+        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
-        "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1025]},
-        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1024, 64]},
+        "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},
+        "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1023, 64]},
     }
 
 

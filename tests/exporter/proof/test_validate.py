@@ -154,8 +154,8 @@ def test_an_earlier_exports_engine_is_not_run(
     assert {row.level for row in result.rows} == {"export"}
 
 
-def flip_a_norm(folder: Path) -> None:
-    """Change the sign of some norm weights in the data file."""
+def flip_a_norm(folder: Path, factor: float = -1) -> None:
+    """Change the sign, or what else a factor does, of some norm weights in the data file."""
     tensor = next(
         item
         for item in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
@@ -163,7 +163,7 @@ def flip_a_norm(folder: Path) -> None:
     )
     offset = next(int(item.value) for item in tensor.external_data if item.key == "offset")
     array = np.memmap(folder / "model.onnx.data", np.float16, "r+", offset, tuple(tensor.dims))
-    array[4:12] = -array[4:12]
+    array[4:12] *= np.float16(factor)
     array.flush()
 
 
@@ -207,7 +207,7 @@ def test_an_engine_with_a_gpu_is_compared(
     )
 
 
-@pytest.mark.parametrize("content", [b"Too short.", b"not UTF-8: \xff\xfe"])
+@pytest.mark.parametrize("content", [b"Too short.", b"not UTF-8: \xff" + b" word" * 40])
 def test_a_text_that_calibration_takes_is_repeated(
     tiny_export: Callable[..., Path], tmp_path: Path, content: bytes
 ) -> None:

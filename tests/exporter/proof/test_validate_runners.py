@@ -85,7 +85,7 @@ def test_lockstep_takes_the_leaders_tensors(
 
     ids = torch.from_numpy(IDS)
     model(ids, torch.ones_like(ids), tap=keep)
-    with SessionRunner("leader", lambda: TorchSession(model, watch_layers=True)) as leader:
+    with SessionRunner("leader", lambda: TorchSession(model)) as leader:
         own = leader.infer(FEED)
         leader.outputs = {**own, **tensors}
         with LockstepRunner("lockstep", model, leader, nodes) as lockstep:

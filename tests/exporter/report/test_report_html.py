@@ -305,3 +305,24 @@ def test_kernel_rows_get_their_table() -> None:
     data = changed()
     data["validation"]["rows"].append(row("kernel", "present.0.key"))
     assert "Kernel: the TensorRT engine against ONNX Runtime, prefill" in read(data)[1]
+
+
+def test_names_from_elsewhere_are_shown_and_not_obeyed() -> None:
+    """Every text of the data at once; the keys that choose a part of the page stay."""
+    chosen = {"export", "quantisation", "weights", "kernel", "prefill", "decode", "", "input_ids"}
+    chosen |= {"past_key_values.0.key", "QQQGemm"}
+    hostile = "\x1b[2J\u202e\x85<b>&"
+
+    def taint(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: taint(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [taint(item) for item in value]
+        return f"{value}{hostile}" if isinstance(value, str) and value not in chosen else value
+
+    data = taint(copy.deepcopy(DATA))
+    data["engine"]["layers"][f"LAYER{hostile}"] = 2
+    data["validation"] |= {"ok": False, "first_failure": f"layer{hostile}"}
+    markup = page(data)
+    assert not set(markup) & set("\x1b\u202e\x85") and "<b>&" not in markup
+    assert markup.count("\\x1b[2J\\u202e\\x85&lt;b&gt;&amp;") > 20

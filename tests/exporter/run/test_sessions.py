@@ -143,8 +143,7 @@ def test_torch_session_shows_layers_and_cache(tiny_export: Callable[..., Path]) 
     from calibration.reference.model import quantised_model
 
     session = TorchSession(
-        quantised_model(read_quant(tiny_export(abits=8, dtype="float32") / "quant")),
-        watch_layers=True,
+        quantised_model(read_quant(tiny_export(abits=8, dtype="float32") / "quant"))
     )
     outputs = session.step(IDS, np.ones_like(IDS))
     assert sorted(outputs) == sorted(

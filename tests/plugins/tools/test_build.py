@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,157 @@ def test_unchanged_sources_are_not_compiled_again(small_sources: Path) -> None:
         "libanybit_kernels_sim.json",
         "libanybit_kernels_sim.so",
     ]
+
+
+# Root may write anywhere; without these capabilities it is as anybody.
+PLAIN_ROOT = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
+
+
+def build_sim_as_anybody(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m plugins sim` of the copy in `folder`, by one who may write only what its owner may."""
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root without setpriv (util-linux) may write everywhere")
+    return subprocess.run(
+        [*(PLAIN_ROOT if os.geteuid() == 0 else []), sys.executable, "-m", "plugins", "sim"],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+
+
+def test_somebody_elses_folder_is_read_and_the_cache_is_written(
+    small_sources: Path, tmp_path: Path
+) -> None:
+    """The digest is looked at before any lock is taken; what is not up to date is made in the
+    user's cache, and where that cannot be written either, one message says so.
+    """
+    home, cache = tmp_path, tmp_path / "cache"
+    own = home / "build"
+    build.build_sim()
+    before = tree(own)
+    own.chmod(0o555)
+    try:
+        done = build_sim_as_anybody(home, XDG_CACHE_HOME=str(cache))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"{own / build.SIM_LIBRARY}\n" and not cache.exists()
+        header = small_sources / "core" / "host" / "params.h"
+        header.write_text(header.read_text() + "// changed\n")
+        for _ in range(2):
+            done = build_sim_as_anybody(home, XDG_CACHE_HOME=str(cache))
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout == f"{cache / 'anybit-trt' / build.SIM_LIBRARY}\n"
+        shutil.rmtree(cache)
+        cache.touch()
+        done = build_sim_as_anybody(home, XDG_CACHE_HOME=str(cache))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"{build.SIM_LIBRARY}: got no folder that can be written ({own}: Permission denied; "
+            f"{cache / 'anybit-trt'}: Not a directory), expected one to compile it in. Set "
+            "XDG_CACHE_HOME to a folder of your own.\n"
+        )
+        assert tree(own) == before
+    finally:
+        own.chmod(0o755)
+
+
+def test_a_lock_of_somebody_else_is_no_reason_to_stop(small_sources: Path, tmp_path: Path) -> None:
+    """In a shared folder that all may write."""
+    build.build_sim()
+    header = small_sources / "core" / "host" / "params.h"
+    header.write_text(header.read_text() + "// changed\n")
+    lock = tmp_path / "build" / ".lock"
+    lock.unlink()
+    lock.symlink_to(tmp_path / "target")
+    assert build_sim_as_anybody(tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")).stdout == (
+        f"{tmp_path / 'cache' / 'anybit-trt' / build.SIM_LIBRARY}\n"
+    )
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("variable", ["", "relative/cache"])
+def test_where_libraries_may_be(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    own = sources.parent / "build"
+    assert build.build_folders() == [own, Path.home() / ".cache" / "anybit-trt"]
+    (sources.parent / "pyproject.toml").unlink()  # installed, not a checkout
+    assert build.build_folders() == [Path.home() / ".cache" / "anybit-trt"]
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert build.build_folders() == []
+
+
+def test_a_failed_build_keeps_library_and_record(
+    small_sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails, the run after it finds what there was before."""
+    library = build.build_sim()
+    header, folder = small_sources / "core" / "host" / "params.h", library.parent
+    before, good = tree(folder), header.read_text()
+    header.write_text(good + "#error broken\n")
+    with pytest.raises(UserError, match="broken"):
+        build.build_sim()
+    header.write_text(good + "// changed\n")
+    link = build._link_sim
+    monkeypatch.setattr(build, "_link_sim", lambda: [*link(), "-lnowhere"])
+    with pytest.raises(UserError, match="nowhere"):
+        build.build_sim()
+    monkeypatch.setattr(build, "_link_sim", link)
+    header.write_text(good)
+    assert tree(folder) == before
+    assert build.build_sim() == library and tree(folder) == before
+
+
+def test_a_folder_for_temporary_files_that_is_not_there_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvcc fails without TMPDIR: even where it is asked only where its toolkit is."""
+    sources = tmp_path / "plugins"
+    (sources / "op" / "cuda").mkdir(parents=True)
+    (sources / "core").mkdir()
+    kernel = sources / "op" / "cuda" / "one.cu"
+    kernel.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+    for file in ("build_flags.json", "core/exports.map"):
+        shutil.copy(PLUGINS / file, sources / file)
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    library = build.build_library("80")
+    before = tree(library.parent)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    assert build.build_library("80") == library and tree(library.parent) == before
+    kernel.write_text(kernel.read_text() + "// changed\n")
+    assert build.build_library("80") == library
+    after = tree(library.parent)
+    assert after.keys() == before.keys() and after[library.name] != before[library.name]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"digest": 3}', "{"])
+def test_a_damaged_record_is_none(small_sources: Path, text: str) -> None:
+    library = build.build_sim()
+    note = library.with_suffix(".json")
+    whole = note.read_text()
+    note.write_text(text)
+    build.build_sim()
+    assert json.loads(note.read_text())["digest"] == json.loads(whole)["digest"]
 
 
 def test_a_build_depends_on_what_it_is_made_from(sources: Path) -> None:

@@ -85,7 +85,7 @@ def test_faults_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_instructions_belong_to_the_innermost_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plugins.tools.build.build_folder", lambda: tmp_path)
+    monkeypatch.setattr("plugins.tools.build.build_folders", lambda: [tmp_path])
     source = tmp_path / "nested.cu"
     source.write_text(NESTED)
     library = build_source(source, "80;90a")
@@ -101,7 +101,7 @@ def test_instructions_belong_to_the_innermost_loop(
 
 
 def test_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plugins.tools.build.build_folder", lambda: tmp_path)
+    monkeypatch.setattr("plugins.tools.build.build_folders", lambda: [tmp_path])
     source = tmp_path / "broken.cu"
     source.write_text("no C++")
     with pytest.raises(UserError, match=r"broken.cu: got exit code \d+ from .*nvcc, expected 0"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibration.blocks.forward import BlockWeights, block_output, float_linear, load_block
 from calibration.checkpoints.checkpoint import open_checkpoint
-from calibration.data import default_text, tokens_from_text
+from calibration.data import default_text, text_tokens, windows_from_tokens
 from calibration.methods.abq import train
 from calibration.methods.abq.losses import LossWeights, output_error
 from calibration.methods.abq.train import BlockTask, TrainedBlock, TrainSettings, train_block
@@ -390,7 +390,8 @@ def test_a_real_block_at_few_bits(demo_gguf: Path) -> None:
     learn holds on other text.
     """
     checkpoint = open_checkpoint(str(demo_gguf), offline=True)
-    tokens = tokens_from_text(checkpoint.tokenizer(), default_text(), 6, 128)
+    text = text_tokens(checkpoint.tokenizer(), default_text(), checkpoint.decoder.vocab, "")
+    tokens = windows_from_tokens(text, 128)[:6]
     x = list(checkpoint.tensor("model.embed_tokens.weight")[torch.from_numpy(tokens)])
     schemes = scheme(2, 8, balanced=True, group_size=64)
     task = BlockTask(

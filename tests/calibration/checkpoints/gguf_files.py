@@ -1,0 +1,203 @@
+"""GGUF files made on the spot: whole models as llama.cpp's converter writes them, and single bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from calibration.checkpoints.checkpoint import Checkpoint
+
+STRING, ARRAY, UINT32 = 8, 9, 4
+
+
+def write_gguf(
+    path: Path,
+    checkpoint: Checkpoint,
+    metadata: Mapping[str, Any] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    **options: Any,
+) -> Path:
+    """Write a checkpoint as GGUF in fp32, with RoPE as llama.cpp's converter would.
+
+    Args:
+        path: of the file; gguf adds the number of each part where options ask for several.
+        checkpoint: of a LLaMA.
+        metadata: more keys, or other values of those that there are.
+        extra: more tensors.
+        options: of GGUFWriter, such as split_max_tensors.
+    """
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, "llama", **options)
+    values = {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        **rope_metadata(config.rope_parameters),
+        **tokenizer_metadata(checkpoint.source.path),
+        **(metadata or {}),
+    }
+    for key, value in values.items():
+        add_value(writer, key, value)
+    tensors = {**_tensors(checkpoint), **_rope_factors(checkpoint), **(extra or {})}
+    for name, array in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write everything and close."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add a metadata value of the type that Python's has."""
+    kinds = {
+        str: writer.add_string,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
+    kinds[type(value)](key, value)
+
+
+def write_metadata(path: Path, values: Mapping[str, Any], architecture: str = "llama") -> Path:
+    """Write a GGUF file of these values and no tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in values.items():
+        add_value(writer, key, value)
+    finish(writer)
+    return path
+
+
+def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a Hugging Face config's rope_parameters."""
+    found: dict[str, Any] = {"llama.rope.freq_base": float(rope["rope_theta"])}
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn"):
+        found |= {
+            "llama.rope.scaling.type": kind,
+            "llama.rope.scaling.factor": float(rope["factor"]),
+        }
+    if kind == "yarn":
+        names = {
+            "original_max_position_embeddings": "original_context_length",
+            "attention_factor": "yarn_attn_factor",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        found |= {
+            f"llama.rope.scaling.{name}": rope[hf] for hf, name in names.items() if rope.get(hf)
+        }
+    return found
+
+
+def _rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The tensor that carries LLaMA 3's scaling."""
+    config = checkpoint.config
+    if config.rope_parameters["rope_type"] != "llama3":
+        return {}
+    head = np.arange(0, config.head_dim, 2) / config.head_dim
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** head
+    return {"rope_freqs.weight": (plain / checkpoint.rope()[0]).astype(np.float32)}
+
+
+def tokenizer_metadata(folder: Path) -> dict[str, Any]:
+    """The byte-level BPE of a tokenizer.json that splits text as GPT-2 does."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    special = {one["content"] for one in values["added_tokens"]}
+    model = values["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    config = checkpoint.config
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for index, block in enumerate(checkpoint.decoder.blocks):
+        for part in (*block.norms, *block.linears):
+            names[block.name(part.name)] = f"blk.{index}.{part.gguf}"
+    found = {}
+    for name in checkpoint.decoder.shapes():
+        base, _, end = name.rpartition(".")
+        array = checkpoint.array(name).astype(np.float32)
+        if "q_proj" in name or "k_proj" in name:
+            heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+            array = _interleaved(array, getattr(config, heads))
+        found[f"{names[base]}.{end}"] = array
+    return found
+
+
+def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The row order llama.cpp's converter writes for q and k."""
+    return (
+        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def text(value: str | bytes) -> bytes:
+    """A string as GGUF has it."""
+    data = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
+def entry(key: str, kind: int, value: bytes) -> bytes:
+    """A metadata entry."""
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def array(kind: int, count: int, values: bytes = b"") -> bytes:
+    """A list as a metadata entry's value."""
+    return struct.pack("<IQ", kind, count) + values
+
+
+def info(name: str, shape: Iterable[int], kind: int = 0, offset: int = 0) -> bytes:
+    """A tensor's name, sizes (innermost first), type and place."""
+    sizes = list(shape)
+    return (
+        text(name)
+        + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
+        + struct.pack("<IQ", kind, offset)
+    )
+
+
+def gguf_bytes(
+    entries: Iterable[bytes] = (),
+    infos: Iterable[bytes] = (),
+    data: bytes = b"",
+    *,
+    counts: tuple[int, int] | None = None,
+) -> bytes:
+    """A whole file; `counts` of tensors and of entries are true unless given."""
+    entries, infos = list(entries), list(infos)
+    tensors, values = counts or (len(infos), len(entries))
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + b"".join((*entries, *infos))
+    return head + bytes(-len(head) % 32) + data if infos else head

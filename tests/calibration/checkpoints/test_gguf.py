@@ -1,0 +1,304 @@
+"""GGUF files: a tiny one written on the spot must give back the Hugging Face model it was made
+from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from plugins.errors import InputError
+from tests.calibration.checkpoints.gguf_files import finish, write_gguf
+
+AGAIN = "The file is truncated or damaged: download it again."
+SPLIT = {"split_max_tensors": 8}  # of 20 tensors: three parts
+
+
+def _same_tensors(first: Checkpoint, second: Checkpoint) -> None:
+    names = list(first.decoder.shapes())
+    assert names == list(second.decoder.shapes())
+    for name in names:
+        np.testing.assert_array_equal(first.array(name), second.array(name), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}],
+    ids=str,
+)
+def test_gguf_gives_back_the_model_it_was_made_from(
+    tiny_llama: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    original = open_checkpoint(str(tiny_llama(**changes)), True)
+    copy = open_checkpoint(str(write_gguf(tmp_path / "m.gguf", original)), True)
+    _same_tensors(original, copy)
+    assert copy.decoder.shapes() == original.decoder.shapes()
+    for field in (
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "head_dim",
+    ):
+        assert getattr(copy.config, field) == pytest.approx(getattr(original.config, field))
+    np.testing.assert_array_equal(copy.rope()[0], original.rope()[0])
+
+
+def test_quantized_types_are_dequantized(tiny_model_dir: Path, tmp_path: Path) -> None:
+    original = open_checkpoint(str(tiny_model_dir), True)
+    weight = original.array("model.layers.0.mlp.down_proj.weight")
+    path = write_gguf(tmp_path / "m.gguf", original)
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(
+                key,
+                field.contents(),
+                field.types[0],
+                field.types[-1] if len(field.types) > 1 else None,
+            )
+    for tensor in reader.tensors:
+        quantized = tensor.name == "blk.0.ffn_down.weight"
+        data = (
+            gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+            if quantized
+            else tensor.data
+        )
+        writer.add_tensor(
+            tensor.name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if quantized else None
+        )
+    finish(writer)
+    got = open_checkpoint(str(tmp_path / "q.gguf"), True).array(
+        "model.layers.0.mlp.down_proj.weight"
+    )
+    assert got.dtype == np.float32
+    steps = np.abs(weight).reshape(64, -1, 32).max(-1, keepdims=True) / 127
+    assert (np.abs(got - weight).reshape(64, -1, 32) <= steps * 0.6).all()
+
+
+def test_bad_magic(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(path), True)
+    assert str(caught.value) == (
+        f"{path}: got first bytes b'PK\\x03\\x04', expected b'GGUF'. "
+        "This is not a GGUF file: check the download."
+    )
+
+
+def test_truncated_data_section(tiny_gguf: Path, tmp_path: Path) -> None:
+    whole = tiny_gguf.read_bytes()
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole[:-4096])
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(path), True)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{path}: got {len(whole) - 4096} bytes, expected at least "
+    ) and message.endswith(f". {AGAIN}")
+    wanted = int(message.split("at least ")[1].split(".")[0])
+    assert len(whole) - 4096 < wanted <= len(whole)
+
+
+@pytest.mark.parametrize("size", [4, 5, 20, 24, 100, 1000, 5000])
+def test_truncated_metadata(tiny_gguf: Path, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_gguf.read_bytes()[:size])
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(path), True)
+    assert str(caught.value).startswith(f"{path}: got {size} bytes, expected at least ")
+    assert caught.value.fix + "." == AGAIN
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(path), True)
+    assert (
+        str(caught.value)
+        == f"{path}: got first bytes b'', expected b'GGUF'. This is not a GGUF file: check the download."
+    )
+
+
+def test_random_damage_in_the_metadata_never_escapes(tiny_gguf: Path, tmp_path: Path) -> None:
+    """One flipped byte anywhere in the header ends in InputError or in a model, never in another
+    exception.
+    """
+    whole = bytearray(tiny_gguf.read_bytes())
+    rng = np.random.default_rng(0)
+    path = tmp_path / "m.gguf"
+    refused = 0
+    for position in [*range(4, 32), *rng.integers(32, 1200, 60)]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            open_checkpoint(str(path), True)
+        except InputError as error:
+            assert error.where.startswith(str(path))
+            refused += 1
+    assert refused > 30
+
+
+def test_weights_and_frequencies_equal_transformers_own_loading(tiny_gguf: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from calibration.reference.model import float_model
+
+    ours = float_model(open_checkpoint(str(tiny_gguf), True))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32
+    )
+    expected = theirs.state_dict()
+    assert set(ours.state_dict()) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+    assert torch.equal(ours.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
+
+
+def _refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(path), True)
+    return str(caught.value)
+
+
+@pytest.fixture
+def parts(tiny_model_dir: Path, tmp_path: Path) -> list[Path]:
+    """The tiny model in three parts, as the gguf package splits it."""
+    write_gguf(tmp_path / "tiny.gguf", open_checkpoint(str(tiny_model_dir), True), **SPLIT)
+    return [tmp_path / f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+
+
+def test_any_part_opens_the_whole_set(parts: list[Path], tiny_gguf: Path) -> None:
+    whole, opened = open_checkpoint(str(tiny_gguf), True), []
+    for part in parts:
+        checkpoint = open_checkpoint(str(part), True)
+        _same_tensors(whole, checkpoint)
+        assert checkpoint.name == "tiny"
+        assert checkpoint.hf_config() == whole.hf_config()
+        assert checkpoint.input_files() == parts
+        assert checkpoint.tokenizer()("Light.")["input_ids"]
+        opened.append(checkpoint.fingerprint)
+    assert len(set(opened)) == 1
+
+
+def test_the_fingerprint_of_a_set_depends_on_every_part(parts: list[Path]) -> None:
+    before = open_checkpoint(str(parts[0]), True).fingerprint
+    data = bytearray(parts[2].read_bytes())
+    data[-40] ^= 1
+    parts[2].write_bytes(data)
+    assert open_checkpoint(str(parts[0]), True).fingerprint != before
+
+
+def test_missing_parts_are_named(parts: list[Path]) -> None:
+    parts[0].unlink()
+    parts[1].unlink()
+    assert _refusal(parts[2]) == (
+        f"{parts[2]}: got 1 of 3 parts, missing tiny-00001-of-00003.gguf, tiny-00002-of-00003.gguf. "
+        "Put all parts of the model into one folder."
+    )
+
+
+def test_a_part_under_another_name(parts: list[Path]) -> None:
+    path = parts[1].rename(parts[1].with_name("b.gguf"))
+    assert _refusal(path) == (
+        f"{path}: got one of 3 parts under a name of its own, expected NAME-00001-of-00003.gguf. "
+        "Give the parts the names that gguf-split gave them."
+    )
+
+
+def test_parts_in_the_wrong_order(parts: list[Path]) -> None:
+    parts[1].write_bytes(parts[2].read_bytes())
+    assert _refusal(parts[0]) == (
+        f"{parts[1]}: got split.no 2 of split.count 3, expected 1 of 3. "
+        "The part belongs to another model or was renamed: download it again."
+    )
+
+
+def test_a_tensor_in_two_parts(parts: list[Path], tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    write_gguf(
+        tmp_path / "other" / "tiny.gguf",
+        open_checkpoint(str(tiny_model_dir), True),
+        split_max_tensors=9,
+    )
+    parts[1].write_bytes((tmp_path / "other" / "tiny-00001-of-00003.gguf").read_bytes())
+    data = parts[1].read_bytes()
+    at = data.index(b"split.no") + len(b"split.no") + 4
+    parts[1].write_bytes(data[:at] + b"\1" + data[at + 1 :])
+    assert _refusal(parts[0]).startswith(f"{parts[1]}, tensor ")
+    assert _refusal(parts[0]).endswith(f": got this tensor twice, expected it in one part. {AGAIN}")
+
+
+def test_a_set_with_another_number_of_tensors(parts: list[Path]) -> None:
+    data = parts[0].read_bytes()
+    at = data.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    parts[0].write_bytes(data[:at] + b"\x63" + data[at + 1 :])
+    assert _refusal(parts[0]) == (f"{parts[0]}: got 20 tensors in 3 parts, expected 99. {AGAIN}")
+
+
+def test_tensors_that_the_family_does_not_use_are_named(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    names = ["rope_factors_long.weight", "blk.0.attn_q_norm.weight", "a.b", "c"]
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        open_checkpoint(str(tiny_model_dir), True),
+        extra={name: np.ones(8, np.float32) for name in names},
+    )
+    assert _refusal(path) == (
+        f"{path}: got tensors that the model's 2 layers do not use: "
+        "rope_factors_long.weight, blk.0.attn_q_norm.weight, a.b and 1 more. "
+        "The export would drop them: choose a model without them."
+    )
+
+
+def test_layers_beyond_the_block_count_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "m.gguf", open_checkpoint(str(tiny_model_dir), True), {"llama.block_count": 1}
+    )
+    assert _refusal(path) == (
+        f"{path}: got tensors that the model's 1 layers do not use: blk.1.attn_norm.weight, "
+        "blk.1.ffn_norm.weight, blk.1.attn_q.weight and 6 more. "
+        "The export would drop them: choose a model without them."
+    )
+
+
+def test_a_type_that_cannot_be_read_shows_before_any_work(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    original = open_checkpoint(str(tiny_model_dir), True)
+    norm = original.array("model.norm.weight").astype(np.int32)
+    path = write_gguf(tmp_path / "m.gguf", original, extra={"output_norm.weight": norm})
+    assert _refusal(path) == (
+        f"{path}, tensor output_norm.weight: got type I32 that cannot be read (Dequantization for "
+        "I32 is not yet implemented). Convert the model to another GGUF type, such as Q8_0 or F16."
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "problem"),
+    [
+        (np.ones(4, np.float32), "got shape [4], expected [8], half a head"),
+        (np.zeros(8, np.float32), "got 0.0, expected positive numbers"),
+        (np.full(8, np.nan, np.float32), "got nan, expected positive numbers"),
+    ],
+    ids=["shape", "zero", "nan"],
+)
+def test_rope_factors_that_are_none(
+    tiny_model_dir: Path, tmp_path: Path, factors: np.ndarray, problem: str
+) -> None:
+    original = open_checkpoint(str(tiny_model_dir), True)
+    path = write_gguf(tmp_path / "m.gguf", original, extra={"rope_freqs.weight": factors})
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(path), True).rope()
+    assert str(caught.value) == f"{path}, tensor rope_freqs.weight: {problem}. {AGAIN}"

@@ -1,0 +1,279 @@
+"""What lies beside a checkpoint's weights: generation_config.json, and what the tokenizer reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.checkpoints.side_files import Generation, read_generation
+from calibration.out.description import SamplingDefaults
+from calibration.out.files import StageWriter
+from calibration.out.layout import QUANT
+from calibration.progress import NullProgress
+from calibration.quant.describe import describe
+from calibration.quant.folder import QuantModel, read_quant
+from calibration.quant.quantize import QuantizeOptions, quantize_model
+from calibration.quant.scheme import QuantScheme
+from plugins.errors import InputError
+
+FIX = "Correct the field, or take the file away"
+
+
+def _write(folder: Path, **fields: Any) -> Path:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A model that a test may change."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+class _Told(NullProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _quantised(model: Path, out: Path, progress: _Told | None = None) -> QuantModel:
+    with StageWriter(out, QUANT) as writer:
+        quantize_model(
+            open_checkpoint(str(model), offline=True),
+            QuantScheme("ABQGemm", "rtn", 8, 8),
+            QuantizeOptions(),
+            writer.path,
+            progress,
+        )
+    return read_quant(out / QUANT)
+
+
+# ---------------------------------------------------------------- generation_config.json
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, Generation()),
+        ({"eos_token_id": None, "top_k": None, "transformers_version": "5"}, Generation()),
+        ({"eos_token_id": 7}, Generation((7,))),
+        ({"eos_token_id": [7, 9]}, Generation((7, 9))),
+        ({"do_sample": False}, Generation((), SamplingDefaults())),
+        ({"temperature": 1, "top_p": 1}, Generation((), SamplingDefaults())),
+        (
+            {"repetition_penalty": 1.2, "temperature": 0},
+            Generation((), SamplingDefaults(repetition_penalty=1.2, temperature=0)),
+        ),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            Generation((), SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)),
+        ),
+        (
+            {"do_sample": True, "top_k": 0},
+            Generation((), SamplingDefaults(do_sample=True)),
+        ),
+        (
+            {"min_p": 0.05, "num_beams": 4, "typical_p": 1.0, "no_repeat_ngram_size": 0},
+            Generation((), None, ("min_p 0.05", "num_beams 4")),
+        ),
+    ],
+)
+def test_what_the_file_says(tmp_path: Path, fields: dict[str, Any], found: Generation) -> None:
+    assert read_generation(tmp_path) == Generation()
+    _write(tmp_path, **fields)
+    assert read_generation(tmp_path) == found
+
+
+def test_transformers_draws_among_fifty_where_the_file_gives_no_number() -> None:
+    defaults = transformers.GenerationConfig._get_default_generation_params()
+    assert defaults["top_k"] == 50
+    ours = SamplingDefaults(top_k=50)
+    assert all(defaults[name] == getattr(ours, name) for name in ours.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("eos_token_id", "</s>", "got str, expected int | array"),
+        ("eos_token_id", -1, "got a wrong value (Expected int >= 0)"),
+        ("eos_token_id", [3, True], "got bool, expected int"),
+        ("do_sample", "yes", "got str, expected bool"),
+        ("temperature", -0.1, "got a wrong value (Expected float >= 0.0)"),
+        ("temperature", "0.6", "got str, expected float"),
+        ("top_k", 1.5, "got float, expected int"),
+        ("top_k", -1, "got a wrong value (Expected int >= 0)"),
+        ("top_p", 0, "got a wrong value (Expected float > 0.0)"),
+        ("top_p", 1.1, "got a wrong value (Expected float <= 1.0)"),
+        ("repetition_penalty", 0, "got a wrong value (Expected float > 0.0)"),
+    ],
+)
+def test_values_that_no_text_is_made_with(
+    model: Path, field: str, value: Any, problem: str
+) -> None:
+    path = _write(model, **{field: value})
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(model), offline=True)
+    assert caught.value.exit_code == 2
+    place = f"{field}[1]" if isinstance(value, list) else field
+    assert str(caught.value) == f"{path}, {place}: {problem}. {FIX}."
+
+
+def test_a_draw_at_temperature_0(tmp_path: Path) -> None:
+    path = _write(tmp_path, do_sample=True, temperature=0.0)
+    with pytest.raises(InputError) as caught:
+        read_generation(tmp_path)
+    assert str(caught.value) == (
+        f"{path}, temperature: got 0, expected more than 0 where do_sample is true. {FIX}."
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"top_p": NaN}'])
+def test_a_damaged_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_generation(tmp_path)
+    assert caught.value.where == str(path) and caught.value.fix == FIX
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "stored"),
+    [
+        (0, {}, 0),
+        (0, {"eos_token_id": 0}, 0),
+        ([0, 3], {"eos_token_id": [3]}, [0, 3]),
+        (0, {"eos_token_id": [5, 3]}, [0, 5, 3]),
+        (None, {}, [0]),  # the tokenizer's own
+        (4, {}, [4, 0]),
+    ],
+)
+def test_every_end_token_comes_along(
+    model: Path, tmp_path: Path, config: Any, file: dict[str, Any], stored: Any
+) -> None:
+    """The union of the config's, the file's and the tokenizer's; as it was where that adds none."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": config}))
+    _write(model, **file)
+    quant = _quantised(model, tmp_path / "out")
+    assert quant.config["eos_token_id"] == stored
+    assert quant.config["hf"]["eos_token_id"] == config and "sampling" not in quant.config
+    assert describe(quant).eos_token_ids == tuple(stored if isinstance(stored, list) else [stored])
+
+
+def test_sampling_comes_along_and_what_is_not_followed_is_told(model: Path, tmp_path: Path) -> None:
+    _write(model, do_sample=True, temperature=0.6, top_p=0.9, min_p=0.1, guidance_scale=2)
+    told = _Told()
+    quant = _quantised(model, tmp_path / "out", told)
+    assert describe(quant).sampling == SamplingDefaults(
+        do_sample=True, temperature=0.6, top_p=0.9, top_k=50
+    )
+    assert told.notes == [
+        "generation_config.json asks for guidance_scale 2, min_p 0.1, which python -m deploy does "
+        "not follow."
+    ]
+
+
+# ---------------------------------------------------------------- files of the tokenizer
+
+
+def _change(path: Path, **fields: Any) -> None:
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: one for name, one in config.items() if one is not None}))
+
+
+def _special_tokens(model: Path) -> None:
+    _change(model / "tokenizer_config.json", eos_token=None, pad_token=None)
+    (model / "special_tokens_map.json").write_text('{"eos_token": "a", "pad_token": "<|pad|>"}')
+
+
+def _added_tokens(model: Path) -> None:
+    (model / "added_tokens.json").write_text('{"<|im_start|>": 500, "<|im_end|>": 501}')
+
+
+def _template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def _more_templates(model: Path) -> None:
+    _template(model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+
+
+def _template_field(model: Path) -> None:
+    _change(model / "tokenizer_config.json", chat_template="{{ field }}")
+
+
+def _template_list(model: Path) -> None:
+    templates = [
+        {"name": "default", "template": "{{ one }}"},
+        {"name": "rag", "template": "{{ d }}"},
+    ]
+    _change(model / "tokenizer_config.json", chat_template=templates)
+
+
+def _processors_template(model: Path) -> None:
+    (model / "chat_template.json").write_text('{"chat_template": "{{ processor }}"}')
+
+
+@pytest.mark.parametrize(
+    ("change", "template"),
+    [
+        (_special_tokens, None),
+        (_added_tokens, None),
+        (_template, "{{ messages }}"),
+        (_more_templates, "{{ messages }}"),
+        (_template_field, "{{ field }}"),
+        (_template_list, "{{ one }}"),
+        (_processors_template, None),  # of multimodal models; transformers' tokenizers leave it
+    ],
+)
+def test_what_transformers_makes_of_the_tokenizers_files(
+    model: Path, tmp_path: Path, change: Callable[[Path], None], template: str | None
+) -> None:
+    """Is what OUT's own tokenizer is, and what model.json says."""
+    change(model)
+    wanted = transformers.AutoTokenizer.from_pretrained(str(model))
+    quant = _quantised(model, tmp_path / "out")
+    got, description = quant.tokenizer(), describe(quant)
+    assert got.chat_template == wanted.chat_template and len(got) == len(wanted)
+    assert got.special_tokens_map == wanted.special_tokens_map
+    text = "Bread <|im_start|><|end|> a <|pad|>"
+    assert got(text)["input_ids"] == wanted(text)["input_ids"]
+    assert description.chat_template == template
+    assert wanted.eos_token_id in description.eos_token_ids
+    names = {str(path.relative_to(quant.path)) for path in quant.path.rglob("*.jinja")}
+    assert names <= set(description.tokenizer)
+
+
+def test_more_chat_templates_count_as_the_models_files(model: Path) -> None:
+    _more_templates(model)
+    path = model / "additional_chat_templates" / "tool_use.jinja"
+    checkpoint = open_checkpoint(str(model), offline=True)
+    before = checkpoint.stamp()
+    path.write_text("{{ other }}")
+    assert checkpoint.stamp() != before
+
+
+def test_tokens_beyond_the_embedding_are_told(model: Path, tmp_path: Path) -> None:
+    _change(model / "config.json")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(model))
+    count = 512 + 2 - len(tokenizer)
+    tokenizer.add_tokens([f"<|extra_{index}|>" for index in range(count)])
+    tokenizer.save_pretrained(model)
+    told = _Told()
+    _quantised(model, tmp_path / "out", told)
+    assert told.notes == [
+        "The tokenizer has 2 tokens beyond the model's vocab_size of 512, the first "
+        f"'<|extra_{count - 2}|>' with id 512: a text with one of them will be refused."
+    ]

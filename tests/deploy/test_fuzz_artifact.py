@@ -1,0 +1,77 @@
+"""Whatever the files of an artifact hold, with checksums that fit, the user gets a text, a number or
+a message, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.out.files import file_records
+from exporter.run.model import find_model
+from tests.fuzz_cases import Folder, bounded_memory, changed_bytes, changed_json, fuzzed, outcome
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def out(copy: Path) -> Folder:
+    """An OUT folder whose files the tests overwrite."""
+    return Folder(copy)
+
+
+def use(out: Path, runner: str) -> Any:
+    """What a command does with an artifact: find it, load it, read a prompt, make a token."""
+    model = find_model(out, runner)
+    with model.open() as session:
+        prompt = model.tokenizer()("The river")["input_ids"]
+        logits = session.run(np.array([prompt], np.int64), reset=True, last_only=True)
+        return int(logits[0, -1].argmax()) in model.description.eos_token_ids
+
+
+def mended(out: Path) -> bytes:
+    """A manifest that says of every file that it is as it should be."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    for stage, record in manifest["stages"].items():
+        record["files"] = file_records(out / stage)
+    return json.dumps(manifest).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "runner"),
+    [
+        ("manifest.json", "onnxruntime"),
+        ("onnx/model.json", "onnxruntime"),
+        ("onnx/tokenizer.json", "onnxruntime"),
+        ("onnx/tokenizer_config.json", "onnxruntime"),
+        ("quant/quant.json", "torch"),
+        ("quant/tokenizer_config.json", "torch"),
+    ],
+)
+@given(data=st.data())
+@fuzzed
+def test_json_of_an_artifact(out: Folder, name: str, runner: str, data: st.DataObject) -> None:
+    changed = data.draw(changed_json(out.json(name)))
+    with out.holding(**{name: changed}):
+        if name == "manifest.json":
+            outcome(lambda: use(out.path, runner))
+            return
+        with out.holding(**{"manifest.json": mended(out.path)}), bounded_memory():
+            outcome(lambda: use(out.path, runner))
+
+
+@given(data=st.data())
+@fuzzed
+def test_the_graph(out: Folder, data: st.DataObject) -> None:
+    changed = data.draw(changed_bytes(out.bytes("onnx/model.onnx")))
+    with (
+        out.holding(**{"onnx/model.onnx": changed}),
+        out.holding(**{"manifest.json": mended(out.path)}),
+    ):
+        outcome(lambda: use(out.path, "onnxruntime"))
