@@ -46,9 +46,11 @@ def _main(arguments: list[str] | None) -> int:
     selftest = commands.add_parser(
         "selftest", help="check every kernel against a plain CPU computation"
     )
-    selftest.add_argument(
+    place = selftest.add_mutually_exclusive_group()
+    place.add_argument(
         "--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU"
     )
+    place.add_argument("--cpu", action="store_true", help="the native kernels of this CPU")
     selftest.add_argument("--quick", action="store_true", help="fewer shapes")
     selftest.add_argument("--list", action="store_true", help="only list what would be checked")
     selftest.add_argument("--op", metavar="NAME", help="only this op, such as ABQGemm")
@@ -76,7 +78,8 @@ def _selftest(options: argparse.Namespace) -> int:
             f"got {options.op!r}, expected one of {', '.join(library_ops())}",
             "Check the spelling",
         )
-    library = build_sim() if options.sim else build_library()
+    build = build_sim if options.sim else build_onnxruntime if options.cpu else build_library
+    library = build()
     return subprocess.run([str(build_selftest()), str(library), *words], check=False).returncode
 
 

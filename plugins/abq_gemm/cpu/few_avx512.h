@@ -16,7 +16,8 @@ namespace ANYBIT_SET {
 constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
 constexpr int kAbqVectors = 8;  // of codes, in a span
 constexpr int kAbqRowsTogether = 4;
-constexpr int kAbqMostSums = 640;  // groups times operands: 80 KB of the stack
+constexpr int kAbqSpansTogether = 8;  // of a row, before the next row: memory is read in order
+constexpr int kAbqMostSums = 640;     // groups times operands: 80 KB of the stack
 
 // A token's codes in the order in which the planes' codes come out.
 //
@@ -100,15 +101,15 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
   const uint8_t* rows[kAbqRowsTogether];
   for (int r = 0; r < kAbqRowsTogether; ++r)
     rows[r] = w.words + smaller(n + r, w.n - 1) * w.row_bytes;
-  __m512i totals[kOperands][kSets][kAbqRowsTogether];
+  __m512i totals[kAbqSpansTogether][kOperands][kSets][kAbqRowsTogether];
   const bool whole_row = w.n_groups == 1;
   int64_t group = 0, position = 0;  // of the next sums, position in the group
   // The sums of 4 rows as one vector, a lane of which has a row in each element, to their groups.
-  const auto flush = [&] {
+  const auto flush = [&](int span) {
     alignas(64) __m128i added[kOperands][kSets][4];
     for (int i = 0; i < kOperands; ++i) {
       for (int set = 0; set < kSets; ++set) {
-        const __m512i* t = totals[i][set];
+        const __m512i* t = totals[span][i][set];
         const __m512i left =
             _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
         const __m512i right =
@@ -149,13 +150,13 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       }
     }
   };
-  const auto close = [&](int r, const __m512i(&fields)[kOperands][kSets][kFields]) {
+  const auto close = [&](int span, int r, const __m512i(&fields)[kOperands][kSets][kFields]) {
     for (int i = 0; i < kOperands; ++i) {
       for (int set = 0; set < kSets; ++set) {
         __m512i total = fields[i][set][0];
         for (int f = 1; f < kFields; ++f)
           total = _mm512_add_epi32(total, _mm512_srai_epi32(fields[i][set][f], kPlanes * f));
-        totals[i][set][r] = total;
+        totals[span][i][set][r] = total;
       }
     }
   };
@@ -163,18 +164,23 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
     for (int r = 0; r < kAbqRowsTogether; ++r) {
       __m512i fields[kOperands][kSets][kFields] = {};
       for (int64_t first = 0; first < w.row_bytes; first += 64) row_span(r, first, fields);
-      close(r, fields);
+      close(0, r, fields);
     }
-    flush();
+    flush(0);
     return;
   }
-  for (int64_t first = 0; first < w.row_bytes; first += 64) {
+  constexpr int kBytesTogether = 64 * kAbqSpansTogether;
+  for (int64_t first = 0; first < w.row_bytes; first += kBytesTogether) {
+    const int64_t left = smaller<int64_t>(w.row_bytes - first, kBytesTogether);
+    const int spans = int((left + 63) / 64);
     for (int r = 0; r < kAbqRowsTogether; ++r) {
-      __m512i fields[kOperands][kSets][kFields] = {};
-      row_span(r, first, fields);
-      close(r, fields);
+      for (int span = 0; span < spans; ++span) {
+        __m512i fields[kOperands][kSets][kFields] = {};
+        row_span(r, first + 64 * span, fields);
+        close(span, r, fields);
+      }
     }
-    flush();
+    for (int span = 0; span < spans; ++span) flush(span);
   }
 }
 

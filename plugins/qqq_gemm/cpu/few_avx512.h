@@ -6,8 +6,8 @@
 // (b = 0) and 16 j + i + 8 (b = 1). A token's 16 codes are therefore spread to 4 equal elements a
 // lane, and the lanes of the sums are added at the end.
 //
-// Four rows of many blocks are walked before the next four: of one block all the way down, every 512
-// bytes would be in another page.
+// Two or four rows of many blocks are walked before the next: of one block all the way down, every
+// 512 bytes would be in another page.
 #pragma once
 #include "qqq_gemm/cpu/layout.h"
 
@@ -15,7 +15,7 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int kQqqVectors = 8;  // of a block's packed row
-constexpr int kQqqRowsTogether = 4;
+constexpr int qqq_rows_together(int tokens) { return tokens == 1 ? 2 : 4; }
 constexpr int kQqqMostBlocks = 32;  // whose sums, 1 KB for each token, stay in the cache
 constexpr int kQqqAhead = 2 * kQqqBlockBytes;
 
@@ -62,6 +62,34 @@ inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int rows,
                              _mm512_set1_epi64(0x3c2c38281c0c1808LL)};
   const __m512i channel = _mm512_set4_epi32(0x30303030, 0x20202020, 0x10101010, 0);
   constexpr int kAndXor = 0x6a, kAndOr = 0xea;
+  const auto weights_of = [&](__m512i w, int i, __m512i(&weights)[2]) {
+    if constexpr (kGrouped) {
+      for (int b = 0; b < 2; ++b) {
+        const __m512i nibbles = _mm512_multishift_epi64_epi8(shifts[b], w);
+        weights[b] = _mm512_permutexvar_epi8(
+            _mm512_ternarylogic_epi32(nibbles, low, channel, kAndOr), tables[i][b]);
+      }
+    } else {  // code + 8, 16 times for b = 0
+      weights[0] = _mm512_ternarylogic_epi32(w, high, high_bias, kAndXor);
+      weights[1] = _mm512_ternarylogic_epi32(w, low, bias, kAndXor);
+    }
+  };
+  if constexpr (kTokens == 1) {  // all sums in registers, and memory is read 512 bytes at a time
+    __m512i total[kQqqVectors][2];
+    std::memcpy(total, sums[0], sizeof total);
+    for (int row = 0; row < rows; ++row, words += row_stride) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kQqqVectors; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(words + 64 * i + kQqqAhead), _MM_HINT_T0);
+        __m512i weights[2];
+        weights_of(_mm512_loadu_si512(words + 64 * i), i, weights);
+        total[i][0] = _mm512_dpbusd_epi32(total[i][0], weights[0], codes[row][0]);
+        total[i][1] = _mm512_dpbusd_epi32(total[i][1], weights[1], codes[row][0]);
+      }
+    }
+    std::memcpy(sums[0], total, sizeof total);
+    return;
+  }
   for (int i = 0; i < kQqqVectors; ++i, words += 64) {
     __m512i total[kTokens][2];
     for (int m = 0; m < kTokens; ++m) {
@@ -74,16 +102,7 @@ inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int rows,
       // The same row of a later block: the processor sees no stream in 512 bytes here and there.
       _mm_prefetch(reinterpret_cast<const char*>(from + kQqqAhead), _MM_HINT_T0);
       __m512i weights[2];
-      if constexpr (kGrouped) {
-        for (int b = 0; b < 2; ++b) {
-          const __m512i nibbles = _mm512_multishift_epi64_epi8(shifts[b], w);
-          weights[b] = _mm512_permutexvar_epi8(
-              _mm512_ternarylogic_epi32(nibbles, low, channel, kAndOr), tables[i][b]);
-        }
-      } else {  // code + 8, 16 times for b = 0
-        weights[0] = _mm512_ternarylogic_epi32(w, high, high_bias, kAndXor);
-        weights[1] = _mm512_ternarylogic_epi32(w, low, bias, kAndXor);
-      }
+      weights_of(w, i, weights);
       for (int m = 0; m < kTokens; ++m) {
         total[m][0] = _mm512_dpbusd_epi32(total[m][0], weights[0], codes[row][m]);
         total[m][1] = _mm512_dpbusd_epi32(total[m][1], weights[1], codes[row][m]);
@@ -153,14 +172,15 @@ struct QqqFewCall {
     const int64_t rows = tokens.layout.group_bytes / kQqqRow;
     // as many rows as share tables, and of those as many as are walked together
     const int64_t rows_of_table = kGrouped ? w.group_size / kQqqRow : rows;
+    constexpr int kTogether = qqq_rows_together(kTokens);
     const int64_t row_stride = w.blocks * kQqqBlockBytes;
     const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     alignas(64) QqqSums sums[kQqqMostBlocks];
     std::memset(sums, 0, sizeof(QqqSums) * size_t(count * kTokens));
     alignas(64) QqqTables tables[kGrouped ? kBlocks : 1];
     for (int64_t row0 = 0, end; row0 < rows; row0 = end) {
-      end = row0 + smaller<int64_t>(kQqqRowsTogether, rows_of_table - row0 % rows_of_table);
-      __m512i codes[kQqqRowsTogether][kTokens];
+      end = row0 + smaller<int64_t>(kTogether, rows_of_table - row0 % rows_of_table);
+      __m512i codes[kTogether][kTokens];
       for (int64_t row = row0; row < end; ++row) {
         for (int m = 0; m < kTokens; ++m) {
           const int8_t* from = tokens.codes + m * tokens.layout.row_bytes + kQqqRow * row;
