@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.checkpoints.tokenizer import check_named
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
@@ -106,7 +107,7 @@ class Pipeline:
             self.missing = f"{error.where}: {error.problem}"
             return None
         if warning := edition_warning(edition):
-            self.progress.message(f"{ENGINE}: {warning}")
+            self.progress.warning(f"{ENGINE}: {warning}")
         return edition
 
     def _budget(self) -> Budget | None:
@@ -211,7 +212,7 @@ class Pipeline:
             self.request.resume
             and record
             and record["fingerprint"] == self.fingerprint
-            and self._whole(stage.name, record)
+            and self._as_made(stage.name, record["files"])
         ):
             self.progress.message(f"{stage.name}: kept, nothing changed")
             return
@@ -231,9 +232,13 @@ class Pipeline:
         }
         self._save()
 
-    def _whole(self, name: str, record: dict[str, Any]) -> bool:
+    def _as_made(self, name: str, records: dict[str, Any]) -> bool:
+        """Whether a stage's files are whole, and none but they would be read from its folder."""
+        folder = self.request.out / name
         try:
-            verify_files(self.request.out / name, record["files"])
+            verify_files(folder, records)
+            if name != REPORT:  # in which nobody looks for a tokenizer
+                check_named(folder, records, "Take it away")
         except InputError as error:
             self.progress.message(f"{name}: made again, {error.where}: {error.problem}")
             return False

@@ -50,6 +50,7 @@ __all__ = [
     "within_context",
 ]
 
+_MAX_SEQ = 2048
 _RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # the report's numbers differ
 
 
@@ -64,7 +65,8 @@ class ExportRequest:
         settings: of the calibration; its text serves the validation too.
         engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
         max_batch: largest batch of the engine's profiles.
-        max_seq: most tokens of a sequence, in the ONNX file and the engine.
+        max_seq: most tokens of a sequence, in the ONNX file and the engine; 0 is 2048, or the
+            model's context if that is less.
         until: the last stage to run, one of STAGES.
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
@@ -82,7 +84,7 @@ class ExportRequest:
     settings: CalibrationSettings = CalibrationSettings()  # noqa: RUF009  (frozen)
     engine: str = "auto"
     max_batch: int = 1
-    max_seq: int = 2048
+    max_seq: int = 0
     until: str = REPORT
     resume: bool = False
     offline: bool = False
@@ -108,14 +110,15 @@ class ExportRequest:
 
 
 def within_context(request: ExportRequest, context: int, progress: Progress) -> ExportRequest:
-    """The request with a max_seq that the model has positions for; says what it cuts."""
-    if request.max_seq <= context:
-        return request
-    progress.message(
-        f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model was "
-        f"made for."
-    )
-    return replace(request, max_seq=context)
+    """The request with a max_seq that the model has positions for; says where it cuts one that was
+    asked for.
+    """
+    if request.max_seq > context:
+        progress.warning(
+            f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model "
+            f"was made for."
+        )
+    return replace(request, max_seq=min(request.max_seq or _MAX_SEQ, context))
 
 
 class Stage(ABC):

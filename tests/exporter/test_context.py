@@ -35,7 +35,8 @@ def _description(out: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("options", "cut", "longest"),
     [
-        ((), CUT.format(2048), 256),
+        ((), "", 256),
+        (("--max-seq", "300", "--progress", "none"), CUT.format(300), 256),
         (("--max-seq", "300"), CUT.format(300), 256),
         (("--max-seq", "256"), "", 256),
         (("--max-seq", "64"), "", 64),
