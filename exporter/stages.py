@@ -234,7 +234,7 @@ class OnnxStage(Stage):
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
         longest = self.request.max_seq
-        facts = export_onnx(quant, folder, self.progress, positions=longest)
+        facts = export_onnx(quant, folder, self.progress, max_context=longest)
         self._description = replace(describe(quant), max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
         return facts
@@ -298,15 +298,15 @@ class EngineStage(Stage):
         """Build, and count the plugins."""
         from exporter.engine.build import build_engine
         from exporter.engine.limits import engine_limits
+        from exporter.engine.record import read_engine_record
 
         assert self.library is not None
         source = self.out / ONNX
-        record = build_engine(
-            source / MODEL_FILE, self.library, folder, self._options(), self.progress
-        )
+        build_engine(source / MODEL_FILE, self.library, folder, self._options(), self.progress)
+        record = read_engine_record(folder)
         description = open_stage(self.out, ONNX, "the engine").description()
         copy_files(source, description.tokenizer, folder)
-        self._description = description.within(**asdict(engine_limits(record["profiles"])))
+        self._description = description.within(**asdict(engine_limits(record)))
         plugins = record["layers"]["PLUGIN_V3"]
         return {
             "summary": f"{plugins} plugin layers, {record['edition']} {record['version']}",

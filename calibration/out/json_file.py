@@ -61,8 +61,8 @@ def read_json(path: Path, fix: str = MAKE_AGAIN) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(
             str(path),
-            "got no such file, expected a JSON file of an artefact folder",
-            "Check the path, or make the artefact with python -m exporter",
+            "got no such file, expected a JSON file of an artifact folder",
+            "Check the path, or make the artifact with python -m exporter",
         ) from None
     except OSError as error:
         raise InputError(

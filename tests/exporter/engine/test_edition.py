@@ -170,6 +170,6 @@ def test_missing_engine(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_engine(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'engine.json'}: got no such file, expected a JSON file of an artefact folder. "
-        "Check the path, or make the artefact with python -m exporter."
+        f"{tmp_path / 'engine.json'}: got no such file, expected a JSON file of an artifact folder. "
+        "Check the path, or make the artifact with python -m exporter."
     )
