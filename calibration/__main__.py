@@ -14,7 +14,7 @@ from calibration.cli import add_quant_arguments, default_out, schemes_from_args,
 from calibration.out.files import StageWriter, locked
 from calibration.out.json_file import read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
-from calibration.progress import Progress, make_progress
+from calibration.progress import NullProgress, Progress, make_progress
 from plugins.cli import Parser, add_version, offline, program, run_cli
 from plugins.errors import InputError
 
@@ -145,7 +145,7 @@ def _main(argv: list[str] | None) -> int:
             nullcontext() if ranks.first else redirect_stderr(io.StringIO())
         ):  # argparse tells of its errors by itself
             args = parser.parse_args(argv)
-        progress = make_progress(args.progress if ranks.first else "none")
+        progress = make_progress(args.progress) if ranks.first else NullProgress()
         try:
             with offline(args.offline):
                 _quantise(args, ranks, progress)

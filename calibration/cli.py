@@ -122,7 +122,8 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--calib",
         metavar="FILE|DATASET",
-        help="calibration text: .txt, .jsonl or NAME[:CONFIG[:SPLIT]] of the datasets library",
+        help="calibration text: a text file, JSON lines or a JSON document, also gzipped, or "
+        "NAME[:CONFIG[:SPLIT]] of the datasets library",
     )
     add(
         "--nsamples",

@@ -1,5 +1,5 @@
 """How long work tells where it is: bars on a terminal, one JSON object per line for programs, or
-nothing.
+nothing but warnings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "NullProgress",
     "PlainProgress",
     "Progress",
+    "QuietProgress",
     "RichProgress",
     "make_progress",
 ]
@@ -39,6 +40,9 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """One line for the user."""
 
+    def warning(self, text: str) -> None:
+        """One line that the user should see: the result is not all that was asked for."""
+
     def close(self) -> None:
         """Work has ended, well or not: give the terminal back."""
 
@@ -58,8 +62,19 @@ class NullProgress:
     def message(self, text: str) -> None:
         """Ignored."""
 
+    def warning(self, text: str) -> None:
+        """Ignored."""
+
     def close(self) -> None:
         """Ignored."""
+
+
+class QuietProgress(NullProgress):
+    """Says nothing but warnings, on stderr."""
+
+    def warning(self, text: str) -> None:
+        """Print the text."""
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class JsonProgress:
@@ -100,6 +115,11 @@ class JsonProgress:
         """Emit a message event."""
         self._emit("message", text=text)
 
+    def warning(self, text: str) -> None:
+        """Emit a message event, and print the text on stderr too."""
+        self.message(text)
+        print(printable(text), file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Every line is out already."""
 
@@ -125,6 +145,10 @@ class PlainProgress:
     def message(self, text: str) -> None:
         """Print the text."""
         print(printable(text), file=self._stream, flush=True)
+
+    def warning(self, text: str) -> None:
+        """Print the text."""
+        self.message(text)
 
     def close(self) -> None:
         """Every line is out already."""
@@ -181,6 +205,10 @@ class RichProgress:
         console = self._bars.console if self._bars is not None else Console(stderr=True)
         console.print(Text(printable(text)), soft_wrap=True)  # names are no markup
 
+    def warning(self, text: str) -> None:
+        """Print above the bar."""
+        self.message(text)
+
     def close(self) -> None:
         """Take the bar away and show the cursor again."""
         if self._bars is not None:
@@ -198,6 +226,6 @@ def make_progress(kind: str) -> Progress:
         "rich": RichProgress,
         "plain": PlainProgress,
         "json": JsonProgress,
-        "none": NullProgress,
+        "none": QuietProgress,
     }
     return kinds[kind]()

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import stat
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from calibration.out.files import kind_of
 from calibration.out.json_file import parse_json
 from plugins.errors import InputError
 
@@ -23,13 +23,6 @@ _MOST_REPLACED = 0.01  # share of U+FFFD, which stands where bytes were no chara
 _JSON = (".json", ".jsonl", ".ndjson")
 TEXT_FIELDS = ("text", "content")
 _RECORD = 'Write one object per line: {"text": "..."}'
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
 _GZIP = b"\x1f\x8b"
 _UNPACK = "Decompress it first"
 _CONVERT = 'Write its text into a .txt file, or one {"text": "..."} per line into a .jsonl file'
@@ -105,11 +98,10 @@ def bounded(texts: Iterable[str]) -> str:
 def _content(path: Path, where: str) -> bytes:
     """The first bytes of a file, decompressed; more than MOST_BYTES of them if there are."""
     try:
-        kind = stat.S_IFMT(path.stat().st_mode)
-        if kind != stat.S_IFREG:
+        if kind := kind_of(path):
             raise InputError(
                 where,
-                f"got {_KINDS.get(kind, 'no regular file')} {path}, expected a .txt or .jsonl file",
+                f"got {kind} {path}, expected a .txt or .jsonl file",
                 "Check the path, or write the text into a file",
             )
         with path.open("rb") as file:

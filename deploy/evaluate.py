@@ -50,7 +50,7 @@ class Evaluate(Command):
             required=True,
             type=Path,
             metavar="FILE",
-            help="text file, or JSON lines, also gzipped",
+            help="text file, JSON lines or a JSON document, also gzipped",
         )
         add(
             "--first",
@@ -71,7 +71,7 @@ class Evaluate(Command):
             type=whole_number(2),
             default=0,
             metavar="L",
-            help="tokens per window (default 2048, or the model's context if shorter)",
+            help="tokens per window (default: 2048, or the longest sequence if that is shorter)",
         )
         add_runner(parser, default="onnxruntime")
         add(

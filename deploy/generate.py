@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.description import SamplingDefaults
 from deploy.command import Command, add_runner
 from deploy.sampling import Sampler, Sampling, SamplingOptions
 from exporter.run.model import AUTO, find_model
@@ -156,8 +155,8 @@ def generate_text(out: Path, request: GenerateRequest) -> int:
     """
     model = find_model(out, request.runner)
     sampling = request.sampling.over(model.description.sampling)
-    if request.sampling.over(SamplingDefaults()) != sampling:
-        print(_own_way(sampling), file=sys.stderr)
+    if note := _own_way(request.sampling, sampling):
+        print(note, file=sys.stderr)
     sampler = Sampler(sampling)
     with model.open() as session:
         tokenizer = model.tokenizer()
@@ -194,17 +193,17 @@ def _full(limit: int, context: int) -> str:
     return f"The context of {limit} tokens is full, so the text ends here: give a shorter prompt{longer}."
 
 
-def _own_way(sampling: Sampling) -> str:
-    draw = (
-        f"draws at temperature {sampling.temperature:g} with top-k {sampling.top_k} and top-p "
-        f"{sampling.top_p:g}"
-        if sampling.temperature
-        else "takes the best token"
-    )
-    return (
-        f"As the model's generation_config.json says, this {draw}, with repetition penalty "
-        f"{sampling.repetition_penalty:g}; options change it."
-    )
+def _own_way(asked: SamplingOptions, sampling: Sampling) -> str:
+    """What of the sampling is the model's own and makes a difference; "" for nothing."""
+    taken = [
+        f"{name.replace('_', ' ')} {getattr(sampling, name):g}"
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty")
+        if getattr(asked, name) is None and getattr(sampling, name) != getattr(Sampling(), name)
+    ]
+    if not taken:
+        return ""
+    greedy = "; --temperature 0 takes the best token" if sampling.temperature else ""
+    return f"Of the model's generation_config.json: {', '.join(taken)}. Options change it{greedy}."
 
 
 class Generate(Command):

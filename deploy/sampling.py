@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from calibration.out.description import LEAST_PENALTY, MOST_PENALTY, MOST_TEMPERATURE
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,11 +22,11 @@ class Sampling:
     """How tokens are chosen, as transformers' generate means it.
 
     Attributes:
-        temperature: 0 is greedy, 1 draws from the model's own distribution.
+        temperature: 0 is greedy, 1 draws from the model's own distribution; at most 100.
         top_k: draw among the K best only; 0 is all.
         seed: the same seed draws the same tokens.
         top_p: draw among the fewest tokens whose odds sum up to this; 1 is all.
-        repetition_penalty: of tokens that the text has already; 1 is none.
+        repetition_penalty: of tokens that the text has already, 0.01 to 100; 1 is none.
 
     Raises:
         InputError: a number is out of range, or top_k or top_p limits a draw that is none.
@@ -38,16 +39,22 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+            raise InputError(
+                "--temperature",
+                f"got {self.temperature:g}, expected 0 to {MOST_TEMPERATURE:g}",
+                "Give such a number; 0 takes the best token, 1 the model's own odds",
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(
                 "--top-p",
                 f"got {self.top_p:g}, expected more than 0 and at most 1",
                 "Give such a number; 1 draws among all tokens",
             )
-        if not self.repetition_penalty > 0:
+        if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise InputError(
                 "--repetition-penalty",
-                f"got {self.repetition_penalty:g}, expected more than 0",
+                f"got {self.repetition_penalty:g}, expected {LEAST_PENALTY:g} to {MOST_PENALTY:g}",
                 "Give such a number; 1 changes nothing",
             )
         for option, value, all_of_them in (
@@ -110,28 +117,28 @@ class Sampler:
         return int(self._random.choice(tokens, p=odds))
 
     def penalized(self, logits: np.ndarray, text: Sequence[int]) -> np.ndarray:
-        """The logits, [vocab], those of tokens that the text has already made less likely."""
-        penalty = self._sampling.repetition_penalty
-        if penalty == 1 or not len(text):
-            return logits
+        """The logits, [vocab] fp64, those of tokens that the text has already made less likely."""
         import numpy as np
 
-        scores, seen = logits.copy(), np.unique(text)
-        found = scores[seen]
-        scores[seen] = np.where(found < 0, found * penalty, found / penalty)
+        scores, penalty = logits.astype(np.float64), self._sampling.repetition_penalty
+        if penalty != 1 and len(text):
+            seen = np.unique(text)
+            found = scores[seen]
+            scores[seen] = np.where(found < 0, found * penalty, found / penalty)
         return scores
 
     def odds(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may be drawn, the likeliest first, and how likely each is.
 
         Args:
-            scores: [vocab], penalized.
+            scores: [vocab] fp64, penalized.
         """
         import numpy as np
 
         tokens = np.argsort(-scores, kind="stable")[: self._sampling.top_k or None]
-        best = scores[tokens].astype(np.float64)
-        odds = np.exp((best - best[0]) / self._sampling.temperature)
+        best = scores[tokens]
+        with np.errstate(over="ignore", under="ignore"):  # at a tiny temperature: no odds at all
+            odds = np.exp((best - best[0]) / self._sampling.temperature)
         odds /= odds.sum()
         if self._sampling.top_p < 1:
             # What is left after a token, itself included, is cut where it is unlikely enough.

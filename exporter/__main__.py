@@ -43,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--max-seq",
         type=whole_number(2),
-        default=2048,
+        default=0,
         metavar="S",
         help="most tokens of a sequence, in the ONNX file and the engine; at most the model's "
-        "context (default: 2048)",
+        "context (default: 2048, or the context if that is less)",
     )
     proof = parser.add_argument_group("report")
     proof.add_argument(

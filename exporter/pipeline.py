@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.checkpoints.tokenizer import check_named
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
@@ -57,7 +58,7 @@ class Pipeline:
         from calibration.checkpoints.checkpoint import open_checkpoint
         from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
-        from exporter.proof.perplexity import check_text, eval_seqlen, text_windows
+        from exporter.proof.perplexity import read_text, text_windows, window_length
 
         self.request = request
         self.progress = progress
@@ -68,7 +69,7 @@ class Pipeline:
         self.manifest = self._open_manifest()  # before a long download
         text = request.eval_text
         if text is not None:
-            check_text(text, "--eval")
+            read_text(text, "--eval")
         self.missing = ""  # why "auto" builds no engine
         self.edition = self._edition()
         self.checkpoint = open_checkpoint(request.model, request.offline)
@@ -77,7 +78,7 @@ class Pipeline:
         context = int(self.checkpoint.config.max_position_embeddings)
         self.request = within_context(request, context, progress)
         if text is not None and REPORT in self.wanted:
-            seqlen, vocab = eval_seqlen(self.request.max_seq), self.checkpoint.decoder.vocab
+            seqlen, vocab = window_length(self.request.max_seq), self.checkpoint.decoder.vocab
             text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
@@ -106,7 +107,7 @@ class Pipeline:
             self.missing = f"{error.where}: {error.problem}"
             return None
         if warning := edition_warning(edition):
-            self.progress.message(f"{ENGINE}: {warning}")
+            self.progress.warning(f"{ENGINE}: {warning}")
         return edition
 
     def _budget(self) -> Budget | None:
@@ -191,13 +192,13 @@ class Pipeline:
         """Cut the text now, with the tokenizer at hand, to refuse a short one before the longer
         stages.
         """
-        from exporter.proof.perplexity import EvalRequest, eval_seqlen, whole_windows
+        from exporter.proof.perplexity import EvalRequest, whole_windows, window_length
         from exporter.run.model import find_model
 
         text = self.request.eval_text
         if text is None or REPORT not in self.wanted:
             return None
-        request = EvalRequest(text, option="--eval", seqlen=eval_seqlen(self.request.max_seq))
+        request = EvalRequest(text, option="--eval", seqlen=window_length(self.request.max_seq))
         windows = whole_windows(find_model(self.request.out, "torch"), request)
         return replace(request, first=min(self.request.eval_windows, len(windows)))
 
@@ -211,7 +212,7 @@ class Pipeline:
             self.request.resume
             and record
             and record["fingerprint"] == self.fingerprint
-            and self._whole(stage.name, record)
+            and self._as_made(stage.name, record["files"])
         ):
             self.progress.message(f"{stage.name}: kept, nothing changed")
             return
@@ -231,9 +232,13 @@ class Pipeline:
         }
         self._save()
 
-    def _whole(self, name: str, record: dict[str, Any]) -> bool:
+    def _as_made(self, name: str, records: dict[str, Any]) -> bool:
+        """Whether a stage's files are whole, and none but they would be read from its folder."""
+        folder = self.request.out / name
         try:
-            verify_files(self.request.out / name, record["files"])
+            verify_files(folder, records)
+            if name != REPORT:  # in which nobody looks for a tokenizer
+                check_named(folder, records, "Take it away")
         except InputError as error:
             self.progress.message(f"{name}: made again, {error.where}: {error.problem}")
             return False

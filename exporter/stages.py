@@ -50,6 +50,7 @@ __all__ = [
     "within_context",
 ]
 
+_MAX_SEQ = 2048
 _RUNTIMES = ("torch", "transformers", "onnxruntime", "polygraphy")  # the report's numbers differ
 
 
@@ -64,7 +65,8 @@ class ExportRequest:
         settings: of the calibration; its text serves the validation too.
         engine: "auto", "tensorrt", "tensorrt-rtx" or "none".
         max_batch: largest batch of the engine's profiles.
-        max_seq: most tokens of a sequence, in the ONNX file and the engine.
+        max_seq: most tokens of a sequence, in the ONNX file and the engine; 0 is 2048, or the
+            model's context if that is less.
         until: the last stage to run, one of STAGES.
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
@@ -82,7 +84,7 @@ class ExportRequest:
     settings: CalibrationSettings = CalibrationSettings()  # noqa: RUF009  (frozen)
     engine: str = "auto"
     max_batch: int = 1
-    max_seq: int = 2048
+    max_seq: int = 0
     until: str = REPORT
     resume: bool = False
     offline: bool = False
@@ -108,14 +110,15 @@ class ExportRequest:
 
 
 def within_context(request: ExportRequest, context: int, progress: Progress) -> ExportRequest:
-    """The request with a max_seq that the model has positions for; says what it cuts."""
-    if request.max_seq <= context:
-        return request
-    progress.message(
-        f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model was "
-        f"made for."
-    )
-    return replace(request, max_seq=context)
+    """The request with a max_seq that the model has positions for; says where it cuts one that was
+    asked for.
+    """
+    if request.max_seq > context:
+        progress.warning(
+            f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model "
+            f"was made for."
+        )
+    return replace(request, max_seq=min(request.max_seq or _MAX_SEQ, context))
 
 
 class Stage(ABC):
@@ -231,7 +234,7 @@ class OnnxStage(Stage):
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
         longest = self.request.max_seq
-        facts = export_onnx(quant, folder, self.progress, positions=longest)
+        facts = export_onnx(quant, folder, self.progress, max_context=longest)
         self._description = replace(describe(quant), max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
         return facts
@@ -295,15 +298,15 @@ class EngineStage(Stage):
         """Build, and count the plugins."""
         from exporter.engine.build import build_engine
         from exporter.engine.limits import engine_limits
+        from exporter.engine.record import read_engine_record
 
         assert self.library is not None
         source = self.out / ONNX
-        record = build_engine(
-            source / MODEL_FILE, self.library, folder, self._options(), self.progress
-        )
+        build_engine(source / MODEL_FILE, self.library, folder, self._options(), self.progress)
+        record = read_engine_record(folder)
         description = open_stage(self.out, ONNX, "the engine").description()
         copy_files(source, description.tokenizer, folder)
-        self._description = description.within(**asdict(engine_limits(record["profiles"])))
+        self._description = description.within(**asdict(engine_limits(record)))
         plugins = record["layers"]["PLUGIN_V3"]
         return {
             "summary": f"{plugins} plugin layers, {record['edition']} {record['version']}",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from plugins.errors import EXIT_INTERRUPT, EXIT_OTHER, UserError
+from plugins.errors import EXIT_INTERRUPT, EXIT_OTHER, InputError, UserError
 from plugins.streams import streams
 from plugins.text import printable
 
@@ -143,10 +143,14 @@ class Parser(argparse.ArgumentParser):
             try:
                 word.encode("utf-8")
             except UnicodeEncodeError:
-                self.error(
-                    f"got {word}, bytes that are not {sys.getfilesystemencoding().upper()}, "
-                    "expected text: rename the file, or choose a UTF-8 locale (LC_ALL, PYTHONUTF8)"
+                readable = os.fsencode(word).decode("utf-8", "backslashreplace")
+                encoding = sys.getfilesystemencoding().upper()
+                error = InputError(
+                    "arguments",
+                    f"got {readable}, bytes that are not {encoding}, expected text",
+                    "Rename the file, or choose a UTF-8 locale (LC_ALL, PYTHONUTF8)",
                 )
+                self.exit(error.exit_code, f"{error}\n")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

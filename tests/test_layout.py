@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tracked import REPOSITORY, tracked_files
+from tests.tracked import REPOSITORY, listed, may_be_tracked, tracked_files
 
 # Each may import itself and what stands before it.
 ORDER = ("plugins", "calibration", "exporter", "deploy")
@@ -152,15 +152,16 @@ def test_what_lies_beside_the_project_is_not_looked_at(tmp_path: Path) -> None:
 
 def test_without_git_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.tracked.REPOSITORY", tmp_path)
-    unseen = tracked_files.__wrapped__
+    monkeypatch.setattr("tests.tracked.listed", listed.__wrapped__)
     with pytest.raises(pytest.skip.Exception, match=r"git cannot say: no \.git in the folder"):
-        unseen()
+        tracked_files()
     (tmp_path / ".git").mkdir()
     with pytest.raises(pytest.skip.Exception, match="git cannot say: fatal: not a git repository"):
-        unseen()
+        tracked_files()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(pytest.skip.Exception, match="git: No such file or directory"):
-        unseen()
+        tracked_files()
+    assert may_be_tracked(tmp_path / "any")
 
 
 def test_every_folder_of_modules_is_a_package() -> None:

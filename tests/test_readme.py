@@ -17,13 +17,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.tracked import REPOSITORY, tracked_files
+from tests.tracked import REPOSITORY, may_be_tracked, tracked_files
 
 PAGES = sorted(
     path
     for pattern in ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/*.md", "plugins/**/*.md")
     for path in REPOSITORY.glob(pattern)
-    if path in tracked_files()
+    if may_be_tracked(path)
 )
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
 OURS = ("exporter", "deploy", "calibration", "plugins")

@@ -23,6 +23,9 @@ from plugins.errors import InputError
 
 __all__ = [
     "FORMAT",
+    "LEAST_PENALTY",
+    "MOST_PENALTY",
+    "MOST_TEMPERATURE",
     "Description",
     "KeyValueCache",
     "SamplingDefaults",
@@ -31,6 +34,10 @@ __all__ = [
 ]
 
 FORMAT = 1
+
+# Nobody means more; logits times a penalty without bounds would be no numbers.
+MOST_TEMPERATURE = 100.0
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +75,10 @@ class SamplingDefaults:
     """
 
     do_sample: bool = False
-    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=MOST_TEMPERATURE)] = 1.0
     top_k: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=LEAST_PENALTY, le=MOST_PENALTY)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

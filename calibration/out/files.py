@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from plugins.lock import locked as lock_file
 __all__ = [
     "StageWriter",
     "file_records",
+    "kind_of",
     "locked",
     "remove",
     "sha256_file",
@@ -34,6 +36,13 @@ __all__ = [
 
 _CHUNK = 1 << 22
 _TEMPORARY = f".*.{'[0-9a-f]' * 16}.tmp"
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -99,6 +108,20 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def kind_of(path: Path) -> str:
+    """What lies at a path where a regular file is expected: "no such file", "a folder", "a pipe" ...;
+    "" for a regular file.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        return "no such file"
+    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys; the old file stays whole until the new one is on disk.
 
@@ -149,8 +172,13 @@ def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     fix = "The artefact is damaged: make this stage again"
     for name, record in records.items():
         path = folder / name
-        if not path.is_file():
-            raise InputError(str(path), "got no such file, expected it from the manifest", fix)
+        try:
+            kind = kind_of(path)
+        except OSError as error:
+            kind = str(error.strerror)
+        if kind:
+            expected = "it" if kind == "no such file" else "the file"
+            raise InputError(str(path), f"got {kind}, expected {expected} from the manifest", fix)
         if path.stat().st_size != record.get("bytes", path.stat().st_size):
             raise InputError(
                 str(path), f"got {path.stat().st_size} bytes, expected {record['bytes']}", fix

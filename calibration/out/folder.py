@@ -106,7 +106,9 @@ _RECORDERS = {  # the file that records the others where there is no manifest
 
 
 def command_for(out: Path, stage: str) -> str:
-    """The command that makes a stage of OUT, as its manifest remembers it."""
+    """The command that makes a stage of OUT, as its manifest remembers it; for OUT where it lies
+    now.
+    """
     command: list[str] = []
     if (out / MANIFEST).is_file():
         command = read_manifest(out / MANIFEST).get("command", [])
@@ -116,13 +118,13 @@ def command_for(out: Path, stage: str) -> str:
     words = iter(command)
     for word in words:
         option, equals, value = word.partition("=")
-        if option in ("--until", "--engine"):
+        if option in ("--until", "--engine", "--out"):
             value = value if equals else next(words, "")
         if option == "--engine":
             kept += [option, "auto" if (stage, value) == (ENGINE, "none") else value]
-        elif option not in ("--until", "--resume"):
+        elif option not in ("--until", "--resume", "--out"):
             kept.append(word)
-    return shlex.join([*kept, "--until", stage, "--resume"])
+    return shlex.join([*kept, "--out", str(out), "--until", stage, "--resume"])
 
 
 def stages_in(path: Path) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import stat
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from plugins.errors import InputError
+from plugins.text import shown
 
 __all__ = [
     "MAKE_AGAIN",
@@ -58,8 +61,8 @@ def read_json(path: Path, fix: str = MAKE_AGAIN) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(
             str(path),
-            "got no such file, expected a JSON file of an artefact folder",
-            "Check the path, or make the artefact with python -m exporter",
+            "got no such file, expected a JSON file of an artifact folder",
+            "Check the path, or make the artifact with python -m exporter",
         ) from None
     except OSError as error:
         raise InputError(
@@ -126,8 +129,46 @@ def checked(value: Any, kind: type[T], where: str, fix: str = MAKE_AGAIN) -> T:
     except (ValueError, OverflowError) as error:
         found = _PLACE.fullmatch(str(error))
         assert found is not None  # its first part takes any text
-        problem, name = found[1], f"{'a key of ' if found[2] else ''}{found[3] or ''}"
+        place = _with_keys(found[3] or "", value, kind, str(error))
+        problem, name = found[1], f"{'a key of ' if found[2] else ''}{place}"
         raise InputError(f"{where}, {name}" if name else where, _got(problem), fix) from None
+
+
+def _with_keys(place: str, value: Any, kind: Any, problem: str) -> str:
+    """A field's place with the keys of dicts where msgspec, which names none, writes [...]."""
+    if "[...]" not in place:
+        return place
+    whole, found = copy.deepcopy(value), ""
+    inner = whole
+    for part in re.findall(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]", place):
+        if part == "[...]":
+            if not isinstance(inner, dict):
+                return place
+            while len(inner) > 1:  # which half of the entries has the problem?
+                entries = list(inner.items())
+                half = len(entries) // 2
+                inner.clear()
+                inner.update(entries[:half])
+                if _problem(whole, kind) != problem:
+                    inner.clear()
+                    inner.update(entries[half:])
+            key, inner = next(iter(inner.items()))
+            found += f"[{json.dumps(shown(key), ensure_ascii=False)}]"
+        elif part.startswith("["):
+            inner = inner[int(part[1:-1])]
+            found += part
+        else:
+            inner = inner[part]
+            found += f".{part}" if found else part
+    return found
+
+
+def _problem(value: Any, kind: Any) -> str:
+    try:
+        msgspec.convert(value, kind, strict=True)
+    except (ValueError, OverflowError) as error:
+        return str(error)
+    return ""
 
 
 def _got(problem: str) -> str:

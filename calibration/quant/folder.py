@@ -143,7 +143,9 @@ class QuantModel:
                 _AGAIN,
             )
         try:
-            return self.family.decoder(self.config["hf"])
+            decoder = self.family.decoder(self.config["hf"])
+            decoder.shapes()  # asks for the sizes that are left
+            return decoder
         except (KeyError, TypeError, ValueError, UnsupportedError) as error:
             raise InputError(
                 f"{self.path / QUANT_JSON}, config",

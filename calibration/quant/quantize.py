@@ -69,7 +69,7 @@ def quantize_model(
         progress,
     )
     for warning in _warnings(checkpoint, tokenizer):
-        progress.message(warning)
+        progress.warning(warning)
     items = _plan(checkpoint, schemes, source.decoder)
     if not source.writes:
         return {}
@@ -264,10 +264,16 @@ def _warnings(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[str]:
     vocab = checkpoint.decoder.vocab
     beyond = {token: name for name, token in tokenizer.get_vocab().items() if token >= vocab}
     if beyond:
-        first = min(beyond)
+        first, tokens = min(beyond), "1 token" if len(beyond) == 1 else f"{len(beyond)} tokens"
         yield (
-            f"The tokenizer has {len(beyond)} tokens beyond the model's vocab_size of {vocab}, the "
-            f"first {beyond[first]!r} with id {first}: a text with one of them will be refused."
+            f"The tokenizer has {tokens} beyond the model's vocab_size of {vocab}, the first "
+            f"{beyond[first]!r} with id {first}: a text with one of them will be refused."
+        )
+    ends = {*token_list(checkpoint.config.eos_token_id), *checkpoint.generation.end_tokens}
+    if never := sorted(token for token in ends if token >= vocab):
+        yield (
+            f"End tokens beyond the model's vocab_size of {vocab} ({', '.join(map(str, never))}) "
+            f"will never end a text."
         )
     if checkpoint.generation.not_followed:
         asked = ", ".join(checkpoint.generation.not_followed)

@@ -64,7 +64,8 @@ int64_t json_number(const std::string& json, const std::string& key, const std::
   std::smatch match;
   const std::regex pattern("\n  \"" + key + "\": ([0-9]+)");
   if (!std::regex_search(json, match, pattern))
-    fail(where, "got no " + key + ", expected a whole engine.json", "Build the engine again");
+    fail(where, "got no " + key + ", expected an engine built by this version",
+         "Build the engine again");
   return std::stoll(match[1].str());
 }
 

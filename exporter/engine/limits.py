@@ -1,12 +1,14 @@
-"""What an engine's optimization profiles allow."""
+"""What an engine takes, by its record."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from exporter.engine.record import EngineRecord
 
 __all__ = ["EngineLimits", "engine_limits"]
 
@@ -26,15 +28,18 @@ class EngineLimits:
     max_context: int
 
 
-def engine_limits(profiles: Sequence[Mapping[str, Any]]) -> EngineLimits:
-    """The limits of the profiles "prefill" and "decode", as engine.json holds them.
+def engine_limits(record: EngineRecord) -> EngineLimits:
+    """The limits of its profiles "prefill" and "decode", and of its position tables, which may end
+    before.
 
     Raises:
-        InputError: they are not those of a decoder.
+        InputError: the profiles are not those of a decoder.
     """
-    prefill, decode = (profile["inputs"] for profile in profiles)
+    prefill, decode = (profile["inputs"] for profile in record["profiles"])
     for name, rank in (("input_ids", 2), ("past_key_values.0.key", 4)):
-        if any(len(inputs.get(name, {"max": ()})["max"]) != rank for inputs in (prefill, decode)):
+        if any(
+            name not in inputs or len(inputs[name]["max"]) != rank for inputs in (prefill, decode)
+        ):
             raise InputError(
                 "engine.json, profiles",
                 f"got no {name} of {rank} sizes, expected the profiles of a decoder",
@@ -42,6 +47,10 @@ def engine_limits(profiles: Sequence[Mapping[str, Any]]) -> EngineLimits:
             )
     batch, tokens = prefill["input_ids"]["max"]
     cached = [inputs["past_key_values.0.key"]["max"][2] for inputs in (prefill, decode)]
+    longest = max(cached[0] + tokens, cached[1] + 1)
+    # Engines of version 0.1 have no tables that end before their profiles do.
     return EngineLimits(
-        max_batch=batch, max_tokens=tokens, max_context=max(cached[0] + tokens, cached[1] + 1)
+        max_batch=batch,
+        max_tokens=tokens,
+        max_context=min(record.get("max_context", longest), longest),
     )

@@ -28,12 +28,10 @@ __all__ = [
     "IR_VERSION",
     "OPSET",
     "export_onnx",
-    "positions",
 ]
 
 OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention are standard ops from here on
 IR_VERSION = 11
-_COSINES = "rope.cos"
 
 
 def export_onnx(
@@ -41,7 +39,7 @@ def export_onnx(
     folder: Path,
     progress: Progress | None = None,
     fuse_norms: bool = True,
-    positions: int | None = None,
+    max_context: int | None = None,
 ) -> dict[str, Any]:
     """Write MODEL_FILE and DATA_FILE into `folder`; the graph's tensors are documented in
     docs/onnx.md.
@@ -52,8 +50,8 @@ def export_onnx(
     Args:
         fuse_norms: make the norms in front of GEMM nodes part of these nodes; else they are nodes
             of their own.
-        positions: most tokens of a sequence, which is how long the position tables are; None, and
-            at most, is the model's context.
+        max_context: most tokens of a sequence, which is how long the position tables are; None, and
+            at most, is the context that the model was made for.
 
     Returns:
         Facts for the manifest: "summary" and the number of custom nodes.
@@ -81,7 +79,7 @@ def export_onnx(
         )
         stream = _embedding(writer)
         writer.masks = _attention_masks(writer)
-        writer.rope = _rope_tables(writer, positions)
+        writer.rope = _rope_tables(writer, max_context)
         for block in decoder.blocks:
             stream = write_block(writer, block, stream)
             progress.advance(note=stream)
@@ -159,8 +157,8 @@ def _attention_masks(writer: GraphWriter) -> dict[int | None, str]:
     return masks
 
 
-def _rope_tables(writer: GraphWriter, longest: int | None) -> tuple[str, str]:
-    """cos and sin, [positions, head_dim / 2]; no tensors where no block rotates."""
+def _rope_tables(writer: GraphWriter, max_context: int | None) -> tuple[str, str]:
+    """cos and sin, [max_context, head_dim / 2]; no tensors where no block rotates."""
     import numpy as np
 
     steps = (step for block in writer.quant.decoder.blocks for step in block.steps)
@@ -169,20 +167,14 @@ def _rope_tables(writer: GraphWriter, longest: int | None) -> tuple[str, str]:
     config = writer.quant.config
     inv_freq = writer.quant.tensor("rope.inv_freq").astype(np.float32)
     context = int(config["max_position_embeddings"])
-    positions = np.arange(context if longest is None else min(longest, context), dtype=np.float32)
+    positions = np.arange(min(max_context or context, context), dtype=np.float32)
     angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
     scaling, dtype = float(config["rope_attention_scaling"]), numpy_dtype(writer.quant.scheme.dtype)
     cos, sin = (
         writer.weights.add(name, (table * scaling).astype(np.float32).astype(dtype))
-        for name, table in ((_COSINES, np.cos(angles)), ("rope.sin", np.sin(angles)))
+        for name, table in (("rope.cos", np.cos(angles)), ("rope.sin", np.sin(angles)))
     )
     return cos, sin
-
-
-def positions(model: onnx.ModelProto) -> int | None:
-    """Most tokens of a sequence that a graph has positions for; None where no block rotates."""
-    tables = (table for table in model.graph.initializer if table.name == _COSINES)
-    return next((int(table.dims[0]) for table in tables), None)
 
 
 def _head(writer: GraphWriter, stream: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "layer_output", "new_key", "past", "present"]
+import re
+
+__all__ = ["KINDS", "is_layer_output", "layer_of", "layer_output", "new_key", "past", "present"]
 
 KINDS = ("key", "value")  # of a layer's cache
 
@@ -10,6 +12,16 @@ KINDS = ("key", "value")  # of a layer's cache
 def layer_output(index: int) -> str:
     """Name of the residual stream after decoder layer `index`, [B, S, hidden]."""
     return f"model.layers.{index}.output"
+
+
+def is_layer_output(tensor: str) -> bool:
+    """Whether a tensor's name is one that layer_output gives."""
+    return re.fullmatch(r"model\.layers\.[0-9]+\.output", tensor) is not None
+
+
+def layer_of(tensor: str) -> int | None:
+    """The decoder layer that a tensor's name tells of, whatever the tensor; None of the head's."""
+    return next((int(part) for part in tensor.split(".") if part.isdecimal()), None)
 
 
 def new_key(index: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
-from exporter.graph.names import layer_output, new_key
+from exporter.graph.names import layer_of, layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
 from exporter.run.finite import WIDER
@@ -131,9 +131,8 @@ class Stack:
 
     def limit(self, level: str, tensor: str) -> float | None:
         """Of the accumulated error of a layer's output, a cache tensor or the logits."""
-        depth = next(
-            (int(part) + 1 for part in tensor.split(".") if part.isdigit()), self.layers + 1
-        )
+        layer = layer_of(tensor)
+        depth = (self.layers if layer is None else layer) + 1
         # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's
         # limit.
         so_far = self.nodes[: depth * len(self.nodes) // self.layers]
@@ -176,24 +175,14 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
     total = total_error(errors[key])
     worst, overflow = ("", 0.0, 0.0), ""
     if level == "export":
-        beyond = (
-            one.name
-            for one in stack.operators(index)
-            if _overflow(errors, phase, one.tensor, stack)
-        )
-        overflow = next(beyond, "")
+        found = [
+            (operator, total_error(errors["operator", phase, operator.tensor]))
+            for operator in stack.operators(index)
+        ]
+        overflow = next((one.name for one, error in found if _overflows(error, stack)), "")
+        limits = Limits(stack.scheme)
         worst = max(
-            (
-                (
-                    operator.name,
-                    *_measured(
-                        operator,
-                        total_error(errors["operator", phase, operator.tensor]),
-                        Limits(stack.scheme),
-                    ),
-                )
-                for operator in stack.operators(index)
-            ),
+            ((one.name, *_measured(one, error, limits)) for one, error in found),
             key=lambda item: item[1] / item[2],
         )
     measured = (
@@ -230,7 +219,7 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
     if failed[0].level == WEIGHTS:
         return _bad_weights(failed[0])
     for row in failed:
-        if row.level == "export" and (found := _first_operator(errors, row.phase, stack)):
+        if row.level == "export" and (found := _first_operator(errors, row.phase, stack, failed)):
             return found
     row = failed[0]
     got = f"{row.relative:.2g}" if row.relative is not None else "NaN or Inf"
@@ -256,12 +245,13 @@ def _bad_weights(row: LayerReport) -> str:
     )
 
 
-def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:
+def _first_operator(errors: Errors, phase: str, stack: Stack, failed: list[LayerReport]) -> str:
+    overflows = {row.overflow for row in failed if row.phase == phase}
     for index in range(stack.layers + 1):
         for operator in stack.operators(index):
             error = total_error(errors["operator", phase, operator.tensor])
             got, limit = _measured(operator, error, Limits(stack.scheme))
-            if _overflow(errors, phase, operator.tensor, stack):
+            if operator.name in overflows:
                 return _too_large(errors, phase, operator, index, stack)
             if not got <= limit:
                 channel = (
@@ -277,12 +267,11 @@ def _first_operator(errors: Errors, phase: str, stack: Stack) -> str:
     return ""
 
 
-def _overflow(errors: Errors, phase: str, tensor: str, stack: Stack) -> bool:
+def _overflows(error: TensorError, stack: Stack) -> bool:
     """Whether float16 cannot hold an operator's tensor. The reference, like the kernels, then gives
     the largest number, or NaN further on.
     """
-    rounded = total_error(errors["operator", phase, tensor])
-    return stack.scheme.dtype == "float16" and rounded.peak >= LARGEST_FLOAT16
+    return stack.scheme.dtype == "float16" and error.peak >= LARGEST_FLOAT16
 
 
 def _too_large(errors: Errors, phase: str, operator: Operator, index: int, stack: Stack) -> str:
@@ -292,5 +281,5 @@ def _too_large(errors: Errors, phase: str, operator: Operator, index: int, stack
     known = f", {peak:.3g} at {tensor} of the float model" if peak > LARGEST_FLOAT16 else ""
     return (
         f"got numbers beyond float16 at {operator.name} (export, {phase}){known}, expected at most "
-        f"{LARGEST_FLOAT16:g}: {WIDER[0].lower()}{WIDER[1:]}"
+        f"{LARGEST_FLOAT16:g}: export with {WIDER}"
     )

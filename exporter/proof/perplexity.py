@@ -19,18 +19,15 @@ if TYPE_CHECKING:
     from exporter.run.sessions import DecoderSession
 
 __all__ = [
-    "DEFAULT_SEQLEN",
     "EvalRequest",
-    "check_text",
-    "eval_seqlen",
+    "read_text",
     "score",
     "select_windows",
     "text_windows",
     "whole_windows",
+    "window_length",
     "window_nll",
 ]
-
-DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class EvalRequest:
         text: a file as calibration.text_file.read_text takes it.
         windows: score this many windows, spread evenly; 0 is all.
         first: of the first ones only; 0 is all.
-        seqlen: tokens of a window; 0 is 2048, or the longest context if that is shorter.
+        seqlen: tokens of a window; 0 is 2048, or the longest sequence if that is shorter.
         runner: name of the runner, or "auto".
         option: the command line's name of the text, for messages.
     """
@@ -79,7 +76,7 @@ def text_windows(
     """
     from calibration.data import text_tokens, windows_from_tokens
 
-    text = check_text(path, option, say)
+    text = read_text(path, option, say)
     tokens = text_tokens(tokenizer, text, vocab, option)
     if len(tokens) < seqlen:
         shorter = f", or --seqlen {len(tokens)}" if len(tokens) > 1 and option == "--text" else ""
@@ -91,7 +88,7 @@ def text_windows(
     return windows_from_tokens(tokens, seqlen)
 
 
-def check_text(path: Path, option: str, say: Callable[[str], None] = lambda text: None) -> str:
+def read_text(path: Path, option: str, say: Callable[[str], None] = lambda text: None) -> str:
     """The text of a file. Takes `option` and `say` as text_windows does.
 
     Raises:
@@ -114,20 +111,18 @@ def whole_windows(
     return text_windows(
         model.tokenizer(),
         request.text,
-        _seqlen(model, request),
+        window_length(model.description.max_context, request.seqlen),
         model.description.sizes["vocab_size"],
         request.option,
         say,
     )
 
 
-def _seqlen(model: Model, request: EvalRequest) -> int:
-    return request.seqlen or eval_seqlen(model.description.max_context)
-
-
-def eval_seqlen(context: int) -> int:
-    """Tokens of a window where nobody says: 2048, or the context if that is shorter."""
-    return min(DEFAULT_SEQLEN, context)
+def window_length(max_context: int, asked: int = 0) -> int:
+    """Tokens of a window: as many as are asked for; else 2048, or the longest sequence if that is
+    shorter.
+    """
+    return asked or min(2048, max_context)
 
 
 def select_windows(count: int, windows: int, first: int) -> list[int]:
@@ -185,7 +180,8 @@ def score(
         InputError: the text or the numbers are wrong. CheckError: the model computes NaN.
     """
     progress = progress or NullProgress()
-    context, seqlen = model.description.context, _seqlen(model, request)
+    context = model.description.context
+    seqlen = window_length(model.description.max_context, request.seqlen)
     if seqlen > session.max_context:
         rebuild = "" if session.max_context == context else ", or export with a larger --max-seq"
         raise InputError(

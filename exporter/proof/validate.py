@@ -35,7 +35,6 @@ from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
-from exporter.graph.decoder import positions
 from exporter.graph.names import layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
@@ -139,7 +138,7 @@ class _Validator:
         self.out, self.options, self.progress = out, options, progress
         self.quant: QuantModel = read_quant(out / QUANT)
         model = load_model(out / ONNX)
-        self.context = positions(model) or int(self.quant.config["max_position_embeddings"])
+        self.context = open_stage(out, ONNX, "the validation").description().max_context
         self.steps = max(min(options.steps, self.context - 2), 0)
         self.tokens = min(options.tokens, self.context - self.steps)
         self.nodes = gemm_nodes(model, self.quant.decoder)

@@ -4,6 +4,7 @@ and every 16-bit rounding in its place.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
+from exporter.graph.names import is_layer_output
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
 from plugins.errors import InputError, UserError
+from plugins.text import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
 
-
 __all__ = ["RUNNER", "OnnxSession", "load_model", "onnx_runner", "whole_graph"]
 
 _LONGEST = 300  # characters of a reason that stands in a message
+_NO_MEMORY = ("Failed to allocate", "bad_alloc", "bad allocation")  # in ONNX Runtime's own words
 
 
 def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
@@ -65,22 +68,55 @@ def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
 
 @contextmanager
 def whole_graph(folder: Path) -> Iterator[None]:
-    """Take a graph for damaged where working with it fails.
+    """Take a graph for damaged where ONNX Runtime refuses it, or where it is none of a decoder.
 
     Raises:
-        InputError: it does, in any of the ways in which libraries fail.
+        InputError: it is. MemoryError, OSError: ONNX Runtime had too little memory or too few files,
+            whatever it calls that. Any other error is one of ours, and passes through.
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, OSError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, _LONGEST)
+        if any(words in reason for words in _NO_MEMORY):
+            raise MemoryError(reason) from None
+        if (words := os.strerror(errno.EMFILE)) in reason:
+            raise OSError(errno.EMFILE, words) from None
+        theirs = isinstance(error, UnicodeError) or type(error).__module__.startswith("onnxruntime")
+        if not (theirs or _damaged(folder)):
+            raise
         raise InputError(
             str(folder / MODEL_FILE),
             f"got a model that cannot be run ({reason}), expected one as it was exported",
             "The file or its data is damaged or changed: export the model again",
         ) from None
+
+
+def _damaged(folder: Path) -> bool:
+    """Whether a graph breaks ONNX's own rules, has names that are no text, or lacks a decoder's
+    inputs or outputs.
+    """
+    import onnx
+
+    path = folder / MODEL_FILE
+    try:
+        onnx.checker.check_model(str(path))
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # a kind of its own for each rule
+        return True
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    names = cache_names(inputs)
+    wanted = {"input_ids", "attention_mask", "position_ids"}
+    given = {value.name for value in graph.output}
+    used = (name for node in graph.node for name in (*node.input, *node.output))
+    return (
+        any(isinstance(name, bytes) for name in used)
+        or not wanted <= inputs.keys()
+        or not {"logits", *(f"present.{name}" for name in names)} <= given
+        or len(inputs.get("past_key_values.0.key", ())) != 4
+    )
 
 
 def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
@@ -110,16 +146,10 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
         )
         options.log_severity_level = 3
-        try:
+        with whole_graph(folder):
             return onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ONNX Runtime raises a kind of its own for each status
-            raise InputError(
-                str(folder / MODEL_FILE),
-                f"got a model that ONNX Runtime refuses ({str(error).strip()})",
-                "The file or its data is damaged: export the model again",
-            ) from None
 
     return OnnxrtRunner(session, name="onnxruntime")
 
@@ -133,10 +163,13 @@ class OnnxRuntimeRunner(Runner):
     automatic = 1
 
     def open(self, folder: StageFolder, description: Description) -> DecoderSession:
-        """Reads the ONNX file and its weights."""
+        """Reads the ONNX file and its weights; shows the residual stream, for check_finite."""
         for name in (MODEL_FILE, DATA_FILE):
             folder.file(name)
-        return OnnxSession(folder.path, description.max_context, dtype=description.dtype)
+        nodes = load_model(folder.path).graph.node
+        with whole_graph(folder.path):
+            layers = [name for node in nodes for name in node.output if is_layer_output(name)]
+        return OnnxSession(folder.path, description.max_context, layers, description.dtype)
 
 
 class OnnxSession(DecoderSession):
@@ -191,7 +224,7 @@ class OnnxSession(DecoderSession):
         with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}
-        return outputs
+            return outputs | {"logits": outputs["logits"]}  # a graph without them is none of ours
 
     def close(self) -> None:
         """Free the session."""

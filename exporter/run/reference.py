@@ -4,9 +4,11 @@ compared with.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.layout import QUANT, QUANT_JSON
+from calibration.out.folder import open_stage, stages_in
+from calibration.out.layout import MANIFEST, ONNX, QUANT, QUANT_JSON
 from exporter.graph.names import KINDS, layer_output, present
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession
@@ -30,12 +32,18 @@ class ReferenceRunner(Runner):
     help = "the dequantized reference with the same activation quantization"
 
     def describe(self, folder: StageFolder) -> Description:
-        """What quant.json says: OUT/quant has no model.json."""
+        """What quant.json says, for OUT/quant has no model.json; within the positions of OUT/onnx
+        where that was made too, so that all runners take the same texts.
+        """
         from calibration.quant.describe import describe
         from calibration.quant.folder import read_quant
 
         folder.file(QUANT_JSON)
-        return describe(read_quant(folder.path, verify=False))
+        made, out = describe(read_quant(folder.path, verify=False)), folder.path.parent
+        if not (out / MANIFEST).is_file() or ONNX not in stages_in(out):
+            return made
+        longest = open_stage(out, ONNX, "its max_context").description().max_context
+        return replace(made, max_context=min(made.max_context, longest))
 
     def open(self, folder: StageFolder, description: Description) -> DecoderSession:
         """Reads every weight."""
@@ -46,7 +54,7 @@ class ReferenceRunner(Runner):
         quant = read_quant(folder.path, verify=False)
         for name in quant.files:
             folder.file(name)
-        return TorchSession(quantised_model(quant), description.dtype)
+        return TorchSession(quantised_model(quant), description.dtype, description.max_context)
 
 
 class TorchSession(DecoderSession):
@@ -55,10 +63,13 @@ class TorchSession(DecoderSession):
     Args:
         reference: of calibration/reference/model.py.
         dtype: of its floats.
+        max_context: most tokens a sequence may have; None: as many as the model was made for.
     """
 
-    def __init__(self, reference: Reference, dtype: str = "float32") -> None:
-        super().__init__(reference.context, dtype=dtype)
+    def __init__(
+        self, reference: Reference, dtype: str = "float32", max_context: int | None = None
+    ) -> None:
+        super().__init__(max_context or reference.context, dtype=dtype)
         self.reference = reference
         self._clear()
 

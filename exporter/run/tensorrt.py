@@ -70,7 +70,7 @@ class TensorrtSession(DecoderSession):
 
     Args:
         folder: OUT/engine.
-        max_context: most tokens a sequence may have; the engine's profiles may allow fewer.
+        max_context: most tokens a sequence may have; the engine may allow fewer.
         dtype: of the model's floats.
 
     Raises:
@@ -79,7 +79,7 @@ class TensorrtSession(DecoderSession):
 
     def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
         record = check_engine(folder)
-        limits = engine_limits(record["profiles"])
+        limits = engine_limits(record)
         super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens), dtype)
         decode = record["profiles"][1]["inputs"]
         self._names = cache_names(decode)

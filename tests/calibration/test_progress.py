@@ -48,7 +48,9 @@ def test_every_display_takes_the_same_calls(kind: str, capsys: pytest.CaptureFix
     progress.start("engine", 1)
     progress.advance(note="[brackets] are text")
     progress.message("[brackets] are text")
+    progress.warning("less than was asked for")
     progress.finish()
     progress.close()
     captured = capsys.readouterr()
     assert ("[brackets] are text" in captured.out + captured.err) == (kind != "none")
+    assert "less than was asked for\n" in captured.err

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -86,6 +86,7 @@ def engine_record(copy: Path) -> Callable[..., Path]:
         from calibration.out.description import read_description, write_description
         from exporter.engine.build import EngineOptions, profile_shapes
         from exporter.engine.limits import engine_limits
+        from exporter.engine.record import EngineRecord
         from exporter.stages import copy_files
 
         model = onnx.load(copy / "onnx" / "model.onnx", load_external_data=False)
@@ -97,10 +98,11 @@ def engine_record(copy: Path) -> Callable[..., Path]:
         folder.mkdir()
         (folder / "model.engine").write_bytes(b"no engine")
         (folder / "libanybit_plugins.so").write_bytes(b"no library")
-        record = ENGINE | {"profiles": profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64))}
+        profiles = profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64))
+        record = ENGINE | {"profiles": profiles, "max_context": 64}
         description, _ = read_description(copy / "onnx" / "model.json", "")
         copy_files(copy / "onnx", description.tokenizer, folder)
-        limits = asdict(engine_limits(record["profiles"]))
+        limits = asdict(engine_limits(cast(EngineRecord, record)))
         write_json(folder / "engine.json", record | changes)
         write_description(folder, description.within(**limits), file_records(folder))
         manifest = json.loads((copy / "manifest.json").read_text())

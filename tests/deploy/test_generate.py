@@ -209,17 +209,24 @@ def test_an_end_token_of_generation_config_alone_ends_the_text(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
-    found = _tokens(artifact, runner, 12)
-    last = next(token for token in found[4:] if token not in found[:4])
-    _write_generation(model, eos_token_id=[last, 0])
+    ids = torch.tensor([prompt_tokens(AutoTokenizer.from_pretrained(model), PROMPT, 512)])
+
+    def theirs() -> list[int]:
+        real = AutoModelForCausalLM.from_pretrained(model)
+        made = real.generate(ids, max_new_tokens=12, do_sample=False)
+        return [int(token) for token in made[0, ids.shape[1] :]]
+
+    def first(tokens: list[int]) -> int:
+        return next(place for place, token in enumerate(tokens) if token in ends)
+
+    whole, ours = theirs(), _tokens(artifact, runner, 12)
+    ends = {next(token for token in text[4:] if token not in text[:4]) for text in (whole, ours)}
+    assert len(whole) == len(ours) == 12 and first(whole) >= 4
+    _write_generation(model, eos_token_id=[*ends, 0])
+    assert theirs() == whole[: first(whole) + 1]  # the end token itself is one of them
     request = GenerateRequest(prompt=PROMPT, max_new_tokens=12, runner=runner)
     assert generate_text(artifact, request) == 12
-    assert generate_text(export(model, tmp_path / "out"), request) == found.index(last)
-    real = AutoModelForCausalLM.from_pretrained(model)
-    ids = torch.tensor([prompt_tokens(AutoTokenizer.from_pretrained(model), PROMPT, 512)])
-    assert set(real.generation_config.eos_token_id) == {last, 0}
-    made = real.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
-    assert len(made) == 12 or made[-1] in (last, 0)
+    assert generate_text(export(model, tmp_path / "out"), request) == first(ours)
 
 
 def test_how_the_makers_want_tokens_to_be_chosen(
@@ -232,7 +239,7 @@ def test_how_the_makers_want_tokens_to_be_chosen(
     _write_generation(model, do_sample=True, temperature=1.5, repetition_penalty=1.2)
     out = export(model, tmp_path / "out")
 
-    def text(**options: Any) -> tuple[str, bool]:
+    def text(**options: Any) -> tuple[str, str]:
         request = GenerateRequest(
             prompt=PROMPT,
             max_new_tokens=12,
@@ -241,17 +248,23 @@ def test_how_the_makers_want_tokens_to_be_chosen(
         )
         generate_text(out, request)
         captured = capsys.readouterr()
-        note = (
-            "As the model's generation_config.json says, this draws at temperature 1.5 with top-k "
-            "50 and top-p 1, with repetition penalty 1.2; options change it.\n"
-        )
-        return captured.out, captured.err.startswith(note)
+        return captured.out, captured.err[: -len(captured.err.splitlines(keepends=True)[-1])]
 
+    said = "Of the model's generation_config.json: {}. Options change it{}.\n"
+    greedy = "; --temperature 0 takes the best token"
+    note = said.format("temperature 1.5, top k 50, repetition penalty 1.2", greedy)
     own = {"temperature": 1.5, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2}
-    assert text() == (text(**own)[0], True) and not text(**own)[1]
+    assert text(**own) == (text()[0], "") and text()[1] == note
     assert text(seed=1)[0] != text()[0]
-    greedy = text(temperature=0.0, repetition_penalty=1.0)
-    assert greedy != text() and not greedy[1]
+    few = text(top_k=5)
+    assert few == (
+        text(**own | {"top_k": 5})[0],
+        said.format("temperature 1.5, repetition penalty 1.2", greedy),
+    )
+    assert text(top_p=0.5)[1] == note and few[0] != text()[0] != text(top_p=0.5)[0]
+    assert text(temperature=0.0)[1] == said.format("repetition penalty 1.2", "")
+    best = text(temperature=0.0, repetition_penalty=1.0)
+    assert best[0] != text()[0] and not best[1]
 
 
 def test_a_prompt_with_a_token_that_the_model_does_not_know(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +48,14 @@ def test_the_same_seed_draws_the_same() -> None:
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_a_tiny_temperature_does_not_overflow() -> None:
-    assert Sampler(Sampling(1e-6)).choose(np.array([-60000, 60000, 59000], np.float32)) == 1
+@pytest.mark.parametrize("temperature", [5e-324, 1e-6, 100.0])
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_no_bounds_are_near_those_of_numbers(temperature: float, penalty: float) -> None:
+    sampler = Sampler(Sampling(temperature, repetition_penalty=penalty))
+    logits = np.array([-3e38, 3e38, 2e38, 0], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sampler.choose(logits) == 1 and sampler.choose(logits, [0, 3]) == 1
 
 
 def test_minus_infinity_is_never_drawn() -> None:
@@ -176,8 +183,18 @@ def test_options_go_over_what_the_model_says(
         ),
         (
             {"repetition_penalty": 0.0},
-            "--repetition-penalty: got 0, expected more than 0. Give such a number; 1 changes "
+            "--repetition-penalty: got 0, expected 0.01 to 100. Give such a number; 1 changes "
             "nothing.",
+        ),
+        (
+            {"repetition_penalty": 1e300},
+            "--repetition-penalty: got 1e+300, expected 0.01 to 100. Give such a number; 1 changes "
+            "nothing.",
+        ),
+        (
+            {"temperature": 101.0},
+            "--temperature: got 101, expected 0 to 100. Give such a number; 0 takes the best "
+            "token, 1 the model's own odds.",
         ),
     ],
 )

@@ -97,6 +97,6 @@ def test_a_record_without_the_context(embed: Path, tmp_path: Path) -> None:
     assert _run(embed, tmp_path, 64, 4, 1, max_context=None) == (
         2,
         "",
-        f"{tmp_path}/engine/engine.json: got no max_context, expected a whole engine.json. Build "
+        f"{tmp_path}/engine/engine.json: got no max_context, expected an engine built by this version. Build "
         "the engine again.\n",
     )

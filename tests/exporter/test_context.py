@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +18,7 @@ from calibration.quant.folder import read_quant
 from deploy.generate import GenerateRequest, generate_text
 from exporter.engine.build import EngineOptions, profile_shapes
 from exporter.engine.limits import EngineLimits, engine_limits
-from exporter.graph.decoder import export_onnx, positions
+from exporter.graph.decoder import export_onnx
 from exporter.proof.perplexity import EvalRequest, score
 from exporter.run.model import find_model
 from exporter.run.onnxruntime import OnnxSession, load_model
@@ -35,7 +37,8 @@ def _description(out: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("options", "cut", "longest"),
     [
-        ((), CUT.format(2048), 256),
+        ((), "", 256),
+        (("--max-seq", "300", "--progress", "none"), CUT.format(300), 256),
         (("--max-seq", "300"), CUT.format(300), 256),
         (("--max-seq", "256"), "", 256),
         (("--max-seq", "64"), "", 64),
@@ -50,7 +53,8 @@ def test_no_more_than_the_model_was_made_for(
     told = [line for line in err.splitlines() if "--max-seq" in line]
     assert code == 0 and told == ([cut] if cut else [])
     assert _description(out) == (256, longest)
-    assert positions(load_model(out / "onnx")) == longest
+    tables = load_model(out / "onnx").graph.initializer
+    assert {int(one.dims[0]) for one in tables if one.name.startswith("rope.")} == {longest}
 
 
 @pytest.mark.parametrize("length", ["1", "0", "-5", "many"])
@@ -116,21 +120,22 @@ def test_the_report_scores_windows_that_fit(short: Path) -> None:
     assert (report["validation"]["tokens"], report["validation"]["steps"]) == (16, 8)
 
 
+@pytest.mark.parametrize("runner", ["onnxruntime", "torch"])
 def test_runners_hold_to_it_and_say_how_to_get_more(
-    short: Path, capsys: pytest.CaptureFixture[str]
+    short: Path, capsys: pytest.CaptureFixture[str], runner: str
 ) -> None:
-    model = find_model(short, "onnxruntime")
+    model = find_model(short, runner)
     with model.open() as session:
         assert session.max_context == 24
         assert score(session, model, EvalRequest(TEXT, first=1))["seqlen"] == 24
         with pytest.raises(InputError) as error:
             score(session, model, EvalRequest(TEXT, first=1, seqlen=25))
     assert str(error.value) == (
-        "--seqlen: got 25, expected at most 24, the context with onnxruntime. Give a smaller "
+        f"--seqlen: got 25, expected at most 24, the context with {runner}. Give a smaller "
         "--seqlen, or export with a larger --max-seq."
     )
     words = "The river and the town"
-    request = GenerateRequest(prompt=words, max_new_tokens=99, runner="onnxruntime")
+    request = GenerateRequest(prompt=words, max_new_tokens=99, runner=runner)
     prompt = len(model.tokenizer()(words)["input_ids"])
     assert generate_text(short, request) == 24 - prompt
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -138,10 +143,15 @@ def test_runners_hold_to_it_and_say_how_to_get_more(
         "with a larger --max-seq."
     )
     with pytest.raises(InputError) as error:
-        generate_text(short, GenerateRequest(prompt=words * 9, runner="onnxruntime"))
+        generate_text(short, GenerateRequest(prompt=words * 9, runner=runner))
     assert error.value.fix == "Give a shorter prompt, or export with a larger --max-seq"
-    with find_model(short, "torch").open() as session:
-        assert session.max_context == 256  # it needs no tables
+
+
+def test_the_reference_alone_needs_no_tables(short: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(short / "quant", tmp_path / "alone")
+    for folder, longest in ((alone, 256), (short / "quant", 24)):
+        with find_model(folder, "torch").open() as session:
+            assert session.max_context == longest
 
 
 @pytest.mark.parametrize("length", [2, 3, 9, 10, 11])
@@ -202,6 +212,5 @@ def test_profiles_end_with_the_context(length: int) -> None:
             shapes = {name: shape[which] for name, shape in profile["inputs"].items()}
             new, past = shapes["input_ids"][1], shapes["past_key_values.0.key"][2]
             assert shapes["attention_mask"][1] == new + past and new <= length and past < length
-    assert engine_limits(profiles) == EngineLimits(
-        max_batch=1, max_tokens=length, max_context=2 * length - 1
-    )
+    record: Any = {"profiles": profiles, "max_context": length}
+    assert engine_limits(record) == EngineLimits(max_batch=1, max_tokens=length, max_context=length)

@@ -44,6 +44,28 @@ def test_resume_redoes_only_what_changed(run: Run, tmp_path: Path) -> None:
     assert data.read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["helper.py", "tokenizer.model"])
+def test_a_stage_with_a_file_that_is_not_its_own_is_not_kept(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    """Commands refuse it, and say that --resume helps."""
+    out = tmp_path / "out"
+    run(out)
+    for stage in ("onnx", "quant"):
+        stranger = out / stage / name
+        stranger.write_text("")
+        (out / stage / "notes").write_text("my own")
+        _, _, err = run(out, "--resume")
+        assert (
+            f"{stage}: made again, {stranger}: got a file without a record, expected one of this "
+            "stage's\n"
+        ) in err
+        assert ("quant: kept, nothing changed" in err) == (stage == "onnx")
+        assert not stranger.exists()
+    _, _, err = run(out, "--resume")
+    assert "quant: kept" in err and "onnx: kept" in err
+
+
 def test_the_same_model_and_text_by_any_name_is_kept(
     run: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,10 +220,19 @@ def test_arguments_are_text_and_shown_as_such(
 ) -> None:
     done = run_module("deploy", "generate", "x", "--prompt", "y", "--\x1b[31m")
     assert done.returncode == 2 and done.stderr.endswith("arguments: --\\x1b[31m\n")
-    done = run_module("deploy", "generate", os.fsdecode(b"caf\xe9"), "--prompt", "y")
-    assert done.returncode == 2 and done.stderr.endswith(
-        "error: got caf\\udce9, bytes that are not UTF-8, expected text: rename the file, or choose "
-        "a UTF-8 locale (LC_ALL, PYTHONUTF8)\n"
+    words = ("generate", os.fsdecode(b"caf\xe9"), "--prompt", "y")
+    for module, arguments in (("deploy", words), ("deploy.anybit", words[1:]), ("exporter", words)):
+        done = run_module(module, *arguments)
+        assert (done.returncode, done.stderr) == (
+            2,
+            "arguments: got caf\\xe9, bytes that are not UTF-8, expected text. Rename the file, or "
+            "choose a UTF-8 locale (LC_ALL, PYTHONUTF8).\n",
+        )
+    done = run_module(
+        "deploy", "generate", "café", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
+    )
+    assert (
+        done.returncode == 2 and "arguments: got caf\\xe9, bytes that are not ASCII" in done.stderr
     )
 
 

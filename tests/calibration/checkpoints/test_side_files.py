@@ -45,6 +45,8 @@ class _Told(NullProgress):
     def message(self, text: str) -> None:
         self.notes.append(text)
 
+    warning = message
+
 
 def _quantised(model: Path, out: Path, progress: _Told | None = None) -> QuantModel:
     with StageWriter(out, QUANT) as writer:
@@ -114,7 +116,9 @@ def test_transformers_draws_among_fifty_where_the_file_gives_no_number() -> None
         ("top_k", -1, "got a wrong value (Expected int >= 0)"),
         ("top_p", 0, "got a wrong value (Expected float > 0.0)"),
         ("top_p", 1.1, "got a wrong value (Expected float <= 1.0)"),
-        ("repetition_penalty", 0, "got a wrong value (Expected float > 0.0)"),
+        ("repetition_penalty", 0, "got a wrong value (Expected float >= 0.01)"),
+        ("repetition_penalty", 1e300, "got a wrong value (Expected float <= 100.0)"),
+        ("temperature", 1e300, "got a wrong value (Expected float <= 100.0)"),
     ],
 )
 def test_values_that_no_text_is_made_with(
@@ -265,15 +269,27 @@ def test_more_chat_templates_count_as_the_models_files(model: Path) -> None:
     assert checkpoint.stamp() != before
 
 
-def test_tokens_beyond_the_embedding_are_told(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("more", "said"), [(1, "1 token"), (2, "2 tokens")])
+def test_tokens_beyond_the_embedding_are_told(
+    model: Path, tmp_path: Path, more: int, said: str
+) -> None:
     _change(model / "config.json")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(model))
-    count = 512 + 2 - len(tokenizer)
+    count = 512 + more - len(tokenizer)
     tokenizer.add_tokens([f"<|extra_{index}|>" for index in range(count)])
     tokenizer.save_pretrained(model)
     told = _Told()
     _quantised(model, tmp_path / "out", told)
     assert told.notes == [
-        "The tokenizer has 2 tokens beyond the model's vocab_size of 512, the first "
-        f"'<|extra_{count - 2}|>' with id 512: a text with one of them will be refused."
+        f"The tokenizer has {said} beyond the model's vocab_size of 512, the first "
+        f"'<|extra_{count - more}|>' with id 512: a text with one of them will be refused."
+    ]
+
+
+def test_end_tokens_beyond_the_embedding_are_told(model: Path, tmp_path: Path) -> None:
+    _write(model, eos_token_id=[0, 600, 512])
+    told = _Told()
+    _quantised(model, tmp_path / "out", told)
+    assert told.notes == [
+        "End tokens beyond the model's vocab_size of 512 (512, 600) will never end a text."
     ]

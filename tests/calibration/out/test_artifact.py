@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,18 @@ def test_a_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
     ("damage", "problem"),
     [
         (lambda path: path.unlink(), "got no such file, expected it from the manifest"),
+        (
+            lambda path: (path.unlink(), os.mkfifo(path)),
+            "got a pipe, expected the file from the manifest",
+        ),
+        (
+            lambda path: (path.unlink(), path.mkdir()),
+            "got a folder, expected the file from the manifest",
+        ),
+        (
+            lambda path: (path.unlink(), path.symlink_to(path)),
+            "got Too many levels of symbolic links, expected the file from the manifest",
+        ),
         (lambda path: path.write_bytes(b"12"), "got 2 bytes, expected 3"),
         (
             lambda path: path.write_bytes(b"abd"),

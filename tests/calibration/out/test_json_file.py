@@ -59,6 +59,21 @@ def test_a_field_of_another_type_or_range_is_named(change: dict[str, object], me
 
 
 @pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"a700": {"b": [{"c": 1}, {"c": 2, "d": "x"}]}}, '["a700"]["b"][1]["d"]'),
+        ({"a0": {"c": [], "b.[1]": [{"": "x"}]}, "a999": 1}, '["a0"]["b.[1]"][0][""]'),
+        ({"z\n" * 999: 1}, '["' + 30 * "z\\n" + " ... " + 30 * "z\\n" + '"]'),
+    ],
+)
+def test_an_entry_is_named_by_its_key(change: dict[str, object], place: str) -> None:
+    many: dict[str, object] = {f"a{index}": {} for index in range(1000)}
+    with pytest.raises(InputError) as caught:
+        checked(many | change, dict[str, dict[str, list[dict[str, int]]]], "f")
+    assert caught.value.where == f"f, {place}"
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         (b'{"a": 1e999}', "Number out of range - at `$[...]`"),

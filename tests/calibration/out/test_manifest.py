@@ -48,15 +48,15 @@ def with_record(**change: Any) -> dict[str, Any]:
         (with_record(seconds="1"), "stages.quant, seconds", "str, expected float"),
         (with_record(peak_rss=True), "stages.quant, peak_rss", "bool, expected int"),
         (with_record(facts=None), "stages.quant, facts", "null, expected object"),
-        (with_record(files={"a": None}), "stages.quant, files[...]", "null, expected object"),
+        (with_record(files={"a": None}), 'stages.quant, files["a"]', "null, expected object"),
         (
             with_record(files={"a": {"bytes": 3}}),
-            "stages.quant, files[...]",
+            'stages.quant, files["a"]',
             "no sha256, expected a whole record",
         ),
         (
             with_record(files={"a": {"bytes": "3", "sha256": 64 * "0"}}),
-            "stages.quant, files[...].bytes",
+            'stages.quant, files["a"].bytes',
             "str, expected int",
         ),
     ],

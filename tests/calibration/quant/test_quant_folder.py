@@ -157,8 +157,8 @@ def test_missing_and_corrupt_quant_json(folder: Path) -> None:
     )
     path.unlink()
     assert _refusal(folder) == (
-        f"{path}: got no such file, expected a JSON file of an artefact folder. "
-        "Check the path, or make the artefact with python -m exporter."
+        f"{path}: got no such file, expected a JSON file of an artifact folder. "
+        "Check the path, or make the artifact with python -m exporter."
     )
 
 

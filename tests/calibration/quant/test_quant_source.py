@@ -41,6 +41,8 @@ class _Told(NullProgress):
     def message(self, text: str) -> None:
         self.text.append(text)
 
+    warning = message
+
 
 def _open(
     model: Path,

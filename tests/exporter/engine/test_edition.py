@@ -148,9 +148,9 @@ def test_engine_of_this_build_is_taken(machine: Install, tmp_path: Path) -> None
                     {"name": "decode", "inputs": {"input_ids": {"min": [1]}}},
                 ]
             },
-            "profiles[1].inputs[...]: got no opt, expected a whole record",
+            'profiles[1].inputs["input_ids"]: got no opt, expected a whole record',
         ),
-        ({"layers": {"PLUGIN_V3": "8"}}, "layers[...]: got str, expected int"),
+        ({"layers": {"PLUGIN_V3": "8"}}, 'layers["PLUGIN_V3"]: got str, expected int'),
         (
             {"plugin_library": {"name": "libanybit_plugins.so"}},
             "plugin_library: got no sha256, expected a whole record",
@@ -170,6 +170,6 @@ def test_missing_engine(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_engine(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'engine.json'}: got no such file, expected a JSON file of an artefact folder. "
-        "Check the path, or make the artefact with python -m exporter."
+        f"{tmp_path / 'engine.json'}: got no such file, expected a JSON file of an artifact folder. "
+        "Check the path, or make the artifact with python -m exporter."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from exporter.run.onnxruntime import load_model, onnx_runner
+from exporter.run.onnxruntime import OnnxSession, load_model, onnx_runner, whole_graph
 from exporter.run.rounding import round_every_op
 from plugins.errors import InputError
 
@@ -100,10 +101,10 @@ def test_missing_and_damaged_models_are_named(
     with pytest.raises(InputError) as caught, onnx_runner(tmp_path):
         pass
     assert caught.value.where == str(path) and caught.value.problem.startswith(
-        "got a model that ONNX Runtime refuses ("
+        "got a model that cannot be run ("
     )
     assert "model.onnx.data" in caught.value.problem
-    assert caught.value.fix == "The file or its data is damaged: export the model again"
+    assert caught.value.fix == "The file or its data is damaged or changed: export the model again"
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(InputError) as caught:
         onnx_runner(tmp_path)
@@ -111,3 +112,48 @@ def test_missing_and_damaged_models_are_named(
         "got a file that is not ONNX ("
     )
     assert caught.value.fix == "It is damaged: export the model again"
+
+
+def test_only_what_onnx_runtime_or_onnx_refuses_is_damaged(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
+
+    folder = tiny_export() / "onnx"
+    ours: tuple[Exception, ...] = (KeyError("a"), ValueError("b"), OSError(5, "c"), MemoryError())
+    for error in (*ours, InputError("a", "b", "c")):
+        with pytest.raises(type(error)) as caught, whole_graph(folder):
+            raise error
+        assert caught.value is error
+    for text in ("Failed to allocate memory for requested buffer of size 9", "std::bad_alloc"):
+        with pytest.raises(MemoryError), whole_graph(folder):
+            raise ort.RuntimeException(text)
+    with pytest.raises(OSError) as system, whole_graph(folder):
+        raise ort.Fail("model.onnx.data: Too many open files")
+    assert system.value.errno == errno.EMFILE
+    with pytest.raises(InputError) as refused, whole_graph(folder):
+        raise ort.InvalidGraph("a  node\n" * 300)
+    half = " ".join(["a node"] * 300)
+    assert str(refused.value) == (
+        f"{folder / 'model.onnx'}: got a model that cannot be run ({half[:150]} ... {half[-150:]}), "
+        "expected one as it was exported. The file or its data is damaged or changed: export the "
+        "model again."
+    )
+
+
+@pytest.mark.parametrize("name", ["past_key_values.0.key", "present.0.key", "logits", "input_ids"])
+def test_a_graph_with_another_input_or_output_is_damaged(
+    tiny_export: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_export() / "onnx", tmp_path / "onnx"))
+    model = load_model(folder)
+    for values in (model.graph.input, model.graph.output):
+        for value in values:
+            value.name = f"{name}_" if value.name == name else value.name
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}_" if one == name else one for one in names]
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError) as caught, OnnxSession(folder, 16) as session:
+        session.run(np.array([[1, 2]]))
+    assert caught.value.fix == "The file or its data is damaged or changed: export the model again"
