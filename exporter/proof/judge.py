@@ -24,10 +24,11 @@ __all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"
 
 # the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
-LEVELS = ("export", "kernel", "quantisation")  # in the order in which a failure is named
+LEVELS = ("export", "native", "kernel", "quantisation")  # in the order in which a failure is named
 _BETWEEN = {
     WEIGHTS: "the tensors in quant/ against the float model's",
     "export": "ONNX Runtime against the fake-quantised torch reference",
+    "native": "the native CPU kernels against the function bodies, both in ONNX Runtime",
     "kernel": "the TensorRT engine against ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
@@ -40,7 +41,7 @@ class LayerReport:
     or of one tensor in quant/.
 
     Attributes:
-        level: "weights", "export", "kernel" or "quantisation": what was compared.
+        level: "weights", "export", "native", "kernel" or "quantisation": what was compared.
         phase: "prefill", "decode" or "padded batch"; "" for weights.
         tensor: its ONNX name, or its name in quant/.
         cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat
@@ -105,6 +106,14 @@ class Stack:
         """Decoder layers."""
         return self.decoder.layers
 
+    @property
+    def exact(self) -> bool:
+        """Whether every node has integer activations: its result is then one number, whoever
+        computes it.
+        """
+        schemes = (self.scheme, *self.exceptions.values())
+        return all(scheme.abits < FLOAT_BITS for scheme in schemes)
+
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
         if index == self.layers:
@@ -137,6 +146,8 @@ class Stack:
         # limit.
         so_far = self.nodes[: depth * len(self.nodes) // self.layers]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
+        if level == "native" and self.exact:
+            return 0.0
         if level == "quantisation":
             return limits.quantisation(len(so_far))
         return limits.accumulated(depth, len(so_far))
@@ -185,6 +196,15 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
             ((one.name, *_measured(one, error, limits)) for one, error in found),
             key=lambda item: item[1] / item[2],
         )
+    if level == "native" and stack.exact:
+        worst = next(
+            (
+                (one.name, error.relative, 0.0)
+                for one in stack.operators(index)
+                if (error := total_error(errors[level, phase, one.tensor])).relative != 0
+            ),
+            worst,
+        )
     measured = (
         {"operator": worst[0], "operator_error": _finite(worst[1]), "operator_limit": worst[2]}
         if worst[0]
@@ -222,6 +242,11 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
         if row.level == "export" and (found := _first_operator(errors, row.phase, stack, failed)):
             return found
     row = failed[0]
+    if row.level == "native" and row.operator:
+        return (
+            f"got other numbers at {row.operator} (native, {row.phase}: {_BETWEEN['native']}), "
+            f"expected the same bits"
+        )
     got = f"{row.relative:.2g}" if row.relative is not None else "NaN or Inf"
     expected = f"at most {row.limit:.2g}" if row.limit is not None else "finite numbers"
     return (

@@ -8,6 +8,8 @@ What runs where:
   round_every_op, which casts explicitly around standard ops, because its CPU
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
+- native: the same graph with the native CPU kernels in place of the function bodies, which must give
+  the same bits at every node (A16: within rounding).
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -43,6 +45,7 @@ from exporter.proof.metrics import CompareTensors, TensorError
 from exporter.proof.runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
 from exporter.proof.weights import compare_weights, compared_tensors
 from exporter.run import find_runner
+from exporter.run.native import native_library
 from exporter.run.onnxruntime import OnnxSession, load_model
 from exporter.run.reference import TorchSession
 from plugins.errors import InputError
@@ -54,8 +57,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerReport", "ValidateOptions", "ValidationResult", "validate"]
 
+T = TypeVar("T")
+
 # Names of the runners that are compared, as a report shows them.
-ONNX_RUNTIME, TENSORRT = "onnxruntime", "tensorrt"
+ONNX_RUNTIME, NATIVE, TENSORRT = "onnxruntime", "native", "tensorrt"
 TORCH, LOCKSTEP, FLOAT = "torch-fake-quant", "torch-lockstep", "torch-float"
 _PADDED = 16  # tokens of the padded batch
 Errors = dict[
@@ -226,6 +231,25 @@ class _Validator:
             self.progress.advance(note=f"{ONNX_RUNTIME}, {self.calls[-1].phase}")
         return record
 
+    def run_native(self, record: list[Outputs], library: Path) -> None:
+        """The native kernels in ONNX Runtime against the function bodies."""
+
+        def open_session() -> DecoderSession:
+            return OnnxSession(self.out / ONNX, self.context, self.marked, kernels=library)
+
+        runners = [ReplayRunner(ONNX_RUNTIME, record), SessionRunner(NATIVE, open_session)]
+        self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
+
+    def native_kernels(self) -> Path | None:
+        """The library of native kernels; None, with a note, where there is none."""
+        library = native_library()
+        if isinstance(library, Path):
+            return library
+        self.notes.append(
+            f"The native CPU kernels could not be built, so they were not run. {library}"
+        )
+        return None
+
     def run_export(self, record: list[Outputs]) -> list[Outputs]:
         """ONNX Runtime and, if there is one, the engine against the fake-quantised torch model;
         returns the latter's logits and layers' outputs.
@@ -320,10 +344,16 @@ class _Validator:
         checkpoint = self.checkpoint()
         calls = self.steps + 3
         weights = compared_tensors(checkpoint) if checkpoint else 0
-        self.progress.start(REPORT, weights + calls * (3 if checkpoint else 2))
+        library = self.native_kernels()
+        runs = 2 + (library is not None) + (checkpoint is not None)
+        self.progress.start(REPORT, weights + calls * runs)
         rows = compare_weights(checkpoint, self.quant, self.progress) if checkpoint else []
         with captured_log():
-            references = _freed(self.run_export, _freed(self.run_onnx))
+            record = _freed(self.run_onnx)
+            if library is not None:
+                _freed(self.run_native, record, library)
+            references = _freed(self.run_export, record)
+            del record
             if checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
@@ -340,7 +370,7 @@ class _Validator:
         )
 
 
-def _freed(work: Callable[..., list[Outputs]], *arguments: Any) -> list[Outputs]:
+def _freed(work: Callable[..., T], *arguments: Any) -> T:
     """Run, then let go of the model it held (modules and their hooks refer to each other) and of
     what the heap keeps of it.
     """

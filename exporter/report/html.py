@@ -17,6 +17,7 @@ _MOST_DB = 60  # upper edge of the chart of signal to noise ratios
 _LEVELS = {
     "weights": "Weights: the tensors in quant/ against the float model's",
     "export": "Export: ONNX Runtime against the fake-quantised torch reference",
+    "native": "Native: the CPU kernels against the function bodies",
     "kernel": "Kernel: the TensorRT engine against ONNX Runtime",
     "quantisation": "Quantisation: the fake-quantised torch reference against the float model",
 }

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
 
-__all__ = ["RUNNER", "NativeSession", "native_session"]
+__all__ = ["RUNNER", "NativeSession", "native_library", "native_session"]
 
 
 @cache
-def _library() -> Path | UserError:
+def native_library() -> Path | UserError:
     """The library of native kernels, compiled if needed; or why there is none."""
     from plugins.tools.build import build_onnxruntime
 
@@ -51,7 +51,7 @@ def native_session(folder: Path, dtype: str) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    library, source = _library(), str(folder / MODEL_FILE)
+    library, source = native_library(), str(folder / MODEL_FILE)
     if isinstance(library, UserError):
         raise library
     options = onnxruntime.SessionOptions()
@@ -86,7 +86,7 @@ class NativeRunner(Runner):
 
     def unavailable(self) -> InputError | None:
         """There may be no compiler for the kernels."""
-        library = _library()
+        library = native_library()
         if isinstance(library, Path):
             return None
         return InputError(

@@ -119,9 +119,14 @@ def _damaged(folder: Path) -> bool:
     )
 
 
-def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
+def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None = None) -> Any:
     """A Polygraphy OnnxrtRunner on the CPU; the weights are read from the data file next to the
     model.
+
+    Args:
+        folder: OUT/onnx.
+        marked: inner tensors that are outputs too.
+        kernels: a custom-op library that runs the custom nodes; None: their bodies do.
 
     A 16-bit graph is rewritten by round_every_op first. That the file runs as it is, in fp32, is
     tested in tests/exporter/graph/test_graph.py.
@@ -184,6 +189,7 @@ class OnnxSession(DecoderSession):
         max_context: most tokens a sequence may have.
         marked: inner tensors that step() returns besides the model's outputs.
         dtype: of the model's floats.
+        kernels: as of onnx_runner.
     """
 
     def __init__(
@@ -192,10 +198,11 @@ class OnnxSession(DecoderSession):
         max_context: int,
         marked: Sequence[str] = (),
         dtype: str = "float32",
+        kernels: Path | None = None,
     ) -> None:
         super().__init__(max_context, dtype=dtype)
         self._folder = folder
-        self._runner = onnx_runner(folder, marked)
+        self._runner = onnx_runner(folder, marked, kernels)
         with whole_graph(folder):
             self._runner.activate()
             inputs = self._runner.get_input_metadata()

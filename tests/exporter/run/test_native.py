@@ -56,7 +56,7 @@ def test_the_kernels_run_and_not_the_bodies(tiny_export: Callable[..., Path]) ->
     import onnxruntime
 
     out = tiny_export(abits=8, dtype="float32")
-    library = native._library()
+    library = native.native_library()
     assert isinstance(library, Path)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library))
@@ -81,7 +81,7 @@ def test_without_a_compiler_the_bodies_run(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(native, "_library", lambda: missing)
+    monkeypatch.setattr(native, "native_library", lambda: missing)
     out = tiny_export(abits=8)
     assert choose_runner(out).name == "onnxruntime"
     with pytest.raises(InputError) as caught:
