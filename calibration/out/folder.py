@@ -122,9 +122,13 @@ def command_for(out: Path, stage: str) -> str:
             value = value if equals else next(words, "")
         if option == "--engine":
             kept += [option, "auto" if (stage, value) == (ENGINE, "none") else value]
-        elif option not in ("--until", "--resume", "--out"):
+        elif option == "--out":
+            kept += [option, str(out)]
+        elif option not in ("--until", "--resume"):
             kept.append(word)
-    return shlex.join([*kept, "--out", str(out), "--until", stage, "--resume"])
+    if "--out" not in kept:
+        kept += ["--out", str(out)]
+    return shlex.join([*kept, "--until", stage, "--resume"])
 
 
 def stages_in(path: Path) -> tuple[str, ...]:

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from calibration.out.description import read_description
 from calibration.out.folder import open_stage, stages_in
-from calibration.out.layout import ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
+from calibration.out.layout import DESCRIPTION, ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
@@ -143,7 +144,7 @@ class _Validator:
         self.out, self.options, self.progress = out, options, progress
         self.quant: QuantModel = read_quant(out / QUANT)
         model = load_model(out / ONNX)
-        self.context = open_stage(out, ONNX, "the validation").description().max_context
+        self.context = self._max_context()
         self.steps = max(min(options.steps, self.context - 2), 0)
         self.tokens = min(options.tokens, self.context - self.steps)
         self.nodes = gemm_nodes(model, self.quant.decoder)
@@ -157,6 +158,13 @@ class _Validator:
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
+
+    def _max_context(self) -> int:
+        """What model.json says; a graph that was written without one goes as far as the model."""
+        path = self.out / ONNX / DESCRIPTION
+        if path.is_file():
+            return read_description(path, "Export the model again")[0].max_context
+        return int(self.quant.config["max_position_embeddings"])
 
     def windows(self) -> np.ndarray:
         """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration

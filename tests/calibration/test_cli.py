@@ -258,7 +258,7 @@ def test_a_quant_folder_of_another_model_or_setting_is_refused_and_kept(
     assert capsys.readouterr().err == (
         f"{folder}: got a folder without a readable quant.json (got no such file, expected a "
         f"JSON file of "
-        f"an artefact folder). {fix}\n"
+        f"an artifact folder). {fix}\n"
     )
 
 

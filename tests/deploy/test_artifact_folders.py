@@ -170,17 +170,17 @@ def test_a_missing_stage_names_the_command_that_made_the_others(copy: Path) -> N
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["command"] = [
-        *("python", "-m", "exporter", "my model", "--wbits", "4", "--abits", "8"),
-        *("--out", "where/it/was", "--until", "onnx", "--engine", "none", "--resume"),
+        *("python", "-m", "exporter", "my model", "--wbits", "4", "--out=where/it/was"),
+        *("--until", "onnx", "--engine", "none", "--resume"),
     ]
     write_json(path, manifest)
     shutil.rmtree(copy / "onnx")
-    command = "python -m exporter 'my model' --wbits 4 --abits 8 --engine"
+    command = f"python -m exporter 'my model' --wbits 4 --out {copy} --engine"
     assert refused(copy) == (
         f"{copy}: got no onnx folder, expected it for --runner onnxruntime. "
-        f"Make it with: {command} none --out {copy} --until onnx --resume."
+        f"Make it with: {command} none --until onnx --resume."
     )
-    assert command_for(copy, "engine") == f"{command} auto --out {copy} --until engine --resume"
+    assert command_for(copy, "engine") == f"{command} auto --until engine --resume"
 
 
 def test_an_artifact_of_an_older_version_is_refused_with_the_command_that_renews_it(
