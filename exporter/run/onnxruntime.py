@@ -159,8 +159,8 @@ class OnnxRuntimeRunner(Runner):
 
     name = "onnxruntime"
     stage = ONNX
-    help = "the ONNX file on the CPU"
-    automatic = True
+    help = "the ONNX file on the CPU, every node from standard ops"
+    automatic = 1
 
     def open(self, folder: StageFolder, description: Description) -> DecoderSession:
         """Reads the ONNX file and its weights; shows the residual stream, for check_finite."""
