@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.checkpoints.foreign import reason
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from exporter.run.onnxruntime import load_model, whole_graph
 from exporter.run.rounding import round_every_op
@@ -65,15 +64,9 @@ def native_session(folder: Path, dtype: str) -> Any:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
         )
-    try:
+    with whole_graph(folder):
         options.register_custom_ops_library(str(library))
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises a kind of its own for each status
-        raise InputError(
-            source,
-            f"got a model that ONNX Runtime refuses ({reason(error)})",
-            "The file or its data is damaged: export the model again",
-        ) from None
 
 
 class NativeRunner(Runner):
