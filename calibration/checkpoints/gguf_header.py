@@ -95,6 +95,21 @@ class GgufPart:
             self._read_entry()
         self.tensors = self._place(list(self._infos(tensors)))
 
+    def value(self, key: str, default: Any = None) -> Any:
+        """One value of the metadata, or the default if there is none.
+
+        Raises:
+            InputError: it is a list, or a number that is not finite.
+        """
+        if key in self._arrays:
+            raise self._damaged(
+                f"got a list of {self._arrays[key].count}, expected one value", _metadata(key)
+            )
+        value = self.values.get(key, default)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._damaged(f"got {value}, expected a finite number", _metadata(key))
+        return value
+
     def strings(self, key: str) -> list[str] | None:
         """A list of strings of the metadata, or None if there is none."""
         array = self._arrays.get(key)
@@ -103,13 +118,21 @@ class GgufPart:
         return [self._text(start, length, key) for start, length in self._spans(array)]
 
     def numbers(self, key: str) -> list[Any] | None:
-        """A list of numbers of the metadata, or None if there is none."""
+        """A list of numbers of the metadata, or None if there is none.
+
+        Raises:
+            InputError: one of them is not finite.
+        """
         array = self._arrays.get(key)
         if array is None or array.kind == _STRING:
             return None
         scalar = _SCALARS[array.kind]
         data = self._bytes[array.start : array.start + array.count * scalar.size]
-        return [value for (value,) in scalar.iter_unpack(data)]
+        numbers = [value for (value,) in scalar.iter_unpack(data)]
+        wrong = next((value for value in numbers if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise self._damaged(f"got {wrong}, expected finite numbers", _metadata(key))
+        return numbers
 
     @property
     def keys(self) -> list[str]:
@@ -291,7 +314,7 @@ class GgufPart:
         return tensors
 
     def _alignment(self) -> int:
-        value = self.values.get("general.alignment", 32)
+        value = self.value("general.alignment", 32)
         if type(value) is not int or not 0 < value <= _MOST_ALIGNMENT or value & (value - 1):
             raise self._damaged(
                 f"got {str(value)[:_SHOWN]!r}, expected a power of two of at most {_MOST_ALIGNMENT}",

@@ -7,7 +7,6 @@ from typing import Any
 
 from calibration.checkpoints.gguf import GgufFile
 from calibration.checkpoints.gguf_config import token_id
-from calibration.checkpoints.gguf_header import DOWNLOAD_AGAIN
 from plugins.errors import InputError
 
 __all__ = ["PRE_TOKENIZERS", "gguf_tokenizer"]
@@ -143,7 +142,7 @@ def gguf_tokenizer(file: GgufFile) -> Any:
 def _check_keys(file: GgufFile) -> None:
     for key in file.keys:
         unknown = key.startswith("tokenizer.ggml.") and key not in _KNOWN
-        if unknown and (file.value(key) or file.length(key)):
+        if unknown and file.says(key):
             raise file.wrong(key, "nothing: no tokenizer here follows it", _GIVE_FOLDER)
 
 
@@ -155,9 +154,10 @@ def _flag(file: GgufFile, key: str, default: bool) -> bool:
 
 
 def _strings(file: GgufFile, key: str) -> list[str]:
+    if key not in file.keys:
+        raise file.missing(key)
     found = file.strings(key)
     if found is None:
-        file.required(key)
         raise file.wrong(key, "a list of strings")
     return found
 
@@ -170,14 +170,14 @@ def _tokens(file: GgufFile) -> list[str]:
             raise InputError(
                 f"{file.path}, metadata {_TOKENS}",
                 f"got {token[:40]!r} as tokens {first[token]} and {index}, expected it once",
-                DOWNLOAD_AGAIN,
+                _GIVE_FOLDER,
             )
     return tokens
 
 
 def _numbers(file: GgufFile, key: str, count: int) -> list[Any]:
-    found = file.numbers(key)
-    if found is None or len(found) != count:
+    found = file.numbers(key) if file.length(key) == count else None
+    if found is None:
         raise file.wrong(key, f"{count} numbers, one for each token")
     return found
 

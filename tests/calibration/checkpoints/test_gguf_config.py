@@ -110,6 +110,8 @@ def _llama_cpp(
         ({"type": "yarn", "factor": 4.0}, ("yarn", 4.0, 256)),
         ({"type": "yarn", "factor": 4.0, "original_context_length": 0}, ("yarn", 4.0, 256)),
         ({"type": "yarn", "factor": 4.0, "original_context_length": 64}, ("yarn", 4.0, 64)),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": 0.0}, ("yarn", 4.0, 256)),
+        ({"factor": 4.0, "yarn_attn_factor": 0.0}, ("linear", 4.0, 256)),
         (
             {"type": "yarn", "factor": 4.0, "original_context_length": 64, "attn_factor": 0.8},
             ("yarn", 4.0, 64, 0.8),
@@ -315,12 +317,28 @@ def test_special_tokens_beyond_the_vocabulary(gguf_of: Callable[..., Path]) -> N
         (
             {"llama.attention.head_count": [4, 4]},
             "llama.attention.head_count",
-            "got a list of 2, expected a positive number",
+            "got a list of 2, expected one value",
         ),
         (
             {"llama.attention.layer_norm_rms_epsilon": math.nan},
             "llama.attention.layer_norm_rms_epsilon",
-            "got 'nan', expected a positive number",
+            "got nan, expected a finite number",
+        ),
+        (
+            {"llama.rope.freq_base": [500000.0]},
+            "llama.rope.freq_base",
+            "got a list of 1, expected one value",
+        ),
+        ({"split.count": [1, 2]}, "split.count", "got a list of 2, expected one value"),
+        (
+            {SCALING + "type": "yarn", SCALING + "yarn_ext_factor": math.nan},
+            SCALING + "yarn_ext_factor",
+            "got nan, expected a finite number",
+        ),
+        (
+            {"llama.logit_scale": math.inf},
+            "llama.logit_scale",
+            "got inf, expected a finite number",
         ),
         (
             {"llama.context_length": "long"},
