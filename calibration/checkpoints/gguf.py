@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 from gguf.quants import dequantize
 
-from calibration.checkpoints.gguf_header import (
-    ANOTHER_TYPE,
-    DOWNLOAD_AGAIN,
-    GgufPart,
-    GgufTensor,
-)
+from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.checkpoints.gguf_header import ANOTHER_TYPE, GgufPart, GgufTensor
 from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
 from plugins.errors import InputError
+from plugins.text import some
 
 __all__ = ["GgufFile", "GgufWeights"]
 
@@ -27,7 +24,6 @@ __all__ = ["GgufFile", "GgufWeights"]
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ROPE_FACTORS = "rope_freqs.weight"
 _LARGEST = 1e12
-_SHOWN = 3
 
 
 class GgufFile:
@@ -153,11 +149,9 @@ def _whole_set(part: GgufPart) -> list[GgufPart]:
     ]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise InputError(
             str(part.path),
-            f"got {count - len(missing)} of {count} parts, missing "
-            f"{', '.join(missing[:_SHOWN])}{more}",
+            f"got {count - len(missing)} of {count} parts, missing {some(missing)}",
             "Put all parts of the model into one folder",
         )
     parts = [GgufPart(path) for path in paths]
@@ -215,11 +209,9 @@ class GgufWeights:
         used = {info.gguf for info in self._names.values()} | {_ROPE_FACTORS}
         unknown = [name for name in self._file.tensors if name not in used]
         if unknown:
-            more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
             raise InputError(
                 str(self._file.path),
-                f"got tensors that the model's {decoder.layers} layers do not use: "
-                f"{', '.join(name[:60] for name in unknown[:_SHOWN])}{more}",
+                f"got tensors that the model's {decoder.layers} layers do not use: {some(unknown)}",
                 "The export would drop them: choose a model without them",
             )
 

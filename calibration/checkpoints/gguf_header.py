@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
 
-__all__ = ["ANOTHER_TYPE", "DOWNLOAD_AGAIN", "GgufPart", "GgufTensor"]
+__all__ = ["ANOTHER_TYPE", "GgufPart", "GgufTensor"]
 
-DOWNLOAD_AGAIN = "The file is truncated or damaged: download it again"
 ANOTHER_TYPE = "Convert the model to another GGUF type, such as Q8_0 or F16"
 
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, two counts, the metadata,
@@ -337,11 +337,8 @@ def _aligned(position: int, alignment: int) -> int:
 
 def _map(path: Path) -> mmap.mmap:
     """The bytes of a file that begins as GGUF files do."""
+    check_regular(path, "a GGUF file")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise InputError(
-                str(path), "got no regular file, expected a GGUF file", "Give the file itself"
-            )
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
             if magic != _MAGIC:

@@ -7,7 +7,9 @@ from typing import Any
 
 from calibration.checkpoints.gguf import GgufFile
 from calibration.checkpoints.gguf_config import token_id
+from calibration.checkpoints.tokenizer import check_templates
 from plugins.errors import InputError
+from plugins.text import one_line
 
 __all__ = ["PRE_TOKENIZERS", "gguf_tokenizer"]
 
@@ -190,7 +192,7 @@ def _bpe(file: GgufFile, tokens: list[str], merges: list[tuple[str, str]], **opt
     try:
         return Tokenizer(BPE(vocab=vocab, merges=merges, **options))
     except Exception as error:  # tokenizers raises its own kind
-        reason = " ".join(str(error).split()).removeprefix("Error while initializing BPE: ")[:80]
+        reason = one_line(error, 80).removeprefix("Error while initializing BPE: ")
         raise file.wrong(_MERGES, f"merges of the file's tokens ({reason})") from None
 
 
@@ -294,4 +296,5 @@ def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
     for name, template in found.items():
         if not isinstance(template, str):
             raise file.wrong(prefix if name == "default" else f"{prefix}.{name}", "a template")
+    check_templates(found, f"{file.path}, metadata {prefix}", _GIVE_FOLDER)
     return found if len(found) > 1 else found.get("default")

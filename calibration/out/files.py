@@ -68,7 +68,8 @@ def locked(out: Path, say: Callable[[str], None] | None = None) -> Iterator[None
             ) from error
         if held:  # nobody else is writing what a killed process left
             for path in out.glob(_TEMPORARY):
-                path.unlink()
+                if path.is_symlink() or not path.is_dir():  # a folder is none of ours
+                    path.unlink()
         yield
 
 

@@ -359,6 +359,29 @@ def test_values_that_no_model_has(
     assert _refusal(gguf_of(metadata)) == f", metadata {where}: {problem}. {AGAIN}"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "field", "most"),
+    [
+        ("context_length", 1 << 25, "max_position_embeddings", 1 << 24),
+        ("feed_forward_length", 1 << 25, "intermediate_size", 1 << 24),
+    ],
+)
+def test_sizes_that_no_model_has(
+    gguf_of: Callable[..., Path], key: str, value: int, field: str, most: int
+) -> None:
+    """The limits are those of config.json."""
+    assert _refusal(gguf_of({f"llama.{key}": value})) == (
+        f", {field}: got {value}, expected at most {most}. Choose a model that is not so large."
+    )
+
+
+def test_as_many_layers_as_tensors(gguf_of: Callable[..., Path]) -> None:
+    tensors = {f"t{index}": np.zeros(1, np.float32) for index in range(2000)}
+    assert _refusal(gguf_of({"llama.block_count": 2000}, extra=tensors)) == (
+        ", num_hidden_layers: got 2000, expected at most 1024. Choose a model that is not so large."
+    )
+
+
 def test_other_architecture_experts_and_adapters(tmp_path: Path) -> None:
     other = "expected one of llama. Choose a model of a supported architecture."
     path = tmp_path / "m.gguf"

@@ -269,7 +269,7 @@ def test_a_pipe_is_refused_without_waiting_for_its_writer(path: Path) -> None:
         GgufPart(path)
     assert (
         str(caught.value)
-        == f"{path}: got no regular file, expected a GGUF file. Give the file itself."
+        == f"{path}: got a pipe, expected a GGUF file. Check the path and the permissions."
     )
 
 
@@ -277,8 +277,7 @@ def test_a_file_that_may_not_be_read(path: Path) -> None:
     with pytest.raises(InputError) as caught:
         GgufPart(path)
     assert str(caught.value) == (
-        f"{path}: got No such file or directory, expected a GGUF file. "
-        "Check the path and the permissions."
+        f"{path}: got no such file, expected a GGUF file. Check the path and the permissions."
     )
 
 

@@ -331,6 +331,11 @@ def _refusal(built: Callable[..., Any], path: Path, **more: Any) -> str:
             f"each token. {AGAIN}",
         ),
         (
+            {"chat_template": "{{ x }}", "chat_template.a/b": "{{ y }}"},
+            ", metadata tokenizer.chat_template: got 'a/b', expected the name of a template, such as "
+            f"tool_use. {FOLDER}",
+        ),
+        (
             {"ggml.token_type": [1.0] * 900 + [math.nan]},
             f", metadata tokenizer.ggml.token_type: got nan, expected finite numbers. {AGAIN}",
         ),

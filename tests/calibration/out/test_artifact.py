@@ -300,3 +300,6 @@ def test_what_a_killed_process_left_is_swept_only_under_a_lock(
     ]
     with locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    (folder := temporary(tmp_path / "own")).mkdir()  # nothing here makes such a folder
+    with locked(tmp_path):
+        assert folder.is_dir()
