@@ -45,7 +45,7 @@ lint: install  ## ruff and mypy
 kernels: install
 	$(PY) -m plugins selftest --sim --list > /dev/null
 
-install: $(VENV)/.installed  ## the virtual environment and the plugin library
+install: $(VENV)/.installed  ## the virtual environment and the libraries for TensorRT and ONNX Runtime
 	$(PY) -m plugins build
 
 # torch first and pinned: a range would take a build with several GB of CUDA packages.

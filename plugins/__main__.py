@@ -1,4 +1,4 @@
-"""Command line of the plugins package: python -m plugins build | sim | sass | selftest."""
+"""Command line of the plugins package: python -m plugins build | cpu | sim | sass | selftest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugins import library_ops
 from plugins.cli import Parser, add_version, program, run_cli, whole_number
 from plugins.errors import EXIT_CHECK, InputError
 from plugins.text import printable
-from plugins.tools.build import build_library, build_selftest, build_sim
+from plugins.tools.build import build_library, build_onnxruntime, build_selftest, build_sim
 from plugins.tools.sass import failures, inspect, table
 
 __all__ = ["main"]
@@ -28,10 +28,13 @@ def _main(arguments: list[str] | None) -> int:
     )
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="the TensorRT plugin library, with nvcc")
+    build = commands.add_parser(
+        "build", help="the libraries for TensorRT, with nvcc, and for ONNX Runtime"
+    )
     build.add_argument(
         "--arch", default="all", help='"all" or compute capabilities such as "80;90" (default: all)'
     )
+    commands.add_parser("cpu", help="the library for ONNX Runtime alone, with g++")
     commands.add_parser("sim", help="the same kernels for the CPU, with g++")
     sass = commands.add_parser(
         "sass",
@@ -43,9 +46,11 @@ def _main(arguments: list[str] | None) -> int:
     selftest = commands.add_parser(
         "selftest", help="check every kernel against a plain CPU computation"
     )
-    selftest.add_argument(
+    place = selftest.add_mutually_exclusive_group()
+    place.add_argument(
         "--sim", action="store_true", help="in the CPU simulation, not on this machine's GPU"
     )
+    place.add_argument("--cpu", action="store_true", help="the native kernels of this CPU")
     selftest.add_argument("--quick", action="store_true", help="fewer shapes")
     selftest.add_argument("--list", action="store_true", help="only list what would be checked")
     selftest.add_argument("--op", metavar="NAME", help="only this op, such as ABQGemm")
@@ -56,7 +61,9 @@ def _main(arguments: list[str] | None) -> int:
         return _selftest(options)
     if options.command == "sass":
         return _inspect(options.library or build_library())
-    print(build_library(options.arch) if options.command == "build" else build_sim())
+    if options.command == "build":
+        print(build_library(options.arch))
+    print(build_sim() if options.command == "sim" else build_onnxruntime())
     return 0
 
 
@@ -71,7 +78,8 @@ def _selftest(options: argparse.Namespace) -> int:
             f"got {options.op!r}, expected one of {', '.join(library_ops())}",
             "Check the spelling",
         )
-    library = build_sim() if options.sim else build_library()
+    build = build_sim if options.sim else build_onnxruntime if options.cpu else build_library
+    library = build()
     return subprocess.run([str(build_selftest()), str(library), *words], check=False).returncode
 
 

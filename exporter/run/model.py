@@ -48,16 +48,17 @@ class Model:
 
 
 def choose_runner(path: Path) -> Runner:
-    """Of the runners that may be chosen by themselves, the one of the latest stage that is there and
-    that can run here; that a folder was made for another machine is said on stderr.
+    """Of the runners that may be chosen by themselves, the one to be preferred whose stage is there
+    and that can run here; that a folder was made for another machine is said on stderr.
 
     Raises:
         InputError: there is no such folder, or its manifest is damaged.
     """
     automatic = [found for found in runners().values() if found.automatic]
+    automatic.sort(key=lambda found: -found.automatic)
     stages = stages_in(path)
-    first, *later = [found for found in automatic if found.stage in stages] or automatic[:1]
-    for found in reversed(later):
+    there = [found for found in automatic if found.stage in stages] or automatic
+    for found in there[:-1]:
         if found.unavailable():
             continue
         try:
@@ -66,7 +67,7 @@ def choose_runner(path: Path) -> Runner:
             print(f"Not using {found.name}: {error}", file=sys.stderr)
             continue
         return found
-    return first
+    return there[-1]
 
 
 def find_model(path: Path, name: str = AUTO) -> Model:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calibration.out.folder import StageFolder
 
 
-__all__ = ["RUNNER", "OnnxSession", "load_model", "onnx_runner"]
+__all__ = ["RUNNER", "OnnxSession", "load_model", "onnx_runner", "whole_graph"]
 
 _LONGEST = 300  # characters of a reason that stands in a message
 
@@ -57,15 +57,15 @@ def load_model(folder: Path, marked: Sequence[str] = ()) -> onnx.ModelProto:
         ) from None
     if not marked:
         return model
-    with _whole(folder):
+    with whole_graph(folder):
         outputs = list(model.graph.output)
         model.graph.value_info.extend(outputs)  # ModifyOutputs looks for types there
         return ModifyOutputs(model, outputs=[*(value.name for value in outputs), *marked])()
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    """Takes a graph for damaged where working with it fails.
+def whole_graph(folder: Path) -> Iterator[None]:
+    """Take a graph for damaged where working with it fails.
 
     Raises:
         InputError: it does, in any of the ways in which libraries fail.
@@ -99,7 +99,7 @@ def onnx_runner(folder: Path, marked: Sequence[str] = ()) -> Any:
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     model = load_model(folder, marked)
-    with _whole(folder):
+    with whole_graph(folder):
         round_every_op(model)
 
     def session() -> Any:
@@ -129,8 +129,8 @@ class OnnxRuntimeRunner(Runner):
 
     name = "onnxruntime"
     stage = ONNX
-    help = "the ONNX file on the CPU"
-    automatic = True
+    help = "the ONNX file on the CPU, every node from standard ops"
+    automatic = 1
 
     def open(self, folder: StageFolder, description: Description) -> DecoderSession:
         """Reads the ONNX file and its weights."""
@@ -163,7 +163,7 @@ class OnnxSession(DecoderSession):
         super().__init__(max_context, dtype=dtype)
         self._folder = folder
         self._runner = onnx_runner(folder, marked)
-        with _whole(folder):
+        with whole_graph(folder):
             self._runner.activate()
             inputs = self._runner.get_input_metadata()
             self._names = cache_names(inputs)
@@ -188,7 +188,7 @@ class OnnxSession(DecoderSession):
             "position_ids": positions,
             **past,
         }
-        with _whole(self._folder):
+        with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}
         return outputs

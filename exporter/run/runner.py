@@ -22,13 +22,14 @@ class Runner(ABC):
         name: as --runner takes it.
         stage: whose folder it runs, one of STAGES.
         help: one line for --help.
-        automatic: whether --runner auto may choose it; the one of the latest stage wins.
+        automatic: 0 where --runner auto never chooses it; of the others the one with the highest
+            number that can run wins.
     """
 
     name: ClassVar[str]
     stage: ClassVar[str]
     help: ClassVar[str]
-    automatic: ClassVar[bool] = False
+    automatic: ClassVar[int] = 0
 
     def unavailable(self) -> InputError | None:
         """Why nothing can be run with it on this machine; None where it can."""

@@ -37,7 +37,7 @@ class TensorrtRunner(Runner):
     name = "tensorrt"
     stage = ENGINE
     help = "the engine on a GPU"
-    automatic = True
+    automatic = 3
 
     def unavailable(self) -> InputError | None:
         """There may be no CUDA device."""

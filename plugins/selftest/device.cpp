@@ -14,8 +14,9 @@ constexpr int kComputeCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPA
 
 class Host final : public Device {
  public:
-  explicit Host(std::function<void(unsigned)> set_order) : set_order_(std::move(set_order)) {}
-  std::string name() const override { return "CPU simulation"; }
+  Host(std::string name, std::function<void(unsigned)> set_order)
+      : name_(std::move(name)), set_order_(std::move(set_order)) {}
+  std::string name() const override { return name_; }
   void* allocate(size_t bytes) override {
     return std::aligned_alloc(256, (bytes + 511) / 256 * 256);
   }
@@ -31,6 +32,7 @@ class Host final : public Device {
   void synchronize() override {}
 
  private:
+  std::string name_;
   std::function<void(unsigned)> set_order_;
 };
 
@@ -123,8 +125,8 @@ class Gpu final : public Device {
 }  // namespace
 
 std::unique_ptr<Device> make_gpu() { return std::make_unique<Gpu>(); }
-std::unique_ptr<Device> make_host(std::function<void(unsigned)> set_order) {
-  return std::make_unique<Host>(std::move(set_order));
+std::unique_ptr<Device> make_host(std::string name, std::function<void(unsigned)> set_order) {
+  return std::make_unique<Host>(std::move(name), std::move(set_order));
 }
 
 }  // namespace selftest

@@ -1,5 +1,5 @@
 // Memory and streams of what the self-test runs on: a GPU, through the CUDA driver found at run
-// time, or the host for the simulation.
+// time, or the host for the simulation and for native kernels.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -27,7 +27,7 @@ class Device {
 
 // Throws std::runtime_error with what there is instead of a GPU that runs the kernels.
 std::unique_ptr<Device> make_gpu();
-// set_order: of the simulation, see simt::launch.
-std::unique_ptr<Device> make_host(std::function<void(unsigned)> set_order);
+// set_order: of the simulation, see simt::launch; native kernels have no order.
+std::unique_ptr<Device> make_host(std::string name, std::function<void(unsigned)> set_order);
 
 }  // namespace selftest

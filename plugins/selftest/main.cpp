@@ -37,8 +37,9 @@ std::string usage() {
          "] [--kernel NAME] [--seed N] [--list] [--help]";
 }
 const char* const kHelp = R"(
-LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it), or
-libanybit_kernels_sim.so for the CPU simulation.
+LIBRARY is libanybit_plugins.so for the GPU (CUDA_VISIBLE_DEVICES picks it),
+libanybit_onnxruntime.so for this CPU, with each of its instruction sets, or
+libanybit_kernels_sim.so for the simulation of a GPU.
   --quick        fewer sizes
   --op           only this op
   --kernel NAME  only this kernel, such as "int8 64x8"
@@ -362,7 +363,13 @@ int run(int argc, char** argv) {
       reinterpret_cast<void (*)(unsigned)>(dlsym(library, "anybit_sim_set_seed"));
   std::unique_ptr<Device> device;
   try {
-    device = set_order ? make_host(set_order) : make_gpu();
+    if (set_order) {
+      device = make_host("CPU simulation", set_order);
+    } else if (dlsym(library, "RegisterCustomOps")) {
+      device = make_host("CPU", [](unsigned) {});
+    } else {
+      device = make_gpu();
+    }
   } catch (const std::runtime_error& error) {
     const std::string problem = std::string("GPU: got ") + error.what() +
                                 ", expected one of compute capability 8.0 or later. ";

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from plugins.tools.recipe import Command, Recipe, make, make_file, run
 from plugins.tools.toolkit import CudaToolkit, find_cuda, find_cuda_include, find_program
 
 __all__ = [
+    "ONNXRUNTIME_LIBRARY",
     "PLUGIN_LIBRARY",
     "SELFTEST",
     "SIM_LIBRARY",
     "build_folders",
     "build_library",
+    "build_onnxruntime",
     "build_selftest",
     "build_sim",
     "build_soname",
@@ -28,12 +31,16 @@ __all__ = [
 ]
 
 PLUGIN_LIBRARY = "libanybit_plugins.so"
+ONNXRUNTIME_LIBRARY = "libanybit_onnxruntime.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
 SELFTEST = "anybit-selftest"
 
 # An op's folder is found by these; plugins/CMakeLists.txt has the same patterns.
 KERNEL_SOURCES = ("*/cuda/*.cu", "core/host/*.cu")
 PLUGIN_SOURCES = ("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.cpp")
+ONNXRUNTIME_SOURCES = ("*/onnxruntime.cpp", "core/onnxruntime/*.cpp", "*/cpu/*.cpp")
+TABLE_OF_OPS = "core/host/ops.cu"  # C++ like the simulation's
+INSTRUCTION_SETS = ("avx2", "avx512")  # of sources named *_avx2.cpp, *_avx512.cpp; x86-64 only
 SELFTEST_SOURCES = ("selftest/*.cpp", "*/selftest.cpp")
 
 _SOURCES = Path(__file__).resolve().parent.parent
@@ -176,6 +183,33 @@ def build_sim() -> Path:
     ).stdout.partition("\n")[0]
     compiles = dict.fromkeys(_sources(*KERNEL_SOURCES), compiler)
     return make(_recipe(SIM_LIBRARY, compiles, _link_sim(), {"compiler": version}))
+
+
+def _onnxruntime(source: str) -> Command:
+    flags, compiler = _flags(), find_program("g++", "g++")
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    sets = [name for name in INSTRUCTION_SETS if x86 and source.endswith(f"_{name}.cpp")]
+    special = [flag for name in sets for flag in flags[name]]
+    return [compiler, *flags["onnxruntime"], *special, "-I."]
+
+
+def build_onnxruntime(say: Callable[[str], None] | None = None) -> Path:
+    """The ONNX Runtime custom-op library with the CPU kernels, compiled if needed; needs g++ only.
+
+    It holds the kernels for every instruction set and chooses when it is loaded, so that it may be
+    copied to another machine of the same architecture.
+
+    Args:
+        say: told before it is compiled.
+
+    Raises:
+        InputError: no g++.
+        UserError: the compiler failed; the message holds its output.
+    """
+    compiles = {source: _onnxruntime(source) for source in _sources(*ONNXRUNTIME_SOURCES)}
+    compiles[TABLE_OF_OPS] = [*_onnxruntime(TABLE_OF_OPS), "-x", "c++"]
+    link = [find_program("g++", "g++"), "-shared", *_flags()["link"], "{}"]
+    return make(_recipe(ONNXRUNTIME_LIBRARY, compiles, link), say)
 
 
 def build_selftest() -> Path:

@@ -148,7 +148,7 @@ def test_an_engine_of_another_version(
         "1.7.1.116. Build the engine again on this machine (python -m exporter ... --resume)."
     )
     assert refused(out, "tensorrt") == message
-    assert choose_runner(out).name == "onnxruntime"
+    assert choose_runner(out).name == "native"
     assert capsys.readouterr().err == f"Not using tensorrt: {message}\n"
 
 
@@ -156,13 +156,13 @@ def test_auto_takes_the_engine_only_where_it_fits(
     artifact: Path, engine_record: Callable[..., Path], pretend_gpus: Pretend
 ) -> None:
     out = engine_record()
-    for gpus, expected in (([], "onnxruntime"), (["8.9"], "tensorrt")):
+    for gpus, expected in (([], "native"), (["8.9"], "tensorrt")):
         pretend_gpus(gpus)
         assert choose_runner(out).name == expected
-        assert choose_runner(artifact).name == "onnxruntime"  # no engine there
+        assert choose_runner(artifact).name == "native"  # no engine there
     (out / "manifest.json").write_bytes((artifact / "manifest.json").read_bytes())
     assert (
-        choose_runner(out).name == "onnxruntime"
+        choose_runner(out).name == "native"
     )  # an engine on the disk that the manifest does not list
 
 
@@ -230,7 +230,7 @@ def test_the_onnx_folder_alone_runs(
         assert main(["generate", str(out), *command]) == 0
         captured = capsys.readouterr()
         texts.append(captured.out)
-        assert captured.err.endswith(" s, onnxruntime\n")
+        assert captured.err.endswith(" s, native\n")
     assert texts[0] == texts[1] == texts[2]
     scored = ["--text", TEXT, "--first", "1", "--seqlen", "64", "--progress", "none"]
     assert main(["eval", str(alone), *scored]) == 0
@@ -375,7 +375,8 @@ def test_each_file_that_is_read_is_hashed_once_and_no_other(
 
     onnx = ("model.onnx", "model.onnx.data")
     engine = ("model.engine", "libanybit_plugins.so", "engine.json")
-    assert read("onnxruntime", out) == files("onnx", "model.json", *onnx)
+    for runner in ("onnxruntime", "native"):
+        assert read(runner, out) == files("onnx", "model.json", *onnx)
     assert read("onnxruntime", out / "onnx") == files("onnx", *onnx)
     assert read("tensorrt", out) == files("engine", "model.json", *engine)
     assert read("tensorrt", out / "engine") == files("engine", *engine)

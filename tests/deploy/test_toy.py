@@ -91,7 +91,7 @@ def test_a_toy_runner_generates(
     assert captured.out.startswith("abcd") and captured.err.startswith("3 tokens in ")
     assert captured.err.endswith(" s, counting\n")
     assert main(["generate", str(artifact), *command]) == 0  # auto does not take it unasked
-    assert capsys.readouterr().err.endswith(" s, onnxruntime\n")
+    assert capsys.readouterr().err.endswith(" s, native\n")
     text = Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt"
     score = ["--text", str(text), "--first", "1", "--seqlen", "16", "--progress", "none"]
     assert main(["eval", str(artifact), *score, "--runner", "counting"]) == 0

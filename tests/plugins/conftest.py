@@ -6,16 +6,33 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.plugins.kernel_runner import KernelRunner, cuda_missing
+from tests.plugins.kernel_runner import (
+    INSTRUCTION_SETS,
+    KernelRunner,
+    cpu_missing,
+    cuda_missing,
+)
+
+
+def _runner(kind: str) -> Iterator[KernelRunner]:
+    kind_of_chip, _, isa = kind.partition("-")
+    reason = cuda_missing() if kind_of_chip == "cuda" else cpu_missing(isa) if isa else ""
+    if reason:
+        pytest.skip(reason)
+    runner = KernelRunner(kind)
+    yield runner
+    runner.set_device(90, 4)
+
+
+@pytest.fixture(scope="module", params=["sim", "cuda", *(f"cpu-{isa}" for isa in INSTRUCTION_SETS)])
+def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
+    """The kernels in the simulation, natively on this CPU with each of its instruction sets and,
+    where there is one, on a GPU; a test may choose the simulated GPU.
+    """
+    yield from _runner(request.param)
 
 
 @pytest.fixture(scope="module", params=["sim", "cuda"])
-def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
-    """The kernels in the simulation and, where there is one, on a GPU; a test may choose the
-    simulated GPU.
-    """
-    if request.param == "cuda" and (reason := cuda_missing()):
-        pytest.skip(reason)
-    runner = KernelRunner(request.param)
-    yield runner
-    runner.set_device(90, 4)
+def gpu_runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
+    """The CUDA kernels, in the simulation and on a GPU."""
+    yield from _runner(request.param)

@@ -1,5 +1,5 @@
-"""Runs the C functions of the kernels through ctypes, on the CPU simulation or on a GPU, with
-guarded and poisoned memory.
+"""Runs the C functions of the kernels through ctypes, on the CPU simulation, on a GPU or natively on
+this CPU, with guarded and poisoned memory.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 
 from plugins.core.op_spec import GemmAttributes
-from plugins.tools.kernels import GemmShape, KernelLibrary, gemm_shape
+from plugins.tools.kernels import KERNEL_STEP, GemmShape, KernelLibrary, gemm_shape
 
 __all__ = [
     "GUARD_BYTES",
     "KernelError",
     "KernelRunner",
+    "cpu_missing",
     "cuda_missing",
     "gpu_sm",
 ]
 
 GUARD_BYTES = 256
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 POISON = 0xCB
+_ANY, _F32 = GemmAttributes(4, 16, 8, 1, 0, 16, 16, 0), np.dtype(np.float32)
 
 
 class KernelError(RuntimeError):
@@ -42,6 +45,19 @@ def cuda_missing() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "no CUDA device visible to torch"
+
+
+def cpu_tactic(isa: str) -> int:
+    """The tactic of the native kernels of an instruction set; see plugins/core/cpu/op.h."""
+    return KERNEL_STEP * (INSTRUCTION_SETS.index(isa) + 1) + 1
+
+
+def cpu_missing(isa: str) -> str:
+    """Why native kernels of this instruction set cannot run here; empty if they can."""
+    from plugins.tools.build import build_onnxruntime
+
+    listed = KernelLibrary(build_onnxruntime()).tactics("QQQGemm", gemm_shape(_ANY, 1, _F32))
+    return "" if cpu_tactic(isa) in listed else f"no {isa} on this machine"
 
 
 def gpu_sm() -> int:
@@ -99,15 +115,17 @@ class KernelRunner:
     """One loaded kernel library.
 
     Args:
-        kind: "sim" or "cuda".
+        kind: "sim", "cuda", or an instruction set of this CPU: "cpu-portable", "cpu-avx2",
+            "cpu-avx512".
     """
 
     def __init__(self, kind: str) -> None:
-        from plugins.tools.build import build_library, build_sim
+        from plugins.tools.build import build_library, build_onnxruntime, build_sim
 
-        self.kind = kind
+        self.kind, _, self.isa = kind.partition("-")
+        build = {"sim": build_sim, "cuda": build_library, "cpu": build_onnxruntime}[self.kind]
         self.workspace = np.empty(0, np.uint8)  # what the last gemm() left in the scratch memory
-        self.kernels = KernelLibrary(build_sim() if kind == "sim" else build_library())
+        self.kernels = KernelLibrary(build())
         self.library = self.kernels.library
         if kind == "sim":
             self.library.anybit_sim_last_error.restype = ctypes.c_char_p
@@ -125,8 +143,11 @@ class KernelRunner:
     def tactics(
         self, op: str, attrs: GemmAttributes, tokens: int, dtype: np.dtype[Any]
     ) -> dict[int, str]:
-        """Kernel names by tactic, the default choice first."""
-        return self.kernels.tactics(op, gemm_shape(attrs, tokens, dtype))
+        """Kernel names by tactic, the default choice first; on a CPU those of the instruction set
+        alone.
+        """
+        listed = self.kernels.tactics(op, gemm_shape(attrs, tokens, dtype))
+        return {cpu_tactic(self.isa): self.isa} if self.isa else listed
 
     def call(self, op: str, shape: GemmShape, pointers: Mapping[str, int]) -> None:
         """Call the op's C function.
@@ -164,6 +185,8 @@ class KernelRunner:
             scratch: the byte that fills the workspace before the call.
             tactic: which kernel, 0 for the library's choice.
         """
+        if self.isa:
+            tactic = cpu_tactic(self.isa)
         shape = gemm_shape(attrs, len(x), x.dtype, tactic)
         y = np.full(len(x) * attrs.out_features * x.itemsize, POISON, np.uint8)
         workspace = np.full(self.kernels.workspace_bytes(op, shape), scratch, np.uint8)

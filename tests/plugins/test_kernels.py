@@ -1,5 +1,5 @@
-"""The CUDA kernels against the numpy references: bit for bit on the CPU simulation and, where there
-is one, on a GPU.
+"""The kernels against the numpy references: bit for bit natively on a CPU, with each of its
+instruction sets, on the simulation of a GPU and, where there is one, on a GPU.
 """
 
 from __future__ import annotations
@@ -248,15 +248,15 @@ def quantised_by_kernel(
     [abq(3, 90, w=(2, 4), a=a, sym=sym, g=g) for a in (2, 5, 8) for sym in (0, 1) for g in (0, 45)]
     + [qqq(3, 90)],
 )
-def test_quantised_tokens(runner: KernelRunner, attrs: GemmAttributes) -> None:
+def test_quantised_tokens(gpu_runner: KernelRunner, attrs: GemmAttributes) -> None:
     """Scales, zero points and codes in the workspace are those of quantize_activation, every pad
     code is 0, and so is every code of a row that holds a NaN.
     """
     x = tokens(4, 90, F32)
     x[1] = 0
     arrays = qqq_arrays(attrs) if attrs.wbits == 4 else abq_arrays(attrs)
-    check(runner, attrs, arrays, x, tactic=SIMPLE)
-    scale, zero, codes = quantised_by_kernel(runner, attrs, 4)
+    check(gpu_runner, attrs, arrays, x, tactic=SIMPLE)
+    scale, zero, codes = quantised_by_kernel(gpu_runner, attrs, 4)
     want_codes, want_scale, want_zero = quantize_activation(
         x, attrs.abits, bool(attrs.act_symmetric)
     )
@@ -270,8 +270,8 @@ def test_quantised_tokens(runner: KernelRunner, attrs: GemmAttributes) -> None:
         ]
     np.testing.assert_array_equal(codes, padded)
     x[2, 7] = np.nan
-    check(runner, attrs, arrays, x, tactic=SIMPLE)
-    scale, zero, codes = quantised_by_kernel(runner, attrs, 4)
+    check(gpu_runner, attrs, arrays, x, tactic=SIMPLE)
+    scale, zero, codes = quantised_by_kernel(gpu_runner, attrs, 4)
     assert np.isnan(scale[2])
     assert zero[2] == 0
     assert not codes[2].any()
@@ -321,19 +321,19 @@ def test_missing_buffers_are_refused(runner: KernelRunner) -> None:
         assert error.value.code == 1
 
 
-def test_workspace_size_counts_in_64_bits(runner: KernelRunner) -> None:
+def test_workspace_size_counts_in_64_bits(gpu_runner: KernelRunner) -> None:
     m, k = 1 << 20, 8192
-    assert runner.kernels.workspace_bytes(
+    assert gpu_runner.kernels.workspace_bytes(
         "ABQGemm", gemm_shape(abq(8, k), m, F16, SIMPLE)
     ) == m * 8 + 8 * m * (k // 8)
     assert (
-        runner.kernels.workspace_bytes("QQQGemm", gemm_shape(qqq(8, k), m, F16, SIMPLE))
+        gpu_runner.kernels.workspace_bytes("QQQGemm", gemm_shape(qqq(8, k), m, F16, SIMPLE))
         == m * 4 + m * k
     )
     for op, attrs in (("ABQGemm", abq(8, k)), ("QQQGemm", qqq(8, k))):
         codes = m * (k + (12 if op == "ABQGemm" else 8))
         assert (
             codes
-            < runner.kernels.workspace_bytes(op, gemm_shape(attrs, m, F16, ANY_TACTIC))
+            < gpu_runner.kernels.workspace_bytes(op, gemm_shape(attrs, m, F16, ANY_TACTIC))
             < codes + (9 << 20)
         )

@@ -31,6 +31,12 @@ ORDERS = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module")
+def runner(gpu_runner: KernelRunner) -> KernelRunner:
+    """These are tests of the CUDA kernels alone."""
+    return gpu_runner
+
+
 def case_of(kind: int, k: int, **changes: Any) -> Case:
     return Case(kind, k, **({"abits": 16} if kind == FLOATS else {}) | changes)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.tools.build import build_library, build_selftest, build_sim
+from plugins.tools.build import build_library, build_onnxruntime, build_selftest, build_sim
 from plugins.tools.kernels import GemmShape
 from plugins.tools.toolkit import find_cuda_include
 from tests.plugins.kernel_runner import cuda_missing
@@ -117,6 +117,14 @@ def shim(folder: Path, change: str, simulated: bool = True, ops: int = 2) -> Pat
     text = SHIM.replace("REAL", str(build_sim())).replace("CHANGE", change)
     text = text.replace("COUNT", str(ops)) + (SIMULATED if simulated else "")
     return compiled(folder, "libshim.so", text)
+
+
+def test_the_native_kernels_of_this_cpu_are_right() -> None:
+    done = run(build_onnxruntime(), "--quick", "--op", "QQQGemm")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("CPU: ")
+    assert done.stdout.splitlines()[-1].endswith(" calls, all right")
+    assert "\nQQQGemm  portable " in done.stdout
 
 
 @pytest.mark.slow

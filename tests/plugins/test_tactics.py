@@ -36,6 +36,12 @@ WGMMA = {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}
 MANY, FEW = 132, 1  # multiprocessors: K is split among many blocks, or not at all
 
 
+@pytest.fixture(scope="module")
+def runner(gpu_runner: KernelRunner) -> KernelRunner:
+    """These are tests of the CUDA kernels alone."""
+    return gpu_runner
+
+
 def has_wgmma(runner: KernelRunner) -> bool:
     """Whether check() runs the kernels for compute capability 9.0."""
     return runner.kind == "sim" or gpu_sm() == 90

@@ -64,7 +64,7 @@ def test_every_custom_op_sees_rounded_inputs(tiny_export: Callable[..., Path], d
     np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
 def test_cache_chunks_and_last_only_change_nothing(
     tiny_export: Callable[..., Path], kind: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_cache_chunks_and_last_only_change_nothing(
         assert last.shape == (1, 1, 512) and relative(last, whole[:, -1:]) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
 def test_left_padding_changes_nothing(tiny_export: Callable[..., Path], kind: str) -> None:
     with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
         alone = session.run(IDS)
@@ -135,7 +135,7 @@ def test_unknown_kind() -> None:
         open_session("tpu", Path("nowhere"))
     assert (
         str(caught.value)
-        == "--runner: got 'tpu', expected torch, onnxruntime, tensorrt. Choose one of these."
+        == "--runner: got 'tpu', expected torch, native, onnxruntime, tensorrt. Choose one of these."
     )
 
 

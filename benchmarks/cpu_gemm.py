@@ -1,0 +1,293 @@
+"""The CPU kernels of both ops in ONNX Runtime, beside this machine's plain read bandwidth.
+
+python benchmarks/cpu_gemm.py [--seconds 2] [--threads 1 2] [--set avx512]
+
+Every result is compared with reference() first. Then, on matrices of 4096 x 4096:
+decode   one token through so many layers that their packed weights are over 64 MB, so that each comes
+         from memory; a plain read of the same bytes by the same number of threads is timed in turn with
+         it, and the ratio is the median of neighbours'
+prefill  512 tokens through one layer, in 10^12 operations a second (a multiplication and an addition
+         count as two), the quantization of the tokens included
+Writes benchmarks/results/<processor>-<date>-gemm.json and prints a table. --set measures a lower
+instruction set than the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from exporter.graph.nodes import NodeFactory
+from plugins import op_spec
+from plugins.core.op_spec import GemmAttributes, QuantArrays
+from plugins.tools.build import build_onnxruntime
+
+HERE = Path(__file__).resolve().parent
+N = K = 4096
+COLD_BYTES = 96 << 20  # of all layers together; over 64 MB and any cache of the machines so far
+PREFILL = 512
+ALIGNMENT = 4096  # of a tensor in its file
+PAUSE = 0.005  # seconds in which spinning threads of the session before go to sleep
+READER = """
+#include <cstdint>
+#include <cstddef>
+#include <thread>
+#include <vector>
+static uint64_t sum(const uint64_t* p, size_t n) {
+  uint64_t total = 0;
+  for (size_t i = 0; i < n; ++i) total += p[i];
+  return total;
+}
+extern "C" uint64_t read_all(const uint64_t* p, size_t words, int threads) {
+  std::vector<uint64_t> totals(threads);
+  const auto run = [&](int t) {
+    const size_t first = words * t / threads, last = words * (t + 1) / threads;
+    totals[t] = sum(p + first, last - first);
+  };
+  std::vector<std::thread> pool;
+  for (int t = 1; t < threads; ++t) pool.emplace_back(run, t);
+  run(0);
+  for (auto& thread : pool) thread.join();
+  for (int t = 1; t < threads; ++t) totals[0] += totals[t];
+  return totals[0];
+}
+"""
+
+Case = tuple[str, GemmAttributes]
+
+
+def cases() -> list[Case]:
+    """Both ops, per channel and in groups of 128, with A8."""
+    found: list[Case] = []
+    for group in (0, 128):
+        for bits in (2, 3, 4, 6, 8):
+            found.append(("ABQGemm", GemmAttributes(bits, 1 << bits, 8, 1, group, K, N, 0)))
+        found.append(("QQQGemm", GemmAttributes(4, 16, 8, 1, group, K, N, 0)))
+    found.append(("ABQGemm", GemmAttributes(4, 16, 8, 0, 0, K, N, 0)))  # asymmetric activations
+    return found
+
+
+def title(case: Case) -> str:
+    op, attrs = case
+    kind = "" if attrs.act_symmetric else " asymmetric"
+    return f"{op} {attrs.title}{kind} {f'g{attrs.group_size}' if attrs.group_size else 'channel'}"
+
+
+def weights(case: Case, seed: int) -> dict[str, np.ndarray]:
+    """Packed random weights."""
+    op, attrs = case
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.001, 0.01, (N, attrs.n_groups if op == "ABQGemm" else 1))
+    if op == "ABQGemm":
+        arrays = QuantArrays(
+            rng.integers(0, attrs.levels, (N, K), np.uint8),
+            scale.astype(np.float32),
+            rng.integers(0, attrs.levels, (N, attrs.n_groups), np.int32),
+        )
+    else:
+        groups = rng.uniform(2, 15, (N, attrs.n_groups)).astype(np.float16)
+        arrays = QuantArrays(
+            rng.integers(-8, 8, (N, K), np.int8),
+            scale.astype(np.float32),
+            scale_group=groups if attrs.group_size else None,
+        )
+    return op_spec(op).pack(arrays, attrs, "benchmark")
+
+
+class Layers:
+    """A session of `count` GEMM nodes side by side. Their weights are in a file that ONNX Runtime
+    maps, and so do we.
+    """
+
+    def __init__(self, case: Case, count: int, threads: int, folder: Path) -> None:
+        op, attrs = case
+        packed, data = weights(case, 0), folder / "weights.bin"
+        self.count, self.packed = count, packed
+        factory = NodeFactory(TensorProto.FLOAT16)
+        nodes, initializers, outputs = [], [], []
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.register_custom_ops_library(str(build_onnxruntime()))
+        kinds = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+        kinds["float16"] = TensorProto.FLOAT16
+        at = 0
+        data.unlink(missing_ok=True)  # what an earlier session maps stays
+        file = data.open("wb")
+        for i in range(count):
+            names = {name: f"{i}.{name}" for name in packed}
+            for name, array in packed.items():
+                tensor = TensorProto(name=names[name], dims=array.shape)
+                tensor.data_type = kinds[str(array.dtype)]
+                tensor.data_location = TensorProto.EXTERNAL
+                where = {"location": data.name, "offset": at, "length": array.nbytes}
+                for key, value in where.items():
+                    tensor.external_data.add(key=key, value=str(value))
+                initializers.append(tensor)
+                padding = -array.nbytes % ALIGNMENT
+                file.write(array.tobytes() + bytes(padding))
+                at += array.nbytes + padding
+            inputs = ["X", *(names[name] for name in op_spec(op).input_names(attrs)[1:])]
+            nodes.append(factory.gemm(op, attrs, f"gemm{i}", inputs, f"Y{i}"))
+            outputs.append(helper.make_tensor_value_info(f"Y{i}", TensorProto.FLOAT16, ["M", N]))
+        x = helper.make_tensor_value_info("X", TensorProto.FLOAT16, ["M", K])
+        model = helper.make_model(
+            helper.make_graph(nodes, "gemms", [x], outputs, initializers),
+            ir_version=11,
+            functions=factory.functions(),
+            opset_imports=factory.opset_imports(23),
+        )
+        file.close()
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        self.session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        self.mapped = np.memmap(data, np.uint64, "r")
+
+    def run(self, x: np.ndarray) -> list[np.ndarray]:
+        return list(self.session.run(None, {"X": x}))
+
+    def check(self, case: Case, x: np.ndarray) -> None:
+        """Compare every output with reference()."""
+        op, attrs = case
+        want = op_spec(op).reference(x, self.packed, attrs)
+        for y in self.run(x):
+            np.testing.assert_array_equal(y, want)
+
+
+class Reader:
+    """Reads an array from end to end with a plain compiled loop."""
+
+    def __init__(self, folder: Path) -> None:
+        source, library = folder / "read.cpp", folder / "read.so"
+        source.write_text(READER, encoding="utf-8")
+        flags = ["-O3", "-march=native", "-funroll-loops", "-shared", "-fPIC", "-pthread"]
+        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
+        self._read = ctypes.CDLL(str(library)).read_all
+
+    def __call__(self, array: np.ndarray, threads: int) -> None:
+        pointer = ctypes.c_void_p(array.ctypes.data)
+        self._read(pointer, ctypes.c_size_t(array.size), threads)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    time.sleep(PAUSE)
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def decode(case: Case, threads: int, seconds: float, read: Reader, folder: Path) -> dict[str, Any]:
+    """One token against cold weights, in turn with a plain read of the same bytes."""
+    size = sum(array.nbytes for array in weights(case, 0).values())
+    layers = Layers(case, -(-COLD_BYTES // size), threads, folder)
+    x = np.random.default_rng(1).normal(size=(1, K)).astype(np.float16)
+    layers.check(case, x)
+    mapped, total = layers.mapped, layers.mapped.nbytes
+    kernel, plain = [], []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(kernel) < 5:
+        plain.append(seconds_of(lambda: read(mapped, threads)))
+        kernel.append(seconds_of(lambda: layers.run(x)))
+    ratios = [p / k for p, k in zip(plain, kernel, strict=True)]
+    return {
+        "megabytes": round(total / 1e6, 1),
+        "gigabytes_per_second": round(total / statistics.median(kernel) / 1e9, 2),
+        "plain_read_gigabytes_per_second": round(total / statistics.median(plain) / 1e9, 2),
+        "of_plain_read": round(statistics.median(ratios), 3),
+        "microseconds_per_layer": round(statistics.median(kernel) / layers.count * 1e6, 1),
+        "runs": len(kernel),
+    }
+
+
+def prefill(case: Case, threads: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """Many tokens through one layer."""
+    layers = Layers(case, 1, threads, folder)
+    x = np.random.default_rng(1).normal(size=(PREFILL, K)).astype(np.float16)
+    layers.check(case, x[:33])
+    times: list[float] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times) < 5:
+        times.append(seconds_of(lambda: layers.run(x)))
+    operations = 2 * PREFILL * N * K
+    return {
+        "tera_operations_per_second": round(operations / statistics.median(times) / 1e12, 3),
+        "fastest": round(operations / min(times) / 1e12, 3),
+        "runs": len(times),
+    }
+
+
+def processor() -> str:
+    """Its name, as the operating system has it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    """Measure all cases, one after the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--set", default="", help="an instruction set, as ANYBIT_CPU names it")
+    parser.add_argument("--only", default="", help="cases whose title has this in it")
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--no-record", action="store_true")
+    args = parser.parse_args()
+    os.environ["ANYBIT_CPU"] = args.set
+    date, rows = datetime.date.today().isoformat(), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        read = Reader(folder)
+        for case in cases():
+            if args.only not in title(case):
+                continue
+            for threads in args.threads:
+                row = {"case": title(case), "threads": threads}
+                row["decode"] = decode(case, threads, args.seconds, read, folder)
+                line = "{gigabytes_per_second:6.2f} GB/s = {of_plain_read:.0%} of a plain read"
+                text = line.format(**row["decode"])
+                if not args.no_prefill:
+                    row["prefill"] = prefill(case, threads, args.seconds, folder)
+                    text += "  {tera_operations_per_second:.3f} TOPS".format(**row["prefill"])
+                rows.append(row)
+                print(f"{row['case']:34} {threads} threads {text}", flush=True)
+    record = {
+        "date": date,
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "instruction_set": args.set or "the best",
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "matrix": [N, K],
+        "rows": rows,
+    }
+    if not args.no_record:
+        name = "-".join(processor().lower().split()[:2])
+        suffix = f"-{args.set}" if args.set else ""
+        path = HERE / "results" / f"{name}-{date}-gemm{suffix}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

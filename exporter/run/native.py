@@ -1,0 +1,165 @@
+"""Runs the exported model in ONNX Runtime on the CPU as it is, its custom nodes by native kernels."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.checkpoints.foreign import reason
+from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
+from exporter.run.onnxruntime import load_model, whole_graph
+from exporter.run.rounding import round_every_op
+from exporter.run.runner import Runner
+from exporter.run.sessions import DecoderSession, cache_names
+from plugins.errors import InputError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from calibration.out.description import Description
+    from calibration.out.folder import StageFolder
+
+__all__ = ["RUNNER", "NativeSession", "native_session"]
+
+
+@cache
+def _library() -> Path | UserError:
+    """The library of native kernels, compiled if needed; or why there is none."""
+    from plugins.tools.build import build_onnxruntime
+
+    try:
+        return build_onnxruntime()
+    except UserError as error:
+        return error
+
+
+def native_session(folder: Path, dtype: str) -> Any:
+    """An onnxruntime.InferenceSession on the ONNX file in `folder`, as it is.
+
+    The weights stay where the system maps the data file; nothing is copied or repacked. ONNX
+    Runtime has no bfloat16 on a CPU: such a graph is rewritten by round_every_op first.
+
+    Args:
+        dtype: of the model's floats.
+
+    Raises:
+        InputError: ONNX Runtime refuses the file or the library.
+    """
+    # Before the first import, for those who use this without a command line (plugins/cli.py).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    library, source = _library(), str(folder / MODEL_FILE)
+    if isinstance(library, UserError):
+        raise library
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    graph: str | bytes = source
+    if dtype == "bfloat16":
+        model = load_model(folder)
+        with whole_graph(folder):
+            round_every_op(model)
+        graph = model.SerializeToString()
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder.resolve())
+        )
+    try:
+        options.register_custom_ops_library(str(library))
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a kind of its own for each status
+        raise InputError(
+            source,
+            f"got a model that ONNX Runtime refuses ({reason(error)})",
+            "The file or its data is damaged: export the model again",
+        ) from None
+
+
+class NativeRunner(Runner):
+    """The ONNX file on the CPU; the custom nodes run kernels of plugins/*/cpu."""
+
+    name = "native"
+    stage = ONNX
+    help = "the ONNX file on the CPU, the custom nodes by native kernels"
+    automatic = 2
+
+    def unavailable(self) -> InputError | None:
+        """There may be no compiler for the kernels."""
+        library = _library()
+        if isinstance(library, Path):
+            return None
+        return InputError(
+            "--runner native",
+            f"got no library of native kernels ({library.where}: {library.problem})",
+            "Install g++, or use --runner onnxruntime",
+        )
+
+    def open(self, folder: StageFolder, description: Description) -> DecoderSession:
+        """Reads the graph; the weights are mapped."""
+        for name in (MODEL_FILE, DATA_FILE):
+            folder.file(name)
+        return NativeSession(folder.path, description.max_context, dtype=description.dtype)
+
+
+class NativeSession(DecoderSession):
+    """ONNX Runtime on the CPU with native kernels. The cache stays in ONNX Runtime's memory from
+    call to call.
+
+    Args:
+        folder: OUT/onnx.
+        max_context: most tokens a sequence may have.
+        dtype: of the model's floats.
+    """
+
+    def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
+        import onnx
+
+        super().__init__(max_context, dtype=dtype)
+        self._folder = folder
+        self._session: Any = native_session(folder, dtype)
+        with whole_graph(folder):
+            inputs = {value.name: value for value in self._session.get_inputs()}
+            self._names = cache_names(inputs)
+            _, heads, _, width = inputs["past_key_values.0.key"].shape
+            self._cache_shape = int(heads), int(width)
+            kind = inputs["past_key_values.0.key"].type.removeprefix("tensor(").removesuffix(")")
+            self._type = onnx.TensorProto.DataType.Value(kind.upper())
+        self._outputs = ["logits", *(f"present.{name}" for name in self._names)]
+        self._clear()
+
+    def _clear(self) -> None:
+        self._cache: dict[str, Any] = {}
+
+    def _forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        from onnxruntime import OrtValue
+
+        cache = self._cache or self._empty_cache(len(input_ids))
+        feeds = {
+            "input_ids": OrtValue.ortvalue_from_numpy(input_ids),
+            "attention_mask": OrtValue.ortvalue_from_numpy(attention_mask),
+            "position_ids": OrtValue.ortvalue_from_numpy(positions),
+            **{f"past_key_values.{name}": cache[name] for name in self._names},
+        }
+        with whole_graph(self._folder):
+            logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
+            self._cache = dict(zip(self._names, present, strict=True))
+            return {"logits": logits.numpy()}
+
+    def _empty_cache(self, batch: int) -> dict[str, Any]:
+        from onnxruntime import OrtValue
+
+        heads, width = self._cache_shape
+        shape = (batch, heads, 0, width)
+        return {
+            name: OrtValue.ortvalue_from_shape_and_type(shape, self._type) for name in self._names
+        }
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+RUNNER = NativeRunner()

@@ -1,0 +1,293 @@
+// ABQGemm for a few tokens with AVX-512: bit planes are read once, straight from memory, and turned
+// into codes in registers by transposing 8 x 8 bits.
+//
+// 64 bytes of each plane hold 512 codes. Bytes of the planes are interleaved, so that 8 bytes hold
+// all bits of 8 bit columns, and one GF(2) matrix product (gf2p8affineqb) turns every such square.
+// With 2 or 4 planes a byte then has 4 or 2 codes side by side ("fields"), which are not shifted
+// down: a field's sum is 4^f or 16^f times as large and is shifted once, at the end. Nothing crosses
+// a lane of 128 bits, so that lane L has codes 128 L to 128 L + 127, the first 64 in vectors 0 to 3
+// and the others in 4 to 7.
+#pragma once
+#include "abq_gemm/cpu/weights.h"
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
+constexpr int kAbqVectors = 8;  // of codes, in a span
+constexpr int kAbqRowsTogether = 4;
+constexpr int kAbqSpansTogether = 8;  // of a row, before the next row: memory is read in order
+constexpr int kAbqMostSums = 640;     // groups times operands: 80 KB of the stack
+
+// A token's codes in the order in which the planes' codes come out.
+//
+// Vector v has field f = v % fields of the interleaved pair t = v / fields; its qword q of lane L
+// holds the codes of byte (2 t + q) * fields + (fields - 1 - f) of that lane of a plane.
+inline void abq_order(const int8_t* codes, int64_t bytes, int planes, int8_t* ordered) {
+  const int fields = 8 / planes;
+  for (int64_t span = 0; span < bytes; span += kAbqSpan) {
+    for (int v = 0; v < kAbqVectors; ++v) {
+      const int t = v / fields, f = v % fields;
+      for (int half_lane = 0; half_lane < 8; ++half_lane) {
+        const int lane = half_lane / 2, q = half_lane % 2;
+        const int byte = (2 * t + q) * fields + fields - 1 - f;
+        std::memcpy(ordered + span + 64 * v + 8 * half_lane, codes + span + 128 * lane + 8 * byte,
+                    8);
+      }
+    }
+  }
+}
+
+// Codes of a span, times 4^f or 16^f. `planes` is 2, 4 or 8; planes that there are not are 0.
+template <int kPlanes>
+ANYBIT_INLINE void abq_codes(const __m512i* plane, __m512i* codes) {
+  const __m512i transpose = _mm512_set1_epi64(0x8040201008040201LL);
+  const auto turned = [&](__m512i squares) {
+    return _mm512_gf2p8affine_epi64_epi8(transpose, squares, 0);
+  };
+  if constexpr (kPlanes == 2) {
+    const __m512i c[2] = {turned(_mm512_unpacklo_epi8(plane[1], plane[0])),
+                          turned(_mm512_unpackhi_epi8(plane[1], plane[0]))};
+    for (int t = 0; t < 2; ++t) {
+      for (int f = 0; f < 4; ++f)
+        codes[4 * t + f] = _mm512_and_si512(c[t], _mm512_set1_epi8(char(3 << 2 * f)));
+    }
+  } else if constexpr (kPlanes == 4) {
+    const __m512i high[2] = {_mm512_unpacklo_epi8(plane[3], plane[2]),
+                             _mm512_unpackhi_epi8(plane[3], plane[2])};
+    const __m512i low[2] = {_mm512_unpacklo_epi8(plane[1], plane[0]),
+                            _mm512_unpackhi_epi8(plane[1], plane[0])};
+    for (int t = 0; t < 4; ++t) {
+      const __m512i c = turned(t % 2 ? _mm512_unpackhi_epi16(high[t / 2], low[t / 2])
+                                     : _mm512_unpacklo_epi16(high[t / 2], low[t / 2]));
+      codes[2 * t] = _mm512_and_si512(c, _mm512_set1_epi8(15));
+      codes[2 * t + 1] = _mm512_and_si512(c, _mm512_set1_epi8(char(0xf0)));
+    }
+  } else {
+    __m512i pairs[2][4];
+    for (int i = 0; i < 4; ++i) {
+      pairs[0][i] = _mm512_unpacklo_epi8(plane[7 - 2 * i], plane[6 - 2 * i]);
+      pairs[1][i] = _mm512_unpackhi_epi8(plane[7 - 2 * i], plane[6 - 2 * i]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i* pair = pairs[i / 2];
+      const __m512i high =
+          i % 2 ? _mm512_unpackhi_epi16(pair[0], pair[1]) : _mm512_unpacklo_epi16(pair[0], pair[1]);
+      const __m512i low =
+          i % 2 ? _mm512_unpackhi_epi16(pair[2], pair[3]) : _mm512_unpacklo_epi16(pair[2], pair[3]);
+      codes[2 * i] = turned(_mm512_unpacklo_epi32(high, low));
+      codes[2 * i + 1] = turned(_mm512_unpackhi_epi32(high, low));
+    }
+  }
+}
+
+// What every call of abq_rows shares.
+struct AbqRows {
+  const uint8_t* words;
+  int64_t n, row_bytes, plane_bytes;  // bytes of a row and of a plane
+  int planes;
+  const int8_t* operands;  // ordered codes [kOperands, operand_bytes]: tokens, and ones for Q
+  int64_t operand_bytes;
+  int64_t n_groups, group_bytes;  // of the codes
+};
+
+// Sums of products of 4 rows of weights from n on with every operand; the sums of group g and operand
+// i go to sums[g * kOperands + i][column ...].
+//
+// kSets: 2 where groups are halves of a lane, else 1.
+template <int kPlanes, int kOperands, int kSets>
+inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
+  constexpr int kFields = 8 / kPlanes;
+  const uint8_t* rows[kAbqRowsTogether];
+  for (int r = 0; r < kAbqRowsTogether; ++r)
+    rows[r] = w.words + smaller(n + r, w.n - 1) * w.row_bytes;
+  __m512i totals[kAbqSpansTogether][kOperands][kSets][kAbqRowsTogether];
+  const bool whole_row = w.n_groups == 1;
+  int64_t group = 0, position = 0;  // of the next sums, position in the group
+  // The sums of 4 rows as one vector, a lane of which has a row in each element, to their groups.
+  const auto flush = [&](int span) {
+    alignas(64) __m128i added[kOperands][kSets][4];
+    for (int i = 0; i < kOperands; ++i) {
+      for (int set = 0; set < kSets; ++set) {
+        const __m512i* t = totals[span][i][set];
+        const __m512i left =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
+        const __m512i right =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
+        _mm512_store_si512(added[i][set], _mm512_add_epi32(_mm512_unpacklo_epi64(left, right),
+                                                           _mm512_unpackhi_epi64(left, right)));
+      }
+    }
+    for (int lane = 0; lane < 4 && group < w.n_groups; ++lane) {
+      for (int set = 0; set < kSets && group < w.n_groups; ++set) {
+        for (int i = 0; i < kOperands; ++i) {
+          __m128i* to = reinterpret_cast<__m128i*>(sums[group * kOperands + i] + column);
+          _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), added[i][set][lane]));
+        }
+        position += whole_row ? 0 : 128 / kSets;
+        if (position < w.group_bytes) continue;
+        position = 0;
+        ++group;
+      }
+    }
+  };
+  const auto row_span = [&](int r, int64_t first, __m512i(&fields)[kOperands][kSets][kFields]) {
+    const int64_t left = w.row_bytes - first;
+    const __mmask16 all = left >= 64 ? __mmask16(0xffff) : __mmask16((1 << left / 4) - 1);
+    __m512i plane[kPlanes], codes[kAbqVectors];
+    const char* ahead = reinterpret_cast<const char*>(rows[r] + kAbqRowsTogether * w.row_bytes);
+    for (int j = 0; j < kPlanes; ++j)
+      if (j < w.planes) _mm_prefetch(ahead + first + j * w.plane_bytes, _MM_HINT_T0);
+    for (int j = 0; j < kPlanes; ++j)
+      plane[j] = j < w.planes ? _mm512_maskz_loadu_epi32(all, rows[r] + first + j * w.plane_bytes)
+                              : _mm512_setzero_si512();
+    abq_codes<kPlanes>(plane, codes);
+    for (int i = 0; i < kOperands; ++i) {
+      const int8_t* operand = w.operands + i * w.operand_bytes + 8 * first;
+      for (int v = 0; v < kAbqVectors; ++v) {
+        __m512i& field = fields[i][kSets == 2 ? v / 4 : 0][v % kFields];
+        field = _mm512_dpbusd_epi32(field, codes[v], _mm512_loadu_si512(operand + 64 * v));
+      }
+    }
+  };
+  const auto close = [&](int span, int r, const __m512i(&fields)[kOperands][kSets][kFields]) {
+    for (int i = 0; i < kOperands; ++i) {
+      for (int set = 0; set < kSets; ++set) {
+        __m512i total = fields[i][set][0];
+        for (int f = 1; f < kFields; ++f)
+          total = _mm512_add_epi32(total, _mm512_srai_epi32(fields[i][set][f], kPlanes * f));
+        totals[span][i][set][r] = total;
+      }
+    }
+  };
+  if (whole_row) {
+    for (int r = 0; r < kAbqRowsTogether; ++r) {
+      __m512i fields[kOperands][kSets][kFields] = {};
+      for (int64_t first = 0; first < w.row_bytes; first += 64) row_span(r, first, fields);
+      close(0, r, fields);
+    }
+    flush(0);
+    return;
+  }
+  constexpr int kBytesTogether = 64 * kAbqSpansTogether;
+  for (int64_t first = 0; first < w.row_bytes; first += kBytesTogether) {
+    const int64_t left = smaller<int64_t>(w.row_bytes - first, kBytesTogether);
+    const int spans = int((left + 63) / 64);
+    for (int r = 0; r < kAbqRowsTogether; ++r) {
+      for (int span = 0; span < spans; ++span) {
+        __m512i fields[kOperands][kSets][kFields] = {};
+        row_span(r, first + 64 * span, fields);
+        close(span, r, fields);
+      }
+    }
+    for (int span = 0; span < spans; ++span) flush(span);
+  }
+}
+
+template <int kPlanes, int kOperands>
+ANYBIT_INLINE void abq_rows_of_groups(const AbqRows& w, int64_t n, Sums* sums, int column) {
+  if (w.n_groups > 1 && w.group_bytes == 64)
+    return abq_rows<kPlanes, kOperands, 2>(w, n, sums, column);
+  abq_rows<kPlanes, kOperands, 1>(w, n, sums, column);
+}
+
+struct AbqRowsCall {
+  const AbqRows& w;
+  int64_t n;
+  Sums* sums;
+  int column;
+  template <int kOperands>
+  ANYBIT_INLINE void operator()() const {
+    if (w.planes <= 2) return abq_rows_of_groups<2, kOperands>(w, n, sums, column);
+    if (w.planes <= 4) return abq_rows_of_groups<4, kOperands>(w, n, sums, column);
+    abq_rows_of_groups<8, kOperands>(w, n, sums, column);
+  }
+};
+
+// Whether the groups are whole lanes or halves of them, and few enough.
+template <class Kernel>
+ANYBIT_INLINE bool abq_takes_few(const Kernel& kernel) {
+  const TokenLayout& layout = kernel.layout;
+  if (layout.n_groups * (kAbqFewTokens + 1) > kAbqMostSums) return false;
+  return layout.n_groups == 1 || layout.group_bytes % 128 == 0 || layout.group_bytes == 64;
+}
+
+constexpr int kAbqGroupsTogether = 4;
+
+// abq_terms() of 4 groups: rows of 4 scales and 4 zero points are transposed.
+inline void abq_terms_of_four(const AbqWeights& w, int64_t n_groups, int64_t group, int64_t n0,
+                              AbqGroupTerms* terms) {
+  for (int i = 0; i < kPanelRows; i += 4) {
+    __m128 scale[4], zero[4];
+    for (int r = 0; r < 4; ++r) {
+      const int64_t at = smaller(n0 + i + r, w.n - 1) * n_groups + group;
+      scale[r] = _mm_loadu_ps(w.scale + at);
+      zero[r] = _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + at)));
+    }
+    _MM_TRANSPOSE4_PS(scale[0], scale[1], scale[2], scale[3]);
+    _MM_TRANSPOSE4_PS(zero[0], zero[1], zero[2], zero[3]);
+    for (int g = 0; g < kAbqGroupsTogether; ++g) {
+      _mm_store_ps(terms[g].scale + i, scale[g]);
+      _mm_store_si128(reinterpret_cast<__m128i*>(terms[g].zero + i), _mm_castps_si128(zero[g]));
+    }
+  }
+  for (int g = 0; g < kAbqGroupsTogether; ++g) terms[g].set_largest_zero();
+}
+
+template <class Kernel, class T>
+inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const Destination<T>& to,
+                    const Parallel& parallel) {
+  const Tokens& tokens = slab.tokens;
+  const TokenLayout& layout = tokens.layout;
+  const int planes = kernel.weights.planes;
+  const int operands = m + (kernel.needs_code_sums ? 1 : 0);
+  const int64_t spans = layout.row_bytes / kAbqSpan * kAbqSpan;
+  for (int i = 0; i < m; ++i)
+    abq_order(tokens.codes + i * layout.row_bytes, spans,
+              planes <= 2   ? 2
+              : planes <= 4 ? 4
+                            : 8,
+              slab.ordered + i * layout.row_bytes);
+  if (kernel.needs_code_sums)
+    std::memset(slab.ordered + m * layout.row_bytes, 1, size_t(layout.row_bytes));
+  const int64_t row_bytes = 4 * kernel.weights.row_words;
+  const AbqRows rows = {kernel.weights.words,
+                        to.n,
+                        row_bytes,
+                        to.n * row_bytes,
+                        planes,
+                        slab.ordered,
+                        layout.row_bytes,
+                        layout.n_groups,
+                        layout.group_bytes};
+  for_blocks(1, to.n, kernel.weight_bytes, parallel, [&](int64_t, int, int64_t n0) {
+    alignas(64) Sums sums[kAbqMostSums];
+    alignas(64) Outputs outputs[kAbqFewTokens];
+    std::memset(sums, 0, sizeof(Sums) * size_t(layout.n_groups * operands));
+    const int columns = int(smaller<int64_t>(kPanelRows, to.n - n0));
+    // wanted at the end
+    const int64_t first_term = n0 * layout.n_groups, last_term = (n0 + columns) * layout.n_groups;
+    for (int64_t term = first_term; term < last_term; term += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(kernel.weights.scale + term), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(kernel.weights.zero + term), _MM_HINT_T0);
+    }
+    for (int column = 0; column < columns; column += kAbqRowsTogether)
+      with_count<kAbqFewTokens + 1>(operands, AbqRowsCall{rows, n0 + column, sums, column});
+    AbqGroupTerms terms[kAbqGroupsTogether];
+    for (int64_t group = 0; group < layout.n_groups; ++group) {
+      const int64_t in_four = group % kAbqGroupsTogether;
+      if (group - in_four + kAbqGroupsTogether > layout.n_groups) {
+        abq_terms(kernel.weights, layout.n_groups, group, n0, terms[in_four]);
+      } else if (in_four == 0) {
+        abq_terms_of_four(kernel.weights, layout.n_groups, group, n0, terms);
+      }
+      const Sums* of_group = sums + group * operands;
+      kernel.add_terms(terms[in_four], group, tokens, 0, m, of_group, of_group[operands - 1],
+                       outputs);
+    }
+    to.write(outputs, 0, m, n0);
+  });
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

@@ -1,0 +1,183 @@
+// ABQGemm on a CPU: codes from bit planes, inner products, zero points, scales. Compiled once for
+// each instruction set.
+#pragma once
+#include "abq_gemm/cpu/weights.h"
+#if defined(__AVX512VNNI__)
+#include "abq_gemm/cpu/few_avx512.h"
+#endif
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+// A panel of 4 * steps elements from word `word` of a row on; channels beyond the last repeat it.
+inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps, uint8_t* panel) {
+  constexpr int kNibbles = kAbqWord / kStep;
+  const uint8_t* rows[kPanelRows];
+  for (int i = 0; i < kPanelRows; ++i) rows[i] = w.row(0, smaller(n0 + i, w.n - 1)) + 4 * word;
+  const int64_t plane_bytes = 4 * w.n * w.row_words;
+  for (int first = 0; first < steps; first += kNibbles, panel += kNibbles * kPanelRows * kStep) {
+    alignas(64) uint32_t plane_words[8][kPanelRows];
+    for (int plane = 0; plane < w.planes; ++plane) {
+      for (int i = 0; i < kPanelRows; ++i)
+        std::memcpy(&plane_words[plane][i], rows[i] + plane * plane_bytes + first / 2, 4);
+    }
+    for (int nibble = 0; nibble < kNibbles; ++nibble) {
+      alignas(64) uint32_t codes[kPanelRows] = {};
+      for (int plane = 0; plane < w.planes; ++plane) {
+#if defined(__AVX512F__)
+        // a nibble's four bits in the low bits of four bytes, by its value
+        const __m512i spread =
+            _mm512_slli_epi32(_mm512_setr_epi32(0, 0x1, 0x100, 0x101, 0x10000, 0x10001, 0x10100,
+                                                0x10101, 0x1000000, 0x1000001, 0x1000100, 0x1000101,
+                                                0x1010000, 0x1010001, 0x1010100, 0x1010101),
+                              unsigned(plane));
+        for (int half = 0; half < kPanelRows; half += 16) {
+          const __m512i bits =
+              _mm512_srli_epi32(_mm512_load_si512(plane_words[plane] + half), unsigned(4 * nibble));
+          _mm512_store_si512(codes + half, _mm512_or_si512(_mm512_load_si512(codes + half),
+                                                           _mm512_permutexvar_epi32(bits, spread)));
+        }
+#else
+        // the product has bit b of the nibble at bit 8 b
+        for (int i = 0; i < kPanelRows; ++i)
+          codes[i] |= ((plane_words[plane][i] >> 4 * nibble & 15) * 0x00204081 & 0x01010101)
+                      << plane;
+#endif
+      }
+      std::memcpy(panel + nibble * kPanelRows * kStep, codes, sizeof codes);
+    }
+  }
+}
+
+struct AbqKernel {
+  TokenLayout layout;
+  int largest;
+  bool needs_code_sums;
+  int64_t weight_bytes;
+  AbqWeights weights;
+  int64_t zero_limit;  // up to this magnitude every term of D and their sums fit 32 bits
+
+  ANYBIT_INLINE AbqKernel(const GemmShape& s, const GemmBuffers& b) {
+    layout = abq_layout(s);
+    weights.n = s.n, weights.planes = s.planes;
+    weights.group_words = layout.group_bytes / kAbqWord;
+    weights.row_words = (layout.n_groups * weights.group_words + 3) / 4 * 4;
+    weights.words = reinterpret_cast<const uint8_t*>(b.weight);
+    weights.scale = b.scale, weights.zero = b.zero;
+    weight_bytes = 4 * s.planes * weights.n * weights.row_words;
+    largest = s.levels - 1;
+    needs_code_sums = !s.act_symmetric;
+    // |P| and |z Q| stay below 128 (levels - 1) L, |zero A| and |z L zero| below 128 L |zero|
+    zero_limit = ((int64_t{1} << 31) - 1) / (256 * layout.group_len) - (s.levels - 1);
+  }
+
+  ANYBIT_INLINE void unpack(int64_t n0, int64_t position, int steps, uint8_t* panel) const {
+    abq_unpack(weights, n0, position / kAbqWord, steps, panel);
+  }
+
+  // outputs += float(D) * scale, D = P - zero A - z Q + L z zero.
+  ANYBIT_INLINE void add_terms(const AbqGroupTerms& terms, int64_t group, const Tokens& tokens,
+                               int64_t m0, int count, const Sums* sums, const Sums& code_sums,
+                               Outputs* outputs) const {
+    for (int m = 0; m < count; ++m) {
+      const int32_t a = tokens.sums[(m0 + m) * layout.n_groups + group], z = tokens.zero[m0 + m];
+      alignas(64) float d[kPanelRows];
+      if (terms.largest_zero <= zero_limit) {
+        const int32_t by_zero = int32_t(layout.group_len) * z - a;
+        for (int i = 0; i < kPanelRows; ++i)
+          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - z * code_sums[i]);
+      } else {
+        const int64_t by_zero = layout.group_len * z - a;
+        for (int i = 0; i < kPanelRows; ++i)
+          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i]);
+      }
+      for (int i = 0; i < kPanelRows; ++i)
+        outputs[m][i] = (group == 0 ? 0.0f : outputs[m][i]) + d[i] * terms.scale[i];
+    }
+  }
+
+  ANYBIT_INLINE void add_group(int64_t group, int64_t n0, const Tokens& tokens, int64_t m0,
+                               int count, const Sums* sums, const Sums& code_sums,
+                               Outputs* outputs) const {
+    AbqGroupTerms terms;
+    abq_terms(weights, layout.n_groups, group, n0, terms);
+    add_terms(terms, group, tokens, m0, count, sums, code_sums, outputs);
+  }
+
+  static constexpr int kMoreRows = kAbqMoreRows;
+#if defined(__AVX512VNNI__)
+  static constexpr int kFewTokens = kAbqFewTokens;
+  ANYBIT_INLINE bool takes_few() const { return abq_takes_few(*this); }
+  template <class T>
+  ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
+                         const Parallel& parallel) const {
+    abq_few(*this, slab, m, to, parallel);
+  }
+#else
+  static constexpr int kFewTokens = 0;
+#endif
+};
+
+// A16: panels of fp32 weights (q - zero) * scale.
+template <class T>
+inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t m0, int count,
+                            int64_t n0, const Destination<T>& to) {
+  constexpr int kLength = 64;  // elements of a panel of floats, 8 KB
+  const TokenLayout& layout = kernel.layout;
+  alignas(64) uint8_t codes[kLength * kPanelRows];
+  alignas(64) Outputs panel[kLength], outputs[kBlock];
+  std::memset(outputs, 0, sizeof(Outputs) * size_t(count));
+  for (int64_t group = 0; group < layout.n_groups; ++group) {
+    AbqGroupTerms terms;
+    abq_terms(kernel.weights, layout.n_groups, group, n0, terms);
+    for (int64_t first = 0; first < layout.group_len; first += kLength) {
+      const int length = int(smaller<int64_t>(kLength, layout.group_len - first));
+      const int64_t position = group * layout.group_bytes + first;
+      const int whole_words = (length + kAbqWord - 1) / kAbqWord * kAbqWord;
+      kernel.unpack(n0, position, whole_words / kStep, codes);
+      for (int k = 0; k < length; ++k) {
+        const uint8_t* step = codes + k / kStep * kStep * kPanelRows + k % kStep;
+        for (int i = 0; i < kPanelRows; ++i)
+          panel[k][i] = (float(step[kStep * i]) - float(terms.zero[i])) * terms.scale[i];
+      }
+      dot_floats(panel, length, rows + m0 * layout.k + group * layout.group_len + first, layout.k,
+                 count, outputs);
+    }
+  }
+  to.write(outputs, m0, count, n0);
+}
+
+template <class T>
+inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const GemmBuffers& b,
+                           const Parallel& parallel) {
+  float* rows;
+  abq_float_memory(s, b.workspace, &rows);
+  const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
+  for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
+    for_tokens(m, s.k, parallel, [&](int64_t i) {
+      const NormedToken<T> token(x + i * s.k, gamma, s.k, double(s.norm_epsilon));
+      alignas(64) float v[kElements];
+      for (int64_t first = 0; first < s.k; first += kElements) {
+        const int count = int(smaller<int64_t>(kElements, s.k - first));
+        token.read(first, count, v);
+        std::memcpy(rows + i * s.k + first, v, sizeof(float) * size_t(count));
+      }
+    });
+    const Destination<T> to{y, s.n, b.bias, nullptr};
+    for_blocks(m, s.n, kernel.weight_bytes, parallel, [&](int64_t m0, int count, int64_t n0) {
+      abq_float_block(kernel, rows, m0, count, n0, to);
+    });
+  });
+}
+
+inline void abq_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
+  const AbqKernel kernel(s, b);
+  with_dtype(s.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (s.abits == kAbqWeightOnly) return abq_float_gemm<T>(kernel, s, b, parallel);
+    integer_gemm<T>(kernel, s, b, parallel);
+  });
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

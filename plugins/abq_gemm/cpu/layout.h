@@ -1,0 +1,25 @@
+// How ABQGemm's tokens lie in the workspace: groups in whole words, as in the weights.
+#pragma once
+#include "core/cpu/gemm.h"
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+constexpr int kAbqWeightOnly = 16;               // abits: activations stay floating point
+constexpr int kAbqWord = 32;                     // codes
+constexpr int kAbqFewTokens = 4;                 // for which weights are not unpacked into panels
+constexpr int kAbqMoreRows = kAbqFewTokens + 1;  // those in another order, and ones
+
+ANYBIT_INLINE TokenLayout abq_layout(const GemmShape& s) {
+  return token_layout(s.k, s.group_size ? s.k / s.group_size : 1, kAbqWord);
+}
+
+// fp32 tokens of a slab, of A16.
+ANYBIT_INLINE Carver abq_float_memory(const GemmShape& s, void* memory, float** rows) {
+  Carver carver{static_cast<char*>(memory)};
+  *rows = carver.take<float>(smaller<int64_t>(s.m > 1 ? s.m : 1, kSlab) * s.k);
+  return carver;
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

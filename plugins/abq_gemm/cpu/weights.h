@@ -1,0 +1,47 @@
+// ABQGemm's weights as the file has them.
+#pragma once
+#include "abq_gemm/cpu/layout.h"
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+struct AbqWeights {
+  int64_t n, group_words, row_words;
+  int planes;
+  const uint8_t* words;  // uint32 [planes, n, row_words]
+  const float* scale;    // [n, n_groups]
+  const int32_t* zero;   // [n, n_groups]
+
+  ANYBIT_INLINE const uint8_t* row(int plane, int64_t channel) const {
+    return words + 4 * ((plane * n + channel) * row_words);
+  }
+};
+
+// Scales and zero points of a group and the output channels of a panel.
+struct AbqGroupTerms {
+  alignas(64) float scale[kPanelRows];
+  alignas(64) int32_t zero[kPanelRows];
+  uint32_t largest_zero;  // in magnitude
+
+  ANYBIT_INLINE void set_largest_zero() {
+    largest_zero = 0;
+    for (int i = 0; i < kPanelRows; ++i) {
+      const uint32_t value = uint32_t(zero[i]), magnitude = zero[i] < 0 ? 0 - value : value;
+      largest_zero = magnitude > largest_zero ? magnitude : largest_zero;
+    }
+  }
+};
+
+// Channels beyond the last repeat it.
+ANYBIT_INLINE void abq_terms(const AbqWeights& w, int64_t n_groups, int64_t group, int64_t n0,
+                             AbqGroupTerms& terms) {
+  for (int i = 0; i < kPanelRows; ++i) {
+    const int64_t at = smaller(n0 + i, w.n - 1) * n_groups + group;
+    terms.scale[i] = w.scale[at];
+    terms.zero[i] = w.zero[at];
+  }
+  terms.set_largest_zero();
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

@@ -1,0 +1,254 @@
+// The inner products of a panel of unpacked weights with a few tokens, for each instruction set.
+//
+// A panel holds kPanelRows output channels: of every 4 input channels ("step") the codes u8
+// [kPanelRows][4], so that a vector of int32 sums has one output channel in each lane.
+#pragma once
+#include "core/cpu/floats.h"
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+constexpr int kPanelRows = 32;
+constexpr int kStep = 4;          // input channels
+constexpr int kPanelSteps = 128;  // most of a panel
+
+using Panel = uint8_t[kPanelSteps * kPanelRows * kStep];
+using Sums = int32_t[kPanelRows];
+using Outputs = float[kPanelRows];
+
+// One token's 4 codes of a step.
+ANYBIT_INLINE int32_t codes_at(const int8_t* codes, int step) {
+  int32_t four;
+  std::memcpy(&four, codes + kStep * step, sizeof four);
+  return four;
+}
+
+#if defined(__AVX512VNNI__)
+
+constexpr int kDotTokens = 12;  // 24 accumulators
+
+template <int kTokens>
+ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
+                              Sums* sums) {
+  __m512i low[kTokens], high[kTokens];
+  for (int m = 0; m < kTokens; ++m) {
+    low[m] = _mm512_loadu_si512(sums[m]);
+    high[m] = _mm512_loadu_si512(sums[m] + 16);
+  }
+  for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
+    const __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);
+#pragma GCC unroll 12
+    for (int m = 0; m < kTokens; ++m) {
+      const __m512i four = _mm512_set1_epi32(codes_at(codes + m * stride, step));
+      low[m] = _mm512_dpbusd_epi32(low[m], left, four);
+      high[m] = _mm512_dpbusd_epi32(high[m], right, four);
+    }
+  }
+  for (int m = 0; m < kTokens; ++m) {
+    _mm512_storeu_si512(sums[m], low[m]);
+    _mm512_storeu_si512(sums[m] + 16, high[m]);
+  }
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kDotTokens = 2;  // 8 accumulators
+
+// Products of pairs in 16 bits do not saturate for codes up to `largest`, and the sums of as many
+// pairs as the 16 bits hold are widened together.
+template <int kTokens>
+ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
+                              Sums* sums, int largest) {
+  const int together = 32767 / (2 * 128 * largest);
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int first = 0; first < steps; first += together) {
+    __m256i pairs[kTokens][4] = {};
+    const int last = smaller(first + together, steps);
+    for (int step = first; step < last; ++step, panel += kPanelRows * kStep) {
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        const __m256i weights =
+            _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32 * part));
+#pragma GCC unroll 2
+        for (int m = 0; m < kTokens; ++m) {
+          const __m256i four = _mm256_set1_epi32(codes_at(codes + m * stride, step));
+          pairs[m][part] = _mm256_add_epi16(pairs[m][part], _mm256_maddubs_epi16(weights, four));
+        }
+      }
+    }
+    for (int m = 0; m < kTokens; ++m) {
+      for (int part = 0; part < 4; ++part) {
+        __m256i* to = reinterpret_cast<__m256i*>(sums[m] + 8 * part);
+        const __m256i wide = _mm256_madd_epi16(pairs[m][part], ones);
+        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), wide));
+      }
+    }
+  }
+}
+
+// Codes of 8 bits: even and odd bytes apart, as 16-bit numbers.
+template <int kTokens>
+ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
+                            Sums* sums) {
+  const __m256i even_bytes = _mm256_set1_epi16(0xff);
+  __m256i totals[kTokens][4];
+  for (int m = 0; m < kTokens; ++m) {
+    for (int part = 0; part < 4; ++part)
+      totals[m][part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums[m] + 8 * part));
+  }
+  for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const __m256i weights =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32 * part));
+      const __m256i even = _mm256_and_si256(weights, even_bytes);
+      const __m256i odd = _mm256_srli_epi16(weights, 8);
+#pragma GCC unroll 2
+      for (int m = 0; m < kTokens; ++m) {
+        const __m256i four = _mm256_set1_epi32(codes_at(codes + m * stride, step));
+        const __m256i even_codes = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+        const __m256i odd_codes = _mm256_srai_epi16(four, 8);
+        totals[m][part] =
+            _mm256_add_epi32(totals[m][part], _mm256_add_epi32(_mm256_madd_epi16(even, even_codes),
+                                                               _mm256_madd_epi16(odd, odd_codes)));
+      }
+    }
+  }
+  for (int m = 0; m < kTokens; ++m) {
+    for (int part = 0; part < 4; ++part)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[m] + 8 * part), totals[m][part]);
+  }
+}
+
+#else
+
+constexpr int kDotTokens = 1;
+
+template <int kTokens>
+inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t, Sums* sums) {
+  uint32_t totals[kPanelRows];  // modulo 2^32, as the other sets add
+  std::memcpy(totals, sums[0], sizeof totals);
+  for (int step = 0; step < steps; ++step, codes += kStep, panel += kPanelRows * kStep) {
+    for (int n = 0; n < kPanelRows; ++n) {
+      const uint8_t* weights = panel + kStep * n;
+      totals[n] += uint32_t(weights[0] * codes[0] + weights[1] * codes[1] + weights[2] * codes[2] +
+                            weights[3] * codes[3]);
+    }
+  }
+  std::memcpy(sums[0], totals, sizeof totals);
+}
+
+#endif
+
+template <int kTokens>
+ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
+                            Sums* sums, [[maybe_unused]] int largest) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, stride, sums);
+  dot_narrow<kTokens>(panel, steps, codes, stride, sums, largest);
+#else
+  dot_tokens<kTokens>(panel, steps, codes, stride, sums);
+#endif
+}
+
+// Calls f<count>() with the count as a constant, 1 .. kMost.
+template <int kMost, class F>
+ANYBIT_INLINE void with_count(int count, const F& f) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, f);
+  }
+  f.template operator()<kMost>();
+}
+
+// sums[m][n] += sum over k of panel[k][n] * codes[m][k], for `count` tokens.
+//
+// largest: of the panel's codes. Sums are modulo 2^32.
+struct DotCall {
+  const uint8_t* panel;
+  int steps;
+  const int8_t* codes;
+  int64_t stride;
+  Sums* sums;
+  int largest;
+  template <int kTokens>
+  ANYBIT_INLINE void operator()() const {
+    dot_some<kTokens>(panel, steps, codes, stride, sums, largest);
+  }
+};
+
+inline void dot(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride, int count,
+                Sums* sums, int largest) {
+  for (int m = 0; m < count; m += kDotTokens) {
+    const DotCall call{panel, steps, codes + m * stride, stride, sums + m, largest};
+    with_count<kDotTokens>(smaller(kDotTokens, count - m), call);
+  }
+}
+
+// The same with weights fp32 [k][kPanelRows] and tokens fp32, in no fixed order of rounding.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kFloatTokens = 12;
+using FloatVector = __m512;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm512_loadu_ps(v); }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm512_storeu_ps(to, v); }
+ANYBIT_INLINE FloatVector broadcast(float v) { return _mm512_set1_ps(v); }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return _mm512_fmadd_ps(a, b, sum);
+}
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kFloatTokens = 2;
+using FloatVector = __m256;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm256_loadu_ps(v); }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm256_storeu_ps(to, v); }
+ANYBIT_INLINE FloatVector broadcast(float v) { return _mm256_set1_ps(v); }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return _mm256_fmadd_ps(a, b, sum);
+}
+#else
+constexpr int kLanes = 1, kFloatTokens = 1;
+using FloatVector = float;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return *v; }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { *to = v; }
+ANYBIT_INLINE FloatVector broadcast(float v) { return v; }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return a * b + sum;
+}
+#endif
+
+struct FloatDotCall {
+  const Outputs* panel;
+  int length;
+  const float* tokens;
+  int64_t stride;
+  Outputs* sums;
+  template <int kTokens>
+  ANYBIT_INLINE void operator()() const {
+    constexpr int kVectors = kPanelRows / kLanes;
+    FloatVector totals[kTokens][kVectors];
+    for (int m = 0; m < kTokens; ++m) {
+      for (int v = 0; v < kVectors; ++v) totals[m][v] = load_vector(sums[m] + kLanes * v);
+    }
+    for (int k = 0; k < length; ++k) {
+#pragma GCC unroll 12
+      for (int m = 0; m < kTokens; ++m) {
+        const FloatVector x = broadcast(tokens[m * stride + k]);
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v)
+          totals[m][v] = multiply_add(x, load_vector(panel[k] + kLanes * v), totals[m][v]);
+      }
+    }
+    for (int m = 0; m < kTokens; ++m) {
+      for (int v = 0; v < kVectors; ++v) store_vector(sums[m] + kLanes * v, totals[m][v]);
+    }
+  }
+};
+
+inline void dot_floats(const Outputs* panel, int length, const float* tokens, int64_t stride,
+                       int count, Outputs* sums) {
+  for (int m = 0; m < count; m += kFloatTokens) {
+    const FloatDotCall call{panel, length, tokens + m * stride, stride, sums + m};
+    with_count<kFloatTokens>(smaller(kFloatTokens, count - m), call);
+  }
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

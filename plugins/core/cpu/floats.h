@@ -1,0 +1,174 @@
+// fp16, bf16 and fp32 of the activations. Compiled once for each instruction set, in a namespace of
+// that name.
+//
+// A file that compiles kernels for a set defines ANYBIT_SET before it includes this one. Only
+// functions of that namespace may be used in it: an inline function of a standard header would be
+// merged with the one of another file, and its wide instructions run on a machine without them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "core/host/params.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(_MSC_VER)
+#error "got a compiler without GCC's attributes, expected GCC or Clang"
+#endif
+#define ANYBIT_INLINE inline __attribute__((always_inline))
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Calls f with a value of the C++ type that `dtype` names.
+template <class F>
+ANYBIT_INLINE void with_dtype(int32_t dtype, const F& f) {
+  if (dtype == kFloat16) return f(Half{});
+  if (dtype == kBFloat16) return f(BFloat{});
+  f(float{});
+}
+
+ANYBIT_INLINE uint32_t bits_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+ANYBIT_INLINE float float_of_bits(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+template <class T>
+ANYBIT_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+ANYBIT_INLINE float float_from(float v) { return v; }
+ANYBIT_INLINE float float_from(BFloat v) { return float_of_bits(uint32_t{v.bits} << 16); }
+ANYBIT_INLINE float float_from(Half v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, magnitude = v.bits & 0x7fff;
+  // Exponents are moved from bias 15 to 127 by a multiplication, which takes subnormals along.
+  const float finite = float_of_bits(magnitude << 13) * 0x1p112f;
+  const uint32_t bits = magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : bits_of(finite);
+  return float_of_bits(bits | sign);
+}
+
+// Rounded to nearest, half to even; beyond the largest number infinity; NaN stays.
+ANYBIT_INLINE void round_to(float v, float& to) { to = v; }
+ANYBIT_INLINE void round_to(float v, BFloat& to) {
+  const uint32_t bits = bits_of(v);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  to.bits = uint16_t(v != v ? bits >> 16 | 0x40 : rounded);
+}
+ANYBIT_INLINE void round_to(float v, Half& to) {
+  const uint32_t sign = bits_of(v) >> 16 & 0x8000, bits = bits_of(v) & 0x7fffffff;
+  // Subnormal results are multiples of 2^-24: the sum with 2^-1, whose last bit is 2^-24, rounds.
+  const uint32_t subnormal = bits_of(float_of_bits(bits) + 0.5f) - bits_of(0.5f);
+  const uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+  const uint32_t finite = bits < 0x38800000 ? subnormal : smaller<uint32_t>(normal, 0x7c00);
+  to.bits = uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : bits >= 0x47800000 ? 0x7c00 : finite));
+}
+
+template <class T>
+constexpr float kLargest = 3.402823466e38f;
+template <>
+constexpr float kLargest<Half> = 65504.0f;
+template <>
+constexpr float kLargest<BFloat> = 3.38953139e38f;
+
+// A finite overflow and an infinity become the largest finite number; NaN stays. fp32 stays as it
+// is.
+template <class T>
+ANYBIT_INLINE T saturated(float v) {
+  T rounded;
+  round_to(v > kLargest<T> ? kLargest<T> : v < -kLargest<T> ? -kLargest<T> : v, rounded);
+  return rounded;
+}
+template <>
+ANYBIT_INLINE float saturated<float>(float v) {
+  return v;
+}
+
+// to[i] = x[i], for any count.
+template <class T>
+ANYBIT_INLINE void load_floats(const T* x, int count, float* to) {
+  for (int i = 0; i < count; ++i) to[i] = float_from(x[i]);
+}
+
+// v[i] rounded to T and back.
+template <class T>
+ANYBIT_INLINE void round_floats(float* v, int count) {
+  for (int i = 0; i < count; ++i) {
+    T rounded;
+    round_to(v[i], rounded);
+    v[i] = float_from(rounded);
+  }
+}
+
+template <class T>
+ANYBIT_INLINE void store_saturated(const float* v, int count, T* to) {
+  for (int i = 0; i < count; ++i) to[i] = saturated<T>(v[i]);
+}
+
+#if defined(__F16C__)
+// The processor's own conversions, eight at a time; the rest one by one.
+template <>
+ANYBIT_INLINE void load_floats(const Half* x, int count, float* to) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < count; ++i) to[i] = float_from(x[i]);
+}
+
+ANYBIT_INLINE __m128i halves_of(const float* v) {
+  return _mm256_cvtps_ph(_mm256_loadu_ps(v), _MM_FROUND_TO_NEAREST_INT);
+}
+
+template <>
+ANYBIT_INLINE void round_floats<Half>(float* v, int count) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(v + i, _mm256_cvtph_ps(halves_of(v + i)));
+  for (; i < count; ++i) {
+    Half rounded;
+    round_to(v[i], rounded);
+    v[i] = float_from(rounded);
+  }
+}
+
+template <>
+ANYBIT_INLINE void store_saturated(const float* v, int count, Half* to) {
+  alignas(32) float limited[8];
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int j = 0; j < 8; ++j) {
+      const float most = kLargest<Half>, each = v[i + j];
+      limited[j] = each > most ? most : each < -most ? -most : each;
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves_of(limited));
+  }
+  for (; i < count; ++i) to[i] = saturated<Half>(v[i]);
+}
+#endif
+
+// v rounded to a whole number, half to even, for |v| < 2^22: the sum with 1.5 * 2^23 has no bits
+// behind the point.
+ANYBIT_INLINE float rounded(float v) {
+  constexpr float kNoFraction = 12582912.0f;
+  return (v + kNoFraction) - kNoFraction;
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

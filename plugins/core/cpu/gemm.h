@@ -1,0 +1,194 @@
+// The frame of every integer GEMM: tokens become codes, weights become panels, and every panel
+// meets all tokens of a block.
+//
+// An op gives a Kernel:
+//   TokenLayout layout             of the tokens, the padded layout of its weights
+//   int largest                    code in a panel
+//   bool needs_code_sums           whether add_group reads code_sums
+//   int64_t weight_bytes           packed, of the whole weight
+//   unpack(n0, position, steps, panel)       codes of kPanelRows output channels from n0 on and of
+//                                            4 * steps elements from `position` of a row on
+//   add_group(group, n0, tokens, m0, count, sums, code_sums, outputs)
+//                                            outputs[m] = what the scale of token m0 + m multiplies,
+//                                            added up group by group
+//   kMoreRows                      of the workspace, for its own use
+//   kFewTokens, takes_few(), few(slab, m, to, parallel)
+//                                  most tokens that a kernel of its own takes, whether it takes these
+//                                  weights, and the kernel
+#pragma once
+#include "core/cpu/dot.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/tokens.h"
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+constexpr int64_t kSlab = 512;  // most tokens whose codes are in the workspace at a time
+constexpr int kBlock = 96;      // most tokens that a panel meets before it is unpacked anew
+constexpr int64_t kInlineBytes = 128 << 10;  // of packed weights: below, one thread is faster
+
+// Cuts the workspace into arrays; with none it only counts their bytes.
+struct Carver {
+  char* at;
+  size_t used = 0;
+  template <class T>
+  ANYBIT_INLINE T* take(int64_t count) {
+    T* array = at ? reinterpret_cast<T*>(at + used) : nullptr;
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return array;
+  }
+};
+
+// Tokens of a slab of a call with m tokens, and rows of the same length for a kernel's own use.
+struct SlabMemory {
+  Tokens tokens;
+  int8_t* ordered;  // [more, row_bytes]
+  size_t bytes;
+};
+
+ANYBIT_INLINE SlabMemory slab_memory(const TokenLayout& layout, int64_t m, int more, void* memory) {
+  Carver carver{static_cast<char*>(memory)};
+  const int64_t rows = smaller(m > 1 ? m : 1, kSlab);
+  SlabMemory slab;
+  slab.tokens.layout = layout;
+  slab.tokens.scale = carver.take<float>(rows);
+  slab.tokens.zero = carver.take<int32_t>(rows);
+  slab.tokens.sums = carver.take<int32_t>(rows * layout.n_groups);
+  slab.tokens.codes = carver.take<int8_t>(rows * layout.row_bytes);
+  slab.ordered = carver.take<int8_t>(more * layout.row_bytes);
+  slab.bytes = carver.used;
+  return slab;
+}
+
+// Where results go: y [m, n] of the slab, and what is added at the end.
+template <class T>
+struct Destination {
+  T* y;
+  int64_t n;
+  const float* bias;   // [n], or null
+  const float* scale;  // of the tokens, or null
+
+  // Outputs of tokens m0 .. m0 + count and output channels n0 .. n0 + width.
+  ANYBIT_INLINE void write(const Outputs* outputs, int64_t m0, int count, int64_t n0,
+                           int width = kPanelRows) const {
+    const int columns = int(smaller<int64_t>(width, n - n0));
+    alignas(64) float added[kPanelRows] = {}, v[kPanelRows];
+    if (bias) std::memcpy(added, bias + n0, sizeof(float) * size_t(columns));
+    for (int m = 0; m < count; ++m) {
+      const float by = scale ? scale[m0 + m] : 1.0f;
+      for (int i = 0; i < kPanelRows; ++i) v[i] = outputs[m][i] * by;
+      if (bias) {
+        for (int i = 0; i < kPanelRows; ++i) v[i] += added[i];
+      }
+      store_saturated(v, columns, y + (m0 + m) * n + n0);
+    }
+  }
+};
+
+// Tasks that share `blocks` blocks of weights of `bytes` bytes in all, for m tokens: few enough that
+// each is worth a thread's while.
+struct Shares {
+  int64_t blocks_per_task, count;
+};
+
+ANYBIT_INLINE Shares shares_of(int64_t blocks, int64_t bytes, int64_t m) {
+  const int64_t work = bytes * ((m + 7) / 8);
+  const int64_t wanted = work < kInlineBytes ? 1 : work / (kInlineBytes / 2);
+  const int64_t per_task = (blocks + smaller(wanted, blocks) - 1) / smaller(wanted, blocks);
+  return {per_task, (blocks + per_task - 1) / per_task};
+}
+
+template <class Kernel, class T>
+inline void panel_block(const Kernel& kernel, const Tokens& tokens, int64_t m0, int count,
+                        int64_t n0, const Destination<T>& to) {
+  const TokenLayout& layout = tokens.layout;
+  alignas(64) Panel panel;
+  alignas(64) Sums sums[kBlock], code_sums;
+  alignas(64) Outputs outputs[kBlock];
+  constexpr int kElementsOfPanel = kStep * kPanelSteps;
+  for (int64_t group = 0; group < layout.n_groups; ++group) {
+    std::memset(sums, 0, sizeof(Sums) * size_t(count));
+    std::memset(code_sums, 0, sizeof code_sums);
+    for (int64_t first = 0; first < layout.group_bytes; first += kElementsOfPanel) {
+      const int64_t position = group * layout.group_bytes + first;
+      const int steps = int(smaller<int64_t>(kElementsOfPanel, layout.group_bytes - first)) / kStep;
+      kernel.unpack(n0, position, steps, panel);
+      dot(panel, steps, tokens.codes + m0 * layout.row_bytes + position, layout.row_bytes, count,
+          sums, kernel.largest);
+      if (kernel.needs_code_sums) {
+        alignas(64) int8_t ones[kElementsOfPanel];
+        std::memset(ones, 1, sizeof ones);
+        dot(panel, steps, ones, 0, 1, &code_sums, kernel.largest);
+      }
+    }
+    kernel.add_group(group, n0, tokens, m0, count, sums, code_sums, outputs);
+  }
+  to.write(outputs, m0, count, n0);
+}
+
+// Calls body(m0, count, n0) for blocks of up to kBlock of m tokens and kPanelRows of n output
+// channels, whose packed weights have `bytes` bytes.
+template <class F>
+ANYBIT_INLINE void for_blocks(int64_t m, int64_t n, int64_t bytes, const Parallel& parallel,
+                              const F& body) {
+  const int64_t blocks = (n + kPanelRows - 1) / kPanelRows;
+  const Shares shares = shares_of(blocks, bytes, m);
+  const int64_t token_blocks = (m + kBlock - 1) / kBlock;
+  const int64_t per_block = (m + token_blocks - 1) / token_blocks;
+  parallel(size_t(shares.count * token_blocks), [&](size_t task) {
+    const int64_t m0 = int64_t(task) / shares.count * per_block;
+    const int64_t count = smaller(per_block, m - m0);
+    const int64_t first = int64_t(task) % shares.count * shares.blocks_per_task;
+    const int64_t last = smaller(first + shares.blocks_per_task, blocks);
+    for (int64_t block = first; block < last && count > 0; ++block)
+      body(m0, int(count), block * kPanelRows);
+  });
+}
+
+template <class Kernel, class T>
+inline void slab_gemm(const Kernel& kernel, const SlabMemory& slab, int64_t m,
+                      const Destination<T>& to, const Parallel& parallel) {
+  if constexpr (Kernel::kFewTokens > 0) {
+    if (m <= Kernel::kFewTokens && kernel.takes_few())
+      return kernel.few(slab, int(m), to, parallel);
+  }
+  for_blocks(m, to.n, kernel.weight_bytes, parallel, [&](int64_t m0, int count, int64_t n0) {
+    panel_block(kernel, slab.tokens, m0, count, n0, to);
+  });
+}
+
+// Calls body(x, y, tokens) for each slab of the tokens of a call.
+template <class T, class F>
+ANYBIT_INLINE void for_slabs(const GemmShape& s, const GemmBuffers& b, const F& body) {
+  for (int64_t m0 = 0; m0 < s.m; m0 += kSlab)
+    body(static_cast<const T*>(b.x) + m0 * s.k, static_cast<T*>(b.y) + m0 * s.n,
+         smaller<int64_t>(kSlab, s.m - m0));
+}
+
+// Calls body(m) for each of m tokens of k elements, shared among threads where there are many.
+template <class F>
+ANYBIT_INLINE void for_tokens(int64_t m, int64_t k, const Parallel& parallel, const F& body) {
+  constexpr int64_t kElementsPerTask = 1 << 14;
+  const int64_t per_task = (kElementsPerTask + k - 1) / k;
+  parallel(size_t((m + per_task - 1) / per_task), [&](size_t task) {
+    const int64_t last = smaller<int64_t>((int64_t(task) + 1) * per_task, m);
+    for (int64_t i = int64_t(task) * per_task; i < last; ++i) body(i);
+  });
+}
+
+template <class T, class Kernel>
+inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuffers& b,
+                         const Parallel& parallel) {
+  const SlabMemory slab = slab_memory(kernel.layout, s.m, Kernel::kMoreRows, b.workspace);
+  const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
+  for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
+    for_tokens(m, s.k, parallel, [&](int64_t i) {
+      const NormedToken<T> token(x + i * s.k, gamma, s.k, double(s.norm_epsilon));
+      quantize_token(token, s.abits, s.act_symmetric != 0, slab.tokens, i);
+    });
+    slab_gemm(kernel, slab, m, Destination<T>{y, s.n, b.bias, slab.tokens.scale}, parallel);
+  });
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

@@ -1,0 +1,34 @@
+// Which instruction set the CPU kernels use: the best that the machine has, or a lower one that
+// ANYBIT_CPU names.
+#pragma once
+#include <string>
+
+namespace anybit::cpu {
+
+// From the plainest to the best; each machine runs those up to its own.
+enum Isa : int {
+  kPortable,  // plain C++17
+  kAvx2,      // AVX2, FMA, F16C
+  kAvx512,    // AVX-512 F, BW, DQ, VL, VBMI and VNNI, and GFNI
+};
+constexpr int kIsaCount = kAvx512 + 1;
+
+const char* name_of(Isa isa);
+
+// The best set that this processor and this operating system run and this library was built for.
+Isa best_isa();
+
+// What calls use. `error` is not empty, in three parts, where ANYBIT_CPU names no set of this
+// machine.
+struct IsaChoice {
+  Isa isa;
+  std::string error;
+};
+
+// `wanted` is the value of ANYBIT_CPU; null or empty leaves the choice to best_isa().
+IsaChoice choose_isa(const char* wanted, Isa best);
+
+// The choice for this process, made once.
+const IsaChoice& chosen_isa();
+
+}  // namespace anybit::cpu

@@ -1,0 +1,152 @@
+// One token's way from X to what the kernels multiply: RMSNorm, then codes; the same numbers as
+// plugins/core/activation.py.
+#pragma once
+#include <cmath>
+
+#include "core/cpu/floats.h"
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+// Where the elements of a token lie: every group begins at a multiple of `group_bytes`, and what is
+// between groups and behind the last is 0.
+struct TokenLayout {
+  int64_t k, n_groups, group_len;
+  int64_t group_bytes;
+  int64_t row_bytes;  // an odd number of cache lines, so that rows do not share cache sets
+};
+
+ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alignment) {
+  TokenLayout layout;
+  layout.k = k, layout.n_groups = n_groups, layout.group_len = k / n_groups;
+  layout.group_bytes = (layout.group_len + alignment - 1) / alignment * alignment;
+  const int64_t lines = (n_groups * layout.group_bytes + 511) / 512 * 8;
+  layout.row_bytes = (lines | 1) * 64;
+  return layout;
+}
+
+// The tokens of one slab, in the workspace.
+struct Tokens {
+  TokenLayout layout;
+  int8_t* codes;  // [m, row_bytes]
+  float* scale;   // [m]
+  int32_t* zero;  // [m]
+  int32_t* sums;  // [m, n_groups] of the codes
+};
+
+constexpr int kElements = 64;  // of a token, in registers or on the stack, at a time
+
+// A token after its norm, or as it is without one.
+template <class T>
+struct NormedToken {
+  const T* x;      // [k]
+  const T* gamma;  // [k], or null
+  double inverse_rms;
+
+  ANYBIT_INLINE NormedToken(const T* token, const T* weights, int64_t k, double epsilon)
+      : x(token), gamma(weights), inverse_rms(1) {
+    if (gamma == nullptr) return;
+    double squares[8] = {};  // in this order whatever the instruction set
+    alignas(64) float v[kElements];
+    for (int64_t first = 0; first < k; first += kElements) {
+      const int count = int(smaller<int64_t>(kElements, k - first));
+      for (int i = count; i < kElements; ++i) v[i] = 0;
+      load_floats(x + first, count, v);
+      for (int i = 0; i < kElements; i += 8) {
+        for (int j = 0; j < 8; ++j) squares[j] += double(v[i + j]) * double(v[i + j]);
+      }
+    }
+    for (int j = 1; j < 8; ++j) squares[0] += squares[j];
+    inverse_rms = 1 / std::sqrt(squares[0] / double(k) + epsilon);
+  }
+
+  // to[0 .. kElements): elements first, first + 1 ..., and 0 from `count` on.
+  ANYBIT_INLINE void read(int64_t first, int count, float* to) const {
+    for (int i = count; i < kElements; ++i) to[i] = 0;
+    load_floats(x + first, count, to);
+    if (gamma == nullptr) return;
+    alignas(64) float weights[kElements] = {};
+    load_floats(gamma + first, count, weights);
+    for (int i = 0; i < kElements; ++i)
+      to[i] = float(double(to[i]) * inverse_rms * double(weights[i]));
+    round_floats<T>(to, kElements);
+  }
+};
+
+// Floor of a row's range, as TINY of activation.py.
+constexpr float kTiny = 0x1p-118f;
+
+// x ~ scale * (code - zero); each fp32 operation is rounded on its own. A row with a NaN or an
+// infinity has a NaN scale and codes 0.
+struct TokenQuant {
+  float scale, inverse, zero, lo, hi;
+  bool finite;
+};
+
+template <class T>
+ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bits, bool symmetric) {
+  constexpr int kLanes = 16;
+  alignas(64) float v[kElements], low[kLanes] = {}, high[kLanes] = {}, bad[kLanes] = {};
+  for (int64_t first = 0; first < k; first += kElements) {
+    x.read(first, int(smaller<int64_t>(kElements, k - first)), v);
+    for (int i = 0; i < kElements; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) {
+        const float each = v[i + j];
+        low[j] = each < low[j] ? each : low[j];
+        high[j] = each > high[j] ? each : high[j];
+        bad[j] += each - each;  // NaN from a NaN or an infinity on
+      }
+    }
+  }
+  for (int j = 1; j < kLanes; ++j) {
+    low[0] = low[j] < low[0] ? low[j] : low[0];
+    high[0] = high[j] > high[0] ? high[j] : high[0];
+    bad[0] += bad[j];
+  }
+  TokenQuant q;
+  q.hi = float((1 << (bits - 1)) - 1);
+  q.lo = symmetric ? -q.hi : -q.hi - 1;
+  const float range = symmetric ? (-low[0] > high[0] ? -low[0] : high[0]) : high[0] - low[0];
+  const float steps = symmetric ? q.hi : float((1 << bits) - 1);
+  q.scale = (range > kTiny ? range : kTiny) / steps + (range - range) + bad[0];
+  q.inverse = 1.0f / q.scale;
+  q.finite = q.scale == q.scale;
+  q.zero = 0;
+  if (!symmetric && q.finite) {
+    const float zero = rounded(-low[0] * q.inverse) + q.lo;
+    q.zero = zero < q.lo ? q.lo : zero > q.hi ? q.hi : zero;
+  }
+  return q;
+}
+
+// Codes of one token, its scale, zero point and sums.
+template <class T>
+ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmetric,
+                                  const Tokens& tokens, int64_t m) {
+  const TokenLayout& layout = tokens.layout;
+  const TokenQuant q = token_quant(x, layout.k, bits, symmetric);
+  int8_t* codes = tokens.codes + m * layout.row_bytes;
+  std::memset(codes, 0, size_t(layout.row_bytes));
+  tokens.scale[m] = q.scale;
+  tokens.zero[m] = int32_t(q.zero);
+  alignas(64) float v[kElements];
+  alignas(64) int8_t rounded_codes[kElements];
+  for (int64_t group = 0; group < layout.n_groups; ++group) {
+    int32_t sum = 0;
+    for (int64_t first = 0; q.finite && first < layout.group_len; first += kElements) {
+      const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
+      x.read(group * layout.group_len + first, count, v);
+      for (int i = 0; i < kElements; ++i) {
+        const float code = rounded(v[i] * q.inverse) + q.zero;
+        rounded_codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+      }
+      for (int i = count; i < kElements; ++i) rounded_codes[i] = 0;
+      for (int i = 0; i < kElements; ++i) sum += rounded_codes[i];
+      std::memcpy(codes + group * layout.group_bytes + first, rounded_codes, size_t(count));
+    }
+    tokens.sums[m * layout.n_groups + group] = sum;
+  }
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

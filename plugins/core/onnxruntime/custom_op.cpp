@@ -1,0 +1,405 @@
+// The custom ops of the library: attributes and constant inputs are checked when a kernel is made,
+// X at each run. No exception leaves a function that ONNX Runtime calls.
+#include "core/onnxruntime/custom_op.h"
+
+#include <array>
+#include <cstdlib>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "core/cpu/isa.h"
+#include "core/cpu/parallel.h"
+#include "core/host/ops.h"
+
+namespace anybit::ort {
+namespace {
+
+constexpr const char* kExportAgain = "Export the model again";
+constexpr size_t kX = 0;
+constexpr size_t kOptionalInputs = 3;
+constexpr size_t kMostDims = 8;
+
+// What ends a call: the three parts of an error, or a status of ONNX Runtime's own.
+struct Failure {
+  std::string text;
+  OrtStatus* status = nullptr;
+};
+
+[[noreturn]] void fail(const std::string& where, const std::string& problem,
+                       const std::string& fix) {
+  throw Failure{where + ": " + problem + ". " + fix + "."};
+}
+
+OrtStatus* status_of(const std::string& text) {
+  return call<OrtStatus*>(Function::kCreateStatus, static_cast<int>(kInvalidArgument),
+                          text.c_str());
+}
+
+// Runs body() and turns what it throws into a status.
+template <class F>
+OrtStatus* guarded(const F& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return failure.status ? failure.status : status_of(failure.text);
+  } catch (const std::bad_alloc&) {
+    return status_of("Memory: got less than a GEMM needs. Close other programs.");
+  } catch (const std::exception& error) {
+    return status_of(error.what());
+  }
+}
+
+// Calls a function that returns a status.
+template <class... Arguments>
+void ask(Function function, Arguments... arguments) {
+  OrtStatus* status = call<OrtStatus*>(function, arguments...);
+  if (status != nullptr) throw Failure{"", status};
+}
+
+struct Tensor {
+  std::array<int64_t, kMostDims> dims;
+  size_t rank;
+  int type;
+
+  std::string text() const {
+    std::string text = "[";
+    for (size_t i = 0; i < rank; ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
+    return text + "]";
+  }
+};
+
+Tensor describe(const OrtValue* value, const std::string& where) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  ask(Function::kGetTensorTypeAndShape, value, &info);
+  const auto release = [](OrtTensorTypeAndShapeInfo* p) {
+    call<void>(Function::kReleaseTensorTypeAndShapeInfo, p);
+  };
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
+  const OrtTensorTypeAndShapeInfo* known = info;
+  Tensor tensor{};
+  ask(Function::kGetTensorElementType, known, &tensor.type);
+  ask(Function::kGetDimensionsCount, known, &tensor.rank);
+  if (tensor.rank > kMostDims)
+    fail(where, "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
+         "Reshape it");
+  ask(Function::kGetDimensions, known, tensor.dims.data(), tensor.rank);
+  return tensor;
+}
+
+std::string text_of(const std::vector<int64_t>& dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+const char* name_of(int type) {
+  switch (type) {
+    case kFloat: return "fp32";
+    case kHalf: return "fp16";
+    case kBFloat16: return "bf16";
+    case kInt32: return "int32";
+    default: return "another type";
+  }
+}
+
+// Scratch memory of the thread that runs a node; it grows to what the largest node needs.
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { std::free(memory); }
+
+  void* at_least(size_t wanted) {
+    if (wanted > bytes) {
+      std::free(memory);
+      bytes = 0;
+      memory = std::aligned_alloc(64, (wanted + 63) / 64 * 64);
+      if (memory == nullptr) throw std::bad_alloc();
+      bytes = wanted;
+    }
+    return memory;
+  }
+};
+
+// One of ONNX Runtime's threads may run many nodes, of several sessions.
+void* scratch(size_t bytes) {
+  static thread_local Scratch own;
+  return own.at_least(bytes);
+}
+
+struct Declaration : CustomOp {
+  const GemmOp* op;
+  int x_type;
+};
+
+int dtype_of(int type) {
+  return type == kHalf ? kFloat16 : type == kBFloat16 ? ::kBFloat16 : kFloat32;
+}
+
+class GemmKernel {
+ public:
+  GemmKernel(const Declaration& declaration, const OrtKernelInfo* info)
+      : kernels_(find_op(declaration.op->name)) {
+    read_attributes(declaration, info);
+    where_ = std::string(declaration.op->name) + " K " + std::to_string(shape_.k) + " N " +
+             std::to_string(shape_.n);
+    if (kernels_ == nullptr || kernels_->workspace(&shape_) == 0)
+      fail(where_,
+           "got wbits " + std::to_string(shape_.wbits) + ", levels " +
+               std::to_string(shape_.levels) + ", abits " + std::to_string(shape_.abits) +
+               ", act_symmetric " + std::to_string(shape_.act_symmetric) + ", group_size " +
+               std::to_string(shape_.group_size) + ", norm_epsilon " +
+               std::to_string(shape_.norm_epsilon) +
+               ", expected a combination that the op's README lists",
+           kExportAgain);
+    inputs_ = declaration.op->inputs(shape_);
+    if (has_bias_)
+      inputs_.push_back(
+          {"bias",
+           [](GemmBuffers& b, const void* p) { b.bias = static_cast<const float*>(p); },
+           kFloat,
+           {shape_.n}});
+    if (shape_.norm_epsilon > 0)
+      inputs_.push_back({"gamma",
+                         [](GemmBuffers& b, const void* p) { b.gamma = p; },
+                         static_cast<ElementType>(declaration.x_type),
+                         {shape_.k}});
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+      int constant = 0;
+      const OrtValue* value = nullptr;
+      ask(Function::kKernelInfoGetConstantInputTensor, info, i + 1, &constant, &value);
+      checked_.push_back(constant != 0 && value != nullptr);
+      if (checked_.back()) check_input(inputs_[i], value);
+    }
+  }
+
+  void compute(OrtKernelContext* context) const {
+    const OrtKernelContext* inputs = context;
+    size_t given = 0;
+    ask(Function::kKernelContextGetInputCount, inputs, &given);
+    if (given < inputs_.size() + 1)
+      fail(where_,
+           "got " + std::to_string(given) + " inputs, expected " +
+               std::to_string(inputs_.size() + 1),
+           kExportAgain);
+    GemmBuffers buffers{};
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+      const OrtValue* value = input(inputs, i + 1, inputs_[i].name);
+      if (!checked_[i]) check_input(inputs_[i], value);
+      inputs_[i].bind(buffers, data_of(value));
+    }
+    const OrtValue* x = input(inputs, kX, "X");
+    Tensor dims = describe(x, where_ + " input X");
+    GemmShape shape = shape_;
+    shape.m = tokens_of(dims);
+    buffers.x = data_of(x);
+    dims.dims[dims.rank - 1] = shape.n;
+    OrtValue* y = nullptr;
+    const int64_t* y_dims = dims.dims.data();
+    ask(Function::kKernelContextGetOutput, context, size_t{0}, y_dims, dims.rank, &y);
+    if (shape.m == 0) return;
+    buffers.y = data_of(y);
+    buffers.workspace = scratch(kernels_->workspace(&shape));
+    run(shape, buffers, context);
+  }
+
+ private:
+  void read_attributes(const Declaration& declaration, const OrtKernelInfo* info) {
+    const std::string where = declaration.op->name;
+    const auto integer = [&](const char* name, int64_t most) {
+      int64_t value = 0;
+      OrtStatus* status =
+          call<OrtStatus*>(Function::kKernelInfoGetAttributeInt64, info, name, &value);
+      if (status != nullptr) {
+        call<void>(Function::kReleaseStatus, status);
+        fail(where, std::string("got no attribute ") + name + ", expected an integer",
+             kExportAgain);
+      }
+      if (value < 0 || value > most)
+        fail(where,
+             std::string("got ") + name + " " + std::to_string(value) + ", expected 0 to " +
+                 std::to_string(most),
+             kExportAgain);
+      return static_cast<int32_t>(value);
+    };
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    shape_.k = integer("in_features", kMost);
+    shape_.n = integer("out_features", kMost);
+    shape_.group_size = integer("group_size", kMost);
+    shape_.wbits = integer("wbits", 8);
+    shape_.levels = integer("levels", 256);
+    shape_.abits = integer("abits", 16);
+    shape_.act_symmetric = integer("act_symmetric", 1);
+    has_bias_ = integer("has_bias", 1) != 0;
+    while ((1 << shape_.planes) < shape_.levels) ++shape_.planes;
+    shape_.dtype = dtype_of(declaration.x_type);
+    // Files of earlier versions have none, and no norm.
+    OrtStatus* status = call<OrtStatus*>(Function::kKernelInfoGetAttributeFloat, info,
+                                         "norm_epsilon", &shape_.norm_epsilon);
+    if (status != nullptr) {
+      call<void>(Function::kReleaseStatus, status);
+      shape_.norm_epsilon = 0;
+    }
+  }
+
+  const OrtValue* input(const OrtKernelContext* context, size_t index, const char* name) const {
+    const OrtValue* value = nullptr;
+    ask(Function::kKernelContextGetInput, context, index, &value);
+    if (value == nullptr)
+      fail(where_ + " input " + name, "got nothing, expected a tensor", kExportAgain);
+    return value;
+  }
+
+  static void* data_of(const OrtValue* value) {
+    void* data = nullptr;
+    ask(Function::kGetTensorMutableData, const_cast<OrtValue*>(value), &data);
+    return data;
+  }
+
+  void check_input(const InputSpec& spec, const OrtValue* value) const {
+    const std::string where = where_ + " input " + spec.name;
+    const Tensor got = describe(value, where);
+    bool same = got.type == spec.type && got.rank == spec.dims.size();
+    for (size_t i = 0; same && i < got.rank; ++i) same = got.dims[i] == spec.dims[i];
+    if (!same)
+      fail(where,
+           std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " +
+               name_of(spec.type) + " " + text_of(spec.dims),
+           "The weights do not fit the node's attributes: export the model again");
+  }
+
+  int32_t tokens_of(const Tensor& x) const {
+    const auto refuse = [&](const std::string& expected, const char* fix) {
+      fail(where_ + " input X", "got shape " + x.text() + ", expected " + expected, fix);
+    };
+    if (x.rank < 1 || x.dims[x.rank - 1] != shape_.k)
+      refuse("[..., " + std::to_string(shape_.k) + "]",
+             "Feed a tensor whose last dimension is in_features");
+    int64_t count = 1;
+    for (size_t i = 0; i + 1 < x.rank; ++i) {
+      if (x.dims[i] != 0 && count > std::numeric_limits<int32_t>::max() / x.dims[i])
+        refuse("fewer than 2^31 tokens", "Lower the batch or the sequence length");
+      count *= x.dims[i];
+    }
+    return static_cast<int32_t>(count);
+  }
+
+  void run(const GemmShape& shape, const GemmBuffers& buffers, OrtKernelContext* context) const {
+    struct Threads {
+      const OrtKernelContext* context;
+      OrtStatus* status;
+    } threads{context, nullptr};
+    const cpu::Parallel parallel{
+        [](void* pool, cpu::Parallel::Task task, void* data, size_t count) {
+          Threads& threads = *static_cast<Threads*>(pool);
+          threads.status = call<OrtStatus*>(Function::kKernelContextParallelFor, threads.context,
+                                            task, count, count, data);
+        },
+        &threads};
+    const int error = kernels_->run(&shape, &buffers, const_cast<cpu::Parallel*>(&parallel));
+    if (threads.status != nullptr) throw Failure{"", threads.status};
+    if (error != 0)
+      fail(where_,
+           "got error " + std::to_string(error) + " for " + std::to_string(shape.m) +
+               " tokens, expected none",
+           "Build the library again: python -m plugins build");
+  }
+
+  const AnybitOp* kernels_;
+  GemmShape shape_{};
+  bool has_bias_ = false;
+  std::string where_;
+  std::vector<InputSpec> inputs_;
+  std::vector<bool> checked_;  // constant inputs, when the kernel was made
+};
+
+const Declaration& of(const CustomOp* op) { return *static_cast<const Declaration*>(op); }
+
+Declaration declare(const GemmOp& op, int x_type) {
+  Declaration d{};
+  d.op = &op;
+  d.x_type = x_type;
+  d.version = kApiVersion;
+  d.GetName = [](const CustomOp* self) { return of(self).op->name; };
+  d.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  d.GetInputType = [](const CustomOp* self, size_t i) -> int {
+    if (i == kX) return of(self).x_type;
+    return i < of(self).op->required.size() ? of(self).op->required[i] : kUndefined;
+  };
+  d.GetInputTypeCount = [](const CustomOp* self) {
+    return of(self).op->required.size() + kOptionalInputs;
+  };
+  d.GetOutputType = [](const CustomOp* self, size_t) { return of(self).x_type; };
+  d.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+  d.GetInputCharacteristic = [](const CustomOp* self, size_t i) -> int {
+    return i < of(self).op->required.size() ? kRequired : kOptional;
+  };
+  d.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  d.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+  d.GetVariadicInputMinArity = d.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+  d.GetVariadicInputHomogeneity =
+      d.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
+  d.CreateKernelV2 = [](const CustomOp* self, const void* const*, const OrtKernelInfo* info,
+                        void** kernel) {
+    return guarded([&] { *kernel = new GemmKernel(of(self), info); });
+  };
+  d.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return guarded([&] { static_cast<const GemmKernel*>(kernel)->compute(context); });
+  };
+  d.KernelDestroy = [](void* kernel) { delete static_cast<GemmKernel*>(kernel); };
+  d.GetStartVersion = [](const CustomOp*) { return 1; };
+  d.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
+  return d;
+}
+
+// A function's static, so that it exists before the first registration whatever the order of the
+// op folders. Pointers, because ONNX Runtime keeps the addresses.
+std::vector<std::unique_ptr<Declaration>>& declarations() {
+  static std::vector<std::unique_ptr<Declaration>> list;
+  return list;
+}
+
+// All domains, made at the first registration; sessions refer to them as long as the library lives.
+const std::vector<OrtCustomOpDomain*>& domains() {
+  static const std::vector<OrtCustomOpDomain*> list = [] {
+    // A model has a domain for each scheme of an op (exporter/graph/nodes.py).
+    std::vector<OrtCustomOpDomain*> made;
+    for (int number = 0; number < kDomains; ++number) {
+      const std::string name =
+          number == 0 ? kDomain : std::string(kDomain) + ".v" + std::to_string(number);
+      OrtCustomOpDomain* domain = nullptr;
+      // The name must outlive the domain.
+      ask(Function::kCreateCustomOpDomain, (new std::string(name))->c_str(), &domain);
+      for (const auto& op : declarations())
+        ask(Function::kCustomOpDomainAdd, domain, static_cast<const CustomOp*>(op.get()));
+      made.push_back(domain);
+    }
+    return made;
+  }();
+  return list;
+}
+
+}  // namespace
+
+GemmRegistration::GemmRegistration(const GemmOp& op) {
+  for (const int type : {int{kFloat}, int{kHalf}, int{ort::kBFloat16}})
+    declarations().push_back(std::make_unique<Declaration>(declare(op, type)));
+}
+
+OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base) {
+  table = base->GetApi(kApiVersion);
+  if (table == nullptr) {
+    table = base->GetApi(kOldestApi);
+    return status_of(std::string("ONNX Runtime: got version ") + base->GetVersionString() +
+                     ", expected 1.17 or later. Update onnxruntime.");
+  }
+  if (!cpu::chosen_isa().error.empty()) return status_of(cpu::chosen_isa().error);
+  return guarded([&] {
+    for (OrtCustomOpDomain* domain : domains()) ask(Function::kAddCustomOpDomain, options, domain);
+  });
+}
+
+}  // namespace anybit::ort

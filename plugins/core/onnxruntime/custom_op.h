@@ -1,0 +1,42 @@
+// A low-bit GEMM as an ONNX Runtime custom op: the op folder names its inputs, custom_op.cpp does
+// the rest.
+//
+// An op folder's onnxruntime.cpp fills one GemmOp and makes one static GemmRegistration of it.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "core/host/params.h"
+#include "core/onnxruntime/api.h"
+
+namespace anybit::ort {
+
+// An input behind X: its field of GemmBuffers, and the exact type and shape that it must have.
+struct InputSpec {
+  const char* name;
+  void (*bind)(GemmBuffers& buffers, const void* data);
+  ElementType type;
+  std::vector<int64_t> dims;
+};
+
+struct GemmOp {
+  const char* name;  // ONNX op_type, and that of its kernels in anybit_ops()
+  // Types of the inputs that every node has, X's undefined; bias, gamma and what `inputs` adds may
+  // follow, three at most.
+  std::vector<ElementType> required;
+  // without X, bias and gamma
+  std::vector<InputSpec> (*inputs)(const GemmShape& shape);
+};
+
+// Declares the op for fp32, fp16 and bf16. One static object each.
+struct GemmRegistration {
+  explicit GemmRegistration(const GemmOp& op);
+};
+
+constexpr const char* kDomain = "anybit";
+constexpr int kDomains = 64;  // kDomain, kDomain.v1, ...: what a model calls its schemes
+
+// Adds every declared op in every domain to a session's options; null, or what is wrong.
+OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base);
+
+}  // namespace anybit::ort

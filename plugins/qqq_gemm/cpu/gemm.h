@@ -1,0 +1,135 @@
+// QQQGemm on a CPU: nibbles become int8 weights plus an offset, which makes them unsigned. Compiled
+// once for each instruction set.
+#pragma once
+#include "qqq_gemm/cpu/layout.h"
+#if defined(__AVX512VNNI__)
+#include "qqq_gemm/cpu/few_avx512.h"
+#endif
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
+
+constexpr int kQqqOffset = 8;           // a nibble per channel is code + 8, after one xor
+constexpr int kQqqGroupedOffset = 128;  // of the int8 weights of a group
+
+struct QqqWeights {
+  int64_t n, blocks, group_size;
+  const uint8_t* words;     // uint32 [k / 16, blocks, 8, 4, 4]
+  const Half* scale_group;  // [k / group_size, n], or null
+  const float* scale;       // [n]
+
+  // Words of block `block` in packed row `row`.
+  ANYBIT_INLINE const uint8_t* at(int64_t row, int64_t block) const {
+    return words + (row * blocks + block) * kQqqBlockBytes;
+  }
+};
+
+// Unsigned int8 weights by nibble, of one group and the output channels of a panel.
+using QqqTable = uint8_t[kPanelRows][16];
+
+inline void qqq_table(const QqqWeights& w, int64_t group, int64_t n0, QqqTable& table) {
+  for (int i = 0; i < kPanelRows; ++i) {
+    const float scale = n0 + i < w.n ? float_from(w.scale_group[group * w.n + n0 + i]) : 0.0f;
+    for (int nibble = 0; nibble < 16; ++nibble) {
+      float v = float(nibble - 8) * scale;  // exact: 4 bits times 11
+      v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+      table[i][nibble] = uint8_t(int(rounded(v)) + kQqqGroupedOffset);
+    }
+  }
+}
+
+// A panel of one packed row: 4 steps. Words of output channels n and n + 8, 4 input channels.
+inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, uint8_t* panel) {
+  for (int lane = 0; lane < 32; ++lane) {
+    uint8_t* step = panel + lane % 4 * kPanelRows * kStep;
+    for (int j = 0; j < 2; ++j) {
+      uint32_t word;
+      std::memcpy(&word, words + 16 * lane + 4 * (j0 + j), sizeof word);
+      const int i = 16 * j + lane / 4;  // output channel of the panel with b = 0
+      uint8_t *low = step + kStep * i, *high = low + kStep * 8;
+      if (table == nullptr) {
+        const uint32_t biased = word ^ 0x88888888, b0 = biased >> 4 & 0x0f0f0f0f,
+                       b1 = biased & 0x0f0f0f0f;
+        std::memcpy(low, &b0, sizeof b0);
+        std::memcpy(high, &b1, sizeof b1);
+      } else {
+        const uint8_t *of_low = (*table)[i], *of_high = (*table)[i + 8];
+        for (int r = 0; r < 4; ++r) {
+          const int nibble = r / 2 + r % 2 * 4;  // nibbles with b = 0: r 0, 2, -, -, 1, 3
+          low[r] = of_low[word >> 4 * nibble & 15];
+          high[r] = of_high[word >> (4 * nibble + 8) & 15];
+        }
+      }
+    }
+  }
+}
+
+struct QqqKernel {
+  TokenLayout layout;
+  int largest;
+  bool needs_code_sums = false;
+  int64_t weight_bytes;
+  QqqWeights weights;
+
+  ANYBIT_INLINE QqqKernel(const GemmShape& s, const GemmBuffers& b) {
+    layout = qqq_layout(s);
+    weights.n = s.n, weights.group_size = s.group_size;
+    weights.blocks = (s.n + kQqqBlock - 1) / kQqqBlock;
+    weights.words = reinterpret_cast<const uint8_t*>(b.weight);
+    weights.scale_group = static_cast<const Half*>(b.scale_group);
+    weights.scale = b.scale;
+    weight_bytes = layout.group_bytes / kQqqRow * weights.blocks * kQqqBlockBytes;
+    largest = s.group_size ? 127 + kQqqGroupedOffset : 15;
+  }
+
+  ANYBIT_INLINE void unpack(int64_t n0, int64_t position, int steps, uint8_t* panel) const {
+    const int64_t block = n0 / kQqqBlock;
+    const int j0 = int(n0 % kQqqBlock) / 16;
+    int64_t group = -1;
+    QqqTable table;
+    for (int row = 0; row < steps / 4; ++row, panel += 4 * kPanelRows * kStep) {
+      const int64_t at = position / kQqqRow + row;
+      if (weights.group_size && at * kQqqRow / weights.group_size != group) {
+        group = at * kQqqRow / weights.group_size;
+        qqq_table(weights, group, n0, table);
+      }
+      qqq_unpack_row(weights.at(at, block), j0, weights.group_size ? &table : nullptr, panel);
+    }
+  }
+
+  // outputs = float(D) * scale.
+  ANYBIT_INLINE void add_group(int64_t, int64_t n0, const Tokens& tokens, int64_t m0, int count,
+                               const Sums* sums, const Sums&, Outputs* outputs) const {
+    alignas(64) float scale[kPanelRows] = {};
+    const int64_t columns = smaller<int64_t>(kPanelRows, weights.n - n0);
+    std::memcpy(scale, weights.scale + n0, sizeof(float) * size_t(columns));
+    const int32_t offset = weights.group_size ? kQqqGroupedOffset : kQqqOffset;
+    for (int m = 0; m < count; ++m) {
+      // modulo 2^32: with the offset the sums may leave the range, D does not
+      const uint32_t bias = uint32_t(offset) * uint32_t(tokens.sums[m0 + m]);
+      for (int i = 0; i < kPanelRows; ++i)
+        outputs[m][i] = float(int32_t(uint32_t(sums[m][i]) - bias)) * scale[i];
+    }
+  }
+
+  static constexpr int kMoreRows = 0;
+#if defined(__AVX512VNNI__)
+  static constexpr int kFewTokens = kQqqFewTokens;
+  ANYBIT_INLINE bool takes_few() const { return true; }
+  template <class T>
+  ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
+                         const Parallel& parallel) const {
+    qqq_few(*this, slab, m, to, parallel);
+  }
+#else
+  static constexpr int kFewTokens = 0;
+#endif
+};
+
+inline void qqq_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
+  const QqqKernel kernel(s, b);
+  with_dtype(s.dtype, [&](auto t) { integer_gemm<decltype(t)>(kernel, s, b, parallel); });
+}
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu

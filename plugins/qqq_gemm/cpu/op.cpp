@@ -1,0 +1,44 @@
+// QQQGemm's row of the table of CPU ops.
+#define ANYBIT_SET portable
+#include "core/cpu/op.h"
+#include "qqq_gemm/cpu/layout.h"
+
+namespace anybit::cpu {
+
+void qqq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
+#if defined(__x86_64__)
+void qqq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
+void qqq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
+#endif
+
+namespace {
+
+bool supported(const GemmShape& s) {
+  if (s.group_size != 0 && s.group_size != 64 && s.group_size != 128) return false;
+  if (s.wbits != 4 || s.levels != 16 || s.abits != 8 || s.act_symmetric != 1) return false;
+  return 127 * 127 * int64_t{s.k} < int64_t{1} << 31;  // int32 sums must not overflow
+}
+
+bool has_inputs(const GemmShape& s, const GemmBuffers& b) {
+  return b.weight && b.scale && (!s.group_size || b.scale_group);
+}
+
+size_t workspace(const GemmShape& s) {
+  using namespace portable;
+  return slab_memory(qqq_layout(s), s.m, 0, nullptr).bytes;
+}
+
+constexpr Op kOp = {"QQQGemm",
+                    supported,
+                    has_inputs,
+                    workspace,
+#if defined(__x86_64__)
+                    {qqq_gemm_portable, qqq_gemm_avx2, qqq_gemm_avx512}
+#else
+                    {qqq_gemm_portable}
+#endif
+};
+const OpRegistration registration(row_of<kOp>());
+
+}  // namespace
+}  // namespace anybit::cpu
