@@ -106,7 +106,7 @@ def _refuse_other(
     if source.get("fingerprint") != checkpoint.fingerprint:
         raise InputError(
             str(folder),
-            f"got a model quantised from other weights (of {source.get('name')}), "
+            f"got one of another model or config (of {source.get('name')}), "
             f"expected those of {checkpoint.name}",
             fix,
         )

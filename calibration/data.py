@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.checkpoints.foreign import first_line
 from calibration.text_file import TEXT_FIELDS, Say, bounded, existing, read_text
 from plugins.errors import InputError
 
@@ -99,10 +100,9 @@ def _read_dataset(spec: str, offline: bool, where: str) -> str:
             "Choose another dataset",
         ) from None
     except Exception as error:  # the library raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             where,
-            f"got {spec}, neither a file nor a dataset that can be loaded ({reason})",
+            f"got {spec}, neither a file nor a dataset that can be loaded ({first_line(error)})",
             "Check the name (NAME[:CONFIG[:SPLIT]]), or give a .txt or .jsonl file",
         ) from None
     return bounded(text for text in rows[field] if isinstance(text, str) and text.strip())

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from calibration.out.files import kind_of
 from calibration.out.json_file import parse_json
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
 
 __all__ = ["MOST_BYTES", "TEXT_FIELDS", "Say", "bounded", "existing", "read_text"]
@@ -97,13 +97,9 @@ def bounded(texts: Iterable[str]) -> str:
 
 def _content(path: Path, where: str) -> bytes:
     """The first bytes of a file, decompressed; more than MOST_BYTES of them if there are."""
+    fix = "Check the path, or write the text into a file"
+    check_regular(path, "a .txt or .jsonl file", fix, option=where)
     try:
-        if kind := kind_of(path):
-            raise InputError(
-                where,
-                f"got {kind} {path}, expected a .txt or .jsonl file",
-                "Check the path, or write the text into a file",
-            )
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         if not data.startswith(_GZIP):
@@ -163,24 +159,25 @@ def _check(path: Path, text: str) -> None:
 def _json_records(path: Path, text: str, more: bool) -> list[tuple[str, Any]] | None:
     """The records of JSON lines or of a JSON document, each with its place; None of other text.
 
-    A file that is not called JSON is taken for it where every line is an object or a list, or all
-    of it is one.
+    A file that is not called JSON is taken for it where every line, or all of it, is JSON and there
+    is an object among the records: lists in brackets may stand in plain text.
     """
-    called = any(suffix.lower() in _JSON for suffix in path.suffixes)
+    name = path.stem if path.suffix.lower() == ".gz" else path.name
+    called = name.lower().endswith(_JSON)
     if not called and text.lstrip()[:1] not in ("{", "["):
         return None
     try:
         records = _lines(path, text, more)
+        if len(records) == 1 and isinstance(records[0][1], list):
+            records = _document(path, records[0][1])
     except InputError as error:
         try:
-            return _document(path, parse_json(text, str(path)))
+            records = _document(path, parse_json(text, str(path)))
         except InputError:
             if called:
                 raise error from None
             return None
-    if len(records) == 1 and isinstance(records[0][1], list):
-        return _document(path, records[0][1])
-    return records if called or all(isinstance(one, dict | list) for _, one in records) else None
+    return records if called or any(isinstance(one, dict) for _, one in records) else None
 
 
 def _document(path: Path, value: Any) -> list[tuple[str, Any]]:

@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from calibration.checkpoints.foreign import quiet_transformers, reason
-from calibration.checkpoints.huggingface import WeightSource, open_hf_weights, read_source_json
+from calibration.checkpoints.foreign import (
+    DOWNLOAD_AGAIN,
+    quiet_transformers,
+    reason,
+    without_negatives,
+)
+from calibration.checkpoints.huggingface import WeightSource, open_hf_weights
 from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
@@ -29,8 +34,8 @@ from calibration.families import (
     accepted_architectures,
     family_of_architecture,
 )
-from calibration.out.fingerprint import file_stamps
-from calibration.out.json_file import checked
+from calibration.out.files import sha256_file
+from calibration.out.json_file import TokenId, checked, read_json
 from plugins.errors import InputError
 from plugins.text import shown
 
@@ -83,6 +88,8 @@ class _Fields:
     vocab_size: _Width | None = None
     max_position_embeddings: _Positions | None = None
     num_labels: _Labels | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
     rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
     is_causal: bool | None = None
@@ -97,6 +104,7 @@ class Checkpoint:
         config: transformers config.
         decoder: its steps with the model's sizes.
         generation: how its makers want text to be made.
+        warnings: what is odd about its files and changes no result, a line each.
     """
 
     def __init__(self, source: Source, family: Family, config: Any, weights: WeightSource) -> None:
@@ -111,7 +119,7 @@ class Checkpoint:
             config.tie_word_embeddings = False
             self.decoder = family.decoder(plain_config(config))
         self.rope()  # settings without frequencies are refused before any work
-        self._check_inert()
+        self.warnings = self._odd_frequencies()
 
     @property
     def _where(self) -> str:
@@ -129,15 +137,13 @@ class Checkpoint:
             and not same_numbers(*(self._weights.array(stored[name]) for name in (table, head)))
         )
 
-    def _check_inert(self) -> None:
-        """Compare stored rotary frequencies, which nobody reads, with those of the config.
-
-        Raises:
-            InputError: they differ: the config is not the one that the model was trained with.
+    def _odd_frequencies(self) -> list[str]:
+        """Stored rotary frequencies, which nobody reads, not transformers either, and which are not
+        those of the config: the model may have been trained with another.
         """
         names = [name for name in self._names.inert.values() if name.endswith("inv_freq")]
         if not names:
-            return
+            return []
         scaled = self.rope()[0]
         theta = float(self.config.rope_parameters["rope_theta"])
         exponents = np.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
@@ -149,12 +155,12 @@ class Checkpoint:
                 for wanted in (scaled, plain)
             )
             if not near:
-                raise InputError(
-                    f"{self._where}, tensor {shown(name)}",
-                    f"got other rotary frequencies than those of rope_theta {theta:g}",
-                    "Correct rope_theta or rope_scaling in config.json, or save the model without "
-                    "this tensor",
-                )
+                return [
+                    f"{shown(name)} holds other rotary frequencies than those of rope_theta "
+                    f"{theta:g}, which is used, as transformers does. If the model was trained with "
+                    "the others, correct rope_theta in config.json."
+                ]
+        return []
 
     @property
     def renaming(self) -> Mapping[str, str]:
@@ -180,13 +186,13 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and of the weight files' sizes and sampled pieces; the same on every
-        machine.
+        """Hash of the config and of the weight files' sizes and sampled pieces, in order; the same
+        on every machine and whatever they are called.
         """
         digest = hashlib.sha256(json.dumps(self.hf_config(), sort_keys=True).encode())
         for path in self._weights.files:
             size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
+            digest.update(f" {size}".encode())
             step = max(size // _SAMPLES, _SAMPLE_BYTES)
             with path.open("rb") as file:
                 for offset in [*range(0, size, step), max(size - _SAMPLE_BYTES, 0)]:
@@ -194,19 +200,14 @@ class Checkpoint:
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
-    def input_files(self) -> list[Path]:
-        """The local files that decide the result: weights, config, tokenizer."""
-        small = (
-            []
-            if self.source.kind == "gguf"
-            else [path for pattern in SMALL_FILES for path in self.source.path.glob(pattern)]
-        )
-        return sorted({*self._weights.files, *small})
-
     def stamp(self) -> list[Any]:
-        """Everything of the model that a result depends on: its files, and what its family says."""
-        files = file_stamps(self.input_files())
-        return [self.fingerprint, files, self.decoder.declaration()]
+        """Everything of the model that a result depends on: what is in its files, wherever they lie,
+        and what its family says.
+        """
+        folder = self.source.path
+        found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+        small = {str(path.relative_to(folder)): sha256_file(path) for path in found}
+        return [self.fingerprint, small, self.decoder.declaration()]
 
     def hf_config(self) -> dict[str, Any]:
         """The transformers config as plain JSON, without anything that depends on this machine."""
@@ -303,7 +304,9 @@ def _open_gguf(source: Source) -> Checkpoint:
 
     file = GgufFile(source.path)
     family = gguf_family(file)
-    config = _make_config(str(source.path), gguf_config(file, family), family)
+    values = gguf_config(file, family)
+    checked(values, _Fields, str(source.path), "Choose a model that is not so large")
+    config = _make_config(str(source.path), values, family)
     return Checkpoint(
         source, family, config, GgufWeights(file, family.decoder(plain_config(config)))
     )
@@ -325,7 +328,9 @@ def _open_config(folder: Path) -> tuple[Family, Any]:
             "Give the folder that holds config.json and the weights",
         )
     refuse_code(folder)
-    raw = read_source_json(path)
+    raw = read_json(path, DOWNLOAD_AGAIN)
+    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw}
+    raw |= {name: without_negatives(value) for name, value in ids.items()}
     quantised = raw.get("quantization_config") or raw.get("compression_config")
     if quantised:
         method = (
@@ -335,7 +340,7 @@ def _open_config(folder: Path) -> tuple[Family, Any]:
         )
         raise InputError(
             str(path),
-            f"got an already quantised checkpoint (quant_method {shown(method)}), "
+            f"got an already quantized checkpoint (quant_method {shown(method)}), "
             "expected float32, float16 or bfloat16 weights, or a .gguf file",
             "Give the float model it was made from",
         )

@@ -1,35 +1,49 @@
-"""What the readers of other people's files have in common: is it a file at all, and reasons that fit
-a message.
+"""What the readers of other people's files have in common: quiet libraries, and reasons that fit a
+message.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
-from plugins.errors import InputError
-from plugins.text import shown
+from plugins.text import one_line, shown
 
-__all__ = ["check_regular", "quiet_transformers", "reason"]
+__all__ = ["DOWNLOAD_AGAIN", "first_line", "quiet_transformers", "reason", "without_negatives"]
 
-_LONGEST_REASON = 200  # characters
+DOWNLOAD_AGAIN = "The file is truncated or damaged: download it again"
 
 
 def reason(error: Exception) -> str:
     """What a library says is wrong, in a line; torch's advice to run the code in a file is left
     out.
     """
-    line = " ".join(str(error).split())
+    text = str(error)
     if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"GLOBAL ([\w.]+)", line)
+        found = re.search(r"GLOBAL\s+([\w.]+)", text)
         return f"it calls {shown(found[1])}" if found else "it holds more than tensors"
-    if not line or "weights_only" in line:
-        return type(error).__name__
-    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."
+    return (
+        type(error).__name__ if "weights_only" in text else one_line(text) or type(error).__name__
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, where a trace follows it."""
+    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+
+
+def without_negatives(tokens: Any) -> Any:
+    """Token ids, one or a list, of which a negative one stands for none."""
+    if isinstance(tokens, list):
+        return [one for one in tokens if not _is_negative(one)] or None
+    return None if _is_negative(tokens) else tokens
+
+
+def _is_negative(token: Any) -> bool:
+    return type(token) is int and token < 0
 
 
 @contextmanager
@@ -48,22 +62,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def check_regular(path: Path, kind: str) -> None:
-    """Refuse what is no regular file, or a link to one: a pipe or a device would never end.
-
-    Args:
-        kind: what is expected there, such as "a safetensors file".
-
-    Raises:
-        InputError: it is not, or is missing, or may not be looked at.
-    """
-    try:
-        got = "" if stat.S_ISREG(path.stat().st_mode) else "no regular file"
-    except OSError as error:
-        got = error.strerror or str(error)
-    if got:
-        raise InputError(
-            str(path), f"got {got}, expected {kind}", "Check the path and the permissions"
-        )

@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 from gguf.quants import dequantize
 
-from calibration.checkpoints.gguf_header import (
-    ANOTHER_TYPE,
-    DOWNLOAD_AGAIN,
-    GgufPart,
-    GgufTensor,
-)
+from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.checkpoints.gguf_header import ANOTHER_TYPE, GgufPart, GgufTensor
 from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
 from plugins.errors import InputError
+from plugins.text import some
 
 __all__ = ["GgufFile", "GgufWeights"]
 
@@ -27,7 +24,6 @@ __all__ = ["GgufFile", "GgufWeights"]
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ROPE_FACTORS = "rope_freqs.weight"
 _LARGEST = 1e12
-_SHOWN = 3
 
 
 class GgufFile:
@@ -72,8 +68,8 @@ class GgufFile:
         return self._head.keys
 
     def value(self, key: str, default: Any = None) -> Any:
-        """One metadata value that is not a list."""
-        return self._head.values.get(key, default)
+        """One metadata value, or the default if there is none. Raises as GgufPart.value."""
+        return self._head.value(key, default)
 
     def strings(self, key: str) -> list[str] | None:
         """A list of strings of the metadata, or None if there is none."""
@@ -86,6 +82,13 @@ class GgufFile:
     def length(self, key: str) -> int | None:
         """How long a list of the metadata is, or None if there is none."""
         return self._head.length(key)
+
+    def says(self, key: str) -> bool:
+        """Whether a key's value is more than 0, false or empty, as which llama.cpp's converter
+        writes what a model does not have.
+        """
+        length = self.length(key)
+        return bool(self.value(key) if length is None else length)
 
     def number(self, key: str, default: float | None = None) -> float:
         """One metadata number above zero; without a default it must be there."""
@@ -108,12 +111,16 @@ class GgufFile:
     def required(self, key: str) -> Any:
         """One metadata value that must be there."""
         if key not in self.keys:
-            raise InputError(
-                str(self.path),
-                f"got no metadata {key}, expected it in a model file",
-                "Convert the model to GGUF again",
-            )
+            raise self.missing(key)
         return self.value(key)
+
+    def missing(self, key: str) -> InputError:
+        """The error of metadata that must be there."""
+        return InputError(
+            str(self.path),
+            f"got no metadata {key}, expected it in a model file",
+            "Convert the model to GGUF again",
+        )
 
     def wrong(self, key: str, expected: str, fix: str = DOWNLOAD_AGAIN) -> InputError:
         """The error of a metadata value that is not what was expected."""
@@ -126,7 +133,7 @@ class GgufFile:
 
 def _whole_set(part: GgufPart) -> list[GgufPart]:
     """All parts of the model that a file belongs to, in order."""
-    count = part.values.get("split.count", 0)
+    count = part.value("split.count", 0)
     if not isinstance(count, int) or count < 2:
         return [part]
     name = _PART_NAME.fullmatch(part.path.name)
@@ -142,16 +149,14 @@ def _whole_set(part: GgufPart) -> list[GgufPart]:
     ]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise InputError(
             str(part.path),
-            f"got {count - len(missing)} of {count} parts, missing "
-            f"{', '.join(missing[:_SHOWN])}{more}",
+            f"got {count - len(missing)} of {count} parts, missing {some(missing)}",
             "Put all parts of the model into one folder",
         )
     parts = [GgufPart(path) for path in paths]
     for index, one in enumerate(parts):
-        got = one.values.get("split.no"), one.values.get("split.count")
+        got = one.value("split.no"), one.value("split.count")
         if got != (index, count):
             raise InputError(
                 str(one.path),
@@ -204,11 +209,9 @@ class GgufWeights:
         used = {info.gguf for info in self._names.values()} | {_ROPE_FACTORS}
         unknown = [name for name in self._file.tensors if name not in used]
         if unknown:
-            more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
             raise InputError(
                 str(self._file.path),
-                f"got tensors that the model's {decoder.layers} layers do not use: "
-                f"{', '.join(name[:60] for name in unknown[:_SHOWN])}{more}",
+                f"got tensors that the model's {decoder.layers} layers do not use: {some(unknown)}",
                 "The export would drop them: choose a model without them",
             )
 

@@ -164,7 +164,7 @@ def _check_keys(file: GgufFile, key: str, head_dim: int, context: int) -> None:
         name = full.removeprefix(key)
         if name == full or name in _READ or name in _HARMLESS:
             continue
-        value = file.value(full)
+        value = file.value(full) if file.length(full) is None else None
         if name == "attention.causal":
             if value is not True:
                 raise file.wrong(full, "True", _ANOTHER_MODEL)
@@ -173,7 +173,7 @@ def _check_keys(file: GgufFile, key: str, head_dim: int, context: int) -> None:
         elif name in neutral and isinstance(value, float):
             if value and not math.isclose(value, neutral[name], rel_tol=1e-6):
                 raise file.wrong(full, f"{neutral[name]:g}", _ANOTHER_MODEL)
-        elif value or file.length(full):  # llama.cpp writes 0 and false for what a model has not
+        elif file.says(full):
             raise file.wrong(
                 full, f"nothing: no {key.rstrip('.')} decoder here follows it", _ANOTHER_MODEL
             )
@@ -199,24 +199,23 @@ def _rope(file: GgufFile, key: str, context: int) -> dict[str, Any]:
     }
     extrapolation = file.value(scaling + "yarn_ext_factor", -1.0)  # negative: as the type has it
     if kind == "yarn":
-        if not isinstance(extrapolation, float) or (extrapolation >= 0 and extrapolation != 1):
+        original = scaling + "original_context_length"
+        if not (isinstance(extrapolation, float) and (extrapolation < 0 or extrapolation == 1)):
             raise file.wrong(scaling + "yarn_ext_factor", "1", _ANOTHER_MODEL)
         return rope | {
             "rope_type": "yarn",
             "factor": factor,
-            "original_max_position_embeddings": file.integer(
-                scaling + "original_context_length", context
-            )
-            if file.value(scaling + "original_context_length")
+            "original_max_position_embeddings": file.integer(original, context)
+            if file.says(original)
             else context,
             "attention_factor": _attention_factor(file, scaling, factor),
-            "beta_fast": file.number(scaling + "yarn_beta_fast", 32.0),
-            "beta_slow": file.number(scaling + "yarn_beta_slow", 1.0),
+            "beta_fast": _or_absent(file, scaling + "yarn_beta_fast", 32.0),
+            "beta_slow": _or_absent(file, scaling + "yarn_beta_slow", 1.0),
         }
     for name in ("attn_factor", "yarn_attn_factor"):
-        if file.number(scaling + name, 1.0) != 1:
+        if _or_absent(file, scaling + name, 1.0) != 1:
             raise file.wrong(scaling + name, f"1 with RoPE scaling of type {kind}", _ANOTHER_MODEL)
-    if not isinstance(extrapolation, float) or extrapolation > 0:
+    if not (isinstance(extrapolation, float) and extrapolation <= 0):
         raise file.wrong(
             scaling + "yarn_ext_factor", f"0 with RoPE scaling of type {kind}", _ANOTHER_MODEL
         )
@@ -228,15 +227,19 @@ def _rope(file: GgufFile, key: str, context: int) -> dict[str, Any]:
 def _rope_factor(file: GgufFile, key: str) -> float:
     """How much longer the context was made; the older key counts where the newer one is missing."""
     for name in ("rope.scaling.factor", "rope.scale_linear"):
-        value = file.value(key + name)
-        if value is not None:
-            return file.number(key + name) if value else 1.0  # 0: not scaled
+        if file.value(key + name) is not None:
+            return _or_absent(file, key + name, 1.0)
     return 1.0
+
+
+def _or_absent(file: GgufFile, key: str, default: float) -> float:
+    """A factor, where 0 is as good as none."""
+    return file.number(key, default) if file.says(key) else default
 
 
 def _attention_factor(file: GgufFile, scaling: str, factor: float) -> float:
     """The factor on cos and sin: YaRN's own unless the model has another, times attn_factor."""
     own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return file.number(scaling + "yarn_attn_factor", own) * file.number(
-        scaling + "attn_factor", 1.0
+    return _or_absent(file, scaling + "yarn_attn_factor", own) * _or_absent(
+        file, scaling + "attn_factor", 1.0
     )

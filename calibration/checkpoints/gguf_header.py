@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
 
-__all__ = ["ANOTHER_TYPE", "DOWNLOAD_AGAIN", "GgufPart", "GgufTensor"]
+__all__ = ["ANOTHER_TYPE", "GgufPart", "GgufTensor"]
 
-DOWNLOAD_AGAIN = "The file is truncated or damaged: download it again"
 ANOTHER_TYPE = "Convert the model to another GGUF type, such as Q8_0 or F16"
 
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, two counts, the metadata,
@@ -38,7 +38,7 @@ _COUNT = struct.Struct("<Q")
 _WORD = struct.Struct("<I")
 _LEAST_ENTRY = 8 + 4 + 1  # bytes of a metadata entry: the key's length, the type, a value
 _LEAST_INFO = 8 + 4 + 4 + 8  # of a tensor's: the name's length, dimensions, the type, the offset
-_MOST_ENTRIES, _MOST_TENSORS = 1 << 16, 1 << 17
+_MOST_ENTRIES, _MOST_TENSORS = 1 << 16, 1 << 15  # 1024 layers have some 12,000 tensors
 _MOST_STRINGS = 1 << 21  # in all lists; tokens and merges are the longest, under a million together
 _MOST_DIMENSIONS = 4
 _MOST_ALIGNMENT = 1 << 16
@@ -95,6 +95,21 @@ class GgufPart:
             self._read_entry()
         self.tensors = self._place(list(self._infos(tensors)))
 
+    def value(self, key: str, default: Any = None) -> Any:
+        """One value of the metadata, or the default if there is none.
+
+        Raises:
+            InputError: it is a list, or a number that is not finite.
+        """
+        if key in self._arrays:
+            raise self._damaged(
+                f"got a list of {self._arrays[key].count}, expected one value", _metadata(key)
+            )
+        value = self.values.get(key, default)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._damaged(f"got {value}, expected a finite number", _metadata(key))
+        return value
+
     def strings(self, key: str) -> list[str] | None:
         """A list of strings of the metadata, or None if there is none."""
         array = self._arrays.get(key)
@@ -103,13 +118,21 @@ class GgufPart:
         return [self._text(start, length, key) for start, length in self._spans(array)]
 
     def numbers(self, key: str) -> list[Any] | None:
-        """A list of numbers of the metadata, or None if there is none."""
+        """A list of numbers of the metadata, or None if there is none.
+
+        Raises:
+            InputError: one of them is not finite.
+        """
         array = self._arrays.get(key)
         if array is None or array.kind == _STRING:
             return None
         scalar = _SCALARS[array.kind]
         data = self._bytes[array.start : array.start + array.count * scalar.size]
-        return [value for (value,) in scalar.iter_unpack(data)]
+        numbers = [value for (value,) in scalar.iter_unpack(data)]
+        wrong = next((value for value in numbers if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise self._damaged(f"got {wrong}, expected finite numbers", _metadata(key))
+        return numbers
 
     @property
     def keys(self) -> list[str]:
@@ -291,7 +314,7 @@ class GgufPart:
         return tensors
 
     def _alignment(self) -> int:
-        value = self.values.get("general.alignment", 32)
+        value = self.value("general.alignment", 32)
         if type(value) is not int or not 0 < value <= _MOST_ALIGNMENT or value & (value - 1):
             raise self._damaged(
                 f"got {str(value)[:_SHOWN]!r}, expected a power of two of at most {_MOST_ALIGNMENT}",
@@ -314,11 +337,8 @@ def _aligned(position: int, alignment: int) -> int:
 
 def _map(path: Path) -> mmap.mmap:
     """The bytes of a file that begins as GGUF files do."""
+    check_regular(path, "a GGUF file")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise InputError(
-                str(path), "got no regular file, expected a GGUF file", "Give the file itself"
-            )
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
             if magic != _MAGIC:

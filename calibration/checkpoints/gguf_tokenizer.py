@@ -7,8 +7,9 @@ from typing import Any
 
 from calibration.checkpoints.gguf import GgufFile
 from calibration.checkpoints.gguf_config import token_id
-from calibration.checkpoints.gguf_header import DOWNLOAD_AGAIN
+from calibration.checkpoints.tokenizer import check_templates
 from plugins.errors import InputError
+from plugins.text import one_line
 
 __all__ = ["PRE_TOKENIZERS", "gguf_tokenizer"]
 
@@ -143,7 +144,7 @@ def gguf_tokenizer(file: GgufFile) -> Any:
 def _check_keys(file: GgufFile) -> None:
     for key in file.keys:
         unknown = key.startswith("tokenizer.ggml.") and key not in _KNOWN
-        if unknown and (file.value(key) or file.length(key)):
+        if unknown and file.says(key):
             raise file.wrong(key, "nothing: no tokenizer here follows it", _GIVE_FOLDER)
 
 
@@ -155,9 +156,10 @@ def _flag(file: GgufFile, key: str, default: bool) -> bool:
 
 
 def _strings(file: GgufFile, key: str) -> list[str]:
+    if key not in file.keys:
+        raise file.missing(key)
     found = file.strings(key)
     if found is None:
-        file.required(key)
         raise file.wrong(key, "a list of strings")
     return found
 
@@ -170,14 +172,14 @@ def _tokens(file: GgufFile) -> list[str]:
             raise InputError(
                 f"{file.path}, metadata {_TOKENS}",
                 f"got {token[:40]!r} as tokens {first[token]} and {index}, expected it once",
-                DOWNLOAD_AGAIN,
+                _GIVE_FOLDER,
             )
     return tokens
 
 
 def _numbers(file: GgufFile, key: str, count: int) -> list[Any]:
-    found = file.numbers(key)
-    if found is None or len(found) != count:
+    found = file.numbers(key) if file.length(key) == count else None
+    if found is None:
         raise file.wrong(key, f"{count} numbers, one for each token")
     return found
 
@@ -190,7 +192,7 @@ def _bpe(file: GgufFile, tokens: list[str], merges: list[tuple[str, str]], **opt
     try:
         return Tokenizer(BPE(vocab=vocab, merges=merges, **options))
     except Exception as error:  # tokenizers raises its own kind
-        reason = " ".join(str(error).split()).removeprefix("Error while initializing BPE: ")[:80]
+        reason = one_line(error, 80).removeprefix("Error while initializing BPE: ")
         raise file.wrong(_MERGES, f"merges of the file's tokens ({reason})") from None
 
 
@@ -294,4 +296,5 @@ def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
     for name, template in found.items():
         if not isinstance(template, str):
             raise file.wrong(prefix if name == "default" else f"{prefix}.{name}", "a template")
+    check_templates(found, f"{file.path}, metadata {prefix}", _GIVE_FOLDER)
     return found if len(found) > 1 else found.get("default")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from calibration.checkpoints.foreign import check_regular, reason
+from calibration.checkpoints.foreign import DOWNLOAD_AGAIN, reason
 from calibration.checkpoints.safetensors import read_header, read_tensor
-from calibration.out.json_file import read_json
+from calibration.out.json_file import LARGE, read_json
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
-from plugins.text import shown
+from plugins.text import shown, some
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ __all__ = [
     "SafetensorsWeights",
     "WeightSource",
     "open_hf_weights",
-    "read_source_json",
 ]
 
 
@@ -178,14 +178,16 @@ def _plain(where: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of numbers in memory, without what a training left on it.
 
     Raises:
-        InputError: it is sparse, nested, quantised, without numbers, or larger than they are.
+        InputError: it is sparse, nested, complex, quantized, without numbers, or larger than they are.
     """
     import torch
 
     if tensor.layout != torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+    elif tensor.is_complex():
+        got = f"complex numbers ({_dtype(tensor)})"
     elif tensor.is_quantized:
-        got = f"a quantised tensor ({_dtype(tensor)})"
+        got = f"a quantized tensor ({_dtype(tensor)})"
     elif tensor.device.type != "cpu":
         got = f"a tensor without numbers (device {tensor.device.type})"
     elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -214,15 +216,6 @@ def _holds_tensors(value: Any) -> bool:
     return False
 
 
-def read_source_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder.
-
-    Raises:
-        InputError: it is truncated or damaged.
-    """
-    return read_json(path, "It is truncated or damaged: download it again")
-
-
 def open_hf_weights(folder: Path) -> WeightSource:
     """The weights of a folder: a single file, or an index with its shards; safetensors before .bin.
     This is the order in which transformers looks for them.
@@ -246,7 +239,7 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
     single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
     if single.exists() or not index.exists():
         return [single] if single.exists() else []
-    weight_map = read_source_json(index).get("weight_map")
+    weight_map = read_json(index, DOWNLOAD_AGAIN, LARGE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(
             str(index), "got no weight_map, expected {tensor: file}", "Download the index again"
@@ -261,11 +254,10 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        some = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
         raise InputError(
             str(folder),
             f"got {len(names) - len(missing)} of the {len(names)} weight files in {index.name}, "
-            f"missing {some}",
+            f"missing {some(missing)}",
             "The download is incomplete: fetch the missing files",
         )
     return [folder / name for name in names]

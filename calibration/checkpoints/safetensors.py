@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from calibration.checkpoints.foreign import check_regular
 from calibration.out.json_file import Count, checked
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
 from plugins.text import shown
 

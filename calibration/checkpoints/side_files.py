@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from calibration.checkpoints.foreign import without_negatives
 from calibration.out.description import SamplingDefaults
 from calibration.out.json_file import TokenId, checked, read_json
 from plugins.errors import InputError
@@ -15,30 +18,38 @@ __all__ = ["Generation", "read_generation"]
 _FILE = "generation_config.json"
 _FIX = "Correct the field, or take the file away"
 _TOP_K = 50  # transformers' own where a text is drawn and the file gives none
-# Fields that change the text too, by which nobody here chooses tokens. 0 and 1 change nothing.
-_NOT_FOLLOWED = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "dola_layers",
-    "encoder_repetition_penalty",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "guidance_scale",
-    "min_length",
-    "min_new_tokens",
-    "min_p",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "penalty_alpha",
-    "sequence_bias",
-    "stop_strings",
-    "suppress_tokens",
-    "top_h",
-    "typical_p",
-)
+# What a draw alone depends on.
+_OF_A_DRAW = ("temperature", "top_k", "top_p")
+# Other fields by which transformers chooses tokens, and their values that change nothing, as does an
+# empty list. How long a text may become is the caller's to say.
+_NOT_FOLLOWED = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "constraints": None,
+    "diversity_penalty": 0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "top_h": None,
+    "typical_p": 1,
+    "watermarking_config": None,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,8 @@ def read_generation(folder: Path) -> Generation:
     """What generation_config.json of a folder says, if there is one.
 
     What is not given is what transformers' generate takes then: the best token, or, with do_sample,
-    a draw among the 50 best at temperature 1.
+    a draw among the 50 best at temperature 1. A value of a draw that none can be made with is left
+    out where nothing is drawn.
 
     Raises:
         InputError: the file is damaged, or holds a value that no text can be made with.
@@ -74,7 +86,7 @@ def read_generation(folder: Path) -> Generation:
     if not path.exists():
         return Generation()
     found = read_json(path, _FIX)
-    given = {name: value for name, value in found.items() if value is not None}
+    given = _usable({name: value for name, value in found.items() if value is not None})
     drawn = {"top_k": _TOP_K} if given.get("do_sample") is True else {}
     sampling = checked(drawn | given, SamplingDefaults, str(path), _FIX)
     if sampling.do_sample and not sampling.temperature:
@@ -87,7 +99,37 @@ def read_generation(folder: Path) -> Generation:
         sampling=sampling if given.keys() & {one.name for one in fields(sampling)} else None,
         not_followed=tuple(
             f"{name} {json.dumps(given[name])}"
-            for name in _NOT_FOLLOWED
-            if given.get(name) not in (None, 0, 1, [], {})
+            for name, neutral in _NOT_FOLLOWED.items()
+            if given.get(name) not in (None, neutral, [], {})
         ),
     )
+
+
+def _usable(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields with what is harmless put right: a negative number that stands for none, 50.0 for
+    50, and what a draw would need where there is none.
+    """
+    found = dict(given)
+    if (
+        "eos_token_id" in found
+        and (ends := without_negatives(found.pop("eos_token_id"))) is not None
+    ):
+        found["eos_token_id"] = ends
+    top_k = found.get("top_k")
+    if isinstance(top_k, float) and top_k.is_integer():
+        found["top_k"] = int(top_k)
+    if found.get("top_k") == -1:
+        found["top_k"] = 0
+    if not found.get("do_sample"):
+        for name in _OF_A_DRAW:
+            if name in found and not _fits({name: found[name]}):
+                del found[name]
+    return found
+
+
+def _fits(fields: Mapping[str, Any]) -> bool:
+    try:
+        checked(fields, SamplingDefaults, "")
+    except InputError:
+        return False
+    return True

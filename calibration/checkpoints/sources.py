@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibration.checkpoints.foreign import first_line
 from plugins.errors import InputError
 
 __all__ = [
@@ -227,9 +228,8 @@ def _snapshot(hub_id: str, patterns: list[str], offline: bool) -> Path:
                 "got nothing in the local cache, and --offline forbids the network",
                 f"Run once without --offline, {_package_hint(hub_id)}or give a local folder or .gguf file",
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             where,
-            f"got no answer from the hub ({reason})",
+            f"got no answer from the hub ({first_line(error)})",
             "Check the network, or download the model elsewhere and give its folder",
         ) from None

@@ -14,13 +14,13 @@ import numpy as np
 
 from calibration.families import Decoder
 from plugins.errors import InputError
-from plugins.text import shown
+from plugins.text import shown, some
 
 __all__ = ["Names", "check_finite", "match_tensors", "same_numbers"]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK = 1 << 22  # elements looked at together, to bound the memory
-_SHOWN = 3
+_TRIED = 3  # prefixes, each with every name
 # Buffers that old versions of transformers saved with a model: rotary frequencies and their waves,
 # positions, and the number that masks stood for.
 _INERT = re.compile(
@@ -88,7 +88,7 @@ def _prefixes(table: str, found: Iterable[str]) -> list[tuple[str, str]]:
         for name in found
         if name.endswith(f".{end}")
     )
-    return list(islice(prefixes, _SHOWN))  # each is tried with every name
+    return list(islice(prefixes, _TRIED))
 
 
 def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
@@ -106,7 +106,7 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
         raise InputError(
             where,
             f"got {len(wanted) - len(missing)} of the {len(wanted)} tensors its config asks for, "
-            f"missing {_some(missing)}{cause}",
+            f"missing {some(missing)}{cause}",
             fix,
         )
     for name, shape in wanted.items():
@@ -122,16 +122,11 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
     if extra:
         raise InputError(
             where,
-            f"got tensors the config does not ask for: {_some(extra)}",
+            f"got tensors the config does not ask for: {some(extra)}",
             "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias "
             "in the config, or save the model without them",
         )
     return Names(stored, {}, inert)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(shown, names[:_SHOWN])) + more
 
 
 def _missing_cause(

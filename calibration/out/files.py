@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from calibration.out.layout import LOCK, old, partial
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
 from plugins.lock import BusyError
 from plugins.lock import locked as lock_file
@@ -25,7 +25,6 @@ from plugins.lock import locked as lock_file
 __all__ = [
     "StageWriter",
     "file_records",
-    "kind_of",
     "locked",
     "remove",
     "sha256_file",
@@ -36,13 +35,6 @@ __all__ = [
 
 _CHUNK = 1 << 22
 _TEMPORARY = f".*.{'[0-9a-f]' * 16}.tmp"
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -77,7 +69,8 @@ def locked(out: Path, say: Callable[[str], None] | None = None) -> Iterator[None
             ) from error
         if held:  # nobody else is writing what a killed process left
             for path in out.glob(_TEMPORARY):
-                path.unlink()
+                if path.is_symlink() or not path.is_dir():  # a folder is none of ours
+                    path.unlink()
         yield
 
 
@@ -106,20 +99,6 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def kind_of(path: Path) -> str:
-    """What lies at a path where a regular file is expected: "no such file", "a folder", "a pipe" ...;
-    "" for a regular file.
-
-    Raises:
-        OSError: it cannot be looked at.
-    """
-    try:
-        kind = stat.S_IFMT(path.stat().st_mode)
-    except FileNotFoundError:
-        return "no such file"
-    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -169,20 +148,12 @@ def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     Raises:
         InputError: a file is missing, truncated or changed; the message names the first.
     """
-    fix = "The artefact is damaged: make this stage again"
+    fix = "The artifact is damaged: make this stage again"
     for name, record in records.items():
         path = folder / name
-        try:
-            kind = kind_of(path)
-        except OSError as error:
-            kind = str(error.strerror)
-        if kind:
-            expected = "it" if kind == "no such file" else "the file"
-            raise InputError(str(path), f"got {kind}, expected {expected} from the manifest", fix)
-        if path.stat().st_size != record.get("bytes", path.stat().st_size):
-            raise InputError(
-                str(path), f"got {path.stat().st_size} bytes, expected {record['bytes']}", fix
-            )
+        size = check_regular(path, "it from the manifest", fix)
+        if size != record.get("bytes", size):
+            raise InputError(str(path), f"got {size} bytes, expected {record['bytes']}", fix)
         if (got := sha256_file(path)) != record["sha256"]:
             raise InputError(
                 str(path), f"got SHA-256 {got[:12]}..., expected {record['sha256'][:12]}...", fix

@@ -19,7 +19,6 @@ __all__ = [
     "CALIBRATION_CODE",
     "code_digest",
     "digest",
-    "file_stamps",
     "method_digest",
     "package_versions",
     "text_digest",
@@ -64,11 +63,6 @@ def text_digest(calib: str | None) -> str:
     """Hash of what is in a calibration text; a dataset goes by its name."""
     path = _ROOT / "calibration" / "default_text.txt" if calib is None else existing(calib)
     return sha256_file(path) if path and path.is_file() else str(calib)
-
-
-def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file."""
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

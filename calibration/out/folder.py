@@ -90,11 +90,9 @@ class StageFolder:
 
     def tokenizer(self, names: Sequence[str]) -> Any:
         """The transformers tokenizer in these files (this imports transformers)."""
-        for name in names:
+        # transformers takes what it finds
+        for name in (*names, *check_named(self.path, self._known, self._renew)):
             self.file(name)
-        check_named(self.path, self._known, self._renew)  # transformers takes what it finds
-        for path in (*self.path.glob("*token*"), *self.path.glob("*.jinja")):
-            self.file(path.name)
         return load_tokenizer(self.path, self._renew)
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import re
-import stat
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from calibration.out.regular import check_regular
 from plugins.errors import InputError
-from plugins.text import shown
+from plugins.text import one_line, shown
 
 __all__ = [
+    "FILE_NAME",
+    "LARGE",
     "MAKE_AGAIN",
+    "SHA256",
     "Count",
     "Size",
     "TokenId",
@@ -32,38 +35,51 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # of bytes or weights
 Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]  # of a dimension of a tensor
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
-_MOST_BYTES = 1 << 28  # tokenizers, the largest of these files, have some 10 MB
+# Patterns of strings. Below the folder of its record: a file of a name that leads elsewhere would be
+# read and copied.
+FILE_NAME = r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00-\x1f\x7f\\]+$"
+SHA256 = "^[0-9a-f]{64}$"
+
+_SMALL = 1 << 23  # bytes of a config or a record; those of large models have one or two MB
+LARGE = 1 << 28  # of an index, which names every tensor
 _DEEPEST = 100
 # A message of msgspec's, and the field's place in it: at `$.a.b`, or at `key` in `$.a`.
 _PLACE = re.compile(r"(.*?)(?: - at (`key` in )?`\$\.?(.*)`)?", re.DOTALL)
-_LONGEST = 200  # characters of a reason that stands in a message
+_SHOWN = 60  # characters of a value that stands in a message
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+_BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+_PATTERNS = {  # as msgspec writes them
+    repr(FILE_NAME): "the name of a file in this folder",
+    repr(SHA256): "64 hexadecimal digits",
+}
 
 
-def read_json(path: Path, fix: str = MAKE_AGAIN) -> dict[str, Any]:
+def read_json(path: Path, fix: str = MAKE_AGAIN, most: int = _SMALL) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        path: a regular file of at most 256 MB.
-        fix: what to do about a file that is not whole.
+        path: a regular file.
+        fix: what to do about a file that is missing or not whole.
+        most: bytes it may have.
 
     Raises:
         InputError: the file is missing, not regular or too long, is not JSON (NaN, Infinity and
             numbers beyond fp64 are not), is nested deeper than 100 levels, or is not an object.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-            got = f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
+        size = check_regular(path, "a JSON file", fix)
+        if size > most:
             raise InputError(
-                str(path), f"got {got}, expected JSON of at most {_MOST_BYTES >> 20} MB", fix
+                str(path), f"got {size} bytes, expected JSON of at most {most >> 20} MB", fix
             )
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(
-            str(path),
-            "got no such file, expected a JSON file of an artifact folder",
-            "Check the path, or make the artifact with python -m exporter",
-        ) from None
     except OSError as error:
         raise InputError(
             str(path), f"got {error.strerror}, expected a JSON file", "Check the permissions"
@@ -85,7 +101,7 @@ def parse_json(data: bytes | str, where: str, fix: str = MAKE_AGAIN) -> Any:
         value = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            where, f"got unreadable JSON ({_short(str(error))}), expected a whole file", fix
+            where, f"got unreadable JSON ({one_line(error)}), expected a whole file", fix
         ) from None
     if _deeper(value, _DEEPEST):
         raise InputError(where, f"got JSON nested deeper than {_DEEPEST} levels", fix)
@@ -129,21 +145,19 @@ def checked(value: Any, kind: type[T], where: str, fix: str = MAKE_AGAIN) -> T:
     except (ValueError, OverflowError) as error:
         found = _PLACE.fullmatch(str(error))
         assert found is not None  # its first part takes any text
-        place = _with_keys(found[3] or "", value, kind, str(error))
-        problem, name = found[1], f"{'a key of ' if found[2] else ''}{place}"
-        raise InputError(f"{where}, {name}" if name else where, _got(problem), fix) from None
+        place, inner = _found(found[3] or "", value, kind, str(error))
+        name, got = (f"a key of {place}", "a wrong one") if found[2] else (place, _shown(inner))
+        raise InputError(f"{where}, {name}" if name else where, _got(found[1], got), fix) from None
 
 
-def _with_keys(place: str, value: Any, kind: Any, problem: str) -> str:
-    """A field's place with the keys of dicts where msgspec, which names none, writes [...]."""
-    if "[...]" not in place:
-        return place
-    whole, found = copy.deepcopy(value), ""
+def _found(place: str, value: Any, kind: Any, problem: str) -> tuple[str, Any]:
+    """A field's place, with the keys of dicts where msgspec, which names none, writes [...]; and the
+    value there.
+    """
+    whole, text = copy.deepcopy(value), ""
     inner = whole
     for part in re.findall(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]", place):
         if part == "[...]":
-            if not isinstance(inner, dict):
-                return place
             while len(inner) > 1:  # which half of the entries has the problem?
                 entries = list(inner.items())
                 half = len(entries) // 2
@@ -153,14 +167,14 @@ def _with_keys(place: str, value: Any, kind: Any, problem: str) -> str:
                     inner.clear()
                     inner.update(entries[half:])
             key, inner = next(iter(inner.items()))
-            found += f"[{json.dumps(shown(key), ensure_ascii=False)}]"
+            text += f"[{json.dumps(shown(key), ensure_ascii=False)}]"
         elif part.startswith("["):
             inner = inner[int(part[1:-1])]
-            found += part
+            text += part
         else:
             inner = inner[part]
-            found += f".{part}" if found else part
-    return found
+            text += f".{part}" if text else part
+    return text, inner
 
 
 def _problem(value: Any, kind: Any) -> str:
@@ -171,16 +185,32 @@ def _problem(value: Any, kind: Any) -> str:
     return ""
 
 
-def _got(problem: str) -> str:
-    """Put one of msgspec's messages in our order."""
+def _got(problem: str, got: str) -> str:
+    """One of msgspec's messages in our words and order; `got` is the value it is about."""
     plain = problem.replace("`", "")
-    if found := re.fullmatch(r"Expected (.+), got (.+)", plain):
-        return f"got {found[2]}, expected {found[1]}"
     if found := re.fullmatch(r"Object missing required field (.+)", plain):
         return f"got no {found[1]}, expected a whole record"
-    return f"got a wrong value ({_short(plain)})"
+    if found := re.fullmatch(r"Expected array of length (.+), got (.+)", plain):
+        return f"got a list of {found[2]}, expected one of {found[1]}"
+    if found := re.fullmatch(r"Expected (.+), got (.+)", plain):
+        wanted = [_WORDS.get(kind, kind) for kind in found[1].split(" | ")]
+        return f"got {got}, expected {' or '.join(wanted)}"
+    if plain.startswith("Invalid enum value"):
+        return f"got {got}, expected one of the values it may have"
+    if found := re.fullmatch(r"Expected \w+ (of length )?(>=|<=|>|<) (.+)", plain):
+        number = found[3].removesuffix(".0")
+        return (
+            f"got {got}, expected {'a length of ' if found[1] else ''}{_BOUNDS[found[2]]} {number}"
+        )
+    if found := re.fullmatch(r"Expected str matching regex (.+)", plain):
+        return f"got {got}, expected {_PATTERNS.get(found[1], 'another string')}"
+    return f"got {got} ({one_line(plain)})"
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, dict):
+        return "an object"
+    return (
+        f"a list of {len(value)}" if isinstance(value, list) else shown(json.dumps(value), _SHOWN)
+    )

@@ -192,7 +192,7 @@ def _check_model(out: Path, recorded: Mapping[str, Any], model: str, fingerprint
     if made_of != fingerprint:
         raise InputError(
             str(out),
-            f"got an artifact of other weights (model {json.dumps(recorded.get('model'))}, "
+            f"got an artifact of another model or config (model {json.dumps(recorded.get('model'))}, "
             f"fingerprint {made_of[:12]}), expected those of {model} ({fingerprint[:12]})",
             "Choose another --out",
         )

@@ -6,15 +6,14 @@ from typing import Annotated, Literal, TypedDict
 
 import msgspec
 
-from calibration.out.json_file import Count
+from calibration.out.json_file import FILE_NAME, SHA256, Count
 
 __all__ = ["Bits", "Dtype", "FileName", "FileRecord", "FileRecords", "Sha256"]
 
-# Below the folder of its record: a file of a name that leads elsewhere would be read and copied.
-FileName = Annotated[str, msgspec.Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[^\x00-\x1f\x7f\\]+$")]
+FileName = Annotated[str, msgspec.Meta(pattern=FILE_NAME)]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Bits = Annotated[int, msgspec.Meta(ge=1, le=16)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=SHA256)]
 
 
 class FileRecord(TypedDict):

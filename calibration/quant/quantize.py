@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration import formats
+from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import SafetensorsWriter, numpy_dtype
 from calibration.out.files import sha256_file, write_json
 from calibration.out.layout import BITS_FILE, QUANT, QUANT_JSON, WORK
@@ -61,6 +62,8 @@ def quantize_model(
     schemes = as_map(schemes)
     check_scheme(checkpoint, schemes, options.format)
     tokenizer = checkpoint.tokenizer()
+    # Before the work, since what a file names may be no name for another.
+    files = _save_tokenizer(tokenizer, folder) if options.ranks.first else {}
     source = open_source(
         checkpoint,
         schemes,
@@ -73,10 +76,13 @@ def quantize_model(
     items = _plan(checkpoint, schemes, source.decoder)
     if not source.writes:
         return {}
-    files = _write_shards(checkpoint, source, _shards(items, options.shard_bytes), folder, progress)
+    files |= _write_shards(
+        checkpoint, source, _shards(items, options.shard_bytes), folder, progress
+    )
     if schemes.rules:
-        (folder / BITS_FILE).write_text(schemes.as_text(), encoding="utf-8")
-    files |= _save_tokenizer(tokenizer, folder)
+        bits = folder / BITS_FILE
+        bits.write_text(schemes.as_text(), encoding="utf-8")
+        files[BITS_FILE] = sha256_file(bits)
     meta = _meta(checkpoint, schemes, items, files, source)
     meta["config"] |= _generation(checkpoint, tokenizer)
     write_json(folder / QUANT_JSON, meta)
@@ -175,16 +181,21 @@ def _cast(where: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise InputError(
+            "the model's tokenizer",
+            f"got one that transformers cannot save ({reason(error)})",
+            "Put another tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {key: value for key, value in config.items() if key not in _MACHINE_KEYS})
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(file.relative_to(folder)): sha256_file(file)
-        for file in files
-        if file.suffix != ".safetensors"
-    }
+    return {str(file.relative_to(folder)): sha256_file(file) for file in files}
 
 
 # ---------------------------------------------------------------- quant.json
@@ -261,6 +272,7 @@ def _generation(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, Any]:
 
 
 def _warnings(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[str]:
+    yield from checkpoint.warnings
     vocab = checkpoint.decoder.vocab
     beyond = {token: name for name, token in tokenizer.get_vocab().items() if token >= vocab}
     if beyond:

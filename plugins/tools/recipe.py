@@ -26,6 +26,7 @@ from plugins.tools.toolkit import compiler_environment
 __all__ = ["Command", "Recipe", "make", "make_file", "run"]
 
 _COMPILER_OUTPUT_LINES = 40
+_SCRATCH = ".build-"  # begins the name of a folder for what comes before
 
 Command = list[str]
 
@@ -180,9 +181,11 @@ def make_file(
         with ExitStack() as held:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".build-")
+                if held.enter_context(locked(folder / ".lock", wait=True, say=say)):
+                    for killed in folder.glob(f"{_SCRATCH}*"):  # nobody else is making anything
+                        shutil.rmtree(killed, ignore_errors=True)
+                scratch = tempfile.TemporaryDirectory(dir=folder, prefix=_SCRATCH)
                 scratch_path = Path(held.enter_context(scratch))
-                held.enter_context(locked(folder / ".lock", wait=True, say=say))
             except OSError as error:
                 refused.append(f"{folder}: {error.strerror}")
                 continue

@@ -242,7 +242,7 @@ def test_a_quant_folder_of_another_model_or_setting_is_refused_and_kept(
     capsys.readouterr()
     assert _main(str(other), *bits) == 2
     assert capsys.readouterr().err == (
-        f"{folder}: got a model quantised from other weights (of "
+        f"{folder}: got one of another model or config (of "
         f"{model_slug(str(tiny_model_dir))}), "
         f"expected those of {model_slug(str(other))}. {fix}\n"
     )
@@ -257,8 +257,7 @@ def test_a_quant_folder_of_another_model_or_setting_is_refused_and_kept(
     assert _main(str(tiny_model_dir), *bits) == 2
     assert capsys.readouterr().err == (
         f"{folder}: got a folder without a readable quant.json (got no such file, expected a "
-        f"JSON file of "
-        f"an artifact folder). {fix}\n"
+        f"JSON file). {fix}\n"
     )
 
 

@@ -36,9 +36,11 @@ def _refusal(path: Path, content: str | bytes | None = None, strict: bool = True
 LINES = '{"text": "one"}\n\n"two"\n{"content": "three", "id": 4}\n'
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.jsonl.gz", "a.b.JSON.GZ"]
+)
 def test_json_lines(tmp_path: Path, name: str) -> None:
-    content = gzip.compress(LINES.encode()) if name.endswith(".gz") else LINES
+    content = gzip.compress(LINES.encode()) if name.lower().endswith(".gz") else LINES
     assert _read(tmp_path / name, content) == ("one\n\ntwo\n\nthree", [])
 
 
@@ -56,7 +58,15 @@ def test_content_says_what_a_file_is(tmp_path: Path, name: str, packed: bool) ->
     records = [{"text": "one"}, {"content": "two"}, "three"]
     assert read(json.dumps(records)) == read(json.dumps(records, indent=2)) == "one\n\ntwo\n\nthree"
     assert read(json.dumps({"text": "one\ntwo"}, indent=2)) == "one\ntwo"
-    for plain in ("[1] Of rivers", '{a}\n{"text": "one"}', '"one"\n"two"', "{"):
+    for plain in (
+        "[1] Of rivers",
+        '{a}\n{"text": "one"}',
+        '"one"\n"two"',
+        "{",
+        "[1, 2]\n[3]",
+        "[1, 2]",
+        '[["one"], "two"]',
+    ):
         assert read(plain) == plain
 
 
@@ -110,7 +120,7 @@ def test_bad_json_line_is_named(tmp_path: Path, line: str, problem: str) -> None
     ("value", "place"),
     [
         ([{"text": "one"}, {"id": 1}], ", record 2"),
-        ([["one"]], ", record 1"),
+        ([["one"], {"text": "two"}], ", record 1"),
         ({"data": [{"text": "one"}]}, ""),
     ],
 )
@@ -206,8 +216,8 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.symlink_to(path)
     assert _refusal(path) == (
-        f"--calib: got Too many levels of symbolic links at {path}, expected a text file. Check "
-        "the permissions."
+        f"--calib: got Too many levels of symbolic links {path}, expected a .txt or .jsonl file. "
+        "Check the path and the permissions."
     )
 
 

@@ -99,6 +99,6 @@ def test_a_damaged_record(engine_record: Callable[..., Path]) -> None:
     with pytest.raises(InputError) as error:
         script(out)
     assert str(error.value) == (
-        f"{out / 'engine' / 'engine.json'}, profiles: got null, expected array. "
+        f"{out / 'engine' / 'engine.json'}, profiles: got null, expected a list. "
         "It is damaged: build the engine again."
     )

@@ -76,7 +76,7 @@ def test_a_different_model_under_the_same_name_is_refused_and_kept(
     monkeypatch.chdir(tmp_path / "b")
     refused(
         run(out, *resume, model=Path("model")),
-        f'{out}: got an artifact of other weights (model "model", fingerprint {ours}), expected '
+        f'{out}: got an artifact of another model or config (model "model", fingerprint {ours}), expected '
         f"those of model ({theirs}). Choose another --out.",
     )
     assert snapshot(out) == before
@@ -298,7 +298,7 @@ def test_damaged_weights_leave_earlier_results_whole(
     size = path.stat().st_size
     _damage(path, _set_nan)
     code, _, err = run(out, "--resume", model=model)
-    assert code == EXIT_INPUT and ": got an artifact of other weights (" in err
+    assert code == EXIT_INPUT and ": got an artifact of another model or config (" in err
     code, _, err = run(tmp_path / "new", model=model)
     assert (
         code == EXIT_INPUT

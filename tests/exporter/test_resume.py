@@ -292,9 +292,10 @@ def touch(path: Path) -> None:
     ("stage", "change", "options"),
     [
         ("nothing", lambda world: None, ()),
-        ("quant", lambda world: touch(world.model / "model.safetensors"), ()),
+        ("nothing", lambda world: touch(world.model / "model.safetensors"), ()),
+        ("nothing", lambda world: touch(world.model / "tokenizer.json"), ()),
         ("nothing", lambda world: append(world.model / "README.md"), ()),
-        ("quant", lambda world: touch(world.model / "tokenizer.json"), ()),
+        ("quant", lambda world: (world.model / "added_tokens.json").write_text("{}"), ()),
         ("quant", lambda world: append(world.root / "calibration" / "methods" / "rtn.py"), ()),
         ("quant", lambda world: append(world.root / "plugins" / "qqq_gemm" / "op.py"), ()),
         ("quant", lambda world: append(world.root / "plugins" / "abq_gemm" / "grid.py"), ()),
@@ -371,7 +372,7 @@ def test_stages_that_follow_a_new_one_are_gone(
     assert stages() == sorted(STAGES)
     report = out / "report" / "report.json"
     assert json.loads(report.read_text())["engine"]["version"] == "10.13"
-    touch(world.model / "model.safetensors")
+    append(world.root / "calibration" / "methods" / "rtn.py")
     assert run(out, *WHOLE, "--engine", "none", model=world.model)[0] == 0
     assert (
         stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_fingerprint_depends_on_weights_and_config_but_not_on_the_place(
     second = open_checkpoint(str(model), True).fingerprint
     _change_weights(model, lambda tensors: tensors["model.norm.weight"].add_(1.0))
     assert len({first, second, open_checkpoint(str(model), True).fingerprint}) == 3
+
+
+def test_a_fingerprint_and_a_stamp_are_those_of_the_content(
+    tiny_model_dir: Path, model: Path, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """Whatever files are called and whenever they were written."""
+    for path in model.iterdir():
+        os.utime(path, (1, 1))
+    first = open_checkpoint(str(tiny_model_dir), True).stamp()
+    assert open_checkpoint(str(model), True).stamp() == first
+    (model / "tokenizer_config.json").write_text("{}")
+    assert open_checkpoint(str(model), True).stamp() != first
+    (renamed := tmp_path / "other.gguf").write_bytes(tiny_gguf.read_bytes())
+    assert (
+        open_checkpoint(str(renamed), True).stamp() == open_checkpoint(str(tiny_gguf), True).stamp()
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +198,7 @@ def test_mistral_with_sliding_window_is_refused(tiny_llama: Callable[..., Path])
 def test_already_quantised_checkpoint(model: Path) -> None:
     _change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
     assert _refusal(model) == (
-        f"{model / 'config.json'}: got an already quantised checkpoint (quant_method gptq), "
+        f"{model / 'config.json'}: got an already quantized checkpoint (quant_method gptq), "
         f"expected float32, float16 or "
         "bfloat16 "
         "weights, or a .gguf file. Give the float model it was made from."
@@ -203,7 +220,7 @@ def test_folder_without_config_and_corrupt_config(model: Path) -> None:
     assert _refusal(model) == (
         f"{path}: got unreadable JSON (Input data was truncated), expected "
         "a whole file. "
-        "It is truncated or damaged: download it again."
+        "The file is truncated or damaged: download it again."
     )
     path.unlink()
     assert _refusal(model) == (

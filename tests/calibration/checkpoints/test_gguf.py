@@ -185,7 +185,6 @@ def test_any_part_opens_the_whole_set(parts: list[Path], tiny_gguf: Path) -> Non
         _same_tensors(whole, checkpoint)
         assert checkpoint.name == "tiny"
         assert checkpoint.hf_config() == whole.hf_config()
-        assert checkpoint.input_files() == parts
         assert checkpoint.tokenizer()("Light.")["input_ids"]
         opened.append(checkpoint.fingerprint)
     assert len(set(opened)) == 1

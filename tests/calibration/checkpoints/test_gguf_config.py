@@ -110,6 +110,8 @@ def _llama_cpp(
         ({"type": "yarn", "factor": 4.0}, ("yarn", 4.0, 256)),
         ({"type": "yarn", "factor": 4.0, "original_context_length": 0}, ("yarn", 4.0, 256)),
         ({"type": "yarn", "factor": 4.0, "original_context_length": 64}, ("yarn", 4.0, 64)),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": 0.0}, ("yarn", 4.0, 256)),
+        ({"factor": 4.0, "yarn_attn_factor": 0.0}, ("linear", 4.0, 256)),
         (
             {"type": "yarn", "factor": 4.0, "original_context_length": 64, "attn_factor": 0.8},
             ("yarn", 4.0, 64, 0.8),
@@ -315,12 +317,28 @@ def test_special_tokens_beyond_the_vocabulary(gguf_of: Callable[..., Path]) -> N
         (
             {"llama.attention.head_count": [4, 4]},
             "llama.attention.head_count",
-            "got a list of 2, expected a positive number",
+            "got a list of 2, expected one value",
         ),
         (
             {"llama.attention.layer_norm_rms_epsilon": math.nan},
             "llama.attention.layer_norm_rms_epsilon",
-            "got 'nan', expected a positive number",
+            "got nan, expected a finite number",
+        ),
+        (
+            {"llama.rope.freq_base": [500000.0]},
+            "llama.rope.freq_base",
+            "got a list of 1, expected one value",
+        ),
+        ({"split.count": [1, 2]}, "split.count", "got a list of 2, expected one value"),
+        (
+            {SCALING + "type": "yarn", SCALING + "yarn_ext_factor": math.nan},
+            SCALING + "yarn_ext_factor",
+            "got nan, expected a finite number",
+        ),
+        (
+            {"llama.logit_scale": math.inf},
+            "llama.logit_scale",
+            "got inf, expected a finite number",
         ),
         (
             {"llama.context_length": "long"},
@@ -339,6 +357,29 @@ def test_values_that_no_model_has(
     gguf_of: Callable[..., Path], metadata: dict[str, Any], where: str, problem: str
 ) -> None:
     assert _refusal(gguf_of(metadata)) == f", metadata {where}: {problem}. {AGAIN}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field", "most"),
+    [
+        ("context_length", 1 << 25, "max_position_embeddings", 1 << 24),
+        ("feed_forward_length", 1 << 25, "intermediate_size", 1 << 24),
+    ],
+)
+def test_sizes_that_no_model_has(
+    gguf_of: Callable[..., Path], key: str, value: int, field: str, most: int
+) -> None:
+    """The limits are those of config.json."""
+    assert _refusal(gguf_of({f"llama.{key}": value})) == (
+        f", {field}: got {value}, expected at most {most}. Choose a model that is not so large."
+    )
+
+
+def test_as_many_layers_as_tensors(gguf_of: Callable[..., Path]) -> None:
+    tensors = {f"t{index}": np.zeros(1, np.float32) for index in range(2000)}
+    assert _refusal(gguf_of({"llama.block_count": 2000}, extra=tensors)) == (
+        ", num_hidden_layers: got 2000, expected at most 1024. Choose a model that is not so large."
+    )
 
 
 def test_other_architecture_experts_and_adapters(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -318,7 +319,7 @@ def _refusal(built: Callable[..., Any], path: Path, **more: Any) -> str:
         ),
         (
             {"ggml.tokens": ["a", "b", "a"]},
-            f", metadata tokenizer.ggml.tokens: got 'a' as tokens 0 and 2, expected it once. {AGAIN}",
+            f", metadata tokenizer.ggml.tokens: got 'a' as tokens 0 and 2, expected it once. {FOLDER}",
         ),
         (
             {"ggml.tokens": [1, 2]},
@@ -328,6 +329,19 @@ def _refusal(built: Callable[..., Any], path: Path, **more: Any) -> str:
             {"ggml.token_type": [1, 2]},
             ", metadata tokenizer.ggml.token_type: got a list of 2, expected 901 numbers, one for "
             f"each token. {AGAIN}",
+        ),
+        (
+            {"chat_template": "{{ x }}", "chat_template.a/b": "{{ y }}"},
+            ", metadata tokenizer.chat_template: got 'a/b', expected the name of a template, such as "
+            f"tool_use. {FOLDER}",
+        ),
+        (
+            {"ggml.token_type": [1.0] * 900 + [math.nan]},
+            f", metadata tokenizer.ggml.token_type: got nan, expected finite numbers. {AGAIN}",
+        ),
+        (
+            {"ggml.add_bos_token": [True]},
+            f", metadata tokenizer.ggml.add_bos_token: got a list of 1, expected one value. {AGAIN}",
         ),
         (
             {"ggml.merges": ["a b", "漢 字"]},

@@ -103,7 +103,7 @@ def quantised() -> torch.Tensor:
     [
         (lambda: torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
         (lambda: torch.empty(3, device="meta"), "a tensor without numbers (device meta)"),
-        (quantised, "a quantised tensor (qint8)"),
+        (quantised, "a quantized tensor (qint8)"),
         (lambda: torch.zeros(1).expand(1 << 40), f"shape [{1 << 40}] on 4 bytes"),
     ],
     ids=["sparse", "meta", "quantised", "expanded"],
@@ -116,6 +116,17 @@ def test_tensors_that_are_not_plain(
     assert refusal(tmp_path) == (
         f"{path}, a.weight: got {got}, expected a plain tensor. Give the float model."
     )
+
+
+def test_complex_numbers(tmp_path: Path) -> None:
+    tensor = torch.ones(3, dtype=torch.complex64)
+    path = tmp_path / "pytorch_model.bin"
+    for one in (tensor, tensor.conj()):
+        torch.save({"a.weight": one}, path)
+        assert refusal(tmp_path) == (
+            f"{path}, a.weight: got complex numbers (complex64), expected a plain tensor. Give the "
+            "float model."
+        )
 
 
 def test_a_type_that_numpy_does_not_have(tmp_path: Path) -> None:

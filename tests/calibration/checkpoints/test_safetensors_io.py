@@ -197,7 +197,7 @@ def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_header(tmp_path / "none.safetensors")
     assert str(caught.value) == (
-        f"{tmp_path / 'none.safetensors'}: got No such file or directory, expected a safetensors "
+        f"{tmp_path / 'none.safetensors'}: got no such file, expected a safetensors "
         "file. "
         "Check the path and the permissions."
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
+from calibration.checkpoints import side_files
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.out.description import SamplingDefaults
@@ -22,6 +23,7 @@ from calibration.quant.folder import QuantModel, read_quant
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
 from plugins.errors import InputError
+from plugins.text import shown
 
 FIX = "Correct the field, or take the file away"
 
@@ -88,12 +90,40 @@ def _quantised(model: Path, out: Path, progress: _Told | None = None) -> QuantMo
             {"min_p": 0.05, "num_beams": 4, "typical_p": 1.0, "no_repeat_ngram_size": 0},
             Generation((), None, ("min_p 0.05", "num_beams 4")),
         ),
+        (
+            {"forced_eos_token_id": 1, "no_repeat_ngram_size": 1, "guidance_scale": 0, "min_p": 0},
+            Generation(
+                (), None, ("forced_eos_token_id 1", "guidance_scale 0", "no_repeat_ngram_size 1")
+            ),
+        ),
+        (
+            {"watermarking_config": {"bias": 2}, "max_length": 9, "max_time": 1, "num_beams": 1},
+            Generation((), None, ('watermarking_config {"bias": 2}',)),
+        ),
+        ({"eos_token_id": -1}, Generation()),
+        ({"eos_token_id": [7, -1]}, Generation((7,))),
+        ({"do_sample": True, "top_k": -1}, Generation((), SamplingDefaults(do_sample=True))),
+        (
+            {"do_sample": True, "top_k": 40.0},
+            Generation((), SamplingDefaults(do_sample=True, top_k=40)),
+        ),
+        (  # nothing is drawn, and no draw could be made with the first and the last
+            {"top_p": 0.0, "temperature": 0.7, "top_k": "all"},
+            Generation((), SamplingDefaults(temperature=0.7)),
+        ),
     ],
 )
 def test_what_the_file_says(tmp_path: Path, fields: dict[str, Any], found: Generation) -> None:
     assert read_generation(tmp_path) == Generation()
     _write(tmp_path, **fields)
     assert read_generation(tmp_path) == found
+
+
+def test_what_changes_nothing_is_transformers_default() -> None:
+    defaults = transformers.GenerationConfig._get_default_generation_params()
+    for name, neutral in side_files._NOT_FOLLOWED.items():
+        assert name in vars(transformers.GenerationConfig())
+        assert defaults.get(name) in (None, neutral)
 
 
 def test_transformers_draws_among_fifty_where_the_file_gives_no_number() -> None:
@@ -106,25 +136,24 @@ def test_transformers_draws_among_fifty_where_the_file_gives_no_number() -> None
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
-        ("eos_token_id", "</s>", "got str, expected int | array"),
-        ("eos_token_id", -1, "got a wrong value (Expected int >= 0)"),
-        ("eos_token_id", [3, True], "got bool, expected int"),
-        ("do_sample", "yes", "got str, expected bool"),
-        ("temperature", -0.1, "got a wrong value (Expected float >= 0.0)"),
-        ("temperature", "0.6", "got str, expected float"),
-        ("top_k", 1.5, "got float, expected int"),
-        ("top_k", -1, "got a wrong value (Expected int >= 0)"),
-        ("top_p", 0, "got a wrong value (Expected float > 0.0)"),
-        ("top_p", 1.1, "got a wrong value (Expected float <= 1.0)"),
-        ("repetition_penalty", 0, "got a wrong value (Expected float >= 0.01)"),
-        ("repetition_penalty", 1e300, "got a wrong value (Expected float <= 100.0)"),
-        ("temperature", 1e300, "got a wrong value (Expected float <= 100.0)"),
+        ("eos_token_id", "</s>", 'got "</s>", expected a whole number or a list'),
+        ("eos_token_id", [3, True], "got true, expected a whole number"),
+        ("do_sample", "yes", 'got "yes", expected true or false'),
+        ("temperature", -0.1, "got -0.1, expected at least 0"),
+        ("temperature", "0.6", 'got "0.6", expected a number'),
+        ("top_k", 1.5, "got 1.5, expected a whole number"),
+        ("top_k", -2, "got -2, expected at least 0"),
+        ("top_p", 0, "got 0, expected more than 0"),
+        ("top_p", 1.1, "got 1.1, expected at most 1"),
+        ("repetition_penalty", 0, "got 0, expected at least 0.01"),
+        ("repetition_penalty", 1e300, "got 1e+300, expected at most 100"),
+        ("temperature", 1e300, "got 1e+300, expected at most 100"),
     ],
 )
 def test_values_that_no_text_is_made_with(
     model: Path, field: str, value: Any, problem: str
 ) -> None:
-    path = _write(model, **{field: value})
+    path = _write(model, **{"do_sample": True, field: value})
     with pytest.raises(InputError) as caught:
         open_checkpoint(str(model), offline=True)
     assert caught.value.exit_code == 2
@@ -258,6 +287,34 @@ def test_what_transformers_makes_of_the_tokenizers_files(
     assert wanted.eos_token_id in description.eos_token_ids
     names = {str(path.relative_to(quant.path)) for path in quant.path.rglob("*.jinja")}
     assert names <= set(description.tokenizer)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "x" * 200, ".hidden", "a\nb"])
+def test_a_chat_template_has_the_name_of_a_file(model: Path, tmp_path: Path, name: str) -> None:
+    """It is refused before any work, since it will be saved as one."""
+    _change(model / "tokenizer_config.json", chat_template=[{"name": name, "template": "{{ x }}"}])
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(model), offline=True).tokenizer()
+    assert str(caught.value) == (
+        f"{model}, chat templates: got {shown(name)!r}, expected the name of a template, such as "
+        "tool_use. Put the model's tokenizer.json and tokenizer_config.json beside its weights."
+    )
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_told_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise ValueError("no such\nkind")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", refuse)
+    monkeypatch.setattr("calibration.quant.quantize.open_source", None)  # the work
+    with pytest.raises(InputError) as caught:
+        _quantised(model, tmp_path / "out")
+    assert str(caught.value) == (
+        "the model's tokenizer: got one that transformers cannot save (no such kind). Put another "
+        "tokenizer.json and tokenizer_config.json beside the weights."
+    )
 
 
 def test_more_chat_templates_count_as_the_models_files(model: Path) -> None:

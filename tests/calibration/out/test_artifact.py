@@ -178,15 +178,15 @@ def test_a_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
         (lambda path: path.unlink(), "got no such file, expected it from the manifest"),
         (
             lambda path: (path.unlink(), os.mkfifo(path)),
-            "got a pipe, expected the file from the manifest",
+            "got a pipe, expected it from the manifest",
         ),
         (
             lambda path: (path.unlink(), path.mkdir()),
-            "got a folder, expected the file from the manifest",
+            "got a folder, expected it from the manifest",
         ),
         (
             lambda path: (path.unlink(), path.symlink_to(path)),
-            "got Too many levels of symbolic links, expected the file from the manifest",
+            "got Too many levels of symbolic links, expected it from the manifest",
         ),
         (lambda path: path.write_bytes(b"12"), "got 2 bytes, expected 3"),
         (
@@ -202,10 +202,12 @@ def test_damage_is_named(tmp_path: Path, damage: object, problem: str) -> None:
     damage(tmp_path / "a.bin")  # type: ignore[operator]
     with pytest.raises(InputError) as caught:
         verify_files(tmp_path, records)
-    assert (
-        str(caught.value) == f"{tmp_path / 'a.bin'}: {problem}. The artefact is damaged: "
-        f"make this stage again."
+    fix = (
+        "Check the path and the permissions"
+        if "symbolic" in problem
+        else "The artifact is damaged: make this stage again"
     )
+    assert str(caught.value) == f"{tmp_path / 'a.bin'}: {problem}. {fix}."
 
 
 # ---------------------------------------------------------------- symbolic links, locks
@@ -313,3 +315,6 @@ def test_what_a_killed_process_left_is_swept_only_under_a_lock(
     ]
     with locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    (folder := temporary(tmp_path / "own")).mkdir()  # nothing here makes such a folder
+    with locked(tmp_path):
+        assert folder.is_dir()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
 
-from calibration.out.json_file import Size, checked, parse_json, read_json, read_record
+from calibration.out.json_file import LARGE, Size, checked, parse_json, read_json, read_record
+from calibration.out.records import FileName, Sha256
 from plugins.errors import InputError
 
 AGAIN = "It is truncated or damaged: make this stage again."
@@ -19,7 +20,8 @@ AGAIN = "It is truncated or damaged: make this stage again."
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    sizes: tuple[Size, ...]
+    sizes: tuple[Size, ...] = ()
+    named: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class Record:
     name: str
     inner: Inner
     share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    file: FileName = "a"
+    sha: Sha256 = "0" * 64
+    kind: Literal["a", "b"] = "a"
+    pair: tuple[int, int] = (1, 2)
 
 
 GOOD = {"name": "a", "inner": {"sizes": [1, 2]}, "share": 0.5}
@@ -41,16 +47,26 @@ def test_a_record_is_what_its_class_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": 3}, "f, name: got int, expected str."),
-        ({"inner": {}}, "f, inner: got no sizes, expected a whole record."),
-        ({"inner": {"sizes": [1, "2"]}}, "f, inner.sizes[1]: got str, expected int."),
-        ({"inner": {"sizes": [1, True]}}, "f, inner.sizes[1]: got bool, expected int."),
-        ({"inner": {"sizes": [0]}}, "f, inner.sizes[0]: got a wrong value (Expected int >= 1)."),
+        ({"name": 3}, "f, name: got 3, expected a string."),
+        ({"inner": None}, "f, inner: got null, expected an object."),
+        ({"inner": {"sizes": [1, "2"]}}, 'f, inner.sizes[1]: got "2", expected a whole number.'),
+        ({"inner": {"sizes": [1, True]}}, "f, inner.sizes[1]: got true, expected a whole number."),
+        ({"inner": {"sizes": [0]}}, "f, inner.sizes[0]: got 0, expected at least 1."),
         (
             {"inner": {"sizes": [1 << 80]}},
-            "f, inner.sizes[0]: got a wrong value (Expected int <= 2147483647).",
+            f"f, inner.sizes[0]: got {1 << 80}, expected at most 2147483647.",
         ),
-        ({"share": 2}, "f, share: got a wrong value (Expected float <= 1.0)."),
+        ({"share": 2}, "f, share: got 2, expected at most 1."),
+        ({"share": "x" * 99}, f'f, share: got "{"x" * 29} ... {"x" * 29}", expected a number.'),
+        ({"file": "../a"}, 'f, file: got "../a", expected the name of a file in this folder.'),
+        ({"sha": "0"}, 'f, sha: got "0", expected 64 hexadecimal digits.'),
+        ({"kind": "c"}, 'f, kind: got "c", expected one of the values it may have.'),
+        ({"pair": [1]}, "f, pair: got a list of 1, expected one of 2."),
+        ({"name": {}}, "f, name: got an object, expected a string."),
+        (
+            {"inner": {"named": {"a": "b"}}},
+            'f, inner.named["a"]: got "b", expected a whole number.',
+        ),
     ],
 )
 def test_a_field_of_another_type_or_range_is_named(change: dict[str, object], message: str) -> None:
@@ -102,8 +118,14 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
     fifo, large = tmp_path / "fifo", tmp_path / "large"
     os.mkfifo(fifo)
     with large.open("wb") as file:
-        file.truncate((1 << 28) + 1)
-    for path, got in ((fifo, "no regular file"), (large, "268435457 bytes")):
-        message = f"{path}: got {got}, expected JSON of at most 256 MB. {AGAIN}"
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        file.truncate((1 << 23) + 1)
+    for path, problem in (
+        (fifo, "a pipe, expected a JSON file"),
+        (tmp_path, "a folder, expected a JSON file"),
+        (tmp_path / "none", "no such file, expected a JSON file"),
+        (large, "8388609 bytes, expected JSON of at most 8 MB"),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(f'{path}: got {problem}. {AGAIN}')}$"):
             read_json(path)
+    large.write_text('{"a": ' + " " * (1 << 23) + "1}")
+    assert read_json(large, most=LARGE) == {"a": 1}

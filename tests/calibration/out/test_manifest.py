@@ -39,16 +39,16 @@ def with_record(**change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "place", "problem"),
     [
-        ({"request": 3}, "request", "int, expected object"),
-        ({"request": None}, "request", "null, expected object"),
-        ({"stages": []}, "stages", "array, expected object"),
-        ({"command": "python"}, "command", "str, expected array"),
-        ({"stages": {"onnx": 3}}, "stages.onnx", "int, expected object"),
-        (with_record(fingerprint=None), "stages.quant, fingerprint", "null, expected str"),
-        (with_record(seconds="1"), "stages.quant, seconds", "str, expected float"),
-        (with_record(peak_rss=True), "stages.quant, peak_rss", "bool, expected int"),
-        (with_record(facts=None), "stages.quant, facts", "null, expected object"),
-        (with_record(files={"a": None}), 'stages.quant, files["a"]', "null, expected object"),
+        ({"request": 3}, "request", "3, expected an object"),
+        ({"request": None}, "request", "null, expected an object"),
+        ({"stages": []}, "stages", "a list of 0, expected an object"),
+        ({"command": "python"}, "command", '"python", expected a list'),
+        ({"stages": {"onnx": 3}}, "stages.onnx", "3, expected an object"),
+        (with_record(fingerprint=None), "stages.quant, fingerprint", "null, expected a string"),
+        (with_record(seconds="1"), "stages.quant, seconds", '"1", expected a number'),
+        (with_record(peak_rss=True), "stages.quant, peak_rss", "true, expected a whole number"),
+        (with_record(facts=None), "stages.quant, facts", "null, expected an object"),
+        (with_record(files={"a": None}), 'stages.quant, files["a"]', "null, expected an object"),
         (
             with_record(files={"a": {"bytes": 3}}),
             'stages.quant, files["a"]',
@@ -57,7 +57,7 @@ def with_record(**change: Any) -> dict[str, Any]:
         (
             with_record(files={"a": {"bytes": "3", "sha256": 64 * "0"}}),
             'stages.quant, files["a"].bytes',
-            "str, expected int",
+            '"3", expected a whole number',
         ),
     ],
 )
@@ -76,8 +76,9 @@ def test_a_file_lies_below_its_folder(tmp_path: Path, name: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(WHOLE | with_record(files={name: FILES["a"]})))
     message = refused(lambda: read_manifest(path))
-    assert message.startswith(
-        f"{path}, stages.quant, a key of files: got a wrong value (Expected str "
+    assert message == (
+        f"{path}, stages.quant, a key of files: got a wrong one, expected the name of a file in this "
+        f"folder. {AGAIN}"
     )
 
 
@@ -132,7 +133,7 @@ def test_what_is_named_otherwise_is_compared_by_its_content(tmp_path: Path) -> N
     )
     other = {"model": "22222222222222", "calib": "7"}
     assert refused(lambda: open_manifest(tmp_path, {"model": "model"}, other)) == (
-        f'{tmp_path}: got an artifact of other weights (model "model", fingerprint 1), expected '
+        f'{tmp_path}: got an artifact of another model or config (model "model", fingerprint 1), expected '
         "those of model (222222222222). Choose another --out."
     )
 
@@ -150,11 +151,11 @@ def test_an_older_manifest_has_its_model_in_quant_json(tmp_path: Path) -> None:
         ("{}", f"{quant}: got no source, expected a whole record. {unknown}"),
         (
             '{"source": {"fingerprint": 3}}',
-            f"{quant}, source.fingerprint: got int, expected str. {unknown}",
+            f"{quant}, source.fingerprint: got 3, expected a string. {unknown}",
         ),
         (
             '{"source": {"fingerprint": "2"}}',
-            f'{tmp_path}: got an artifact of other weights (model "m", fingerprint 2), expected '
+            f'{tmp_path}: got an artifact of another model or config (model "m", fingerprint 2), expected '
             "those of ./m (1). Choose another --out.",
         ),
     ):

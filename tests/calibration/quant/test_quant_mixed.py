@@ -96,7 +96,7 @@ def test_one_scheme_leaves_the_folder_as_it_was(tiny_quant: Callable[..., Path])
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (3, "{path}, layers: got int, expected object. " + AGAIN),
+        (3, "{path}, layers: got 3, expected an object. " + AGAIN),
         (
             {"model.layers.2.mlp.down_proj": EIGHT.as_dict()},
             "{path}, layers: got model.layers.2.mlp.down_proj, expected GEMM nodes such as "
@@ -114,7 +114,7 @@ def test_one_scheme_leaves_the_folder_as_it_was(tiny_quant: Callable[..., Path])
         ),
         (
             {"model.layers.1.mlp.down_proj": 8},
-            "{path}, layers, model.layers.1.mlp.down_proj: got int, expected object. " + AGAIN,
+            "{path}, layers, model.layers.1.mlp.down_proj: got 8, expected an object. " + AGAIN,
         ),
         (
             {"model.layers.1.mlp.down_proj": {**EIGHT.as_dict(), "dtype": "float32"}},

@@ -135,11 +135,11 @@ def test_engine_of_this_build_is_taken(machine: Install, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"edition": "other"}, "edition: got a wrong value (Invalid enum value 'other')"),
-        ({"version": 3}, "version: got int, expected str"),
+        ({"edition": "other"}, 'edition: got "other", expected one of the values it may have'),
+        ({"version": 3}, "version: got 3, expected a string"),
         (
             {"profiles": ENGINE["profiles"][:1]},
-            "profiles: got a wrong value (Expected array of length >= 2)",
+            "profiles: got a list of 1, expected a length of at least 2",
         ),
         (
             {
@@ -150,7 +150,7 @@ def test_engine_of_this_build_is_taken(machine: Install, tmp_path: Path) -> None
             },
             'profiles[1].inputs["input_ids"]: got no opt, expected a whole record',
         ),
-        ({"layers": {"PLUGIN_V3": "8"}}, 'layers["PLUGIN_V3"]: got str, expected int'),
+        ({"layers": {"PLUGIN_V3": "8"}}, 'layers["PLUGIN_V3"]: got "8", expected a whole number'),
         (
             {"plugin_library": {"name": "libanybit_plugins.so"}},
             "plugin_library: got no sha256, expected a whole record",
@@ -170,6 +170,6 @@ def test_missing_engine(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_engine(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'engine.json'}: got no such file, expected a JSON file of an artifact folder. "
-        "Check the path, or make the artifact with python -m exporter."
+        f"{tmp_path / 'engine.json'}: got no such file, expected a JSON file. It is damaged: build "
+        "the engine again."
     )

@@ -49,6 +49,8 @@ def test_unchanged_sources_are_not_compiled_again(small_sources: Path) -> None:
     assert build.build_sim().stat().st_mtime_ns == first
     header = sources / "core" / "host" / "params.h"
     header.write_text(header.read_text() + "// changed\n")
+    (left := library.parent / ".build-killed").mkdir()  # with what a killed build had made
+    (left / "a.o").write_bytes(b"")
     assert build.build_sim().stat().st_mtime_ns != first
     assert sorted(path.name for path in library.parent.iterdir()) == [
         ".lock",
