@@ -7,7 +7,7 @@ import sys
 import unicodedata
 
 from plugins.errors import InputError, UserError
-from plugins.text import one_line, printable, shown, some
+from plugins.text import one_line, printable, some
 
 OBEYED = "\x1b]0;title\x07\r\x9b31m\u202e\u2066\u2028\x85\x7f"
 
