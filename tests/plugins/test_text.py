@@ -7,7 +7,7 @@ import sys
 import unicodedata
 
 from plugins.errors import InputError, UserError
-from plugins.text import printable
+from plugins.text import one_line, printable, some
 
 OBEYED = "\x1b]0;title\x07\r\x9b31m\u202e\u2066\u2028\x85\x7f"
 
@@ -45,3 +45,10 @@ def test_an_error_shows_names_in_one_line_and_a_programs_output_in_its_own() -> 
 def test_a_very_long_part_of_an_error_loses_its_middle() -> None:
     error = UserError("a" * 5000, "got b", "Do c", output="d" * 5000)
     assert str(error) == f"{'a' * 750} ... {'a' * 750}: got b. Do c.\n{'d' * 5000}"
+
+
+def test_many_names_and_long_reasons_are_cut() -> None:
+    assert some(["a"]) == "a" and some(["a", "b", "c"]) == "a, b, c"
+    assert some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert one_line(ValueError("no\n  such\tthing")) == "no such thing"
+    assert one_line("x" * 300) == f"{'x' * 200} ..." and one_line("xyz", 2) == "xy ..."
