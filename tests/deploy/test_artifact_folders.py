@@ -17,7 +17,7 @@ from plugins.errors import InputError
 
 TEXT = str(Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt")
 Pretend = Callable[[list[str]], None]
-DAMAGED = "The artefact is damaged: make this stage again"
+DAMAGED = "The artifact is damaged: make this stage again"
 MAKE = "Make it with: python -m exporter MODEL --wbits W --abits A --until {stage} --out {out}"
 
 
