@@ -36,9 +36,9 @@ def first_line(error: Exception) -> str:
 
 
 def without_negatives(tokens: Any) -> Any:
-    """Token ids, one or a list, of which a negative one stands for none."""
+    """What a file gives for a token id, or for a list of them: a negative one stands for none."""
     if isinstance(tokens, list):
-        return [one for one in tokens if not _is_negative(one)] or None
+        return [one for one in tokens if not _is_negative(one)]
     return None if _is_negative(tokens) else tokens
 
 

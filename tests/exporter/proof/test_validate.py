@@ -69,7 +69,7 @@ def test_honest_exports_pass(
     rows = result.rows[len(weights) :]
     assert [(row.level, row.phase, row.tensor) for row in rows] == [
         (level, phase, tensor)
-        for level in ("export", "quantisation")
+        for level in ("export", "native", "quantisation")
         for phase in phases
         for tensor in tensors
     ]
@@ -98,7 +98,7 @@ def test_missing_float_model_is_a_note(tiny_export: Callable[..., Path]) -> None
         result = validate(tiny_export(), ValidateOptions(tokens=8, steps=0, model=model))
         assert (
             result.ok
-            and {row.level for row in result.rows} == {"export"}
+            and {row.level for row in result.rows} == {"export", "native"}
             and result.notes[0].startswith(note)
         )
 
@@ -151,7 +151,7 @@ def test_an_earlier_exports_engine_is_not_run(
         f"No engine was built, so the CUDA kernels were not run; {out / 'engine'} holds an "
         f"earlier export's."
     )
-    assert {row.level for row in result.rows} == {"export"}
+    assert {row.level for row in result.rows} == {"export", "native"}
 
 
 def flip_a_norm(folder: Path, factor: float = -1) -> None:
@@ -230,7 +230,7 @@ def test_too_little_memory(
     )
 
 
-@pytest.mark.parametrize("with_float, total", [(True, 21 + 3 * 4), (False, 2 * 4)])
+@pytest.mark.parametrize("with_float, total", [(True, 21 + 4 * 4), (False, 3 * 4)])
 def test_progress_reaches_its_total(
     tiny_export: Callable[..., Path], tiny_model_dir: Path, with_float: bool, total: int
 ) -> None:
