@@ -227,6 +227,7 @@ def test_nothing_outside_its_folder_names_an_op() -> None:
     assert len(folders) == len(library_ops()) and not found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "auto"])
 def test_from_a_float_model_to_a_proven_onnx_file(
     install: Callable[[str], Path], tiny_llama: Callable[..., Path], tmp_path: Path, method: str

@@ -24,6 +24,8 @@ from exporter.run.model import find_model
 from exporter.run.onnxruntime import OnnxSession, load_model
 from plugins.errors import InputError
 
+pytestmark = pytest.mark.slow  # whole exports
+
 Run = Callable[..., tuple[int, str, str]]
 TEXT = Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt"
 CUT = "--max-seq: cut from {} to 256 tokens, the context that the model was made for."

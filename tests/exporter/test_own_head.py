@@ -18,6 +18,7 @@ from exporter.proof.validate import ValidateOptions, validate
 from exporter.run.onnxruntime import OnnxSession
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [(), ("--method", "qqq", "--nsamples", "4", "--seqlen", "32")])
 def test_the_head_of_the_file_makes_the_logits(
     run: Callable[..., tuple[int, str, str]],

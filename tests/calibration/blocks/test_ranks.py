@@ -181,6 +181,7 @@ def round(target, hessian, grid):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "more"),
     [

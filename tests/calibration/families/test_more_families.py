@@ -132,6 +132,7 @@ def test_sensitivity_is_measured_for_every_node(checkpoint: Checkpoint) -> None:
     assert all(coarse > fine > 0 for coarse, fine in costs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -17,6 +17,8 @@ from exporter.__main__ import main as exporter
 from exporter.run.finite import check_finite
 from plugins.errors import CheckError
 
+pytestmark = pytest.mark.slow  # whole exports
+
 TEXT = str(Path(__file__).resolve().parents[3] / "calibration" / "default_text.txt")
 WIDER = "xport with --dtype bfloat16 or float32, which hold larger numbers"
 
