@@ -139,7 +139,7 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     record = {
         "date": date,
-        "command": f"python benchmarks/cpu.py {' '.join(sys.argv[1:])}",
+        "command": " ".join(["python", "benchmarks/cpu.py", f"out/{args.out.name}", *sys.argv[2:]]),
         "processor": processor(),
         "onnxruntime": onnxruntime.__version__,
         "loss": losses,
