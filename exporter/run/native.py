@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
-from exporter.run.onnxruntime import load_model, whole_graph
+from exporter.run.onnxruntime import inference_session, load_model, whole_graph
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
@@ -46,27 +45,16 @@ def native_session(folder: Path, dtype: str) -> Any:
     Raises:
         InputError: ONNX Runtime refuses the file or the library.
     """
-    # Before the first import, for those who use this without a command line (plugins/cli.py).
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
-    library, source = native_library(), str(folder / MODEL_FILE)
+    library = native_library()
     if isinstance(library, UserError):
         raise library
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    graph: str | bytes = source
+    graph: str | bytes = str(folder / MODEL_FILE)
     if dtype == "bfloat16":
         model = load_model(folder)
         with whole_graph(folder):
             round_every_op(model)
         graph = model.SerializeToString()
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder.resolve())
-        )
-    with whole_graph(folder):
-        options.register_custom_ops_library(str(library))
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return inference_session(graph, folder, library)
 
 
 class NativeRunner(Runner):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
 
-__all__ = ["RUNNER", "OnnxSession", "load_model", "onnx_runner", "whole_graph"]
+__all__ = ["RUNNER", "OnnxSession", "inference_session", "load_model", "onnx_runner", "whole_graph"]
 
 _LONGEST = 300  # characters of a reason that stands in a message
 _NO_MEMORY = ("Failed to allocate", "bad_alloc", "bad allocation")  # in ONNX Runtime's own words
@@ -142,21 +142,36 @@ def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None =
     model = load_model(folder, marked)
     with whole_graph(folder):
         round_every_op(model)
+    return OnnxrtRunner(
+        lambda: inference_session(model.SerializeToString(), folder, kernels), name="onnxruntime"
+    )
 
-    def session() -> Any:
-        import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) -> Any:
+    """An onnxruntime.InferenceSession on the CPU.
+
+    Args:
+        graph: the path of an ONNX file, or what is in one.
+        folder: where its weights are.
+        kernels: as of onnx_runner.
+
+    Raises:
+        InputError: ONNX Runtime refuses the graph or the library.
+    """
+    # Before the first import, for those who use this without a command line (plugins/cli.py).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if isinstance(graph, bytes):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
         )
-        options.log_severity_level = 3
-        with whole_graph(folder):
-            return onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-
-    return OnnxrtRunner(session, name="onnxruntime")
+    with whole_graph(folder):
+        if kernels is not None:
+            options.register_custom_ops_library(str(kernels))
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxRuntimeRunner(Runner):

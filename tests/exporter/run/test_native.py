@@ -4,15 +4,18 @@ says where it cannot.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from exporter.run import native
 from exporter.run.model import choose_runner, find_model, open_session
+from exporter.run.onnxruntime import OnnxSession
 from plugins.errors import InputError, UserError
 from tests.exporter.run.test_sessions import IDS, relative
 
@@ -75,6 +78,24 @@ def test_the_kernels_run_and_not_the_bodies(tiny_export: Callable[..., Path]) ->
     events = json.loads(Path(session.end_profiling()).read_text())
     ran = {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
     assert "ABQGemm" in ran and "BitwiseAnd" not in ran
+
+
+def test_kernels_need_no_bodies(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
+    """Of a file without its function bodies, only a session with kernels can be made: those of the
+    proof's native level run kernels indeed.
+    """
+    folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    with OnnxSession(folder, 64) as whole:
+        want = whole.run(IDS)
+    del model.functions[:]
+    onnx.save(model, folder / "model.onnx")
+    library = native.native_library()
+    assert isinstance(library, Path)
+    with OnnxSession(folder, 64, kernels=library) as session:
+        np.testing.assert_array_equal(session.run(IDS), want)
+    with pytest.raises(InputError, match="got a model that cannot be run"):
+        OnnxSession(folder, 64)
 
 
 def test_without_a_compiler_the_bodies_run(
