@@ -21,6 +21,7 @@ from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, r
 from calibration.out.files import write_json
 from calibration.quant.folder import QuantModel
 from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.sizes import ROPE
 from plugins import op_spec
 from plugins.errors import InputError
 
@@ -36,7 +37,7 @@ _Tensor = tuple[TensorSpec, Callable[[], np.ndarray]]  # made when its turn come
 NAME = "compressed-tensors"
 _WEIGHT_BITS, _ACTIVATION_BITS, _WEIGHT_ONLY = (4, 8), (8, 16), 16
 _INT8, _INT32, _INT64, _FP32 = (np.dtype(name) for name in ("int8", "int32", "int64", "float32"))
-_ROPE, _RTOL = "rope.inv_freq", 1e-5  # powers in fp32 differ by less, other frequencies by more
+_RTOL = 1e-5  # powers in fp32 differ by less, other frequencies by more
 _STAY = "or leave out --format"
 
 
@@ -245,7 +246,7 @@ def _shard_tensors(
         layer, _, part = name.rpartition(".")
         if part == "codes":
             yield from _linear_tensors(linears[layer])
-        elif layer not in linears and name != _ROPE:  # the frequencies follow from the config
+        elif layer not in linears and name != ROPE:  # the frequencies follow from the config
             array = quant.tensor(name)
             yield TensorSpec(name, array.dtype, array.shape), partial(_as_stored, quant, name)
 
@@ -278,7 +279,7 @@ def write(quant: QuantModel, folder: Path) -> None:
             frequencies.
     """
     config = quant.config["hf"]
-    _check_rope(config, quant.tensor(_ROPE), str(quant.source["name"]))
+    _check_rope(config, quant.tensor(ROPE), str(quant.source["name"]))
     names = {
         file: list(read_header(quant.path / file))
         for file in sorted(quant.files)

@@ -16,6 +16,7 @@ from calibration.checkpoints.foreign import quiet_transformers, reason
 from calibration.checkpoints.tensor_checks import same_numbers
 from calibration.families.decoder import Block
 from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.sizes import ROPE
 from calibration.reference.fake_quant import (
     ActivationQuantizer,
     FakeQuantLinear,
@@ -356,7 +357,7 @@ class QuantReference:
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
             for block in self.decoder.blocks
         ]
-        self._inv_freq = torch.from_numpy(np.array(quant.tensor("rope.inv_freq"), np.float32))
+        self._inv_freq = torch.from_numpy(np.array(quant.tensor(ROPE), np.float32))
         self._rope_scaling = float(quant.config["rope_attention_scaling"])
 
     @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -12,6 +12,7 @@ from calibration.checkpoints.safetensors import numpy_dtype
 from calibration.families.steps import Rope
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
+from calibration.quant.sizes import ROPE
 from exporter.graph.names import KINDS, past, present
 from exporter.graph.nodes import NodeFactory
 from exporter.graph.steps import write_block
@@ -165,7 +166,7 @@ def _rope_tables(writer: GraphWriter, max_context: int | None) -> tuple[str, str
     if not any(isinstance(step, Rope) for step in steps):
         return "", ""
     config = writer.quant.config
-    inv_freq = writer.quant.tensor("rope.inv_freq").astype(np.float32)
+    inv_freq = writer.quant.tensor(ROPE).astype(np.float32)
     context = int(config["max_position_embeddings"])
     positions = np.arange(min(max_context or context, context), dtype=np.float32)
     angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)

@@ -23,6 +23,7 @@ import numpy as np
 from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
+from calibration.quant.sizes import ROPE
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_weights", "compared_tensors"]
 
-ROPE = "rope.inv_freq"
 _CHUNK = 1 << 22  # weights held as fp32 at once
 _MARGIN = 1.01  # fp32 rounding of weights that lie between two codes
 _SMALLEST_HALF = 2.0**-24  # spacing of fp16 subnormals
