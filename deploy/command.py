@@ -10,7 +10,7 @@ from typing import ClassVar
 from exporter.run import runners
 from exporter.run.model import AUTO
 
-__all__ = ["Command", "add_runner"]
+__all__ = ["Command", "add_progress", "add_runner"]
 
 
 class Command(ABC):
@@ -48,4 +48,14 @@ def add_runner(parser: argparse.ArgumentParser, default: str) -> None:
         choices=(AUTO, *(runner.name for runner in found)),
         default=default,
         help=f"{'; '.join(choices)} (default {default})",
+    )
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """--progress, of a command that takes long."""
+    parser.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "rich", "plain", "json", "none"),
+        help="json: one object per line on stdout",
     )

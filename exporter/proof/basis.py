@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calibration.transforms.rotation import Rotation
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["RotatedRunner", "recorded_rotation"]
+__all__ = ["RotatedRunner", "recorded_rotation", "turned"]
 
 
 def recorded_rotation(quant: QuantModel) -> Rotation | None:
@@ -36,13 +36,29 @@ def recorded_rotation(quant: QuantModel) -> Rotation | None:
     return Rotation.make(kind, quant.decoder.hidden, head_dim, int(settings["seed"]))
 
 
+def turned(quant: QuantModel, other: QuantModel) -> Rotation | None:
+    """What brings the outputs of `other` into the coordinates of `quant`, both of one float model;
+    None if they are the same.
+    """
+    from calibration.transforms.rotation import Rotation
+
+    mine, theirs = recorded_rotation(quant), recorded_rotation(other)
+    if theirs is None:
+        return mine
+    if mine is None:
+        return Rotation(theirs.residual.T, theirs.head.T)
+    if mine.residual.equal(theirs.residual):
+        return None
+    return Rotation(theirs.residual.T @ mine.residual, theirs.head.T @ mine.head)
+
+
 class RotatedRunner(SessionRunner):
-    """A session of the float model; decoder layers' outputs [B, S, hidden] become x Q and cached
+    """A session in other coordinates; decoder layers' outputs [B, S, hidden] become x Q and cached
     values [B, heads, S, d] v R.
 
     Args:
         name, make: see SessionRunner.
-        rotation: of the quantised model, or None for outputs as they are.
+        rotation: of the model it is compared with, or None for outputs as they are.
     """
 
     def __init__(

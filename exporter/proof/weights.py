@@ -14,7 +14,7 @@ NaN, Inf and missing tensors fail.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.quant.sizes import ROPE
+from exporter.graph.names import layer_of
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
@@ -145,16 +146,31 @@ def _float_sums(weight: np.ndarray, got: np.ndarray, scheme: QuantScheme) -> _Su
     return sums
 
 
-def compared_tensors(checkpoint: Checkpoint) -> int:
+def _shapes(checkpoint: Checkpoint, layers: range | None) -> dict[str, Sequence[int]]:
+    """Of the tensors to compare: all, or those in no layer and in these."""
+    return {
+        name: shape
+        for name, shape in checkpoint.decoder.shapes().items()
+        if layers is None or (layer := layer_of(name)) is None or layer in layers
+    }
+
+
+def compared_tensors(checkpoint: Checkpoint, layers: range | None = None) -> int:
     """How many rows compare_weights gives, and how far it moves the progress."""
-    return len(checkpoint.decoder.shapes()) + 1
+    return len(_shapes(checkpoint, layers)) + 1
 
 
 def compare_weights(
-    checkpoint: Checkpoint, quant: QuantModel, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    quant: QuantModel,
+    progress: Progress | None = None,
+    layers: range | None = None,
 ) -> list[LayerReport]:
     """One row per tensor of the float model, in its order; relative errors are Frobenius norms, of
     the whole and of the worst row.
+
+    Args:
+        layers: leave the other decoder layers out; None takes all.
 
     Memory: one tensor of the float model and a few million weights in fp32.
     """
@@ -162,7 +178,7 @@ def compare_weights(
     # A method that transforms some weights may do so by changing the norms before them.
     plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
     linears = quant.decoder.linears
-    for name, shape in checkpoint.decoder.shapes().items():
+    for name, shape in _shapes(checkpoint, layers).items():
         base = name.removesuffix(".weight")
         quantised = name != base and base in linears
         stored = f"{base}.codes" if quantised else name
