@@ -15,7 +15,7 @@ import pytest
 from deploy.anybit import main
 from tests.tracked import REPOSITORY, tracked_files
 
-COMMANDS = ("export", "calibrate", "plugins", "eval", "generate", "prove", "trtexec")
+COMMANDS = ("export", "calibrate", "plugins", "diff", "eval", "generate", "prove", "trtexec")
 SCRIPT = "import sys; sys.path.remove(''); from deploy.anybit import main; sys.exit(main())"
 
 
