@@ -14,6 +14,7 @@ from typing import Any
 
 from calibration.families.steps import (
     ACTIVATIONS,
+    ROPE_TYPES,
     Add,
     Attend,
     Gate,
@@ -22,6 +23,7 @@ from calibration.families.steps import (
     Linear,
     Linears,
     Norm,
+    Rope,
     Step,
     TensorInfo,
 )
@@ -107,6 +109,54 @@ class Config:
                 f"got {heads} attention heads on {kv_heads} key-value heads, expected a multiple"
             )
         return Heads(heads, kv_heads, self.size("head_dim", self.hidden // heads))
+
+    def rope(self, table: str = "", partial: bool = False) -> Rope:
+        """How queries and keys turn.
+
+        Args:
+            table: the entry of rope_parameters, "" where it is one for all layers.
+            partial: whether the family's attention can leave channels as they are.
+
+        Raises:
+            UnsupportedError: frequencies that change with every token, or half of a pair.
+        """
+        found = self.get("rope_parameters", {})
+        found = found.get(table) if table and isinstance(found, Mapping) else found
+        if not isinstance(found, Mapping):
+            raise UnsupportedError(f"got rope_parameters {found} for {table or 'all layers'}")
+        kind, factor = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
+        if kind not in ROPE_TYPES:
+            raise UnsupportedError(
+                f"got rope_type {kind} (frequencies that change with the length), expected one of "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+        if float(factor) != 1.0 and not partial:
+            raise UnsupportedError(
+                f"got partial_rotary_factor {factor}, expected 1 (the whole head rotates)"
+            )
+        head_dim = self.heads.head_dim
+        width = int(head_dim * float(factor))
+        if not 0 < width <= head_dim or width % 2:
+            raise UnsupportedError(
+                f"got {width} of {head_dim} channels of a head that rotate, expected pairs"
+            )
+        short = Config(found).size("original_max_position_embeddings") if kind == "longrope" else 0
+        return Rope(width if width < head_dim else None, table, short or None)
+
+    def window(self, index: int) -> int | None:
+        """Of the attention of a layer by its entry in layer_types; None sees all.
+
+        Raises:
+            UnsupportedError: an unknown entry.
+        """
+        kinds = self.get("layer_types")
+        kind = kinds[index] if isinstance(kinds, list) and index < len(kinds) else None
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"got layer_types {kind} for layer {index}, expected full_attention or "
+                f"sliding_attention"
+            )
+        return self.size("sliding_window") if kind == "sliding_attention" else None
 
     @property
     def activation(self) -> str:
@@ -307,6 +357,11 @@ class Block:
         return next(step for step in self.steps if isinstance(step, Attend))
 
     @cached_property
+    def rope(self) -> Rope | None:
+        """How it turns queries and keys; None where it does not."""
+        return next((step for step in self.steps if isinstance(step, Rope)), None)
+
+    @cached_property
     def before_attention(self) -> tuple[Step, ...]:
         """The steps that make the rotated heads of queries, keys and values."""
         return self.steps[: self.steps.index(self.attend)]
@@ -428,6 +483,24 @@ class Decoder:
     def offsets(self) -> dict[str, float]:
         """What is added to the tensors that a checkpoint stores less it, by name."""
         return {info.name: info.offset for info in self.tensors() if info.offset}
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """How queries and keys turn in some layer, each way once."""
+        return tuple(dict.fromkeys(block.rope for block in self.blocks if block.rope is not None))
+
+    @cached_property
+    def frequencies(self) -> dict[str, tuple[Rope, bool]]:
+        """{name of a tensor of rotary frequencies: whose they are, and whether of long contexts}."""
+        return {
+            rope.frequencies(long): (rope, long)
+            for rope in self.ropes
+            for long in ((False, True) if rope.short is not None else (False,))
+        }
+
+    def rotated(self, rope: Rope) -> int:
+        """Channels of a head that turn."""
+        return rope.width or self.blocks[0].heads.head_dim
 
     def declaration(self) -> str:
         """All that its family says of it, as text: two decoders of one text compute the same."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "ACTIVATIONS",
+    "ROPE_TYPES",
     "Activate",
     "Add",
     "Attend",
@@ -32,6 +33,10 @@ ACTIVATIONS = {  # Hugging Face's hidden_act: the name that steps use
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
+
+# Hugging Face's rope_type of frequencies that a context as long as the model was made for does not
+# change ("dynamic" changes them beyond), or only once ("longrope").
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,29 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of queries and keys, pairs (i, i + head_dim / 2)."""
+    """Rotary position embedding of queries and keys, pairs (i, i + width / 2) of the first `width`
+    channels of each head; the others stay.
+
+    Attributes:
+        width: of what turns; None is the whole head.
+        table: the entry of the config's rope_parameters that its frequencies come from; "" where
+            all layers share them.
+        short: longrope: sequences of more positions than this have other frequencies; None: all
+            have the same.
+    """
+
+    width: int | None = None
+    table: str = ""
+    short: int | None = None
+
+    def long(self, context: int) -> bool:
+        """Whether a context of so many positions has the frequencies of long ones."""
+        return self.short is not None and context > self.short
+
+    def frequencies(self, long: bool = False) -> str:
+        """Name of a tensor of them, such as "rope.inv_freq"."""
+        parts = ("rope", self.table, "long" if long else "", "inv_freq")
+        return ".".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
