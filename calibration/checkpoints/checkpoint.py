@@ -220,13 +220,16 @@ class Checkpoint:
         Raises:
             InputError: it holds NaN or Inf.
         """
-        array = self.stored(name)
-        offset = self.decoder.offsets.get(name)
-        return array if offset is None else array.astype(np.float32) + np.float32(offset)
+        array, info = self.stored(name), self.decoder.infos.get(name)
+        if info is None or (info.factor, info.offset) == (1, 0):
+            return array
+        return array.astype(np.float32) * np.float32(info.factor) + np.float32(info.offset)
 
     def stored(self, name: str) -> np.ndarray:
         """One tensor as the checkpoint has it. Raises as array()."""
-        array = self._weights.array(self._names.stored[name])
+        info = self.decoder.infos.get(name)
+        array = self._weights.array(self._names.stored[info.stored if info else name])
+        array = array[info.rows] if info and info.whole else array
         check_finite(f"{self._where}, tensor {name}", array)
         return array
 

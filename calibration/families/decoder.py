@@ -6,6 +6,7 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,6 +92,28 @@ class Config:
         """Rows of the embedding."""
         return self.size("vocab_size")
 
+    def number(self, name: str) -> float:
+        """A field that multiplies something.
+
+        Raises:
+            UnsupportedError: it is missing, or no finite number other than 0.
+        """
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UnsupportedError(f"got {name} {value}, expected a number")
+        if not math.isfinite(value) or value == 0:
+            raise UnsupportedError(f"got {name} {value}, expected a finite number other than 0")
+        return float(value)
+
+    def cap(self, name: str) -> float | None:
+        """A softcap; None where there is none."""
+        return None if self.get(name) is None else self.number(name)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Of attention; None sees all."""
+        return None if self.get("sliding_window") is None else self.size("sliding_window")
+
     @property
     def epsilon(self) -> float:
         """Of the norms."""
@@ -158,14 +181,11 @@ class Config:
             )
         return self.size("sliding_window") if kind == "sliding_attention" else None
 
-    @property
-    def activation(self) -> str:
-        """Of the MLP, as steps call it."""
-        name = self.get("hidden_activation", self.get("hidden_act", "silu"))
+    def activation(self, field: str = "hidden_act") -> str:
+        """Of the MLP, as steps call it; `field` names it."""
+        name = self.get(field, "silu")
         if name not in ACTIVATIONS:
-            raise UnsupportedError(
-                f"got hidden_act {name}, expected one of {', '.join(ACTIVATIONS)}"
-            )
+            raise UnsupportedError(f"got {field} {name}, expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
 
@@ -382,11 +402,13 @@ class Block:
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Its tensors by their full names: norms, then linears, each in execution order."""
-        parts: list[Norm | Linear] = [*self.norms, *self.linears]
+        nodes = (site.linears for site in self.sites.values())
+        parts: list[Norm | Linears] = [*self.norms, *nodes]
         for part in parts:
             for info in part.tensors():
                 gguf = f"blk.{self.index}.{info.gguf}" if info.gguf else ""
-                yield replace(info, name=self.name(info.name), gguf=gguf)
+                whole = self.name(info.whole) if info.whole else ""
+                yield replace(info, name=self.name(info.name), gguf=gguf, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -480,9 +502,18 @@ class Decoder:
             yield TensorInfo(f"{self.head.name}.weight", table, f"{self.head.gguf}.weight")
 
     @cached_property
-    def offsets(self) -> dict[str, float]:
-        """What is added to the tensors that a checkpoint stores less it, by name."""
-        return {info.name: info.offset for info in self.tensors() if info.offset}
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor by its name, in execution order."""
+        return {info.name: info for info in self.tensors()}
+
+    @cached_property
+    def fused(self) -> tuple[str, ...]:
+        """Tensors of a checkpoint that hold those of several linears."""
+        return tuple(dict.fromkeys(info.whole for info in self.tensors() if info.whole))
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor as checkpoints have them, in execution order."""
+        return {info.stored: (info.rows.stop, *info.shape[1:]) for info in self.tensors()}
 
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:

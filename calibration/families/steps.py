@@ -8,7 +8,7 @@ calibration/reference/steps.py, and once for ONNX, in exporter/graph/steps.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,7 +48,9 @@ class TensorInfo:
         shape: there.
         gguf: its name in GGUF files, or "".
         rotary: GGUF files hold its rows in RoPE's interleaved order.
-        offset: what a step adds to it before it computes with it.
+        offset, factor: a step computes with factor * tensor + offset.
+        whole: of a tensor that checkpoints hold within another one, the name of that.
+        start: its first row there.
     """
 
     name: str
@@ -56,6 +58,19 @@ class TensorInfo:
     gguf: str = ""
     rotary: bool = False
     offset: float = 0.0
+    factor: float = 1.0
+    whole: str = ""
+    start: int = 0
+
+    @property
+    def stored(self) -> str:
+        """The name of the tensor that checkpoints hold it in, its own if it stands for itself."""
+        return self.whole or self.name
+
+    @property
+    def rows(self) -> slice:
+        """Where it is in that."""
+        return slice(self.start, self.start + self.shape[0])
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,8 @@ class Norm:
         width: of the axis.
         epsilon: under the root.
         gguf: its name below "blk.{i}." in GGUF files.
-        offset: 1 where the checkpoint stores gain - 1.
+        offset, factor: the gain is factor * tensor + offset; an offset of 1 where the checkpoint
+            stores gain - 1.
     """
 
     name: str
@@ -75,6 +91,7 @@ class Norm:
     epsilon: float
     gguf: str = ""
     offset: float = 0.0
+    factor: float = 1.0
 
     @property
     def gain(self) -> str:
@@ -84,7 +101,7 @@ class Norm:
     def tensors(self) -> Iterator[TensorInfo]:
         """The gain."""
         gguf = f"{self.gguf}.weight" if self.gguf else ""
-        yield TensorInfo(self.gain, (self.width,), gguf, offset=self.offset)
+        yield TensorInfo(self.gain, (self.width,), gguf, offset=self.offset, factor=self.factor)
 
 
 @dataclass(frozen=True)
@@ -126,10 +143,12 @@ class Linears:
     Attributes:
         node: name of the node below the block's prefix, such as "self_attn.qkv_proj".
         members: stacked in this order along the output.
+        fused: checkpoints hold them so, in tensors of the node's name.
     """
 
     node: str
     members: tuple[Linear, ...]
+    fused: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -150,6 +169,15 @@ class Linears:
     def bias(self) -> bool:
         """Whether a member has a bias, and so the node."""
         return any(member.bias for member in self.members)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Those of every member, in order."""
+        start = 0
+        for member in self.members:
+            for info in member.tensors():
+                whole = f"{self.node}.{info.name.rpartition('.')[2]}" if self.fused else ""
+                yield replace(info, whole=whole, start=start if whole else 0)
+            start += member.out_features
 
 
 @dataclass(frozen=True)

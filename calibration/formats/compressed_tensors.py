@@ -45,6 +45,7 @@ def check(scheme: QuantScheme, checkpoint: Checkpoint | None = None) -> None:
     """Raise InputError if the format cannot say this scheme or, where it is given, this model."""
     _check_scheme(scheme, f"--format {NAME}")
     if checkpoint is not None:
+        _check_names(checkpoint.decoder, checkpoint.name)
         _check_rope(
             checkpoint.hf_config(),
             checkpoint.decoder,
@@ -72,6 +73,17 @@ def _check_scheme(scheme: QuantScheme, where: str) -> None:
             f"got a KV cache of {scheme.kv_bits} bits, expected {FLOAT_BITS}: the format has no "
             f"word for ours",
             f"Leave out --kv-bits, {_STAY}",
+        )
+
+
+def _check_names(decoder: Decoder, where: str) -> None:
+    """Whoever reads the format expects the tensors of this family's checkpoints."""
+    if decoder.fused:
+        raise InputError(
+            where,
+            f"got a family whose checkpoints hold several linears in one tensor such as "
+            f"{decoder.fused[0]}, expected one tensor for each linear for --format {NAME}",
+            "Leave out --format",
         )
 
 
@@ -242,9 +254,10 @@ def _uncentred(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def _as_stored(quant: QuantModel, name: str) -> np.ndarray:
     """A tensor as a checkpoint of this family has it: some store gain - 1."""
-    array = quant.tensor(name)
-    offset = quant.decoder.offsets.get(name)
-    return array if offset is None else (array.astype(np.float32) - offset).astype(array.dtype)
+    array, info = quant.tensor(name), quant.decoder.infos.get(name)
+    if info is None or (info.factor, info.offset) == (1, 0):
+        return array
+    return ((array.astype(np.float32) - info.offset) / info.factor).astype(array.dtype)
 
 
 def _shard_tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ def _check_same(model: Any, checkpoint: Checkpoint) -> None:
     table = f"{checkpoint.decoder.embedding.name}.weight"
     for name in {**checkpoint.decoder.shapes(), head: ()}:
         ours = checkpoint.stored(table if name == head and checkpoint.decoder.tied else name)
-        if not same_numbers(model.get_parameter(name).detach().numpy(), ours):
+        info = checkpoint.decoder.infos.get(name)
+        theirs = model.get_parameter(info.stored if info else name).detach().numpy()
+        if not same_numbers(theirs[info.rows] if info else theirs, ours):
             raise _differs(checkpoint, f"tensor {name}")
     for name, (step, long) in checkpoint.decoder.frequencies.items():
         if not long:  # which transformers computes when it comes to them
@@ -179,10 +182,11 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
         model = AutoModelForCausalLM.from_config(
             checkpoint.config, dtype=torch.float32, trust_remote_code=False
         )
-    state = {
-        name: torch.from_numpy(checkpoint.stored(name).astype(np.float32))
-        for name in checkpoint.decoder.shapes()
-    }
+    parts: dict[str, list[Tensor]] = {}
+    for info in checkpoint.decoder.tensors():
+        part = torch.from_numpy(checkpoint.stored(info.name).astype(np.float32))
+        parts.setdefault(info.stored, []).append(part)
+    state = {name: part[0] if len(part) == 1 else torch.cat(part) for name, part in parts.items()}
     # The head of a tied model is absent from the state and shares the embedding afterwards.
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -222,6 +226,16 @@ def _fill_buffers(model: Any) -> None:
             raise RuntimeError(f"no value for {unknown[0]} of {type(module).__name__}")
 
 
+class _Given(torch.nn.Module):  # type: ignore[misc]
+    """Stands for the decoder below a head, and gives what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **others: Any) -> Any:
+        """The decoder's result, with `inputs_embeds` as its last hidden state."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
 class FloatReference:
     """A transformers model: the truth that the declaration of its family is held against.
 
@@ -231,6 +245,8 @@ class FloatReference:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._head = copy.copy(model)  # its own way from what the decoder gives to logits
+        self._head._modules = {**model._modules, "model": _Given()}
         self.context = int(model.config.max_position_embeddings)
         self.vocab = int(model.config.vocab_size)
 
@@ -241,9 +257,10 @@ class FloatReference:
 
     def head(self, hidden: Tensor) -> Tensor:
         """See Reference."""
-        logits: Tensor = self.model.lm_head(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits: Tensor = self._head(
+            input_ids=None, inputs_embeds=hidden.flatten(0, -2)[None]
+        ).logits
+        return logits.unflatten(1, hidden.shape[:-1])[0]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(
