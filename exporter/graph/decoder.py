@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.safetensors import numpy_dtype
-from calibration.families.steps import Rope
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
-from calibration.quant.sizes import ROPE
 from exporter.graph.names import KINDS, past, present
 from exporter.graph.nodes import NodeFactory
 from exporter.graph.steps import write_block
@@ -23,6 +21,7 @@ from plugins.core.op_spec import is_custom
 if TYPE_CHECKING:
     import onnx
 
+    from calibration.families.steps import Rope
     from calibration.quant.folder import QuantModel
 
 __all__ = [
@@ -158,24 +157,26 @@ def _attention_masks(writer: GraphWriter) -> dict[int | None, str]:
     return masks
 
 
-def _rope_tables(writer: GraphWriter, max_context: int | None) -> tuple[str, str]:
-    """cos and sin, [max_context, head_dim / 2]; no tensors where no block rotates."""
+def _rope_tables(writer: GraphWriter, max_context: int | None) -> dict[Rope, tuple[str, str]]:
+    """cos and sin, [max_context, rotated channels / 2], for each way in which blocks rotate."""
     import numpy as np
 
-    steps = (step for block in writer.quant.decoder.blocks for step in block.steps)
-    if not any(isinstance(step, Rope) for step in steps):
-        return "", ""
-    config = writer.quant.config
-    inv_freq = writer.quant.tensor(ROPE).astype(np.float32)
-    context = int(config["max_position_embeddings"])
-    positions = np.arange(min(max_context or context, context), dtype=np.float32)
-    angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
-    scaling, dtype = float(config["rope_attention_scaling"]), numpy_dtype(writer.quant.scheme.dtype)
-    cos, sin = (
-        writer.weights.add(name, (table * scaling).astype(np.float32).astype(dtype))
-        for name, table in (("rope.cos", np.cos(angles)), ("rope.sin", np.sin(angles)))
-    )
-    return cos, sin
+    quant, tables = writer.quant, {}
+    longest = int(quant.config["max_position_embeddings"])
+    context, dtype = min(max_context or longest, longest), numpy_dtype(quant.scheme.dtype)
+    positions = np.arange(context, dtype=np.float32)
+    for step in quant.decoder.ropes:
+        inv_freq, scaling = quant.rope(step, context)
+        angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
+        prefix = f"rope.{step.table}" if step.table else "rope"
+        cos, sin = (
+            writer.weights.add(
+                f"{prefix}.{name}", (table * scaling).astype(np.float32).astype(dtype)
+            )
+            for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles)))
+        )
+        tables[step] = cos, sin
+    return tables
 
 
 def _head(writer: GraphWriter, stream: str) -> str:
