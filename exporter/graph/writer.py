@@ -11,7 +11,7 @@ from plugins import op_spec
 if TYPE_CHECKING:
     import onnx
 
-    from calibration.families.steps import Norm
+    from calibration.families.steps import Norm, Rope
     from calibration.quant.folder import QuantModel
     from exporter.graph.nodes import NodeFactory
     from exporter.graph.weights import ExternalWeights
@@ -31,7 +31,7 @@ class GraphWriter:
         fuse_norms: norms in front of GEMM nodes become part of them.
         nodes, infos: the graph's, so far.
         masks: boolean [B, 1, S, T] by attention's window.
-        rope: tables of cos and sin.
+        rope: tables of cos and sin, by the step that turns by them.
     """
 
     quant: QuantModel
@@ -42,7 +42,7 @@ class GraphWriter:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
     masks: dict[int | None, str] = field(default_factory=dict)
-    rope: tuple[str, str] = ("", "")
+    rope: dict[Rope, tuple[str, str]] = field(default_factory=dict)
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A standard node named after its single output."""

@@ -16,6 +16,7 @@ from exporter.proof.validate import (
     ValidateOptions,
     ValidationResult,
     float_checkpoint,
+    max_context,
     text_rows,
     validate,
 )
@@ -110,7 +111,8 @@ def _quality(
     windows, name = _windows(out, quant, options, scored)
     progress.start(REPORT, quality_steps(windows))
     try:
-        found = measure_quality(checkpoint, quant, windows, name, progress)
+        longest = max_context(out, quant)
+        found = measure_quality(checkpoint, quant, windows, name, progress, longest)
     except CheckError as error:
         return replace(result, first_failure=f"quality of {error.where}: {error.problem}"), None
     progress.finish()
@@ -125,7 +127,7 @@ def _windows(
     from exporter.run.model import find_model
 
     if scored is None:
-        length = min(options.tokens, int(quant.config["max_position_embeddings"]))
+        length = min(options.tokens, max_context(out, quant))
         return text_rows(quant, options, _ROWS, max(length, 2)), options.text_name
     windows = whole_windows(find_model(out, scored.runner), scored)
     return windows[select_windows(len(windows), scored.windows, scored.first)], scored.text.name

@@ -167,11 +167,17 @@ def quality_steps(windows: ndarray) -> int:
 
 
 def measure_quality(
-    checkpoint: Checkpoint, quant: QuantModel, windows: ndarray, text: str, progress: Progress
+    checkpoint: Checkpoint,
+    quant: QuantModel,
+    windows: ndarray,
+    text: str,
+    progress: Progress,
+    max_context: int | None = None,
 ) -> QualityReport:
     """Compare the fake-quantized reference with the float model.
 
     Args:
+        max_context: most tokens of a sequence in the export; None: as many as the model was made for.
         windows: tokens int64 [n, L]; the first begins the sample.
         text: the name of what they are of.
 
@@ -185,7 +191,7 @@ def measure_quality(
     float_sample = _continued(reference, prompt, progress)
     states = FloatStates(reference, windows, progress)
     baseline = states.compare(None, progress).means("the float model")
-    model = quantised_model(quant)
+    model = quantised_model(quant, max_context=max_context)
     sample = _continued(model, prompt, progress)
     total = states.compare(model, progress)
     found = total.means("the quantized model")

@@ -63,6 +63,7 @@ __all__ = [
     "ValidateOptions",
     "ValidationResult",
     "float_checkpoint",
+    "max_context",
     "text_rows",
     "validate",
 ]
@@ -179,10 +180,10 @@ class _Validator:
         self.out, self.options, self.progress = out, options, progress
         self.quant: QuantModel = read_quant(out / QUANT)
         model = load_model(out / ONNX)
-        others = [options.against] if options.against else []
-        self.context = min(map(self._max_context, (out, *others)))
-        self.steps = max(min(options.steps, self.context - 2), 0)
-        self.tokens = min(options.tokens, self.context - self.steps)
+        self.context = max_context(out, self.quant)
+        self.room = min(self.context, max_context(options.against or out, self.quant))
+        self.steps = max(min(options.steps, self.room - 2), 0)
+        self.tokens = min(options.tokens, self.room - self.steps)
         self.nodes = gemm_nodes(model, self.quant.decoder)
         self.layers = self._layers()
         judged = [node for node in self.nodes if layer_of(node.name) in self.layers]
@@ -206,13 +207,6 @@ class _Validator:
             )
         return range(first, end)
 
-    def _max_context(self, out: Path) -> int:
-        """What model.json says; a graph that was written without one goes as far as the model."""
-        path = out / ONNX / DESCRIPTION
-        if path.is_file():
-            return read_description(path, "Export the model again")[0].max_context
-        return int(self.quant.config["max_position_embeddings"])
-
     def windows(self) -> np.ndarray:
         """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration
         takes it too.
@@ -233,7 +227,7 @@ class _Validator:
                 self.steps,
             )
         ]
-        width = min(self.tokens, _PADDED, self.context - 1)
+        width = min(self.tokens, _PADDED, self.room - 1)
         mask = np.ones((2, width), np.int64)
         mask[0, : width // 4] = 0
         plans.append(("padded batch", "padded batch", windows[1:, :width], mask, 1))
@@ -322,7 +316,7 @@ class _Validator:
         if self.options.wants(REFERENCE):
             from calibration.reference.model import quantised_model
 
-            model = quantised_model(self.quant)
+            model = quantised_model(self.quant, max_context=self.context)
             torch = SessionRunner(TORCH, lambda: TorchSession(model))
             # the leader of the lockstep runs before it
             runners += [torch, LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)]
@@ -345,7 +339,7 @@ class _Validator:
 
         def open_session() -> DecoderSession:
             marked = [layer_output(index) for index in self.layers]
-            return OnnxSession(other.path.parent / ONNX, self.context, marked)
+            return OnnxSession(other.path.parent / ONNX, self.room, marked)
 
         runners = [
             ReplayRunner(ONNX_RUNTIME, record),
@@ -533,6 +527,16 @@ class _Validator:
         return ValidationResult(
             tuple(rows), first_failure(self.errors, rows, stack), tuple(self.notes), facts
         )
+
+
+def max_context(out: Path, quant: QuantModel) -> int:
+    """Most tokens of a sequence, as model.json says; a graph that was written without one goes as far
+    as the model.
+    """
+    path = out / ONNX / DESCRIPTION
+    if path.is_file():
+        return read_description(path, "Export the model again")[0].max_context
+    return int(quant.config["max_position_embeddings"])
 
 
 def float_checkpoint(quant: QuantModel, options: ValidateOptions) -> Checkpoint | str:

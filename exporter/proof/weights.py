@@ -23,7 +23,6 @@ import numpy as np
 from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
-from calibration.quant.sizes import ROPE
 from exporter.graph.names import layer_of
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
@@ -157,7 +156,7 @@ def _shapes(checkpoint: Checkpoint, layers: range | None) -> dict[str, Sequence[
 
 def compared_tensors(checkpoint: Checkpoint, layers: range | None = None) -> int:
     """How many rows compare_weights gives, and how far it moves the progress."""
-    return len(_shapes(checkpoint, layers)) + 1
+    return len(_shapes(checkpoint, layers)) + len(checkpoint.decoder.frequencies)
 
 
 def compare_weights(
@@ -193,6 +192,8 @@ def compare_weights(
             )
             reports.append(sums.report(base if quantised else name, plain))
         progress.advance(note=name)
-    progress.advance(note=ROPE)
-    rope = _float_sums(checkpoint.rope()[0], quant.tensor(ROPE), quant.scheme)
-    return [*reports, rope.report(ROPE, plain)]
+    for name in quant.decoder.frequencies:
+        sums = _float_sums(checkpoint.rope(name)[0], quant.tensor(name), quant.scheme)
+        reports.append(sums.report(name, plain))
+        progress.advance(note=name)
+    return reports
