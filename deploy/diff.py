@@ -140,44 +140,25 @@ def _same_graph(first: Path, second: Path) -> Iterator[Difference]:
 
 
 def _arrays(out: Path) -> dict[str, np.ndarray]:
-    """The initializers of an ONNX file, mapped."""
-    import numpy as np
-    import onnx
-
     from calibration.out.folder import open_stage
+    from exporter.proof.diagnose import initializers
 
     data = open_stage(out, ONNX, "the comparison").file(DATA_FILE)
-    found = {}
-    for tensor in _model(out).graph.initializer:
-        if not tensor.external_data:
-            found[tensor.name] = onnx.numpy_helper.to_array(tensor)
-            continue
-        offset = next((int(item.value) for item in tensor.external_data if item.key == "offset"), 0)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        found[tensor.name] = np.memmap(data, dtype, "r", offset, tuple(tensor.dims))
-    return found
+    return initializers(data.parent, _model(out))
 
 
 def _same_weights(first: Path, second: Path) -> Iterator[Difference]:
     """Every linear as it is dequantized, and every array of the ONNX file: the largest difference."""
+    from exporter.proof.diagnose import same_bytes
+
     yield from _linears(_quant(first), _quant(second))
     one, other = _arrays(first), _arrays(second)
     for name in dict.fromkeys((*one, *other)):
         mine, theirs = one.get(name), other.get(name)
         if mine is None or theirs is None or mine.shape != theirs.shape:
             yield Difference(f"onnx {name}", *map(_kind, (mine, theirs)))
-        elif not _equal(mine, theirs):
+        elif not same_bytes(mine, theirs):
             yield Difference(f"onnx {name}", _kind(mine), _by(mine, theirs))
-
-
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays of one shape hold the same bytes, NaN or not."""
-    import numpy as np
-
-    mine, theirs = (
-        np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, other)
-    )
-    return one.dtype == other.dtype and np.array_equal(mine, theirs)
 
 
 def _kind(array: np.ndarray | None) -> str:

@@ -236,6 +236,8 @@ class Prove(Command):
         print(printable(table(result), keep="\n"))
         for note in result.notes:
             print(f"Note: {printable(note)}")
+        for cause in result.facts.get("causes", ()):
+            print(f"Not what quant/ gives: {printable(cause)}")
         if args.to is not None:
             print(f"Report: {printable(str(args.to / HTML_FILE))}")
         if not result.ok:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -41,6 +42,7 @@ from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
 from exporter.graph.names import layer_of, layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation, turned
+from exporter.proof.diagnose import causes
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
@@ -75,6 +77,7 @@ ONNX_RUNTIME, NATIVE, TENSORRT = "onnxruntime", "native", "tensorrt"
 TORCH, LOCKSTEP, FLOAT = "torch-fake-quant", "torch-lockstep", "torch-float"
 AGAINST = "against"
 REFERENCE = "torch"  # the runner whose model TORCH and LOCKSTEP are
+_GIVEN = re.compile(r" at (\S+)(?: \(with \S+\))? given its inputs ")  # first_failure's words
 _PADDED = 16  # tokens of the padded batch
 _TOKENIZED = 100_000  # characters on which two tokenizers are compared
 _SIZES = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
@@ -135,7 +138,7 @@ class ValidationResult:
         rows: one per level, phase and layer, then the logits.
         first_failure: where the first error above its limit is, or "".
         notes: what could not be run, and why.
-        facts: runners, tokens, seconds.
+        facts: text, tokens, seconds, and what of a failed layer differs from quant/ in the ONNX file.
     """
 
     rows: tuple[LayerReport, ...]
@@ -524,9 +527,11 @@ class _Validator:
             "text": self.options.text_name,
             "seconds": round(time.monotonic() - began, 2),
         }
-        return ValidationResult(
-            tuple(rows), first_failure(self.errors, rows, stack), tuple(self.notes), facts
-        )
+        failure = first_failure(self.errors, rows, stack)
+        if operator := _GIVEN.search(failure):
+            layer = next(layer_of(row.tensor) for row in rows if not row.ok)
+            facts["causes"] = causes(self.quant, self.out / ONNX, layer, operator[1])
+        return ValidationResult(tuple(rows), failure, tuple(self.notes), facts)
 
 
 def max_context(out: Path, quant: QuantModel) -> int:

@@ -43,6 +43,9 @@ def verdicts(data: Data, export_facts: Iterable[tuple[str, str]]) -> str:
         ""
         if validation["ok"]
         else f'<p class="alert"><b>First failure:</b> {escape(validation["first_failure"])}.</p>'
+    ) + "".join(
+        f'<p class="alert">In the ONNX file, not what quant/ gives: {escape(cause)}.</p>'
+        for cause in validation.get("causes", ())
     )
     if quality is None:
         facts = []
