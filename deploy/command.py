@@ -21,11 +21,15 @@ class Command(ABC):
         name: as the command line takes it.
         help: one line for the list of commands.
         description: what --help of the command says.
+        out_help: what its first argument OUT is; "" where it takes none and gets the working folder.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     description: ClassVar[str]
+    out_help: ClassVar[str] = (
+        "artifact folder of python -m exporter, or its onnx or engine folder alone"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027
         """Declare the command's own arguments; OUT is there."""

@@ -15,7 +15,18 @@ import pytest
 from deploy.anybit import main
 from tests.tracked import REPOSITORY, tracked_files
 
-COMMANDS = ("export", "calibrate", "plugins", "diff", "eval", "generate", "prove", "trtexec")
+COMMANDS = (
+    "export",
+    "calibrate",
+    "plugins",
+    "diff",
+    "doctor",
+    "eval",
+    "generate",
+    "inspect",
+    "prove",
+    "trtexec",
+)
 SCRIPT = "import sys; sys.path.remove(''); from deploy.anybit import main; sys.exit(main())"
 
 
