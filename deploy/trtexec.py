@@ -21,7 +21,18 @@ from deploy.command import Command
 from exporter.engine.record import EngineRecord, read_engine_record
 from plugins.errors import CheckError, InputError
 
-__all__ = ["COMMAND", "TOOLS", "Tool", "latencies", "scripts", "tool_of"]
+__all__ = [
+    "COMMAND",
+    "TOOLS",
+    "Tool",
+    "cache_arrays",
+    "engine_record",
+    "input_groups",
+    "latencies",
+    "scripts",
+    "tool_of",
+    "write_scripts",
+]
 
 _WHICH: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
 _BREAK = " \\\n    "
@@ -91,7 +102,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     ]
 
 
-def _groups(record: EngineRecord) -> list[tuple[str, list[str]]]:
+def input_groups(record: EngineRecord) -> list[tuple[str, list[str]]]:
     """Inputs of the same shapes in every profile: (bash words for their names, the names). The cache of
     all layers is a word with braces where it is that regular; any other input is its own name.
     """
@@ -131,16 +142,17 @@ def _shapes(
 ) -> str:
     """--minShapes and its like of a profile, as a bash word."""
     inputs, words = record["profiles"][index]["inputs"], []
-    for place, (word, names) in enumerate(_groups(record)):
+    for place, (word, names) in enumerate(input_groups(record)):
         size = _size(inputs[names[0]][which])
         words.append(f'"${{cache{place}[@]/%/:{size}}}"' if len(names) > 1 else f"{word}:{size}")
     return f'{flag}="$(join {" ".join(words)})"'
 
 
-def _cache_arrays(record: EngineRecord) -> list[str]:
+def cache_arrays(record: EngineRecord) -> list[str]:
+    """Lines of bash that set an array cache0, cache1, ... for every group of several inputs."""
     return [
         f"cache{place}=({word})"
-        for place, (word, names) in enumerate(_groups(record))
+        for place, (word, names) in enumerate(input_groups(record))
         if len(names) > 1
     ]
 
@@ -148,11 +160,11 @@ def _cache_arrays(record: EngineRecord) -> list[str]:
 # ---------------------------------------------------------------- scripts
 
 
-def scripts(out: Path) -> dict[str, str]:
-    """{name: bash script}: build, then one for each profile, from OUT/engine/engine.json.
+def engine_record(out: Path) -> EngineRecord:
+    """OUT/engine/engine.json.
 
     Raises:
-        InputError: there is no engine, or its record is damaged or of too old a TensorRT.
+        InputError: there is no engine, or its record is damaged.
     """
     path = out / ENGINE / ENGINE_RECORD
     if not path.is_file():
@@ -161,7 +173,16 @@ def scripts(out: Path) -> dict[str, str]:
             "got no such file, expected the record of a built engine",
             f"Build one with: {command_for(out, ENGINE)}",
         )
-    record = read_engine_record(path.parent)
+    return read_engine_record(path.parent)
+
+
+def scripts(out: Path) -> dict[str, str]:
+    """{name: bash script}: build, then one for each profile.
+
+    Raises:
+        InputError: as engine_record does; the TensorRT is too old.
+    """
+    record = engine_record(out)
     tool = tool_of(record)
     made = {_BUILD: _build_script(out, record, tool)}
     for index, profile in enumerate(record["profiles"]):
@@ -176,7 +197,7 @@ def _head(out: Path, record: EngineRecord, what: str) -> list[str]:
         "set -euo pipefail",
         f"OUT={shlex.quote(str(out.resolve()))}",
         'join() { local IFS=,; echo "$*"; }',
-        *_cache_arrays(record),
+        *cache_arrays(record),
     ]
 
 
@@ -328,7 +349,7 @@ class Trtexec(Command):
         elif not args.run:
             print("\n".join(made.values()), end="")
         if args.run:
-            program = tool_of(read_engine_record(out / ENGINE)).program
+            program = tool_of(engine_record(out)).program
             with tempfile.TemporaryDirectory() as scratch:
                 print(times_table(run_scripts(made, program, args.to or Path(scratch))))
 

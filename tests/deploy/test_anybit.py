@@ -24,6 +24,7 @@ COMMANDS = (
     "eval",
     "generate",
     "inspect",
+    "polygraphy",
     "prove",
     "trtexec",
 )
