@@ -316,6 +316,11 @@ class _Validator:
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
             )
+        elif open_stage(self.out, ENGINE, "the validation").description().cache.capacity:
+            self.notes.append(
+                "The engine has a static cache, which the validation cannot run, so the CUDA kernels "
+                "were not executed in it."
+            )
         else:
 
             def open_session() -> DecoderSession:
