@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.safetensors import numpy_dtype
-from calibration.families.steps import Rope
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
-from calibration.quant.sizes import ROPE
 from exporter.graph.names import KINDS, WRITE_INDICES, past, present
 from exporter.graph.nodes import NodeFactory
 from exporter.graph.steps import write_block
@@ -23,6 +21,7 @@ from plugins.core.op_spec import is_custom
 if TYPE_CHECKING:
     import onnx
 
+    from calibration.families.steps import Rope
     from calibration.quant.folder import QuantModel
 
 __all__ = [
@@ -198,27 +197,31 @@ def _near(writer: GraphWriter, keys: str, queries: str, window: int) -> str:
     return writer.node("GreaterOrEqual", [keys, first], f"{name}.near")
 
 
-def _rope_tables(writer: GraphWriter, longest: int) -> tuple[str, str]:
-    """cos and sin, [longest, head_dim / 2]; no tensors where no block rotates."""
+def _rope_tables(writer: GraphWriter, longest: int) -> dict[Rope, tuple[str, str]]:
+    """cos and sin, [longest, rotated channels / 2], for each way in which blocks rotate."""
     import numpy as np
 
-    steps = (step for block in writer.quant.decoder.blocks for step in block.steps)
-    if not any(isinstance(step, Rope) for step in steps):
-        return "", ""
-    inv_freq = writer.quant.tensor(ROPE).astype(np.float32)
+    quant, tables = writer.quant, {}
+    dtype = numpy_dtype(quant.scheme.dtype)
     positions = np.arange(longest, dtype=np.float32)
-    angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
-    scaling = float(writer.quant.config["rope_attention_scaling"])
-    dtype = numpy_dtype(writer.quant.scheme.dtype)
-    cos, sin = (
-        writer.weights.add(name, (table * scaling).astype(np.float32).astype(dtype))
-        for name, table in (("rope.cos", np.cos(angles)), ("rope.sin", np.sin(angles)))
-    )
-    return cos, sin
+    for step in quant.decoder.ropes:
+        inv_freq, scaling = quant.rope(step, longest)
+        angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
+        prefix = f"rope.{step.table}" if step.table else "rope"
+        cos, sin = (
+            writer.weights.add(
+                f"{prefix}.{name}", (table * scaling).astype(np.float32).astype(dtype)
+            )
+            for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles)))
+        )
+        tables[step] = cos, sin
+    return tables
 
 
 def _head(writer: GraphWriter, stream: str) -> str:
-    """Final norm and the fp32 logits; a tied head reads the embedding's own initializer."""
+    """Final norm and the fp32 logits of the wanted tokens; a tied head reads the embedding's own
+    initializer.
+    """
     from onnx import TensorProto
 
     decoder = writer.quant.decoder
@@ -226,13 +229,22 @@ def _head(writer: GraphWriter, stream: str) -> str:
     table = f"{(decoder.embedding if head.tied else head).name}.weight"
     if not head.tied:
         writer.tensor(table)
-    normed = writer.norm(head.norm, head.norm.name, stream)
+    rows = _wanted(writer, stream, f"{head.name}.rows")
+    normed = writer.norm(head.norm, head.norm.name, rows)
     table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
     scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:
         return writer.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
     scores = writer.cast(scores, TensorProto.FLOAT, f"{head.name}.float32")
     return writer.capped(scores, 1.0, head.softcap, head.name, "logits")
+
+
+def _wanted(writer: GraphWriter, stream: str, output: str) -> str:
+    """The rows that logits are wanted of, [B, S, hidden] -> [B, L, hidden]."""
+    places = writer.node(
+        "Unsqueeze", ["logits_indices", writer.ints("axes", [2])], "logits_indices.places"
+    )
+    return writer.node("GatherND", [stream, places], output, batch_dims=1)
 
 
 def _graph_values(
@@ -263,9 +275,14 @@ def _graph_values(
             info("position_ids", TensorProto.INT64, ["B", "S"]),
         ]
     )
-    inputs = [info("input_ids", TensorProto.INT64, ["B", "S"]), *places, *caches(past, before)]
+    inputs = [
+        info("input_ids", TensorProto.INT64, ["B", "S"]),
+        *places,
+        info("logits_indices", TensorProto.INT64, ["B", "L"]),
+        *caches(past, before),
+    ]
     outputs = [
-        info("logits", TensorProto.FLOAT, ["B", "S", decoder.vocab]),
+        info("logits", TensorProto.FLOAT, ["B", "L", decoder.vocab]),
         *caches(present, after),
     ]
     return inputs, outputs

@@ -120,9 +120,10 @@ def _normed_heads(writer: GraphWriter, flow: Flow, norm: Norm, part: str, count:
 def _rope(writer: GraphWriter, flow: Flow, step: Rope) -> str:
     return writer.node(
         "RotaryEmbedding",
-        [flow.value, *writer.rope, writer.positions],
+        [flow.value, *writer.rope[step], writer.positions],
         f"{flow.module}.qk_rotated",
         interleaved=0,
+        **({} if step.width is None else {"rotary_embedding_dim": step.width}),
     )
 
 

@@ -12,7 +12,7 @@ from plugins import op_spec
 if TYPE_CHECKING:
     import onnx
 
-    from calibration.families.steps import Norm
+    from calibration.families.steps import Norm, Rope
     from calibration.quant.folder import QuantModel
     from exporter.graph.nodes import NodeFactory
     from exporter.graph.weights import ExternalWeights
@@ -33,7 +33,7 @@ class GraphWriter:
         nodes, infos: the graph's, so far.
         masks: boolean [B, 1, S, T] by attention's window.
         positions: of the new tokens, int64 [B, S].
-        rope: tables of cos and sin.
+        rope: tables of cos and sin, by the step that turns by them.
         static: the KV cache has a fixed capacity, and new tokens are written into it.
     """
 
@@ -46,7 +46,7 @@ class GraphWriter:
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
     masks: dict[int | None, str] = field(default_factory=dict)
     positions: str = "position_ids"
-    rope: tuple[str, str] = ("", "")
+    rope: dict[Rope, tuple[str, str]] = field(default_factory=dict)
     static: bool = False
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:

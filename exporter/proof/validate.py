@@ -264,7 +264,7 @@ class _Validator:
         """
         from calibration.reference.model import quantised_model
 
-        model = quantised_model(self.quant)
+        model = quantised_model(self.quant, max_context=self.context)
 
         def open_session() -> TorchSession:
             return TorchSession(model)

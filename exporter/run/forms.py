@@ -33,19 +33,23 @@ class CacheForm(ABC):
         """Tokens that the cache of new sequences has room for."""
 
     @abstractmethod
-    def feeds(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> Arrays:
+    def feeds(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, wanted: np.ndarray
+    ) -> Arrays:
         """The inputs for new tokens.
 
         Args:
             ids: int64 [B, S].
             mask: int64 [B, P+S], of all tokens; 0 is padding.
             positions: int64 [B, S], of real tokens.
+            wanted: int64 [B, L], the tokens whose logits are wanted.
         """
 
     @abstractmethod
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """Outputs with tokens in the places where `mask` has them: [B, S, width], split into heads
         [B, heads, S, width], of the cache [B, kv_heads, P+S, width]; what is at padding means nothing.
+        Logits are those that were wanted already.
         """
 
 
@@ -53,15 +57,17 @@ class CacheForm(ABC):
 class Growing(CacheForm):
     """The past goes in, and comes out with the new tokens behind it."""
 
-    inputs = ("input_ids", "attention_mask", "position_ids")
+    inputs = ("input_ids", "attention_mask", "position_ids", "logits_indices")
 
     def rows(self) -> int:
         """None."""
         return 0
 
-    def feeds(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> Arrays:
+    def feeds(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, wanted: np.ndarray
+    ) -> Arrays:
         """As they are."""
-        return dict(zip(self.inputs, (ids, mask, positions), strict=True))
+        return dict(zip(self.inputs, (ids, mask, positions, wanted), strict=True))
 
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """As they are."""
@@ -75,20 +81,26 @@ class Static(CacheForm):
     """
 
     capacity: int
-    inputs = ("input_ids", WRITE_INDICES)
+    inputs = ("input_ids", WRITE_INDICES, "logits_indices")
 
     def rows(self) -> int:
         """All."""
         return self.capacity
 
-    def feeds(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> Arrays:
+    def feeds(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, wanted: np.ndarray
+    ) -> Arrays:
         """Real tokens first, and how many each sequence has already."""
         import numpy as np
 
         tokens = ids.shape[1]
         first = _real_first(mask[:, -tokens:])
         filled = mask[:, : mask.shape[1] - tokens].sum(1, dtype=np.int64)
-        return {"input_ids": np.take_along_axis(ids, first, 1), WRITE_INDICES: filled}
+        return {
+            "input_ids": np.take_along_axis(ids, first, 1),
+            WRITE_INDICES: filled,
+            "logits_indices": np.take_along_axis(np.argsort(first, 1), wanted, 1),
+        }
 
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """Tokens moved back to where they came from."""
@@ -96,6 +108,9 @@ class Static(CacheForm):
 
         found: Arrays = {}
         for name, array in outputs.items():
+            if name == "logits":
+                found[name] = array
+                continue
             axis = 2 if array.ndim == 4 else 1
             count = mask.shape[1] if is_cache(name) else array.shape[axis]
             rows = array[:, :, :count] if is_cache(name) else array

@@ -111,13 +111,17 @@ class NativeSession(DecoderSession):
         self._cache: dict[str, Any] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         from onnxruntime import OrtValue
 
         binding = self._session.io_binding()
         cache = self._cache or self._empty_cache(len(input_ids))
-        feeds = self._form.feeds(input_ids, attention_mask, positions)
+        feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         values |= {f"past_key_values.{name}": cache[name] for name in self._names}
         for name, value in values.items():

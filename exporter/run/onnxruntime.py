@@ -232,14 +232,18 @@ class OnnxSession(DecoderSession):
         self._cache: dict[str, np.ndarray] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         import numpy as np
 
         heads, width = self._cache_shape
         empty = np.zeros((len(input_ids), heads, self._form.rows(), width), self._dtype)
         past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
-        feeds = self._form.feeds(input_ids, attention_mask, positions) | past
+        feeds = self._form.feeds(input_ids, attention_mask, positions, wanted) | past
         with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}

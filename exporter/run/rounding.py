@@ -46,6 +46,7 @@ _MOVES = {
     "Concat",
     "Constant",
     "Gather",
+    "GatherND",
     "Reshape",
     "Split",
     "Squeeze",

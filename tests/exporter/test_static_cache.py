@@ -46,10 +46,11 @@ def test_the_graph(tiny_export: Export) -> None:
     assert shapes(model.graph.input) == {
         "input_ids": ["B", "S"],
         "write_indices": ["B"],
+        "logits_indices": ["B", "L"],
         **{f"past_key_values.{name}": ["B", 2, 48, 16] for name in caches},
     }
     assert shapes(model.graph.output) == {
-        "logits": ["B", "S", 512],
+        "logits": ["B", "L", 512],
         **{f"present.{name}": ["B", 2, 48, 16] for name in caches},
     }
     nodes = [node for node in model.graph.node if node.op_type == OP]
@@ -71,7 +72,12 @@ def test_rows_of_other_lengths_share_a_call(tiny_export: Export) -> None:
         nonlocal past
         width = max(map(len, pieces))
         ids = np.stack([np.resize(np.append(piece, 7), width) for piece in pieces])
-        feeds = {"input_ids": ids, "write_indices": np.array(filled, np.int64), **past}
+        feeds = {
+            "input_ids": ids,
+            "write_indices": np.array(filled, np.int64),
+            "logits_indices": np.tile(np.arange(width), (len(ids), 1)),
+            **past,
+        }
         logits, past = decoder(feeds)
         return [row[: len(piece)] for row, piece in zip(logits, pieces, strict=True)]
 

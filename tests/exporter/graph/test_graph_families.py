@@ -56,7 +56,9 @@ def reference(model: Path, folder: Path, **changes: Any) -> Any:
     quant = read_quant(folder.parent / "quant")
     state = found.state_dict()
     for name in quant.decoder.linears:
-        state[f"{name}.weight"].copy_(torch.from_numpy(quant.linear(name).dequantize()))
+        info = quant.decoder.infos[f"{name}.weight"]
+        weight = torch.from_numpy(quant.linear(name).dequantize())
+        state[info.stored][info.rows].copy_(weight)
     return found
 
 
