@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -181,11 +181,11 @@ class Config:
             )
         return self.size("sliding_window") if kind == "sliding_attention" else None
 
-    def activation(self, field: str = "hidden_act") -> str:
-        """Of the MLP, as steps call it; `field` names it."""
-        name = self.get(field, "silu")
+    def activation(self, key: str = "hidden_act") -> str:
+        """Of the MLP, as steps call it; `key` is the field that names it."""
+        name = self.get(key, "silu")
         if name not in ACTIVATIONS:
-            raise UnsupportedError(f"got {field} {name}, expected one of {', '.join(ACTIVATIONS)}")
+            raise UnsupportedError(f"got {key} {name}, expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
 
@@ -570,6 +570,10 @@ class Family:
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
         prefix: of a layer's tensors.
+        models: what it reads, for people.
+        aliases: {short name: the hub id that it stands for}.
+        own_code: what auto_map in a config may name, since it is what transformers' classes were
+            made from.
     """
 
     name: str
@@ -581,6 +585,9 @@ class Family:
     embedding: Callable[[Config], Embedding] = _plain_embedding
     head: Callable[[Config], Head] = _plain_head
     prefix: str = "model.layers.{i}"
+    models: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    own_code: tuple[str, ...] = ()
 
     def decoder(self, values: Mapping[str, Any]) -> Decoder:
         """The decoder of a model.

@@ -55,4 +55,10 @@ FAMILY = Family(
     block,
     embedding=root_scaled_embedding,
     head=head,
+    models="Gemma 2",
+    aliases={
+        "gemma-2-2b": "google/gemma-2-2b-it",
+        "gemma-2-9b": "google/gemma-2-9b-it",
+        "gemma-2-27b": "google/gemma-2-27b-it",
+    },
 )

@@ -48,4 +48,9 @@ FAMILY = Family(
     block,
     embedding=root_scaled_embedding,
     head=head,
+    models="Gemma 3, text alone",
+    aliases={
+        "gemma-3-270m": "google/gemma-3-270m-it",
+        "gemma-3-1b": "google/gemma-3-1b-it",
+    },
 )

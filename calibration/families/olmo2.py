@@ -35,4 +35,16 @@ def post_normed(config: Config, rope: Rope, window: int | None) -> tuple[Step, .
     )
 
 
-FAMILY = Family("olmo2", "Olmo2ForCausalLM", "olmo2", block)
+FAMILY = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    "olmo2",
+    block,
+    models="OLMo 2",
+    aliases={
+        "olmo-2-1b": "allenai/OLMo-2-0425-1B-Instruct",
+        "olmo-2-7b": "allenai/OLMo-2-1124-7B-Instruct",
+        "olmo-2-13b": "allenai/OLMo-2-1124-13B-Instruct",
+        "olmo-2-32b": "allenai/OLMo-2-0325-32B-Instruct",
+    },
+)

@@ -40,4 +40,13 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     )
 
 
-FAMILY = Family("smollm3", "SmolLM3ForCausalLM", "smollm3", block)
+FAMILY = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    block,
+    models="SmolLM3",
+    aliases={
+        "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    },
+)

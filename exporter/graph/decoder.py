@@ -68,6 +68,15 @@ def export_onnx(
         "bfloat16": TensorProto.BFLOAT16,
         "float32": TensorProto.FLOAT,
     }[quant.scheme.dtype]
+    context = int(quant.config["max_position_embeddings"])
+    context = min(max_context or context, context)
+    for step in decoder.ropes:
+        if step.long(context):
+            progress.warning(
+                f"{ONNX}: positions for {context} tokens are those of longrope's long texts from the "
+                f"first token on; transformers takes them beyond {step.short} tokens. An export for "
+                f"{step.short} tokens takes those of short texts."
+            )
     progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         writer = GraphWriter(
@@ -79,7 +88,7 @@ def export_onnx(
         )
         stream = _embedding(writer)
         writer.masks = _attention_masks(writer)
-        writer.rope = _rope_tables(writer, max_context)
+        writer.rope = _rope_tables(writer, context)
         for block in decoder.blocks:
             stream = write_block(writer, block, stream)
             progress.advance(note=stream)
@@ -157,13 +166,12 @@ def _attention_masks(writer: GraphWriter) -> dict[int | None, str]:
     return masks
 
 
-def _rope_tables(writer: GraphWriter, max_context: int | None) -> dict[Rope, tuple[str, str]]:
-    """cos and sin, [max_context, rotated channels / 2], for each way in which blocks rotate."""
+def _rope_tables(writer: GraphWriter, context: int) -> dict[Rope, tuple[str, str]]:
+    """cos and sin, [context, rotated channels / 2], for each way in which blocks rotate."""
     import numpy as np
 
     quant, tables = writer.quant, {}
-    longest = int(quant.config["max_position_embeddings"])
-    context, dtype = min(max_context or longest, longest), numpy_dtype(quant.scheme.dtype)
+    dtype = numpy_dtype(quant.scheme.dtype)
     positions = np.arange(context, dtype=np.float32)
     for step in quant.decoder.ropes:
         inv_freq, scaling = quant.rope(step, context)
