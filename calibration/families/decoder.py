@@ -546,6 +546,10 @@ def _no_objection(config: Any) -> str:
     return ""
 
 
+def _nothing_implied(config: Any) -> Mapping[str, Any]:
+    return {}
+
+
 def _plain_embedding(config: Config) -> Embedding:
     return Embedding()
 
@@ -567,6 +571,9 @@ class Family:
             UnsupportedError where no step can do what the config says.
         gguf: value of general.architecture in GGUF files, or "" if they are not read; for families
             whose config LLaMA's fields describe, see calibration/checkpoints/gguf.py.
+        gguf_fields: {key below the architecture's name in GGUF files: the config's field}, beside
+            those that every family has.
+        gguf_implied: fields that such files leave to the architecture, from the other ones.
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
         prefix: of a layer's tensors.
@@ -581,6 +588,8 @@ class Family:
     model_type: str
     block: Callable[[Config, int], tuple[Step, ...]]
     gguf: str = ""
+    gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_implied: Callable[[Config], Mapping[str, Any]] = _nothing_implied
     objection: Callable[[Any], str] = _no_objection
     embedding: Callable[[Config], Embedding] = _plain_embedding
     head: Callable[[Config], Head] = _plain_head

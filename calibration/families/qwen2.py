@@ -33,6 +33,7 @@ FAMILY = Family(
     "Qwen2ForCausalLM",
     "qwen2",
     block,
+    gguf="qwen2",
     models="Qwen2 and Qwen2.5, dense",
     aliases={
         "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",

@@ -33,6 +33,7 @@ FAMILY = Family(
     "Qwen3ForCausalLM",
     "qwen3",
     block,
+    gguf="qwen3",
     models="Qwen3, dense",
     aliases={
         "qwen3-0.6b": "Qwen/Qwen3-0.6B",
