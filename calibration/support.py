@@ -12,7 +12,7 @@ _HEAD = ("family", "models", "architecture", "aliases", "GGUF", "rotation")
 def support_table() -> str:
     """A Markdown table with a row for each family: its models, the architecture that config.json
     names, short names of models, whether GGUF files are read, and whether the residual stream can be
-    rotated, which is W4A8's default.
+    rotated, which is W4A8's default, or the values alone.
     """
     rows = [_HEAD, ("---",) * len(_HEAD), *(_row(family(name)) for name in family_names())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -34,4 +34,4 @@ def _rotation(one: Family) -> str:
 
     with quiet_transformers():
         config = AutoConfig.for_model(one.model_type)
-    return "no" if obstacle(one.decoder(plain_config(config))) else "yes"
+    return "values" if obstacle(one.decoder(plain_config(config))) else "yes"

@@ -6,7 +6,6 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -96,13 +95,12 @@ class Config:
         """A field that multiplies something.
 
         Raises:
-            UnsupportedError: it is missing, or no finite number other than 0.
+            UnsupportedError: it is missing, or no number that fp32 computes with.
         """
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UnsupportedError(f"got {name} {value}, expected a number")
-        if not math.isfinite(value) or value == 0:
-            raise UnsupportedError(f"got {name} {value}, expected a finite number other than 0")
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (known and 1e-18 <= value <= 1e18):
+            raise UnsupportedError(f"got {name} {value}, expected a number from 1e-18 to 1e18")
         return float(value)
 
     def cap(self, name: str) -> float | None:
