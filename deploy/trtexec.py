@@ -225,10 +225,8 @@ def _build_script(out: Path, record: EngineRecord, tool: Tool) -> str:
     for index in range(len(profiles)):
         words.append(f"--profile={index}")
         words += [_shapes(f"--{which}Shapes", record, index, which) for which in _WHICH]
-    if record.get("decomposable_attention") and tool.attention:
-        layers = sum(name.endswith(".key") for name in profiles[0]["inputs"])
-        names = f"model.layers.{{0..{layers - 1}}}.self_attn.context_heads"
-        words.append(f'{tool.attention}="$(join {names})"')
+    if tool.attention and (names := record.get("attentions")):
+        words.append(f"{tool.attention}={shlex.quote(','.join(names))}")
     return "\n".join([*lines, _command(words), ""])
 
 

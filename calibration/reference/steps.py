@@ -239,7 +239,8 @@ class Rounded(Plain):
 
     def softcap(self, x: Tensor, cap: float, scale: float = 1.0) -> Tensor:
         """Mul, Tanh and Mul, each rounded to fp32 whatever the model's type is."""
-        inner = torch.tanh((x.float() * np.float32(scale / cap)).double()).float()
+        ratio = np.float32(scale) / np.float32(cap)
+        inner = torch.tanh((x.float() * ratio).double()).float()
         return inner * np.float32(cap)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from exporter.proof.runners import Feed, SessionRunner
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calibration.quant.folder import QuantModel
     from calibration.transforms.rotation import Rotation
     from exporter.run.sessions import DecoderSession
@@ -40,16 +42,27 @@ def turned(quant: QuantModel, other: QuantModel) -> Rotation | None:
     """What brings the outputs of `other` into the coordinates of `quant`, both of one float model;
     None if they are the same.
     """
+    import torch
+
     from calibration.transforms.rotation import Rotation
 
     mine, theirs = recorded_rotation(quant), recorded_rotation(other)
+    residual = _between(mine and mine.residual, theirs and theirs.residual)
+    head = _between(mine and mine.head, theirs and theirs.head)
+    if residual is None and head is None:
+        return None
+    if head is None:
+        head = torch.eye(quant.decoder.blocks[0].heads.head_dim, dtype=torch.float64)
+    return Rotation(residual, head)
+
+
+def _between(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    """The matrix that takes x theirs to x mine, both orthogonal; None stands for the identity."""
     if theirs is None:
         return mine
     if mine is None:
-        return Rotation(theirs.residual.T, theirs.head.T)
-    if mine.residual.equal(theirs.residual):
-        return None
-    return Rotation(theirs.residual.T @ mine.residual, theirs.head.T @ mine.head)
+        return theirs.T
+    return None if mine.equal(theirs) else theirs.T @ mine
 
 
 class RotatedRunner(SessionRunner):
@@ -65,12 +78,13 @@ class RotatedRunner(SessionRunner):
         self, name: str, make: Callable[[], DecoderSession], rotation: Rotation | None
     ) -> None:
         super().__init__(name, make)
-        self._matrices: list[tuple[re.Pattern[str], np.ndarray]] = []
-        if rotation is not None:
-            self._matrices = [
-                (re.compile(r"model\.layers\.\d+\.output"), rotation.residual.numpy()),
-                (re.compile(r"present\.\d+\.value"), rotation.head.numpy()),
-            ]
+        matrices = {} if rotation is None else {"value": rotation.head}
+        if rotation is not None and rotation.residual is not None:
+            matrices["output"] = rotation.residual
+        patterns = {"output": r"model\.layers\.\d+\.output", "value": r"present\.\d+\.value"}
+        self._matrices = [
+            (re.compile(patterns[kind]), matrix.numpy()) for kind, matrix in matrices.items()
+        ]
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
         """Run one call and turn its outputs."""

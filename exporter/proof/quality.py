@@ -187,7 +187,7 @@ def measure_quality(
     from calibration.reference.model import FloatReference, float_model, quantised_model
 
     tokenizer, prompt = quant.tokenizer(), windows[0, :_PROMPT]
-    reference = FloatReference(float_model(checkpoint))
+    reference = FloatReference(float_model(checkpoint, max_context))
     float_sample = _continued(reference, prompt, progress)
     states = FloatStates(reference, windows, progress)
     baseline = states.compare(None, progress).means("the float model")

@@ -393,7 +393,7 @@ class _Validator:
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(FloatReference(float_model(checkpoint))),
+                lambda: TorchSession(FloatReference(float_model(checkpoint, self.context))),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),
@@ -417,7 +417,13 @@ class _Validator:
         if self.options.asks_for(TENSORRT):
             if error:
                 raise error
-            open_stage(self.out, ENGINE, f"--runner {TENSORRT}")
+            stage = open_stage(self.out, ENGINE, f"--runner {TENSORRT}")
+            if stage.description().cache.capacity:
+                raise InputError(
+                    f"--runner {TENSORRT}",
+                    "got an engine with a static cache, expected one whose cache grows",
+                    f"Leave {TENSORRT} out, or prove an export with --kv concat",
+                )
         elif ENGINE not in stages_in(self.out):
             stale = (
                 f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
@@ -428,6 +434,12 @@ class _Validator:
             self.notes.append(
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
+            )
+            return None
+        elif open_stage(self.out, ENGINE, "the validation").description().cache.capacity:
+            self.notes.append(
+                "The engine has a static cache, which the validation cannot run, so the CUDA kernels "
+                "were not executed in it."
             )
             return None
 

@@ -19,6 +19,7 @@ COMMANDS = (
     "export",
     "calibrate",
     "plugins",
+    "compare",
     "diff",
     "doctor",
     "eval",
