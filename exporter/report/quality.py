@@ -49,7 +49,7 @@ def verdicts(data: Data, export_facts: Iterable[tuple[str, str]]) -> str:
     )
     if quality is None:
         facts = []
-        note = "Without a float model, and of an export that is not proven, it is not measured."
+        note = "It is measured of a whole export that is proven, where the float model is there."
     else:
         facts = [
             (f"{_perplexity(quality['ppl'])}", "perplexity"),

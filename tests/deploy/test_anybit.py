@@ -19,6 +19,7 @@ COMMANDS = (
     "export",
     "calibrate",
     "plugins",
+    "bench",
     "compare",
     "diff",
     "doctor",
