@@ -186,13 +186,16 @@ def _head(writer: GraphWriter, stream: str) -> str:
 
     decoder = writer.quant.decoder
     head = decoder.head
-    table = f"{(decoder.embedding if head.tied else head).name}.weight"
-    if not head.tied:
+    table = f"{decoder.head_table()}.weight"
+    if not (head.tied or head.quantized):
         writer.tensor(table)
     rows = _wanted(writer, stream, f"{head.name}.rows")
-    normed = writer.norm(head.norm, head.norm.name, rows)
-    table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
-    scores = writer.node("MatMul", [normed, table], head.name)
+    if head.quantized:
+        scores = writer.gemm(head.name, rows, head.norm, head.norm.name, tokens="L")
+    else:
+        normed = writer.norm(head.norm, head.norm.name, rows)
+        table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
+        scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:
         return writer.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
     scores = writer.cast(scores, TensorProto.FLOAT, f"{head.name}.float32")

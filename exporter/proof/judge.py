@@ -117,7 +117,7 @@ class Stack:
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
         if index == self.layers:
-            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+            return self._head()
         prefix, found = f"{self.decoder.blocks[index].prefix}.", list[Operator]()
         for node in (item for item in self.nodes if item.name.startswith(prefix)):
             if node.site.attention:
@@ -125,9 +125,15 @@ class Stack:
             # With its norm, the first node reads the layer before.
             elif node.source != layer_output(index - 1):
                 found.append(Operator(node.source, node.source, "pointwise"))
-            norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
-            found.append(Operator(node.name + norm, node.result, "gemm"))
+            found.append(_gemm(node))
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]
+
+    def _head(self) -> list[Operator]:
+        nodes = [node for node in self.nodes if node.name == self.decoder.head.name]
+        if not nodes:  # its norm and its table in one
+            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+        norms = [Operator(node.source, node.source, "pointwise") for node in nodes if not node.norm]
+        return [*norms, *map(_gemm, nodes), Operator("logits", "logits", "pointwise")]
 
     def _cache(self, index: int) -> list[Operator]:
         kept = (f"present.{index}.key", f"present.{index}.value")
@@ -144,13 +150,22 @@ class Stack:
         depth = (self.layers if layer is None else layer) + 1
         # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's
         # limit.
-        so_far = self.nodes[: depth * len(self.nodes) // self.layers]
+        so_far = [
+            node
+            for node in self.nodes
+            if layer is None or ((place := layer_of(node.name)) is not None and place <= layer)
+        ]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
         if level == "native" and self.exact:
             return 0.0
         if level == "quantisation":
             return limits.quantisation(len(so_far))
         return limits.accumulated(depth, len(so_far))
+
+
+def _gemm(node: GemmNode) -> Operator:
+    norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
+    return Operator(node.name + norm, node.result, "gemm")
 
 
 def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[float, float]:

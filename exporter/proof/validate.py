@@ -351,7 +351,7 @@ class _Validator:
         check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()
         calls = self.steps + 3
-        weights = compared_tensors(checkpoint) if checkpoint else 0
+        weights = compared_tensors(checkpoint, self.quant) if checkpoint else 0
         library = self.native_kernels()
         runs = 2 + (library is not None) + (checkpoint is not None)
         self.progress.start(REPORT, weights + calls * runs)
@@ -365,7 +365,12 @@ class _Validator:
             if checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
-        stack = Stack(self.quant.decoder, self.nodes, self.quant.scheme, self.quant.exceptions)
+        others = {
+            node: scheme
+            for node in self.quant.decoder.nodes
+            if (scheme := self.quant.scheme_of(node)) != self.quant.scheme
+        }
+        stack = Stack(self.quant.decoder, self.nodes, self.quant.scheme, others)
         rows += judge(self.errors, stack)
         facts = {
             "tokens": self.tokens,
