@@ -153,4 +153,5 @@ def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """With as many digits as do not change with the number of processes."""
+    return round(value, 6) if math.isfinite(value) else None

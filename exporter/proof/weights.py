@@ -153,7 +153,7 @@ def _decoder(checkpoint: Checkpoint, quant: QuantModel) -> Decoder:
 
 def compared_tensors(checkpoint: Checkpoint, quant: QuantModel) -> int:
     """How many rows compare_weights gives, and how far it moves the progress."""
-    return len(_decoder(checkpoint, quant).shapes()) + 1
+    return len(_decoder(checkpoint, quant).shapes()) + len(quant.decoder.frequencies)
 
 
 def compare_weights(
