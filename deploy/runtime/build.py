@@ -18,8 +18,8 @@ RUNTIME_LIBRARY = "libanybit.so"
 _SOURCES = Path(__file__).resolve().parent
 _SYSTEM = (Path("/usr/local/include"), Path("/usr/include"))
 # -ffp-contract=off: the odds of a draw are the same on every machine.
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
-_OWN = ["-Iinclude", "-Isrc"]
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
+_OWN = ["-Iinclude", "-Isrc", "-I../../plugins"]
 
 
 def header_folder(library: str, header: str) -> Path:
