@@ -1,0 +1,106 @@
+"""The C++ runtime library libanybit.so: what it is built from, and how."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from plugins.errors import InputError
+from plugins.tools.build import build_folders
+from plugins.tools.recipe import Command, Recipe, make
+from plugins.tools.toolkit import find_program
+
+__all__ = ["RUNTIME_LIBRARY", "build_program", "build_runtime", "header_folder"]
+
+RUNTIME_LIBRARY = "libanybit.so"
+
+_SOURCES = Path(__file__).resolve().parent
+_SYSTEM = (Path("/usr/local/include"), Path("/usr/include"))
+# -ffp-contract=off: the odds of a draw are the same on every machine.
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
+_OWN = ["-Iinclude", "-Isrc"]
+
+
+def header_folder(library: str, header: str) -> Path:
+    """The folder to include a header-only library from: the system's, or of the Python package
+    pgm-build-deps.
+
+    Args:
+        library: as pgm-build-deps names it, such as "nlohmann_json".
+        header: one of its headers, such as "nlohmann/json.hpp".
+
+    Raises:
+        InputError: it is in neither.
+    """
+    spec = importlib.util.find_spec("pgm_build_deps")
+    wheels = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in (*_SYSTEM, *(Path(wheel) / library / "include" for wheel in wheels)):
+        if (folder / header).is_file():
+            return folder
+    raise InputError(
+        header,
+        f"got no such header in {', '.join(map(str, _SYSTEM))} or the Python package "
+        f"pgm-build-deps, expected it in one of them",
+        "Install it: pip install pgm-build-deps, or the package of your system",
+    )
+
+
+def _compiler(extra: Sequence[str]) -> Command:
+    json = header_folder("nlohmann_json", "nlohmann/json.hpp")
+    system = [] if json in _SYSTEM else ["-isystem", str(json)]
+    return [find_program("g++", "g++"), *_FLAGS, *extra, *_OWN, *system]
+
+
+def _recipe(name: str, sources: Sequence[str], compiler: Command, link: Command) -> Recipe:
+    return Recipe(
+        root=_SOURCES,
+        name=name,
+        folders=build_folders(),
+        compiles=dict.fromkeys(sources, compiler),
+        link=link,
+        include=["include", "src", "../../plugins"],
+    )
+
+
+def _sources() -> list[str]:
+    return sorted(str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp"))
+
+
+def build_runtime(say: Callable[[str], None] | None = None) -> Path:
+    """The runtime library, compiled if needed; needs g++ and the headers of nlohmann-json.
+
+    Args:
+        say: told before it is compiled.
+
+    Raises:
+        InputError: no g++, or no headers.
+        UserError: the compiler failed; the message holds its output.
+    """
+    link = [find_program("g++", "g++"), "-shared", "-pthread", "-Wl,--no-undefined"]
+    link += [f"-Wl,-soname,{RUNTIME_LIBRARY}", "{}", "-ldl"]
+    return make(_recipe(RUNTIME_LIBRARY, _sources(), _compiler([]), link), say)
+
+
+def build_program(
+    name: str,
+    sources: Sequence[Path],
+    flags: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """A program of these sources, compiled if needed together with the runtime's own, so that it
+    runs wherever it is copied.
+
+    Args:
+        name: of the program.
+        sources: its own .cpp files.
+        flags: for compiler and linker, such as a sanitizer's or "-isystem FOLDER".
+        say: told before it is compiled.
+
+    Raises:
+        InputError: no g++, or no headers.
+        UserError: the compiler failed; the message holds its output.
+    """
+    link = [find_program("g++", "g++"), "-pthread", *flags, "{}", "-ldl"]
+    own = [str(path.resolve()) for path in sources]
+    return make(_recipe(name, [*own, *_sources()], _compiler(flags), link), say)
