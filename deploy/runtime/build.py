@@ -65,9 +65,7 @@ def _recipe(
 
 def _objects(say: Callable[[str], None] | None, variant: str, flags: Sequence[str]) -> Path:
     """All of the runtime in one object file, for the library and for programs."""
-    sources = sorted(
-        str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp")
-    )
+    sources = sorted(str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp"))
     name = f"anybit_runtime{variant}.o"
     return make(_recipe(name, sources, flags, ["-r", "-nostdlib", "{}"]), say)
 
