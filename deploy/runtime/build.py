@@ -52,11 +52,12 @@ def _recipe(
     compiler = find_program("g++", "g++")
     json = header_folder("nlohmann_json", "nlohmann/json.hpp")
     system = [] if json in _SYSTEM else ["-isystem", str(json)]
+    compiles = [compiler, *_FLAGS, *flags, *_OWN, *system]
     return Recipe(
         root=_SOURCES,
         name=name,
         folders=build_folders(),
-        compiles=dict.fromkeys(sources, [compiler, *_FLAGS, *flags, *_OWN, *system]),
+        compiles=dict.fromkeys(sources, compiles),
         link=[compiler, *link],
         include=["include", "src", "../../plugins"],
         more=more,
