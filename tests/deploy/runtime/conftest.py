@@ -17,6 +17,21 @@ from plugins.tools.build import build_onnxruntime
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="session", params=["concat", "static"])
+def model(
+    request: pytest.FixtureRequest,
+    artifact: Path,
+    tiny_model_dir: Path,
+    export: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """OUT of a tiny model, of each form that its cache can have. Do not change it."""
+    if request.param == "concat":
+        return artifact
+    out = tmp_path_factory.mktemp("static") / "out"
+    return export(tiny_model_dir, out, max_seq=128, static_cache=True)
+
+
 @pytest.fixture(scope="session")
 def compiled() -> Callable[..., Path]:
     """compiled("driver", variant="") -> a program of one of the sources here."""

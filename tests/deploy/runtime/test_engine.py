@@ -24,9 +24,9 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(artifact: Path, prompts: list[list[int]]) -> list[list[int]]:
+def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What python -m deploy generate --runner native takes for best."""
-    with open_session("native", artifact) as session:
+    with open_session("native", model) as session:
         return [
             list(generate_tokens(session, prompt, Sampler(Sampling()), NEW)) for prompt in prompts
         ]
@@ -48,21 +48,21 @@ def test_scheduling(compiled: Callable[..., Path]) -> None:
 
 
 def test_greedy_tokens_are_those_of_deploy_generate(
-    artifact: Path,
+    model: Path,
     driver: Callable[..., dict[str, Any]],
     prompts: list[list[int]],
     expected: list[list[int]],
 ) -> None:
     """A round of 32 at once in 8 slots, in which slots are used again; then each of them alone."""
     alone = [[request] for request in requests(prompts)]
-    found = driver(artifact, [requests(prompts), *alone], {"slots": 8})
+    found = driver(model, [requests(prompts), *alone], {"slots": 8})
     assert [answer["tokens"] for answer in found["rounds"][0]] == expected
     assert [answer["tokens"] for (answer,) in found["rounds"][1:]] == expected
     assert found["stats"]["full"] == 64
 
 
 def test_a_cached_beginning_changes_no_token(
-    artifact: Path,
+    model: Path,
     driver: Callable[..., dict[str, Any]],
     prompts: list[list[int]],
     expected: list[list[int]],
@@ -71,36 +71,36 @@ def test_a_cached_beginning_changes_no_token(
     prompt = max(prompts, key=len)
     answer = expected[prompts.index(prompt)]
     rounds = [[prompt], [prompt], [prompt + answer[:5]], [prompt[:30]]]
-    found = driver(artifact, [requests(each) for each in rounds])["rounds"]
+    found = driver(model, [requests(each) for each in rounds])["rounds"]
     cached = [answers[0]["cached_tokens"] for answers in found]
     assert cached == [0, len(prompt) - 1, len(prompt) + 4, 29]
     assert found[1][0]["tokens"] == answer
     assert found[2][0]["tokens"][: NEW - 5] == answer[5:]
-    whole = driver(artifact, [requests([prompt[:30]])])["rounds"]
+    whole = driver(model, [requests([prompt[:30]])])["rounds"]
     assert found[3][0]["tokens"] == whole[0][0]["tokens"]
 
 
 def test_chunks_change_no_token(
-    artifact: Path,
+    model: Path,
     driver: Callable[..., dict[str, Any]],
     prompts: list[list[int]],
     expected: list[list[int]],
 ) -> None:
-    found = driver(artifact, [requests(prompts[:8])], {"slots": 3, "chunk": 7})
+    found = driver(model, [requests(prompts[:8])], {"slots": 3, "chunk": 7})
     assert [answer["tokens"] for answer in found["rounds"][0]] == expected[:8]
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_runs(
-    artifact: Path, driver: Callable[..., dict[str, Any]], prompts: list[list[int]]
+    model: Path, driver: Callable[..., dict[str, Any]], prompts: list[list[int]]
 ) -> None:
     drawn = [
         {**request, "temperature": 1.5, "top_p": 0.95, "seed": seed}
         for seed, request in enumerate(requests(prompts[:6]))
     ]
-    found = driver(artifact, [drawn, *([request] for request in drawn)], {"slots": 6})
+    found = driver(model, [drawn, *([request] for request in drawn)], {"slots": 6})
     crowd = [answer["tokens"] for answer in found["rounds"][0]]
     assert crowd == [answer["tokens"] for (answer,) in found["rounds"][1:]]
-    other = driver(artifact, [[{**drawn[0], "seed": 99}]])["rounds"][0][0]
+    other = driver(model, [[{**drawn[0], "seed": 99}]])["rounds"][0][0]
     assert other["tokens"] != crowd[0]
 
 
@@ -127,7 +127,7 @@ def test_text_is_what_the_tokenizer_gives(
 
 
 def test_cancelled_requests_leave_the_others_alone(
-    artifact: Path,
+    model: Path,
     driver: Callable[..., dict[str, Any]],
     prompts: list[list[int]],
     expected: list[list[int]],
@@ -135,7 +135,7 @@ def test_cancelled_requests_leave_the_others_alone(
     asked = requests(prompts[:9])
     for request in asked[::3]:
         request["cancel_after"] = 2
-    (found,) = driver(artifact, [asked], {"slots": 4})["rounds"]
+    (found,) = driver(model, [asked], {"slots": 4})["rounds"]
     for i, answer in enumerate(found):
         gone = i % 3 == 0
         assert answer["reason"] == ("cancelled" if gone else "length")
@@ -161,6 +161,34 @@ def test_card(artifact: Path, driver: Callable[..., dict[str, Any]]) -> None:
     assert driver(artifact, [], {"capacity": 100})["card"]["max_context"] == 100
 
 
+def test_card_of_a_static_cache(
+    model: Path, artifact: Path, driver: Callable[..., dict[str, Any]]
+) -> None:
+    """There is no copy, and a call may compute all slots."""
+    if model == artifact:
+        pytest.skip("its cache grows")
+    card = driver(model, [], {"slots": 3})["card"]
+    assert card["cache_form"] == "static"
+    assert card["max_context"] == 128
+    assert card["cache"] == 3 * 128 * 2 * 2 * 2 * 16 * 2
+    assert card["second_cache"] == 0
+    assert card["logits"] == 3 * 512 * 4
+
+
+def test_a_static_cache_is_full_to_the_last_token(
+    model: Path, driver: Callable[..., dict[str, Any]]
+) -> None:
+    """Beside slots that are full too, and are computed along."""
+    asked = [{"tokens": [5 + i] * 100, "max_new_tokens": 999, "ignore_end": True} for i in range(5)]
+    found = driver(model, [asked, asked[:1], asked[2:3]], {"slots": 5, "capacity": 128})
+    for answers in found["rounds"]:
+        for answer in answers:
+            assert answer["completion_tokens"] == 28
+    first, alone, third = found["rounds"]
+    assert alone[0]["tokens"] == first[0]["tokens"]
+    assert third[0]["tokens"] == first[2]["tokens"]
+
+
 def test_bodies_run_where_kernels_are_none(
     artifact: Path,
     driver: Callable[..., dict[str, Any]],
@@ -175,7 +203,7 @@ def test_bodies_run_where_kernels_are_none(
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["address,undefined", "thread"])
 def test_sanitizers(
-    artifact: Path,
+    model: Path,
     compiled: Callable[..., Path],
     driver: Callable[..., dict[str, Any]],
     prompts: list[list[int]],
@@ -191,5 +219,5 @@ def test_sanitizers(
     assert found.returncode == 0, found.stdout + found.stderr
     if variant != "thread":
         program = compiled("driver", variant)
-        answers = driver(artifact, [requests(prompts[:4])], {"slots": 2}, program=program)
+        answers = driver(model, [requests(prompts[:4])], {"slots": 2}, program=program)
         assert [answer["tokens"] for answer in answers["rounds"][0]] == expected[:4]
