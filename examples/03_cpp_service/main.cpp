@@ -11,8 +11,8 @@ int main(int argc, char** argv) try {
   anybit::LoadOptions options;
   options.slots = argc - 2;
   const auto model = anybit::Model::load(argv[1], options);
-  std::cerr << model->card().name << " on " << model->card().backend << "; memory: "
-            << model->card().memory.text() << "\n";
+  std::cerr << model->card().name << " on " << model->card().backend
+            << "; memory: " << model->card().memory.text() << "\n";
 
   anybit::Engine engine(model);
   std::vector<anybit::Handle> handles;
