@@ -49,7 +49,16 @@ enum class Function : int {
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // ONNXTensorElementDataType; undefined stands for any type in an op's declaration.
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kHalf = 10, kBFloat16 = 16 };
+enum ElementType : int {
+  kUndefined = 0,
+  kFloat = 1,
+  kUint8 = 2,
+  kInt32 = 6,
+  kInt64 = 7,
+  kBool = 9,
+  kHalf = 10,
+  kBFloat16 = 16
+};
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
