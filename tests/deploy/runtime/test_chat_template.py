@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +142,11 @@ def test_a_damaged_file_is_an_error(
     with pytest.raises(AnswerError) as error:
         answers.ask(chat=json.dumps(chat_data(tokenizer(SAID["chatml"])) | change))
     assert error.value.args == (f"chat.json{where}", problem, FIX)
+
+
+def test_the_export_writes_it(artifact: Path) -> None:
+    """A model without a template has a file that says so, with a record like every other."""
+    onnx = artifact / "onnx"
+    assert json.loads((onnx / "chat.json").read_text()) == no_template()
+    record = json.loads((onnx / "model.json").read_text())["files"]["chat.json"]
+    assert record["bytes"] == (onnx / "chat.json").stat().st_size

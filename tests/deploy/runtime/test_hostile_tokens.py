@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from exporter.chat import chat_data
-from tests.deploy.runtime.token_cases import STYLES, AnswerError, Answers, build_fuzz
+from tests.deploy.runtime.token_cases import STYLES, AnswerError, Answers
 from tests.exporter.chat_cases import SAID, tokenizer
 
 TEXTS = (
@@ -52,9 +52,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
     if path[:2] in (("model", "vocab"), ("model", "merges")):
         return
-    items: Any = value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, dict | list):
-        for name, inner in items:
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from places(inner, (*path, name))
 
 
@@ -102,7 +101,7 @@ def test_damage_is_an_error_or_what_the_library_makes_of_it(answers: Answers) ->
 
 
 @pytest.mark.slow
-def test_damaged_bytes_crash_nothing(tmp_path: Path) -> None:
+def test_damaged_bytes_crash_nothing(compiled: Callable[..., Path], tmp_path: Path) -> None:
     """Under sanitizers of memory and undefined behavior, which end the program at a finding."""
     files = {style: small(style) for style in STYLES}
     files |= {f"chat-{name}": chat_data(tokenizer(template)) for name, template in SAID.items()}
@@ -110,7 +109,12 @@ def test_damaged_bytes_crash_nothing(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     paths = [str(tmp_path / name) for name in files]
     done = subprocess.run(
-        [build_fuzz(), "150", *paths], capture_output=True, text=True, timeout=300, check=False
+        [compiled("fuzz_tokens", "address,undefined"), "150", *paths],
+        env={"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     # Some are accepted, changed; most are not.

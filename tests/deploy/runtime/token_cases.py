@@ -12,47 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.runtime.build import build_runtime, header_folder
-from plugins.tools.build import build_folders
-from plugins.tools.recipe import Recipe, make
-from plugins.tools.toolkit import find_program
 from tests.conftest import REPOSITORY
-
-RUNTIME = REPOSITORY / "deploy" / "runtime"
-SOURCES = (
-    *("added_tokens", "bpe", "chat", "decoder", "error", "json", "normalizer", "pattern"),
-    *("pre_tokenizer", "regex", "tokenizer", "unicode"),
-)
-
-
-def build_answers() -> Path:
-    """tokens.cpp with the runtime library."""
-    library = build_runtime()
-    compiler = [find_program("g++", "g++"), "-O1", "-std=c++17", "-Wall", "-Wextra"]
-    link = [*compiler, "{}", str(library), f"-Wl,-rpath,{library.parent}"]
-    return _build("tokens", compiler, [], link)
-
-
-def build_fuzz() -> Path:
-    """fuzz_tokens.cpp with the runtime's sources for tokens, and sanitizers in all of it."""
-    flags = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"
-    compiler = [find_program("g++", "g++"), *flags, "-std=c++17", "-Wall", "-Wextra"]
-    return _build("fuzz_tokens", compiler, SOURCES, [*compiler, "{}"])
-
-
-def _build(program: str, compiler: Sequence[str], own: Sequence[str], link: list[str]) -> Path:
-    headers = header_folder("nlohmann_json", "nlohmann/json.hpp")
-    command = [*compiler, "-Iinclude", "-isystem", str(headers)]
-    main = str(Path(__file__).with_name(f"{program}.cpp"))
-    recipe = Recipe(
-        root=RUNTIME,
-        name=f"tests-{program}",
-        folders=build_folders(),
-        compiles=dict.fromkeys([main, *(f"src/{name}.cpp" for name in own)], command),
-        link=link,
-        include=["include", "src"],
-    )
-    return make(recipe)
 
 
 class AnswerError(Exception):

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
+from exporter.engine.limits import EngineLimits, engine_limits
 from exporter.graph.nodes import NodeFactory
 from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
@@ -191,6 +192,25 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
 
 
 @needs_rtx
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_static_cache_is_built(
+    tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    folder = shutil.copytree(tiny_export(static=16, dtype=dtype) / "onnx", tmp_path / "onnx")
+    record, events = build(folder)
+    layers = record["layers"]
+    assert layers["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+    assert (layers["KV_CACHE_UPDATE"], layers["ATTENTION_INPUT"]) == (4, 2)
+    assert len(record["attentions"]) == (2 if dtype == "float32" else 0)
+    prefill, decode = (profile["inputs"] for profile in record["profiles"])
+    assert prefill["write_indices"] == {"min": [1], "opt": [1], "max": [2]}
+    sizes = {"min": [1, 2, 16, 16], "opt": [1, 2, 16, 16], "max": [2, 2, 16, 16]}
+    assert prefill["past_key_values.1.value"] == decode["past_key_values.1.value"] == sizes
+    assert engine_limits(record) == EngineLimits(max_batch=2, max_tokens=16, max_context=16)
+    assert not [event for event in events if "already exists" in str(event)]
+
+
+@needs_rtx
 @pytest.mark.usefixtures("more_families")
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -312,6 +332,7 @@ def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     record, _ = build(tmp_path)
     assert (record["decomposable_attention"], record["bytes"] > 1000) == (True, True)
+    assert record["attentions"] == ["attention"]
 
 
 def test_custom_nodes_are_counted_everywhere() -> None:
@@ -351,6 +372,7 @@ def test_profiles_fit_each_other() -> None:
     inputs: dict[str, list[int | str]] = {
         "input_ids": ["B", "S"],
         "attention_mask": ["B", "T"],
+        "logits_indices": ["B", "L"],
         "past": ["B", 2, "P", 64],
     }
     prefill, decode = profile_shapes(inputs, EngineOptions(max_batch=4, max_seq=1024))
@@ -358,11 +380,13 @@ def test_profiles_fit_each_other() -> None:
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
         "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1024]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1023, 64]},
     }
 
@@ -372,7 +396,7 @@ def test_profiles_fit_each_other() -> None:
     [
         (
             lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
-            "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export "
+            "model input X: got dimension 'N', expected a number or one of B, S, L, P, T. Export "
             "the model again with this version.",
         ),
         (
