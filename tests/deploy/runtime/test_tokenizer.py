@@ -289,6 +289,55 @@ def test_patterns_of_ones_own(pattern: str, behavior: str, invert: bool, answers
         assert answers.encode(text) == tokenizer.encode(text).ids, ascii(text)
 
 
+def random_pattern(choose: random.Random, depth: int = 0) -> str:
+    def atom() -> str:
+        if depth > 2 or choose.random() < 0.6:
+            return choose.choice(
+                [*"abcx ", r"\s", r"\p{L}", "[ab]", "[^a]", r"\d", r"[^\s\p{L}]", ".", r"\S"]
+            )
+        group = choose.choice(["(?:%s)", "(%s)", "(?=%s)", "(?!%s)"])
+        return group % random_pattern(choose, depth + 1)
+
+    def sequence() -> str:
+        atoms = [atom() for _ in range(choose.randrange(1, 4))]
+        counts = "", "", "", "?", "*", "+", "{1,2}", "{2}", "{1,}"
+        return "".join(
+            one + ("" if one[:3] in ("(?=", "(?!") else choose.choice(counts)) for one in atoms
+        )
+
+    return "|".join(sequence() for _ in range(choose.randrange(1, 3)))
+
+
+def test_random_patterns_match_as_in_oniguruma(answers: Answers) -> None:
+    """Groups in loops, empty matches and lookahead; what a pattern leaves are the tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    choose = random.Random(11)
+    vocab = {token: index for index, token in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    same = 0
+    for _ in range(250):
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        pattern = random_pattern(choose)
+        try:
+            split = pre_tokenizers.Split(Regex(pattern), "removed")
+        except Exception:  # Oniguruma refuses it
+            continue
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        parsed(answers, tokenizer)
+        for _ in range(5):
+            text = "".join(choose.choices("aabbc x1é\n", k=choose.randrange(14)))
+            try:
+                found = answers.encode(text)
+            except AnswerError:  # of patterns that explode
+                continue
+            assert found == tokenizer.encode(text).ids, (pattern, text)
+            same += 1
+    assert same > 1000
+
+
 def test_a_pattern_that_explodes_is_an_error(answers: Answers, trained: Any) -> None:
     file = json.loads(trained("llama3").to_str())
     at = "pre_tokenizer.pretokenizers.0.pattern"
