@@ -70,7 +70,7 @@ class RegexParser {
     throw Error(where_ + ", the pattern " + printable(text_),
                 "got " + what + " at byte " + std::to_string(at_) +
                     ", expected what deploy/runtime/src/regex.hpp lists",
-                "Use the tokenizer.json of a family that docs/runtime.md lists");
+                "Use the tokenizer.json of a family that docs/tokenizer.md lists");
   }
 
   bool more() const { return at_ < text_.size(); }

@@ -23,7 +23,7 @@ from tests.deploy.runtime.token_cases import (
 )
 
 WIKITEXT = REPOSITORY.parent / "shared" / "data" / "wikitext-2-raw" / "wiki.test.raw"
-FIX = "Take the model's own tokenizer.json, or one of a family in docs/runtime.md"
+FIX = "Take the model's own tokenizer.json, or one of a family in docs/tokenizer.md"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def changed(file: dict[str, Any], path: str, value: Any) -> str:
     return json.dumps(copy)
 
 
-PATTERNS = "Use the tokenizer.json of a family that docs/runtime.md lists"
+PATTERNS = "Use the tokenizer.json of a family that docs/tokenizer.md lists"
 LISTED = "expected what deploy/runtime/src/regex.hpp lists"
 
 
