@@ -7,10 +7,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calibration import formats
-from calibration.checkpoints.sources import ALIASES, model_slug
+from calibration.checkpoints.sources import model_slug
 from calibration.methods import PLAIN_METHOD, Method, find_method, method_names
 from calibration.quant.bits import SchemeMap, read_bits_file
 from calibration.quant.scheme import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from plugins.core.op_spec import OpSpec
 
 __all__ = [
+    "ListFamilies",
     "add_quant_arguments",
     "default_out",
     "model_slug",
@@ -38,6 +39,18 @@ __all__ = [
     "schemes_from_args",
     "settings_from_args",
 ]
+
+
+class ListFamilies(argparse.Action):
+    """Prints the table of families and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        """Print it."""
+        from calibration.support import support_table
+
+        print(support_table())
+        parser.exit()
+
 
 AUTO = "auto"  # the method that the op was made for
 
@@ -52,7 +65,13 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help=f"alias ({', '.join(ALIASES)}), hub id, Hugging Face folder or .gguf file",
+        help="alias (--list-families shows them), hub id, Hugging Face folder or .gguf file",
+    )
+    add(
+        "--list-families",
+        action=ListFamilies,
+        nargs=0,
+        help="print which models are read, and their aliases, and exit",
     )
     add(
         "--wbits",

@@ -141,7 +141,7 @@ def more_families() -> Iterator[dict[str, str]]:
 # Sizes beyond TINY_CONFIG's of tiny models of these families, small enough that caps, windows and
 # multipliers matter; Arcee lies in tests/more_families.
 _ODD: dict[str, Any] = {"hidden_size": 80, "intermediate_size": 112, "num_attention_heads": 5}
-_WIDE = {**_ODD, "num_key_value_heads": 1, "head_dim": 24}
+_WIDE = {**_ODD, "num_key_value_heads": 1, "head_dim": 48}
 _LAYERS = {"num_hidden_layers": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Arcee": {"mlp_bias": True},
@@ -157,7 +157,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_LAYERS,
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "query_pre_attn_scalar": 9,
+        "query_pre_attn_scalar": 60,
         "final_logit_softcapping": 3.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},

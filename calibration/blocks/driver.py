@@ -36,7 +36,9 @@ __all__ = ["Basis", "BlockMethod", "BlockTask", "Calibrated", "Calibration", "ca
 class Basis(Protocol):
     """The float model in the coordinates that are quantised."""
 
-    unties: bool  # the head is no longer the embedding
+    @property
+    def unties(self) -> bool:
+        """Whether a tied head is no longer the embedding."""
 
     def load(self, checkpoint: Checkpoint, index: int) -> BlockWeights:
         """Weights of a block, fp32."""

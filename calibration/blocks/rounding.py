@@ -263,12 +263,12 @@ class RoundingMethod:
         if kind == "none":
             return Plain()
         decoder = checkpoint.decoder
-        if problem := obstacle(decoder):
+        if kind != "values" and (problem := obstacle(decoder)):
             raise InputError(
                 f"rotation={kind}",
                 f"got a decoder whose residual stream cannot be rotated ({problem}), "
                 f"expected norm, linears and sum in every branch",
-                "Add --set rotation=none",
+                "Add --set rotation=values, which rotates value heads alone, or rotation=none",
             )
         head_dim = decoder.blocks[0].heads.head_dim
         return Rotation.make(kind, decoder.hidden, head_dim, settings.seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 from calibration.checkpoints.gguf import GgufFile
 from calibration.families import Family, family, family_names
+from calibration.families.decoder import Config
 from plugins.errors import InputError
 
 __all__ = ["gguf_config", "gguf_family", "token_id"]
@@ -99,12 +100,12 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
     for name in ("attention.value_length", "rope.dimension_count"):
         if file.integer(key + name, head_dim) != head_dim:
             raise file.wrong(key + name, f"{head_dim}, a whole head", _ANOTHER_MODEL)
-    _check_keys(file, key, head_dim, context)
+    _check_keys(file, found, head_dim, context)
     embedding = file.tensors.get("token_embd.weight")
     vocab = embedding.shape[0] if embedding is not None else file.integer(key + "vocab_size")
     if file.length("tokenizer.ggml.tokens") not in (None, vocab):
         raise file.wrong("tokenizer.ggml.tokens", f"{vocab}, the rows of token_embd.weight")
-    return {
+    values = {
         "architectures": [found.architecture],
         "model_type": found.model_type,
         "hidden_size": hidden,
@@ -124,6 +125,12 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
         "pad_token_id": token_id(file, "padding", vocab),
         "rope_parameters": _rope(file, key, context),
     }
+    own = {
+        name: file.number(key + ours)
+        for ours, name in found.gguf_fields.items()
+        if file.says(key + ours)
+    }
+    return {**values, **found.gguf_implied(Config(values)), **own}
 
 
 def token_id(file: GgufFile, name: str, vocab: int) -> int | None:
@@ -157,12 +164,13 @@ def _end_tokens(file: GgufFile, vocab: int) -> int | list[int] | None:
     return ends if len(ends) > 1 else ends[0] if ends else None
 
 
-def _check_keys(file: GgufFile, key: str, head_dim: int, context: int) -> None:
+def _check_keys(file: GgufFile, found: Family, head_dim: int, context: int) -> None:
     """Refuse a key of the architecture that could change numbers and is not followed."""
+    key = f"{found.gguf}."
     neutral = {**_NEUTRAL, "attention.scale": head_dim**-0.5}
     for full in file.keys:
         name = full.removeprefix(key)
-        if name == full or name in _READ or name in _HARMLESS:
+        if name == full or name in _READ or name in _HARMLESS or name in found.gguf_fields:
             continue
         value = file.value(full) if file.length(full) is None else None
         if name == "attention.causal":
@@ -175,7 +183,7 @@ def _check_keys(file: GgufFile, key: str, head_dim: int, context: int) -> None:
                 raise file.wrong(full, f"{neutral[name]:g}", _ANOTHER_MODEL)
         elif file.says(full):
             raise file.wrong(
-                full, f"nothing: no {key.rstrip('.')} decoder here follows it", _ANOTHER_MODEL
+                full, f"nothing: no {found.gguf} decoder here follows it", _ANOTHER_MODEL
             )
 
 

@@ -6,9 +6,8 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -96,13 +95,12 @@ class Config:
         """A field that multiplies something.
 
         Raises:
-            UnsupportedError: it is missing, or no finite number other than 0.
+            UnsupportedError: it is missing, or no number that fp32 computes with.
         """
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UnsupportedError(f"got {name} {value}, expected a number")
-        if not math.isfinite(value) or value == 0:
-            raise UnsupportedError(f"got {name} {value}, expected a finite number other than 0")
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (known and 1e-18 <= value <= 1e18):
+            raise UnsupportedError(f"got {name} {value}, expected a number from 1e-18 to 1e18")
         return float(value)
 
     def cap(self, name: str) -> float | None:
@@ -181,11 +179,11 @@ class Config:
             )
         return self.size("sliding_window") if kind == "sliding_attention" else None
 
-    def activation(self, field: str = "hidden_act") -> str:
-        """Of the MLP, as steps call it; `field` names it."""
-        name = self.get(field, "silu")
+    def activation(self, key: str = "hidden_act") -> str:
+        """Of the MLP, as steps call it; `key` is the field that names it."""
+        name = self.get(key, "silu")
         if name not in ACTIVATIONS:
-            raise UnsupportedError(f"got {field} {name}, expected one of {', '.join(ACTIVATIONS)}")
+            raise UnsupportedError(f"got {key} {name}, expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
 
@@ -546,6 +544,10 @@ def _no_objection(config: Any) -> str:
     return ""
 
 
+def _nothing_implied(config: Any) -> Mapping[str, Any]:
+    return {}
+
+
 def _plain_embedding(config: Config) -> Embedding:
     return Embedding()
 
@@ -567,9 +569,16 @@ class Family:
             UnsupportedError where no step can do what the config says.
         gguf: value of general.architecture in GGUF files, or "" if they are not read; for families
             whose config LLaMA's fields describe, see calibration/checkpoints/gguf.py.
+        gguf_fields: {key below the architecture's name in GGUF files: the config's field}, beside
+            those that every family has.
+        gguf_implied: fields that such files leave to the architecture, from the other ones.
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
         prefix: of a layer's tensors.
+        models: what it reads, for people.
+        aliases: {short name: the hub id that it stands for}.
+        own_code: what auto_map in a config may name, since it is what transformers' classes were
+            made from.
     """
 
     name: str
@@ -577,10 +586,15 @@ class Family:
     model_type: str
     block: Callable[[Config, int], tuple[Step, ...]]
     gguf: str = ""
+    gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_implied: Callable[[Config], Mapping[str, Any]] = _nothing_implied
     objection: Callable[[Any], str] = _no_objection
     embedding: Callable[[Config], Embedding] = _plain_embedding
     head: Callable[[Config], Head] = _plain_head
     prefix: str = "model.layers.{i}"
+    models: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    own_code: tuple[str, ...] = ()
 
     def decoder(self, values: Mapping[str, Any]) -> Decoder:
         """The decoder of a model.

@@ -33,4 +33,18 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     )
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", "phi3", block)
+FAMILY = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    "phi3",
+    block,
+    models="Phi-3 and 3.5 (mini, medium), Phi-4 and Phi-4-mini",
+    aliases={
+        "phi-3-mini-4k": "microsoft/Phi-3-mini-4k-instruct",
+        "phi-3-mini-128k": "microsoft/Phi-3-mini-128k-instruct",
+        "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
+        "phi-4": "microsoft/phi-4",
+        "phi-4-mini": "microsoft/Phi-4-mini-instruct",
+    },
+    own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+)

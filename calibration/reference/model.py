@@ -99,18 +99,33 @@ class Reference(Protocol):
         """
 
 
-def float_model(checkpoint: Checkpoint) -> Any:
+def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
     """The transformers model in fp32, eval mode: of a Hugging Face folder as transformers itself
     reads it, so that it shares no mistake of ours; of a GGUF file with the checkpoint's tensors.
+
+    Args:
+        max_context: most tokens of a sequence of an export that it is compared with, whose rotary
+            frequencies then count for shorter texts too; None: they are as long as they are.
 
     Raises:
         InputError: transformers does not load the folder, or would leave tensors of it out or make
             some up. CheckError: it reads other numbers than the checkpoint gave.
     """
     model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    if max_context is not None:
+        _fix_frequencies(model, checkpoint, max_context)
     model.config.return_dict = True  # results are read by name, whatever a config says
     model.requires_grad_(False)
     return model.eval()
+
+
+def _fix_frequencies(model: Any, checkpoint: Checkpoint, max_context: int) -> None:
+    """Let short texts turn as an export does whose context goes beyond longrope's change."""
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        if long and step.long(max_context):
+            prefix = f"{step.table}_".lstrip("_")
+            found = torch.from_numpy(np.array(checkpoint.rope(name)[0]))
+            setattr(model.model.rotary_emb, f"{prefix}original_inv_freq", found)
 
 
 def _own(checkpoint: Checkpoint) -> Any:

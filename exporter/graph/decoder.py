@@ -73,6 +73,15 @@ def export_onnx(
         "bfloat16": TensorProto.BFLOAT16,
         "float32": TensorProto.FLOAT,
     }[quant.scheme.dtype]
+    context = int(quant.config["max_position_embeddings"])
+    longest = min(max_context or context, context)
+    for step in decoder.ropes:
+        if step.long(longest):
+            progress.warning(
+                f"{ONNX}: positions for {longest} tokens are those of longrope's long texts from the "
+                f"first token on; transformers takes them beyond {step.short} tokens. An export for "
+                f"{step.short} tokens takes those of short texts."
+            )
     progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         writer = GraphWriter(
@@ -83,8 +92,6 @@ def export_onnx(
             fuse_norms=fuse_norms,
             static=static,
         )
-        context = int(quant.config["max_position_embeddings"])
-        longest = min(max_context or context, context)
         stream = _embedding(writer)
         if static:
             writer.positions, writer.masks = _static_masks(writer, longest)

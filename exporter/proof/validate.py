@@ -290,7 +290,7 @@ class _Validator:
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(FloatReference(float_model(checkpoint))),
+                lambda: TorchSession(FloatReference(float_model(checkpoint, self.context))),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),

@@ -27,22 +27,29 @@ def write_gguf(
 
     Args:
         path: of the file; gguf adds the number of each part where options ask for several.
-        checkpoint: of a LLaMA.
+        checkpoint: of a family that such files are read of.
         metadata: more keys, or other values of those that there are.
         extra: more tensors.
         options: of GGUFWriter, such as split_max_tensors.
     """
-    config = checkpoint.config
-    writer = gguf.GGUFWriter(path, "llama", **options)
+    config, family = checkpoint.config, checkpoint.family
+    writer = gguf.GGUFWriter(path, family.gguf, **options)
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    if family.name != "llama":
+        sizes["attention.key_length"] = checkpoint.decoder.blocks[0].heads.head_dim
+    own = {key: getattr(config, name, None) for key, name in family.gguf_fields.items()}
+    sizes |= {key: value for key, value in own.items() if value is not None}
     values = {
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        **rope_metadata(config.rope_parameters),
+        **{f"{family.gguf}.{key}": value for key, value in sizes.items()},
+        **rope_metadata(config.rope_parameters, family.gguf),
         **tokenizer_metadata(checkpoint.source.path),
         **(metadata or {}),
     }
@@ -84,14 +91,17 @@ def write_metadata(path: Path, values: Mapping[str, Any], architecture: str = "l
     return path
 
 
-def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+def rope_metadata(rope: Mapping[str, Any], architecture: str = "llama") -> dict[str, Any]:
     """What llama.cpp's converter writes of a Hugging Face config's rope_parameters."""
-    found: dict[str, Any] = {"llama.rope.freq_base": float(rope["rope_theta"])}
+    if "full_attention" in rope:
+        local = {f"{architecture}.rope.freq_base_swa": rope["sliding_attention"]["rope_theta"]}
+        return rope_metadata(rope["full_attention"], architecture) | local
+    found: dict[str, Any] = {f"{architecture}.rope.freq_base": float(rope["rope_theta"])}
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
         found |= {
-            "llama.rope.scaling.type": kind,
-            "llama.rope.scaling.factor": float(rope["factor"]),
+            f"{architecture}.rope.scaling.type": kind,
+            f"{architecture}.rope.scaling.factor": float(rope["factor"]),
         }
     if kind == "yarn":
         names = {
@@ -101,7 +111,9 @@ def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
             "beta_slow": "yarn_beta_slow",
         }
         found |= {
-            f"llama.rope.scaling.{name}": rope[hf] for hf, name in names.items() if rope.get(hf)
+            f"{architecture}.rope.scaling.{name}": rope[hf]
+            for hf, name in names.items()
+            if rope.get(hf)
         }
     return found
 
@@ -109,7 +121,7 @@ def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """The tensor that carries LLaMA 3's scaling."""
     config = checkpoint.config
-    if config.rope_parameters["rope_type"] != "llama3":
+    if config.rope_parameters.get("rope_type") != "llama3":
         return {}
     head = np.arange(0, config.head_dim, 2) / config.head_dim
     plain = 1.0 / config.rope_parameters["rope_theta"] ** head
@@ -143,8 +155,9 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     found = {}
     for name in checkpoint.decoder.shapes():
         base, _, end = name.rpartition(".")
-        array = checkpoint.array(name).astype(np.float32)
-        if "q_proj" in name or "k_proj" in name:
+        info = checkpoint.decoder.infos[name]
+        array = checkpoint.stored(name).astype(np.float32) + np.float32(info.offset)
+        if info.rotary:
             heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             array = _interleaved(array, getattr(config, heads))
         found[f"{names[base]}.{end}"] = array

@@ -19,6 +19,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
@@ -102,6 +103,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from calibration.progress import JsonProgress
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, build_engine
 from plugins.errors import UserError
@@ -191,6 +193,16 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
     )  # smallest, largest and NaN, of keys and values of each layer at once
 
 
+QUICK = [
+    ("Gemma2", "bfloat16"),
+    ("Gemma2", "float32"),
+    ("Granite", "bfloat16"),
+    ("Olmo2", "float32"),
+    ("Phi3", "float16"),
+]
+SLOW = [(name, dtype) for name in FAMILIES for dtype in ("float16", "bfloat16")]
+
+
 @needs_rtx
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_static_cache_is_built(
@@ -214,29 +226,23 @@ def test_a_static_cache_is_built(
 @pytest.mark.usefixtures("more_families")
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("Arcee", "float16"),
-        ("Gemma2", "float16"),
-        ("Gemma2", "bfloat16"),
-        ("Gemma2", "float32"),
-        ("Granite", "bfloat16"),
-        ("Olmo2", "float32"),
-        ("Qwen3", "float16"),
-    ],
+    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW if one not in QUICK)],
 )
 def test_every_step_is_built(
     tiny_llama: Callable[..., Path], tmp_path: Path, name: str, dtype: str
 ) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    changes = {**FAMILIES[name], **(window if name == "Qwen3" else {})}
-    model = tiny_llama(architecture=name, **changes)
+    model = tiny_llama(architecture=name, **FAMILIES[name])
     folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype=dtype), tmp_path)
+    decoder = read_quant(tmp_path / "quant").decoder
     record, _ = build(folder)
-    assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
-    capped = name == "Gemma2"
+    nodes = len(decoder.nodes)
+    assert record["layers"]["PLUGIN_V3"] == nodes and record["custom_nodes"] == {"ABQGemm": nodes}
+    capped = sum(block.attend.softcap is not None for block in decoder.blocks)
     assert record["decomposable_attention"] == (dtype == "float32" and not capped)
-    assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if capped else 2)
-    assert record["layers"].get("SOFTMAX", 0) == (2 if capped else 0)
+    assert record["layers"].get("ATTENTION_INPUT", 0) == decoder.layers - capped
+    assert record["layers"].get("SOFTMAX", 0) == capped
+    turning = sum(block.rope is not None for block in decoder.blocks)
+    assert record["layers"].get("ROTARY_EMBEDDING", 0) == turning
 
 
 @needs_rtx
