@@ -4,6 +4,7 @@
 // An op folder's onnxruntime.cpp fills one GemmOp and makes one static GemmRegistration of it.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/host/params.h"
@@ -35,6 +36,9 @@ struct GemmRegistration {
 
 constexpr const char* kDomain = "anybit";
 constexpr int kDomains = 64;  // kDomain, kDomain.v1, ...: what a model calls its schemes
+
+// Declares any op, in a domain and those below it that models use. Called from static objects.
+void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op);
 
 // Adds every declared op in every domain to a session's options; null, or what is wrong.
 OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base);
