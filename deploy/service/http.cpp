@@ -21,9 +21,10 @@ using boost::system::error_code;
 namespace {
 
 constexpr size_t kRead = 8 << 10;
-constexpr size_t kAhead = 64 << 10;    // of the next requests while one is answered
-constexpr size_t kDiscard = 16 << 20;  // of a body that was refused, so that its answer arrives
-constexpr size_t kTurnedAway = 32;     // connections beyond the limit that are told so
+constexpr size_t kAhead = 64 << 10;     // of the next requests while one is answered
+constexpr size_t kDiscard = 16 << 20;   // of a body that was refused, so that its answer arrives
+constexpr size_t kTurnedAway = 32;      // connections beyond the limit that are told so
+constexpr int kSendBuffer = 128 << 10;  // the kernel's, of each connection
 constexpr std::chrono::seconds kLinger{2};
 constexpr std::chrono::milliseconds kPause{100};  // where the process has no file left
 
@@ -72,6 +73,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
         write_timer_(listener.io_) {
     error_code ignored;
     socket_.set_option(tcp::no_delay(true), ignored);
+    socket_.set_option(asio::socket_base::send_buffer_size(kSendBuffer), ignored);
     const tcp::endpoint peer = socket_.remote_endpoint(ignored);
     if (!ignored) client_ = written(peer);
   }
@@ -180,11 +182,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
     if (!parser_) {
       if (in_.empty()) {
         state_ = State::idle;
-        arm(listener_.limits_.idle_time);
+        arm(listener_.limits_.idle);
         return;
       }
       state_ = State::reading;
-      arm(listener_.limits_.header_time);
+      arm(listener_.limits_.patience);
       parser_.emplace();
       parser_->header_limit(static_cast<uint32_t>(listener_.limits_.header));
       parser_->body_limit(listener_.limits_.body);
@@ -234,7 +236,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
       return false;
     }
     if (!parser_->is_done()) {
-      arm(listener_.limits_.body_time);
+      arm(listener_.limits_.patience);
       parser_->eager(true);
       const bool expects = field(http::field::expect) == "100-continue";
       if (expects) send("HTTP/1.1 100 Continue\r\n\r\n");
@@ -358,7 +360,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
   void arm_write() {
-    write_timer_.expires_after(listener_.limits_.write_time);
+    write_timer_.expires_after(listener_.limits_.patience);
     write_timer_.async_wait([self = shared_from_this()](error_code ec) {
       if (ec || self->write_timer_.expiry() > Clock::now()) return;
       self->abandon(Gone::slow);

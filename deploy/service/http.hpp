@@ -27,8 +27,10 @@ struct HttpLimits {
   // Bytes of a stream that wait for a client who does not read them.
   size_t output = 1 << 20;
   size_t connections = 1024;
-  std::chrono::milliseconds header_time{10'000}, body_time{60'000}, idle_time{75'000},
-      write_time{30'000};
+  // For a request's header, for its body, and for the next bytes of an answer to be taken.
+  std::chrono::milliseconds patience{20'000};
+  // Between two requests.
+  std::chrono::milliseconds idle{75'000};
 };
 
 // A request: what its header says, and its body.

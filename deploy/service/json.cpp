@@ -1,6 +1,7 @@
 // The bounds of a body, and the messages about its fields.
 #include "service/json.hpp"
 
+#include <anybit/error.hpp>
 #include <cmath>
 
 namespace anybit::service {
@@ -173,7 +174,7 @@ void Fields::only(const std::string& name, const Json& allowed, const std::strin
 void Fields::refuse_others() const {
   for (const auto& [name, value] : object_.items()) {
     if (!seen_.count(name)) {
-      throw bad_request(path(shown(name)), "got a field that this server does not know",
+      throw bad_request(path(printable(name, 60)), "got a field that this server does not know",
                         "Leave it out, or correct its name", "unknown_parameter");
     }
   }
