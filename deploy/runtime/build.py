@@ -18,8 +18,8 @@ RUNTIME_LIBRARY = "libanybit.so"
 _SOURCES = Path(__file__).resolve().parent
 _SYSTEM = (Path("/usr/local/include"), Path("/usr/include"))
 # -ffp-contract=off: the odds of a draw are the same on every machine.
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
-_OWN = ["-Iinclude", "-Isrc"]
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
+_OWN = ["-Iinclude", "-Isrc", "-I../../plugins"]
 
 
 def header_folder(library: str, header: str) -> Path:
@@ -46,25 +46,30 @@ def header_folder(library: str, header: str) -> Path:
     )
 
 
-def _compiler(extra: Sequence[str]) -> Command:
+def _recipe(
+    name: str, sources: Sequence[str], flags: Sequence[str], link: Command, *more: str
+) -> Recipe:
+    compiler = find_program("g++", "g++")
     json = header_folder("nlohmann_json", "nlohmann/json.hpp")
     system = [] if json in _SYSTEM else ["-isystem", str(json)]
-    return [find_program("g++", "g++"), *_FLAGS, *extra, *_OWN, *system]
-
-
-def _recipe(name: str, sources: Sequence[str], compiler: Command, link: Command) -> Recipe:
     return Recipe(
         root=_SOURCES,
         name=name,
         folders=build_folders(),
-        compiles=dict.fromkeys(sources, compiler),
-        link=link,
+        compiles=dict.fromkeys(sources, [compiler, *_FLAGS, *flags, *_OWN, *system]),
+        link=[compiler, *link],
         include=["include", "src", "../../plugins"],
+        more=more,
     )
 
 
-def _sources() -> list[str]:
-    return sorted(str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp"))
+def _objects(say: Callable[[str], None] | None, variant: str, flags: Sequence[str]) -> Path:
+    """All of the runtime in one object file, for the library and for programs."""
+    sources = sorted(
+        str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp")
+    )
+    name = f"anybit_runtime{variant}.o"
+    return make(_recipe(name, sources, flags, ["-r", "-nostdlib", "{}"]), say)
 
 
 def build_runtime(say: Callable[[str], None] | None = None) -> Path:
@@ -77,30 +82,35 @@ def build_runtime(say: Callable[[str], None] | None = None) -> Path:
         InputError: no g++, or no headers.
         UserError: the compiler failed; the message holds its output.
     """
-    link = [find_program("g++", "g++"), "-shared", "-pthread", "-Wl,--no-undefined"]
-    link += [f"-Wl,-soname,{RUNTIME_LIBRARY}", "{}", "-ldl"]
-    return make(_recipe(RUNTIME_LIBRARY, _sources(), _compiler([]), link), say)
+    objects = str(_objects(say, "", []))
+    link = ["-shared", "-pthread", "-Wl,--no-undefined", f"-Wl,-soname,{RUNTIME_LIBRARY}", "{}"]
+    return make(_recipe(RUNTIME_LIBRARY, [], [], [*link, objects, "-ldl"], objects))
 
 
 def build_program(
     name: str,
     sources: Sequence[Path],
     flags: Sequence[str] = (),
+    *,
+    variant: str = "",
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """A program of these sources, compiled if needed together with the runtime's own, so that it
+    """A program of these sources, compiled if needed. The runtime is linked into it, so that it
     runs wherever it is copied.
 
     Args:
         name: of the program.
         sources: its own .cpp files.
-        flags: for compiler and linker, such as a sanitizer's or "-isystem FOLDER".
+        flags: for the compiler, such as "-isystem", "FOLDER".
+        variant: of the runtime, "" or a sanitizer of g++ such as "thread".
         say: told before it is compiled.
 
     Raises:
         InputError: no g++, or no headers.
         UserError: the compiler failed; the message holds its output.
     """
-    link = [find_program("g++", "g++"), "-pthread", *flags, "{}", "-ldl"]
+    special = [f"-fsanitize={variant}", "-g"] if variant else []
+    objects = str(_objects(say, f"_{variant}" if variant else "", special))
     own = [str(path.resolve()) for path in sources]
-    return make(_recipe(name, [*own, *_sources()], _compiler(flags), link), say)
+    link = ["-pthread", *special, "{}", objects, "-ldl"]
+    return make(_recipe(name, own, [*special, *flags], link, objects), say)

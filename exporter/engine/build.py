@@ -95,13 +95,14 @@ def profile_shapes(
     """Shapes of the two optimisation profiles, as engine.json holds them.
 
     "prefill" takes 1..max_seq new tokens behind 0..max_seq - 1 cached ones, so a prompt may come in
-    pieces and a conversation go on; "decode" takes one new token. The largest shapes fit each other
+    pieces and a conversation go on, and gives logits of one or more of them; "decode" takes one new
+    token. The largest shapes fit each other
     (T = P + S), because TensorRT infers shapes at them; that new and cached tokens are max_seq at
     most, whoever runs the engine has to see to.
 
     Args:
-        inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens,
-            T = P + S.
+        inputs: dimensions of each model input: integers, or B batch, S new tokens, L of them whose
+            logits are wanted, P cached tokens, T = P + S.
         options: the limits.
 
     Raises:
@@ -113,12 +114,14 @@ def profile_shapes(
         "prefill": {
             "B": (1, 1, batch),
             "S": (1, max(middle, 1), seq),
+            "L": (1, 1, seq),
             "P": (0, 0, seq - 1),
             "T": (1, max(middle, 1), 2 * seq - 1),
         },
         "decode": {
             "B": (1, 1, batch),
             "S": (1, 1, 1),
+            "L": (1, 1, 1),
             "P": (0, middle, seq - 1),
             "T": (1, middle + 1, seq),
         },

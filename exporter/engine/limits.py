@@ -36,7 +36,7 @@ def engine_limits(record: EngineRecord) -> EngineLimits:
         InputError: the profiles are not those of a decoder.
     """
     prefill, decode = (profile["inputs"] for profile in record["profiles"])
-    for name, rank in (("input_ids", 2), ("past_key_values.0.key", 4)):
+    for name, rank in (("input_ids", 2), ("logits_indices", 2), ("past_key_values.0.key", 4)):
         if any(
             name not in inputs or len(inputs[name]["max"]) != rank for inputs in (prefill, decode)
         ):

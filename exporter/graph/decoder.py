@@ -179,7 +179,9 @@ def _rope_tables(writer: GraphWriter, max_context: int | None) -> tuple[str, str
 
 
 def _head(writer: GraphWriter, stream: str) -> str:
-    """Final norm and the fp32 logits; a tied head reads the embedding's own initializer."""
+    """Final norm and the fp32 logits of the wanted tokens; a tied head reads the embedding's own
+    initializer.
+    """
     from onnx import TensorProto
 
     decoder = writer.quant.decoder
@@ -187,13 +189,22 @@ def _head(writer: GraphWriter, stream: str) -> str:
     table = f"{(decoder.embedding if head.tied else head).name}.weight"
     if not head.tied:
         writer.tensor(table)
-    normed = writer.norm(head.norm, head.norm.name, stream)
+    rows = _wanted(writer, stream, f"{head.name}.rows")
+    normed = writer.norm(head.norm, head.norm.name, rows)
     table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
     scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:
         return writer.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
     scores = writer.cast(scores, TensorProto.FLOAT, f"{head.name}.float32")
     return writer.capped(scores, 1.0, head.softcap, head.name, "logits")
+
+
+def _wanted(writer: GraphWriter, stream: str, output: str) -> str:
+    """The rows that logits are wanted of, [B, S, hidden] -> [B, L, hidden]."""
+    places = writer.node(
+        "Unsqueeze", ["logits_indices", writer.ints("axes", [2])], "logits_indices.places"
+    )
+    return writer.node("GatherND", [stream, places], output, batch_dims=1)
 
 
 def _graph_values(
@@ -219,10 +230,11 @@ def _graph_values(
         info("input_ids", TensorProto.INT64, ["B", "S"]),
         info("attention_mask", TensorProto.INT64, ["B", "T"]),
         info("position_ids", TensorProto.INT64, ["B", "S"]),
+        info("logits_indices", TensorProto.INT64, ["B", "L"]),
         *caches(past, "P"),
     ]
     outputs = [
-        info("logits", TensorProto.FLOAT, ["B", "S", decoder.vocab]),
+        info("logits", TensorProto.FLOAT, ["B", "L", decoder.vocab]),
         *caches(present, "T"),
     ]
     return inputs, outputs

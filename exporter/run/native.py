@@ -113,7 +113,11 @@ class NativeSession(DecoderSession):
         self._cache: dict[str, Any] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         from onnxruntime import OrtValue
 
@@ -122,6 +126,7 @@ class NativeSession(DecoderSession):
             "input_ids": OrtValue.ortvalue_from_numpy(input_ids),
             "attention_mask": OrtValue.ortvalue_from_numpy(attention_mask),
             "position_ids": OrtValue.ortvalue_from_numpy(positions),
+            "logits_indices": OrtValue.ortvalue_from_numpy(wanted),
             **{f"past_key_values.{name}": cache[name] for name in self._names},
         }
         with whole_graph(self._folder):

@@ -108,7 +108,7 @@ def _damaged(folder: Path) -> bool:
         return True
     inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
     names = cache_names(inputs)
-    wanted = {"input_ids", "attention_mask", "position_ids"}
+    wanted = {"input_ids", "attention_mask", "position_ids", "logits_indices"}
     given = {value.name for value in graph.output}
     used = (name for node in graph.node for name in (*node.input, *node.output))
     return (
@@ -230,7 +230,11 @@ class OnnxSession(DecoderSession):
         self._cache: dict[str, np.ndarray] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         import numpy as np
 
@@ -241,6 +245,7 @@ class OnnxSession(DecoderSession):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": positions,
+            "logits_indices": wanted,
             **past,
         }
         with whole_graph(self._folder):

@@ -38,7 +38,17 @@ _COMPUTES = {
     "Softmax": _Work(1, precise=True),
     "Tanh": _Work(1, precise=True),
 }
-_MOVES = {"Cast", "Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = {
+    "Cast",
+    "Concat",
+    "Gather",
+    "GatherND",
+    "Reshape",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
 _COUNTS = {"Range", "Shape", "Sub"}
 _COMPARES = {"And", "Equal", "GreaterOrEqual", "LessOrEqual", "Or", "Where"}
 

@@ -117,7 +117,11 @@ class TensorrtSession(DecoderSession):
         self._cache: dict[str, Any] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         import torch
 
@@ -129,6 +133,7 @@ class TensorrtSession(DecoderSession):
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "position_ids": torch.from_numpy(positions),
+            "logits_indices": torch.from_numpy(wanted),
             **{f"past_key_values.{name}": cache[name] for name in self._names},
         }
         outputs = {

@@ -351,6 +351,7 @@ def test_profiles_fit_each_other() -> None:
     inputs: dict[str, list[int | str]] = {
         "input_ids": ["B", "S"],
         "attention_mask": ["B", "T"],
+        "logits_indices": ["B", "L"],
         "past": ["B", 2, "P", 64],
     }
     prefill, decode = profile_shapes(inputs, EngineOptions(max_batch=4, max_seq=1024))
@@ -358,11 +359,13 @@ def test_profiles_fit_each_other() -> None:
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
         "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1024]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1023, 64]},
     }
 
@@ -372,7 +375,7 @@ def test_profiles_fit_each_other() -> None:
     [
         (
             lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
-            "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export "
+            "model input X: got dimension 'N', expected a number or one of B, S, L, P, T. Export "
             "the model again with this version.",
         ),
         (

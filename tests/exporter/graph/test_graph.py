@@ -82,6 +82,20 @@ def test_logits_equal_the_torch_reference(exported: Callable[[str], Path], name:
     assert error < 2e-3, error  # both fp32: only a code on the edge of two roundings may differ
 
 
+def test_logits_of_wanted_tokens_only(exported: Callable[[str], Path]) -> None:
+    """Of each sequence of a batch its own, in the order asked for, one even twice."""
+    decoder = Decoder(exported("w8a8"))
+    ids, mask = np.concatenate([IDS, IDS[:, ::-1]]), np.ones((2, 11), np.int64)
+    mask[0, :3] = 0
+    every, past = decoder(feeds(ids, decoder.empty(2), mask))
+    wanted = np.array([[10, 4, 4], [0, 9, 3]])
+    some, same = decoder(feeds(ids, decoder.empty(2), mask, wanted))
+    want = np.take_along_axis(every, wanted[..., None], 1)
+    np.testing.assert_allclose(some, want, atol=1e-5 * np.abs(every).max())
+    for name in past:
+        np.testing.assert_array_equal(same[name], past[name])
+
+
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-kv4"])
 def test_decoding_with_the_cache_equals_one_prefill(
     exported: Callable[[str], Path], name: str
@@ -143,6 +157,7 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
         "input_ids",
         "attention_mask",
         "position_ids",
+        "logits_indices",
         *(f"past_key_values.{name}" for name in caches),
         "logits",
         *(f"present.{name}" for name in caches),

@@ -82,6 +82,39 @@ def test_cache_chunks_and_last_only_change_nothing(
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
+def test_logits_are_of_the_wanted_tokens(tiny_export: Callable[..., Path], kind: str) -> None:
+    with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
+        ids, wanted = np.concatenate([IDS, IDS[:, ::-1]]), np.array([[10, 0], [3, 4]])
+        ones = np.ones_like(ids)
+        every = session.step(ids, ones)["logits"]
+        session.reset()
+        some = session.step(ids, ones, wanted)["logits"]
+        assert some.shape == (2, 2, 512)
+        assert relative(some, np.take_along_axis(every, wanted[..., None], 1)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
+def test_a_wanted_token_that_is_not_there(tiny_export: Callable[..., Path], kind: str) -> None:
+    with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
+        ones = np.ones_like(IDS)
+        for index in (11, -1):
+            with pytest.raises(InputError) as caught:
+                session.step(IDS, ones, np.array([[3, index]]))
+            assert str(caught.value) == (
+                f"logits_indices: got index {index}, expected 0 to 10, the new tokens. Count "
+                f"from the first new token of the call, padding included."
+            )
+        for shape in ((1, 0), (2, 1), (1,)):
+            with pytest.raises(InputError) as caught:
+                session.step(IDS, ones, np.zeros(shape, np.int64))
+            assert str(caught.value) == (
+                f"logits_indices: got shape {list(shape)}, expected [1, wanted] with at least "
+                f"one index. Give as many indices for every sequence of the batch."
+            )
+        assert session.length == 0
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
 def test_left_padding_changes_nothing(tiny_export: Callable[..., Path], kind: str) -> None:
     with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
         alone = session.run(IDS)
