@@ -147,7 +147,8 @@ void Bpe::read_merges(const Field& merges) {
       left = text.substr(0, space);
       right = text.substr(space + 1);
     } else {
-      const bool pair = one.is_array() && one.size() == 2 && one[0].is_string() && one[1].is_string();
+      const bool pair =
+          one.is_array() && one.size() == 2 && one[0].is_string() && one[1].is_string();
       if (!pair) merges.at(i).refuse("two tokens");
       left = one[0].get_ref<const std::string&>();
       right = one[1].get_ref<const std::string&>();
@@ -285,8 +286,8 @@ void Bpe::first_symbols(std::string_view word, std::vector<int32_t>& symbols) co
     }
     const auto byte_id = [&](char byte) { return byte_ids_[static_cast<unsigned char>(byte)]; };
     const bool falls_back =
-        byte_fallback_ && std::all_of(spelled.begin(), spelled.end(),
-                                      [&](char byte) { return byte_id(byte) >= 0; });
+        byte_fallback_ &&
+        std::all_of(spelled.begin(), spelled.end(), [&](char byte) { return byte_id(byte) >= 0; });
     if (!falls_back) {
       lacks();
       continue;

@@ -29,8 +29,8 @@ class Bpe {
   void encode(std::string_view word, Scratch& scratch, std::vector<int32_t>& out) const;
 
   std::optional<int32_t> id(std::string_view token) const;
-  const std::string* token(int32_t id) const;  // null: no token has it
-  size_t size() const { return ids_.size(); }  // of the vocabulary
+  const std::string* token(int32_t id) const;                           // null: no token has it
+  size_t size() const { return ids_.size(); }                           // of the vocabulary
   int32_t end() const { return static_cast<int32_t>(tokens_.size()); }  // the largest id and one
 
   // Whether a word may be cut before every space symbol that follows something else: no token goes
@@ -53,7 +53,7 @@ class Bpe {
   void merge_many(Scratch& scratch) const;
 
   bool bytes_, byte_fallback_, fuse_unk_, ignore_merges_;
-  std::string prefix_, suffix_;   // of a word's later pieces; of its last
+  std::string prefix_, suffix_;  // of a word's later pieces; of its last
   std::optional<int32_t> unk_;
   std::unordered_map<std::string_view, int32_t> ids_;  // of tokens_
   std::vector<std::optional<std::string>> tokens_;
@@ -61,7 +61,7 @@ class Bpe {
   std::array<int32_t, 256> byte_ids_;  // of a byte's letter with `bytes`, else of <0x..>; -1: none
   bool all_bytes_ = true;
   std::vector<std::pair<int32_t, int32_t>> merged_;  // pairs of ids
-  std::vector<Merge> merges_;  // open addressing
+  std::vector<Merge> merges_;                        // open addressing
 };
 
 class Bpe::Scratch {

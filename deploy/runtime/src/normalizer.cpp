@@ -43,9 +43,8 @@ void Normalizer::read(const Field& field, int depth) {
     const Field all = field.at("normalizers");
     for (size_t i = 0, count = all.items(); i < count; ++i) read(all.at(i), depth + 1);
   } else if (const auto form = kForms.find(kind); form != kForms.end()) {
-    steps_.push_back([form = form->second](std::string text) {
-      return unicode::normalize(text, form);
-    });
+    steps_.push_back(
+        [form = form->second](std::string text) { return unicode::normalize(text, form); });
   } else if (kind == "Prepend") {
     steps_.push_back([prefix = field.at("prepend").text()](std::string text) {
       return text.empty() ? text : prefix + text;
@@ -59,7 +58,8 @@ void Normalizer::read(const Field& field, int depth) {
     const bool left = field.at("strip_left").flag(true), right = field.at("strip_right").flag(true);
     steps_.push_back([left, right](std::string text) { return stripped(text, left, right); });
   } else {
-    field.at("type").refuse("a normalizer of Sequence, Prepend, Replace, NFC, NFD, NFKC, NFKD, Strip");
+    field.at("type").refuse(
+        "a normalizer of Sequence, Prepend, Replace, NFC, NFD, NFKC, NFKD, Strip");
   }
 }
 

@@ -14,7 +14,9 @@ Pattern::Pattern(const Field& field) {
   regex_.emplace(regex.text(), regex.where());
 }
 
-Pattern::Pattern(const std::string& regex, const std::string& where) { regex_.emplace(regex, where); }
+Pattern::Pattern(const std::string& regex, const std::string& where) {
+  regex_.emplace(regex, where);
+}
 
 void Pattern::find_all(std::string_view text, std::vector<Regex::Match>& found) const {
   if (regex_) {

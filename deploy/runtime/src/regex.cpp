@@ -19,7 +19,7 @@ struct Node {
   CharSet set;
   std::vector<Node> children;
   uint32_t min = 1, max = 1;
-  bool flag = false;  // repeat: possessive; look: negative
+  bool flag = false;    // repeat: possessive; look: negative
   bool folded = false;  // set: a letter under (?i:
   char32_t letter = 0;
 };
@@ -249,7 +249,8 @@ class RegexParser {
   CharSet escape() {
     if (const std::optional<char32_t> code = escaped_character()) {
       CharSet set;
-      if (folds_ && (*code >= 0x80 || (*code | 32) - 'a' < 26u)) refuse("an escaped letter in (?i:");
+      if (folds_ && (*code >= 0x80 || (*code | 32) - 'a' < 26u))
+        refuse("an escaped letter in (?i:");
       set.add(*code, *code);
       return set;
     }

@@ -59,9 +59,9 @@ class Regex {
   enum class Op : uint8_t { set, loop, split, jump, look, mark, moved, match };
   struct Step {
     Op op;
-    bool flag = false;        // loop: possessive; look: negative
-    uint32_t a = 0, b = 0;    // set, loop: which set. split: first and second way. jump: where to.
-                              // look: end of its body. mark, moved: which register
+    bool flag = false;      // loop: possessive; look: negative
+    uint32_t a = 0, b = 0;  // set, loop: which set. split: first and second way. jump: where to.
+                            // look: end of its body. mark, moved: which register
     uint32_t min = 0, max = 0;  // loop
   };
   struct Back {

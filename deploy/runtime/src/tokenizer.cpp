@@ -21,7 +21,8 @@ namespace {
 constexpr int kMostDepth = 16;
 constexpr int32_t kMostIds = 1 << 22;
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // U+2581, of sentencepiece
-const std::string kFix = "Take the model's own tokenizer.json, or one of a family in docs/runtime.md";
+const std::string kFix =
+    "Take the model's own tokenizer.json, or one of a family in docs/runtime.md";
 
 // The post-processor: which tokens come around a text.
 struct Around {
@@ -128,8 +129,8 @@ struct Tokenizer::Data {
     }
     size_t done = 0;
     for (size_t at = word.find(kSpace); at != word.npos; at = word.find(kSpace, at)) {
-      const bool run = at >= done + kSpace.size() &&
-                       word.substr(at - kSpace.size(), kSpace.size()) == kSpace;
+      const bool run =
+          at >= done + kSpace.size() && word.substr(at - kSpace.size(), kSpace.size()) == kSpace;
       if (at > done && !run) {
         model.encode(word.substr(done, at - done), work.bpe, out);
         done = at;
