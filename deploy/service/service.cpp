@@ -406,9 +406,13 @@ void Service::generate(Endpoint endpoint, const std::shared_ptr<Exchange>& excha
         if (problem) throw *problem;
         std::make_shared<Generation>(*this, exchange, std::move(*call))->start();
       } catch (const ApiError& error) {
-        ++metrics_.requests[{name, outcome_of(error.status)}];
-        refuse(exchange, error);
+        problem = error;
+      } catch (const Error& error) {
+        problem = api_error(error);
       }
+      if (!problem) return;
+      ++metrics_.requests[{name, outcome_of(problem->status)}];
+      refuse(exchange, *problem);
     });
   });
 }
