@@ -156,7 +156,6 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         )
     checkpoint, layers = job.checkpoint, job.checkpoint.decoder.layers
     basis = job.method.basis(checkpoint, job.settings)
-    rope = Rope.of(checkpoint, job.windows.shape[1], device)
     budget = StreamBudget(job.settings.max_memory, job.store.folder)
     streams = _embedded(job, basis, budget, ranks, device)
     finished, reports = job.store.finished(), []
@@ -168,6 +167,7 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()
         }
         schemes = {site: job.scheme_of(block.name(site)) for site in block.sites}
+        rope = Rope.of(checkpoint, job.windows.shape[1], device, block.rope)
         if index < finished:
             result = job.store.load(index)
             gains = {

@@ -6,6 +6,7 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 
 from calibration.families.steps import (
     ACTIVATIONS,
+    ROPE_TYPES,
     Add,
     Attend,
     Gate,
@@ -22,6 +24,7 @@ from calibration.families.steps import (
     Linear,
     Linears,
     Norm,
+    Rope,
     Step,
     TensorInfo,
 )
@@ -89,6 +92,28 @@ class Config:
         """Rows of the embedding."""
         return self.size("vocab_size")
 
+    def number(self, name: str) -> float:
+        """A field that multiplies something.
+
+        Raises:
+            UnsupportedError: it is missing, or no finite number other than 0.
+        """
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UnsupportedError(f"got {name} {value}, expected a number")
+        if not math.isfinite(value) or value == 0:
+            raise UnsupportedError(f"got {name} {value}, expected a finite number other than 0")
+        return float(value)
+
+    def cap(self, name: str) -> float | None:
+        """A softcap; None where there is none."""
+        return None if self.get(name) is None else self.number(name)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Of attention; None sees all."""
+        return None if self.get("sliding_window") is None else self.size("sliding_window")
+
     @property
     def epsilon(self) -> float:
         """Of the norms."""
@@ -108,14 +133,59 @@ class Config:
             )
         return Heads(heads, kv_heads, self.size("head_dim", self.hidden // heads))
 
-    @property
-    def activation(self) -> str:
-        """Of the MLP, as steps call it."""
-        name = self.get("hidden_activation", self.get("hidden_act", "silu"))
-        if name not in ACTIVATIONS:
+    def rope(self, table: str = "", partial: bool = False) -> Rope:
+        """How queries and keys turn.
+
+        Args:
+            table: the entry of rope_parameters, "" where it is one for all layers.
+            partial: whether the family's attention can leave channels as they are.
+
+        Raises:
+            UnsupportedError: frequencies that change with every token, or half of a pair.
+        """
+        found = self.get("rope_parameters", {})
+        found = found.get(table) if table and isinstance(found, Mapping) else found
+        if not isinstance(found, Mapping):
+            raise UnsupportedError(f"got rope_parameters {found} for {table or 'all layers'}")
+        kind, factor = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
+        if kind not in ROPE_TYPES:
             raise UnsupportedError(
-                f"got hidden_act {name}, expected one of {', '.join(ACTIVATIONS)}"
+                f"got rope_type {kind} (frequencies that change with the length), expected one of "
+                f"{', '.join(ROPE_TYPES)}"
             )
+        if float(factor) != 1.0 and not partial:
+            raise UnsupportedError(
+                f"got partial_rotary_factor {factor}, expected 1 (the whole head rotates)"
+            )
+        head_dim = self.heads.head_dim
+        width = int(head_dim * float(factor))
+        if not 0 < width <= head_dim or width % 2:
+            raise UnsupportedError(
+                f"got {width} of {head_dim} channels of a head that rotate, expected pairs"
+            )
+        short = Config(found).size("original_max_position_embeddings") if kind == "longrope" else 0
+        return Rope(width if width < head_dim else None, table, short or None)
+
+    def window(self, index: int) -> int | None:
+        """Of the attention of a layer by its entry in layer_types; None sees all.
+
+        Raises:
+            UnsupportedError: an unknown entry.
+        """
+        kinds = self.get("layer_types")
+        kind = kinds[index] if isinstance(kinds, list) and index < len(kinds) else None
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"got layer_types {kind} for layer {index}, expected full_attention or "
+                f"sliding_attention"
+            )
+        return self.size("sliding_window") if kind == "sliding_attention" else None
+
+    def activation(self, field: str = "hidden_act") -> str:
+        """Of the MLP, as steps call it; `field` names it."""
+        name = self.get(field, "silu")
+        if name not in ACTIVATIONS:
+            raise UnsupportedError(f"got {field} {name}, expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
 
@@ -307,6 +377,11 @@ class Block:
         return next(step for step in self.steps if isinstance(step, Attend))
 
     @cached_property
+    def rope(self) -> Rope | None:
+        """How it turns queries and keys; None where it does not."""
+        return next((step for step in self.steps if isinstance(step, Rope)), None)
+
+    @cached_property
     def before_attention(self) -> tuple[Step, ...]:
         """The steps that make the rotated heads of queries, keys and values."""
         return self.steps[: self.steps.index(self.attend)]
@@ -327,11 +402,13 @@ class Block:
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Its tensors by their full names: norms, then linears, each in execution order."""
-        parts: list[Norm | Linear] = [*self.norms, *self.linears]
+        nodes = (site.linears for site in self.sites.values())
+        parts: list[Norm | Linears] = [*self.norms, *nodes]
         for part in parts:
             for info in part.tensors():
                 gguf = f"blk.{self.index}.{info.gguf}" if info.gguf else ""
-                yield replace(info, name=self.name(info.name), gguf=gguf)
+                whole = self.name(info.whole) if info.whole else ""
+                yield replace(info, name=self.name(info.name), gguf=gguf, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -425,9 +502,36 @@ class Decoder:
             yield TensorInfo(f"{self.head.name}.weight", table, f"{self.head.gguf}.weight")
 
     @cached_property
-    def offsets(self) -> dict[str, float]:
-        """What is added to the tensors that a checkpoint stores less it, by name."""
-        return {info.name: info.offset for info in self.tensors() if info.offset}
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor by its name, in execution order."""
+        return {info.name: info for info in self.tensors()}
+
+    @cached_property
+    def fused(self) -> tuple[str, ...]:
+        """Tensors of a checkpoint that hold those of several linears."""
+        return tuple(dict.fromkeys(info.whole for info in self.tensors() if info.whole))
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor as checkpoints have them, in execution order."""
+        return {info.stored: (info.rows.stop, *info.shape[1:]) for info in self.tensors()}
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """How queries and keys turn in some layer, each way once."""
+        return tuple(dict.fromkeys(block.rope for block in self.blocks if block.rope is not None))
+
+    @cached_property
+    def frequencies(self) -> dict[str, tuple[Rope, bool]]:
+        """{name of a tensor of rotary frequencies: whose they are, and whether of long contexts}."""
+        return {
+            rope.frequencies(long): (rope, long)
+            for rope in self.ropes
+            for long in ((False, True) if rope.short is not None else (False,))
+        }
+
+    def rotated(self, rope: Rope) -> int:
+        """Channels of a head that turn."""
+        return rope.width or self.blocks[0].heads.head_dim
 
     def declaration(self) -> str:
         """All that its family says of it, as text: two decoders of one text compute the same."""

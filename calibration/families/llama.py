@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
 from calibration.families.parts import gated_mlp, output_projection, projections
-from calibration.families.steps import Add, Attend, Norm, Rope, Step
+from calibration.families.steps import Add, Attend, Norm, Step
 
 __all__ = ["FAMILY", "block"]
 
@@ -17,7 +17,7 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
         Norm("input_layernorm", hidden, config.epsilon, "attn_norm"),
         projections(config, bias, rotary=True),
         heads,
-        Rope(),
+        config.rope(),
         Attend(scale=heads.head_dim**-0.5),
         output_projection(config, bias),
         Add(),

@@ -15,6 +15,7 @@ from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
 from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.families import Decoder, Family, UnsupportedError, family
+from calibration.families.steps import Rope
 from calibration.out.description import SamplingDefaults
 from calibration.out.files import sha256_file
 from calibration.out.json_file import Count, Size, TokenId, checked, read_json
@@ -50,7 +51,7 @@ class _Config(TypedDict):
     bos_token_id: TokenId | None
     eos_token_id: TokenId | list[TokenId] | None
     sampling: NotRequired[SamplingDefaults]
-    rope_attention_scaling: float
+    rope_attention_scaling: float | dict[str, float]  # by the name of the frequencies if several
     hf: dict[str, Any]
 
 
@@ -174,8 +175,14 @@ class QuantModel:
             )
 
     def _check_tensors(self) -> None:
-        frequencies = self.decoder.blocks[0].heads.head_dim // 2
-        items = stored_items(self.decoder, self.scheme, self.scheme_of, frequencies)
+        scaling, known = self.config["rope_attention_scaling"], self.decoder.frequencies
+        if isinstance(scaling, dict) and scaling.keys() != known.keys():
+            raise InputError(
+                f"{self.path / QUANT_JSON}, config, rope_attention_scaling",
+                f"got {', '.join(scaling)}, expected {', '.join(known)}",
+                _AGAIN,
+            )
+        items = stored_items(self.decoder, self.scheme, self.scheme_of)
         wanted = {spec.name: spec for item in items for spec in item.specs}
         if strange := sorted(self._entries.keys() ^ wanted.keys()):
             got, expected = ("no", "it") if strange[0] in wanted else ("a", "no such")
@@ -223,6 +230,14 @@ class QuantModel:
                 str(self.path), f"got no tensor {name}, expected it from the config", _AGAIN
             )
         return read_tensor(*self._entries[name])
+
+    def rope(self, step: Rope, context: int) -> tuple[np.ndarray, float]:
+        """Rotary frequencies fp32 [rotated channels / 2] of a context of so many positions, and the
+        factor on cos and sin.
+        """
+        name, scaling = step.frequencies(step.long(context)), self.config["rope_attention_scaling"]
+        found = scaling[name] if isinstance(scaling, dict) else scaling
+        return np.array(self.tensor(name), np.float32), float(found)
 
     def scheme_of(self, name: str) -> QuantScheme:
         """How a linear, or a GEMM node, is quantised; by its full name."""

@@ -137,7 +137,7 @@ def quant_bytes(
 
 def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[StoredItem]:
     scheme_of = partial(schemes.of, decoder=decoder)
-    return list(stored_items(decoder, schemes.base, scheme_of, len(checkpoint.rope()[0])))
+    return list(stored_items(decoder, schemes.base, scheme_of))
 
 
 def _shards(items: list[StoredItem], limit: int) -> list[list[StoredItem]]:
@@ -161,7 +161,7 @@ def _arrays(checkpoint: Checkpoint, source: QuantSource, item: StoredItem) -> It
             item.scheme.dtype,
         )
     elif item.kind == "rope":
-        yield checkpoint.rope()[0]
+        yield checkpoint.rope(item.name)[0]
     else:
         arrays = source.linear(item.name, item.scheme).named()
         for spec in item.specs:
@@ -251,11 +251,10 @@ def _model_config(checkpoint: Checkpoint, tied: bool) -> dict[str, Any]:
     values = {name: getattr(config, name, None) for name in names}
     values["head_dim"] = checkpoint.decoder.blocks[0].heads.head_dim
     untied = {} if tied else {"tie_word_embeddings": False}
-    return (
-        values
-        | untied
-        | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config() | untied}
-    )
+    scalings = {name: checkpoint.rope(name)[1] for name in checkpoint.decoder.frequencies}
+    scaling = scalings if len(scalings) > 1 else next(iter(scalings.values()), 1.0)
+    hf = checkpoint.hf_config() | untied
+    return values | untied | {"rope_attention_scaling": scaling, "hf": hf}
 
 
 def _generation(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from torch import Tensor
 from calibration.checkpoints.foreign import quiet_transformers, reason
 from calibration.checkpoints.tensor_checks import same_numbers
 from calibration.families.decoder import Block
+from calibration.families.steps import Rope as RopeStep
 from calibration.quant.scheme import FLOAT_BITS
-from calibration.quant.sizes import ROPE
 from calibration.reference.fake_quant import (
     ActivationQuantizer,
     FakeQuantLinear,
@@ -155,10 +156,15 @@ def _check_same(model: Any, checkpoint: Checkpoint) -> None:
     table = f"{checkpoint.decoder.embedding.name}.weight"
     for name in {**checkpoint.decoder.shapes(), head: ()}:
         ours = checkpoint.stored(table if name == head and checkpoint.decoder.tied else name)
-        if not same_numbers(model.get_parameter(name).detach().numpy(), ours):
+        info = checkpoint.decoder.infos.get(name)
+        theirs = model.get_parameter(info.stored if info else name).detach().numpy()
+        if not same_numbers(theirs[info.rows] if info else theirs, ours):
             raise _differs(checkpoint, f"tensor {name}")
-    if not same_numbers(model.model.rotary_emb.inv_freq.numpy(), checkpoint.rope()[0]):
-        raise _differs(checkpoint, "the rotary frequencies")
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        if not long:  # which transformers computes when it comes to them
+            found = getattr(model.model.rotary_emb, f"{step.table}_inv_freq".lstrip("_")).numpy()
+            if not same_numbers(found, checkpoint.rope(name)[0]):
+                raise _differs(checkpoint, "the rotary frequencies")
 
 
 def _differs(checkpoint: Checkpoint, what: str) -> CheckError:
@@ -176,10 +182,11 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
         model = AutoModelForCausalLM.from_config(
             checkpoint.config, dtype=torch.float32, trust_remote_code=False
         )
-    state = {
-        name: torch.from_numpy(checkpoint.stored(name).astype(np.float32))
-        for name in checkpoint.decoder.shapes()
-    }
+    parts: dict[str, list[Tensor]] = {}
+    for info in checkpoint.decoder.tensors():
+        part = torch.from_numpy(checkpoint.stored(info.name).astype(np.float32))
+        parts.setdefault(info.stored, []).append(part)
+    state = {name: part[0] if len(part) == 1 else torch.cat(part) for name, part in parts.items()}
     # The head of a tied model is absent from the state and shares the embedding afterwards.
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -187,11 +194,16 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
     left = [name for name in missing if not name.startswith(head)]
     if left or unexpected or any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(f"model and tensors differ: {left[:3]} {unexpected[:3]}")
-    frequencies, scaling = checkpoint.rope()
     rotary = model.model.rotary_emb
-    rotary.inv_freq = torch.from_numpy(np.array(frequencies, np.float32))
-    rotary.original_inv_freq = rotary.inv_freq.clone()
-    rotary.attention_scaling = scaling
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        found, scaling = checkpoint.rope(name)
+        frequencies, prefix = torch.from_numpy(np.array(found)), f"{step.table}_".lstrip("_")
+        if long:
+            setattr(rotary, f"{prefix}long_inv_freq", frequencies)
+            continue
+        setattr(rotary, f"{prefix}inv_freq", frequencies)
+        setattr(rotary, f"{prefix}original_inv_freq", frequencies.clone())
+        setattr(rotary, f"{prefix}attention_scaling", scaling)
     _fill_buffers(model)
     return model
 
@@ -214,6 +226,16 @@ def _fill_buffers(model: Any) -> None:
             raise RuntimeError(f"no value for {unknown[0]} of {type(module).__name__}")
 
 
+class _Given(torch.nn.Module):  # type: ignore[misc]
+    """Stands for the decoder below a head, and gives what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **others: Any) -> Any:
+        """The decoder's result, with `inputs_embeds` as its last hidden state."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
 class FloatReference:
     """A transformers model: the truth that the declaration of its family is held against.
 
@@ -223,6 +245,8 @@ class FloatReference:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._head = copy.copy(model)  # its own way from what the decoder gives to logits
+        self._head._modules = {**model._modules, "model": _Given()}
         self.context = int(model.config.max_position_embeddings)
         self.vocab = int(model.config.vocab_size)
 
@@ -233,9 +257,10 @@ class FloatReference:
 
     def head(self, hidden: Tensor) -> Tensor:
         """See Reference."""
-        logits: Tensor = self.model.lm_head(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits: Tensor = self._head(
+            input_ids=None, inputs_embeds=hidden.flatten(0, -2)[None]
+        ).logits
+        return logits.unflatten(1, hidden.shape[:-1])[0]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(
@@ -304,7 +329,9 @@ class CacheQuantizer:
         )
 
 
-def quantised_model(quant: QuantModel, round_activations: bool = True) -> QuantReference:
+def quantised_model(
+    quant: QuantModel, round_activations: bool = True, max_context: int | None = None
+) -> QuantReference:
     """The quantised model in torch.
 
     Args:
@@ -312,15 +339,17 @@ def quantised_model(quant: QuantModel, round_activations: bool = True) -> QuantR
         round_activations: round every operator's result to scheme.dtype, as the exported graph
             does; without, grouped linears may differ from it in fp32's last bits too, and are
             several times as fast.
+        max_context: most tokens of a sequence, as in export_onnx; None, and at most, is the context
+            that the model was made for.
     """
-    return QuantReference(quant, round_activations)
+    return QuantReference(quant, round_activations, max_context)
 
 
 class QuantReference:
     """The decoder's steps with the kernels' linears; a low-bit KV cache holds what it gives back.
 
     Args:
-        quant, round_activations: see quantised_model.
+        quant, round_activations, max_context: see quantised_model.
 
     Attributes:
         context: most tokens of a sequence.
@@ -328,9 +357,12 @@ class QuantReference:
         linears: by their full names.
     """
 
-    def __init__(self, quant: QuantModel, round_activations: bool) -> None:
+    def __init__(
+        self, quant: QuantModel, round_activations: bool, max_context: int | None = None
+    ) -> None:
         self.decoder, self.vocab = quant.decoder, quant.decoder.vocab
-        self.context = int(quant.config["max_position_embeddings"])
+        context = int(quant.config["max_position_embeddings"])
+        self.context = min(max_context or context, context)
         self._dtype = quant.scheme.dtype if round_activations else "float32"
         self._arithmetic = Rounded(self._dtype) if round_activations else Plain()
         self._quantize = CacheQuantizer(quant.scheme.kv_bits, self._dtype)
@@ -357,8 +389,7 @@ class QuantReference:
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
             for block in self.decoder.blocks
         ]
-        self._inv_freq = torch.from_numpy(np.array(quant.tensor(ROPE), np.float32))
-        self._rope_scaling = float(quant.config["rope_attention_scaling"])
+        self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(
@@ -405,13 +436,15 @@ class QuantReference:
         if position_ids is None:
             position_ids = torch.arange(past, total).expand_as(input_ids)
         masks = _Masks(attention_mask, past, total)
-        rope, x = self._rope(position_ids), self._embedded(input_ids)
+        ropes: dict[RopeStep | None, Rope] = {None: Rope(torch.ones(0), torch.zeros(0))}
+        ropes |= {step: self._rope(step, position_ids) for step in self._ropes}
+        x = self._embedded(input_ids)
         layers, kept = list[Tensor](), list[tuple[Tensor, Tensor]]()
         for block in self.decoder.blocks:
             new: list[tuple[Tensor, Tensor]] = []
             context = Context(
                 self._gains[block.index],
-                rope,
+                ropes[block.rope],
                 self._node(block),
                 self._cached(block, None if cache is None else cache[block.index], new, tap),
                 self._arithmetic,
@@ -430,10 +463,11 @@ class QuantReference:
             return rows
         return self._arithmetic.round(rows * self._arithmetic.round(torch.tensor(scale)))
 
-    def _rope(self, position_ids: Tensor) -> Rope:
-        angles = (position_ids[:, None, :, None].float() * self._inv_freq).double()
+    def _rope(self, step: RopeStep, position_ids: Tensor) -> Rope:
+        frequencies, scaling = self._ropes[step]
+        angles = (position_ids[:, None, :, None].float() * torch.from_numpy(frequencies)).double()
         angles = torch.cat((angles, angles), -1)
-        cos, sin = (wave * self._rope_scaling for wave in (angles.cos(), angles.sin()))
+        cos, sin = (wave * scaling for wave in (angles.cos(), angles.sin()))
         return Rope(round_to(cos, self._dtype), round_to(sin, self._dtype))
 
     def _node(self, block: Block) -> Callable[[str, Tensor], Tensor]:

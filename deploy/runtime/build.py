@@ -52,11 +52,12 @@ def _recipe(
     compiler = find_program("g++", "g++")
     json = header_folder("nlohmann_json", "nlohmann/json.hpp")
     system = [] if json in _SYSTEM else ["-isystem", str(json)]
+    compiles = [compiler, *_FLAGS, *flags, *_OWN, *system]
     return Recipe(
         root=_SOURCES,
         name=name,
         folders=build_folders(),
-        compiles=dict.fromkeys(sources, [compiler, *_FLAGS, *flags, *_OWN, *system]),
+        compiles=dict.fromkeys(sources, compiles),
         link=[compiler, *link],
         include=["include", "src", "../../plugins"],
         more=more,
@@ -65,9 +66,7 @@ def _recipe(
 
 def _objects(say: Callable[[str], None] | None, variant: str, flags: Sequence[str]) -> Path:
     """All of the runtime in one object file, for the library and for programs."""
-    sources = sorted(
-        str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp")
-    )
+    sources = sorted(str(path.relative_to(_SOURCES)) for path in (_SOURCES / "src").rglob("*.cpp"))
     name = f"anybit_runtime{variant}.o"
     return make(_recipe(name, sources, flags, ["-r", "-nostdlib", "{}"]), say)
 

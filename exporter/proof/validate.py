@@ -264,7 +264,7 @@ class _Validator:
         """
         from calibration.reference.model import quantised_model
 
-        model = quantised_model(self.quant)
+        model = quantised_model(self.quant, max_context=self.context)
 
         def open_session() -> TorchSession:
             return TorchSession(model)
@@ -315,6 +315,11 @@ class _Validator:
             self.notes.append(
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
+            )
+        elif open_stage(self.out, ENGINE, "the validation").description().cache.capacity:
+            self.notes.append(
+                "The engine has a static cache, which the validation cannot run, so the CUDA kernels "
+                "were not executed in it."
             )
         else:
 

@@ -23,7 +23,6 @@ import numpy as np
 from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
-from calibration.quant.sizes import ROPE
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
@@ -177,6 +176,8 @@ def compare_weights(
             )
             reports.append(sums.report(base if quantised else name, plain))
         progress.advance(note=name)
-    progress.advance(note=ROPE)
-    rope = _float_sums(checkpoint.rope()[0], quant.tensor(ROPE), quant.scheme)
-    return [*reports, rope.report(ROPE, plain)]
+    for name in quant.decoder.frequencies:
+        sums = _float_sums(checkpoint.rope(name)[0], quant.tensor(name), quant.scheme)
+        reports.append(sums.report(name, plain))
+        progress.advance(note=name)
+    return reports

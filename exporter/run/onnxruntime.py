@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from exporter.graph.names import is_layer_output
+from exporter.run.forms import cache_form
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
@@ -106,16 +107,16 @@ def _damaged(folder: Path) -> bool:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception:  # a kind of its own for each rule
         return True
-    inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    inputs = {name: [dim.dim_value for dim in dims] for name, dims in shapes.items()}
     names = cache_names(inputs)
-    wanted = {"input_ids", "attention_mask", "position_ids", "logits_indices"}
     given = {value.name for value in graph.output}
     used = (name for node in graph.node for name in (*node.input, *node.output))
     return (
         any(isinstance(name, bytes) for name in used)
-        or not wanted <= inputs.keys()
         or not {"logits", *(f"present.{name}" for name in names)} <= given
         or len(inputs.get("past_key_values.0.key", ())) != 4
+        or not set(cache_form(inputs).inputs) <= inputs.keys()
     )
 
 
@@ -222,6 +223,7 @@ class OnnxSession(DecoderSession):
             self._runner.activate()
             inputs = self._runner.get_input_metadata()
             self._names = cache_names(inputs)
+            self._form = cache_form({name: meta.shape for name, meta in inputs.items()})
             meta = inputs["past_key_values.0.key"]
             self._cache_shape, self._dtype = (meta.shape[1], meta.shape[3]), meta.dtype
         self._clear()
@@ -239,19 +241,14 @@ class OnnxSession(DecoderSession):
         import numpy as np
 
         heads, width = self._cache_shape
-        empty = np.zeros((len(input_ids), heads, 0, width), self._dtype)
+        empty = np.zeros((len(input_ids), heads, self._form.rows(), width), self._dtype)
         past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
-        feeds = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": positions,
-            "logits_indices": wanted,
-            **past,
-        }
+        feeds = self._form.feeds(input_ids, attention_mask, positions, wanted) | past
         with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}
-            return outputs | {"logits": outputs["logits"]}  # a graph without them is none of ours
+            found = self._form.restored(outputs, attention_mask)
+            return found | {"logits": found["logits"]}  # a graph without them is none of ours
 
     def close(self) -> None:
         """Free the session."""

@@ -54,7 +54,8 @@ class ReferenceRunner(Runner):
         quant = read_quant(folder.path, verify=False)
         for name in quant.files:
             folder.file(name)
-        return TorchSession(quantised_model(quant), description.dtype, description.max_context)
+        model = quantised_model(quant, max_context=description.max_context)
+        return TorchSession(model, description.dtype, description.max_context)
 
 
 class TorchSession(DecoderSession):

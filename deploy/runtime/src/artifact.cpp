@@ -1,11 +1,11 @@
 // Reads OUT/onnx, or that folder alone, by the rules of calibration/out.
 #include "artifact.hpp"
 
-#include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "anybit/error.hpp"
+#include "json.hpp"
+#include "sampler.hpp"
 #include "sha256.hpp"
 
 namespace anybit {
@@ -16,10 +16,8 @@ using Json = nlohmann::json;
 
 constexpr int kFormat = 1;               // of model.json and manifest.json
 constexpr uint64_t kMostJson = 8 << 20;  // bytes; a report has 300 KB
-constexpr int64_t kMostSize = INT32_MAX;
 const char* const kMake = "python -m exporter MODEL --wbits W --abits A";
 const char* const kDamaged = "The artifact is damaged: make this stage again";
-const char* const kUnreadable = "It is truncated or damaged: make this stage again";
 
 // The size of a regular file; a pipe or a device would never end.
 uint64_t regular(const fs::path& path, const std::string& expected, const std::string& fix) {
@@ -37,87 +35,34 @@ uint64_t regular(const fs::path& path, const std::string& expected, const std::s
   throw Error(path.string(), "got " + got + ", expected " + expected, fix);
 }
 
-std::string shown(const Json& value) {
-  if (value.is_object()) return "an object";
-  if (value.is_array()) return "a list of " + std::to_string(value.size());
-  return printable(value.dump(-1, ' ', false, Json::error_handler_t::replace), 60);
+const std::string kUnreadable = "It is truncated or damaged: make this stage again";
+
+// A field that must be there.
+Field need(const Field& record, const std::string& name) {
+  Field field = record.at(name);
+  if (field.is_null()) {
+    throw Error(record.where(), "got no " + name + ", expected a whole record", record.fix());
+  }
+  return field;
 }
 
-// A value of a JSON file, and its place for messages.
-class Field {
- public:
-  Field(const Json& value, std::string where, std::string name)
-      : value_(value), where_(std::move(where)), name_(std::move(name)) {}
+int size(const Field& field) {
+  const int value = field.number(INT32_MAX);
+  if (value < 1) field.refuse("at least 1");
+  return value;
+}
 
-  bool has(const char* name) const {
-    return value_.is_object() && value_.contains(name) && !value_[name].is_null();
-  }
+float real(const Field& field) {
+  if (!field.value().is_number()) field.refuse("a number");
+  return field.value().get<float>();
+}
 
-  Field at(const std::string& name) const {
-    if (!value_.is_object()) refuse("an object");
-    const auto found = value_.find(name);
-    if (found == value_.end()) {
-      throw Error(place(), "got no " + name + ", expected a whole record", kUnreadable);
-    }
-    return Field(*found, where_, name_.empty() ? name : name_ + "." + name);
-  }
+uint64_t bytes(const Field& field) {
+  if (!field.value().is_number_unsigned()) field.refuse("a whole number");
+  return field.value().get<uint64_t>();
+}
 
-  int64_t whole(int64_t least, int64_t most) const {
-    if (!value_.is_number_integer()) refuse("a whole number");
-    const double rough = value_.get<double>();  // an unsigned one may be beyond int64
-    if (rough < double(least) || rough > double(most)) {
-      refuse(std::to_string(least) + " to " + std::to_string(most));
-    }
-    return value_.get<int64_t>();
-  }
-
-  int size() const { return static_cast<int>(whole(1, kMostSize)); }
-
-  double number() const {
-    if (!value_.is_number()) refuse("a number");
-    return value_.get<double>();
-  }
-
-  std::string text() const {
-    if (!value_.is_string()) refuse("a string");
-    return value_.get<std::string>();
-  }
-
-  bool flag() const {
-    if (!value_.is_boolean()) refuse("true or false");
-    return value_.get<bool>();
-  }
-
-  std::vector<Field> list() const {
-    if (!value_.is_array()) refuse("a list");
-    std::vector<Field> fields;
-    for (size_t i = 0; i < value_.size(); ++i) {
-      fields.emplace_back(value_[i], where_, name_ + "[" + std::to_string(i) + "]");
-    }
-    return fields;
-  }
-
-  std::map<std::string, Field> entries() const {
-    if (!value_.is_object()) refuse("an object");
-    std::map<std::string, Field> fields;
-    for (const auto& [key, value] : value_.items()) {
-      fields.emplace(key, Field(value, where_, name_ + "[\"" + key + "\"]"));
-    }
-    return fields;
-  }
-
-  [[noreturn]] void refuse(const std::string& expected) const {
-    throw Error(place(), "got " + shown(value_) + ", expected " + expected, kUnreadable);
-  }
-
- private:
-  std::string place() const { return name_.empty() ? where_ : where_ + ", " + name_; }
-
-  const Json& value_;
-  std::string where_, name_;
-};
-
-Json read_json(const fs::path& path, const std::string& expected, const std::string& fix) {
+Json read_record(const fs::path& path, const std::string& expected, const std::string& fix) {
   const uint64_t size = regular(path, expected, fix);
   if (size > kMostJson) {
     throw Error(path.string(),
@@ -125,28 +70,13 @@ Json read_json(const fs::path& path, const std::string& expected, const std::str
                     std::to_string(kMostJson >> 20) + " MB",
                 fix);
   }
-  std::string text(size, '\0');
-  std::ifstream file(path, std::ios::binary);
-  if (!file.read(text.data(), static_cast<std::streamsize>(size))) {
-    throw Error(path.string(), "got a file that cannot be read, expected a JSON file",
-                "Check the permissions");
-  }
-  // The parser calls itself for nothing, however deep a file is nested.
-  Json value = Json::parse(text, nullptr, false);
-  if (value.is_discarded()) {
-    throw Error(path.string(), "got unreadable JSON, expected a whole file", fix);
-  }
-  if (!value.is_object()) {
-    throw Error(path.string(), "got " + shown(value) + ", expected a JSON object", fix);
-  }
-  return value;
+  return parse_json(read_file(path.string(), fix), path.string(), fix);
 }
 
 void check_format(const Json& value, const fs::path& path, const std::string& fix) {
   const Json format = value.value("format", Json());
-  if (format != kFormat) {
-    throw Error(path.string(), "got format " + shown(format) + ", expected 1", fix);
-  }
+  if (format == kFormat) return;
+  throw Error(path.string(), "got format " + printable(format.dump()) + ", expected 1", fix);
 }
 
 bool is_name(const std::string& name) {
@@ -166,43 +96,35 @@ bool is_sha256(const std::string& text) {
 
 Description describe(const Field& file) {
   Description made;
-  made.model = file.at("model").text();
-  made.family = file.at("family").text();
-  made.scheme = file.at("scheme").text();
-  made.method = file.at("method").text();
-  made.dtype = file.at("dtype").text();
-  made.hidden = file.at("sizes").at("hidden_size").size();
-  made.intermediate = file.at("sizes").at("intermediate_size").size();
-  made.heads = file.at("sizes").at("num_attention_heads").size();
-  made.vocab = file.at("sizes").at("vocab_size").size();
-  made.context = file.at("context").size();
-  made.max_context = file.at("max_context").size();
-  for (const Field& token : file.at("eos_token_ids").list()) {
-    made.end_tokens.push_back(static_cast<int32_t>(token.whole(0, kMostSize)));
-  }
-  if (file.has("sampling")) {
-    const Field sampling = file.at("sampling");
-    const bool draws = sampling.at("do_sample").flag();
-    made.sampling.repetition_penalty =
-        static_cast<float>(sampling.at("repetition_penalty").number());
-    if (draws) {
-      made.sampling.temperature = static_cast<float>(sampling.at("temperature").number());
-      made.sampling.top_k = static_cast<int>(sampling.at("top_k").whole(0, kMostSize));
-      made.sampling.top_p = static_cast<float>(sampling.at("top_p").number());
+  made.model = need(file, "model").text();
+  made.family = need(file, "family").text();
+  made.scheme = need(file, "scheme").text();
+  made.method = need(file, "method").text();
+  made.dtype = need(file, "dtype").text();
+  const Field sizes = need(file, "sizes");
+  made.hidden = size(need(sizes, "hidden_size"));
+  made.intermediate = size(need(sizes, "intermediate_size"));
+  made.heads = size(need(sizes, "num_attention_heads"));
+  made.vocab = size(need(sizes, "vocab_size"));
+  made.context = size(need(file, "context"));
+  made.max_context = size(need(file, "max_context"));
+  const Field ends = need(file, "eos_token_ids");
+  for (size_t i = 0; i < ends.items(); ++i) made.end_tokens.push_back(ends.at(i).number(INT32_MAX));
+  if (const Field sampling = file.at("sampling"); !sampling.is_null()) {
+    made.sampling.repetition_penalty = real(need(sampling, "repetition_penalty"));
+    if (sampling.at("do_sample").flag(false)) {
+      made.sampling.temperature = real(need(sampling, "temperature"));
+      made.sampling.top_k = need(sampling, "top_k").number(INT32_MAX);
+      made.sampling.top_p = real(need(sampling, "top_p"));
     }
+    check_sampling(made.sampling, made.vocab);
   }
-  const Field cache = file.at("cache");
-  made.cache.layers = cache.at("layers").size();
-  made.cache.heads = cache.at("heads").size();
-  made.cache.head_dim = cache.at("head_dim").size();
-  made.cache.bits = static_cast<int>(cache.at("bits").whole(1, 16));
-  made.cache.dtype = cache.at("dtype").text();
-  made.cache.past = cache.at("past").text();
-  made.cache.present = cache.at("present").text();
-  for (const Field& part : cache.at("parts").list()) made.cache.parts.push_back(part.text());
-  made.cache.form = cache.has("form") ? cache.at("form").text() : "concat";
+  const Field cache = need(file, "cache");
+  made.cache.layers = size(need(cache, "layers"));
+  made.cache.bits = need(cache, "bits").number(16);
+  made.cache.form = cache.at("form").text("concat");
   if (made.cache.form == "static") {
-    made.cache.capacity = cache.at("capacity").size();
+    made.cache.capacity = size(need(cache, "capacity"));
   } else if (made.cache.form != "concat") {
     cache.at("form").refuse("concat or static");
   }
@@ -213,8 +135,9 @@ Description describe(const Field& file) {
 std::string read_proof(const fs::path& path) {
   if (!fs::is_regular_file(path)) return "unknown";
   try {
-    const Json report = read_json(path, "a report", kUnreadable);
-    return Field(report, path.string(), "").at("validation").at("ok").flag() ? "passed" : "failed";
+    const Json report = read_record(path, "a report", kUnreadable);
+    const Field ok = Field(report, path.string(), kUnreadable).at("validation").at("ok");
+    return ok.is_null() ? "unknown" : ok.flag(false) ? "passed" : "failed";
   } catch (const Error&) {  // a folder runs without its report
     return "unknown";
   }
@@ -241,31 +164,33 @@ Artifact::Artifact(const fs::path& folder) {
   };
   Json manifest;
   if (whole) {
-    manifest = read_json(manifest_path, "it", renew_);
+    manifest = read_record(manifest_path, "it", renew_);
     check_format(manifest, manifest_path, renew_);
-    const Field stages = Field(manifest, manifest_path.string(), "").at("stages");
-    if (!stages.has("onnx") || !fs::is_directory(path_, ignored)) throw missing();
+    if (!manifest.contains("/stages/onnx"_json_pointer) || !fs::is_directory(path_, ignored)) {
+      throw missing();
+    }
   } else if (!fs::is_regular_file(path_ / "model.onnx", ignored)) {
     throw missing();
   }
   const fs::path description_path = path_ / "model.json";
-  const Json json = read_json(description_path, "it in a folder made by this version", renew_);
+  const Json json = read_record(description_path, "it in a folder made by this version", renew_);
   check_format(json, description_path, renew_);
-  const Field file(json, description_path.string(), "");
-  const Field files =
-      whole ? Field(manifest, manifest_path.string(), "").at("stages").at("onnx").at("files")
-            : file.at("files");
-  for (const auto& [name, record] : files.entries()) {
+  const Field file(json, description_path.string(), kUnreadable);
+  const Field stage = whole ? Field(manifest["stages"]["onnx"],
+                                    manifest_path.string() + ", stages, onnx", kUnreadable)
+                            : file;
+  const Field files = need(stage, "files");
+  if (!files.value().is_object()) files.refuse("an object");
+  for (const auto& [name, value] : files.value().items()) {
     if (!is_name(name)) {
       throw Error(
-          whole ? manifest_path.string() : description_path.string(),
+          files.where(),
           "got a file called " + printable(name) + ", expected the name of a file in this folder",
           kUnreadable);
     }
-    Record& made = records_[name];
-    made.bytes = static_cast<uint64_t>(record.at("bytes").whole(0, int64_t{1} << 62));
-    made.sha256 = record.at("sha256").text();
-    if (!is_sha256(made.sha256)) record.at("sha256").refuse("64 hexadecimal digits");
+    const Field record = need(files, name), sha256 = need(record, "sha256");
+    if (!is_sha256(sha256.text())) sha256.refuse("64 hexadecimal digits");
+    records_[name] = {bytes(need(record, "bytes")), sha256.text()};
   }
   if (whole) this->file("model.json", true);
   description_ = describe(file);

@@ -18,9 +18,7 @@ struct Description {
   std::vector<int32_t> end_tokens;
   Sampling sampling;
   struct {
-    int layers = 0, heads = 0, head_dim = 0, bits = 16;
-    std::string dtype, past, present;
-    std::vector<std::string> parts;
+    int layers = 0, bits = 16;
     std::string form;  // "concat" or "static"
     int capacity = 0;  // of the static form
   } cache;

@@ -125,10 +125,18 @@ def test_a_fingerprint_and_a_stamp_are_those_of_the_content(
             "factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 64,
+        },
     ],
     ids=lambda rope: rope["rope_type"],
 )
-def test_static_rope_types(tiny_llama: Callable[..., Path], rope: dict[str, Any]) -> None:
+def test_rope_types(tiny_llama: Callable[..., Path], rope: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(rope_parameters=rope)
@@ -136,7 +144,7 @@ def test_static_rope_types(tiny_llama: Callable[..., Path], rope: dict[str, Any]
     rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
     np.testing.assert_array_equal(frequencies, rotary.inv_freq.numpy())
     assert scaling == rotary.attention_scaling
-    assert (scaling != 1.0) == (rope["rope_type"] == "yarn")
+    assert (scaling != 1.0) == (rope["rope_type"] in ("yarn", "longrope"))
 
 
 def test_old_rope_scaling_key(model: Path) -> None:
@@ -151,16 +159,35 @@ def test_old_rope_scaling_key(model: Path) -> None:
     np.testing.assert_allclose(frequencies, 0.5 * 5000.0 ** (-np.arange(0, 16, 2) / 16), rtol=1e-6)
 
 
-def test_dynamic_rope_is_refused(model: Path) -> None:
-    _change_config(
-        model, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    )
+@pytest.mark.parametrize(
+    ("rope", "problem"),
+    [
+        (
+            {"rope_type": "proportional", "factor": 2.0},
+            "got rope_type proportional (frequencies that change with the length), expected one of "
+            "default, linear, dynamic, llama3, yarn, longrope",
+        ),
+        (
+            {"partial_rotary_factor": 0.5},
+            "got partial_rotary_factor 0.5, expected 1 (the whole head rotates)",
+        ),
+    ],
+)
+def test_these_rope_settings_are_refused(model: Path, rope: dict[str, Any], problem: str) -> None:
+    _change_config(model, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **rope})
     assert _refusal(model) == (
-        f"{model / 'config.json'}: got rope_type dynamic (frequencies that change with the "
-        f"length), expected one of default, "
-        "linear, "
-        "llama3, yarn. Choose a model without it; this export would compute something else."
+        f"{model / 'config.json'}: {problem}. Choose a model without it; this export would compute "
+        "something else."
     )
+
+
+def test_factors_of_another_head_are_refused(model: Path) -> None:
+    factors = {"short_factor": [1.0] * 7, "long_factor": [2.0] * 7}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, **factors}
+    _change_config(model, rope_parameters={"rope_theta": 10000.0, **rope})
+    message = _refusal(model)
+    assert message.startswith(f"{model}: got RoPE settings without frequencies (")
+    assert message.endswith("Correct rope_theta and rope_scaling in config.json.")
 
 
 @pytest.mark.parametrize(

@@ -39,19 +39,23 @@ from tests.conftest import FAMILIES
 pytestmark = pytest.mark.usefixtures("more_families")
 
 IDS = tokens(2, 24)
-ROTATED = ("Arcee", "Granite", "Qwen3")  # the others have norms behind their linears
-OBSTACLES = {
-    "Gemma2": "model.layers.0.post_attention_layernorm, behind model.layers.0.self_attn.o_proj, "
-    "does not commute with it",
-    "Olmo2": "model.layers.0.self_attn.qkv_proj reads the residual stream without a norm",
-}
+BEHIND = (
+    "model.layers.0.post_attention_layernorm, behind model.layers.0.self_attn.o_proj, "
+    "does not commute with it"
+)
+WITHOUT = "model.layers.0.self_attn.qkv_proj reads the residual stream without a norm"
+OBSTACLES = {"Gemma2": BEHIND, "Gemma3": BEHIND, "Olmo2": WITHOUT, "Olmo3": WITHOUT}
+ROTATED = FAMILIES.keys() - OBSTACLES.keys()  # the others have norms behind their linears
 # What takes the scales of each node's input in.
-SOURCES = {
+LIKE_LLAMA = ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"]
+GEMMA = ["input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"]
+OLMO = [None, "self_attn.v_proj", None, "mlp.up_proj"]
+SOURCES = dict.fromkeys(FAMILIES, LIKE_LLAMA) | {
     "Arcee": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", None],
-    "Gemma2": ["input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"],
-    "Granite": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],
-    "Olmo2": [None, "self_attn.v_proj", None, "mlp.up_proj"],
-    "Qwen3": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],
+    "Gemma2": GEMMA,
+    "Gemma3": GEMMA,
+    "Olmo2": OLMO,
+    "Olmo3": OLMO,
 }
 
 
@@ -104,10 +108,11 @@ def test_a_rotation_keeps_the_function_or_is_refused(checkpoint: Checkpoint, nam
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def test_scales_fold_into_what_is_in_front(checkpoint: Checkpoint, name: str) -> None:
-    block, rope = checkpoint.decoder.blocks[1], Rope.of(checkpoint, 24)
+    block = checkpoint.decoder.blocks[1]
+    rope = Rope.of(checkpoint, 24, step=block.rope)
     sources = [site.source.name if site.source else None for site in block.sites.values()]
     assert sources == SOURCES[name]
-    weights, x = load_block(checkpoint, 1), torch.randn(2, 24, 64)
+    weights, x = load_block(checkpoint, 1), torch.randn(2, 24, checkpoint.decoder.hidden)
     want = block_output(x, weights, float_linear(weights, block), block, rope)
     sites = smoothed_sites("all", block)
     assert [block.sites[node].source is not None for node in block.sites] == [

@@ -1,9 +1,11 @@
-// Runs requests that come as JSON on stdin, and prints what became of them as JSON.
+// Does what comes as JSON on stdin, and prints what came of it as JSON: requests on a model, or
+// tokens chosen from given logits.
 #include <iostream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "anybit/anybit.hpp"
+#include "sampler.hpp"
 
 using Json = nlohmann::json;
 
@@ -143,11 +145,27 @@ Json run(const Json& task) {
   return {{"card", card(model->card())}, {"stats", stats(engine.stats())}, {"rounds", rounds}};
 }
 
+// {"prompt": [...], "sampling": {...}, "logits": [[...] ...]} -> the token, its log probability and the
+// best ones for each row.
+Json choose(const Json& task) {
+  const auto logits = task.at("logits").get<std::vector<std::vector<float>>>();
+  const auto prompt = task.at("prompt").get<std::vector<int32_t>>();
+  anybit::Sampler sampler(sampling(task.at("sampling")), static_cast<int>(logits.at(0).size()),
+                          prompt);
+  Json choices = Json::array();
+  for (const auto& row : logits) {
+    const anybit::Choice choice = sampler.choose(row.data());
+    choices.push_back({{"id", choice.id}, {"logprob", choice.logprob}, {"top", choice.top}});
+  }
+  return choices;
+}
+
 }  // namespace
 
 int main() {
   try {
-    std::cout << run(Json::parse(std::cin)).dump() << std::endl;
+    const Json task = Json::parse(std::cin);
+    std::cout << (task.contains("logits") ? choose(task) : run(task)).dump() << std::endl;
   } catch (const std::exception& error) {
     std::cerr << error.what() << std::endl;
     return 2;

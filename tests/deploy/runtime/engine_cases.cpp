@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <string>
@@ -520,6 +521,31 @@ TEST_CASE("requests that cannot be run are refused with the reason") {
         "logit_bias: got 97, expected a token of 0 to 96. Give ids of the model's own tokens.");
   CHECK(refused([](Request& r) { r.sampling.logprobs = 21; }) ==
         "logprobs: got 21, expected -1 to 20. Give such a number; -1 reports none.");
+}
+
+TEST_CASE("logits that are no numbers are refused, wherever one is") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float value : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
+    for (size_t at = 0; at < kVocab; ++at) {
+      std::vector<float> logits(kVocab, 1.0f);
+      Sampler sampler({}, kVocab, {1});
+      CHECK(sampler.choose(logits.data()).id == 0);
+      logits[at] = value;
+      CHECK(message([&] { sampler.choose(logits.data()); }) ==
+            "logits: got NaN or Inf, expected finite numbers. Export with --dtype bfloat16 or "
+            "float32, which hold larger numbers.");
+    }
+  }
+}
+
+TEST_CASE("the best token is the first of the largest, in vocabularies of any size") {
+  for (const int vocab : {1, 15, 16, 17, 97}) {
+    for (int at = 0; at < vocab; ++at) {
+      std::vector<float> logits(static_cast<size_t>(vocab), -3.0f);
+      logits[static_cast<size_t>(at)] = logits.back() = -2.0f;
+      CHECK(Sampler({}, vocab, {}).choose(logits.data()).id == at);
+    }
+  }
 }
 
 TEST_CASE("stop strings in text that comes in any pieces") {

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
+from exporter.engine.limits import EngineLimits, engine_limits
 from exporter.graph.nodes import NodeFactory
 from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
@@ -191,6 +192,25 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
 
 
 @needs_rtx
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_static_cache_is_built(
+    tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    folder = shutil.copytree(tiny_export(static=16, dtype=dtype) / "onnx", tmp_path / "onnx")
+    record, events = build(folder)
+    layers = record["layers"]
+    assert layers["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+    assert (layers["KV_CACHE_UPDATE"], layers["ATTENTION_INPUT"]) == (4, 2)
+    assert len(record["attentions"]) == (2 if dtype == "float32" else 0)
+    prefill, decode = (profile["inputs"] for profile in record["profiles"])
+    assert prefill["write_indices"] == {"min": [1], "opt": [1], "max": [2]}
+    sizes = {"min": [1, 2, 16, 16], "opt": [1, 2, 16, 16], "max": [2, 2, 16, 16]}
+    assert prefill["past_key_values.1.value"] == decode["past_key_values.1.value"] == sizes
+    assert engine_limits(record) == EngineLimits(max_batch=2, max_tokens=16, max_context=16)
+    assert not [event for event in events if "already exists" in str(event)]
+
+
+@needs_rtx
 @pytest.mark.usefixtures("more_families")
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -312,6 +332,7 @@ def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     record, _ = build(tmp_path)
     assert (record["decomposable_attention"], record["bytes"] > 1000) == (True, True)
+    assert record["attentions"] == ["attention"]
 
 
 def test_custom_nodes_are_counted_everywhere() -> None:

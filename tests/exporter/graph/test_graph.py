@@ -150,7 +150,12 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
     for node in custom:
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
         assert attributes["plugin_namespace"] == b"anybit" and attributes["plugin_version"] == b"1"
-    assert len(model.functions) == 2 and {item.overload for item in model.functions} == {""}
+    assert [(item.domain, item.name) for item in model.functions] == [
+        ("anybit", "ABQGemm"),
+        ("anybit.v1", "ABQGemm"),
+        ("anybit_attention", "CachedAttention"),
+    ]
+    assert {item.overload for item in model.functions} == {""}
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
     caches = [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
     assert names == [
@@ -192,7 +197,7 @@ def test_norms_apart_give_the_same_bits(
     assert export_onnx(quant, apart, fuse_norms=False)["custom_nodes"] == 8
     nodes = onnx.load(apart / MODEL_FILE, load_external_data=False).graph.node
     assert [node.op_type for node in nodes].count("RMSNormalization") == 5
-    assert {node.domain for node in nodes} == {"", "anybit"}
+    assert {node.domain for node in nodes} == {"", "anybit", "anybit_attention"}
     outputs = []
     for path in (folder, apart):
         with OnnxSession(path, quant.config["max_position_embeddings"]) as session:

@@ -22,6 +22,7 @@ from calibration.quant.scheme import QuantScheme
 from exporter.graph.decoder import MODEL_FILE, export_onnx
 from exporter.graph.steps import ACTIVATIONS, WRITERS
 from exporter.run.onnxruntime import OnnxSession, onnx_runner
+from plugins.cached_attention import OP as ATTENTION
 from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import Decoder, export, feeds
 
@@ -55,7 +56,9 @@ def reference(model: Path, folder: Path, **changes: Any) -> Any:
     quant = read_quant(folder.parent / "quant")
     state = found.state_dict()
     for name in quant.decoder.linears:
-        state[f"{name}.weight"].copy_(torch.from_numpy(quant.linear(name).dequantize()))
+        info = quant.decoder.infos[f"{name}.weight"]
+        weight = torch.from_numpy(quant.linear(name).dequantize())
+        state[info.stored][info.rows].copy_(weight)
     return found
 
 
@@ -169,10 +172,14 @@ def test_structure(exported: Exported, name: str, fuse_norms: bool, tmp_path: Pa
     assert set(tensors) <= read and set(outputs) - read <= made  # nothing is there for nothing
 
 
+def masks_of(graph: onnx.GraphProto) -> list[str]:
+    """Which mask each layer's attention reads."""
+    return [node.input[5] for node in graph.node if node.op_type == ATTENTION]
+
+
 def test_one_mask_for_each_window(exported: Exported) -> None:
     graph = onnx.load(exported("Gemma2")[1] / MODEL_FILE, load_external_data=False).graph
-    masks = [node.input[0] for node in graph.node if node.op_type == "Where"]
-    assert masks == ["mask.window6", "mask"]
+    assert masks_of(graph) == ["mask.window6", "mask"]
     plain = onnx.load(exported("Qwen3")[1] / MODEL_FILE, load_external_data=False).graph
     names = [node.name for node in plain.node if node.name.startswith("mask")]
     assert [node.name for node in graph.node if node.name in names] == names
@@ -186,8 +193,7 @@ def test_a_window_without_a_softcap_is_an_attention_node(
     model = tiny_llama(architecture="Qwen3", **FAMILIES["Qwen3"], **sizes)
     folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype="float32"), tmp_path)
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
-    masks = [node.input[3] for node in graph.node if node.op_type == "Attention"]
-    assert masks == ["mask", "mask.window5"]
+    assert masks_of(graph) == ["mask", "mask.window5"]
     decoder = Decoder(folder)
     logits, past = decoder(feeds(IDS[:, :8], decoder.empty()))
     more, _ = decoder(feeds(IDS[:, 8:], past))
@@ -239,9 +245,9 @@ SIXTEEN = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_capped_attention_rounds_scores_weights_and_context(exported: Exported, dtype: str) -> None:
     _, folder = exported("Gemma2", dtype)
     module = "model.layers.0.self_attn"
-    names = [f"{module}.{end}" for end in ("query", "scores_heads", "weights", "context_heads")]
+    names = [f"{module}.{end}" for end in ("query", "context")]
     found = watched(folder, *names)
-    query, scores, weights, context = (found[name].double() for name in names)
+    query, context = (found[name].double() for name in names)
     key, value = (
         found[f"present.0.{kind}"].double().repeat_interleave(2, 1) for kind in ("key", "value")
     )
@@ -249,14 +255,15 @@ def test_capped_attention_rounds_scores_weights_and_context(exported: Exported, 
     def rounded(x: Tensor) -> Tensor:
         return x.float().to(getattr(torch, dtype)).double()
 
-    assert torch.equal(scores, rounded(query @ key.transpose(2, 3)))
-    ratio, cap = (fp32(torch.tensor(number, dtype=torch.float64)) for number in (9**-0.5 / 2, 2.0))
+    scores = rounded(query @ key.transpose(2, 3))
+    scale, cap = (torch.tensor(number, dtype=torch.float32) for number in (9**-0.5, 2.0))
+    ratio = (scale / cap).double()
     capped = fp32(fp32(torch.tanh(fp32(scores * ratio))) * cap)
     positions = torch.arange(IDS.shape[1])
     far = positions[:, None] - positions
     capped = capped.masked_fill((far < 0) | (far >= 6), -torch.inf)
-    assert torch.equal(weights, rounded(fp32(capped.softmax(-1))))
-    assert torch.equal(context, rounded(weights @ value))
+    weights = rounded(fp32(capped.softmax(-1)))
+    assert torch.equal(context, rounded(weights @ value).transpose(1, 2).flatten(2))
 
 
 @SIXTEEN

@@ -16,6 +16,7 @@ import pytest
 from exporter.run import native
 from exporter.run.model import choose_runner, find_model, open_session
 from exporter.run.onnxruntime import OnnxSession
+from plugins.core.op_spec import is_custom
 from plugins.errors import InputError, UserError
 from tests.exporter.graph_cases import feeds
 from tests.exporter.run.test_sessions import IDS, relative
@@ -88,7 +89,9 @@ def test_kernels_need_no_bodies(tiny_export: Callable[..., Path], tmp_path: Path
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     with OnnxSession(folder, 64) as whole:
         want = whole.run(IDS)
-    del model.functions[:]
+    gemms = [function for function in model.functions if is_custom(function.domain)]
+    for function in gemms:
+        model.functions.remove(function)
     onnx.save(model, folder / "model.onnx")
     library = native.native_library()
     assert isinstance(library, Path)

@@ -135,6 +135,65 @@ def test_the_whole_mask_may_be_given(tiny_export: Callable[..., Path]) -> None:
         np.testing.assert_array_equal(session.run(IDS[:, :1], np.ones((1, 12), np.int64)), step)
 
 
+STATIC = pytest.mark.parametrize("kind", ["onnxruntime", "native"])
+
+
+@STATIC
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_static_cache_gives_the_same_logits(
+    tiny_export: Callable[..., Path], kind: str, dtype: str
+) -> None:
+    """In pieces, in a batch with padding, and after a reset that leaves old rows behind."""
+    grown, fixed = (tiny_export(abits=8, dtype=dtype, static=size) for size in (0, 40))
+    limit = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.2}[dtype]
+    mask = np.ones((2, 11), np.int64)
+    mask[0, :3] = 0
+    with open_session(kind, grown) as growing, open_session(kind, fixed) as static:
+        for session in (growing, static):
+            session.max_tokens = 4
+        assert static.max_context == 40
+        for _ in range(2):
+            want, got = (
+                session.run(np.concatenate([IDS, IDS[:, ::-1]]), mask, reset=True)
+                for session in (growing, static)
+            )
+            assert got.shape == want.shape and relative(got[mask > 0], want[mask > 0]) < limit
+            for ids in (IDS[:, :1], IDS[:, :6]):
+                want, got = (session.run(np.repeat(ids, 2, 0)) for session in (growing, static))
+                assert relative(got, want) < limit
+        assert static.length == growing.length == 18
+
+
+def test_a_static_cache_shows_tokens_where_they_came_from(
+    tiny_export: Callable[..., Path],
+) -> None:
+    """Inner tensors and the cache of a padded batch, as the proof compares them."""
+    name = "model.layers.1.output"
+    ids, mask = np.concatenate([IDS, IDS[:, ::-1]]), np.ones((2, 12), np.int64)
+    mask[0, :3] = 0
+    found = []
+    for size in (0, 40):
+        folder = tiny_export(abits=8, dtype="float32", static=size) / "onnx"
+        with OnnxSession(folder, 40, [name]) as session:
+            session.step(ids[:, :7], mask[:, :7])
+            found.append(session.step(ids[:, 6:], mask))
+    want, got = found
+    real = mask > 0
+    assert relative(got[name], want[name]) < 1e-5
+    for part in ("present.1.key", "present.1.value"):
+        rows, old = (np.moveaxis(outputs[part], 2, 1)[real] for outputs in (got, want))
+        assert got[part].shape == want[part].shape and relative(rows, old) < 1e-5
+
+
+def test_a_static_cache_ends_at_its_capacity(tiny_export: Callable[..., Path]) -> None:
+    with open_session("native", tiny_export(abits=8, dtype="float32", static=40)) as session:
+        session.run(IDS)
+        assert message(session, np.zeros((1, 30), np.int64)) == (
+            "input_ids: got a context of 41 tokens, expected at most 40. Give less text, or reset "
+            "the session."
+        )
+
+
 def message(session: DecoderSession, ids: np.ndarray, mask: np.ndarray | None = None) -> str:
     with pytest.raises(InputError) as caught:
         session.run(ids, mask)

@@ -5,26 +5,27 @@ together.
 from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
-from calibration.families.parts import gated_mlp, output_projection, projections
-from calibration.families.steps import Add, Attend, HeadNorm, Norm, Rope, Step
+from calibration.families.parts import gated_mlp, head_norms, output_projection, projections
+from calibration.families.steps import Add, Attend, Norm, Rope, Step
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "post_normed"]
 
 
 def block(config: Config, index: int) -> tuple[Step, ...]:
     """The steps of every layer."""
+    return post_normed(config, config.rope(), None)
+
+
+def post_normed(config: Config, rope: Rope, window: int | None) -> tuple[Step, ...]:
+    """The steps of a layer that turns and looks back so."""
     hidden, heads = config.hidden, config.heads
-    q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
     bias = bool(config.get("attention_bias"))
     return (
         projections(config, bias),
         heads,
-        HeadNorm(
-            Norm("self_attn.q_norm", q, config.epsilon),
-            Norm("self_attn.k_norm", kv, config.epsilon),
-        ),
-        Rope(),
-        Attend(heads.head_dim**-0.5),
+        head_norms(config, whole=True),
+        rope,
+        Attend(heads.head_dim**-0.5, window=window),
         output_projection(config, bias),
         Norm("post_attention_layernorm", hidden, config.epsilon),
         Add(),

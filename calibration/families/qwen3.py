@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
-from calibration.families.parts import gated_mlp, output_projection, projections
-from calibration.families.steps import Add, Attend, HeadNorm, Norm, Rope, Step
+from calibration.families.parts import gated_mlp, head_norms, output_projection, projections
+from calibration.families.steps import Add, Attend, Norm, Step
 
 __all__ = ["FAMILY"]
 
@@ -13,20 +13,16 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     """The steps of a layer; some layers may have a window."""
     hidden, heads = config.hidden, config.heads
     bias = bool(config.get("attention_bias"))
-    slides = config.values["layer_types"][index] == "sliding_attention"
     return (
-        Norm("input_layernorm", hidden, config.epsilon),
+        Norm("input_layernorm", hidden, config.epsilon, "attn_norm"),
         projections(config, bias),
         heads,
-        HeadNorm(
-            Norm("self_attn.q_norm", heads.head_dim, config.epsilon),
-            Norm("self_attn.k_norm", heads.head_dim, config.epsilon),
-        ),
-        Rope(),
-        Attend(heads.head_dim**-0.5, window=config.get("sliding_window") if slides else None),
+        head_norms(config),
+        config.rope(),
+        Attend(heads.head_dim**-0.5, window=config.window(index)),
         output_projection(config, bias),
         Add(),
-        Norm("post_attention_layernorm", hidden, config.epsilon),
+        Norm("post_attention_layernorm", hidden, config.epsilon, "ffn_norm"),
         *gated_mlp(config),
         Add(),
     )
