@@ -25,7 +25,9 @@ _LIBRARIES = {  # a header of each
 
 def _compiler() -> Command:
     folders = {str(header_folder(*item)) for item in _LIBRARIES.items()}
-    system = [word for folder in sorted(folders - {"/usr/include"}) for word in ("-isystem", folder)]
+    system = [
+        word for folder in sorted(folders - {"/usr/include"}) for word in ("-isystem", folder)
+    ]
     return [find_program("g++", "g++"), *_FLAGS, "-I.", "-Iruntime/include", *system]
 
 

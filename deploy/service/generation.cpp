@@ -159,8 +159,7 @@ void Generation::end() {
           {"queued_s", rounded(finishes.front().queued_s)}};
   if (any_token_) note["first_token_s"] = rounded(seconds(first_ - exchange_->request.began));
   if (error_) note["error"] = error_->what();
-  const char* endpoint = call_.endpoint == Endpoint::chat ? "chat" : "completions";
-  ++service_.metrics_.requests[{endpoint, outcome_}];
+  service_.count(call_.endpoint, outcome_);
   service_.metrics_.whole.observe(seconds(Clock::now() - exchange_->request.began));
   if (call_.stream) {
     exchange_->write(error_ ? Answers::error_event(*error_) : answers_.end(finishes));

@@ -88,7 +88,9 @@ size_t resident_bytes() {
   return resident * static_cast<size_t>(sysconf(_SC_PAGESIZE));
 }
 
-std::string outcome_of(int status) {
+const char* outcome_of(const Exchange& exchange, std::optional<Gone> gone) {
+  const int status = exchange.status();
+  if (gone) return *gone == Gone::slow ? "slow_client" : "client_gone";
   if (status == 429) return "queue_full";
   if (status == 503) return "not_ready";
   return status < 500 ? "refused" : "failed";
@@ -395,13 +397,9 @@ void Service::generate(Endpoint endpoint, const std::shared_ptr<Exchange>& excha
     } catch (const std::exception& error) {
       problem = ApiError(500, "internal", error.what());
     }
-    asio::post(io_, [this, endpoint, exchange, gone, call = std::move(call), problem]() mutable {
-      const char* name = endpoint == Endpoint::chat ? "chat" : "completions";
+    asio::post(io_, [this, exchange, gone, call = std::move(call), problem]() mutable {
       std::string().swap(exchange->request.body);
-      if (*gone) {
-        ++metrics_.requests[{name, "client_gone"}];
-        return;
-      }
+      if (*gone) return;
       try {
         if (problem) throw *problem;
         std::make_shared<Generation>(*this, exchange, std::move(*call))->start();
@@ -410,15 +408,12 @@ void Service::generate(Endpoint endpoint, const std::shared_ptr<Exchange>& excha
       } catch (const Error& error) {
         problem = api_error(error);
       }
-      if (!problem) return;
-      ++metrics_.requests[{name, outcome_of(problem->status)}];
-      refuse(exchange, *problem);
+      if (problem) refuse(exchange, *problem);
     });
   });
 }
 
 void Service::refuse(const std::shared_ptr<Exchange>& exchange, const ApiError& problem) {
-  exchange->note["outcome"] = outcome_of(problem.status);
   exchange->note["error"] = problem.what();
   exchange->respond(error(problem, exchange->request));
 }
@@ -462,9 +457,16 @@ ApiError Service::queue_full(const Error& error) const {
 void Service::answered(const Exchange& exchange, std::optional<Gone> gone) {
   if (exchange.status()) ++metrics_.responses[exchange.status()];
   const std::string& path = exchange.request.path;
+  if (!exchange.logged && (path == kChat || path == kCompletions)) {
+    count(path == kChat ? Endpoint::chat : Endpoint::completions, outcome_of(exchange, gone));
+  }
   const bool answered = exchange.status() == 200 || exchange.status() == 503;
   const bool of_a_monitor = answered && is_get(path) && !is_model(path);
   if (!exchange.logged && !of_a_monitor) log(exchange, gone);
+}
+
+void Service::count(Endpoint endpoint, const std::string& outcome) {
+  ++metrics_.requests[{endpoint == Endpoint::chat ? "chat" : "completions", outcome}];
 }
 
 void Service::log(const Exchange& exchange, std::optional<Gone> gone) {
@@ -477,21 +479,21 @@ void Service::log(const Exchange& exchange, std::optional<Gone> gone) {
                {"status", status ? Ordered(status) : Ordered(nullptr)}};
   const auto took = Clock::now() - request.began;
   line["seconds"] = std::chrono::duration_cast<std::chrono::microseconds>(took).count() / 1e6;
-  if (gone) line["outcome"] = *gone == Gone::slow ? "slow_client" : "client_gone";
+  if (gone || status >= 400) line["outcome"] = outcome_of(exchange, gone);
   line.update(exchange.note);
   log_.write(status >= 500 && status != 503 ? "error" : "info", "request", line);
 }
 
 std::string Service::metrics() const {
   const Stats stats = engine_ ? engine_->stats() : Stats{};
-  const auto count = [](auto number) { return static_cast<double>(number); };
+  const auto real = [](auto number) { return static_cast<double>(number); };
   std::vector<std::pair<std::string, double>> requests, responses;
   for (const auto& [key, number] : metrics_.requests) {
     requests.emplace_back(label("endpoint", key.first) + "," + label("outcome", key.second),
-                          count(number));
+                          real(number));
   }
   for (const auto& [status, number] : metrics_.responses) {
-    responses.emplace_back(label("code", std::to_string(status)), count(number));
+    responses.emplace_back(label("code", std::to_string(status)), real(number));
   }
   std::string text;
   if (model_) {
@@ -508,25 +510,24 @@ std::string Service::metrics() const {
   text += metric("anybit_http_responses_total", "counter", "Answers of every kind, by status.",
                  responses);
   text += metric("anybit_sequences_total", "counter", "Texts that ended in the engine, by reason.",
-                 {{label("reason", "stop"), count(stats.stopped)},
-                  {label("reason", "length"), count(stats.full)},
-                  {label("reason", "cancelled"), count(stats.cancelled)},
-                  {label("reason", "error"), count(stats.failed)}});
-  text +=
-      metric("anybit_queue_length", "gauge", "Texts that wait for a slot.", count(stats.queued));
-  text += metric("anybit_slots", "gauge", "Texts that can run at once.", count(stats.slots));
-  text += metric("anybit_slots_used", "gauge", "Texts that run.", count(stats.running));
+                 {{label("reason", "stop"), real(stats.stopped)},
+                  {label("reason", "length"), real(stats.full)},
+                  {label("reason", "cancelled"), real(stats.cancelled)},
+                  {label("reason", "error"), real(stats.failed)}});
+  text += metric("anybit_queue_length", "gauge", "Texts that wait for a slot.", real(stats.queued));
+  text += metric("anybit_slots", "gauge", "Texts that can run at once.", real(stats.slots));
+  text += metric("anybit_slots_used", "gauge", "Texts that run.", real(stats.running));
   text += metric("anybit_kv_tokens_used", "gauge", "Tokens in the caches of running texts.",
-                 count(stats.cache_tokens));
+                 real(stats.cache_tokens));
   text += metric("anybit_kv_tokens_capacity", "gauge", "Tokens that all caches hold.",
-                 count(stats.cache_capacity));
+                 real(stats.cache_capacity));
   text += metric("anybit_prompt_tokens_total", "counter", "Prompt tokens that were computed.",
-                 count(stats.prompt_tokens));
+                 real(stats.prompt_tokens));
   text += metric("anybit_cached_tokens_total", "counter", "Prompt tokens that a cache had already.",
-                 count(stats.cached_tokens));
+                 real(stats.cached_tokens));
   text += metric("anybit_completion_tokens_total", "counter", "New tokens.",
-                 count(stats.completion_tokens));
-  text += metric("anybit_steps_total", "counter", "Calls of the model.", count(stats.steps));
+                 real(stats.completion_tokens));
+  text += metric("anybit_steps_total", "counter", "Calls of the model.", real(stats.steps));
   text += metric("anybit_model_seconds_total", "counter", "Seconds in calls of the model.",
                  stats.model_s);
   text += metric("anybit_engine_seconds_total", "counter",
@@ -538,13 +539,12 @@ std::string Service::metrics() const {
   text += metric("anybit_queue_seconds", "From the queue to a slot.", metrics_.queued);
   text += metric("anybit_request_seconds", "From a request's first byte to the end of its text.",
                  metrics_.whole);
-  text +=
-      metric("anybit_connections", "gauge", "Open connections.", count(listener_.connections()));
+  text += metric("anybit_connections", "gauge", "Open connections.", real(listener_.connections()));
   text += metric("anybit_log_lines_lost_total", "counter",
-                 "Lines of the log that could not be written.", count(log_.lost()));
+                 "Lines of the log that could not be written.", real(log_.lost()));
   text += metric("process_resident_memory_bytes", "gauge",
-                 "Memory of the process, mapped weights included.", count(resident_bytes()));
-  text += metric("process_start_time_seconds", "gauge", "When the process began.", count(began_));
+                 "Memory of the process, mapped weights included.", real(resident_bytes()));
+  text += metric("process_start_time_seconds", "gauge", "When the process began.", real(began_));
   return text;
 }
 

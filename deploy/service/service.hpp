@@ -76,6 +76,7 @@ class Service : public Handler {
   void allow(Response& response, const HttpRequest& request) const;
   ApiError queue_full(const Error& error) const;
   std::optional<ApiError> not_ready() const;
+  void count(Endpoint endpoint, const std::string& outcome);
   void log(const Exchange& exchange, std::optional<Gone> gone);
   std::string metrics() const;
 

@@ -163,9 +163,7 @@ def fake_engine(service: Path) -> Path:
 
 
 @pytest.fixture
-def serve(
-    service: Path, fake_engine: Path, tmp_path: Path
-) -> Iterator[Callable[..., Server]]:
+def serve(service: Path, fake_engine: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """serve("--slots", "2", fake={"step_us": 100}, wait=True, **Popen) -> a running service on the
     fake engine.
     """

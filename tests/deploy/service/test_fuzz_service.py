@@ -24,11 +24,15 @@ FIELDS = (
 )  # fmt: skip
 json_values = st.recursive(
     st.sampled_from(VALUES) | st.integers(-300, 300) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 parts = st.lists(
-    st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url", 1])}, optional={"text": json_values}),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "image_url", 1])}, optional={"text": json_values}
+    ),
     max_size=3,
 )
 messages = st.lists(
@@ -63,7 +67,9 @@ def server(
 
 def check(server: Server, path: str, body: dict[str, Any]) -> None:
     with Raw(server) as raw:
-        status, fields, answer = raw.send(post(body).replace(b"/v1/completions", path.encode(), 1)).answer()
+        status, fields, answer = raw.send(
+            post(body).replace(b"/v1/completions", path.encode(), 1)
+        ).answer()
         if status != 200:
             assert status in (400, 404) and error_of(answer)["message"].count(". ") >= 1
             assert fields["connection"] == "keep-alive"

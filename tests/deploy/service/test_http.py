@@ -82,9 +82,7 @@ def error_of(body: bytes) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    service: Any, fake_engine: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def server(service: Any, fake_engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One for all tests that leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "fake.json").write_text("{}")
@@ -244,7 +242,9 @@ def test_a_host_that_is_not_this_machine(serve: Callable[..., Server]) -> None:
         ("localhost", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200), ("llm.example:443", 200), ("evil.example", 403),
     ):  # fmt: skip
         with Raw(server) as raw:
-            got, _, answer = raw.send(get("/v1/models").replace(b"localhost", host.encode())).answer()
+            got, _, answer = raw.send(
+                get("/v1/models").replace(b"localhost", host.encode())
+            ).answer()
         assert got == status
         if status == 403:
             assert error_of(answer)["message"] == (
@@ -260,7 +260,10 @@ def test_pages_of_another_origin(serve: Callable[..., Server]) -> None:
         b"Access-Control-Request-Method: POST\r\n\r\n"
     )
     with Raw(server) as raw:
-        for origin, allowed in ((b"https://app.example", "https://app.example"), (b"https://x.example", None)):
+        for origin, allowed in (
+            (b"https://app.example", "https://app.example"),
+            (b"https://x.example", None),
+        ):
             status, fields, _ = raw.send(preflight % origin).answer()
             assert status == 204 and fields.get("access-control-allow-origin") == allowed
             data = post({"prompt": "x"}, f"Origin: {origin.decode()}\r\n")
@@ -276,7 +279,11 @@ def test_one_after_the_other_on_one_connection(server: Server) -> None:
             answer = raw.answer()[2].decode()
             wanted = expected(body["prompt"], 10)
             if body["stream"]:
-                events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+                events = [
+                    json.loads(line[6:])
+                    for line in answer.splitlines()
+                    if line.startswith("data: {")
+                ]
                 assert "".join(event["choices"][0]["text"] for event in events) == wanted
             else:
                 assert json.loads(answer)["choices"][0]["text"] == wanted
@@ -362,7 +369,9 @@ def test_who_goes_away_frees_the_slot(
     """Within a step: the one behind has its turn, and the engine makes few tokens in vain."""
     server = serve("--slots", "1", fake={"step_us": 20_000})
     with Raw(server) as waiting:
-        raw = Raw(server).send(post({"prompt": "long", "max_tokens": 4000, "stream": stream, "n": 2}))
+        raw = Raw(server).send(
+            post({"prompt": "long", "max_tokens": 4000, "stream": stream, "n": 2})
+        )
         server.until(lambda: server.metrics()["anybit_slots_used"] == 1)
         waiting.send(post({"prompt": "next", "max_tokens": 2}))
         server.until(lambda: server.metrics()["anybit_queue_length"] == 2)
@@ -431,11 +440,20 @@ def test_tokenize_and_back(server: Server) -> None:
             data = post(body).replace(b"/v1/completions", path.encode())
             return json.loads(raw.send(data).answer()[2])
 
-    assert ask("/tokenize", {"prompt": "hi"}) == {"count": 2, "max_model_len": 4096, "tokens": [104, 105]}
-    chat = ask("/tokenize", {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": False})
+    assert ask("/tokenize", {"prompt": "hi"}) == {
+        "count": 2,
+        "max_model_len": 4096,
+        "tokens": [104, 105],
+    }
+    chat = ask(
+        "/tokenize",
+        {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": False},
+    )
     assert chat["tokens"] == list(b"[user]x")
     assert ask("/detokenize", {"tokens": [104, 105, 256]}) == {"prompt": "hi<end>"}
-    assert ask("/detokenize", {"tokens": [104, 256], "skip_special_tokens": True}) == {"prompt": "h"}
+    assert ask("/detokenize", {"tokens": [104, 256], "skip_special_tokens": True}) == {
+        "prompt": "h"
+    }
     assert ask("/detokenize", {"tokens": [0xE4, 0xB8]}) == {"prompt": "\ufffd"}
     assert ask("/detokenize", {})["error"]["message"] == (
         "tokens: got none, expected a list of token ids. Give one."

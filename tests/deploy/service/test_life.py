@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -74,7 +72,9 @@ def test_a_signal_lets_running_texts_end(serve: Callable[..., Server], number: i
         text = raw.answer()[2].decode()
         if request["stream"]:
             assert text.endswith("data: [DONE]\n\n")
-            events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            events = [
+                json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")
+            ]
             text = "".join(event["choices"][0]["text"] for event in events)
         else:
             text = json.loads(text)["choices"][0]["text"]
@@ -155,9 +155,7 @@ def test_a_kill_leaves_the_port_free(serve: Callable[..., Server], service: Path
 
 def test_a_request_has_a_deadline(serve: Callable[..., Server]) -> None:
     server = serve("--timeout", "0.2", fake={"step_us": 5000})
-    message = (
-        "request: got no end within 0.2 seconds, the server's deadline. Ask for fewer tokens, or try later."
-    )
+    message = "request: got no end within 0.2 seconds, the server's deadline. Ask for fewer tokens, or try later."
     for stream in (True, False):
         with Raw(server) as raw:
             raw.send(post({"prompt": "x", "max_tokens": 4000, "stream": stream}))
@@ -194,7 +192,9 @@ def fails(service: Path, *words: str, env: dict[str, str] | None = None) -> tupl
 def test_a_port_in_use(serve: Callable[..., Server], service: Path, fake_engine: Path) -> None:
     """Is said before the model is opened, which may take long."""
     port = serve().port
-    code, said = fails(service, "nowhere", "--port", str(port), env={"LD_PRELOAD": str(fake_engine)})
+    code, said = fails(
+        service, "nowhere", "--port", str(port), env={"LD_PRELOAD": str(fake_engine)}
+    )
     assert (code, said) == (
         2,
         f"--port: got 127.0.0.1:{port} (Address already in use), expected one that is free. "
@@ -282,7 +282,9 @@ def test_the_disk_of_the_log_is_full(serve: Callable[..., Server], tmp_path: Pat
     assert server.stop() == 0
 
 
-def test_nobody_reads_the_log(serve: Callable[..., Server], service: Path, fake_engine: Path, tmp_path: Path) -> None:
+def test_nobody_reads_the_log(
+    serve: Callable[..., Server], service: Path, fake_engine: Path, tmp_path: Path
+) -> None:
     """A full pipe does not stop the service, nor does one whose reader has gone."""
     (tmp_path / "fake.json").write_text("{}")
     read, write = os.pipe()
@@ -331,7 +333,10 @@ def test_metrics_are_what_prometheus_reads(serve: Callable[..., Server]) -> None
         if line.startswith("# TYPE "):
             kinds[line.split()[2]] = line.split()[3]
     found = [line for line in lines if not line.startswith("#")]
-    assert 'anybit_model_info{model="a \\"model\\"",bits="w4a8",backend="none auto",proof="passed"} 1' in found
+    assert (
+        'anybit_model_info{model="a \\"model\\"",bits="w4a8",backend="none auto",proof="passed"} 1'
+        in found
+    )
     for line in found:
         name = line.split("{")[0].split(" ")[0]
         base = name
@@ -340,7 +345,9 @@ def test_metrics_are_what_prometheus_reads(serve: Callable[..., Server]) -> None
                 base = name.removesuffix(suffix)
         assert base in kinds, line
         float(line.rpartition(" ")[2])
-    buckets = [line for line in found if line.startswith("anybit_time_between_tokens_seconds_bucket")]
+    buckets = [
+        line for line in found if line.startswith("anybit_time_between_tokens_seconds_bucket")
+    ]
     counts = [float(line.rpartition(" ")[2]) for line in buckets]
     assert counts == sorted(counts) and counts[-1] == 2 and 'le="+Inf"' in buckets[-1]
     assert "anybit_completion_tokens_total 3" in found

@@ -41,10 +41,18 @@ def test_models(client: openai.OpenAI) -> None:
 def test_a_completion(client: openai.OpenAI) -> None:
     got = client.completions.create(model="fake", prompt="hello", max_tokens=5)
     (choice,) = got.choices
-    assert (choice.text, choice.finish_reason, choice.logprobs) == (expected("hello", 5), "length", None)
+    assert (choice.text, choice.finish_reason, choice.logprobs) == (
+        expected("hello", 5),
+        "length",
+        None,
+    )
     assert got.id.startswith("cmpl-") and got.object == "text_completion" and got.model == "fake"
     assert got.usage is not None
-    assert (got.usage.prompt_tokens, got.usage.completion_tokens, got.usage.total_tokens) == (5, 5, 10)
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens, got.usage.total_tokens) == (
+        5,
+        5,
+        10,
+    )
 
 
 def test_sixteen_tokens_unless_asked(client: openai.OpenAI) -> None:
@@ -107,7 +115,11 @@ def test_the_clients_own_streaming_helper(client: openai.OpenAI) -> None:
 def test_roles_and_parts_of_messages(client: openai.OpenAI) -> None:
     messages: Any = [
         {"role": "developer", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "name": "me",
+        },
         {"role": "assistant", "content": None, "tool_calls": []},
         {"role": "user", "content": "c"},
     ]
@@ -161,7 +173,9 @@ def test_characters_of_several_tokens(client: openai.OpenAI) -> None:
     got = client.completions.create(model="fake", prompt="WIDE", max_tokens=30)
     assert len(got.choices[0].text) == 10 and got.choices[0].text.isalpha()
     assert got.usage is not None and got.usage.completion_tokens == 30
-    chunks = list(client.completions.create(model="fake", prompt="WIDE", max_tokens=30, stream=True))
+    chunks = list(
+        client.completions.create(model="fake", prompt="WIDE", max_tokens=30, stream=True)
+    )
     assert len(chunks) == 11
     assert "".join(c.choices[0].text for c in chunks) == got.choices[0].text
 
@@ -311,7 +325,10 @@ def test_a_step_that_fails(client: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model="fake", prompt="FAIL=3", max_tokens=9)
     body: Any = caught.value.body
-    assert (body["message"], body["code"]) == ("step: it failed, as the prompt asked", "generation_failed")
+    assert (body["message"], body["code"]) == (
+        "step: it failed, as the prompt asked",
+        "generation_failed",
+    )
     text = ""
     with pytest.raises(openai.APIError, match="step: it failed, as the prompt asked"):
         for chunk in client.completions.create(
@@ -331,7 +348,13 @@ def test_keys(serve: Callable[..., Server], tmp_path: Any) -> None:
         return client.completions.create(model="fake", prompt="x", max_tokens=1).choices[0].text
 
     assert text("first-key") == text("second-key") == expected("x", 1)
-    for wrong in ("first-ke", "first-key2", "first-keyfirst-key", "FIRST-KEY", "first-key second-key"):
+    for wrong in (
+        "first-ke",
+        "first-key2",
+        "first-keyfirst-key",
+        "FIRST-KEY",
+        "first-key second-key",
+    ):
         with pytest.raises(openai.AuthenticationError) as caught:
             text(wrong)
         body: Any = caught.value.body
@@ -361,7 +384,9 @@ def test_a_full_queue(serve: Callable[..., Server]) -> None:
         client.completions.create(model="fake", prompt=["d", "e"])
     waiting.close()
     server.until_idle()
-    assert client.completions.create(model="fake", prompt="f", max_tokens=2).choices[0].text == expected("f", 2)
+    assert client.completions.create(model="fake", prompt="f", max_tokens=2).choices[
+        0
+    ].text == expected("f", 2)
 
 
 def test_request_ids(client: openai.OpenAI, server: Server) -> None:

@@ -65,7 +65,11 @@ def test_it_is_one_file_and_needs_no_network(serve: Callable[..., Server]) -> No
 def test_the_card_and_a_prompt(browser: Browser, serve: Callable[..., Server]) -> None:
     server = serve(fake={"step_us": 1000})
     visit(browser, server)
-    assert [text(browser, name) for name in ("name", "bits", "proof")] == ["fake", "w4a8", "proof passed"]
+    assert [text(browser, name) for name in ("name", "bits", "proof")] == [
+        "fake",
+        "w4a8",
+        "proof passed",
+    ]
     card = text(browser, "details")
     assert all(part in card for part in ("123.5 MB", "4,096 of 4,096 tokens", "static, 16 bits"))
     fill(browser, prompt="hello", tokens="40")
@@ -106,7 +110,9 @@ def test_keys_run_and_stop_it(browser: Browser, serve: Callable[..., Server]) ->
     browser.until("document.activeElement.id === 'run'")
 
 
-def test_what_goes_wrong_is_said(browser: Browser, serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_what_goes_wrong_is_said(
+    browser: Browser, serve: Callable[..., Server], tmp_path: Path
+) -> None:
     (tmp_path / "keys").write_text("sesame")
     server = serve("--api-key", str(tmp_path / "keys"), fake={"why_not": "got none, expected one"})
     browser.look(width=1100, height=900)
