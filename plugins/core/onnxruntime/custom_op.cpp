@@ -298,7 +298,7 @@ class GemmKernel {
           threads.status = call<OrtStatus*>(Function::kKernelContextParallelFor, threads.context,
                                             task, count, count, data);
         },
-        &threads};
+        &threads, cpu::usable_cores()};
     const int error = kernels_->run(&shape, &buffers, const_cast<cpu::Parallel*>(&parallel));
     if (threads.status != nullptr) throw Failure{"", threads.status};
     if (error != 0)
