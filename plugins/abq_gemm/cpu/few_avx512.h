@@ -16,8 +16,9 @@ namespace ANYBIT_SET {
 constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
 constexpr int kAbqVectors = 8;  // of codes, in a span
 constexpr int kAbqRowsTogether = 16;
-constexpr int kAbqAhead = 8192;    // bytes of all planes, fetched before they are wanted
-constexpr int kAbqMostTotals = 32;  // vectors of a row, before the next row: memory is read in order
+constexpr int kAbqAhead = 8192;  // bytes of all planes, fetched before they are wanted
+constexpr int kAbqMostTotals =
+    32;  // vectors of a row, before the next row: memory is read in order
 constexpr int kAbqMostSums = 1024;  // groups times operands: 128 KB of the stack
 
 // A token's codes in the order in which the planes' codes come out.
