@@ -46,5 +46,9 @@ FAMILY = Family(
         "phi-4": "microsoft/phi-4",
         "phi-4-mini": "microsoft/Phi-4-mini-instruct",
     },
-    own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+    own_code=(
+        "configuration_phi3.Phi3Config",
+        "modeling_phi3.Phi3ForCausalLM",
+        "Xenova/gpt-4o",  # where Phi-4-mini's tokenizer.json is from
+    ),
 )
