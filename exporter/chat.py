@@ -136,8 +136,10 @@ class _Learned:
         }
 
 
-def no_template(why: str) -> dict[str, Any]:
-    """What chat.json holds where there is nothing to render; `why` is shown after the file's name."""
+def no_template(
+    why: str = "got a model without a chat template, expected one with",
+) -> dict[str, Any]:
+    """What chat.json holds where nothing is rendered; `why` is an error's "got X, expected Y"."""
     return {"format": FORMAT, "why_not": why}
 
 
@@ -151,7 +153,7 @@ def chat_data(tokenizer: Any) -> dict[str, Any]:
         What chat.json holds: the text around each message, or why there is none.
     """
     if not tokenizer.chat_template:
-        return no_template("got a model without a chat template, expected one with")
+        return no_template()
     try:
         with quiet_transformers():
             return _learn(_Template(tokenizer)).as_json()
@@ -210,7 +212,7 @@ class _Template:
         """The strings in the template's code: what it may look for in a content."""
         import jinja2
 
-        found = {}
+        found: dict[str, None] = {}
         with suppress(jinja2.TemplateError):
             for _, kind, value in jinja2.Environment().lex(self.text):
                 if kind == "string":
@@ -274,7 +276,8 @@ def _fit(template: _Template, choice: Iterable[Roles], moved: bool) -> _Learned:
     Raises:
         _UnsaidError: they depend on more than two roles.
     """
-    learned, fails = _Learned(moved=moved), {}
+    learned = _Learned(moved=moved)
+    fails: dict[tuple[Roles, bool], Exception] = {}
     for roles, generate in itertools.product(choice, (False, True)):
         if moved and roles[0] == "system" and (roles[-1] != "user" or len(roles) < 2):
             continue
@@ -289,16 +292,16 @@ def _fit(template: _Template, choice: Iterable[Roles], moved: bool) -> _Learned:
         end = keys[-1][1], generate
         _agree(learned.ends.setdefault(end, parts[-1]), parts[-1], roles, end)
     if not learned.turns:
-        raise _UnsaidError(next((str(error) for error in fails.values()), "it renders nothing"))
+        raise _UnsaidError(next(map(str, fails.values()), "it renders nothing"))
     # A template looks ahead at most whether a message is the last.
     for before, role, last in list(learned.turns):
         learned.turns.setdefault((before, role, not last), learned.turns[before, role, last])
-    for (roles, generate), error in fails.items():
+    for (roles, generate), why in fails.items():
         if learned.takes(roles, generate):
-            raise _UnsaidError(f"{_named(roles)}: {error}")
+            raise _UnsaidError(f"{_named(roles)}: {why}")
         before, role, _ = learned.keys(roles)[-1]
         if (before, role, True) not in learned.turns:
-            learned.refused.setdefault((before, role), str(error))
+            learned.refused.setdefault((before, role), str(why))
     return learned
 
 
@@ -447,5 +450,6 @@ def _random_content(choose: random.Random) -> str:
         "".join(choose.choices(letters, k=choose.randrange(1, 9)))
         for _ in range(choose.randrange(0, 6))
     ]
-    space = lambda: choose.choice(("", "", " ", "\n", "\n\n", "\t", "  \n ", "\r\n", "\u00a0"))  # noqa: E731
-    return space() + "".join(word + (space() or " ") for word in words) + space()
+    spaces = "", "", " ", "\n", "\n\n", "\t", "  \n ", "\r\n", "\u00a0"
+    before, after = choose.choices(spaces, k=2)
+    return before + "".join(word + (choose.choice(spaces) or " ") for word in words) + after

@@ -108,7 +108,7 @@ def build_program(
         InputError: no g++, or no headers.
         UserError: the compiler failed; the message holds its output.
     """
-    special = [f"-fsanitize={variant}", "-g"] if variant else []
+    special = [f"-fsanitize={variant}", "-g", "-O1"] if variant else []
     objects = str(_objects(say, f"_{variant}" if variant else "", special))
     own = [str(path.resolve()) for path in sources]
     link = ["-pthread", *special, "{}", objects, "-ldl"]

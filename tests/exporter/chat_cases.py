@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 # Roles and contents between marks, any role at any place.
@@ -127,14 +128,6 @@ SAID = {
     "qwen3": QWEN3,
 }
 
-# Template, and why it cannot be said.
-UNSAID = {
-    "counted": (
-        "{% for m in messages %}{{ loop.index ~ ': ' ~ m.content ~ '\n' }}{% endfor %}",
-        "messages of user, assistant, user: got '\\n3: ' where other conversations have '\\n1: '",
-    ),
-}
-
 
 def tokenizer(template: str | None) -> Any:
     """A transformers tokenizer of next to no words, with <s> and </s>."""
@@ -145,3 +138,17 @@ def tokenizer(template: str | None) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
     )
+
+
+def conversation(choose: random.Random) -> list[dict[str, str]]:
+    """Up to six messages: in turn, most of them with a system message before, or in any order."""
+    words = "a", "<b>", "é", "漢字", "🙂", "{{ x }}", "it's", "</think>", "\n", "\n\n", " ", "\t"
+    roles = (
+        choose.choices(("system", "user", "assistant"), k=choose.randrange(1, 6))
+        if choose.random() < 0.3
+        else ["system"] * choose.randrange(2) + ["user", "assistant"] * 3
+    )[: choose.randrange(1, 7)]
+    return [
+        {"role": role, "content": "".join(choose.choices(words, k=choose.randrange(1, 6)))}
+        for role in roles
+    ]

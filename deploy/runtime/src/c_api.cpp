@@ -164,6 +164,25 @@ std::string json_of(const anybit::Card& card) {
   return made.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
+std::string json_of(const anybit::Stats& stats) {
+  return nlohmann::json{{"queued", stats.queued},
+                        {"running", stats.running},
+                        {"slots", stats.slots},
+                        {"cache_tokens", stats.cache_tokens},
+                        {"cache_capacity", stats.cache_capacity},
+                        {"prompt_tokens", stats.prompt_tokens},
+                        {"cached_tokens", stats.cached_tokens},
+                        {"completion_tokens", stats.completion_tokens},
+                        {"stopped", stats.stopped},
+                        {"full", stats.full},
+                        {"cancelled", stats.cancelled},
+                        {"failed", stats.failed},
+                        {"steps", stats.steps},
+                        {"model_s", stats.model_s},
+                        {"engine_s", stats.engine_s}}
+      .dump();
+}
+
 }  // namespace
 
 int anybit_version(void) { return ANYBIT_VERSION; }
@@ -205,6 +224,13 @@ char* anybit_card(const anybit_engine* engine, char** error) {
   return guarded<char*>(nullptr, error, [&] {
     check(engine, "engine");
     return copy(json_of(engine->model->card()));
+  });
+}
+
+char* anybit_stats(const anybit_engine* engine, char** error) {
+  return guarded<char*>(nullptr, error, [&] {
+    check(engine, "engine");
+    return copy(json_of(engine->engine.stats()));
   });
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <ctime>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
@@ -39,9 +40,8 @@ Dated read_dated(const Field& field) {
 }
 
 std::map<std::string, Dated> read_ends(const Field& field) {
-  if (!field.value().is_object()) field.refuse("an object");
   std::map<std::string, Dated> ends;
-  for (const auto& [role, end] : field.value().items()) ends[role] = read_dated(field.at(role));
+  for (const std::string& role : field.names()) ends[role] = read_dated(field.at(role));
   return ends;
 }
 
@@ -117,8 +117,7 @@ struct ChatTemplate::Data {
     why_not = file.at("why_not").text("");
     if (!why_not.empty()) return;
     const Field all = file.at("turns");
-    if (!all.value().is_object()) all.refuse("an object");
-    for (const auto& [name, value] : all.value().items()) {
+    for (const std::string& name : all.names()) {
       const Field one = all.at(name);
       turns[name] = {read_dated(one.at("before")), characters(one.at("left").text()),
                      characters(one.at("right").text())};
@@ -126,8 +125,7 @@ struct ChatTemplate::Data {
     ends = read_ends(file.at("end"));
     generate = read_ends(file.at("generate"));
     const Field why = file.at("refused");
-    if (!why.value().is_object()) why.refuse("an object");
-    for (const auto& [name, value] : why.value().items()) refused[name] = why.at(name).text();
+    for (const std::string& name : why.names()) refused[name] = why.at(name).text();
     const Field words = file.at("unlike");
     for (size_t i = 0, count = words.items(); i < count; ++i) unlike.push_back(words.at(i).text());
     empty = file.at("empty").flag(true);

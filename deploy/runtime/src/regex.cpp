@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kStepsPerByte = 2000;
 constexpr uint32_t kNoLimit = ~uint32_t{0};
+constexpr uint32_t kUnmark = ~uint32_t{0};  // a way back that gives a mark its earlier value
 constexpr uint32_t kMostRepeats = 1000, kMostDepth = 32, kMostSteps = 20000;
 
 struct Node {
@@ -69,7 +70,7 @@ class RegexParser {
     throw Error(where_ + ", the pattern " + printable(text_),
                 "got " + what + " at byte " + std::to_string(at_) +
                     ", expected what deploy/runtime/src/regex.hpp lists",
-                "Use the tokenizer.json of a family that docs/runtime.md lists");
+                "Use the tokenizer.json of a family that docs/tokenizer.md lists");
   }
 
   bool more() const { return at_ < text_.size(); }
@@ -436,14 +437,14 @@ class RegexParser {
     }
     for (uint32_t i = 0; i < node.min; ++i) compile(body);
     if (node.max == kNoLimit) {
-      // A round that took nothing is the last.
+      // A round that takes nothing is the last, as in Oniguruma.
       const uint32_t split = emit({Op::split, false, here() + 1});
       const uint32_t mark = regex_.marks_++;
       emit({Op::mark, false, mark});
       compile(body);
-      emit({Op::moved, false, mark});
+      const uint32_t moved = emit({Op::moved, false, mark});
       emit({Op::jump, false, split});
-      regex_.steps_[split].b = here();
+      regex_.steps_[split].b = regex_.steps_[moved].b = here();
       return;
     }
     std::vector<uint32_t> splits;
@@ -520,19 +521,20 @@ bool Regex::match(Search& search, uint32_t step, size_t at, size_t& end) const {
         break;
       }
       case Op::mark:
+        stack.push_back({kUnmark, now.a, search.marks[now.a]});
         search.marks[now.a] = at;
         ++step;
         break;
-      case Op::moved:
-        failed = search.marks[now.a] == at;
-        ++step;
-        break;
+      case Op::moved: step = search.marks[now.a] == at ? now.b : step + 1; break;
       case Op::match:
         stack.resize(bottom);
         end = at;
         return true;
     }
     if (!failed) continue;
+    for (; stack.size() > bottom && stack.back().step == kUnmark; stack.pop_back()) {
+      search.marks[stack.back().at] = stack.back().least;
+    }
     if (stack.size() == bottom) return false;
     Back& back = stack.back();
     step = back.step;

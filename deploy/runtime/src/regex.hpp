@@ -61,9 +61,11 @@ class Regex {
     Op op;
     bool flag = false;      // loop: possessive; look: negative
     uint32_t a = 0, b = 0;  // set, loop: which set. split: first and second way. jump: where to.
-                            // look: end of its body. mark, moved: which register
+                            // look: end of its body. mark, moved: which register, and where to go
+                            // on if nothing was taken since
     uint32_t min = 0, max = 0;  // loop
   };
+  // A way that is left to try.
   struct Back {
     uint32_t step;
     size_t at, least;  // least < at: a loop may give back characters down to there

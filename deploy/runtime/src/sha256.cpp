@@ -63,9 +63,10 @@ void add_block(std::array<uint32_t, 8>& hash, const unsigned char* block) {
     w[t] = w[t - 16] + s0 + w[t - 7] + s1;
   }
   auto [a, b, c, d, e, f, g, h] = hash;
+  const std::array<uint32_t, 64>& k = constants().round;
   for (size_t t = 0; t < 64; ++t) {
     const uint32_t s1 = rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25);
-    const uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + constants().round[t] + w[t];
+    const uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + k[t] + w[t];
     const uint32_t s0 = rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22);
     const uint32_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
     h = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;

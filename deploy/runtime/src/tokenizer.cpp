@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "added_tokens.hpp"
@@ -22,7 +23,7 @@ constexpr int kMostDepth = 16;
 constexpr int32_t kMostIds = 1 << 22;
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // U+2581, of sentencepiece
 const std::string kFix =
-    "Take the model's own tokenizer.json, or one of a family in docs/runtime.md";
+    "Take the model's own tokenizer.json, or one of a family in docs/tokenizer.md";
 
 // The post-processor: which tokens come around a text.
 struct Around {

@@ -64,6 +64,7 @@ enum class Function : int {
   kGetAllocatorWithDefaultOptions = 78,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
+  kKernelInfoGetAttributeString = 87,
   kKernelContextGetInputCount = 88,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
@@ -89,6 +90,7 @@ enum ElementType : int {
   kInt8 = 3,
   kInt32 = 6,
   kInt64 = 7,
+  kBool = 9,
   kHalf = 10,
   kBFloat16 = 16,
 };

@@ -95,6 +95,9 @@ int main(int argc, char** argv) {
   request.text = NULL;
   if (anybit_submit(engine, &request, &error)) return 1;
   say("no prompt", error);
+  char* stats = anybit_stats(engine, &error);
+  printf("stats: %s\n", stats);
+  anybit_free(stats);
   const int32_t bias_token = 100000;
   const float bias = 1;
   request.text = "x";

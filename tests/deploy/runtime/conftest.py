@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from deploy.runtime.build import build_program, header_folder
 from plugins.tools.build import build_onnxruntime
+from tests.deploy.runtime.token_cases import Answers
 
 HERE = Path(__file__).parent
 
@@ -82,3 +83,11 @@ def driver(
         return found.stderr.strip() if fails else json.loads(found.stdout)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def answers(compiled: Callable[..., Path]) -> Iterator[Answers]:
+    """The C++ tokenizer and chat templates as a process."""
+    process = Answers(compiled("tokens"))
+    yield process
+    process.close()

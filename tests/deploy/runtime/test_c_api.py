@@ -47,6 +47,8 @@ def test_every_function(
     card = json.loads(said.pop("card"))
     assert card["family"] == "llama"
     assert card["slots"] == 4
+    stats = json.loads(said.pop("stats"))
+    assert (stats["full"], stats["completion_tokens"], stats["slots"]) == (1, 12, 4)
     size = said.pop("wrong size")
     assert size.startswith("size: got 3, expected ")
     assert size.endswith(". Set the structure up with its init function.")

@@ -95,6 +95,10 @@ void anybit_close(anybit_engine* engine);
 /* The model card as a JSON object, to be freed by anybit_free. */
 char* anybit_card(const anybit_engine* engine, char** error);
 
+/* What the engine is doing and has done, the fields of anybit::Stats, as a JSON object to be freed by
+   anybit_free. */
+char* anybit_stats(const anybit_engine* engine, char** error);
+
 /* Writes the first `room` tokens of a text; returns how many it has, or -1. */
 int64_t anybit_encode(const anybit_engine* engine, const char* text, int add_special,
                       int32_t* tokens, size_t room, char** error);

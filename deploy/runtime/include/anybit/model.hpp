@@ -30,7 +30,7 @@ struct LoadOptions {
   // Bytes that the cache and the calls may take; 0: what the machine, or the process's control
   // group, has free.
   size_t memory_limit = 0;
-  // Compare every file with its SHA-256, the weights too (about 0.4 s a GB). Sizes are compared in
+  // Compare every file with its SHA-256, the weights too (about 3 s a GB). Sizes are compared in
   // any case, and so are the checksums of all files but the weights.
   bool verify = false;
   // The library libonnxruntime.so, or a folder that has it; empty: ANYBIT_ONNXRUNTIME of the
