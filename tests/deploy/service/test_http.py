@@ -89,7 +89,7 @@ def server(service: Any, fake_engine: Any, tmp_path_factory: pytest.TempPathFact
     one = Server(
         service,
         folder,
-        "--max-body", "64", "--client-timeout", "0.3", "--idle-timeout", "1.5",
+        "--max-body", "64", "--client-timeout", "0.3",
         log=folder / "log",
         env={"LD_PRELOAD": str(fake_engine)},
     ).listen()  # fmt: skip
@@ -340,7 +340,8 @@ def test_who_sends_too_slowly(server: Server) -> None:
             assert raw.closed()
 
 
-def test_who_sends_nothing(server: Server) -> None:
+def test_who_sends_nothing(serve: Callable[..., Server]) -> None:
+    server = serve("--idle-timeout", "0.3")
     with Raw(server) as raw:
         assert raw.closed()
     with Raw(server) as raw:

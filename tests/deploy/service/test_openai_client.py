@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,12 +15,21 @@ from tests.deploy.service.conftest import Server, chat_prompt, expected
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture
-def server(serve: Callable[..., Server]) -> Server:
-    return serve()
+@pytest.fixture(scope="module")
+def server(
+    service: Path, fake_engine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One for all tests that ask for nothing special."""
+    folder = tmp_path_factory.mktemp("openai")
+    (folder / "fake.json").write_text("{}")
+    env = {"LD_PRELOAD": str(fake_engine)}
+    one = Server(service, folder, log=folder / "log", env=env).listen()
+    yield one
+    assert one.stop() == 0
+    one.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
@@ -339,7 +349,7 @@ def test_a_step_that_fails(client: openai.OpenAI, server: Server) -> None:
     assert server.metrics()['anybit_requests_total{endpoint="completions",outcome="failed"}'] == 2
 
 
-def test_keys(serve: Callable[..., Server], tmp_path: Any) -> None:
+def test_keys(serve: Callable[..., Server], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("first-key\n\nsecond-key\n")
     server = serve("--api-key", str(tmp_path / "keys"))
 
@@ -398,9 +408,9 @@ def test_request_ids(client: openai.OpenAI, server: Server) -> None:
         model="fake", prompt="x", extra_headers={"X-Request-Id": "a b"}
     )
     assert other._request_id and len(other._request_id) == 16
-    server.until(lambda: len(server.lines("request")) == 2)
-    first, second = server.lines("request")
-    assert (first["id"], second["id"]) == ("trace-1.2", other._request_id)
+    server.until(lambda: server.lines("request")[-1]["id"] == other._request_id)
+    first = server.lines("request")[-2]
+    assert first["id"] == "trace-1.2"
     assert (first["status"], first["outcome"], first["completion_tokens"]) == (200, "ok", 16)
     assert {"time", "level", "client", "seconds", "queued_s", "first_token_s"} <= first.keys()
 
