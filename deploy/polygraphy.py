@@ -265,15 +265,15 @@ def _threshold(out: Path) -> str:
     """
     from calibration.out.folder import open_stage
     from calibration.quant.folder import read_quant
-    from exporter.proof.judge import Stack
     from exporter.proof.runners import gemm_nodes
+    from exporter.proof.validate import decoder_stack
     from exporter.run.onnxruntime import load_model
 
     quant: QuantModel = read_quant(
         open_stage(out, QUANT, "the limits of errors").path, verify=False
     )
     nodes = gemm_nodes(load_model(out / ONNX), quant.decoder)
-    limit = Stack(quant.decoder, nodes, quant.scheme, quant.exceptions).limit("kernel", "logits")
+    limit = decoder_stack(quant, nodes).limit("kernel", "logits")
     decibels = -100.0 if limit is None else -20 * math.log10(limit)
     return f"--compare snr --snr-threshold {decibels:.1f}"
 

@@ -238,8 +238,8 @@ def mixed() -> dict[str, Any]:
 def tiny_quant(
     tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), **scheme fields) -> OUT with a quant
-    folder of the tiny model.
+    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), head=16, **scheme fields) -> OUT with a
+    quant folder of the tiny model.
 
     Do not change it.
     """
@@ -257,10 +257,12 @@ def tiny_quant(
         abits: int = 8,
         op: str = "ABQGemm",
         rules: tuple[str, ...] = (),
+        head: int = 16,
         **fields: Any,
     ) -> Path:
         base = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
-        schemes = SchemeMap(base, tuple(Rule(*rule.split()) for rule in rules))
+        parsed = tuple(Rule(*rule.split()) for rule in rules)
+        schemes = SchemeMap(base, parsed, head)
         if schemes not in cache:
             out = tmp_path_factory.mktemp("out")
             with StageWriter(out, QUANT) as writer:

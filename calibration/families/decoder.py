@@ -139,7 +139,7 @@ class Config:
             partial: whether the family's attention can leave channels as they are.
 
         Raises:
-            UnsupportedError: frequencies that change with every token, or half of a pair.
+            UnsupportedError: another kind of frequencies, or half of a pair.
         """
         found = self.get("rope_parameters", {})
         found = found.get(table) if table and isinstance(found, Mapping) else found
@@ -147,10 +147,7 @@ class Config:
             raise UnsupportedError(f"got rope_parameters {found} for {table or 'all layers'}")
         kind, factor = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
         if kind not in ROPE_TYPES:
-            raise UnsupportedError(
-                f"got rope_type {kind} (frequencies that change with the length), expected one of "
-                f"{', '.join(ROPE_TYPES)}"
-            )
+            raise UnsupportedError(f"got rope_type {kind}, expected one of {', '.join(ROPE_TYPES)}")
         if float(factor) != 1.0 and not partial:
             raise UnsupportedError(
                 f"got partial_rotary_factor {factor}, expected 1 (the whole head rotates)"
@@ -212,6 +209,7 @@ class Head:
         tied: the table is the embedding's.
         softcap: c in c tanh(x / c) of the logits; None leaves them.
         gguf: of the table in GGUF files, without ".weight".
+        quantized: it is a GEMM node, with codes of its own, and no float table.
     """
 
     norm: Norm
@@ -219,6 +217,7 @@ class Head:
     tied: bool = False
     softcap: float | None = None
     gguf: str = "output"
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -448,27 +447,46 @@ class Decoder:
         """Whether the head is the embedding."""
         return self.head.tied
 
+    def head_table(self, unties: bool = False) -> str:
+        """Whose table the head multiplies with, without ".weight": the embedding's where they are
+        tied, unless a basis unties them.
+        """
+        return self.embedding.name if self.tied and not unties else self.head.name
+
     def untied(self) -> Decoder:
         """The same decoder with a head of its own."""
         return replace(self, head=replace(self.head, tied=False))
 
+    def with_quantized_head(self) -> Decoder:
+        """The same decoder with a head that is a GEMM node; the embedding keeps its own table."""
+        return replace(self, head=replace(self.head, tied=False, quantized=True))
+
+    @property
+    def head_site(self) -> Site:
+        """The head as a GEMM node, whether it is to be one or not; it is named in full."""
+        linear = Linear(self.head.name, self.vocab, self.hidden, gguf=self.head.gguf)
+        return Site(Linears(self.head.name, (linear,)), (self.head.norm,))
+
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """Every GEMM node, in execution order."""
-        return tuple(block.name(node) for block in self.blocks for node in block.sites)
+        return tuple(self.sites)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """Every GEMM node by its full name."""
-        return {
+        """Every GEMM node by its full name, in execution order."""
+        found = {
             block.name(node): site for block in self.blocks for node, site in block.sites.items()
         }
+        return found | {self.head.name: self.head_site} if self.head.quantized else found
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """Every linear by its full name."""
         return {
-            block.name(linear.name): linear for block in self.blocks for linear in block.linears
+            member: linear
+            for node, site in self.sites.items()
+            for member, linear in zip(self.members(node), site.linears.members, strict=True)
         }
 
     @cached_property
@@ -483,11 +501,15 @@ class Decoder:
 
     def members(self, node: str) -> tuple[str, ...]:
         """The linears of a GEMM node, in stacking order; of another name itself."""
-        site = self.sites.get(node)
-        if site is None:
+        if node not in self.sites:
             return (node,)
-        prefix = node.removesuffix(site.linears.node)
-        return tuple(prefix + name for name in site.linears.names)
+        return tuple(self.full_name(node, name) for name in self.sites[node].linears.names)
+
+    def full_name(self, node: str, name: str) -> str:
+        """The full name of a tensor, norm or linear that the declaration of a GEMM node's layer
+        names.
+        """
+        return node.removesuffix(self.sites[node].linears.node) + name
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of a checkpoint, in execution order."""

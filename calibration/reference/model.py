@@ -398,7 +398,12 @@ class QuantReference:
 
         head = self.decoder.head
         self._table = tensor(f"{self.decoder.embedding.name}.weight")
-        self._head = self._table if head.tied else tensor(f"{head.name}.weight")
+        self._head: Callable[[Tensor], Tensor]
+        if head.quantized:
+            self._head = self.linears[head.name]
+        else:
+            table = self._table if head.tied else tensor(f"{head.name}.weight")
+            self._head = lambda x: self._arithmetic.round(F.linear(x, table))
         self._gain = tensor(head.norm.gain)
         self._gains = [
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
@@ -421,7 +426,10 @@ class QuantReference:
             tap: sees, and may change, what runs through.
         """
         x, layers, kept = self._run(input_ids, attention_mask, position_ids, cache, tap)
-        return Computed(self.head(self._normed(x)), tuple(layers), kept)
+        norm, name = self.decoder.head.norm.name, self.decoder.head.name
+        seen = tap or (lambda kind, name, value: value)
+        scores = self._head(seen("input", name, self._normed(seen("norm", norm, x))))
+        return Computed(self._capped(seen("output", name, scores)), tuple(layers), kept)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def hidden(self, input_ids: Tensor) -> Tensor:
@@ -430,9 +438,11 @@ class QuantReference:
 
     def head(self, hidden: Tensor) -> Tensor:
         """See Reference."""
-        logits = self._arithmetic.round(F.linear(hidden, self._head))
+        return self._capped(self._head(hidden))
+
+    def _capped(self, scores: Tensor) -> Tensor:
         cap = self.decoder.head.softcap
-        return logits if cap is None else self._arithmetic.softcap(logits, cap)
+        return scores if cap is None else self._arithmetic.softcap(scores, cap)
 
     def _normed(self, x: Tensor) -> Tensor:
         return self._arithmetic.norm(x, self.decoder.head.norm, self._gain)

@@ -79,8 +79,8 @@ def export_onnx(
         if step.long(longest):
             progress.warning(
                 f"{ONNX}: positions for {longest} tokens are those of longrope's long texts from the "
-                f"first token on; transformers takes them beyond {step.short} tokens. An export for "
-                f"{step.short} tokens takes those of short texts."
+                f"first token on; transformers takes them beyond {step.short} tokens. --max-seq "
+                f"{step.short} takes those of short texts."
             )
     progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
@@ -233,13 +233,16 @@ def _head(writer: GraphWriter, stream: str) -> str:
 
     decoder = writer.quant.decoder
     head = decoder.head
-    table = f"{(decoder.embedding if head.tied else head).name}.weight"
-    if not head.tied:
+    table = f"{decoder.head_table()}.weight"
+    if not (head.tied or head.quantized):
         writer.tensor(table)
     rows = _wanted(writer, stream, f"{head.name}.rows")
-    normed = writer.norm(head.norm, head.norm.name, rows)
-    table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
-    scores = writer.node("MatMul", [normed, table], head.name)
+    if head.quantized:
+        scores = writer.gemm(head.name, rows, head.norm, head.norm.name, tokens="L")
+    else:
+        normed = writer.norm(head.norm, head.norm.name, rows)
+        table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
+        scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:
         return writer.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
     scores = writer.cast(scores, TensorProto.FLOAT, f"{head.name}.float32")

@@ -9,7 +9,8 @@ What runs where:
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
 - native: the same graph with the native CPU kernels in place of the function bodies, which must give
-  the same bits at every node (A16: within rounding).
+  the same bits at every node (A16 and attention: within rounding; what follows attention is given
+  the body's).
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
@@ -46,7 +47,13 @@ from exporter.proof.diagnose import causes
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
-from exporter.proof.runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
+from exporter.proof.runners import (
+    LedRunner,
+    LockstepRunner,
+    ReplayRunner,
+    SessionRunner,
+    gemm_nodes,
+)
 from exporter.proof.weights import compare_weights, compared_tensors
 from exporter.run import find_runner
 from exporter.run.native import native_library
@@ -57,6 +64,7 @@ from plugins.errors import CheckError, InputError
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.quant.folder import QuantModel
+    from exporter.proof.runners import GemmNode
     from exporter.run.sessions import DecoderSession
 
 __all__ = [
@@ -64,6 +72,7 @@ __all__ = [
     "LayerReport",
     "ValidateOptions",
     "ValidationResult",
+    "decoder_stack",
     "float_checkpoint",
     "max_context",
     "text_rows",
@@ -189,8 +198,9 @@ class _Validator:
         self.tokens = min(options.tokens, self.room - self.steps)
         self.nodes = gemm_nodes(model, self.quant.decoder)
         self.layers = self._layers()
-        judged = [node for node in self.nodes if layer_of(node.name) in self.layers]
-        inner = [name for node in judged for name in (node.source, node.result)]
+        wanted = {*self.layers, *([None] if self.layers.stop == self.quant.layers else [])}
+        self.judged = [node for node in self.nodes if layer_of(node.name) in wanted]
+        inner = [name for node in self.judged for name in (node.source, node.result)]
         keys = map(new_key, self.layers if self.quant.scheme.kv_bits < FLOAT_BITS else ())
         before = range(max(self.layers.start - 1, 0), self.layers.stop)  # what the first one reads
         self.marked = list(dict.fromkeys([*inner, *map(layer_output, before), *keys]))
@@ -280,12 +290,18 @@ class _Validator:
         return record
 
     def run_native(self, record: list[Outputs], library: Path) -> None:
-        """The native kernels in ONNX Runtime against the function bodies."""
+        """The native kernels in ONNX Runtime against the function bodies; what follows attention,
+        which is float, goes on with the body's.
+        """
+        given = [node.source for node in self.judged if node.site.attention]
 
-        def open_session() -> DecoderSession:
-            return OnnxSession(self.out / ONNX, self.context, self.marked, kernels=library)
+        def open_session() -> OnnxSession:
+            return OnnxSession(
+                self.out / ONNX, self.context, self.marked, kernels=library, given=given
+            )
 
-        runners = [ReplayRunner(ONNX_RUNTIME, record), SessionRunner(NATIVE, open_session)]
+        bodies = ReplayRunner(ONNX_RUNTIME, record)
+        runners = [bodies, LedRunner(NATIVE, open_session, bodies)]
         self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
 
     def native_kernels(self) -> Path | None:
@@ -505,7 +521,7 @@ class _Validator:
                 f"got {ONNX_RUNTIME} alone, expected another one to compare it with",
                 f"Add {NATIVE}, {TENSORRT} or {REFERENCE}, separated by commas",
             )
-        weights = compared_tensors(checkpoint, self.layers) if checkpoint else 0
+        weights = compared_tensors(checkpoint, self.quant, self.layers) if checkpoint else 0
         self.progress.start(REPORT, weights + calls * (1 + sum(map(bool, runs))))
         rows = (
             compare_weights(checkpoint, self.quant, self.progress, self.layers)
@@ -523,13 +539,8 @@ class _Validator:
             if exported and checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
-        stack = Stack(
-            self.quant.decoder,
-            self.nodes,
-            self.quant.scheme,
-            self.quant.exceptions,
-            self.layers if self.options.layers else None,
-        )
+        only = self.layers if self.options.layers else None
+        stack = decoder_stack(self.quant, self.nodes, only)
         rows += judge(self.errors, stack)
         if other is not None and not self.same_codes(other):
             rows = [replace(row, limit=None) if row.level == AGAINST else row for row in rows]
@@ -544,6 +555,16 @@ class _Validator:
             layer = next(layer_of(row.tensor) for row in rows if not row.ok)
             facts["causes"] = causes(self.quant, self.out / ONNX, layer, operator[1])
         return ValidationResult(tuple(rows), failure, tuple(self.notes), facts)
+
+
+def decoder_stack(quant: QuantModel, nodes: list[GemmNode], only: range | None = None) -> Stack:
+    """What judges a quantized model: its nodes, and how each is quantized."""
+    others = {
+        node: scheme
+        for node in quant.decoder.nodes
+        if (scheme := quant.scheme_of(node)) != quant.scheme
+    }
+    return Stack(quant.decoder, nodes, quant.scheme, others, only)
 
 
 def max_context(out: Path, quant: QuantModel) -> int:

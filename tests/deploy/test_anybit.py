@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "polygraphy",
     "prove",
+    "serve",
     "trtexec",
 )
 SCRIPT = "import sys; sys.path.remove(''); from deploy.anybit import main; sys.exit(main())"
