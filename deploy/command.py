@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from calibration.out.layout import ONNX
 from exporter.run import runners
-from exporter.run.model import AUTO
+from exporter.run.model import AUTO, CPU
 
 __all__ = ["Command", "add_runner"]
 
@@ -36,16 +37,18 @@ class Command(ABC):
 
 
 def add_runner(parser: argparse.ArgumentParser, default: str) -> None:
-    """--runner: auto or one of exporter/run."""
+    """--runner: auto, cpu or one of exporter/run."""
     found = runners().values()
-    automatic = " or ".join(runner.name for runner in found if runner.automatic)
+    automatic = [runner for runner in found if runner.automatic]
+    on_cpu = (runner.name for runner in automatic if runner.stage == ONNX)
     choices = [
-        f"{AUTO}: {automatic}, by what is there",
+        f"{AUTO}: {' or '.join(runner.name for runner in automatic)}, by what is there",
+        f"{CPU}: {' or '.join(on_cpu)}, by what can run",
         *(f"{runner.name}: {runner.help}" for runner in found),
     ]
     parser.add_argument(
         "--runner",
-        choices=(AUTO, *(runner.name for runner in found)),
+        choices=(AUTO, CPU, *(runner.name for runner in found)),
         default=default,
         help=f"{'; '.join(choices)} (default {default})",
     )

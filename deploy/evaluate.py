@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.command import Command, add_runner
+from exporter.run.model import CPU
 from plugins.cli import whole_number
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Evaluate(Command):
             metavar="L",
             help="tokens per window (default: 2048, or the longest sequence if that is shorter)",
         )
-        add_runner(parser, default="onnxruntime")
+        add_runner(parser, default=CPU)
         add(
             "--progress",
             default="auto",

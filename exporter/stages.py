@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import sha256_file
+from calibration.out.files import sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     method_digest,
@@ -20,6 +20,7 @@ from calibration.out.fingerprint import (
 )
 from calibration.out.folder import open_stage
 from calibration.out.layout import (
+    CHAT_FILE,
     ENGINE,
     HTML_FILE,
     MODEL_FILE,
@@ -228,7 +229,7 @@ class OnnxStage(Stage):
     """
 
     name = ONNX
-    code = ("exporter/graph", "plugins")
+    code = ("exporter/graph", "exporter/chat.py", "plugins")
 
     def inputs(self) -> Any:
         """How many positions there are, and the cache's form."""
@@ -242,6 +243,7 @@ class OnnxStage(Stage):
         """Write the graph."""
         from calibration.quant.describe import describe
         from calibration.quant.folder import read_quant
+        from exporter.chat import chat_data, no_template
         from exporter.graph.decoder import export_onnx
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
@@ -250,6 +252,11 @@ class OnnxStage(Stage):
         made = describe(quant)
         self._description = made.static(longest) if static else replace(made, max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
+        has_chat = self._description.chat_template is not None  # else nobody asks for transformers
+        chat = chat_data(quant.tokenizer()) if has_chat else no_template()
+        write_json(folder / CHAT_FILE, chat)
+        if has_chat and (why := chat["why_not"]):
+            self.progress.message(f"{ONNX}: no chat outside Python, {why}")
         return facts
 
     def description(self) -> Description:
@@ -318,7 +325,7 @@ class EngineStage(Stage):
         build_engine(source / MODEL_FILE, self.library, folder, self._options(), self.progress)
         record = read_engine_record(folder)
         description = open_stage(self.out, ONNX, "the engine").description()
-        copy_files(source, description.tokenizer, folder)
+        copy_files(source, (*description.tokenizer, CHAT_FILE), folder)
         self._description = description.within(**asdict(engine_limits(record)))
         plugins = record["layers"]["PLUGIN_V3"]
         return {

@@ -98,7 +98,7 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
             key + "attention.key_length", f"even heads, not {head_dim}", _ANOTHER_MODEL
         )
     for name in ("attention.value_length", "rope.dimension_count"):
-        if file.integer(key + name, head_dim) != head_dim:
+        if name not in found.gguf_fields and file.integer(key + name, head_dim) != head_dim:
             raise file.wrong(key + name, f"{head_dim}, a whole head", _ANOTHER_MODEL)
     _check_keys(file, found, head_dim, context)
     embedding = file.tensors.get("token_embd.weight")
@@ -130,7 +130,7 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
         for ours, name in found.gguf_fields.items()
         if file.says(key + ours)
     }
-    return {**values, **found.gguf_implied(Config(values)), **own}
+    return {**values, **found.gguf_implied(Config({**values, **own})), **own}
 
 
 def token_id(file: GgufFile, name: str, vocab: int) -> int | None:
@@ -195,6 +195,8 @@ def _rope(file: GgufFile, key: str, context: int) -> dict[str, Any]:
     in this architecture; the model that was converted had them.
     """
     scaling = key + "rope.scaling."
+    if (factors := file.long_factors()) is not None:
+        return _longrope(file, key, context, factors)
     kind = str(file.value(scaling + "type", "linear"))  # so in llama.cpp, with a factor of 1
     if kind not in ("none", "linear", "yarn"):
         raise file.wrong(
@@ -230,6 +232,24 @@ def _rope(file: GgufFile, key: str, context: int) -> dict[str, Any]:
     return (
         rope if kind == "none" or factor == 1 else rope | {"rope_type": "linear", "factor": factor}
     )
+
+
+def _longrope(
+    file: GgufFile, key: str, context: int, factors: tuple[list[float], list[float]]
+) -> dict[str, Any]:
+    """RoPE whose frequencies are divided by tensors, one for short texts and one for long ones."""
+    scaling, (short, long) = key + "rope.scaling.", factors
+    original, attention = scaling + "original_context_length", scaling + "attn_factor"
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": file.number(key + "rope.freq_base", 10000.0),
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": file.integer(original, context),
+    }
+    if file.says(attention):  # else it follows from how much longer the context was made
+        rope["attention_factor"] = file.number(attention)
+    return rope
 
 
 def _rope_factor(file: GgufFile, key: str) -> float:

@@ -139,7 +139,7 @@ class Config:
             partial: whether the family's attention can leave channels as they are.
 
         Raises:
-            UnsupportedError: frequencies that change with every token, or half of a pair.
+            UnsupportedError: another kind of frequencies, or half of a pair.
         """
         found = self.get("rope_parameters", {})
         found = found.get(table) if table and isinstance(found, Mapping) else found
@@ -147,10 +147,7 @@ class Config:
             raise UnsupportedError(f"got rope_parameters {found} for {table or 'all layers'}")
         kind, factor = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
         if kind not in ROPE_TYPES:
-            raise UnsupportedError(
-                f"got rope_type {kind} (frequencies that change with the length), expected one of "
-                f"{', '.join(ROPE_TYPES)}"
-            )
+            raise UnsupportedError(f"got rope_type {kind}, expected one of {', '.join(ROPE_TYPES)}")
         if float(factor) != 1.0 and not partial:
             raise UnsupportedError(
                 f"got partial_rotary_factor {factor}, expected 1 (the whole head rotates)"

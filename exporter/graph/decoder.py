@@ -79,8 +79,8 @@ def export_onnx(
         if step.long(longest):
             progress.warning(
                 f"{ONNX}: positions for {longest} tokens are those of longrope's long texts from the "
-                f"first token on; transformers takes them beyond {step.short} tokens. An export for "
-                f"{step.short} tokens takes those of short texts."
+                f"first token on; transformers takes them beyond {step.short} tokens. --max-seq "
+                f"{step.short} takes those of short texts."
             )
     progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:

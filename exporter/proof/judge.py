@@ -212,14 +212,7 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
             key=lambda item: item[1] / item[2],
         )
     if level == "native" and stack.exact:
-        worst = next(
-            (
-                (one.name, error.relative, 0.0)
-                for one in stack.operators(index)
-                if (error := total_error(errors[level, phase, one.tensor])).relative != 0
-            ),
-            worst,
-        )
+        worst = _worst_native(errors, stack, phase, index)
     measured = (
         {"operator": worst[0], "operator_error": _finite(worst[1]), "operator_limit": worst[2]}
         if worst[0]
@@ -240,6 +233,21 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
     )
 
 
+def _worst_native(errors: Errors, stack: Stack, phase: str, index: int) -> tuple[str, float, float]:
+    """(name, error, limit) of the first operator with other bits, or an attention beyond its limit;
+    else of attention, if there is one.
+    """
+    shown = ("", 0.0, 0.0)
+    for one in stack.operators(index):
+        attention = one.kind == "attention"
+        limit = Limits(stack.scheme).attention() if attention else 0.0
+        error = total_error(errors["native", phase, one.tensor]).relative
+        if not error <= limit:
+            return one.name, error, limit
+        shown = (one.name, error, limit) if attention else shown
+    return shown
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -258,10 +266,11 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
             return found
     row = failed[0]
     if row.level == "native" and row.operator:
-        return (
-            f"got other numbers at {row.operator} (native, {row.phase}: {_BETWEEN['native']}), "
-            f"expected the same bits"
-        )
+        where = f"at {row.operator} (native, {row.phase}: {_BETWEEN['native']})"
+        if not row.operator_limit:
+            return f"got other numbers {where}, expected the same bits"
+        error = "NaN or Inf" if row.operator_error is None else f"{row.operator_error:.2g}"
+        return f"got a relative error of {error} {where}, expected at most {row.operator_limit:.2g}"
     got = f"{row.relative:.2g}" if row.relative is not None else "NaN or Inf"
     expected = f"at most {row.limit:.2g}" if row.limit is not None else "finite numbers"
     return (

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.families.decoder import Site
     from calibration.reference.model import Computed, QuantReference
+    from exporter.run.onnxruntime import OnnxSession
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["GemmNode", "LockstepRunner", "ReplayRunner", "SessionRunner", "gemm_nodes"]
+__all__ = ["GemmNode", "LedRunner", "LockstepRunner", "ReplayRunner", "SessionRunner", "gemm_nodes"]
 
 Feed = Mapping[str, np.ndarray]
 
@@ -77,6 +78,31 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
         self.session.close()
         self.outputs = {}
         del self.session
+
+
+class LedRunner(SessionRunner):
+    """A session that takes some inner tensors from another runner's last call, so that what it
+    makes of them otherwise does not spread.
+
+    Args:
+        name, make: as SessionRunner's; the session has `lead`.
+        leader: the other runner, which runs before.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], OnnxSession], leader: SessionRunner | ReplayRunner
+    ) -> None:
+        super().__init__(name, make)
+        self._open, self._leader = make, leader
+
+    def activate_impl(self) -> None:
+        """Open the session."""
+        self.session = self._led = self._open()
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        """Run one call behind the leader's last one."""
+        self._led.lead = self._leader.outputs
+        return super().infer_impl(feed_dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ What runs where:
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
 - native: the same graph with the native CPU kernels in place of the function bodies, which must give
-  the same bits at every node (A16: within rounding).
+  the same bits at every node (A16 and attention: within rounding; what follows attention is given
+  the body's).
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
@@ -43,7 +44,13 @@ from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
-from exporter.proof.runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
+from exporter.proof.runners import (
+    LedRunner,
+    LockstepRunner,
+    ReplayRunner,
+    SessionRunner,
+    gemm_nodes,
+)
 from exporter.proof.weights import compare_weights, compared_tensors
 from exporter.run import find_runner
 from exporter.run.native import native_library
@@ -240,12 +247,18 @@ class _Validator:
         return record
 
     def run_native(self, record: list[Outputs], library: Path) -> None:
-        """The native kernels in ONNX Runtime against the function bodies."""
+        """The native kernels in ONNX Runtime against the function bodies; what follows attention,
+        which is float, goes on with the body's.
+        """
+        given = [node.source for node in self.nodes if node.site.attention]
 
-        def open_session() -> DecoderSession:
-            return OnnxSession(self.out / ONNX, self.context, self.marked, kernels=library)
+        def open_session() -> OnnxSession:
+            return OnnxSession(
+                self.out / ONNX, self.context, self.marked, kernels=library, given=given
+            )
 
-        runners = [ReplayRunner(ONNX_RUNTIME, record), SessionRunner(NATIVE, open_session)]
+        bodies = ReplayRunner(ONNX_RUNTIME, record)
+        runners = [bodies, LedRunner(NATIVE, open_session, bodies)]
         self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
 
     def native_kernels(self) -> Path | None:

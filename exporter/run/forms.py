@@ -46,6 +46,10 @@ class CacheForm(ABC):
         """
 
     @abstractmethod
+    def arranged(self, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Rows of new tokens [B, S, width] as the graph has them."""
+
+    @abstractmethod
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """Outputs with tokens in the places where `mask` has them: [B, S, width], split into heads
         [B, heads, S, width], of the cache [B, kv_heads, P+S, width]; what is at padding means nothing.
@@ -68,6 +72,10 @@ class Growing(CacheForm):
     ) -> Arrays:
         """As they are."""
         return dict(zip(self.inputs, (ids, mask, positions, wanted), strict=True))
+
+    def arranged(self, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """As they are."""
+        return rows
 
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """As they are."""
@@ -101,6 +109,12 @@ class Static(CacheForm):
             WRITE_INDICES: filled,
             "logits_indices": np.take_along_axis(np.argsort(first, 1), wanted, 1),
         }
+
+    def arranged(self, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Real tokens first."""
+        import numpy as np
+
+        return np.take_along_axis(rows, _real_first(mask[:, -rows.shape[1] :])[..., None], 1)
 
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """Tokens moved back to where they came from."""

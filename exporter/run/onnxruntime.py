@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from exporter.run.forms import cache_form
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
+from plugins.core.op_spec import is_custom
+from plugins.cores import usable_cores
 from plugins.errors import InputError, UserError
 from plugins.text import shown
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
+    from plugins.tools.kernels import KernelLibrary
 
 __all__ = ["RUNNER", "OnnxSession", "inference_session", "load_model", "onnx_runner", "whole_graph"]
 
@@ -120,7 +123,12 @@ def _damaged(folder: Path) -> bool:
     )
 
 
-def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None = None) -> Any:
+def onnx_runner(
+    folder: Path,
+    marked: Sequence[str] = (),
+    kernels: Path | None = None,
+    given: Sequence[str] = (),
+) -> Any:
     """A Polygraphy OnnxrtRunner on the CPU; the weights are read from the data file next to the
     model.
 
@@ -128,6 +136,7 @@ def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None =
         folder: OUT/onnx.
         marked: inner tensors that are outputs too.
         kernels: a custom-op library that runs the custom nodes; None: their bodies do.
+        given: inner tensors that are inputs; what their nodes make is an output, own_of(name).
 
     A 16-bit graph is rewritten by round_every_op first. That the file runs as it is, in fp32, is
     tested in tests/exporter/graph/test_graph.py.
@@ -142,14 +151,34 @@ def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None =
 
     model = load_model(folder, marked)
     with whole_graph(folder):
+        _take_from_outside(model.graph, given)
         round_every_op(model)
     return OnnxrtRunner(
         lambda: inference_session(model.SerializeToString(), folder, kernels), name="onnxruntime"
     )
 
 
+def own_of(tensor: str) -> str:
+    """What a node makes of a tensor that is given."""
+    return f"{tensor}.own"
+
+
+def _take_from_outside(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+    """Make inner tensors inputs, and what their nodes make of them outputs."""
+    known = {value.name: value for value in graph.value_info}
+    outputs = {value.name: value for value in graph.output}
+    for name in tensors:
+        node = next(node for node in graph.node if name in node.output)
+        node.output[list(node.output).index(name)] = own_of(name)
+        graph.input.append(known[name])
+        own = outputs[name] if name in outputs else graph.output.add()
+        own.CopyFrom(known[name])
+        own.name = own_of(name)
+
+
 def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) -> Any:
-    """An onnxruntime.InferenceSession on the CPU.
+    """An onnxruntime.InferenceSession on the CPU, with a thread for each core that the process may
+    use.
 
     Args:
         graph: the path of an ONNX file, or what is in one.
@@ -157,22 +186,51 @@ def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) ->
         kernels: as of onnx_runner.
 
     Raises:
-        InputError: ONNX Runtime refuses the graph or the library.
+        InputError: ONNX Runtime refuses the graph or the library, or would run the body of a custom
+            node although there is a library.
     """
     # Before the first import, for those who use this without a command line (plugins/cli.py).
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
+    from plugins.tools.kernels import KernelLibrary
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = usable_cores()
     if isinstance(graph, bytes):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
         )
     with whole_graph(folder):
-        if kernels is not None:
-            options.register_custom_ops_library(str(kernels))
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        if kernels is None:
+            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        options.register_custom_ops_library(str(kernels))
+        library = KernelLibrary(kernels)
+        before = library.kernels_made()
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        made, nodes = library.kernels_made() - before, _nodes_with(library, graph)
+    if made < nodes:
+        raise InputError(
+            str(folder / MODEL_FILE),
+            f"got {nodes} custom nodes of which ONNX Runtime runs {nodes - made} by their function "
+            f"bodies, expected native kernels for all",
+            "The graph was changed, or has more than 256 schemes of an op: export the model again, "
+            "or use --runner onnxruntime",
+        )
+    return session
+
+
+def _nodes_with(library: KernelLibrary, graph: str | bytes) -> int:
+    """Custom nodes of a graph whose ops the library has."""
+    import onnx
+
+    model = (
+        onnx.load_model_from_string(graph)
+        if isinstance(graph, bytes)
+        else onnx.load(graph, load_external_data=False)
+    )
+    return sum(is_custom(node.domain) and node.op_type in library.ops for node in model.graph.node)
 
 
 class OnnxRuntimeRunner(Runner):
@@ -206,6 +264,11 @@ class OnnxSession(DecoderSession):
         marked: inner tensors that step() returns besides the model's outputs.
         dtype: of the model's floats.
         kernels: as of onnx_runner.
+        given: inner tensors that are taken from `lead` in place of what their nodes make, which is
+            what step() returns.
+
+    Attributes:
+        lead: another session's outputs of the next step.
     """
 
     def __init__(
@@ -215,10 +278,12 @@ class OnnxSession(DecoderSession):
         marked: Sequence[str] = (),
         dtype: str = "float32",
         kernels: Path | None = None,
+        given: Sequence[str] = (),
     ) -> None:
         super().__init__(max_context, dtype=dtype)
-        self._folder = folder
-        self._runner = onnx_runner(folder, marked, kernels)
+        self._folder, self._given = folder, given
+        self.lead: Mapping[str, np.ndarray] = {}
+        self._runner = onnx_runner(folder, marked, kernels, given)
         with whole_graph(folder):
             self._runner.activate()
             inputs = self._runner.get_input_metadata()
@@ -244,8 +309,11 @@ class OnnxSession(DecoderSession):
         empty = np.zeros((len(input_ids), heads, self._form.rows(), width), self._dtype)
         past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted) | past
+        for name in self._given:
+            feeds[name] = self._form.arranged(self.lead[name], attention_mask)
         with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
+            outputs |= {name: outputs.pop(own_of(name)) for name in self._given}
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}
             found = self._form.restored(outputs, attention_mask)
             return found | {"logits": found["logits"]}  # a graph without them is none of ours

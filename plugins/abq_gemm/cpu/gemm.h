@@ -107,7 +107,7 @@ struct AbqKernel {
   static constexpr int kMoreRows = kAbqMoreRows;
 #if defined(__AVX512VNNI__)
   static constexpr int kFewTokens = kAbqFewTokens;
-  ANYBIT_INLINE bool takes_few() const { return abq_takes_few(*this); }
+  ANYBIT_INLINE bool takes_few(int64_t m) const { return abq_takes_few(*this, m); }
   template <class T>
   ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
                          const Parallel& parallel) const {

@@ -2,109 +2,23 @@
 // X at each run. No exception leaves a function that ONNX Runtime calls.
 #include "core/onnxruntime/custom_op.h"
 
-#include <array>
+#include <algorithm>
 #include <cstdlib>
-#include <exception>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <string>
 
 #include "core/cpu/isa.h"
-#include "core/cpu/parallel.h"
 #include "core/host/ops.h"
+#include "core/onnxruntime/context.h"
 
 namespace anybit::ort {
 namespace {
 
-constexpr const char* kExportAgain = "Export the model again";
 constexpr size_t kX = 0;
 constexpr size_t kOptionalInputs = 3;
-constexpr size_t kMostDims = 8;
-
-// What ends a call: the three parts of an error, or a status of ONNX Runtime's own.
-struct Failure {
-  std::string text;
-  OrtStatus* status = nullptr;
-};
-
-[[noreturn]] void fail(const std::string& where, const std::string& problem,
-                       const std::string& fix) {
-  throw Failure{where + ": " + problem + ". " + fix + "."};
-}
-
-OrtStatus* status_of(const std::string& text) {
-  return call<OrtStatus*>(Function::kCreateStatus, static_cast<int>(kInvalidArgument),
-                          text.c_str());
-}
-
-// Runs body() and turns what it throws into a status.
-template <class F>
-OrtStatus* guarded(const F& body) noexcept {
-  try {
-    body();
-    return nullptr;
-  } catch (const Failure& failure) {
-    return failure.status ? failure.status : status_of(failure.text);
-  } catch (const std::bad_alloc&) {
-    return status_of("Memory: got less than a GEMM needs. Close other programs.");
-  } catch (const std::exception& error) {
-    return status_of(error.what());
-  }
-}
-
-// Calls a function that returns a status.
-template <class... Arguments>
-void ask(Function function, Arguments... arguments) {
-  OrtStatus* status = call<OrtStatus*>(function, arguments...);
-  if (status != nullptr) throw Failure{"", status};
-}
-
-struct Tensor {
-  std::array<int64_t, kMostDims> dims;
-  size_t rank;
-  int type;
-
-  std::string text() const {
-    std::string text = "[";
-    for (size_t i = 0; i < rank; ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
-    return text + "]";
-  }
-};
-
-Tensor describe(const OrtValue* value, const std::string& where) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  ask(Function::kGetTensorTypeAndShape, value, &info);
-  const auto release = [](OrtTensorTypeAndShapeInfo* p) {
-    call<void>(Function::kReleaseTensorTypeAndShapeInfo, p);
-  };
-  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
-  const OrtTensorTypeAndShapeInfo* known = info;
-  Tensor tensor{};
-  ask(Function::kGetTensorElementType, known, &tensor.type);
-  ask(Function::kGetDimensionsCount, known, &tensor.rank);
-  if (tensor.rank > kMostDims)
-    fail(where, "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
-         "Reshape it");
-  ask(Function::kGetDimensions, known, tensor.dims.data(), tensor.rank);
-  return tensor;
-}
-
-std::string text_of(const std::vector<int64_t>& dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-const char* name_of(int type) {
-  switch (type) {
-    case kFloat: return "fp32";
-    case kHalf: return "fp16";
-    case kBFloat16: return "bf16";
-    case kInt32: return "int32";
-    default: return "another type";
-  }
-}
 
 // Scratch memory of the thread that runs a node; it grows to what the largest node needs.
 struct Scratch {
@@ -130,14 +44,12 @@ void* scratch(size_t bytes) {
   return own.at_least(bytes);
 }
 
+thread_local int64_t kernels_made = 0;
+
 struct Declaration : CustomOp {
   const GemmOp* op;
   int x_type;
 };
-
-int dtype_of(int type) {
-  return type == kHalf ? kFloat16 : type == kBFloat16 ? ::kBFloat16 : kFloat32;
-}
 
 class GemmKernel {
  public:
@@ -155,6 +67,7 @@ class GemmKernel {
                std::to_string(shape_.norm_epsilon) +
                ", expected a combination that the op's README lists",
            kExportAgain);
+    ++kernels_made;
     inputs_ = declaration.op->inputs(shape_);
     if (has_bias_)
       inputs_.push_back(
@@ -225,6 +138,7 @@ class GemmKernel {
              kExportAgain);
       return static_cast<int32_t>(value);
     };
+    check_version(where, info);
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     shape_.k = integer("in_features", kMost);
     shape_.n = integer("out_features", kMost);
@@ -245,18 +159,25 @@ class GemmKernel {
     }
   }
 
+  // The layout of the weights and what the attributes mean are those of a version of the op.
+  static void check_version(const std::string& where, const OrtKernelInfo* info) {
+    std::string version(64, '\0');
+    size_t size = version.size();
+    ask(Function::kKernelInfoGetAttributeString, info, "plugin_version", version.data(), &size);
+    version.resize(std::strlen(version.c_str()));
+    if (version != kPluginVersion)
+      fail(where,
+           "got plugin_version " + version + ", expected " + kPluginVersion +
+               ", which this library of kernels runs",
+           "Use the library of the version that exported the model, or export the model again");
+  }
+
   const OrtValue* input(const OrtKernelContext* context, size_t index, const char* name) const {
     const OrtValue* value = nullptr;
     ask(Function::kKernelContextGetInput, context, index, &value);
     if (value == nullptr)
       fail(where_ + " input " + name, "got nothing, expected a tensor", kExportAgain);
     return value;
-  }
-
-  static void* data_of(const OrtValue* value) {
-    void* data = nullptr;
-    ask(Function::kGetTensorMutableData, const_cast<OrtValue*>(value), &data);
-    return data;
   }
 
   void check_input(const InputSpec& spec, const OrtValue* value) const {
@@ -288,19 +209,10 @@ class GemmKernel {
   }
 
   void run(const GemmShape& shape, const GemmBuffers& buffers, OrtKernelContext* context) const {
-    struct Threads {
-      const OrtKernelContext* context;
-      OrtStatus* status;
-    } threads{context, nullptr};
-    const cpu::Parallel parallel{
-        [](void* pool, cpu::Parallel::Task task, void* data, size_t count) {
-          Threads& threads = *static_cast<Threads*>(pool);
-          threads.status = call<OrtStatus*>(Function::kKernelContextParallelFor, threads.context,
-                                            task, count, count, data);
-        },
-        &threads};
-    const int error = kernels_->run(&shape, &buffers, const_cast<cpu::Parallel*>(&parallel));
-    if (threads.status != nullptr) throw Failure{"", threads.status};
+    const Threads threads(context);
+    cpu::Parallel parallel = threads.parallel();
+    const int error = kernels_->run(&shape, &buffers, &parallel);
+    threads.check();
     if (error != 0)
       fail(where_,
            "got error " + std::to_string(error) + " for " + std::to_string(shape.m) +
@@ -355,27 +267,39 @@ Declaration declare(const GemmOp& op, int x_type) {
   return d;
 }
 
+struct Declared {
+  const char* domain;
+  std::unique_ptr<const CustomOp> op;  // a pointer, because ONNX Runtime keeps the address
+};
+
 // A function's static, so that it exists before the first registration whatever the order of the
-// op folders. Pointers, because ONNX Runtime keeps the addresses.
-std::vector<std::unique_ptr<Declaration>>& declarations() {
-  static std::vector<std::unique_ptr<Declaration>> list;
+// op folders.
+std::vector<Declared>& declarations() {
+  static std::vector<Declared> list;
   return list;
 }
 
 // All domains, made at the first registration; sessions refer to them as long as the library lives.
 const std::vector<OrtCustomOpDomain*>& domains() {
   static const std::vector<OrtCustomOpDomain*> list = [] {
-    // A model has a domain for each scheme of an op (exporter/graph/nodes.py).
     std::vector<OrtCustomOpDomain*> made;
-    for (int number = 0; number < kDomains; ++number) {
-      const std::string name =
-          number == 0 ? kDomain : std::string(kDomain) + ".v" + std::to_string(number);
-      OrtCustomOpDomain* domain = nullptr;
-      // The name must outlive the domain.
-      ask(Function::kCreateCustomOpDomain, (new std::string(name))->c_str(), &domain);
-      for (const auto& op : declarations())
-        ask(Function::kCustomOpDomainAdd, domain, static_cast<const CustomOp*>(op.get()));
-      made.push_back(domain);
+    std::vector<std::string> bases;
+    for (const Declared& declared : declarations()) {
+      if (std::find(bases.begin(), bases.end(), declared.domain) == bases.end())
+        bases.push_back(declared.domain);
+    }
+    for (const std::string& base : bases) {
+      // A model has a domain for each scheme of an op (exporter/graph/nodes.py).
+      for (int number = 0; number < kDomains; ++number) {
+        const std::string name = number == 0 ? base : base + ".v" + std::to_string(number);
+        OrtCustomOpDomain* domain = nullptr;
+        // The name must outlive the domain.
+        ask(Function::kCreateCustomOpDomain, (new std::string(name))->c_str(), &domain);
+        for (const Declared& declared : declarations()) {
+          if (declared.domain == base) ask(Function::kCustomOpDomainAdd, domain, declared.op.get());
+        }
+        made.push_back(domain);
+      }
     }
     return made;
   }();
@@ -386,8 +310,14 @@ const std::vector<OrtCustomOpDomain*>& domains() {
 
 GemmRegistration::GemmRegistration(const GemmOp& op) {
   for (const int type : {int{kFloat}, int{kHalf}, int{ort::kBFloat16}})
-    declarations().push_back(std::make_unique<Declaration>(declare(op, type)));
+    add_declaration(kDomain, std::make_unique<Declaration>(declare(op, type)));
 }
+
+void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op) {
+  declarations().push_back({domain, std::move(op)});
+}
+
+int64_t anybit_kernels_made() { return kernels_made; }
 
 OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base) {
   table = base->GetApi(kApiVersion);

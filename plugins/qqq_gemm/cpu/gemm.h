@@ -24,10 +24,13 @@ struct QqqWeights {
   }
 };
 
+#if !defined(__AVX512VNNI__)
 // Unsigned int8 weights by nibble, of one group and the output channels of a panel.
-using QqqTable = uint8_t[kPanelRows][16];
+using QqqTables = uint8_t[kPanelRows][16];
 
-inline void qqq_table(const QqqWeights& w, int64_t group, int64_t n0, QqqTable& table) {
+inline void qqq_tables(const QqqWeights& w, int64_t group, int64_t block, int j0,
+                       QqqTables& table) {
+  const int64_t n0 = block * kQqqBlock + 16 * j0;
   for (int i = 0; i < kPanelRows; ++i) {
     const float scale = n0 + i < w.n ? float_from(w.scale_group[group * w.n + n0 + i]) : 0.0f;
     for (int nibble = 0; nibble < 16; ++nibble) {
@@ -39,7 +42,8 @@ inline void qqq_table(const QqqWeights& w, int64_t group, int64_t n0, QqqTable& 
 }
 
 // A panel of one packed row: 4 steps. Words of output channels n and n + 8, 4 input channels.
-inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, uint8_t* panel) {
+template <bool kGrouped>
+inline void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& tables, uint8_t* panel) {
   for (int lane = 0; lane < 32; ++lane) {
     uint8_t* step = panel + lane % 4 * kPanelRows * kStep;
     for (int j = 0; j < 2; ++j) {
@@ -47,13 +51,13 @@ inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, 
       std::memcpy(&word, words + 16 * lane + 4 * (j0 + j), sizeof word);
       const int i = 16 * j + lane / 4;  // output channel of the panel with b = 0
       uint8_t *low = step + kStep * i, *high = low + kStep * 8;
-      if (table == nullptr) {
+      if constexpr (!kGrouped) {
         const uint32_t biased = word ^ 0x88888888, b0 = biased >> 4 & 0x0f0f0f0f,
                        b1 = biased & 0x0f0f0f0f;
         std::memcpy(low, &b0, sizeof b0);
         std::memcpy(high, &b1, sizeof b1);
       } else {
-        const uint8_t *of_low = (*table)[i], *of_high = (*table)[i + 8];
+        const uint8_t *of_low = tables[i], *of_high = tables[i + 8];
         for (int r = 0; r < 4; ++r) {
           const int nibble = r / 2 + r % 2 * 4;  // nibbles with b = 0: r 0, 2, -, -, 1, 3
           low[r] = of_low[word >> 4 * nibble & 15];
@@ -63,6 +67,7 @@ inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, 
     }
   }
 }
+#endif
 
 struct QqqKernel {
   TokenLayout layout;
@@ -86,14 +91,18 @@ struct QqqKernel {
     const int64_t block = n0 / kQqqBlock;
     const int j0 = int(n0 % kQqqBlock) / 16;
     int64_t group = -1;
-    QqqTable table;
+    QqqTables tables;
     for (int row = 0; row < steps / 4; ++row, panel += 4 * kPanelRows * kStep) {
       const int64_t at = position / kQqqRow + row;
-      if (weights.group_size && at * kQqqRow / weights.group_size != group) {
-        group = at * kQqqRow / weights.group_size;
-        qqq_table(weights, group, n0, table);
+      if (weights.group_size == 0) {
+        qqq_panel_row<false>(weights.at(at, block), j0, tables, panel);
+        continue;
       }
-      qqq_unpack_row(weights.at(at, block), j0, weights.group_size ? &table : nullptr, panel);
+      if (at * kQqqRow / weights.group_size != group) {
+        group = at * kQqqRow / weights.group_size;
+        qqq_tables(weights, group, block, j0, tables);
+      }
+      qqq_panel_row<true>(weights.at(at, block), j0, tables, panel);
     }
   }
 
@@ -115,7 +124,7 @@ struct QqqKernel {
   static constexpr int kMoreRows = 0;
 #if defined(__AVX512VNNI__)
   static constexpr int kFewTokens = kQqqFewTokens;
-  ANYBIT_INLINE bool takes_few() const { return true; }
+  ANYBIT_INLINE bool takes_few(int64_t) const { return true; }
   template <class T>
   ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
                          const Parallel& parallel) const {

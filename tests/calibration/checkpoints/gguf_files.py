@@ -47,6 +47,8 @@ def write_gguf(
         sizes["attention.key_length"] = checkpoint.decoder.blocks[0].heads.head_dim
     own = {key: getattr(config, name, None) for key, name in family.gguf_fields.items()}
     sizes |= {key: value for key, value in own.items() if value is not None}
+    if rope := checkpoint.decoder.blocks[0].rope:
+        sizes |= {} if rope.width is None else {"rope.dimension_count": rope.width}
     values = {
         **{f"{family.gguf}.{key}": value for key, value in sizes.items()},
         **rope_metadata(config.rope_parameters, family.gguf),
@@ -98,6 +100,9 @@ def rope_metadata(rope: Mapping[str, Any], architecture: str = "llama") -> dict[
         return rope_metadata(rope["full_attention"], architecture) | local
     found: dict[str, Any] = {f"{architecture}.rope.freq_base": float(rope["rope_theta"])}
     kind = rope["rope_type"]
+    if kind == "longrope":
+        factor = rope["attention_factor"]
+        return found | {f"{architecture}.rope.scaling.attn_factor": float(factor)}
     if kind in ("linear", "yarn"):
         found |= {
             f"{architecture}.rope.scaling.type": kind,
@@ -119,8 +124,15 @@ def rope_metadata(rope: Mapping[str, Any], architecture: str = "llama") -> dict[
 
 
 def _rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The tensor that carries LLaMA 3's scaling."""
+    """The tensors that carry LLaMA 3's scaling, or longrope's."""
     config = checkpoint.config
+    if config.rope_parameters.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{kind}.weight": np.array(
+                config.rope_parameters[f"{kind}_factor"], np.float32
+            )
+            for kind in ("short", "long")
+        }
     if config.rope_parameters.get("rope_type") != "llama3":
         return {}
     head = np.arange(0, config.head_dim, 2) / config.head_dim
@@ -153,14 +165,14 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         for part in (*block.norms, *block.linears):
             names[block.name(part.name)] = f"blk.{index}.{part.gguf}"
     found = {}
-    for name in checkpoint.decoder.shapes():
+    for name, info in checkpoint.decoder.infos.items():
         base, _, end = name.rpartition(".")
-        info = checkpoint.decoder.infos[name]
         array = checkpoint.stored(name).astype(np.float32) + np.float32(info.offset)
         if info.rotary:
             heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             array = _interleaved(array, getattr(config, heads))
-        found[f"{names[base]}.{end}"] = array
+        key = info.gguf if info.whole else f"{names[base]}.{end}"
+        found[key] = np.concatenate([found[key], array]) if key in found else array
     return found
 
 

@@ -512,8 +512,9 @@ def test_code_that_transformers_own_classes_were_made_from_is_left_aside(
     shutil.copytree(tiny_llama(architecture="Phi3", **FAMILIES["Phi3"]), folder)
     known = {"AutoConfig": "configuration_phi3.Phi3Config"}
     known |= {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
-    configure(folder, auto_map=known)
+    configure(folder, auto_map=known | {"AutoTokenizer": "Xenova/gpt-4o"})
     check_as_transformers(folder)
+    assert open_checkpoint(str(folder), True).tokenizer()("The river")["input_ids"]
     configure(folder, auto_map=known | {"AutoTokenizer": "own.Own"})
     assert refusal(folder) == f"{folder / 'config.json'}, auto_map: {OWN}. {CODE}"
 

@@ -70,6 +70,11 @@ CONVERTED: dict[str, dict[str, Any]] = {
     },
     "Granite": FAMILIES["Granite"],
     "Olmo2": {},
+    "Phi3": {
+        **FAMILIES["Phi3"],
+        "original_max_position_embeddings": 20,
+        "rope_parameters": {**FAMILIES["Phi3"]["rope_parameters"], "attention_factor": 1.3},
+    },
     "Qwen2": {"rope_parameters": ROPE},
     "Qwen3": FAMILIES["Qwen3"],
     "SmolLM3": {"num_hidden_layers": 5},
@@ -88,10 +93,11 @@ def test_files_of_other_families_give_back_their_models(
         np.testing.assert_allclose(first, second, atol=1e-6, rtol=0, err_msg=tensor)
     for frequencies in original.decoder.frequencies:
         np.testing.assert_allclose(original.rope(frequencies)[0], copy.rope(frequencies)[0])
-    ids = torch.arange(24).reshape(2, 12) * 7 % 512
-    want = FloatReference(float_model(original))(ids).logits
-    for found in (FloatReference(float_model(copy))(ids).logits, float_logits(copy, ids)):
-        torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
+    for length in (12, 24):
+        ids = torch.arange(2 * length).reshape(2, -1) * 7 % 512
+        want = FloatReference(float_model(original))(ids).logits
+        for found in (FloatReference(float_model(copy))(ids).logits, float_logits(copy, ids)):
+            torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
 
 
 def test_the_largest_gemmas_divide_queries_by_another_number() -> None:

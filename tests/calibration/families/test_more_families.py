@@ -5,6 +5,7 @@ run, rotate, smooth, train, measure; and the whole way to a proven ONNX file.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from exporter.__main__ import main
 from plugins.errors import InputError
 from tests.calibration.block_cases import float_logits, tokens
 from tests.calibration.llama import llama
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, TINY_CONFIG
 
 pytestmark = pytest.mark.usefixtures("more_families")
 
@@ -129,6 +130,22 @@ def test_scales_fold_into_what_is_in_front(checkpoint: Checkpoint, name: str) ->
     ):
         found = block_output(x, folded, float_linear(folded, block), block, rope)
         assert (found - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_fields_that_a_config_leaves_out_are_transformers_defaults(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama(architecture=name), folder)
+    want = open_checkpoint(str(folder), True).decoder.declaration()
+    path, kept = folder / "config.json", {"architectures", "model_type", *TINY_CONFIG}
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: config[key] for key in kept}))
+    checkpoint = open_checkpoint(str(folder), True)
+    assert checkpoint.decoder.declaration() == want
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(float_logits(checkpoint, IDS), model(IDS).logits, atol=1e-4, rtol=0)
 
 
 def test_sensitivity_is_measured_for_every_node(checkpoint: Checkpoint) -> None:

@@ -209,7 +209,7 @@ def test_a_window_without_a_softcap_is_an_attention_node(
 LONG = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 12}
 NOTE = (
     "onnx: positions for 256 tokens are those of longrope's long texts from the first token on; "
-    "transformers takes them beyond 12 tokens. An export for 12 tokens takes those of short texts."
+    "transformers takes them beyond 12 tokens. --max-seq 12 takes those of short texts."
 )
 
 
