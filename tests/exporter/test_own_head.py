@@ -17,7 +17,6 @@ from calibration.quant.folder import read_quant
 from exporter.proof.validate import ValidateOptions, validate
 from exporter.run.onnxruntime import OnnxSession
 
-
 QQQ = ("--method", "qqq", "--nsamples", "4", "--seqlen", "32", "--head-bits")
 
 
