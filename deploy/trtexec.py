@@ -58,9 +58,7 @@ def build_command(out: Path, record: EngineRecord) -> str:
     for index, profile in enumerate(record["profiles"]):
         words.append(f"--profile={index}")
         words += [f"--{which}Shapes={_shapes(profile['inputs'], which)}" for which in _WHICH]
-    if record.get("decomposable_attention"):
-        layers = sum(name.endswith(".key") for name in record["profiles"][0]["inputs"])
-        names = [f"model.layers.{index}.self_attn.context_heads" for index in range(layers)]
+    if names := record.get("attentions"):
         words.append(f"--decomposableAttentions={','.join(names)}")
     return _join(words)
 

@@ -48,6 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="most tokens of a sequence, in the ONNX file and the engine; at most the model's "
         "context (default: 2048, or the context if that is less)",
     )
+    engine.add_argument(
+        "--kv",
+        type=_cache_form,
+        default=0,
+        metavar="FORM",
+        help="concat: the KV cache grows with each call (default); static:CAPACITY: it has room for "
+        "so many tokens from the beginning, which is then --max-seq",
+    )
     proof = parser.add_argument_group("report")
     proof.add_argument(
         "--eval",
@@ -71,6 +79,29 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="keep finished stages whose inputs did not change"
     )
     return parser
+
+
+def _cache_form(text: str) -> int:
+    """--kv: the capacity of a static cache; 0 is one that grows."""
+    form, _, capacity = text.partition(":")
+    if text == "concat":
+        return 0
+    if form != "static" or not capacity.isascii() or not capacity.isdecimal() or int(capacity) < 2:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected concat or static:CAPACITY, such as static:2048"
+        )
+    return int(capacity)
+
+
+def _max_seq(args: argparse.Namespace) -> int:
+    """--max-seq, or the capacity of a static cache."""
+    if args.kv and args.max_seq not in (0, args.kv):
+        raise InputError(
+            "--max-seq",
+            f"got {args.max_seq}, expected {args.kv}, the capacity that --kv gives",
+            "Leave it out: a sequence has as many tokens as the cache has room for",
+        )
+    return int(args.kv or args.max_seq)
 
 
 def print_summary(out: Path, manifest: dict[str, object]) -> None:
@@ -127,7 +158,8 @@ def _main(argv: list[str] | None) -> int:
         settings=settings_from_args(args, schemes.base),
         engine=args.engine,
         max_batch=args.max_batch,
-        max_seq=args.max_seq,
+        max_seq=_max_seq(args),
+        static_cache=args.kv > 0,
         until=args.until,
         resume=args.resume,
         offline=args.offline,

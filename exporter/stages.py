@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import sha256_file
+from calibration.out.files import sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     method_digest,
@@ -20,6 +20,7 @@ from calibration.out.fingerprint import (
 )
 from calibration.out.folder import open_stage
 from calibration.out.layout import (
+    CHAT_FILE,
     ENGINE,
     HTML_FILE,
     MODEL_FILE,
@@ -30,7 +31,7 @@ from calibration.out.layout import (
 )
 from calibration.progress import Progress
 from calibration.settings import CalibrationSettings
-from plugins.errors import CheckError
+from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ class ExportRequest:
         max_batch: largest batch of the engine's profiles.
         max_seq: most tokens of a sequence, in the ONNX file and the engine; 0 is 2048, or the
             model's context if that is less.
+        static_cache: the KV cache has room for so many tokens from the beginning; else it grows.
         until: the last stage to run, one of STAGES.
         resume: keep finished stages whose inputs did not change.
         offline: never use the network.
@@ -85,6 +87,7 @@ class ExportRequest:
     engine: str = "auto"
     max_batch: int = 1
     max_seq: int = 0
+    static_cache: bool = False
     until: str = REPORT
     resume: bool = False
     offline: bool = False
@@ -112,7 +115,17 @@ class ExportRequest:
 def within_context(request: ExportRequest, context: int, progress: Progress) -> ExportRequest:
     """The request with a max_seq that the model has positions for; says where it cuts one that was
     asked for.
+
+    Raises:
+        InputError: a static cache is larger, which programs that run the file would not expect.
     """
+    if request.static_cache and request.max_seq > context:
+        raise InputError(
+            "--kv",
+            f"got a capacity of {request.max_seq} tokens, expected at most {context}, the context "
+            f"that the model was made for",
+            f"Give --kv static:{context} or less",
+        )
     if request.max_seq > context:
         progress.warning(
             f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model "
@@ -216,11 +229,11 @@ class OnnxStage(Stage):
     """
 
     name = ONNX
-    code = ("exporter/graph", "plugins")
+    code = ("exporter/graph", "exporter/chat.py", "plugins")
 
     def inputs(self) -> Any:
-        """How many positions there are."""
-        return [self.request.max_seq]
+        """How many positions there are, and the cache's form."""
+        return [self.request.max_seq, self.request.static_cache]
 
     def needed_bytes(self) -> int:
         """About what the codes take."""
@@ -230,13 +243,20 @@ class OnnxStage(Stage):
         """Write the graph."""
         from calibration.quant.describe import describe
         from calibration.quant.folder import read_quant
+        from exporter.chat import chat_data, no_template
         from exporter.graph.decoder import export_onnx
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
-        longest = self.request.max_seq
-        facts = export_onnx(quant, folder, self.progress, max_context=longest)
-        self._description = replace(describe(quant), max_context=longest)
+        longest, static = self.request.max_seq, self.request.static_cache
+        facts = export_onnx(quant, folder, self.progress, max_context=longest, static=static)
+        made = describe(quant)
+        self._description = made.static(longest) if static else replace(made, max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
+        has_chat = self._description.chat_template is not None  # else nobody asks for transformers
+        chat = chat_data(quant.tokenizer()) if has_chat else no_template()
+        write_json(folder / CHAT_FILE, chat)
+        if has_chat and (why := chat["why_not"]):
+            self.progress.message(f"{ONNX}: no chat outside Python, {why}")
         return facts
 
     def description(self) -> Description:
@@ -305,7 +325,7 @@ class EngineStage(Stage):
         build_engine(source / MODEL_FILE, self.library, folder, self._options(), self.progress)
         record = read_engine_record(folder)
         description = open_stage(self.out, ONNX, "the engine").description()
-        copy_files(source, description.tokenizer, folder)
+        copy_files(source, (*description.tokenizer, CHAT_FILE), folder)
         self._description = description.within(**asdict(engine_limits(record)))
         plugins = record["layers"]["PLUGIN_V3"]
         return {

@@ -106,9 +106,10 @@ def _make_model(
     import transformers
 
     dtype, shard_size, architecture = kind
-    config = getattr(transformers, f"{architecture}Config")(**{**TINY_CONFIG, **changes})
+    of = getattr(transformers, f"{architecture}ForCausalLM")
+    config = of.config_class(**{**TINY_CONFIG, **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    model = of(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (
@@ -138,7 +139,10 @@ def more_families() -> Iterator[dict[str, str]]:
 
 
 # Sizes beyond TINY_CONFIG's of tiny models of these families, small enough that caps, windows and
-# multipliers matter.
+# multipliers matter; Arcee lies in tests/more_families.
+_ODD: dict[str, Any] = {"hidden_size": 80, "intermediate_size": 112, "num_attention_heads": 5}
+_WIDE = {**_ODD, "num_key_value_heads": 1, "head_dim": 48}
+_LAYERS = {"num_hidden_layers": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Arcee": {"mlp_bias": True},
     "Gemma2": {
@@ -148,13 +152,62 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "query_pre_attn_scalar": 9,
     },
+    "Gemma3": {
+        **_WIDE,
+        **_LAYERS,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 60,
+        "final_logit_softcapping": 3.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "Granite": {
         "attention_multiplier": 0.3,
         "residual_multiplier": 0.22,
         "embedding_multiplier": 12.3,
+        "logits_scaling": 0.7,
     },
+    "Mistral": {**_WIDE, "sliding_window": 6, "tie_word_embeddings": False},
     "Olmo2": {},
+    "Olmo3": {
+        **_LAYERS,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    },
+    "Phi3": {
+        "hidden_size": 96,
+        "intermediate_size": 112,
+        "sliding_window": 7,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0],
+        },
+    },
+    "Qwen2": {
+        **_ODD,
+        "num_key_value_heads": 5,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
     "Qwen3": {"head_dim": 24, "tie_word_embeddings": False},
+    "SmolLM3": {**_LAYERS, "no_rope_layers": [1, 0, 1]},
 }
 
 
@@ -185,8 +238,8 @@ def mixed() -> dict[str, Any]:
 def tiny_quant(
     tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), **scheme fields) -> OUT with a quant
-    folder of the tiny model.
+    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), head=16, **scheme fields) -> OUT with a
+    quant folder of the tiny model.
 
     Do not change it.
     """
@@ -204,10 +257,12 @@ def tiny_quant(
         abits: int = 8,
         op: str = "ABQGemm",
         rules: tuple[str, ...] = (),
+        head: int = 16,
         **fields: Any,
     ) -> Path:
         base = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
-        schemes = SchemeMap(base, tuple(Rule(*rule.split()) for rule in rules))
+        parsed = tuple(Rule(*rule.split()) for rule in rules)
+        schemes = SchemeMap(base, parsed, head)
         if schemes not in cache:
             out = tmp_path_factory.mktemp("out")
             with StageWriter(out, QUANT) as writer:

@@ -86,8 +86,8 @@ def test_there_is_something_to_check() -> None:
 def test_commands_are_ones_we_have(
     page: Path, parse: Callable[[list[str]], argparse.Namespace]
 ) -> None:
-    from calibration.checkpoints.sources import ALIASES
     from calibration.cli import default_out, scheme_from_args
+    from calibration.families import aliases
 
     makefile = (REPOSITORY / "Makefile").read_text()
     made = set()
@@ -97,7 +97,7 @@ def test_commands_are_ones_we_have(
         if words[:2] == ["python", "-m"] and words[2].split(".")[0] in (*OURS, "benchmarks"):
             arguments = parse(words[2:])
             if words[2] == "exporter":
-                assert arguments.model in ALIASES, words
+                assert arguments.model in aliases(), words
                 made.add(default_out(arguments, scheme_from_args(arguments)))
             elif words[2] == "deploy":
                 assert arguments.out in made, f"{words}: no command above makes this OUT"

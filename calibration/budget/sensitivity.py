@@ -216,7 +216,7 @@ class _Model:
 
     checkpoint: Checkpoint
     basis: Basis
-    rope: Rope
+    length: int
     budget: StreamBudget
     device: str
 
@@ -231,7 +231,7 @@ class _Model:
         return cls(
             job.checkpoint,
             basis,
-            Rope.of(job.checkpoint, job.windows.shape[1], device),
+            job.windows.shape[1],
             StreamBudget(job.settings.max_memory, job.folder),
             device,
         )
@@ -241,6 +241,9 @@ class _Model:
             name: tensor.to(self.device)
             for name, tensor in self.basis.load(self.checkpoint, index).items()
         }
+
+    def rope(self, block: Block) -> Rope:
+        return Rope.of(self.checkpoint, self.length, self.device, block.rope)
 
     def tensor(self, name: str) -> Tensor:
         return self.basis.tensor(self.checkpoint, f"{name}.weight")
@@ -260,10 +263,8 @@ class _Model:
         found = [self.stream(rows, (*tokens.shape, table.shape[1]))]
         for block in decoder.blocks:
             weights = self.load(block.index)
-            multiply = float_linear(weights, block)
-            outputs = (
-                block_output(x[None], weights, multiply, block, self.rope)[0] for x in found[-1]
-            )
+            multiply, rope = float_linear(weights, block), self.rope(block)
+            outputs = (block_output(x[None], weights, multiply, block, rope)[0] for x in found[-1])
             found.append(self.stream(outputs, found[0].shape))
             progress.advance(1, f"forward, block {block.index + 1} of {decoder.layers}")
         return found
@@ -271,10 +272,9 @@ class _Model:
     def loss_gradients(self, x: Windows, numbers: list[int], seed: int) -> Windows:
         """At the head's input; `numbers` are those of the windows, which fix their labels."""
         decoder = self.checkpoint.decoder
-        own = not decoder.tied or self.basis.unties
         gain, table = (
             self.tensor(name).to(self.device)
-            for name in (decoder.head.norm.name, (decoder.head if own else decoder.embedding).name)
+            for name in (decoder.head.norm.name, decoder.head_table(self.basis.unties))
         )
         head = Head(decoder.head, gain, table)
         generators = (
@@ -303,8 +303,9 @@ class _Model:
             node: site_weight(weights, site.linears)[0] for node, site in block.sites.items()
         }
         sums = {site: _Sums.of(weight) for site, weight in stacked.items()}
+        rope = self.rope(block)
         for number, x in enumerate(inputs):
-            before, sites = site_gradients(x, gradients[number], weights, block, self.rope)
+            before, sites = site_gradients(x, gradients[number], weights, block, rope)
             for site, (value, gradient) in sites.items():
                 sums[site].add(value, gradient, stacked[site], scheme)
             gradients[number] = (

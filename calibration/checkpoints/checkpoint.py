@@ -34,6 +34,7 @@ from calibration.families import (
     accepted_architectures,
     family_of_architecture,
 )
+from calibration.families.steps import Rope
 from calibration.out.files import sha256_file
 from calibration.out.json_file import TokenId, checked, read_json
 from plugins.errors import InputError
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model", "additional_chat_templates/*.jinja")
-# The other kinds change their frequencies with the sequence length.
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _LONGEST = 400  # characters of an objection
 ADAPTER = "adapter_config.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -87,6 +86,7 @@ class _Fields:
     head_dim: _Width | None = None
     vocab_size: _Width | None = None
     max_position_embeddings: _Positions | None = None
+    sliding_window: _Positions | None = None
     num_labels: _Labels | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
@@ -118,7 +118,8 @@ class Checkpoint:
         if self._has_own_head():
             config.tie_word_embeddings = False
             self.decoder = family.decoder(plain_config(config))
-        self.rope()  # settings without frequencies are refused before any work
+        for name in self.decoder.frequencies:
+            self.rope(name)  # settings without frequencies are refused before any work
         self.warnings = self._odd_frequencies()
 
     @property
@@ -145,7 +146,8 @@ class Checkpoint:
         if not names:
             return []
         scaled = self.rope()[0]
-        theta = float(self.config.rope_parameters["rope_theta"])
+        step, _ = next(iter(self.decoder.frequencies.values()))
+        theta = float(_rope_parameters(self.config, step)["rope_theta"])
         exponents = np.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
         plain = theta**-exponents  # models of old saved these, and scaled positions instead
         shapes = self._weights.shapes()
@@ -219,13 +221,16 @@ class Checkpoint:
         Raises:
             InputError: it holds NaN or Inf.
         """
-        array = self.stored(name)
-        offset = self.decoder.offsets.get(name)
-        return array if offset is None else array.astype(np.float32) + np.float32(offset)
+        array, info = self.stored(name), self.decoder.infos.get(name)
+        if info is None or (info.factor, info.offset) == (1, 0):
+            return array
+        return array.astype(np.float32) * np.float32(info.factor) + np.float32(info.offset)
 
     def stored(self, name: str) -> np.ndarray:
         """One tensor as the checkpoint has it. Raises as array()."""
-        array = self._weights.array(self._names.stored[name])
+        info = self.decoder.infos.get(name)
+        array = self._weights.array(self._names.stored[info.stored if info else name])
+        array = array[info.rows] if info and info.whole else array
         check_finite(f"{self._where}, tensor {name}", array)
         return array
 
@@ -235,22 +240,26 @@ class Checkpoint:
 
         return torch.from_numpy(self.array(name).astype(np.float32))
 
-    def rope(self) -> tuple[np.ndarray, float]:
-        """Rotary frequencies fp32 [head_dim/2], and the factor on cos and sin.
+    def rope(self, name: str = "") -> tuple[np.ndarray, float]:
+        """Rotary frequencies fp32 [rotated channels / 2], and the factor on cos and sin.
+
+        Args:
+            name: of decoder.frequencies; "" is the first.
 
         Raises:
             InputError: the config's numbers make none.
         """
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
+        known = self.decoder.frequencies
+        step, long = known[name] if name else next(iter(known.values()))
+        width = self.decoder.rotated(step)
         try:
-            rotary = LlamaRotaryEmbedding(self.config)
-            frequencies = np.asarray(rotary.inv_freq.numpy(), np.float32)
-            scaling = float(rotary.attention_scaling)
+            frequencies, scaling = _rotary(self.config, step, long, width)
         except Exception as error:  # transformers computes with whatever the config holds
             raise self._no_rope(reason(error)) from None
         if not (np.isfinite(frequencies).all() and 0 < scaling < math.inf):
             raise self._no_rope("they are not finite")
+        if frequencies.shape != (width // 2,):
+            raise self._no_rope(f"they are {len(frequencies)} for {width // 2} pairs of a head")
         factors = getattr(self._weights, "rope_factors", lambda: None)()
         return frequencies if factors is None else frequencies / factors, scaling
 
@@ -408,19 +417,29 @@ def _objection(config: Any) -> str:
     padding, vocab = getattr(config, "pad_token_id", None), config.vocab_size
     if padding is not None and not -vocab <= padding < vocab:  # transformers makes no such table
         return f"got pad_token_id {padding}, expected a row of the {vocab} of the embedding"
-    rope = config.rope_parameters
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in STATIC_ROPE:
-        return (
-            f"got rope_type {rope_type} (frequencies that change with the length), expected "
-            f"one of {', '.join(STATIC_ROPE)}"
-        )
-    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        return (
-            f"got partial_rotary_factor {rope['partial_rotary_factor']}, expected 1 (the "
-            f"whole head rotates)"
-        )
     return ""
+
+
+def _rope_parameters(config: Any, step: Rope) -> Any:
+    return config.rope_parameters[step.table] if step.table else config.rope_parameters
+
+
+def _rotary(config: Any, step: Rope, long: bool, width: int) -> tuple[np.ndarray, float]:
+    """Frequencies, and the factor on cos and sin, as transformers computes them."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = _rope_parameters(config, step)
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":  # in every family's own modelling file, in these words
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+        found = 1.0 / (parameters["rope_theta"] ** exponents)
+        return np.asarray(found.numpy(), np.float32), 1.0
+    length = step.short + 1 if long and step.short is not None else None
+    found, scaling = ROPE_INIT_FUNCTIONS[kind](
+        config, seq_len=length, layer_type=step.table or None
+    )
+    return np.asarray(found.numpy(), np.float32), float(scaling)
 
 
 def plain_config(config: Any) -> dict[str, Any]:

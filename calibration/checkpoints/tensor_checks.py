@@ -92,7 +92,7 @@ def _prefixes(table: str, found: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
-    wanted = decoder.shapes()
+    wanted = decoder.stored_shapes()
     table, head = f"{decoder.embedding.name}.weight", f"{decoder.head.name}.weight"
     if decoder.tied and head in found:
         wanted |= {head: wanted[table]}

@@ -7,13 +7,14 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from calibration.families.steps import (
     ACTIVATIONS,
+    ROPE_TYPES,
     Add,
     Attend,
     Gate,
@@ -22,6 +23,7 @@ from calibration.families.steps import (
     Linear,
     Linears,
     Norm,
+    Rope,
     Step,
     TensorInfo,
 )
@@ -89,6 +91,27 @@ class Config:
         """Rows of the embedding."""
         return self.size("vocab_size")
 
+    def number(self, name: str) -> float:
+        """A field that multiplies something.
+
+        Raises:
+            UnsupportedError: it is missing, or no number that fp32 computes with.
+        """
+        value = self.get(name)
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (known and 1e-18 <= value <= 1e18):
+            raise UnsupportedError(f"got {name} {value}, expected a number from 1e-18 to 1e18")
+        return float(value)
+
+    def cap(self, name: str) -> float | None:
+        """A softcap; None where there is none."""
+        return None if self.get(name) is None else self.number(name)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Of attention; None sees all."""
+        return None if self.get("sliding_window") is None else self.size("sliding_window")
+
     @property
     def epsilon(self) -> float:
         """Of the norms."""
@@ -108,14 +131,56 @@ class Config:
             )
         return Heads(heads, kv_heads, self.size("head_dim", self.hidden // heads))
 
-    @property
-    def activation(self) -> str:
-        """Of the MLP, as steps call it."""
-        name = self.get("hidden_activation", self.get("hidden_act", "silu"))
-        if name not in ACTIVATIONS:
+    def rope(self, table: str = "", partial: bool = False) -> Rope:
+        """How queries and keys turn.
+
+        Args:
+            table: the entry of rope_parameters, "" where it is one for all layers.
+            partial: whether the family's attention can leave channels as they are.
+
+        Raises:
+            UnsupportedError: another kind of frequencies, or half of a pair.
+        """
+        found = self.get("rope_parameters", {})
+        found = found.get(table) if table and isinstance(found, Mapping) else found
+        if not isinstance(found, Mapping):
+            raise UnsupportedError(f"got rope_parameters {found} for {table or 'all layers'}")
+        kind, factor = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
+        if kind not in ROPE_TYPES:
+            raise UnsupportedError(f"got rope_type {kind}, expected one of {', '.join(ROPE_TYPES)}")
+        if float(factor) != 1.0 and not partial:
             raise UnsupportedError(
-                f"got hidden_act {name}, expected one of {', '.join(ACTIVATIONS)}"
+                f"got partial_rotary_factor {factor}, expected 1 (the whole head rotates)"
             )
+        head_dim = self.heads.head_dim
+        width = int(head_dim * float(factor))
+        if not 0 < width <= head_dim or width % 2:
+            raise UnsupportedError(
+                f"got {width} of {head_dim} channels of a head that rotate, expected pairs"
+            )
+        short = Config(found).size("original_max_position_embeddings") if kind == "longrope" else 0
+        return Rope(width if width < head_dim else None, table, short or None)
+
+    def window(self, index: int) -> int | None:
+        """Of the attention of a layer by its entry in layer_types; None sees all.
+
+        Raises:
+            UnsupportedError: an unknown entry.
+        """
+        kinds = self.get("layer_types")
+        kind = kinds[index] if isinstance(kinds, list) and index < len(kinds) else None
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"got layer_types {kind} for layer {index}, expected full_attention or "
+                f"sliding_attention"
+            )
+        return self.size("sliding_window") if kind == "sliding_attention" else None
+
+    def activation(self, key: str = "hidden_act") -> str:
+        """Of the MLP, as steps call it; `key` is the field that names it."""
+        name = self.get(key, "silu")
+        if name not in ACTIVATIONS:
+            raise UnsupportedError(f"got {key} {name}, expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
 
@@ -144,6 +209,7 @@ class Head:
         tied: the table is the embedding's.
         softcap: c in c tanh(x / c) of the logits; None leaves them.
         gguf: of the table in GGUF files, without ".weight".
+        quantized: it is a GEMM node, with codes of its own, and no float table.
     """
 
     norm: Norm
@@ -151,6 +217,7 @@ class Head:
     tied: bool = False
     softcap: float | None = None
     gguf: str = "output"
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -307,6 +374,11 @@ class Block:
         return next(step for step in self.steps if isinstance(step, Attend))
 
     @cached_property
+    def rope(self) -> Rope | None:
+        """How it turns queries and keys; None where it does not."""
+        return next((step for step in self.steps if isinstance(step, Rope)), None)
+
+    @cached_property
     def before_attention(self) -> tuple[Step, ...]:
         """The steps that make the rotated heads of queries, keys and values."""
         return self.steps[: self.steps.index(self.attend)]
@@ -327,11 +399,13 @@ class Block:
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Its tensors by their full names: norms, then linears, each in execution order."""
-        parts: list[Norm | Linear] = [*self.norms, *self.linears]
+        nodes = (site.linears for site in self.sites.values())
+        parts: list[Norm | Linears] = [*self.norms, *nodes]
         for part in parts:
             for info in part.tensors():
                 gguf = f"blk.{self.index}.{info.gguf}" if info.gguf else ""
-                yield replace(info, name=self.name(info.name), gguf=gguf)
+                whole = self.name(info.whole) if info.whole else ""
+                yield replace(info, name=self.name(info.name), gguf=gguf, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -373,27 +447,46 @@ class Decoder:
         """Whether the head is the embedding."""
         return self.head.tied
 
+    def head_table(self, unties: bool = False) -> str:
+        """Whose table the head multiplies with, without ".weight": the embedding's where they are
+        tied, unless a basis unties them.
+        """
+        return self.embedding.name if self.tied and not unties else self.head.name
+
     def untied(self) -> Decoder:
         """The same decoder with a head of its own."""
         return replace(self, head=replace(self.head, tied=False))
 
+    def with_quantized_head(self) -> Decoder:
+        """The same decoder with a head that is a GEMM node; the embedding keeps its own table."""
+        return replace(self, head=replace(self.head, tied=False, quantized=True))
+
+    @property
+    def head_site(self) -> Site:
+        """The head as a GEMM node, whether it is to be one or not; it is named in full."""
+        linear = Linear(self.head.name, self.vocab, self.hidden, gguf=self.head.gguf)
+        return Site(Linears(self.head.name, (linear,)), (self.head.norm,))
+
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """Every GEMM node, in execution order."""
-        return tuple(block.name(node) for block in self.blocks for node in block.sites)
+        return tuple(self.sites)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """Every GEMM node by its full name."""
-        return {
+        """Every GEMM node by its full name, in execution order."""
+        found = {
             block.name(node): site for block in self.blocks for node, site in block.sites.items()
         }
+        return found | {self.head.name: self.head_site} if self.head.quantized else found
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """Every linear by its full name."""
         return {
-            block.name(linear.name): linear for block in self.blocks for linear in block.linears
+            member: linear
+            for node, site in self.sites.items()
+            for member, linear in zip(self.members(node), site.linears.members, strict=True)
         }
 
     @cached_property
@@ -408,11 +501,15 @@ class Decoder:
 
     def members(self, node: str) -> tuple[str, ...]:
         """The linears of a GEMM node, in stacking order; of another name itself."""
-        site = self.sites.get(node)
-        if site is None:
+        if node not in self.sites:
             return (node,)
-        prefix = node.removesuffix(site.linears.node)
-        return tuple(prefix + name for name in site.linears.names)
+        return tuple(self.full_name(node, name) for name in self.sites[node].linears.names)
+
+    def full_name(self, node: str, name: str) -> str:
+        """The full name of a tensor, norm or linear that the declaration of a GEMM node's layer
+        names.
+        """
+        return node.removesuffix(self.sites[node].linears.node) + name
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of a checkpoint, in execution order."""
@@ -425,9 +522,36 @@ class Decoder:
             yield TensorInfo(f"{self.head.name}.weight", table, f"{self.head.gguf}.weight")
 
     @cached_property
-    def offsets(self) -> dict[str, float]:
-        """What is added to the tensors that a checkpoint stores less it, by name."""
-        return {info.name: info.offset for info in self.tensors() if info.offset}
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor by its name, in execution order."""
+        return {info.name: info for info in self.tensors()}
+
+    @cached_property
+    def fused(self) -> tuple[str, ...]:
+        """Tensors of a checkpoint that hold those of several linears."""
+        return tuple(dict.fromkeys(info.whole for info in self.tensors() if info.whole))
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor as checkpoints have them, in execution order."""
+        return {info.stored: (info.rows.stop, *info.shape[1:]) for info in self.tensors()}
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """How queries and keys turn in some layer, each way once."""
+        return tuple(dict.fromkeys(block.rope for block in self.blocks if block.rope is not None))
+
+    @cached_property
+    def frequencies(self) -> dict[str, tuple[Rope, bool]]:
+        """{name of a tensor of rotary frequencies: whose they are, and whether of long contexts}."""
+        return {
+            rope.frequencies(long): (rope, long)
+            for rope in self.ropes
+            for long in ((False, True) if rope.short is not None else (False,))
+        }
+
+    def rotated(self, rope: Rope) -> int:
+        """Channels of a head that turn."""
+        return rope.width or self.blocks[0].heads.head_dim
 
     def declaration(self) -> str:
         """All that its family says of it, as text: two decoders of one text compute the same."""
@@ -440,6 +564,10 @@ class Decoder:
 
 def _no_objection(config: Any) -> str:
     return ""
+
+
+def _nothing_implied(config: Any) -> Mapping[str, Any]:
+    return {}
 
 
 def _plain_embedding(config: Config) -> Embedding:
@@ -463,9 +591,16 @@ class Family:
             UnsupportedError where no step can do what the config says.
         gguf: value of general.architecture in GGUF files, or "" if they are not read; for families
             whose config LLaMA's fields describe, see calibration/checkpoints/gguf.py.
+        gguf_fields: {key below the architecture's name in GGUF files: the config's field}, beside
+            those that every family has.
+        gguf_implied: fields that such files leave to the architecture, from the other ones.
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
         prefix: of a layer's tensors.
+        models: what it reads, for people.
+        aliases: {short name: the hub id that it stands for}.
+        own_code: what auto_map in a config may name, since it is what transformers' classes were
+            made from.
     """
 
     name: str
@@ -473,10 +608,15 @@ class Family:
     model_type: str
     block: Callable[[Config, int], tuple[Step, ...]]
     gguf: str = ""
+    gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_implied: Callable[[Config], Mapping[str, Any]] = _nothing_implied
     objection: Callable[[Any], str] = _no_objection
     embedding: Callable[[Config], Embedding] = _plain_embedding
     head: Callable[[Config], Head] = _plain_head
     prefix: str = "model.layers.{i}"
+    models: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    own_code: tuple[str, ...] = ()
 
     def decoder(self, values: Mapping[str, Any]) -> Decoder:
         """The decoder of a model.

@@ -1,11 +1,22 @@
-"""What most families have in common: the projections around attention, and the gated MLP."""
+"""What several families have in common: the projections around attention, norms of heads, the gated
+MLP, and what all of Gemma's decoders do.
+"""
 
 from __future__ import annotations
 
-from calibration.families.decoder import Config
-from calibration.families.steps import Gate, Linear, Linears
+from calibration.families.decoder import Config, Embedding, UnsupportedError
+from calibration.families.steps import Gate, HeadNorm, Linear, Linears, Norm
 
-__all__ = ["gated_mlp", "output_projection", "projections"]
+__all__ = [
+    "gated_mlp",
+    "gemma_norm",
+    "gguf_query_scalar",
+    "head_norms",
+    "output_projection",
+    "projections",
+    "refuse_bidirectional",
+    "root_scaled_embedding",
+]
 
 
 def projections(config: Config, bias: bool = False, rotary: bool = False) -> Linears:
@@ -34,8 +45,36 @@ def output_projection(config: Config, bias: bool = False) -> Linears:
     return Linears(linear.name, (linear,))
 
 
-def gated_mlp(config: Config, bias: bool = False) -> tuple[Linears, Gate, Linears]:
-    """The gate and up projections, their product, and the down projection."""
+def head_norms(config: Config, whole: bool = False, offset: float = 0.0) -> HeadNorm:
+    """Norms of queries and keys.
+
+    Args:
+        whole: over all heads of a token together, else of each.
+        offset: as Norm's.
+    """
+    heads = config.heads
+    query, key = (
+        Norm(
+            f"self_attn.{name}_norm",
+            heads.head_dim * (count if whole else 1),
+            config.epsilon,
+            f"attn_{name}_norm",
+            offset=offset,
+        )
+        for name, count in (("q", heads.heads), ("k", heads.kv_heads))
+    )
+    return HeadNorm(query, key)
+
+
+def gated_mlp(
+    config: Config, bias: bool = False, activation: str = "hidden_act"
+) -> tuple[Linears, Gate, Linears]:
+    """The gate and up projections, their product, and the down projection.
+
+    Args:
+        bias: whether each has one.
+        activation: the field that names it.
+    """
     hidden, width = config.hidden, config.intermediate
     down = Linear("mlp.down_proj", hidden, width, bias, "ffn_down")
     return (
@@ -46,6 +85,30 @@ def gated_mlp(config: Config, bias: bool = False) -> tuple[Linears, Gate, Linear
                 Linear("mlp.up_proj", width, hidden, bias, "ffn_up"),
             ),
         ),
-        Gate(config.activation),
+        Gate(config.activation(activation)),
         Linears(down.name, (down,)),
     )
+
+
+def gemma_norm(name: str, config: Config, gguf: str) -> Norm:
+    """A norm of the residual stream's width whose gain is stored as gain - 1."""
+    return Norm(name, config.hidden, config.epsilon, gguf, offset=1.0)
+
+
+def root_scaled_embedding(config: Config) -> Embedding:
+    """Rows times the root of their width."""
+    return Embedding(scale=config.hidden**0.5)
+
+
+def gguf_query_scalar(config: Config, layers: int) -> int:
+    """What the queries of a GGUF file are divided by the root of: the width of a head, but in the
+    largest model, which llama.cpp knows by its `layers`.
+    """
+    heads = config.heads
+    return config.hidden // heads.heads if config.layers == layers else heads.head_dim
+
+
+def refuse_bidirectional(config: Config) -> None:
+    """Raise UnsupportedError for an encoder's attention."""
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedError("got use_bidirectional_attention true, expected causal attention")

@@ -8,10 +8,11 @@ calibration/reference/steps.py, and once for ONNX, in exporter/graph/steps.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "ACTIVATIONS",
+    "ROPE_TYPES",
     "Activate",
     "Add",
     "Attend",
@@ -33,6 +34,10 @@ ACTIVATIONS = {  # Hugging Face's hidden_act: the name that steps use
     "relu2": "relu2",
 }
 
+# Hugging Face's rope_type of frequencies that a context as long as the model was made for does not
+# change ("dynamic" changes them beyond), or only once ("longrope").
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -43,7 +48,9 @@ class TensorInfo:
         shape: there.
         gguf: its name in GGUF files, or "".
         rotary: GGUF files hold its rows in RoPE's interleaved order.
-        offset: what a step adds to it before it computes with it.
+        offset, factor: a step computes with factor * tensor + offset.
+        whole: of a tensor that checkpoints hold within another one, the name of that.
+        start: its first row there.
     """
 
     name: str
@@ -51,6 +58,19 @@ class TensorInfo:
     gguf: str = ""
     rotary: bool = False
     offset: float = 0.0
+    factor: float = 1.0
+    whole: str = ""
+    start: int = 0
+
+    @property
+    def stored(self) -> str:
+        """The name of the tensor that checkpoints hold it in, its own if it stands for itself."""
+        return self.whole or self.name
+
+    @property
+    def rows(self) -> slice:
+        """Where it is in that."""
+        return slice(self.start, self.start + self.shape[0])
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,8 @@ class Norm:
         width: of the axis.
         epsilon: under the root.
         gguf: its name below "blk.{i}." in GGUF files.
-        offset: 1 where the checkpoint stores gain - 1.
+        offset, factor: the gain is factor * tensor + offset; an offset of 1 where the checkpoint
+            stores gain - 1.
     """
 
     name: str
@@ -70,6 +91,7 @@ class Norm:
     epsilon: float
     gguf: str = ""
     offset: float = 0.0
+    factor: float = 1.0
 
     @property
     def gain(self) -> str:
@@ -79,7 +101,7 @@ class Norm:
     def tensors(self) -> Iterator[TensorInfo]:
         """The gain."""
         gguf = f"{self.gguf}.weight" if self.gguf else ""
-        yield TensorInfo(self.gain, (self.width,), gguf, offset=self.offset)
+        yield TensorInfo(self.gain, (self.width,), gguf, offset=self.offset, factor=self.factor)
 
 
 @dataclass(frozen=True)
@@ -121,10 +143,14 @@ class Linears:
     Attributes:
         node: name of the node below the block's prefix, such as "self_attn.qkv_proj".
         members: stacked in this order along the output.
+        fused: checkpoints hold them so, in tensors of the node's name.
+        gguf: the fused tensors' name below "blk.{i}." in GGUF files.
     """
 
     node: str
     members: tuple[Linear, ...]
+    fused: bool = False
+    gguf: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,6 +171,18 @@ class Linears:
     def bias(self) -> bool:
         """Whether a member has a bias, and so the node."""
         return any(member.bias for member in self.members)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Those of every member, in order."""
+        start = 0
+        for member in self.members:
+            for info in member.tensors():
+                if self.fused:
+                    end = info.name.rpartition(".")[2]
+                    gguf = f"{self.gguf}.{end}" if self.gguf else ""
+                    info = replace(info, whole=f"{self.node}.{end}", start=start, gguf=gguf)
+                yield info
+            start += member.out_features
 
 
 @dataclass(frozen=True)
@@ -181,7 +219,29 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of queries and keys, pairs (i, i + head_dim / 2)."""
+    """Rotary position embedding of queries and keys, pairs (i, i + width / 2) of the first `width`
+    channels of each head; the others stay.
+
+    Attributes:
+        width: of what turns; None is the whole head.
+        table: the entry of the config's rope_parameters that its frequencies come from; "" where
+            all layers share them.
+        short: longrope: sequences of more positions than this have other frequencies; None: all
+            have the same.
+    """
+
+    width: int | None = None
+    table: str = ""
+    short: int | None = None
+
+    def long(self, context: int) -> bool:
+        """Whether a context of so many positions has the frequencies of long ones."""
+        return self.short is not None and context > self.short
+
+    def frequencies(self, long: bool = False) -> str:
+        """Name of a tensor of them, such as "rope.inv_freq"."""
+        parts = ("rope", self.table, "long" if long else "", "inv_freq")
+        return ".".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, r
 from calibration.out.files import write_json
 from calibration.quant.folder import QuantModel
 from calibration.quant.scheme import FLOAT_BITS
-from calibration.quant.sizes import ROPE
 from plugins import op_spec
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.families import Decoder
     from calibration.quant.scheme import QuantLinear, QuantScheme
     from plugins.core.op_spec import AffineForm
 
@@ -45,7 +45,13 @@ def check(scheme: QuantScheme, checkpoint: Checkpoint | None = None) -> None:
     """Raise InputError if the format cannot say this scheme or, where it is given, this model."""
     _check_scheme(scheme, f"--format {NAME}")
     if checkpoint is not None:
-        _check_rope(checkpoint.hf_config(), checkpoint.rope()[0], checkpoint.name)
+        _check_names(checkpoint.decoder, checkpoint.name)
+        _check_rope(
+            checkpoint.hf_config(),
+            checkpoint.decoder,
+            lambda name: checkpoint.rope(name)[0],
+            checkpoint.name,
+        )
 
 
 def _check_scheme(scheme: QuantScheme, where: str) -> None:
@@ -70,25 +76,39 @@ def _check_scheme(scheme: QuantScheme, where: str) -> None:
         )
 
 
-def _check_rope(config: dict[str, Any], frequencies: np.ndarray, where: str) -> None:
+def _check_names(decoder: Decoder, where: str) -> None:
+    """Whoever reads the format expects the tensors of this family's checkpoints."""
+    if decoder.fused:
+        raise InputError(
+            where,
+            f"got a family whose checkpoints hold several linears in one tensor such as "
+            f"{decoder.fused[0]}, expected one tensor for each linear for --format {NAME}",
+            "Leave out --format",
+        )
+
+
+def _check_rope(
+    config: dict[str, Any], decoder: Decoder, tensor: Callable[[str], np.ndarray], where: str
+) -> None:
     """A GGUF file may divide the frequencies by a tensor of its own, for which config.json has no
     word.
     """
-    rope = config["rope_parameters"]
-    if rope["rope_type"] not in ("default", "linear"):
-        return  # made from the config, by transformers
-    exponents = -np.arange(len(frequencies)) / len(frequencies)
-    expected = rope["rope_theta"] ** exponents / (
-        rope["factor"] if rope["rope_type"] == "linear" else 1.0
-    )
-    if not np.allclose(frequencies, expected, rtol=_RTOL, atol=0):
-        raise InputError(
-            where,
-            f"got rotary frequencies that do not follow from rope_type {rope['rope_type']}, "
-            f"expected those of "
-            f"config.json for --format {NAME}",
-            f"Give the model as a Hugging Face folder, {_STAY}",
+    for name, (step, _) in decoder.frequencies.items():
+        frequencies, rope = tensor(name), config["rope_parameters"]
+        rope = rope[step.table] if step.table else rope
+        if rope["rope_type"] not in ("default", "linear"):
+            continue  # made from the config, by transformers
+        exponents = -np.arange(len(frequencies)) / len(frequencies)
+        expected = rope["rope_theta"] ** exponents / (
+            rope["factor"] if rope["rope_type"] == "linear" else 1.0
         )
+        if not np.allclose(frequencies, expected, rtol=_RTOL, atol=0):
+            raise InputError(
+                where,
+                f"got rotary frequencies that do not follow from rope_type {rope['rope_type']}, "
+                f"expected those of config.json for --format {NAME}",
+                f"Give the model as a Hugging Face folder, {_STAY}",
+            )
 
 
 # ---------------------------------------------------------------- config.json
@@ -234,9 +254,10 @@ def _uncentred(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def _as_stored(quant: QuantModel, name: str) -> np.ndarray:
     """A tensor as a checkpoint of this family has it: some store gain - 1."""
-    array = quant.tensor(name)
-    offset = quant.decoder.offsets.get(name)
-    return array if offset is None else (array.astype(np.float32) - offset).astype(array.dtype)
+    array, info = quant.tensor(name), quant.decoder.infos.get(name)
+    if info is None or (info.factor, info.offset) == (1, 0):
+        return array
+    return ((array.astype(np.float32) - info.offset) / info.factor).astype(array.dtype)
 
 
 def _shard_tensors(
@@ -246,7 +267,8 @@ def _shard_tensors(
         layer, _, part = name.rpartition(".")
         if part == "codes":
             yield from _linear_tensors(linears[layer])
-        elif layer not in linears and name != ROPE:  # the frequencies follow from the config
+        # The frequencies follow from the config.
+        elif layer not in linears and name not in quant.decoder.frequencies:
             array = quant.tensor(name)
             yield TensorSpec(name, array.dtype, array.shape), partial(_as_stored, quant, name)
 
@@ -279,7 +301,7 @@ def write(quant: QuantModel, folder: Path) -> None:
             frequencies.
     """
     config = quant.config["hf"]
-    _check_rope(config, quant.tensor(ROPE), str(quant.source["name"]))
+    _check_rope(config, quant.decoder, quant.tensor, str(quant.source["name"]))
     names = {
         file: list(read_header(quant.path / file))
         for file in sorted(quant.files)

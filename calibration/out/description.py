@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
@@ -48,6 +48,9 @@ class KeyValueCache:
         layers, heads, head_dim: its sizes.
         bits: of each number, which is stored as `dtype` all the same; 16: not quantized.
         dtype: "float16", "bfloat16" or "float32".
+        form: "concat", where it grows by what comes in, or "static", where it has room for
+            `capacity` tokens, into which new ones are written.
+        capacity: of a static cache, in tokens; None of one that grows.
         past, present: names of the model's inputs and outputs.
     """
 
@@ -56,6 +59,8 @@ class KeyValueCache:
     head_dim: Size
     bits: Bits
     dtype: Dtype
+    form: Literal["concat", "static"] = "concat"
+    capacity: Size | None = None
     past: str = "past_key_values.{layer}.{part}"
     present: str = "present.{layer}.{part}"
     parts: tuple[str, ...] = ("key", "value")
@@ -119,6 +124,11 @@ class Description:
     cache: KeyValueCache
     chat_template: str | None
     tokenizer: tuple[FileName, ...] = field(default=())
+
+    def static(self, capacity: int) -> Description:
+        """The same model with a cache that has room for so many tokens from the beginning."""
+        cache = replace(self.cache, form="static", capacity=capacity)
+        return replace(self, max_context=capacity, cache=cache)
 
     def within(self, max_batch: int, max_tokens: int, max_context: int) -> Description:
         """The same model in an engine of these limits."""

@@ -15,6 +15,7 @@ from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import dtype_name, read_header, read_tensor
 from calibration.checkpoints.tokenizer import check_named, load_tokenizer
 from calibration.families import Decoder, Family, UnsupportedError, family
+from calibration.families.steps import Rope
 from calibration.out.description import SamplingDefaults
 from calibration.out.files import sha256_file
 from calibration.out.json_file import Count, Size, TokenId, checked, read_json
@@ -50,7 +51,7 @@ class _Config(TypedDict):
     bos_token_id: TokenId | None
     eos_token_id: TokenId | list[TokenId] | None
     sampling: NotRequired[SamplingDefaults]
-    rope_attention_scaling: float
+    rope_attention_scaling: float | dict[str, float]  # by the name of the frequencies if several
     hf: dict[str, Any]
 
 
@@ -77,10 +78,20 @@ class _Block(TypedDict):
     notes: list[str]
 
 
+class _HeadCost(TypedDict):
+    bits: str
+    loss_float: float | None
+    loss_quantized: float | None
+    rise: float | None
+    tokens: Count
+    kept: bool
+
+
 class _Calibration(TypedDict, total=False):
     settings: _Settings
     windows: tuple[Size, Size]
     blocks: list[_Block]
+    head: _HeadCost
     rotation: str
 
 
@@ -92,6 +103,7 @@ class _Meta(TypedDict):
     config: _Config
     scheme: Any
     layers: NotRequired[dict[str, Any]]  # absent where all nodes have one scheme
+    head: NotRequired[Any]  # absent where the head is a float table
     files: dict[FileName, Sha256]
     sizes: _Sizes
     calibration: NotRequired[_Calibration]
@@ -105,7 +117,8 @@ class QuantModel:
         config: sizes and token ids (see calibration/quant/quantize.py), "hf" holds the whole
             Hugging Face config.
         scheme: how it is quantised, but for the nodes in `exceptions`.
-        exceptions: {GEMM node: its scheme} of a model in mixed precision.
+        exceptions: {GEMM node: its scheme} of a model in mixed precision; the head is none of them.
+        head: the head's scheme; None where it is a float table.
         source: {"name", "kind", "fingerprint"} of the float model.
         files: {file name: SHA-256}.
         sizes: bytes and bits before and after.
@@ -129,8 +142,12 @@ class QuantModel:
         self.decoder = self._decoder()
         self.scheme = _scheme(f"{path / QUANT_JSON}, scheme", meta["scheme"])
         self.exceptions = {
-            node: self._exception(node, fields) for node, fields in meta.get("layers", {}).items()
+            node: self._exception(f"layers, {node}", fields)
+            for node, fields in self._known_nodes(meta.get("layers", {})).items()
         }
+        self.head = self._exception("head", meta["head"]) if "head" in meta else None
+        if self.head is not None:
+            self.decoder = self.decoder.with_quantized_head()
         self._check_tensors()
 
     def _decoder(self) -> Decoder:
@@ -153,17 +170,24 @@ class QuantModel:
                 _AGAIN,
             ) from None
 
-    def _exception(self, node: str, fields: Any) -> QuantScheme:
-        where, nodes = f"{self.path / QUANT_JSON}, layers", self.decoder.nodes
-        if node not in nodes:
-            raise InputError(where, f"got {node}, expected GEMM nodes such as {nodes[0]}", _AGAIN)
-        scheme = _scheme(f"{where}, {node}", fields)
+    def _known_nodes(self, layers: dict[str, Any]) -> dict[str, Any]:
+        nodes = self.decoder.nodes
+        for node in layers:
+            if node not in nodes:
+                raise InputError(
+                    f"{self.path / QUANT_JSON}, layers",
+                    f"got {node}, expected GEMM nodes such as {nodes[0]}",
+                    _AGAIN,
+                )
+        return layers
+
+    def _exception(self, place: str, fields: Any) -> QuantScheme:
+        where = f"{self.path / QUANT_JSON}, {place}"
+        scheme = _scheme(where, fields)
         for key in ("dtype", "kv_bits"):
             got, wanted = getattr(scheme, key), getattr(self.scheme, key)
             if got != wanted:
-                raise InputError(
-                    f"{where}, {node}", f"got {key} {got}, expected the model's {wanted}", _AGAIN
-                )
+                raise InputError(where, f"got {key} {got}, expected the model's {wanted}", _AGAIN)
         return scheme
 
     def _check_present(self) -> None:
@@ -174,8 +198,14 @@ class QuantModel:
             )
 
     def _check_tensors(self) -> None:
-        frequencies = self.decoder.blocks[0].heads.head_dim // 2
-        items = stored_items(self.decoder, self.scheme, self.scheme_of, frequencies)
+        scaling, known = self.config["rope_attention_scaling"], self.decoder.frequencies
+        if isinstance(scaling, dict) and scaling.keys() != known.keys():
+            raise InputError(
+                f"{self.path / QUANT_JSON}, config, rope_attention_scaling",
+                f"got {', '.join(scaling)}, expected {', '.join(known)}",
+                _AGAIN,
+            )
+        items = stored_items(self.decoder, self.scheme, self.scheme_of)
         wanted = {spec.name: spec for item in items for spec in item.specs}
         if strange := sorted(self._entries.keys() ^ wanted.keys()):
             got, expected = ("no", "it") if strange[0] in wanted else ("a", "no such")
@@ -224,9 +254,20 @@ class QuantModel:
             )
         return read_tensor(*self._entries[name])
 
+    def rope(self, step: Rope, context: int) -> tuple[np.ndarray, float]:
+        """Rotary frequencies fp32 [rotated channels / 2] of a context of so many positions, and the
+        factor on cos and sin.
+        """
+        name, scaling = step.frequencies(step.long(context)), self.config["rope_attention_scaling"]
+        found = scaling[name] if isinstance(scaling, dict) else scaling
+        return np.array(self.tensor(name), np.float32), float(found)
+
     def scheme_of(self, name: str) -> QuantScheme:
         """How a linear, or a GEMM node, is quantised; by its full name."""
-        return self.exceptions.get(self.decoder.node(name), self.scheme)
+        node = self.decoder.node(name)
+        if self.head is not None and node == self.decoder.head.name:
+            return self.head
+        return self.exceptions.get(node, self.scheme)
 
     @property
     def label(self) -> str:

@@ -94,6 +94,9 @@ def quantize_model(
         f"{sizes['bits_per_weight']:.2f} bits per weight, "
         f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB"
     )
+    if "head" in meta:
+        assert schemes.head is not None
+        summary += f", head {schemes.head.label}"
     return {"summary": summary, **sizes, **source.cost}
 
 
@@ -137,7 +140,7 @@ def quant_bytes(
 
 def _plan(checkpoint: Checkpoint, schemes: SchemeMap, decoder: Decoder) -> list[StoredItem]:
     scheme_of = partial(schemes.of, decoder=decoder)
-    return list(stored_items(decoder, schemes.base, scheme_of, len(checkpoint.rope()[0])))
+    return list(stored_items(decoder, schemes.base, scheme_of))
 
 
 def _shards(items: list[StoredItem], limit: int) -> list[list[StoredItem]]:
@@ -161,7 +164,7 @@ def _arrays(checkpoint: Checkpoint, source: QuantSource, item: StoredItem) -> It
             item.scheme.dtype,
         )
     elif item.kind == "rope":
-        yield checkpoint.rope()[0]
+        yield checkpoint.rope(item.name)[0]
     else:
         arrays = source.linear(item.name, item.scheme).named()
         for spec in item.specs:
@@ -214,6 +217,10 @@ def _meta(
         if exceptions
         else {}
     )
+    head = {}
+    if quantised.decoder.head.quantized:
+        assert schemes.head is not None
+        head = {"head": schemes.head.as_dict()}
     return {
         "format": FORMAT,
         "family": checkpoint.family.name,
@@ -226,6 +233,7 @@ def _meta(
         "config": _model_config(checkpoint, quantised.decoder.tied),
         "scheme": schemes.base.as_dict(),
         **layers,
+        **head,
         "files": files,
         "sizes": _sizes(items),
         "calibration": quantised.facts,
@@ -251,11 +259,10 @@ def _model_config(checkpoint: Checkpoint, tied: bool) -> dict[str, Any]:
     values = {name: getattr(config, name, None) for name in names}
     values["head_dim"] = checkpoint.decoder.blocks[0].heads.head_dim
     untied = {} if tied else {"tie_word_embeddings": False}
-    return (
-        values
-        | untied
-        | {"rope_attention_scaling": checkpoint.rope()[1], "hf": checkpoint.hf_config() | untied}
-    )
+    scalings = {name: checkpoint.rope(name)[1] for name in checkpoint.decoder.frequencies}
+    scaling = scalings if len(scalings) > 1 else next(iter(scalings.values()), 1.0)
+    hf = checkpoint.hf_config() | untied
+    return values | untied | {"rope_attention_scaling": scaling, "hf": hf}
 
 
 def _generation(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, Any]:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
     from plugins.core.op_spec import ArraySpec
 
-__all__ = ["ROPE", "StoredItem", "node_bits", "node_weights", "stored_bits", "stored_items"]
-
-ROPE = "rope.inv_freq"
+__all__ = ["StoredItem", "node_bits", "node_weights", "stored_bits", "stored_items"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ def stored_items(
     decoder: Decoder,
     base: QuantScheme,
     scheme_of: Callable[[str], QuantScheme],
-    frequencies: int,
 ) -> Iterator[StoredItem]:
     """Everything that the quant folder of a model holds, in order.
 
@@ -56,7 +53,6 @@ def stored_items(
         decoder: of the model.
         base: its type is that of all that is not quantized.
         scheme_of: of a linear, by its full name.
-        frequencies: of the rotary embedding.
     """
     rest = numpy_dtype(base.dtype)
     for name, shape in decoder.shapes().items():
@@ -70,8 +66,9 @@ def stored_items(
             yield StoredItem(
                 "linear", owner, tuple(linear_specs(owner, *layer)), scheme, stored_bits(*layer)
             )
-    rope = TensorSpec(ROPE, np.dtype(np.float32), (frequencies,))
-    yield StoredItem("rope", ROPE, (rope,), base)
+    for name, (step, _) in decoder.frequencies.items():
+        rope = TensorSpec(name, np.dtype(np.float32), (decoder.rotated(step) // 2,))
+        yield StoredItem("rope", name, (rope,), base)
 
 
 def linear_specs(

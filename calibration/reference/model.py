@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from torch import Tensor
 from calibration.checkpoints.foreign import quiet_transformers, reason
 from calibration.checkpoints.tensor_checks import same_numbers
 from calibration.families.decoder import Block
+from calibration.families.steps import Rope as RopeStep
 from calibration.quant.scheme import FLOAT_BITS
-from calibration.quant.sizes import ROPE
 from calibration.reference.fake_quant import (
     ActivationQuantizer,
     FakeQuantLinear,
@@ -98,18 +99,33 @@ class Reference(Protocol):
         """
 
 
-def float_model(checkpoint: Checkpoint) -> Any:
+def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
     """The transformers model in fp32, eval mode: of a Hugging Face folder as transformers itself
     reads it, so that it shares no mistake of ours; of a GGUF file with the checkpoint's tensors.
+
+    Args:
+        max_context: most tokens of a sequence of an export that it is compared with, whose rotary
+            frequencies then count for shorter texts too; None: they are as long as they are.
 
     Raises:
         InputError: transformers does not load the folder, or would leave tensors of it out or make
             some up. CheckError: it reads other numbers than the checkpoint gave.
     """
     model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    if max_context is not None:
+        _fix_frequencies(model, checkpoint, max_context)
     model.config.return_dict = True  # results are read by name, whatever a config says
     model.requires_grad_(False)
     return model.eval()
+
+
+def _fix_frequencies(model: Any, checkpoint: Checkpoint, max_context: int) -> None:
+    """Let short texts turn as an export does whose context goes beyond longrope's change."""
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        if long and step.long(max_context):
+            prefix = f"{step.table}_".lstrip("_")
+            found = torch.from_numpy(np.array(checkpoint.rope(name)[0]))
+            setattr(model.model.rotary_emb, f"{prefix}original_inv_freq", found)
 
 
 def _own(checkpoint: Checkpoint) -> Any:
@@ -155,10 +171,15 @@ def _check_same(model: Any, checkpoint: Checkpoint) -> None:
     table = f"{checkpoint.decoder.embedding.name}.weight"
     for name in {**checkpoint.decoder.shapes(), head: ()}:
         ours = checkpoint.stored(table if name == head and checkpoint.decoder.tied else name)
-        if not same_numbers(model.get_parameter(name).detach().numpy(), ours):
+        info = checkpoint.decoder.infos.get(name)
+        theirs = model.get_parameter(info.stored if info else name).detach().numpy()
+        if not same_numbers(theirs[info.rows] if info else theirs, ours):
             raise _differs(checkpoint, f"tensor {name}")
-    if not same_numbers(model.model.rotary_emb.inv_freq.numpy(), checkpoint.rope()[0]):
-        raise _differs(checkpoint, "the rotary frequencies")
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        if not long:  # which transformers computes when it comes to them
+            found = getattr(model.model.rotary_emb, f"{step.table}_inv_freq".lstrip("_")).numpy()
+            if not same_numbers(found, checkpoint.rope(name)[0]):
+                raise _differs(checkpoint, "the rotary frequencies")
 
 
 def _differs(checkpoint: Checkpoint, what: str) -> CheckError:
@@ -176,10 +197,11 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
         model = AutoModelForCausalLM.from_config(
             checkpoint.config, dtype=torch.float32, trust_remote_code=False
         )
-    state = {
-        name: torch.from_numpy(checkpoint.stored(name).astype(np.float32))
-        for name in checkpoint.decoder.shapes()
-    }
+    parts: dict[str, list[Tensor]] = {}
+    for info in checkpoint.decoder.tensors():
+        part = torch.from_numpy(checkpoint.stored(info.name).astype(np.float32))
+        parts.setdefault(info.stored, []).append(part)
+    state = {name: part[0] if len(part) == 1 else torch.cat(part) for name, part in parts.items()}
     # The head of a tied model is absent from the state and shares the embedding afterwards.
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -187,11 +209,16 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
     left = [name for name in missing if not name.startswith(head)]
     if left or unexpected or any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(f"model and tensors differ: {left[:3]} {unexpected[:3]}")
-    frequencies, scaling = checkpoint.rope()
     rotary = model.model.rotary_emb
-    rotary.inv_freq = torch.from_numpy(np.array(frequencies, np.float32))
-    rotary.original_inv_freq = rotary.inv_freq.clone()
-    rotary.attention_scaling = scaling
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        found, scaling = checkpoint.rope(name)
+        frequencies, prefix = torch.from_numpy(np.array(found)), f"{step.table}_".lstrip("_")
+        if long:
+            setattr(rotary, f"{prefix}long_inv_freq", frequencies)
+            continue
+        setattr(rotary, f"{prefix}inv_freq", frequencies)
+        setattr(rotary, f"{prefix}original_inv_freq", frequencies.clone())
+        setattr(rotary, f"{prefix}attention_scaling", scaling)
     _fill_buffers(model)
     return model
 
@@ -214,6 +241,16 @@ def _fill_buffers(model: Any) -> None:
             raise RuntimeError(f"no value for {unknown[0]} of {type(module).__name__}")
 
 
+class _Given(torch.nn.Module):  # type: ignore[misc]
+    """Stands for the decoder below a head, and gives what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **others: Any) -> Any:
+        """The decoder's result, with `inputs_embeds` as its last hidden state."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
 class FloatReference:
     """A transformers model: the truth that the declaration of its family is held against.
 
@@ -223,6 +260,8 @@ class FloatReference:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._head = copy.copy(model)  # its own way from what the decoder gives to logits
+        self._head._modules = {**model._modules, "model": _Given()}
         self.context = int(model.config.max_position_embeddings)
         self.vocab = int(model.config.vocab_size)
 
@@ -233,9 +272,10 @@ class FloatReference:
 
     def head(self, hidden: Tensor) -> Tensor:
         """See Reference."""
-        logits: Tensor = self.model.lm_head(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits: Tensor = self._head(
+            input_ids=None, inputs_embeds=hidden.flatten(0, -2)[None]
+        ).logits
+        return logits.unflatten(1, hidden.shape[:-1])[0]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(
@@ -304,7 +344,9 @@ class CacheQuantizer:
         )
 
 
-def quantised_model(quant: QuantModel, round_activations: bool = True) -> QuantReference:
+def quantised_model(
+    quant: QuantModel, round_activations: bool = True, max_context: int | None = None
+) -> QuantReference:
     """The quantised model in torch.
 
     Args:
@@ -312,15 +354,17 @@ def quantised_model(quant: QuantModel, round_activations: bool = True) -> QuantR
         round_activations: round every operator's result to scheme.dtype, as the exported graph
             does; without, grouped linears may differ from it in fp32's last bits too, and are
             several times as fast.
+        max_context: most tokens of a sequence, as in export_onnx; None, and at most, is the context
+            that the model was made for.
     """
-    return QuantReference(quant, round_activations)
+    return QuantReference(quant, round_activations, max_context)
 
 
 class QuantReference:
     """The decoder's steps with the kernels' linears; a low-bit KV cache holds what it gives back.
 
     Args:
-        quant, round_activations: see quantised_model.
+        quant, round_activations, max_context: see quantised_model.
 
     Attributes:
         context: most tokens of a sequence.
@@ -328,9 +372,12 @@ class QuantReference:
         linears: by their full names.
     """
 
-    def __init__(self, quant: QuantModel, round_activations: bool) -> None:
+    def __init__(
+        self, quant: QuantModel, round_activations: bool, max_context: int | None = None
+    ) -> None:
         self.decoder, self.vocab = quant.decoder, quant.decoder.vocab
-        self.context = int(quant.config["max_position_embeddings"])
+        context = int(quant.config["max_position_embeddings"])
+        self.context = min(max_context or context, context)
         self._dtype = quant.scheme.dtype if round_activations else "float32"
         self._arithmetic = Rounded(self._dtype) if round_activations else Plain()
         self._quantize = CacheQuantizer(quant.scheme.kv_bits, self._dtype)
@@ -351,14 +398,18 @@ class QuantReference:
 
         head = self.decoder.head
         self._table = tensor(f"{self.decoder.embedding.name}.weight")
-        self._head = self._table if head.tied else tensor(f"{head.name}.weight")
+        self._head: Callable[[Tensor], Tensor]
+        if head.quantized:
+            self._head = self.linears[head.name]
+        else:
+            table = self._table if head.tied else tensor(f"{head.name}.weight")
+            self._head = lambda x: self._arithmetic.round(F.linear(x, table))
         self._gain = tensor(head.norm.gain)
         self._gains = [
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
             for block in self.decoder.blocks
         ]
-        self._inv_freq = torch.from_numpy(np.array(quant.tensor(ROPE), np.float32))
-        self._rope_scaling = float(quant.config["rope_attention_scaling"])
+        self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(
@@ -375,7 +426,10 @@ class QuantReference:
             tap: sees, and may change, what runs through.
         """
         x, layers, kept = self._run(input_ids, attention_mask, position_ids, cache, tap)
-        return Computed(self.head(self._normed(x)), tuple(layers), kept)
+        norm, name = self.decoder.head.norm.name, self.decoder.head.name
+        seen = tap or (lambda kind, name, value: value)
+        scores = self._head(seen("input", name, self._normed(seen("norm", norm, x))))
+        return Computed(self._capped(seen("output", name, scores)), tuple(layers), kept)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def hidden(self, input_ids: Tensor) -> Tensor:
@@ -384,9 +438,11 @@ class QuantReference:
 
     def head(self, hidden: Tensor) -> Tensor:
         """See Reference."""
-        logits = self._arithmetic.round(F.linear(hidden, self._head))
+        return self._capped(self._head(hidden))
+
+    def _capped(self, scores: Tensor) -> Tensor:
         cap = self.decoder.head.softcap
-        return logits if cap is None else self._arithmetic.softcap(logits, cap)
+        return scores if cap is None else self._arithmetic.softcap(scores, cap)
 
     def _normed(self, x: Tensor) -> Tensor:
         return self._arithmetic.norm(x, self.decoder.head.norm, self._gain)
@@ -405,13 +461,15 @@ class QuantReference:
         if position_ids is None:
             position_ids = torch.arange(past, total).expand_as(input_ids)
         masks = _Masks(attention_mask, past, total)
-        rope, x = self._rope(position_ids), self._embedded(input_ids)
+        ropes: dict[RopeStep | None, Rope] = {None: Rope(torch.ones(0), torch.zeros(0))}
+        ropes |= {step: self._rope(step, position_ids) for step in self._ropes}
+        x = self._embedded(input_ids)
         layers, kept = list[Tensor](), list[tuple[Tensor, Tensor]]()
         for block in self.decoder.blocks:
             new: list[tuple[Tensor, Tensor]] = []
             context = Context(
                 self._gains[block.index],
-                rope,
+                ropes[block.rope],
                 self._node(block),
                 self._cached(block, None if cache is None else cache[block.index], new, tap),
                 self._arithmetic,
@@ -430,10 +488,11 @@ class QuantReference:
             return rows
         return self._arithmetic.round(rows * self._arithmetic.round(torch.tensor(scale)))
 
-    def _rope(self, position_ids: Tensor) -> Rope:
-        angles = (position_ids[:, None, :, None].float() * self._inv_freq).double()
+    def _rope(self, step: RopeStep, position_ids: Tensor) -> Rope:
+        frequencies, scaling = self._ropes[step]
+        angles = (position_ids[:, None, :, None].float() * torch.from_numpy(frequencies)).double()
         angles = torch.cat((angles, angles), -1)
-        cos, sin = (wave * self._rope_scaling for wave in (angles.cos(), angles.sin()))
+        cos, sin = (wave * scaling for wave in (angles.cos(), angles.sin()))
         return Rope(round_to(cos, self._dtype), round_to(sin, self._dtype))
 
     def _node(self, block: Block) -> Callable[[str, Tensor], Tensor]:

@@ -75,17 +75,29 @@ def cached_heads(bits: int, quantize: FakeQuantize = fake_quantize) -> HeadHook:
 
 @dataclass(frozen=True)
 class Rope:
-    """cos and sin, fp32, of the positions that are computed: [L, head_dim], or [B, 1, S, head_dim]
-    where each sequence has its own.
+    """cos and sin, fp32, of the positions that are computed: [L, width], or [B, 1, S, width] where
+    each sequence has its own; width is as many channels of a head as turn.
     """
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, length: int, device: str | torch.device = "cpu") -> Rope:
-        """Tables for windows of `length` tokens."""
-        frequencies, scaling = checkpoint.rope()
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        length: int,
+        device: str | torch.device = "cpu",
+        step: RopeStep | None = None,
+    ) -> Rope:
+        """Tables for windows of `length` tokens.
+
+        Args:
+            step: of a block; None, where it does not turn anything, is the first that there is.
+        """
+        known = (block.rope for block in checkpoint.decoder.blocks)
+        step = step or next((rope for rope in known if rope is not None), RopeStep())
+        frequencies, scaling = checkpoint.rope(step.frequencies(step.long(length)))
         positions = torch.arange(length, dtype=torch.float32)
         angles = positions[:, None] * torch.from_numpy(frequencies.copy())
         angles = torch.cat((angles, angles), -1).double()
@@ -93,11 +105,14 @@ class Rope:
         return cls(cos.to(device), sin.to(device))
 
     def rotate(self, x: Tensor) -> Tensor:
-        """[..., L, head_dim] -> the same, pairs (i, i + head_dim / 2) turned by their position's
+        """[..., L, head_dim] -> the same, pairs (i, i + width / 2) turned by their position's
         angle.
         """
-        low, high = x.chunk(2, -1)
-        return x * self.cos + torch.cat((-high, low), -1) * self.sin
+        width = self.cos.shape[-1]
+        turning, still = x[..., :width], x[..., width:]
+        low, high = turning.chunk(2, -1)
+        turned = turning * self.cos + torch.cat((-high, low), -1) * self.sin
+        return torch.cat((turned, still), -1) if still.shape[-1] else turned
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -224,7 +239,8 @@ class Rounded(Plain):
 
     def softcap(self, x: Tensor, cap: float, scale: float = 1.0) -> Tensor:
         """Mul, Tanh and Mul, each rounded to fp32 whatever the model's type is."""
-        inner = torch.tanh((x.float() * np.float32(scale / cap)).double()).float()
+        ratio = np.float32(scale) / np.float32(cap)
+        inner = torch.tanh((x.float() * ratio).double()).float()
         return inner * np.float32(cap)
 
 

@@ -134,11 +134,12 @@ class Decoder {
   int64_t step(const std::vector<int64_t>& tokens) {
     const auto count = static_cast<int64_t>(tokens.size()), total = past_ + count;
     auto& context = *contexts_[count == 1 && past_ > 0 ? kDecode : kPrefill];
-    std::vector<int64_t> mask(total, 1), positions(count);
+    std::vector<int64_t> mask(total, 1), positions(count), last{count - 1};
     for (int64_t i = 0; i < count; ++i) positions[i] = past_ + i;
     feed(context, "input_ids", tokens, ids_);
     feed(context, "attention_mask", mask, mask_);
     feed(context, "position_ids", positions, positions_);
+    feed(context, "logits_indices", last, last_);
     for (size_t i = 0; i < cache_.size(); ++i) {
       bool ok = context.setInputShape(("past_key_values." + cache_[i]).c_str(), cache_shape(past_));
       ok = ok && context.setTensorAddress(("past_key_values." + cache_[i]).c_str(),
@@ -153,11 +154,9 @@ class Decoder {
     if (!context.setTensorAddress("logits", logits_.get()) || !context.enqueueV3(stream_)) {
       fail("enqueueV3", "got a failure, expected a queued step", "See the messages above");
     }
-    // [1, S, V]
-    const char* last_row =
-        static_cast<const char*>(logits_.get()) + (count - 1) * vocab_ * sizeof(float);
-    check(cudaMemcpyAsync(row_.data(), last_row, vocab_ * sizeof(float), cudaMemcpyDeviceToHost,
-                          stream_),
+    // [1, 1, V]
+    check(cudaMemcpyAsync(row_.data(), logits_.get(), vocab_ * sizeof(float),
+                          cudaMemcpyDeviceToHost, stream_),
           "cudaMemcpyAsync");
     check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     std::swap(past_buffers_, present_buffers_);
@@ -198,7 +197,8 @@ class Decoder {
     }
     for (DeviceBuffer* buffer : {&ids_, &mask_, &positions_})
       *buffer = DeviceBuffer(max_context_ * sizeof(int64_t));
-    logits_ = DeviceBuffer(max_prompt_ * vocab_ * sizeof(float));
+    last_ = DeviceBuffer(sizeof(int64_t));
+    logits_ = DeviceBuffer(vocab_ * sizeof(float));
   }
 
   nvinfer1::Dims cache_shape(int64_t tokens) const {
@@ -231,7 +231,7 @@ class Decoder {
   cudaStream_t stream_ = nullptr;
   std::vector<std::string> cache_;  // "0.key", "0.value", ...
   std::vector<DeviceBuffer> past_buffers_, present_buffers_;
-  DeviceBuffer ids_{1}, mask_{1}, positions_{1}, logits_{1};
+  DeviceBuffer ids_{1}, mask_{1}, positions_{1}, last_{1}, logits_{1};
   std::vector<float> row_;
   nvinfer1::Dims cache_dims_{};
   int64_t max_prompt_ = 0, max_context_ = 0, vocab_ = 0, past_ = 0;

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 _NAMES_SHOWN = 5
+# What the parser says of each node of a function that is called more than once.
+_EVERY_CALL = "already exists, the output tensors of this new instance will not be queryable"
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,14 @@ def profile_shapes(
     """Shapes of the two optimisation profiles, as engine.json holds them.
 
     "prefill" takes 1..max_seq new tokens behind 0..max_seq - 1 cached ones, so a prompt may come in
-    pieces and a conversation go on; "decode" takes one new token. The largest shapes fit each other
+    pieces and a conversation go on, and gives logits of one or more of them; "decode" takes one new
+    token. The largest shapes fit each other
     (T = P + S), because TensorRT infers shapes at them; that new and cached tokens are max_seq at
     most, whoever runs the engine has to see to.
 
     Args:
-        inputs: dimensions of each model input: integers, or B batch, S new tokens, P cached tokens,
-            T = P + S.
+        inputs: dimensions of each model input: integers, or B batch, S new tokens, L of them whose
+            logits are wanted, P cached tokens, T = P + S.
         options: the limits.
 
     Raises:
@@ -113,12 +116,14 @@ def profile_shapes(
         "prefill": {
             "B": (1, 1, batch),
             "S": (1, max(middle, 1), seq),
+            "L": (1, 1, seq),
             "P": (0, 0, seq - 1),
             "T": (1, max(middle, 1), 2 * seq - 1),
         },
         "decode": {
             "B": (1, 1, batch),
             "S": (1, 1, 1),
+            "L": (1, 1, 1),
             "P": (0, middle, seq - 1),
             "T": (1, middle + 1, seq),
         },
@@ -211,18 +216,20 @@ class EngineBuilder:
             "export the model again with this version",
         )
 
-    def allow_fp32_attention(self) -> bool:
+    def allow_fp32_attention(self) -> list[str]:
         """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for
-        that type.
+        that type. Returns the names of the attentions.
         """
         from polygraphy.backend.trt import SetDecomposableAttentions
 
         inputs = (self.network.get_input(index) for index in range(self.network.num_inputs))
-        has_attention = self.layer_counts()["ATTENTION_INPUT"]  # from TensorRT 10.14 on
-        if not has_attention or not any(tensor.dtype == self.trt.float32 for tensor in inputs):
-            return False
+        layers = (self.network.get_layer(index).name for index in range(self.network.num_layers))
+        end = "_AttentionInput"  # from TensorRT 10.14 on
+        names = [name.removesuffix(end) for name in layers if name.endswith(end)]
+        if not names or not any(tensor.dtype == self.trt.float32 for tensor in inputs):
+            return []
         SetDecomposableAttentions((self.builder, self.network, self.parser))()
-        return True
+        return names
 
     def serialize(self, profiles: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
         """Build; returns TensorRT's buffer with the engine."""
@@ -334,7 +341,7 @@ def build_engine(
         build = EngineBuilder(trt, onnx_path)
         began = time.monotonic()
         build.parse(nodes)
-        decomposable = build.allow_fp32_attention()
+        attentions = build.allow_fp32_attention()
         parsed, layers = time.monotonic(), build.layer_counts()
         engine = build.serialize(profiles, progress)
         if engine is None:
@@ -348,7 +355,8 @@ def build_engine(
             file.write(memoryview(engine))
         del engine, build
     for text in log.warnings:
-        progress.message(f"{edition.name}: {text}")
+        if _EVERY_CALL not in text:
+            progress.message(f"{edition.name}: {text}")
     shutil.copyfile(plugin_library, folder / plugin_library.name)
     record = {
         "format": 1,
@@ -361,7 +369,8 @@ def build_engine(
         "max_context": options.max_seq,
         "layers": dict(layers),
         "custom_nodes": dict(Counter(nodes.values())),
-        "decomposable_attention": decomposable,
+        "decomposable_attention": bool(attentions),
+        "attentions": attentions,
         "parse_seconds": round(parsed - began, 2),
         "build_seconds": round(built - parsed, 2),
         "bytes": (folder / ENGINE_FILE).stat().st_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from exporter.graph.names import WRITE_INDICES
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def engine_limits(record: EngineRecord) -> EngineLimits:
         InputError: the profiles are not those of a decoder.
     """
     prefill, decode = (profile["inputs"] for profile in record["profiles"])
-    for name, rank in (("input_ids", 2), ("past_key_values.0.key", 4)):
+    for name, rank in (("input_ids", 2), ("logits_indices", 2), ("past_key_values.0.key", 4)):
         if any(
             name not in inputs or len(inputs[name]["max"]) != rank for inputs in (prefill, decode)
         ):
@@ -47,7 +48,9 @@ def engine_limits(record: EngineRecord) -> EngineLimits:
             )
     batch, tokens = prefill["input_ids"]["max"]
     cached = [inputs["past_key_values.0.key"]["max"][2] for inputs in (prefill, decode)]
-    longest = max(cached[0] + tokens, cached[1] + 1)
+    # A static cache holds the new tokens too.
+    static = WRITE_INDICES in prefill
+    longest = cached[0] if static else max(cached[0] + tokens, cached[1] + 1)
     # Engines of version 0.1 have no tables that end before their profiles do.
     return EngineLimits(
         max_batch=batch,

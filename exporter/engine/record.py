@@ -49,6 +49,7 @@ class EngineRecord(TypedDict):
         layers: how many of each type.
         custom_nodes: of the ONNX file, by op.
         decomposable_attention: whether attention is computed from parts.
+        attentions: TensorRT's names of those that are.
         parse_seconds, build_seconds: what it took.
         bytes: of the engine.
         plugin_library: beside it.
@@ -63,6 +64,7 @@ class EngineRecord(TypedDict):
     layers: dict[str, Size]
     custom_nodes: dict[str, Size]
     decomposable_attention: bool
+    attentions: NotRequired[list[str]]
     parse_seconds: float
     build_seconds: float
     bytes: Count

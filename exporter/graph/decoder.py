@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.safetensors import numpy_dtype
-from calibration.families.steps import Rope
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
-from calibration.quant.sizes import ROPE
-from exporter.graph.names import KINDS, past, present
+from exporter.graph.names import KINDS, WRITE_INDICES, past, present
 from exporter.graph.nodes import NodeFactory
 from exporter.graph.steps import write_block
 from exporter.graph.weights import ExternalWeights
@@ -23,6 +21,7 @@ from plugins.core.op_spec import is_custom
 if TYPE_CHECKING:
     import onnx
 
+    from calibration.families.steps import Rope
     from calibration.quant.folder import QuantModel
 
 __all__ = [
@@ -31,7 +30,9 @@ __all__ = [
     "export_onnx",
 ]
 
-OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention are standard ops from here on
+# RMSNormalization, RotaryEmbedding and Attention are standard ops from here on; a static cache asks
+# for the next one (plugins/cached_attention/body.py)
+OPSET = 23
 IR_VERSION = 11
 
 
@@ -41,6 +42,7 @@ def export_onnx(
     progress: Progress | None = None,
     fuse_norms: bool = True,
     max_context: int | None = None,
+    static: bool = False,
 ) -> dict[str, Any]:
     """Write MODEL_FILE and DATA_FILE into `folder`; the graph's tensors are documented in
     docs/onnx.md.
@@ -53,6 +55,8 @@ def export_onnx(
             of their own.
         max_context: most tokens of a sequence, which is how long the position tables are; None, and
             at most, is the context that the model was made for.
+        static: the KV cache has that many tokens of capacity from the beginning, and new ones are
+            written into it; else it grows by them.
 
     Returns:
         Facts for the manifest: "summary" and the number of custom nodes.
@@ -69,6 +73,15 @@ def export_onnx(
         "bfloat16": TensorProto.BFLOAT16,
         "float32": TensorProto.FLOAT,
     }[quant.scheme.dtype]
+    context = int(quant.config["max_position_embeddings"])
+    longest = min(max_context or context, context)
+    for step in decoder.ropes:
+        if step.long(longest):
+            progress.warning(
+                f"{ONNX}: positions for {longest} tokens are those of longrope's long texts from the "
+                f"first token on; transformers takes them beyond {step.short} tokens. --max-seq "
+                f"{step.short} takes those of short texts."
+            )
     progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         writer = GraphWriter(
@@ -77,15 +90,19 @@ def export_onnx(
             factory=NodeFactory(dtype),
             dtype=dtype,
             fuse_norms=fuse_norms,
+            static=static,
         )
         stream = _embedding(writer)
-        writer.masks = _attention_masks(writer)
-        writer.rope = _rope_tables(writer, max_context)
+        if static:
+            writer.positions, writer.masks = _static_masks(writer, longest)
+        else:
+            writer.masks = _attention_masks(writer)
+        writer.rope = _rope_tables(writer, longest)
         for block in decoder.blocks:
             stream = write_block(writer, block, stream)
             progress.advance(note=stream)
         _head(writer, stream)
-        inputs, outputs = _graph_values(writer)
+        inputs, outputs = _graph_values(writer, longest)
         graph = helper.make_graph(
             writer.nodes,
             "anybit_decoder",
@@ -99,7 +116,7 @@ def export_onnx(
             producer_name="anybit-trt",
             ir_version=IR_VERSION,
             functions=writer.factory.functions(),
-            opset_imports=writer.factory.opset_imports(OPSET),
+            opset_imports=writer.factory.opset_imports(writer.factory.opset),
         )
         helper.set_model_props(
             model, {"anybit.scheme": quant.label, "anybit.method": quant.scheme.method}
@@ -109,7 +126,7 @@ def export_onnx(
     progress.finish()
     custom = Counter(node.op_type for node in writer.nodes if is_custom(node.domain))
     ops = " and ".join(f"{count} {op}" for op, count in custom.items())
-    return {"summary": f"{ops} nodes, opset {OPSET}", "custom_nodes": custom.total()}
+    return {"summary": f"{ops} nodes, opset {writer.factory.opset}", "custom_nodes": custom.total()}
 
 
 def _embedding(writer: GraphWriter) -> str:
@@ -149,62 +166,107 @@ def _attention_masks(writer: GraphWriter) -> dict[int | None, str]:
     for window in dict.fromkeys(block.attend.window for block in writer.quant.decoder.blocks):
         name, seen = "mask", allowed
         if window is not None:
-            name = f"mask.window{window}"
-            before = writer.scalar(f"{name}.before", window - 1)
-            first = node("Sub", [column, before], f"{name}.first")
-            near = node("GreaterOrEqual", [keys, first], f"{name}.near")
+            name, near = f"mask.window{window}", _near(writer, keys, column, window)
             seen = node("And", [allowed, near], f"{name}.allowed")
         masks[window] = node("Or", [seen, itself], name)
     return masks
 
 
-def _rope_tables(writer: GraphWriter, max_context: int | None) -> tuple[str, str]:
-    """cos and sin, [max_context, head_dim / 2]; no tensors where no block rotates."""
+def _static_masks(writer: GraphWriter, capacity: int) -> tuple[str, dict[int | None, str]]:
+    """Positions of the new tokens [B, S], and boolean [B, 1, S, capacity], true where a query may
+    look, for each window; a sequence begins at the cache's first row, so that a token's position is
+    its row.
+    """
+    node, zero, one = writer.node, writer.scalar("mask.zero", 0), writer.scalar("mask.one", 1)
+    node("Shape", ["input_ids"], "mask.new", start=1, end=2)
+    new = node("Squeeze", ["mask.new"], "mask.new_scalar")
+    steps = node("Range", [zero, new, one], "positions.steps")
+    first = node("Unsqueeze", [WRITE_INDICES, writer.ints("axes", [1])], "positions.first")
+    positions = node("Add", [first, steps], "positions")
+    keys = node("Range", [zero, writer.scalar("mask.capacity", capacity), one], "mask.keys")
+    queries = node("Unsqueeze", [positions, writer.ints("axes", [1, 3])], "mask.query_column")
+    masks: dict[int | None, str] = {}
+    windows = dict.fromkeys(block.attend.window for block in writer.quant.decoder.blocks)
+    causal = node("LessOrEqual", [keys, queries], "mask")
+    for window in windows:
+        masks[window] = causal
+        if window is not None:
+            near = _near(writer, keys, queries, window)
+            masks[window] = node("And", [causal, near], f"mask.window{window}")
+    return positions, masks
+
+
+def _near(writer: GraphWriter, keys: str, queries: str, window: int) -> str:
+    """Where a key is one of the last `window` before a query, itself included."""
+    name = f"mask.window{window}"
+    before = writer.scalar(f"{name}.before", window - 1)
+    first = writer.node("Sub", [queries, before], f"{name}.first")
+    return writer.node("GreaterOrEqual", [keys, first], f"{name}.near")
+
+
+def _rope_tables(writer: GraphWriter, longest: int) -> dict[Rope, tuple[str, str]]:
+    """cos and sin, [longest, rotated channels / 2], for each way in which blocks rotate."""
     import numpy as np
 
-    steps = (step for block in writer.quant.decoder.blocks for step in block.steps)
-    if not any(isinstance(step, Rope) for step in steps):
-        return "", ""
-    config = writer.quant.config
-    inv_freq = writer.quant.tensor(ROPE).astype(np.float32)
-    context = int(config["max_position_embeddings"])
-    positions = np.arange(min(max_context or context, context), dtype=np.float32)
-    angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
-    scaling, dtype = float(config["rope_attention_scaling"]), numpy_dtype(writer.quant.scheme.dtype)
-    cos, sin = (
-        writer.weights.add(name, (table * scaling).astype(np.float32).astype(dtype))
-        for name, table in (("rope.cos", np.cos(angles)), ("rope.sin", np.sin(angles)))
-    )
-    return cos, sin
+    quant, tables = writer.quant, {}
+    dtype = numpy_dtype(quant.scheme.dtype)
+    positions = np.arange(longest, dtype=np.float32)
+    for step in quant.decoder.ropes:
+        inv_freq, scaling = quant.rope(step, longest)
+        angles = (positions[:, None] * inv_freq[None, :]).astype(np.float64)
+        prefix = f"rope.{step.table}" if step.table else "rope"
+        cos, sin = (
+            writer.weights.add(
+                f"{prefix}.{name}", (table * scaling).astype(np.float32).astype(dtype)
+            )
+            for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles)))
+        )
+        tables[step] = cos, sin
+    return tables
 
 
 def _head(writer: GraphWriter, stream: str) -> str:
-    """Final norm and the fp32 logits; a tied head reads the embedding's own initializer."""
+    """Final norm and the fp32 logits of the wanted tokens; a tied head reads the embedding's own
+    initializer.
+    """
     from onnx import TensorProto
 
     decoder = writer.quant.decoder
     head = decoder.head
-    table = f"{(decoder.embedding if head.tied else head).name}.weight"
-    if not head.tied:
+    table = f"{decoder.head_table()}.weight"
+    if not (head.tied or head.quantized):
         writer.tensor(table)
-    normed = writer.norm(head.norm, head.norm.name, stream)
-    table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
-    scores = writer.node("MatMul", [normed, table], head.name)
+    rows = _wanted(writer, stream, f"{head.name}.rows")
+    if head.quantized:
+        scores = writer.gemm(head.name, rows, head.norm, head.norm.name, tokens="L")
+    else:
+        normed = writer.norm(head.norm, head.norm.name, rows)
+        table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
+        scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:
         return writer.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
     scores = writer.cast(scores, TensorProto.FLOAT, f"{head.name}.float32")
     return writer.capped(scores, 1.0, head.softcap, head.name, "logits")
 
 
+def _wanted(writer: GraphWriter, stream: str, output: str) -> str:
+    """The rows that logits are wanted of, [B, S, hidden] -> [B, L, hidden]."""
+    places = writer.node(
+        "Unsqueeze", ["logits_indices", writer.ints("axes", [2])], "logits_indices.places"
+    )
+    return writer.node("GatherND", [stream, places], output, batch_dims=1)
+
+
 def _graph_values(
-    writer: GraphWriter,
+    writer: GraphWriter, longest: int
 ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     """Graph inputs and outputs, in the documented order."""
     from onnx import TensorProto, helper
 
     decoder, info = writer.quant.decoder, helper.make_tensor_value_info
+    before, after = (longest, longest) if writer.static else ("P", "T")
 
-    def caches(name: Any, length: str) -> list[onnx.ValueInfoProto]:
+    def caches(name: Any, length: str | int) -> list[onnx.ValueInfoProto]:
         return [
             info(
                 name(block.index, kind),
@@ -215,14 +277,22 @@ def _graph_values(
             for kind in KINDS
         ]
 
+    places = (
+        [info(WRITE_INDICES, TensorProto.INT64, ["B"])]
+        if writer.static
+        else [
+            info("attention_mask", TensorProto.INT64, ["B", "T"]),
+            info("position_ids", TensorProto.INT64, ["B", "S"]),
+        ]
+    )
     inputs = [
         info("input_ids", TensorProto.INT64, ["B", "S"]),
-        info("attention_mask", TensorProto.INT64, ["B", "T"]),
-        info("position_ids", TensorProto.INT64, ["B", "S"]),
-        *caches(past, "P"),
+        *places,
+        info("logits_indices", TensorProto.INT64, ["B", "L"]),
+        *caches(past, before),
     ]
     outputs = [
-        info("logits", TensorProto.FLOAT, ["B", "S", decoder.vocab]),
-        *caches(present, "T"),
+        info("logits", TensorProto.FLOAT, ["B", "L", decoder.vocab]),
+        *caches(present, after),
     ]
     return inputs, outputs

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["KINDS", "is_layer_output", "layer_of", "layer_output", "new_key", "past", "present"]
+__all__ = [
+    "KINDS",
+    "WRITE_INDICES",
+    "is_cache",
+    "is_layer_output",
+    "layer_of",
+    "layer_output",
+    "new_key",
+    "past",
+    "present",
+]
 
 KINDS = ("key", "value")  # of a layer's cache
+WRITE_INDICES = "write_indices"  # tokens that each row of a static cache has already, int64 [B]
 
 
 def layer_output(index: int) -> str:
@@ -17,6 +28,11 @@ def layer_output(index: int) -> str:
 def is_layer_output(tensor: str) -> bool:
     """Whether a tensor's name is one that layer_output gives."""
     return re.fullmatch(r"model\.layers\.[0-9]+\.output", tensor) is not None
+
+
+def is_cache(tensor: str) -> bool:
+    """Whether a tensor's name is one that past or present gives."""
+    return tensor.startswith(("past_key_values.", "present."))
 
 
 def layer_of(tensor: str) -> int | None:

@@ -1,5 +1,5 @@
-"""Makes the nodes that have a local function of standard ops, the custom GEMMs and the low-bit KV
-cache, and collects the functions.
+"""Makes the nodes that have a local function of standard ops, the custom GEMMs, attention and the
+low-bit KV cache, and collects the functions.
 """
 
 from __future__ import annotations
@@ -7,10 +7,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plugins import op_spec
+from plugins.cached_attention import DOMAIN as ATTENTION
+from plugins.cached_attention import OP as ATTENTION_OP
 from plugins.core.op_spec import DOMAIN, PLUGIN_VERSION, GemmAttributes
 
 if TYPE_CHECKING:
     import onnx
+
+    from plugins.cached_attention.body import AttentionForm
 
 __all__ = ["CACHE_DOMAIN", "NodeFactory"]
 
@@ -35,6 +39,7 @@ class NodeFactory:
     def __init__(self, dtype: int) -> None:
         self._dtype = dtype
         self._functions: dict[Variant, onnx.FunctionProto] = {}
+        self._attentions: dict[AttentionForm, onnx.FunctionProto] = {}
         self._cache: onnx.FunctionProto | None = None
 
     def gemm(
@@ -82,11 +87,61 @@ class NodeFactory:
         self._cache = self._cache or _cache_function(bits, head_dim, self._dtype)
         return helper.make_node(_CACHE_OP, inputs, outputs, name=name, domain=CACHE_DOMAIN)
 
-    def functions(self) -> list[onnx.FunctionProto]:
-        """The functions of the nodes made so far: the custom ones in order of first use, then the
-        cache's.
+    def attention(
+        self,
+        form: AttentionForm,
+        name: str,
+        inputs: list[str],
+        outputs: list[str],
+        *,
+        scale: float,
+        softcap: float,
+    ) -> onnx.NodeProto:
+        """A node of attention with its cache.
+
+        Args:
+            inputs, outputs: in the order of the form's; write_indices may be one of them.
+            scale: of the scores.
+            softcap: of the scores; 0 is none.
         """
-        return [*self._functions.values(), *([self._cache] if self._cache else [])]
+        from onnx import helper
+
+        from plugins.cached_attention.body import function_body
+
+        if form not in self._attentions:
+            number = len(self._attentions)
+            domain = f"{ATTENTION}.v{number}" if number else ATTENTION
+            self._attentions[form] = function_body(form, self._dtype, domain)
+        return helper.make_node(
+            ATTENTION_OP,
+            inputs,
+            outputs,
+            name=name,
+            domain=self._attentions[form].domain,
+            scale=float(scale),
+            softcap=float(softcap),
+        )
+
+    def functions(self) -> list[onnx.FunctionProto]:
+        """The functions of the nodes made so far: the custom ones in order of first use, the
+        attentions, then the cache's; all of the newest opset that one of them asks for, since a
+        model has one.
+        """
+        found = [
+            *self._functions.values(),
+            *self._attentions.values(),
+            *([self._cache] if self._cache else []),
+        ]
+        for function in found:
+            function.opset_import[0].version = self.opset
+        return found
+
+    @property
+    def opset(self) -> int:
+        """Of the model's standard ops."""
+        from plugins.core.onnx_body import OPSET
+
+        return max([OPSET, *(form.opset for form in self._attentions)])
 
     def opset_imports(self, opset: int) -> list[onnx.OperatorSetIdProto]:
         """What a model of these nodes and standard ones of this opset imports."""

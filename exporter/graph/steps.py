@@ -23,7 +23,7 @@ from calibration.families.steps import (
     Norm,
     Rope,
 )
-from exporter.graph.names import layer_output, new_key, past, present
+from exporter.graph.names import KINDS, layer_output, new_key, past, present
 from exporter.graph.writer import GraphWriter
 
 __all__ = ["WRITERS", "Flow", "write_block"]
@@ -120,9 +120,10 @@ def _normed_heads(writer: GraphWriter, flow: Flow, norm: Norm, part: str, count:
 def _rope(writer: GraphWriter, flow: Flow, step: Rope) -> str:
     return writer.node(
         "RotaryEmbedding",
-        [flow.value, *writer.rope, "position_ids"],
+        [flow.value, *writer.rope[step], writer.positions],
         f"{flow.module}.qk_rotated",
         interleaved=0,
+        **({} if step.width is None else {"rotary_embedding_dim": step.width}),
     )
 
 
@@ -131,45 +132,12 @@ def _attend(writer: GraphWriter, flow: Flow, step: Attend) -> str:
     query, key = writer.split(
         flow.value, [heads.heads, heads.kv_heads], 1, [f"{module}.query", new_key(index)]
     )
-    new = writer.cached(module, heads.head_dim, key, flow.values)
-    key, value = (
-        writer.node("Concat", [past(index, kind), part], present(index, kind), axis=2)
-        for kind, part in zip(("key", "value"), new, strict=True)
-    )
-    inputs = [query, key, value, writer.masks[step.window]]
-    if step.softcap is None:
-        context = writer.node("Attention", inputs, f"{module}.context_heads", scale=step.scale)
-    else:
-        context = _capped_attention(writer, flow, step, inputs, step.softcap)
-    context = writer.node("Transpose", [context], f"{module}.context_rows", perm=[0, 2, 1, 3])
-    return writer.reshape(context, [0, 0, heads.heads * heads.head_dim], f"{module}.context")
-
-
-def _capped_attention(
-    writer: GraphWriter, flow: Flow, step: Attend, inputs: list[str], cap: float
-) -> str:
-    """Attention in its parts, since TensorRT's has no softcap.
-
-    The query heads of a key-value head lie below each other in one matrix, so that keys and values
-    are not repeated. Scores, weights and context are of the model's type, all between fp32.
-    """
-    from onnx import TensorProto
-
-    query, key, value, mask = inputs
-    heads, module = flow.block.heads, flow.module
-    query = writer.reshape(query, [0, heads.kv_heads, -1, heads.head_dim], f"{module}.query_groups")
-    key = writer.node("Transpose", [key], f"{module}.keys", perm=[0, 1, 3, 2])
-    scores = writer.node("MatMul", [query, key], f"{module}.scores")
-    scores = writer.reshape(scores, [0, heads.heads, -1, 0], f"{module}.scores_heads")
-    scores = writer.cast(scores, TensorProto.FLOAT, f"{module}.scores_float32")
-    scores = writer.capped(scores, step.scale, cap, f"{module}.scores", f"{module}.scores_capped")
-    never = writer.number(float("-inf"), TensorProto.FLOAT)
-    scores = writer.node("Where", [mask, scores, never], f"{module}.scores_masked")
-    weights = writer.node("Softmax", [scores], f"{module}.weights_float32", axis=-1)
-    weights = writer.cast(weights, writer.dtype, f"{module}.weights")
-    weights = writer.reshape(weights, [0, heads.kv_heads, -1, 0], f"{module}.weights_groups")
-    context = writer.node("MatMul", [weights, value], f"{module}.context_groups")
-    return writer.reshape(context, [0, heads.heads, -1, heads.head_dim], f"{module}.context_heads")
+    key, value = writer.cached(module, heads.head_dim, key, flow.values)
+    olds = [past(index, kind) for kind in KINDS]
+    outputs = [f"{module}.context", *(present(index, kind) for kind in KINDS)]
+    inputs = [query, key, value, *olds, writer.masks[step.window]]
+    writer.attention(f"{module}.attention", inputs, outputs, step.scale, step.softcap)
+    return writer.info(outputs[0], heads.heads * heads.head_dim)
 
 
 def _gate(writer: GraphWriter, flow: Flow, step: Gate) -> str:

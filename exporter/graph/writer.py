@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from calibration.quant.scheme import FLOAT_BITS
+from exporter.graph.names import WRITE_INDICES
 from plugins import op_spec
 
 if TYPE_CHECKING:
     import onnx
 
-    from calibration.families.steps import Norm
+    from calibration.families.steps import Norm, Rope
     from calibration.quant.folder import QuantModel
     from exporter.graph.nodes import NodeFactory
     from exporter.graph.weights import ExternalWeights
@@ -31,7 +32,9 @@ class GraphWriter:
         fuse_norms: norms in front of GEMM nodes become part of them.
         nodes, infos: the graph's, so far.
         masks: boolean [B, 1, S, T] by attention's window.
-        rope: tables of cos and sin.
+        positions: of the new tokens, int64 [B, S].
+        rope: tables of cos and sin, by the step that turns by them.
+        static: the KV cache has a fixed capacity, and new tokens are written into it.
     """
 
     quant: QuantModel
@@ -42,7 +45,9 @@ class GraphWriter:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     infos: list[onnx.ValueInfoProto] = field(default_factory=list)
     masks: dict[int | None, str] = field(default_factory=dict)
-    rope: tuple[str, str] = ("", "")
+    positions: str = "position_ids"
+    rope: dict[Rope, tuple[str, str]] = field(default_factory=dict)
+    static: bool = False
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A standard node named after its single output."""
@@ -128,11 +133,13 @@ class GraphWriter:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def info(self, name: str, width: int) -> str:
-        """Declare the shape of a tensor [B, S, width] of the model's type."""
+    def info(self, name: str, width: int, tokens: str = "S") -> str:
+        """Declare the shape of a tensor [B, S, width] of the model's type, or with another number
+        of tokens.
+        """
         from onnx import helper
 
-        self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", "S", width]))
+        self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", tokens, width]))
         return name
 
     def norm(self, norm: Norm, name: str, source: str) -> str:
@@ -147,9 +154,11 @@ class GraphWriter:
             epsilon=norm.epsilon,
         )
 
-    def gemm(self, name: str, source: str, norm: Norm | None, norm_name: str) -> str:
+    def gemm(
+        self, name: str, source: str, norm: Norm | None, norm_name: str, tokens: str = "S"
+    ) -> str:
         """The custom node `name` of linears stacked along the output, with the norm in front of it:
-        [B, S, K] -> [B, S, N].
+        [B, S, K] -> [B, S, N], or with another number of tokens.
         """
         linear = self.quant.fused(self.quant.decoder.members(name), name)
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
@@ -164,7 +173,23 @@ class GraphWriter:
             source = self.norm(norm, norm_name, source)
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
-        return self.info(output, attrs.out_features)
+        return self.info(output, attrs.out_features, tokens)
+
+    def attention(
+        self, name: str, inputs: list[str], outputs: list[str], scale: float, softcap: float | None
+    ) -> None:
+        """The node of attention with its cache; plugins/cached_attention/body.py names inputs and
+        outputs.
+        """
+        from plugins.cached_attention.body import AttentionForm
+
+        form = AttentionForm(static=self.static, capped=softcap is not None)
+        if self.static:
+            inputs = [*inputs, WRITE_INDICES]
+        node = self.factory.attention(
+            form, name, inputs, outputs, scale=scale, softcap=softcap or 0.0
+        )
+        self.nodes.append(node)
 
     def cached(self, prefix: str, head_dim: int, key: str, value: str) -> tuple[str, str]:
         """New keys and values as the cache holds them."""

@@ -49,12 +49,13 @@ class RotatedRunner(SessionRunner):
         self, name: str, make: Callable[[], DecoderSession], rotation: Rotation | None
     ) -> None:
         super().__init__(name, make)
-        self._matrices: list[tuple[re.Pattern[str], np.ndarray]] = []
-        if rotation is not None:
-            self._matrices = [
-                (re.compile(r"model\.layers\.\d+\.output"), rotation.residual.numpy()),
-                (re.compile(r"present\.\d+\.value"), rotation.head.numpy()),
-            ]
+        matrices = {} if rotation is None else {"value": rotation.head}
+        if rotation is not None and rotation.residual is not None:
+            matrices["output"] = rotation.residual
+        patterns = {"output": r"model\.layers\.\d+\.output", "value": r"present\.\d+\.value"}
+        self._matrices = [
+            (re.compile(patterns[kind]), matrix.numpy()) for kind, matrix in matrices.items()
+        ]
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
         """Run one call and turn its outputs."""

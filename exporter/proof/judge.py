@@ -117,7 +117,7 @@ class Stack:
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
         if index == self.layers:
-            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+            return self._head()
         prefix, found = f"{self.decoder.blocks[index].prefix}.", list[Operator]()
         for node in (item for item in self.nodes if item.name.startswith(prefix)):
             if node.site.attention:
@@ -125,9 +125,15 @@ class Stack:
             # With its norm, the first node reads the layer before.
             elif node.source != layer_output(index - 1):
                 found.append(Operator(node.source, node.source, "pointwise"))
-            norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
-            found.append(Operator(node.name + norm, node.result, "gemm"))
+            found.append(_gemm(node))
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]
+
+    def _head(self) -> list[Operator]:
+        nodes = [node for node in self.nodes if node.name == self.decoder.head.name]
+        if not nodes:  # its norm and its table in one
+            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+        norms = [Operator(node.source, node.source, "pointwise") for node in nodes if not node.norm]
+        return [*norms, *map(_gemm, nodes), Operator("logits", "logits", "pointwise")]
 
     def _cache(self, index: int) -> list[Operator]:
         kept = (f"present.{index}.key", f"present.{index}.value")
@@ -144,13 +150,22 @@ class Stack:
         depth = (self.layers if layer is None else layer) + 1
         # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's
         # limit.
-        so_far = self.nodes[: depth * len(self.nodes) // self.layers]
+        so_far = [
+            node
+            for node in self.nodes
+            if layer is None or ((place := layer_of(node.name)) is not None and place <= layer)
+        ]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
         if level == "native" and self.exact:
             return 0.0
         if level == "quantisation":
             return limits.quantisation(len(so_far))
         return limits.accumulated(depth, len(so_far))
+
+
+def _gemm(node: GemmNode) -> Operator:
+    norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
+    return Operator(node.name + norm, node.result, "gemm")
 
 
 def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[float, float]:
@@ -197,14 +212,7 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
             key=lambda item: item[1] / item[2],
         )
     if level == "native" and stack.exact:
-        worst = next(
-            (
-                (one.name, error.relative, 0.0)
-                for one in stack.operators(index)
-                if (error := total_error(errors[level, phase, one.tensor])).relative != 0
-            ),
-            worst,
-        )
+        worst = _worst_native(errors, stack, phase, index)
     measured = (
         {"operator": worst[0], "operator_error": _finite(worst[1]), "operator_limit": worst[2]}
         if worst[0]
@@ -225,6 +233,21 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
     )
 
 
+def _worst_native(errors: Errors, stack: Stack, phase: str, index: int) -> tuple[str, float, float]:
+    """(name, error, limit) of the first operator with other bits, or an attention beyond its limit;
+    else of attention, if there is one.
+    """
+    shown = ("", 0.0, 0.0)
+    for one in stack.operators(index):
+        attention = one.kind == "attention"
+        limit = Limits(stack.scheme).attention() if attention else 0.0
+        error = total_error(errors["native", phase, one.tensor]).relative
+        if not error <= limit:
+            return one.name, error, limit
+        shown = (one.name, error, limit) if attention else shown
+    return shown
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -243,10 +266,11 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
             return found
     row = failed[0]
     if row.level == "native" and row.operator:
-        return (
-            f"got other numbers at {row.operator} (native, {row.phase}: {_BETWEEN['native']}), "
-            f"expected the same bits"
-        )
+        where = f"at {row.operator} (native, {row.phase}: {_BETWEEN['native']})"
+        if not row.operator_limit:
+            return f"got other numbers {where}, expected the same bits"
+        error = "NaN or Inf" if row.operator_error is None else f"{row.operator_error:.2g}"
+        return f"got a relative error of {error} {where}, expected at most {row.operator_limit:.2g}"
     got = f"{row.relative:.2g}" if row.relative is not None else "NaN or Inf"
     expected = f"at most {row.limit:.2g}" if row.limit is not None else "finite numbers"
     return (

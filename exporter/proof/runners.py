@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.families.decoder import Site
     from calibration.reference.model import Computed, QuantReference
+    from exporter.run.onnxruntime import OnnxSession
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["GemmNode", "LockstepRunner", "ReplayRunner", "SessionRunner", "gemm_nodes"]
+__all__ = ["GemmNode", "LedRunner", "LockstepRunner", "ReplayRunner", "SessionRunner", "gemm_nodes"]
 
 Feed = Mapping[str, np.ndarray]
 
@@ -79,6 +80,31 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
         del self.session
 
 
+class LedRunner(SessionRunner):
+    """A session that takes some inner tensors from another runner's last call, so that what it
+    makes of them otherwise does not spread.
+
+    Args:
+        name, make: as SessionRunner's; the session has `lead`.
+        leader: the other runner, which runs before.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], OnnxSession], leader: SessionRunner | ReplayRunner
+    ) -> None:
+        super().__init__(name, make)
+        self._open, self._leader = make, leader
+
+    def activate_impl(self) -> None:
+        """Open the session."""
+        self.session = self._led = self._open()
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        """Run one call behind the leader's last one."""
+        self._led.lead = self._leader.outputs
+        return super().infer_impl(feed_dict)
+
+
 @dataclass(frozen=True)
 class GemmNode:
     """A custom node of the exported graph.
@@ -106,29 +132,28 @@ def gemm_nodes(model: onnx.ModelProto, decoder: Decoder) -> list[GemmNode]:
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     found = []
-    for block in decoder.blocks:
-        for short, site in block.sites.items():
-            name = block.name(short)
-            if name not in nodes:
-                raise CheckError(
-                    MODEL_FILE,
-                    f"got {len(nodes)} custom nodes without {name}, expected "
-                    f"{len(decoder.nodes)}: {len(block.sites)} in each of {decoder.layers} "
-                    f"decoder layers",
-                    "The graph was changed after its export (inlined functions?): export the "
-                    "model again",
-                )
-            node = nodes[name]
-            fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
-            norm = block.name(site.norm.name) if fused and site.norm is not None else ""
-            expected = block.name(site.norm.gain) if site.norm is not None else "no norm"
-            if fused and node.input[-1] != expected:
-                raise CheckError(
-                    f"{MODEL_FILE}, node {name}",
-                    f"got {node.input[-1]} as the weight of its norm, expected {expected}",
-                    "The graph was changed after its export: export the model again",
-                )
-            found.append(GemmNode(name, node.input[0], node.output[0], site, norm))
+    for name, site in decoder.sites.items():
+        if name not in nodes:
+            raise CheckError(
+                MODEL_FILE,
+                f"got {len(nodes)} custom nodes without {name}, expected {len(decoder.nodes)}: "
+                f"{len(decoder.blocks[0].sites)} in each of {decoder.layers} decoder layers"
+                f"{' and the head' if decoder.head.quantized else ''}",
+                "The graph was changed after its export (inlined functions?): export the "
+                "model again",
+            )
+        node = nodes[name]
+        fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
+        own = None if site.norm is None else decoder.full_name(name, site.norm.name)
+        expected = "no norm" if own is None else f"{own}.weight"
+        if fused and node.input[-1] != expected:
+            raise CheckError(
+                f"{MODEL_FILE}, node {name}",
+                f"got {node.input[-1]} as the weight of its norm, expected {expected}",
+                "The graph was changed after its export: export the model again",
+            )
+        norm = own if fused and own is not None else ""
+        found.append(GemmNode(name, node.input[0], node.output[0], site, norm))
     return found
 
 

@@ -9,7 +9,8 @@ What runs where:
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
 - native: the same graph with the native CPU kernels in place of the function bodies, which must give
-  the same bits at every node (A16: within rounding).
+  the same bits at every node (A16 and attention: within rounding; what follows attention is given
+  the body's).
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
@@ -43,7 +44,13 @@ from exporter.proof.basis import RotatedRunner, recorded_rotation
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
-from exporter.proof.runners import LockstepRunner, ReplayRunner, SessionRunner, gemm_nodes
+from exporter.proof.runners import (
+    LedRunner,
+    LockstepRunner,
+    ReplayRunner,
+    SessionRunner,
+    gemm_nodes,
+)
 from exporter.proof.weights import compare_weights, compared_tensors
 from exporter.run import find_runner
 from exporter.run.native import native_library
@@ -240,12 +247,18 @@ class _Validator:
         return record
 
     def run_native(self, record: list[Outputs], library: Path) -> None:
-        """The native kernels in ONNX Runtime against the function bodies."""
+        """The native kernels in ONNX Runtime against the function bodies; what follows attention,
+        which is float, goes on with the body's.
+        """
+        given = [node.source for node in self.nodes if node.site.attention]
 
-        def open_session() -> DecoderSession:
-            return OnnxSession(self.out / ONNX, self.context, self.marked, kernels=library)
+        def open_session() -> OnnxSession:
+            return OnnxSession(
+                self.out / ONNX, self.context, self.marked, kernels=library, given=given
+            )
 
-        runners = [ReplayRunner(ONNX_RUNTIME, record), SessionRunner(NATIVE, open_session)]
+        bodies = ReplayRunner(ONNX_RUNTIME, record)
+        runners = [bodies, LedRunner(NATIVE, open_session, bodies)]
         self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
 
     def native_kernels(self) -> Path | None:
@@ -264,7 +277,7 @@ class _Validator:
         """
         from calibration.reference.model import quantised_model
 
-        model = quantised_model(self.quant)
+        model = quantised_model(self.quant, max_context=self.context)
 
         def open_session() -> TorchSession:
             return TorchSession(model)
@@ -290,7 +303,7 @@ class _Validator:
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(FloatReference(float_model(checkpoint))),
+                lambda: TorchSession(FloatReference(float_model(checkpoint, self.context))),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),
@@ -315,6 +328,11 @@ class _Validator:
             self.notes.append(
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
+            )
+        elif open_stage(self.out, ENGINE, "the validation").description().cache.capacity:
+            self.notes.append(
+                "The engine has a static cache, which the validation cannot run, so the CUDA kernels "
+                "were not executed in it."
             )
         else:
 
@@ -351,7 +369,7 @@ class _Validator:
         check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()
         calls = self.steps + 3
-        weights = compared_tensors(checkpoint) if checkpoint else 0
+        weights = compared_tensors(checkpoint, self.quant) if checkpoint else 0
         library = self.native_kernels()
         runs = 2 + (library is not None) + (checkpoint is not None)
         self.progress.start(REPORT, weights + calls * runs)
@@ -365,7 +383,12 @@ class _Validator:
             if checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
-        stack = Stack(self.quant.decoder, self.nodes, self.quant.scheme, self.quant.exceptions)
+        others = {
+            node: scheme
+            for node in self.quant.decoder.nodes
+            if (scheme := self.quant.scheme_of(node)) != self.quant.scheme
+        }
+        stack = Stack(self.quant.decoder, self.nodes, self.quant.scheme, others)
         rows += judge(self.errors, stack)
         facts = {
             "tokens": self.tokens,

@@ -23,7 +23,6 @@ import numpy as np
 from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
-from calibration.quant.sizes import ROPE
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
@@ -31,6 +30,7 @@ from plugins import op_spec
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.families import Decoder
     from calibration.quant.folder import QuantModel
 
 __all__ = ["compare_weights", "compared_tensors"]
@@ -145,9 +145,15 @@ def _float_sums(weight: np.ndarray, got: np.ndarray, scheme: QuantScheme) -> _Su
     return sums
 
 
-def compared_tensors(checkpoint: Checkpoint) -> int:
+def _decoder(checkpoint: Checkpoint, quant: QuantModel) -> Decoder:
+    """The float model's, with the codes of a quantized head beside a table that it was tied to."""
+    decoder = checkpoint.decoder
+    return decoder.with_quantized_head() if quant.decoder.head.quantized else decoder
+
+
+def compared_tensors(checkpoint: Checkpoint, quant: QuantModel) -> int:
     """How many rows compare_weights gives, and how far it moves the progress."""
-    return len(checkpoint.decoder.shapes()) + 1
+    return len(_decoder(checkpoint, quant).shapes()) + len(quant.decoder.frequencies)
 
 
 def compare_weights(
@@ -162,14 +168,16 @@ def compare_weights(
     # A method that transforms some weights may do so by changing the norms before them.
     plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
     linears = quant.decoder.linears
-    for name, shape in checkpoint.decoder.shapes().items():
+    for name, shape in _decoder(checkpoint, quant).shapes().items():
         base = name.removesuffix(".weight")
         quantised = name != base and base in linears
         stored = f"{base}.codes" if quantised else name
         if not quant.has(stored) or quant.tensor(stored).shape != tuple(shape):
             reports.append(_missing(base if quantised else name))
         else:
-            weight = checkpoint.array(name)
+            head = checkpoint.decoder.head.name
+            table = checkpoint.decoder.head_table() if base == head else base
+            weight = checkpoint.array(name if table == base else f"{table}.weight")
             sums = (
                 _linear_sums(weight, quant.linear(base))
                 if quantised
@@ -177,6 +185,8 @@ def compare_weights(
             )
             reports.append(sums.report(base if quantised else name, plain))
         progress.advance(note=name)
-    progress.advance(note=ROPE)
-    rope = _float_sums(checkpoint.rope()[0], quant.tensor(ROPE), quant.scheme)
-    return [*reports, rope.report(ROPE, plain)]
+    for name in quant.decoder.frequencies:
+        sums = _float_sums(checkpoint.rope(name)[0], quant.tensor(name), quant.scheme)
+        reports.append(sums.report(name, plain))
+        progress.advance(note=name)
+    return reports

@@ -98,7 +98,11 @@ def _tiles(data: Data) -> str:
     sizes, engine, perplexity = data["sizes"], data["engine"], data["perplexity"]
     before, after = sizes["model_float_bytes"], sizes["model_quant_bytes"]
     tiles = [
-        (f"{sizes['bits_per_weight']:.2f}", "bits per weight", "linear layers, scales included"),
+        (
+            f"{sizes['bits_per_weight']:.2f}",
+            "bits per weight",
+            f"linear layers{' and head' if data['head'] else ''}, scales included",
+        ),
         (
             f"{after / 1e6:.0f} MB",
             "model",
@@ -370,6 +374,16 @@ def _bits(data: Data) -> str:
     )
 
 
+def _head(data: Data) -> str:
+    """Its bits, and what calibration measured them to cost."""
+    kept, measured = data["head"], data.get("calibration", {}).get("head")
+    now = kept or data["scheme"]["dtype"]
+    if measured is None or measured["rise"] is None:
+        return str(now)
+    cost = f"{measured['rise']:+.2%} perplexity on {measured['tokens']} calibration tokens"
+    return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
+
+
 def _made(data: Data) -> str:
     scheme, request, shape, engine = data["scheme"], data["request"], data["shape"], data["engine"]
     others = (
@@ -392,6 +406,7 @@ def _made(data: Data) -> str:
         ("activations", _activations(scheme)),
         ("group size", scheme["group_size"] or "one group per output channel"),
         ("KV cache", _cache(scheme)),
+        ("head", _head(data)),
         ("type of the rest", scheme["dtype"]),
         (
             "decoder",

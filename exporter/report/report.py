@@ -54,6 +54,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "label": quant.label,
         "scheme": quant.scheme.as_dict(),
         "mixed": _mixed(quant),
+        "head": None if quant.head is None else quant.head.label,
         "shape": {key: value for key, value in quant.config.items() if key != "hf"},
         "sizes": quant.sizes,
         "request": dict(manifest.get("request", {})),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
+from exporter.run.forms import cache_form
 from exporter.run.onnxruntime import inference_session, load_model, whole_graph
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
@@ -87,7 +88,7 @@ class NativeRunner(Runner):
 
 class NativeSession(DecoderSession):
     """ONNX Runtime on the CPU with native kernels. The cache stays in ONNX Runtime's memory from
-    call to call.
+    call to call; a static one in the same, in which new rows are written.
 
     Args:
         folder: OUT/onnx.
@@ -96,8 +97,6 @@ class NativeSession(DecoderSession):
     """
 
     def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
-        import onnx
-
         super().__init__(max_context, dtype=dtype)
         self._folder = folder
         self._data = _MappedFile(folder / DATA_FILE)
@@ -105,42 +104,55 @@ class NativeSession(DecoderSession):
         with whole_graph(folder):
             inputs = {value.name: value for value in self._session.get_inputs()}
             self._names = cache_names(inputs)
+            self._form = cache_form({name: value.shape for name, value in inputs.items()})
             _, heads, _, width = inputs["past_key_values.0.key"].shape
             self._cache_shape = int(heads), int(width)
-            kind = inputs["past_key_values.0.key"].type.removeprefix("tensor(").removesuffix(")")
-            self._type = onnx.TensorProto.DataType.Value(kind.upper())
-        self._outputs = ["logits", *(f"present.{name}" for name in self._names)]
+            self._type = inputs["past_key_values.0.key"].type  # such as tensor(float16)
         self._clear()
 
     def _clear(self) -> None:
         self._cache: dict[str, Any] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         from onnxruntime import OrtValue
 
         self._data.check()
+        binding = self._session.io_binding()
         cache = self._cache or self._empty_cache(len(input_ids))
-        feeds = {
-            "input_ids": OrtValue.ortvalue_from_numpy(input_ids),
-            "attention_mask": OrtValue.ortvalue_from_numpy(attention_mask),
-            "position_ids": OrtValue.ortvalue_from_numpy(positions),
-            **{f"past_key_values.{name}": cache[name] for name in self._names},
-        }
+        feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
+        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        values |= {f"past_key_values.{name}": cache[name] for name in self._names}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits")
+        for name in self._names:
+            if self._form.rows():
+                binding.bind_ortvalue_output(f"present.{name}", cache[name])
+            else:
+                binding.bind_output(f"present.{name}")
         with whole_graph(self._folder):
-            logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
-            self._cache = dict(zip(self._names, present, strict=True))
-            return {"logits": logits.numpy()}
+            self._session.run_with_iobinding(binding)
+            logits, *present = binding.get_outputs()
+            # A static cache is that of the numpy arrays that these values hold on to.
+            grown = dict(zip(self._names, present, strict=True))
+            self._cache = cache if self._form.rows() else grown
+            return self._form.restored({"logits": logits.numpy()}, attention_mask)
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
+        """Zeros: function bodies multiply rows that nobody sees by 0, and 0 times NaN is NaN."""
+        import numpy as np
         from onnxruntime import OrtValue
 
         heads, width = self._cache_shape
-        shape = (batch, heads, 0, width)
-        return {
-            name: OrtValue.ortvalue_from_shape_and_type(shape, self._type) for name in self._names
-        }
+        shape = (batch, heads, self._form.rows(), width)
+        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[self._type]
+        return {name: OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in self._names}
 
     def close(self) -> None:
         """Free the session."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from exporter.graph.names import is_layer_output
+from exporter.run.forms import cache_form
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
@@ -109,20 +110,25 @@ def _damaged(folder: Path) -> bool:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception:  # a kind of its own for each rule
         return True
-    inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    inputs = {name: [dim.dim_value for dim in dims] for name, dims in shapes.items()}
     names = cache_names(inputs)
-    wanted = {"input_ids", "attention_mask", "position_ids"}
     given = {value.name for value in graph.output}
     used = (name for node in graph.node for name in (*node.input, *node.output))
     return (
         any(isinstance(name, bytes) for name in used)
-        or not wanted <= inputs.keys()
         or not {"logits", *(f"present.{name}" for name in names)} <= given
         or len(inputs.get("past_key_values.0.key", ())) != 4
+        or not set(cache_form(inputs).inputs) <= inputs.keys()
     )
 
 
-def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None = None) -> Any:
+def onnx_runner(
+    folder: Path,
+    marked: Sequence[str] = (),
+    kernels: Path | None = None,
+    given: Sequence[str] = (),
+) -> Any:
     """A Polygraphy OnnxrtRunner on the CPU; the weights are read from the data file next to the
     model.
 
@@ -130,6 +136,7 @@ def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None =
         folder: OUT/onnx.
         marked: inner tensors that are outputs too.
         kernels: a custom-op library that runs the custom nodes; None: their bodies do.
+        given: inner tensors that are inputs; what their nodes make is an output, own_of(name).
 
     A 16-bit graph is rewritten by round_every_op first. That the file runs as it is, in fp32, is
     tested in tests/exporter/graph/test_graph.py.
@@ -144,10 +151,29 @@ def onnx_runner(folder: Path, marked: Sequence[str] = (), kernels: Path | None =
 
     model = load_model(folder, marked)
     with whole_graph(folder):
+        _take_from_outside(model.graph, given)
         round_every_op(model)
     return OnnxrtRunner(
         lambda: inference_session(model.SerializeToString(), folder, kernels), name="onnxruntime"
     )
+
+
+def own_of(tensor: str) -> str:
+    """What a node makes of a tensor that is given."""
+    return f"{tensor}.own"
+
+
+def _take_from_outside(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+    """Make inner tensors inputs, and what their nodes make of them outputs."""
+    known = {value.name: value for value in graph.value_info}
+    outputs = {value.name: value for value in graph.output}
+    for name in tensors:
+        node = next(node for node in graph.node if name in node.output)
+        node.output[list(node.output).index(name)] = own_of(name)
+        graph.input.append(known[name])
+        own = outputs[name] if name in outputs else graph.output.add()
+        own.CopyFrom(known[name])
+        own.name = own_of(name)
 
 
 def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) -> Any:
@@ -238,6 +264,11 @@ class OnnxSession(DecoderSession):
         marked: inner tensors that step() returns besides the model's outputs.
         dtype: of the model's floats.
         kernels: as of onnx_runner.
+        given: inner tensors that are taken from `lead` in place of what their nodes make, which is
+            what step() returns.
+
+    Attributes:
+        lead: another session's outputs of the next step.
     """
 
     def __init__(
@@ -247,14 +278,17 @@ class OnnxSession(DecoderSession):
         marked: Sequence[str] = (),
         dtype: str = "float32",
         kernels: Path | None = None,
+        given: Sequence[str] = (),
     ) -> None:
         super().__init__(max_context, dtype=dtype)
-        self._folder = folder
-        self._runner = onnx_runner(folder, marked, kernels)
+        self._folder, self._given = folder, given
+        self.lead: Mapping[str, np.ndarray] = {}
+        self._runner = onnx_runner(folder, marked, kernels, given)
         with whole_graph(folder):
             self._runner.activate()
             inputs = self._runner.get_input_metadata()
             self._names = cache_names(inputs)
+            self._form = cache_form({name: meta.shape for name, meta in inputs.items()})
             meta = inputs["past_key_values.0.key"]
             self._cache_shape, self._dtype = (meta.shape[1], meta.shape[3]), meta.dtype
         self._clear()
@@ -263,23 +297,26 @@ class OnnxSession(DecoderSession):
         self._cache: dict[str, np.ndarray] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         import numpy as np
 
         heads, width = self._cache_shape
-        empty = np.zeros((len(input_ids), heads, 0, width), self._dtype)
+        empty = np.zeros((len(input_ids), heads, self._form.rows(), width), self._dtype)
         past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
-        feeds = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": positions,
-            **past,
-        }
+        feeds = self._form.feeds(input_ids, attention_mask, positions, wanted) | past
+        for name in self._given:
+            feeds[name] = self._form.arranged(self.lead[name], attention_mask)
         with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
+            outputs |= {name: outputs.pop(own_of(name)) for name in self._given}
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}
-            return outputs | {"logits": outputs["logits"]}  # a graph without them is none of ours
+            found = self._form.restored(outputs, attention_mask)
+            return found | {"logits": found["logits"]}  # a graph without them is none of ours
 
     def close(self) -> None:
         """Free the session."""

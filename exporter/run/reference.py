@@ -54,7 +54,8 @@ class ReferenceRunner(Runner):
         quant = read_quant(folder.path, verify=False)
         for name in quant.files:
             folder.file(name)
-        return TorchSession(quantised_model(quant), description.dtype, description.max_context)
+        model = quantised_model(quant, max_context=description.max_context)
+        return TorchSession(model, description.dtype, description.max_context)
 
 
 class TorchSession(DecoderSession):
@@ -77,14 +78,21 @@ class TorchSession(DecoderSession):
         self._cache: Any = None
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         import torch
 
-        ids, mask, places = map(torch.from_numpy, (input_ids, attention_mask, positions))
+        ids, mask, places, rows = map(
+            torch.from_numpy, (input_ids, attention_mask, positions, wanted)
+        )
         made = self._compute(ids, mask, places)
         self._cache = made.cache
-        outputs: dict[str, np.ndarray] = {"logits": made.logits.numpy()}
+        logits = made.logits.take_along_dim(rows[..., None], 1)
+        outputs: dict[str, np.ndarray] = {"logits": logits.numpy()}
         for index, (layer, cache) in enumerate(zip(made.layers, made.cache, strict=True)):
             for kind, part in zip(KINDS, cache, strict=True):
                 outputs[present(index, kind)] = part.numpy()

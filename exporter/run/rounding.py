@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from plugins.cached_attention import is_attention
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx
@@ -28,6 +30,7 @@ class _Work(NamedTuple):
 _COMPUTES = {
     "Add": _Work(2),
     "Attention": _Work(3, precise=True),
+    "Div": _Work(2),
     "Gelu": _Work(1, precise=True),
     "MatMul": _Work(2, precise=True),  # but for the head, see _precise
     "Mul": _Work(2),
@@ -38,7 +41,19 @@ _COMPUTES = {
     "Softmax": _Work(1, precise=True),
     "Tanh": _Work(1, precise=True),
 }
-_MOVES = {"Cast", "Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = {
+    "Cast",
+    "Concat",
+    "Constant",
+    "Gather",
+    "GatherND",
+    "Reshape",
+    "Split",
+    "Squeeze",
+    "TensorScatter",
+    "Transpose",
+    "Unsqueeze",
+}
 _COUNTS = {"Range", "Shape", "Sub"}
 _COMPARES = {"And", "Equal", "GreaterOrEqual", "LessOrEqual", "Or", "Where"}
 
@@ -66,23 +81,42 @@ def round_every_op(model: onnx.ModelProto) -> None:
     )
     if half == TensorProto.BFLOAT16:
         _carry_ends_in_float32(model.graph)
-    constants = {tensor.name for tensor in model.graph.initializer}
+    _round_nodes(model.graph.node, half, {tensor.name for tensor in model.graph.initializer})
+    for function in model.functions:
+        if is_attention(function.domain):  # the others round by themselves
+            _round_nodes(function.node, half, set())
+
+
+def _round_nodes(nodes: Any, half: int, constants: set[str]) -> None:
+    """Rewrite the nodes of a graph or function.
+
+    Args:
+        nodes: the repeated field.
+        half: the model's type.
+        constants: tensors that never change.
+    """
+    from onnx import TensorProto
+
     float32: set[str] = set()  # tensors behind a cast to this type
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
+    counts: set[str] = set()
+    found: list[onnx.NodeProto] = []
+    for node in nodes:
         if _gives_float32(node, float32):
             float32.update(node.output)
         if node.op_type == "Transpose" and node.input[0] in constants:
             constants.update(node.output)
-        if node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
-            nodes.append(node)
+        counted = node.op_type == "Add" and not counts.isdisjoint(node.input)
+        if counted or node.op_type in _COUNTS:
+            counts.update(node.output)
+        if counted or node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
+            found.append(node)
         elif node.op_type in _COMPUTES:
             dtype = TensorProto.FLOAT if node.output[0] in float32 else half
-            nodes += _computed_wide(node, dtype, _precise(node, constants))
+            found += _computed_wide(node, dtype, _precise(node, constants))
         else:
             raise ValueError(f"{node.name}: got {node.op_type}, for which no rounding is known")
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    del nodes[:]
+    nodes.extend(found)
 
 
 def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
@@ -90,6 +124,9 @@ def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
 
     if node.op_type == "Cast":
         return any(item.i == TensorProto.FLOAT for item in node.attribute if item.name == "to")
+    if node.op_type == "Constant":
+        value = node.attribute[0]
+        return bool(value.name == "value_float" or value.t.data_type == TensorProto.FLOAT)
     return not node.domain and any(name in float32 for name in node.input)
 
 
@@ -150,11 +187,14 @@ def _attention_parts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     [B, 1, S, T], by query groups.
     """
     import numpy as np
-    from onnx import helper, numpy_helper
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
     query, key, value, mask = node.input
     prefix, nodes = node.output[0], []
-    scale = next(item.f for item in node.attribute if item.name == "scale")
+    scale = onnx.AttributeProto()  # a number, or the name of one that the call gives
+    scale.CopyFrom(next(item for item in node.attribute if item.name == "scale"))
+    scale.name = "value_float"
 
     def add(op: str, inputs: list[str], name: str, **attributes: Any) -> str:
         nodes.append(
@@ -179,11 +219,10 @@ def _attention_parts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         "grouped",
     )
     keys = add("Transpose", [add("Unsqueeze", [key, two], "key5")], "keys", perm=[0, 1, 2, 4, 3])
-    scores = add(
-        "Mul",
-        [add("MatMul", [grouped, keys], "products"), const("scale", np.array(scale, np.float64))],
-        "scores",
-    )
+    nodes.append(helper.make_node("Constant", [], [f"{prefix}.scale32"], name=f"{prefix}.scale32"))
+    nodes[-1].attribute.append(scale)
+    factor = add("Cast", [f"{prefix}.scale32"], "scale", to=TensorProto.DOUBLE)
+    scores = add("Mul", [add("MatMul", [grouped, keys], "products"), factor], "scores")
     scores = add(
         "Where",
         [add("Unsqueeze", [mask, two], "mask5"), scores, const("never", np.array(-np.inf))],

@@ -66,7 +66,7 @@ class DecoderSession(ABC):
             attention_mask: of the new tokens [B, S] or of all [B, P+S]; 0 is (left) padding. None:
                 all are real.
             reset: forget the cache first.
-            last_only: return the last token's logits only, which bounds the memory.
+            last_only: compute the last token's logits only, which saves time and memory.
 
         Returns:
             Logits [B, S, V] (or [B, 1, V]), fp32.
@@ -85,21 +85,40 @@ class DecoderSession(ABC):
         pieces: list[np.ndarray] = []
         for start in range(0, tokens, self.max_tokens):
             end = min(start + self.max_tokens, tokens)
-            outputs = self.step(ids[:, start:end], mask[:, : past + end])
+            # Padding goes to the left, so the last token of every sequence is the last of the piece.
+            last = np.full((len(ids), 1), end - start - 1) if last_only else None
+            outputs = self.step(ids[:, start:end], mask[:, : past + end], last)
             check_finite(outputs, self.dtype)
-            logits = outputs["logits"]
-            pieces = [logits[:, -1:]] if last_only else [*pieces, logits]
+            pieces = [] if last_only else pieces
+            pieces.append(outputs["logits"])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
 
-    def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
-        """One call into the runtime: tokens [B, S] with the whole mask [B, P+S]; every output by
-        its ONNX name.
+    def step(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        logits_indices: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """One call into the runtime.
+
+        Args:
+            input_ids: tokens [B, S].
+            attention_mask: of all, [B, P+S].
+            logits_indices: which of the tokens' logits are wanted, [B, L] of 0..S-1; None: all of
+                them.
+
+        Returns:
+            Every output by its ONNX name; "logits" are [B, L, V].
+
+        Raises:
+            InputError: an index is none of 0..S-1, or the shape is another.
         """
         import numpy as np
 
+        wanted = _places(logits_indices, *input_ids.shape)
         past = attention_mask.shape[1] - input_ids.shape[1]
         positions = np.maximum(np.cumsum(attention_mask, 1) - 1, 0)[:, past:]
-        outputs = self._forward(input_ids, attention_mask, np.ascontiguousarray(positions))
+        outputs = self._forward(input_ids, attention_mask, np.ascontiguousarray(positions), wanted)
         self._mask = attention_mask
         return outputs
 
@@ -143,9 +162,15 @@ class DecoderSession(ABC):
 
     @abstractmethod
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """Run the decoder and keep the cache."""
+        """Run the decoder and keep the cache; arguments as of step(), with the tokens' positions
+        [B, S] in their sequences, and `wanted` [B, L] in range.
+        """
 
     @abstractmethod
     def _clear(self) -> None:
@@ -154,6 +179,31 @@ class DecoderSession(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the runtime; the session cannot be used any more."""
+
+
+def _places(indices: np.ndarray | None, batch: int, tokens: int) -> np.ndarray:
+    """Indices of wanted tokens as a runtime takes them, int64 [B, L]; it would read beyond its
+    memory, or give zeros, where one is out of range.
+    """
+    import numpy as np
+
+    if indices is None:
+        return np.tile(np.arange(tokens), (batch, 1))
+    places = np.ascontiguousarray(indices, np.int64)
+    if places.ndim != 2 or len(places) != batch or not places.size:
+        raise InputError(
+            "logits_indices",
+            f"got shape {list(places.shape)}, expected [{batch}, wanted] with at least one index",
+            "Give as many indices for every sequence of the batch",
+        )
+    wrong = places[(places < 0) | (places >= tokens)]
+    if wrong.size:
+        raise InputError(
+            "logits_indices",
+            f"got index {wrong[0]}, expected 0 to {tokens - 1}, the new tokens",
+            "Count from the first new token of the call, padding included",
+        )
+    return places
 
 
 def cache_names(inputs: Iterable[str]) -> list[str]:

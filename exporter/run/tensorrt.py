@@ -17,6 +17,7 @@ from exporter.engine.edition import (
 )
 from exporter.engine.limits import engine_limits
 from exporter.engine.record import EngineRecord
+from exporter.graph.names import WRITE_INDICES
 from exporter.run.runner import Runner
 from exporter.run.sessions import CHUNK, DecoderSession, cache_names
 from plugins.errors import InputError
@@ -50,8 +51,16 @@ class TensorrtRunner(Runner):
         )
 
     def check(self, folder: StageFolder) -> None:
-        """The engine may be another TensorRT's or another GPU's."""
-        check_engine(folder.file(ENGINE_RECORD).parent)
+        """The engine may be another TensorRT's or another GPU's, or have a static cache, which
+        Polygraphy's runner cannot keep where TensorRT wants it: at one address, read and written.
+        """
+        record = check_engine(folder.file(ENGINE_RECORD).parent)
+        if WRITE_INDICES in record["profiles"][0]["inputs"]:
+            raise InputError(
+                f"--runner {self.name}",
+                "got an engine with a static cache, expected one whose cache grows",
+                "Run it in a C++ program (docs/cpp_service.md), or export with --kv concat",
+            )
 
     def open(self, folder: StageFolder, description: Description) -> DecoderSession:
         """Reads the engine and the plugin library."""
@@ -117,7 +126,11 @@ class TensorrtSession(DecoderSession):
         self._cache: dict[str, Any] = {}
 
     def _forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
         import torch
 
@@ -129,6 +142,7 @@ class TensorrtSession(DecoderSession):
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "position_ids": torch.from_numpy(positions),
+            "logits_indices": torch.from_numpy(wanted),
             **{f"past_key_values.{name}": cache[name] for name in self._names},
         }
         outputs = {

@@ -144,10 +144,11 @@ def float_logits(checkpoint: Checkpoint, ids: Tensor, basis: Basis | None = None
         basis: in which its weights are; None: as they are.
     """
     basis = basis or Plain()
-    decoder, rope = checkpoint.decoder, Rope.of(checkpoint, ids.shape[1])
+    decoder = checkpoint.decoder
     x = embedded(basis.tensor(checkpoint, f"{decoder.embedding.name}.weight"), ids, decoder)
     for block in decoder.blocks:
         weights = basis.load(checkpoint, block.index)
+        rope = Rope.of(checkpoint, ids.shape[1], step=block.rope)
         x = block_output(x, weights, float_linear(weights, block), block, rope)
     head = decoder.head
     tied = decoder.tied and not basis.unties

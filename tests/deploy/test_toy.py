@@ -21,9 +21,10 @@ from exporter.run.sessions import DecoderSession
 
 
 class CountingSession(DecoderSession):
-    def _forward(self, input_ids, attention_mask, positions):
-        logits = np.zeros((*input_ids.shape, 512), np.float32)
-        np.put_along_axis(logits, (input_ids[..., None] + 1) % 512, 1, -1)
+    def _forward(self, input_ids, attention_mask, positions, wanted):
+        tokens = np.take_along_axis(input_ids, wanted, 1)
+        logits = np.zeros((*tokens.shape, 512), np.float32)
+        np.put_along_axis(logits, (tokens[..., None] + 1) % 512, 1, -1)
         return {"logits": logits}
 
     def _clear(self):

@@ -14,8 +14,8 @@ import pytest
 def tiny_export(
     tiny_quant: Callable[..., Path], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """make(fuse_norms=True, **scheme) -> OUT with quant/, onnx/ and a manifest that names the float
-    model. Do not change it.
+    """make(fuse_norms=True, static=0, **scheme) -> OUT with quant/, onnx/ and a manifest that names
+    the float model; `static` is the capacity of a static cache. Do not change it.
     """
     from calibration.out.description import write_description
     from calibration.out.files import file_records, write_json
@@ -26,16 +26,18 @@ def tiny_export(
 
     cache: dict[str, Path] = {}
 
-    def make(fuse_norms: bool = True, **scheme: Any) -> Path:
-        key = repr((fuse_norms, sorted(scheme.items())))
+    def make(fuse_norms: bool = True, static: int = 0, **scheme: Any) -> Path:
+        key = repr((fuse_norms, static, sorted(scheme.items())))
         if key not in cache:
             out = tmp_path_factory.mktemp("export") / "out"
             shutil.copytree(tiny_quant(**scheme), out)
             folder, quant = out / "onnx", read_quant(out / "quant")
             folder.mkdir()
-            export_onnx(quant, folder, fuse_norms=fuse_norms)
-            copy_files(quant.path, describe(quant).tokenizer, folder)
-            write_description(folder, describe(quant), file_records(folder))
+            longest = static or None
+            export_onnx(quant, folder, None, fuse_norms, longest, static=static > 0)
+            made = describe(quant).static(static) if static else describe(quant)
+            copy_files(quant.path, made.tokenizer, folder)
+            write_description(folder, made, file_records(folder))
             stages = {
                 name: {
                     "fingerprint": "",

@@ -10,7 +10,8 @@ __all__ = ["ENGINE"]
 def _profile(name: str) -> dict[str, Any]:
     ids = {"min": [1, 1], "opt": [1, 4], "max": [2, 8]}
     key = {"min": [1, 2, 0, 4], "opt": [1, 2, 4, 4], "max": [2, 2, 8, 4]}
-    return {"name": name, "inputs": {"input_ids": ids, "past_key_values.0.key": key}}
+    inputs = {"input_ids": ids, "logits_indices": ids, "past_key_values.0.key": key}
+    return {"name": name, "inputs": inputs}
 
 
 ENGINE: dict[str, Any] = {

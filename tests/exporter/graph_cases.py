@@ -29,14 +29,25 @@ def export(model: Path, scheme: QuantScheme | SchemeMap, out: Path) -> Path:
 
 
 def feeds(
-    ids: np.ndarray, past: dict[str, np.ndarray], mask: np.ndarray | None = None
+    ids: np.ndarray,
+    past: dict[str, np.ndarray],
+    mask: np.ndarray | None = None,
+    wanted: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Inputs for new tokens after a cache."""
+    """Inputs for new tokens after a cache; logits of all of them, or of those at `wanted` [B, L]."""
     length = next(iter(past.values())).shape[2]
     if mask is None:
         mask = np.ones((len(ids), length + ids.shape[1]), np.int64)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, length:]
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+    if wanted is None:
+        wanted = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "logits_indices": wanted,
+        **past,
+    }
 
 
 class Decoder:

@@ -203,6 +203,7 @@ def test_profiles_end_with_the_context(length: int) -> None:
     inputs: dict[str, list[int | str]] = {
         "input_ids": ["B", "S"],
         "attention_mask": ["B", "T"],
+        "logits_indices": ["B", "L"],
         "past_key_values.0.key": ["B", 2, "P", 64],
     }
     profiles = profile_shapes(inputs, EngineOptions(max_seq=length))

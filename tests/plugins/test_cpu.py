@@ -149,6 +149,7 @@ def test_the_library_shows_its_own_functions_only() -> None:
     ).stdout.split("\n")
     assert sorted(line.split()[-1] for line in shown if line) == [
         "RegisterCustomOps",
+        "anybit_attention",
         "anybit_kernels_made",
         "anybit_ops",
     ]

@@ -2,110 +2,23 @@
 // X at each run. No exception leaves a function that ONNX Runtime calls.
 #include "core/onnxruntime/custom_op.h"
 
-#include <array>
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <new>
 #include <string>
 
 #include "core/cpu/isa.h"
-#include "core/cpu/parallel.h"
 #include "core/host/ops.h"
+#include "core/onnxruntime/context.h"
 
 namespace anybit::ort {
 namespace {
 
-constexpr const char* kExportAgain = "Export the model again";
 constexpr size_t kX = 0;
 constexpr size_t kOptionalInputs = 3;
-constexpr size_t kMostDims = 8;
-
-// What ends a call: the three parts of an error, or a status of ONNX Runtime's own.
-struct Failure {
-  std::string text;
-  OrtStatus* status = nullptr;
-};
-
-[[noreturn]] void fail(const std::string& where, const std::string& problem,
-                       const std::string& fix) {
-  throw Failure{where + ": " + problem + ". " + fix + "."};
-}
-
-OrtStatus* status_of(const std::string& text) {
-  return call<OrtStatus*>(Function::kCreateStatus, static_cast<int>(kInvalidArgument),
-                          text.c_str());
-}
-
-// Runs body() and turns what it throws into a status.
-template <class F>
-OrtStatus* guarded(const F& body) noexcept {
-  try {
-    body();
-    return nullptr;
-  } catch (const Failure& failure) {
-    return failure.status ? failure.status : status_of(failure.text);
-  } catch (const std::bad_alloc&) {
-    return status_of("Memory: got less than a GEMM needs. Close other programs.");
-  } catch (const std::exception& error) {
-    return status_of(error.what());
-  }
-}
-
-// Calls a function that returns a status.
-template <class... Arguments>
-void ask(Function function, Arguments... arguments) {
-  OrtStatus* status = call<OrtStatus*>(function, arguments...);
-  if (status != nullptr) throw Failure{"", status};
-}
-
-struct Tensor {
-  std::array<int64_t, kMostDims> dims;
-  size_t rank;
-  int type;
-
-  std::string text() const {
-    std::string text = "[";
-    for (size_t i = 0; i < rank; ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
-    return text + "]";
-  }
-};
-
-Tensor describe(const OrtValue* value, const std::string& where) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  ask(Function::kGetTensorTypeAndShape, value, &info);
-  const auto release = [](OrtTensorTypeAndShapeInfo* p) {
-    call<void>(Function::kReleaseTensorTypeAndShapeInfo, p);
-  };
-  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
-  const OrtTensorTypeAndShapeInfo* known = info;
-  Tensor tensor{};
-  ask(Function::kGetTensorElementType, known, &tensor.type);
-  ask(Function::kGetDimensionsCount, known, &tensor.rank);
-  if (tensor.rank > kMostDims)
-    fail(where, "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
-         "Reshape it");
-  ask(Function::kGetDimensions, known, tensor.dims.data(), tensor.rank);
-  return tensor;
-}
-
-std::string text_of(const std::vector<int64_t>& dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-const char* name_of(int type) {
-  switch (type) {
-    case kFloat: return "fp32";
-    case kHalf: return "fp16";
-    case kBFloat16: return "bf16";
-    case kInt32: return "int32";
-    default: return "another type";
-  }
-}
 
 // Scratch memory of the thread that runs a node; it grows to what the largest node needs.
 struct Scratch {
@@ -137,10 +50,6 @@ struct Declaration : CustomOp {
   const GemmOp* op;
   int x_type;
 };
-
-int dtype_of(int type) {
-  return type == kHalf ? kFloat16 : type == kBFloat16 ? ::kBFloat16 : kFloat32;
-}
 
 class GemmKernel {
  public:
@@ -271,12 +180,6 @@ class GemmKernel {
     return value;
   }
 
-  static void* data_of(const OrtValue* value) {
-    void* data = nullptr;
-    ask(Function::kGetTensorMutableData, const_cast<OrtValue*>(value), &data);
-    return data;
-  }
-
   void check_input(const InputSpec& spec, const OrtValue* value) const {
     const std::string where = where_ + " input " + spec.name;
     const Tensor got = describe(value, where);
@@ -306,19 +209,10 @@ class GemmKernel {
   }
 
   void run(const GemmShape& shape, const GemmBuffers& buffers, OrtKernelContext* context) const {
-    struct Threads {
-      const OrtKernelContext* context;
-      OrtStatus* status;
-    } threads{context, nullptr};
-    const cpu::Parallel parallel{
-        [](void* pool, cpu::Parallel::Task task, void* data, size_t count) {
-          Threads& threads = *static_cast<Threads*>(pool);
-          threads.status = call<OrtStatus*>(Function::kKernelContextParallelFor, threads.context,
-                                            task, count, count, data);
-        },
-        &threads, cpu::usable_cores()};
-    const int error = kernels_->run(&shape, &buffers, const_cast<cpu::Parallel*>(&parallel));
-    if (threads.status != nullptr) throw Failure{"", threads.status};
+    const Threads threads(context);
+    cpu::Parallel parallel = threads.parallel();
+    const int error = kernels_->run(&shape, &buffers, &parallel);
+    threads.check();
     if (error != 0)
       fail(where_,
            "got error " + std::to_string(error) + " for " + std::to_string(shape.m) +
@@ -373,27 +267,39 @@ Declaration declare(const GemmOp& op, int x_type) {
   return d;
 }
 
+struct Declared {
+  const char* domain;
+  std::unique_ptr<const CustomOp> op;  // a pointer, because ONNX Runtime keeps the address
+};
+
 // A function's static, so that it exists before the first registration whatever the order of the
-// op folders. Pointers, because ONNX Runtime keeps the addresses.
-std::vector<std::unique_ptr<Declaration>>& declarations() {
-  static std::vector<std::unique_ptr<Declaration>> list;
+// op folders.
+std::vector<Declared>& declarations() {
+  static std::vector<Declared> list;
   return list;
 }
 
 // All domains, made at the first registration; sessions refer to them as long as the library lives.
 const std::vector<OrtCustomOpDomain*>& domains() {
   static const std::vector<OrtCustomOpDomain*> list = [] {
-    // A model has a domain for each scheme of an op (exporter/graph/nodes.py).
     std::vector<OrtCustomOpDomain*> made;
-    for (int number = 0; number < kDomains; ++number) {
-      const std::string name =
-          number == 0 ? kDomain : std::string(kDomain) + ".v" + std::to_string(number);
-      OrtCustomOpDomain* domain = nullptr;
-      // The name must outlive the domain.
-      ask(Function::kCreateCustomOpDomain, (new std::string(name))->c_str(), &domain);
-      for (const auto& op : declarations())
-        ask(Function::kCustomOpDomainAdd, domain, static_cast<const CustomOp*>(op.get()));
-      made.push_back(domain);
+    std::vector<std::string> bases;
+    for (const Declared& declared : declarations()) {
+      if (std::find(bases.begin(), bases.end(), declared.domain) == bases.end())
+        bases.push_back(declared.domain);
+    }
+    for (const std::string& base : bases) {
+      // A model has a domain for each scheme of an op (exporter/graph/nodes.py).
+      for (int number = 0; number < kDomains; ++number) {
+        const std::string name = number == 0 ? base : base + ".v" + std::to_string(number);
+        OrtCustomOpDomain* domain = nullptr;
+        // The name must outlive the domain.
+        ask(Function::kCreateCustomOpDomain, (new std::string(name))->c_str(), &domain);
+        for (const Declared& declared : declarations()) {
+          if (declared.domain == base) ask(Function::kCustomOpDomainAdd, domain, declared.op.get());
+        }
+        made.push_back(domain);
+      }
     }
     return made;
   }();
@@ -404,7 +310,11 @@ const std::vector<OrtCustomOpDomain*>& domains() {
 
 GemmRegistration::GemmRegistration(const GemmOp& op) {
   for (const int type : {int{kFloat}, int{kHalf}, int{ort::kBFloat16}})
-    declarations().push_back(std::make_unique<Declaration>(declare(op, type)));
+    add_declaration(kDomain, std::make_unique<Declaration>(declare(op, type)));
+}
+
+void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op) {
+  declarations().push_back({domain, std::move(op)});
 }
 
 int64_t anybit_kernels_made() { return kernels_made; }

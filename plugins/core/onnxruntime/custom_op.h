@@ -4,6 +4,7 @@
 // An op folder's onnxruntime.cpp fills one GemmOp and makes one static GemmRegistration of it.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/host/params.h"
@@ -40,6 +41,9 @@ constexpr const char* kPluginVersion = "1";  // of the nodes that these kernels 
 // Kernels that the calling thread has made, for a caller that wants to know whether a session runs all
 // of its custom nodes here: one that ONNX Runtime runs by its function body makes none.
 ANYBIT_API int64_t anybit_kernels_made();
+
+// Declares any op, in a domain and those below it that models use. Called from static objects.
+void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op);
 
 // Adds every declared op in every domain to a session's options; null, or what is wrong.
 OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base);

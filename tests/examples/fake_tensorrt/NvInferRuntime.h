@@ -47,8 +47,10 @@ class IExecutionContext {
     const int64_t past = shapes_["past_key_values.0.key"].d[2];
     if (places[count - 1] >= positions_ || shapes_["attention_mask"].d[1] != past + count)
       return false;
-    for (int64_t i = 0; i < count * kVocabulary; ++i)
-      static_cast<float*>(data_["logits"])[i] = i % kVocabulary == ids[i / kVocabulary] + 1;
+    const int64_t wanted = *static_cast<const int64_t*>(data_["logits_indices"]);
+    if (shapes_["logits_indices"].d[1] != 1 || wanted != count - 1) return false;
+    for (int64_t i = 0; i < kVocabulary; ++i)
+      static_cast<float*>(data_["logits"])[i] = i == ids[wanted] + 1;
     return true;
   }
 

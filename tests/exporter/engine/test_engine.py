@@ -19,9 +19,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
+from exporter.engine.limits import EngineLimits, engine_limits
 from exporter.graph.nodes import NodeFactory
 from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
@@ -101,6 +103,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from calibration.progress import JsonProgress
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, build_engine
 from plugins.errors import UserError
@@ -167,10 +170,11 @@ def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
 def test_every_node_of_a_mixed_model_becomes_a_plugin(
     tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny_export(**mixed) / "onnx", tmp_path, dirs_exist_ok=True)
+    """The head too."""
+    shutil.copytree(tiny_export(**mixed, head=8) / "onnx", tmp_path, dirs_exist_ok=True)
     record, _ = build(tmp_path)
-    assert record["layers"]["PLUGIN_V3"] == 8
-    assert record["custom_nodes"] == {"QQQGemm": 3, "ABQGemm": 5}
+    assert record["layers"]["PLUGIN_V3"] == 9
+    assert record["custom_nodes"] == {"QQQGemm": 3, "ABQGemm": 6}
 
 
 @needs_rtx
@@ -190,33 +194,56 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
     )  # smallest, largest and NaN, of keys and values of each layer at once
 
 
+QUICK = [
+    ("Gemma2", "bfloat16"),
+    ("Gemma2", "float32"),
+    ("Granite", "bfloat16"),
+    ("Olmo2", "float32"),
+    ("Phi3", "float16"),
+]
+SLOW = [(name, dtype) for name in FAMILIES for dtype in ("float16", "bfloat16")]
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_static_cache_is_built(
+    tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    folder = shutil.copytree(tiny_export(static=16, dtype=dtype) / "onnx", tmp_path / "onnx")
+    record, events = build(folder)
+    layers = record["layers"]
+    assert layers["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+    assert (layers["KV_CACHE_UPDATE"], layers["ATTENTION_INPUT"]) == (4, 2)
+    assert len(record["attentions"]) == (2 if dtype == "float32" else 0)
+    prefill, decode = (profile["inputs"] for profile in record["profiles"])
+    assert prefill["write_indices"] == {"min": [1], "opt": [1], "max": [2]}
+    sizes = {"min": [1, 2, 16, 16], "opt": [1, 2, 16, 16], "max": [2, 2, 16, 16]}
+    assert prefill["past_key_values.1.value"] == decode["past_key_values.1.value"] == sizes
+    assert engine_limits(record) == EngineLimits(max_batch=2, max_tokens=16, max_context=16)
+    assert not [event for event in events if "already exists" in str(event)]
+
+
 @needs_rtx
 @pytest.mark.usefixtures("more_families")
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("Arcee", "float16"),
-        ("Gemma2", "float16"),
-        ("Gemma2", "bfloat16"),
-        ("Gemma2", "float32"),
-        ("Granite", "bfloat16"),
-        ("Olmo2", "float32"),
-        ("Qwen3", "float16"),
-    ],
+    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW if one not in QUICK)],
 )
 def test_every_step_is_built(
     tiny_llama: Callable[..., Path], tmp_path: Path, name: str, dtype: str
 ) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    changes = {**FAMILIES[name], **(window if name == "Qwen3" else {})}
-    model = tiny_llama(architecture=name, **changes)
+    model = tiny_llama(architecture=name, **FAMILIES[name])
     folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype=dtype), tmp_path)
+    decoder = read_quant(tmp_path / "quant").decoder
     record, _ = build(folder)
-    assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
-    capped = name == "Gemma2"
+    nodes = len(decoder.nodes)
+    assert record["layers"]["PLUGIN_V3"] == nodes and record["custom_nodes"] == {"ABQGemm": nodes}
+    capped = sum(block.attend.softcap is not None for block in decoder.blocks)
     assert record["decomposable_attention"] == (dtype == "float32" and not capped)
-    assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if capped else 2)
-    assert record["layers"].get("SOFTMAX", 0) == (2 if capped else 0)
+    assert record["layers"].get("ATTENTION_INPUT", 0) == decoder.layers - capped
+    assert record["layers"].get("SOFTMAX", 0) == capped
+    turning = sum(block.rope is not None for block in decoder.blocks)
+    assert record["layers"].get("ROTARY_EMBEDDING", 0) == turning
 
 
 @needs_rtx
@@ -312,6 +339,7 @@ def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     record, _ = build(tmp_path)
     assert (record["decomposable_attention"], record["bytes"] > 1000) == (True, True)
+    assert record["attentions"] == ["attention"]
 
 
 def test_custom_nodes_are_counted_everywhere() -> None:
@@ -351,6 +379,7 @@ def test_profiles_fit_each_other() -> None:
     inputs: dict[str, list[int | str]] = {
         "input_ids": ["B", "S"],
         "attention_mask": ["B", "T"],
+        "logits_indices": ["B", "L"],
         "past": ["B", 2, "P", 64],
     }
     prefill, decode = profile_shapes(inputs, EngineOptions(max_batch=4, max_seq=1024))
@@ -358,11 +387,13 @@ def test_profiles_fit_each_other() -> None:
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
         "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1024]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 512, 64], "max": [4, 2, 1023, 64]},
     }
 
@@ -372,7 +403,7 @@ def test_profiles_fit_each_other() -> None:
     [
         (
             lambda: profile_shapes({"X": ["N", 3]}, EngineOptions()),
-            "model input X: got dimension 'N', expected a number or one of B, S, P, T. Export "
+            "model input X: got dimension 'N', expected a number or one of B, S, L, P, T. Export "
             "the model again with this version.",
         ),
         (

@@ -20,7 +20,9 @@ def test_limits_of_both_profiles() -> None:
         assert engine_limits(record) == EngineLimits(max_batch=2, max_tokens=8, max_context=longest)
 
 
-@pytest.mark.parametrize(("name", "rank"), [("input_ids", 2), ("past_key_values.0.key", 4)])
+@pytest.mark.parametrize(
+    ("name", "rank"), [("input_ids", 2), ("logits_indices", 2), ("past_key_values.0.key", 4)]
+)
 def test_profiles_that_are_no_decoders(name: str, rank: int) -> None:
     for change in ({}, {name: {"max": [1]}}):
         record: Any = copy.deepcopy(ENGINE)

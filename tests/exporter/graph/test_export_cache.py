@@ -23,12 +23,14 @@ from calibration.quant.folder import read_quant
 from calibration.reference.model import CacheQuantizer
 from exporter.engine.build import custom_nodes
 from exporter.graph.decoder import export_onnx
+from exporter.graph.names import KINDS
 from exporter.graph.nodes import CACHE_DOMAIN, NodeFactory
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from exporter.report.html import page
 from exporter.report.report import report_data
 from exporter.run.onnxruntime import OnnxSession
 from exporter.run.reference import TorchSession
+from plugins.cached_attention import OP as ATTENTION
 
 Export = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -122,18 +124,13 @@ def test_one_function_and_one_node_a_layer(tiny_export: Export) -> None:
     assert [(item.domain, item.name) for item in model.functions] == [
         ("anybit", "ABQGemm"),
         ("anybit.v1", "ABQGemm"),
+        ("anybit_attention", "CachedAttention"),
         (CACHE_DOMAIN, "QuantizeCache"),
     ]
-    joined = {
-        node.output[0]: node.input[1]
-        for node in model.graph.node
-        if node.output[0].startswith("present.")
-    }
-    assert joined == {
-        f"present.{i}.{kind}": f"model.layers.{i}.self_attn.cached_{kind}"
-        for i in range(2)
-        for kind in ("key", "value")
-    }
+    joined = [list(node.input[1:3]) for node in model.graph.node if node.op_type == ATTENTION]
+    assert joined == [
+        [f"model.layers.{i}.self_attn.cached_{kind}" for kind in ("key", "value")] for i in range(2)
+    ]
     assert (
         set(custom_nodes(model).values()) == {"ABQGemm"} and len(custom_nodes(model)) == 8
     )  # no plugin is asked for
@@ -144,14 +141,11 @@ def test_without_it_the_graph_is_as_it_was(tiny_export: Export) -> None:
     model = onnx.load(tiny_export() / "onnx" / "model.onnx", load_external_data=False)
     assert (
         {item.domain for item in model.opset_import}
-        == {"", "anybit", "anybit.v1"}
+        == {"", "anybit", "anybit.v1", "anybit_attention"}
         == {node.domain for node in model.graph.node}
     )
-    assert {
-        node.input[1]
-        for node in model.graph.node
-        if node.output[0].endswith((".0.key", ".0.value")) and node.op_type == "Concat"
-    } == {"model.layers.0.self_attn.key", "model.layers.0.self_attn.value"}
+    node = next(node for node in model.graph.node if node.op_type == ATTENTION)
+    assert list(node.input[1:3]) == [f"model.layers.0.self_attn.{kind}" for kind in KINDS]
 
 
 def test_the_summary_counts_custom_nodes_alone(tiny_quant: Export, tmp_path: Path) -> None:
@@ -228,8 +222,8 @@ def test_a_cache_that_is_not_quantised_is_found(
     out = shutil.copytree(tiny_export(kv_bits=8), tmp_path / "out")
     path = out / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    node = next(node for node in model.graph.node if node.output[0] == f"present.1.{kind}")
-    node.input[1] = f"model.layers.1.self_attn.{kind}"
+    node = next(node for node in model.graph.node if f"present.1.{kind}" in node.output)
+    node.input[1 + KINDS.index(kind)] = f"model.layers.1.self_attn.{kind}"
     path.write_bytes(model.SerializeToString())
     result = validate(out, ValidateOptions(tokens=24, steps=0))
     assert f" at present.1.{kind} given its inputs (export, prefill: " in result.first_failure, (

@@ -21,6 +21,7 @@ from exporter.graph.decoder import export_onnx
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from exporter.report.html import page
 from exporter.report.report import report_data
+from plugins.core.op_spec import is_custom
 
 Export = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -37,7 +38,7 @@ def test_every_node_has_its_own_op_and_attributes(
     path = tiny_export(**mixed) / "onnx" / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(path, load_external_data=False)
-    nodes = {node.name: node for node in model.graph.node if node.domain.startswith("anybit")}
+    nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     assert list(nodes) == [f"model.layers.{i}.{name}" for i in range(2) for name in NODES]
     found = {}
     for name, node in nodes.items():
@@ -61,6 +62,7 @@ def test_every_node_has_its_own_op_and_attributes(
         ("anybit.v1", "QQQGemm"),
         ("anybit.v2", "ABQGemm"),
         ("anybit.v3", "ABQGemm"),
+        ("anybit_attention", "CachedAttention"),
     ]  # a scheme with a norm and without one has two
     assert {item.key: item.value for item in model.metadata_props} == {
         "anybit.scheme": "w4a8-mixed",

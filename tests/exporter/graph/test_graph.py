@@ -82,6 +82,20 @@ def test_logits_equal_the_torch_reference(exported: Callable[[str], Path], name:
     assert error < 2e-3, error  # both fp32: only a code on the edge of two roundings may differ
 
 
+def test_logits_of_wanted_tokens_only(exported: Callable[[str], Path]) -> None:
+    """Of each sequence of a batch its own, in the order asked for, one even twice."""
+    decoder = Decoder(exported("w8a8"))
+    ids, mask = np.concatenate([IDS, IDS[:, ::-1]]), np.ones((2, 11), np.int64)
+    mask[0, :3] = 0
+    every, past = decoder(feeds(ids, decoder.empty(2), mask))
+    wanted = np.array([[10, 4, 4], [0, 9, 3]])
+    some, same = decoder(feeds(ids, decoder.empty(2), mask, wanted))
+    want = np.take_along_axis(every, wanted[..., None], 1)
+    np.testing.assert_allclose(some, want, atol=1e-5 * np.abs(every).max())
+    for name in past:
+        np.testing.assert_array_equal(same[name], past[name])
+
+
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-kv4"])
 def test_decoding_with_the_cache_equals_one_prefill(
     exported: Callable[[str], Path], name: str
@@ -136,13 +150,19 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
     for node in custom:
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
         assert attributes["plugin_namespace"] == b"anybit" and attributes["plugin_version"] == b"1"
-    assert len(model.functions) == 2 and {item.overload for item in model.functions} == {""}
+    assert [(item.domain, item.name) for item in model.functions] == [
+        ("anybit", "ABQGemm"),
+        ("anybit.v1", "ABQGemm"),
+        ("anybit_attention", "CachedAttention"),
+    ]
+    assert {item.overload for item in model.functions} == {""}
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
     caches = [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
     assert names == [
         "input_ids",
         "attention_mask",
         "position_ids",
+        "logits_indices",
         *(f"past_key_values.{name}" for name in caches),
         "logits",
         *(f"present.{name}" for name in caches),
@@ -177,7 +197,7 @@ def test_norms_apart_give_the_same_bits(
     assert export_onnx(quant, apart, fuse_norms=False)["custom_nodes"] == 8
     nodes = onnx.load(apart / MODEL_FILE, load_external_data=False).graph.node
     assert [node.op_type for node in nodes].count("RMSNormalization") == 5
-    assert {node.domain for node in nodes} == {"", "anybit"}
+    assert {node.domain for node in nodes} == {"", "anybit", "anybit_attention"}
     outputs = []
     for path in (folder, apart):
         with OnnxSession(path, quant.config["max_position_embeddings"]) as session:

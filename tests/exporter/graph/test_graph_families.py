@@ -16,12 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.families import steps
+from calibration.progress import NullProgress
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
+from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE, export_onnx
 from exporter.graph.steps import ACTIVATIONS, WRITERS
 from exporter.run.onnxruntime import OnnxSession, onnx_runner
+from plugins.cached_attention import OP as ATTENTION
 from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import Decoder, export, feeds
 
@@ -55,7 +59,9 @@ def reference(model: Path, folder: Path, **changes: Any) -> Any:
     quant = read_quant(folder.parent / "quant")
     state = found.state_dict()
     for name in quant.decoder.linears:
-        state[f"{name}.weight"].copy_(torch.from_numpy(quant.linear(name).dequantize()))
+        info = quant.decoder.infos[f"{name}.weight"]
+        weight = torch.from_numpy(quant.linear(name).dequantize())
+        state[info.stored][info.rows].copy_(weight)
     return found
 
 
@@ -169,10 +175,14 @@ def test_structure(exported: Exported, name: str, fuse_norms: bool, tmp_path: Pa
     assert set(tensors) <= read and set(outputs) - read <= made  # nothing is there for nothing
 
 
+def masks_of(graph: onnx.GraphProto) -> list[str]:
+    """Which mask each layer's attention reads."""
+    return [node.input[5] for node in graph.node if node.op_type == ATTENTION]
+
+
 def test_one_mask_for_each_window(exported: Exported) -> None:
     graph = onnx.load(exported("Gemma2")[1] / MODEL_FILE, load_external_data=False).graph
-    masks = [node.input[0] for node in graph.node if node.op_type == "Where"]
-    assert masks == ["mask.window6", "mask"]
+    assert masks_of(graph) == ["mask.window6", "mask"]
     plain = onnx.load(exported("Qwen3")[1] / MODEL_FILE, load_external_data=False).graph
     names = [node.name for node in plain.node if node.name.startswith("mask")]
     assert [node.name for node in graph.node if node.name in names] == names
@@ -186,8 +196,7 @@ def test_a_window_without_a_softcap_is_an_attention_node(
     model = tiny_llama(architecture="Qwen3", **FAMILIES["Qwen3"], **sizes)
     folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype="float32"), tmp_path)
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
-    masks = [node.input[3] for node in graph.node if node.op_type == "Attention"]
-    assert masks == ["mask", "mask.window5"]
+    assert masks_of(graph) == ["mask", "mask.window5"]
     decoder = Decoder(folder)
     logits, past = decoder(feeds(IDS[:, :8], decoder.empty()))
     more, _ = decoder(feeds(IDS[:, 8:], past))
@@ -195,6 +204,49 @@ def test_a_window_without_a_softcap_is_an_attention_node(
     np.testing.assert_allclose(np.concatenate([logits, more], 1), want, atol=TOLERANCE, rtol=0)
     other = logits_of(reference(model, folder, sliding_window=6), IDS)
     assert np.abs(want - other).max() > 20 * TOLERANCE
+
+
+LONG = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 12}
+NOTE = (
+    "onnx: positions for 256 tokens are those of longrope's long texts from the first token on; "
+    "transformers takes them beyond 12 tokens. --max-seq 12 takes those of short texts."
+)
+
+
+class Said(NullProgress):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        """Keep it."""
+        self.warnings.append(text)
+
+
+@pytest.mark.parametrize(("context", "length"), [(256, 15), (12, 12)])
+def test_longrope_has_the_frequencies_of_its_context(
+    tiny_llama: Callable[..., Path], tmp_path: Path, context: int, length: int
+) -> None:
+    model = tiny_llama(architecture="Phi3", **LONG)
+    folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype="float32"), tmp_path)
+    said, quant, ids = Said(), read_quant(tmp_path / "quant"), IDS[:, :length]
+    export_onnx(quant, folder, said, max_context=context)
+    assert said.warnings == ([NOTE] if context > 12 else [])
+    decoder, other = Decoder(folder), quantised_model(quant, max_context=context)
+    logits, _ = decoder(feeds(ids, decoder.empty()))
+    want = logits_of(reference(model, folder), ids)
+    np.testing.assert_allclose(logits, want, atol=TOLERANCE, rtol=0)
+    found = other(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(found, want, atol=TOLERANCE, rtol=0)
+    # Fewer tokens turn as in an export for this context, and not as transformers has them.
+    short, _ = decoder(feeds(ids[:, :5], decoder.empty()))
+    given = float_model(open_checkpoint(str(model), True), context).model.rotary_emb
+    frequencies, factor = quant.rope(quant.decoder.ropes[0], context)
+    np.testing.assert_array_equal(given.original_inv_freq, frequencies)
+    assert factor == given.attention_scaling > 1
+    apart = np.abs(short - logits_of(reference(model, folder), ids[:, :5])).max()
+    assert (apart > 20 * TOLERANCE) == (context > 12)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 10), ("bfloat16", 7)])
@@ -239,9 +291,9 @@ SIXTEEN = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_capped_attention_rounds_scores_weights_and_context(exported: Exported, dtype: str) -> None:
     _, folder = exported("Gemma2", dtype)
     module = "model.layers.0.self_attn"
-    names = [f"{module}.{end}" for end in ("query", "scores_heads", "weights", "context_heads")]
+    names = [f"{module}.{end}" for end in ("query", "context")]
     found = watched(folder, *names)
-    query, scores, weights, context = (found[name].double() for name in names)
+    query, context = (found[name].double() for name in names)
     key, value = (
         found[f"present.0.{kind}"].double().repeat_interleave(2, 1) for kind in ("key", "value")
     )
@@ -249,14 +301,15 @@ def test_capped_attention_rounds_scores_weights_and_context(exported: Exported, 
     def rounded(x: Tensor) -> Tensor:
         return x.float().to(getattr(torch, dtype)).double()
 
-    assert torch.equal(scores, rounded(query @ key.transpose(2, 3)))
-    ratio, cap = (fp32(torch.tensor(number, dtype=torch.float64)) for number in (9**-0.5 / 2, 2.0))
+    scores = rounded(query @ key.transpose(2, 3))
+    scale, cap = (torch.tensor(number, dtype=torch.float32) for number in (9**-0.5, 2.0))
+    ratio = (scale / cap).double()
     capped = fp32(fp32(torch.tanh(fp32(scores * ratio))) * cap)
     positions = torch.arange(IDS.shape[1])
     far = positions[:, None] - positions
     capped = capped.masked_fill((far < 0) | (far >= 6), -torch.inf)
-    assert torch.equal(weights, rounded(fp32(capped.softmax(-1))))
-    assert torch.equal(context, rounded(weights @ value))
+    weights = rounded(fp32(capped.softmax(-1)))
+    assert torch.equal(context, rounded(weights @ value).transpose(1, 2).flatten(2))
 
 
 @SIXTEEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,47 @@ def test_without_integers_rounding_is_allowed(tiny_export: Callable[..., Path]) 
     assert rows and all(row.ok and row.limit is not None and row.limit > 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "change", "failure"),
+    [
+        (
+            "model.layers.1.mlp.gate_up_proj.output",
+            lambda x: np.nextafter(x, x.dtype.type(9)),
+            "got other numbers at model.layers.1.mlp.gate_up_proj (with post_attention_layernorm) "
+            "(native, prefill: the native CPU kernels against the function bodies, both in ONNX "
+            "Runtime), expected the same bits",
+        ),
+        (
+            "model.layers.0.self_attn.context",
+            lambda x: x + x.dtype.type(0.5),
+            "got a relative error of ERROR at model.layers.0.self_attn.context (native, prefill: the "
+            "native CPU kernels against the function bodies, both in ONNX Runtime), expected at most "
+            "0.0078",
+        ),
+        (
+            "present.1.value",
+            lambda x: np.nextafter(x, x.dtype.type(9)),
+            "got other numbers at present.1.value (native, prefill: the native CPU kernels against "
+            "the function bodies, both in ONNX Runtime), expected the same bits",
+        ),
+    ],
+)
 def test_the_first_wrong_node_is_named(
-    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_export: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tensor: str,
+    change: Callable[[Any], Any],
+    failure: str,
 ) -> None:
-    wrong = "model.layers.1.mlp.gate_up_proj.output"
-
     class Wrong(OnnxSession):
-        """As if a kernel had one last bit wrong."""
+        """As if a kernel were wrong in one number."""
 
-        def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
-            outputs = super().step(input_ids, attention_mask)
+        def step(self, *arguments: Any) -> dict[str, np.ndarray]:
+            outputs = super().step(*arguments)
             if self.native:
-                changed = outputs[wrong].copy()
-                changed.flat[7] = np.nextafter(changed.flat[7], changed.dtype.type(9))
-                outputs[wrong] = changed
+                changed = outputs[tensor].copy()
+                changed.flat[-7] = change(changed.flat[-7])
+                outputs[tensor] = changed
             return outputs
 
         def __init__(self, *arguments: Any, kernels: Path | None = None, **options: Any) -> None:
@@ -63,11 +91,25 @@ def test_the_first_wrong_node_is_named(
 
     monkeypatch.setattr(proof, "OnnxSession", Wrong)
     result = validate(tiny_export(abits=8), BRIEF)
-    assert not result.ok and result.first_failure == (
-        "got other numbers at model.layers.1.mlp.gate_up_proj (with post_attention_layernorm) "
-        "(native, prefill: the native CPU kernels against the function bodies, both in ONNX "
-        "Runtime), expected the same bits"
-    )
+    assert not result.ok
+    assert re.sub(r"error of [0-9.e-]+ at", "error of ERROR at", result.first_failure) == failure
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"static": 32}, {"dtype": "float32", "static": 32}], ids=str
+)
+def test_attention_is_near_its_body(
+    tiny_export: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    """By rounding to the model's type, and what is behind it has the same bits all the same."""
+    result = validate(tiny_export(abits=8, **fields), BRIEF)
+    rows = [row for row in result.rows if row.level == "native" and row.operator]
+    assert {row.operator for row in rows} == {
+        f"model.layers.{i}.self_attn.context" for i in range(2)
+    }
+    rounding = 2.0**-24 if "dtype" in fields else 2.0**-11
+    errors = [row.operator_error or 0 for row in rows]
+    assert 0 < max(errors) < rounding + 2e-6 and result.ok
 
 
 def test_without_a_compiler_the_level_is_left_out_with_a_note(

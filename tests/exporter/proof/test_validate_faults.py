@@ -100,11 +100,9 @@ def wrong_rotation(model: onnx.ModelProto, data: Path) -> None:
 
 def lost_past(model: onnx.ModelProto, data: Path) -> None:
     node = next(
-        node
-        for node in model.graph.node
-        if node.output[0] == "model.layers.1.self_attn.context_heads"
+        node for node in model.graph.node if node.output[0] == "model.layers.1.self_attn.context"
     )
-    node.input[2] = "present.0.value"
+    node.input[4] = "past_key_values.0.value"
 
 
 def change_whole(

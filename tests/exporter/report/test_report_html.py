@@ -37,6 +37,7 @@ def row(level: str, tensor: str, **changes: Any) -> dict[str, Any]:
 
 
 PROFILE = {"name": "decode", "inputs": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}}}
+HEAD = {"bits": "w8a8", "rise": 0.0005, "tokens": 992}
 DATA: dict[str, Any] = {
     "model": "tiny",
     "label": "w4a8",
@@ -61,6 +62,7 @@ DATA: dict[str, Any] = {
         "vocab_size": 512,
     },
     "mixed": None,
+    "head": None,
     "sizes": {
         "bits_per_weight": 4.25,
         "model_float_bytes": 2e6,
@@ -223,6 +225,17 @@ def test_a_failure_is_on_top_and_marked() -> None:
             "ABQGemm, method rtn.",
         ),
         ({}, "KV cache float16"),
+        ({}, "head float16"),
+        ({"head": "w8a8"}, "head w8a8"),
+        ({"head": "w8a8"}, "linear layers and head, scales included"),
+        (
+            {"head": "w8a8", "calibration": {"blocks": [], "head": HEAD}},
+            "head w8a8, +0.05% perplexity on 992 calibration tokens",
+        ),
+        (
+            {"calibration": {"blocks": [], "head": {**HEAD, "rise": 0.5}}},
+            "head float16, since w8a8 would cost +50.00% perplexity on 992 calibration tokens",
+        ),
         (
             {"scheme": {**DATA["scheme"], "kv_bits": 4}},
             "8-bit activations, groups of 64, 4-bit KV cache; QQQGemm, method rtn.",

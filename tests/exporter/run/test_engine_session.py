@@ -76,6 +76,7 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
         {
             "inputs": {
                 "input_ids": {"max": ids},
+                "logits_indices": {"max": ids},
                 **{
                     f"past_key_values.{layer}.{part}": {"max": past}
                     for layer in range(2)

@@ -21,6 +21,7 @@ from exporter.run.native import NativeSession
 from exporter.run.onnxruntime import OnnxSession
 from plugins.core.op_spec import is_custom
 from plugins.errors import InputError, UserError
+from tests.exporter.graph_cases import feeds
 from tests.exporter.run.test_sessions import IDS, relative
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -77,8 +78,7 @@ def test_the_kernels_run_and_not_the_bodies(tiny_export: Callable[..., Path]) ->
         for value in session.get_inputs()
         if value.name.startswith("past_key_values")
     }
-    ones = np.ones_like(IDS)
-    session.run(None, {"input_ids": IDS, "attention_mask": ones, "position_ids": ones, **cache})
+    session.run(None, feeds(IDS, cache))
     events = json.loads(Path(session.end_profiling()).read_text())
     ran = {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
     assert "ABQGemm" in ran and "BitwiseAnd" not in ran

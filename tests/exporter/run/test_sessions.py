@@ -82,6 +82,39 @@ def test_cache_chunks_and_last_only_change_nothing(
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
+def test_logits_are_of_the_wanted_tokens(tiny_export: Callable[..., Path], kind: str) -> None:
+    with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
+        ids, wanted = np.concatenate([IDS, IDS[:, ::-1]]), np.array([[10, 0], [3, 4]])
+        ones = np.ones_like(ids)
+        every = session.step(ids, ones)["logits"]
+        session.reset()
+        some = session.step(ids, ones, wanted)["logits"]
+        assert some.shape == (2, 2, 512)
+        assert relative(some, np.take_along_axis(every, wanted[..., None], 1)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
+def test_a_wanted_token_that_is_not_there(tiny_export: Callable[..., Path], kind: str) -> None:
+    with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
+        ones = np.ones_like(IDS)
+        for index in (11, -1):
+            with pytest.raises(InputError) as caught:
+                session.step(IDS, ones, np.array([[3, index]]))
+            assert str(caught.value) == (
+                f"logits_indices: got index {index}, expected 0 to 10, the new tokens. Count "
+                f"from the first new token of the call, padding included."
+            )
+        for shape in ((1, 0), (2, 1), (1,)):
+            with pytest.raises(InputError) as caught:
+                session.step(IDS, ones, np.zeros(shape, np.int64))
+            assert str(caught.value) == (
+                f"logits_indices: got shape {list(shape)}, expected [1, wanted] with at least "
+                f"one index. Give as many indices for every sequence of the batch."
+            )
+        assert session.length == 0
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "native"])
 def test_left_padding_changes_nothing(tiny_export: Callable[..., Path], kind: str) -> None:
     with open_session(kind, tiny_export(abits=8, dtype="float32")) as session:
         alone = session.run(IDS)
@@ -100,6 +133,65 @@ def test_the_whole_mask_may_be_given(tiny_export: Callable[..., Path]) -> None:
         step = session.run(IDS[:, :1])
         session.run(IDS, reset=True)
         np.testing.assert_array_equal(session.run(IDS[:, :1], np.ones((1, 12), np.int64)), step)
+
+
+STATIC = pytest.mark.parametrize("kind", ["onnxruntime", "native"])
+
+
+@STATIC
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_static_cache_gives_the_same_logits(
+    tiny_export: Callable[..., Path], kind: str, dtype: str
+) -> None:
+    """In pieces, in a batch with padding, and after a reset that leaves old rows behind."""
+    grown, fixed = (tiny_export(abits=8, dtype=dtype, static=size) for size in (0, 40))
+    limit = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.2}[dtype]
+    mask = np.ones((2, 11), np.int64)
+    mask[0, :3] = 0
+    with open_session(kind, grown) as growing, open_session(kind, fixed) as static:
+        for session in (growing, static):
+            session.max_tokens = 4
+        assert static.max_context == 40
+        for _ in range(2):
+            want, got = (
+                session.run(np.concatenate([IDS, IDS[:, ::-1]]), mask, reset=True)
+                for session in (growing, static)
+            )
+            assert got.shape == want.shape and relative(got[mask > 0], want[mask > 0]) < limit
+            for ids in (IDS[:, :1], IDS[:, :6]):
+                want, got = (session.run(np.repeat(ids, 2, 0)) for session in (growing, static))
+                assert relative(got, want) < limit
+        assert static.length == growing.length == 18
+
+
+def test_a_static_cache_shows_tokens_where_they_came_from(
+    tiny_export: Callable[..., Path],
+) -> None:
+    """Inner tensors and the cache of a padded batch, as the proof compares them."""
+    name = "model.layers.1.output"
+    ids, mask = np.concatenate([IDS, IDS[:, ::-1]]), np.ones((2, 12), np.int64)
+    mask[0, :3] = 0
+    found = []
+    for size in (0, 40):
+        folder = tiny_export(abits=8, dtype="float32", static=size) / "onnx"
+        with OnnxSession(folder, 40, [name]) as session:
+            session.step(ids[:, :7], mask[:, :7])
+            found.append(session.step(ids[:, 6:], mask))
+    want, got = found
+    real = mask > 0
+    assert relative(got[name], want[name]) < 1e-5
+    for part in ("present.1.key", "present.1.value"):
+        rows, old = (np.moveaxis(outputs[part], 2, 1)[real] for outputs in (got, want))
+        assert got[part].shape == want[part].shape and relative(rows, old) < 1e-5
+
+
+def test_a_static_cache_ends_at_its_capacity(tiny_export: Callable[..., Path]) -> None:
+    with open_session("native", tiny_export(abits=8, dtype="float32", static=40)) as session:
+        session.run(IDS)
+        assert message(session, np.zeros((1, 30), np.int64)) == (
+            "input_ids: got a context of 41 tokens, expected at most 40. Give less text, or reset "
+            "the session."
+        )
 
 
 def message(session: DecoderSession, ids: np.ndarray, mask: np.ndarray | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calibration.families.decoder import Config, Family
 from calibration.families.parts import output_projection, projections
-from calibration.families.steps import Activate, Add, Attend, Linear, Linears, Norm, Rope, Step
+from calibration.families.steps import Activate, Add, Attend, Linear, Linears, Norm, Step
 
 __all__ = ["FAMILY"]
 
@@ -17,13 +17,13 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
         Norm("input_layernorm", hidden, config.epsilon),
         projections(config, bias),
         heads,
-        Rope(),
+        config.rope(),
         Attend(scale=heads.head_dim**-0.5),
         output_projection(config, bias),
         Add(),
         Norm("post_attention_layernorm", hidden, config.epsilon),
         Linears("mlp.up_proj", (Linear("mlp.up_proj", width, hidden, mlp_bias),)),
-        Activate(config.activation),
+        Activate(config.activation()),
         Linears("mlp.down_proj", (Linear("mlp.down_proj", hidden, width, mlp_bias),)),
         Add(),
     )

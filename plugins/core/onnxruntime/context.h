@@ -1,0 +1,142 @@
+// What the custom ops share when ONNX Runtime calls them: errors in three parts, tensors, threads. No
+// exception leaves a function that ONNX Runtime calls.
+#pragma once
+#include <array>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "core/cpu/parallel.h"
+#include "core/host/params.h"
+#include "core/onnxruntime/api.h"
+
+namespace anybit::ort {
+
+constexpr const char* kExportAgain = "Export the model again";
+constexpr size_t kMostDims = 8;
+
+// What ends a call: the three parts of an error, or a status of ONNX Runtime's own.
+struct Failure {
+  std::string text;
+  OrtStatus* status = nullptr;
+};
+
+[[noreturn]] inline void fail(const std::string& where, const std::string& problem,
+                              const std::string& fix) {
+  throw Failure{where + ": " + problem + ". " + fix + "."};
+}
+
+inline OrtStatus* status_of(const std::string& text) {
+  return call<OrtStatus*>(Function::kCreateStatus, static_cast<int>(kInvalidArgument),
+                          text.c_str());
+}
+
+// Runs body() and turns what it throws into a status.
+template <class F>
+OrtStatus* guarded(const F& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return failure.status ? failure.status : status_of(failure.text);
+  } catch (const std::bad_alloc&) {
+    return status_of("Memory: got less than a node needs. Close other programs.");
+  } catch (const std::exception& error) {
+    return status_of(error.what());
+  }
+}
+
+// Calls a function that returns a status.
+template <class... Arguments>
+void ask(Function function, Arguments... arguments) {
+  OrtStatus* status = call<OrtStatus*>(function, arguments...);
+  if (status != nullptr) throw Failure{"", status};
+}
+
+struct Tensor {
+  std::array<int64_t, kMostDims> dims;
+  size_t rank;
+  int type;
+
+  std::string text() const {
+    std::string text = "[";
+    for (size_t i = 0; i < rank; ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
+    return text + "]";
+  }
+};
+
+inline Tensor describe(const OrtValue* value, const std::string& where) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  ask(Function::kGetTensorTypeAndShape, value, &info);
+  const auto release = [](OrtTensorTypeAndShapeInfo* p) {
+    call<void>(Function::kReleaseTensorTypeAndShapeInfo, p);
+  };
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
+  const OrtTensorTypeAndShapeInfo* known = info;
+  Tensor tensor{};
+  ask(Function::kGetTensorElementType, known, &tensor.type);
+  ask(Function::kGetDimensionsCount, known, &tensor.rank);
+  if (tensor.rank > kMostDims)
+    fail(where, "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
+         "Reshape it");
+  ask(Function::kGetDimensions, known, tensor.dims.data(), tensor.rank);
+  return tensor;
+}
+
+inline std::string text_of(const std::vector<int64_t>& dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+inline const char* name_of(int type) {
+  switch (type) {
+    case kFloat: return "fp32";
+    case kHalf: return "fp16";
+    case kBFloat16: return "bf16";
+    case kInt32: return "int32";
+    case kInt64: return "int64";
+    case kBool: return "bool";
+    case kUint8: return "uint8";
+    default: return "another type";
+  }
+}
+
+// The DType of a tensor of the model's type.
+inline int32_t dtype_of(int type) {
+  return type == kHalf ? kFloat16 : type == kBFloat16 ? ::kBFloat16 : kFloat32;
+}
+
+inline void* data_of(const OrtValue* value) {
+  void* data = nullptr;
+  ask(Function::kGetTensorMutableData, const_cast<OrtValue*>(value), &data);
+  return data;
+}
+
+// ONNX Runtime's threads, for the kernels of one call.
+class Threads {
+ public:
+  explicit Threads(const OrtKernelContext* context) : context_(context) {}
+
+  cpu::Parallel parallel() const {
+    return {[](void* pool, cpu::Parallel::Task task, void* data, size_t count) {
+              const Threads& threads = *static_cast<const Threads*>(pool);
+              threads.status_ = call<OrtStatus*>(Function::kKernelContextParallelFor,
+                                                 threads.context_, task, count, count, data);
+            },
+            const_cast<Threads*>(this), cpu::usable_cores()};
+  }
+
+  // Ends the call where ONNX Runtime could not share it.
+  void check() const {
+    if (status_ != nullptr) throw Failure{"", status_};
+  }
+
+ private:
+  const OrtKernelContext* context_;
+  mutable OrtStatus* status_ = nullptr;
+};
+
+}  // namespace anybit::ort

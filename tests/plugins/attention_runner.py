@@ -1,0 +1,251 @@
+"""Calls the native kernel of attention with its cache, in guarded memory, and computes the same in
+numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from plugins.tools.build import build_onnxruntime
+from plugins.tools.kernels import DTYPES
+from tests.plugins.kernel_cases import BF16, F16, F32
+from tests.plugins.kernel_runner import INSTRUCTION_SETS, Memory
+
+__all__ = [
+    "Case",
+    "attend",
+    "error",
+    "make_case",
+    "reference",
+    "same_bits",
+    "tolerance",
+]
+
+
+class Shape(ctypes.Structure):
+    """AttentionShape of plugins/cached_attention/cpu/attention.h."""
+
+    _fields_: ClassVar = [
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "batch",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "tokens",
+                "past",
+                "static_cache",
+                "masks",
+                "dtype",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+BUFFERS = (
+    "query",
+    "key",
+    "value",
+    "past_key",
+    "past_value",
+    "mask",
+    "write_indices",
+    "context",
+    "present_key",
+    "present_value",
+)
+
+
+class Buffers(ctypes.Structure):
+    """AttentionBuffers, as Shape."""
+
+    _fields_: ClassVar = [(name, ctypes.c_void_p) for name in BUFFERS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call.
+
+    Attributes:
+        query: [B, heads, S, D].
+        key, value: [B, kv_heads, S, D].
+        past_key, past_value: [B, kv_heads, P, D].
+        mask: bool [B or 1, 1, S, T].
+        write_indices: int64 [B], of a static cache.
+        scale, softcap: of the scores.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    past_key: np.ndarray
+    past_value: np.ndarray
+    mask: np.ndarray
+    write_indices: np.ndarray | None = None
+    scale: float = 0.125
+    softcap: float = 0.0
+
+    @property
+    def shape(self) -> Shape:
+        """For the kernel."""
+        batch, heads, tokens, width = self.query.shape
+        return Shape(
+            batch=batch,
+            heads=heads,
+            kv_heads=self.key.shape[1],
+            head_dim=width,
+            tokens=tokens,
+            past=self.past_key.shape[2],
+            static_cache=self.write_indices is not None,
+            masks=len(self.mask),
+            dtype=DTYPES[self.query.dtype],
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+
+
+def make_case(
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    tokens: int = 3,
+    past: int = 5,
+    dtype: np.dtype[Any] = F16,
+    window: int | None = None,
+    places: tuple[int, ...] | None = None,
+    padding: int = 0,
+    seed: int = 0,
+    softcap: float = 0.0,
+) -> Case:
+    """Random tensors, with scores of a few units.
+
+    Args:
+        window: of the mask.
+        places: write_indices of a static cache with `past` rows; rows behind them hold NaN.
+        padding: of the first sequence, on the left of a growing cache.
+    """
+    rng = np.random.default_rng(seed)
+
+    def tensor(*dims: int) -> np.ndarray:
+        return rng.normal(0, 1.5, dims).astype(dtype)
+
+    new = (batch, kv_heads, tokens, head_dim)
+    old = (batch, kv_heads, past, head_dim)
+    total = past if places else past + tokens
+    first = np.array(places if places else [past] * batch)
+    queries = (first[:, None] + np.arange(tokens))[:, None, :, None]
+    keys = np.arange(total)
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    if padding:
+        mask[0, :, :, :padding] = False
+        mask |= keys == queries
+    past_key, past_value = tensor(*old), tensor(*old)
+    if places:
+        for row, place in enumerate(places):
+            past_key[row, :, place:] = past_value[row, :, place:] = np.nan
+    return Case(
+        query=tensor(batch, heads, tokens, head_dim),
+        key=tensor(*new),
+        value=tensor(*new),
+        past_key=past_key,
+        past_value=past_value,
+        mask=mask,
+        write_indices=np.array(places, np.int64) if places else None,
+        scale=head_dim**-0.5,
+        softcap=softcap,
+    )
+
+
+def reference(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Context [B, S, heads D] in fp64, and the cache."""
+    present = []
+    for past, new in ((case.past_key, case.key), (case.past_value, case.value)):
+        if case.write_indices is None:
+            present.append(np.concatenate([past, new], 2))
+        else:
+            present.append(past.copy())
+            for row, place in enumerate(case.write_indices):
+                present[-1][row, :, place : place + new.shape[2]] = new[row]
+    groups = case.query.shape[1] // case.key.shape[1]
+    key, value = (np.repeat(part.astype(np.float64), groups, 1) for part in present)
+    scores = case.query.astype(np.float64) @ key.swapaxes(2, 3)
+    if case.softcap:
+        scores = scores.astype(case.query.dtype).astype(np.float64)
+        scores = np.tanh(scores * case.scale / case.softcap) * case.softcap
+    else:
+        scores = scores * case.scale
+    scores = np.where(case.mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    value = np.where(case.mask.any(2)[:, 0, None, :, None], value, 0)  # nobody sees it
+    context = weights @ value
+    context = context.transpose(0, 2, 1, 3)
+    return context.reshape(*context.shape[:2], -1), present[0], present[1]
+
+
+def attend(
+    case: Case, isa: str, in_place: bool = False, code: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the kernel of an instruction set makes of a case; checks that it wrote its outputs alone.
+
+    Args:
+        in_place: the past is the present too.
+        code: which the function must return.
+    """
+    library = ctypes.CDLL(str(build_onnxruntime()))
+    shape, width = case.shape, case.query.shape[3]
+    total = shape.past if shape.static_cache else shape.past + shape.tokens
+    cache = (shape.batch, shape.kv_heads, total, width)
+    arrays = {
+        name: np.ascontiguousarray(getattr(case, name))
+        for name in BUFFERS[:7]
+        if getattr(case, name) is not None
+    }
+    blank = {
+        "context": (shape.batch, shape.tokens, shape.heads * width),
+        "present_key": cache,
+        "present_value": cache,
+    }
+    arrays |= {name: np.zeros(dims, case.query.dtype) for name, dims in blank.items()}
+    memory = {name: Memory(array, False) for name, array in arrays.items()}
+    if in_place:
+        memory |= {f"present_{kind}": memory[f"past_{kind}"] for kind in ("key", "value")}
+    buffers = Buffers(**{name: part.pointer for name, part in memory.items()})
+    number = INSTRUCTION_SETS.index(isa)
+    got = library.anybit_attention(ctypes.byref(shape), ctypes.byref(buffers), number, None)
+    assert got == code
+    for name, part in memory.items():
+        own = name in blank or (in_place and name.startswith("past"))
+        assert not part.changed(guards_only=own and not code), name
+    context, key, value = (
+        np.frombuffer(memory[name].payload.tobytes(), case.query.dtype).reshape(dims)
+        for name, dims in blank.items()
+    )
+    return context, key, value
+
+
+def same_bits(got: np.ndarray, want: np.ndarray) -> None:
+    """Of the cache, which is copied; NaN as it was."""
+    word = np.uint16 if got.itemsize == 2 else np.uint32
+    np.testing.assert_array_equal(got.view(word), want.view(word))
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest error of a token, relative to it."""
+    difference = got.astype(np.float64) - want
+    return float((np.linalg.norm(difference, axis=-1) / np.linalg.norm(want, axis=-1)).max())
+
+
+def tolerance(dtype: np.dtype[Any]) -> float:
+    """Rounding to the type, and fp32 sums in another order."""
+    return {F16: 2.0**-11, BF16: 2.0**-8, F32: 0.0}[dtype] + 4e-6

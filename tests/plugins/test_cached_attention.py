@@ -1,0 +1,139 @@
+"""The native kernel of attention with its cache against numpy, for every instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.plugins.attention_runner import (
+    Case,
+    attend,
+    error,
+    make_case,
+    reference,
+    same_bits,
+    tolerance,
+)
+from tests.plugins.kernel_cases import BF16, F16, F32
+from tests.plugins.kernel_runner import INSTRUCTION_SETS, cpu_missing
+
+GROWING: list[dict[str, Any]] = [
+    {},
+    {"tokens": 1, "past": 700, "heads": 3, "kv_heads": 1, "head_dim": 64},
+    {"tokens": 1, "past": 1100, "heads": 12, "kv_heads": 1, "head_dim": 40},
+    {"tokens": 70, "past": 3, "head_dim": 20, "heads": 6, "kv_heads": 3},
+    {"tokens": 65, "past": 130, "head_dim": 64, "window": 33, "batch": 2, "padding": 9},
+    {"tokens": 5, "past": 200, "window": 1, "heads": 16, "kv_heads": 1},
+    {"tokens": 33, "past": 50, "softcap": 3.0},
+    {"tokens": 5, "past": 0, "heads": 1, "kv_heads": 1, "head_dim": 1},
+    {"tokens": 40, "past": 300, "head_dim": 128, "heads": 9, "kv_heads": 1},
+    {"tokens": 2, "past": 64, "head_dim": 257},
+]
+STATIC: list[dict[str, Any]] = [
+    {"tokens": 2, "past": 40, "places": (0, 17, 38), "batch": 3, "heads": 8, "kv_heads": 1},
+    {"tokens": 1, "past": 1300, "places": (1299, 640), "batch": 2, "head_dim": 80},
+    {"tokens": 100, "past": 260, "places": (3, 160), "batch": 2, "window": 50, "softcap": 5.0},
+]
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """An instruction set of this machine."""
+    if reason := cpu_missing(request.param):
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def check(case: Case, isa: str, in_place: bool = False) -> None:
+    got, want = attend(case, isa, in_place), reference(case)
+    for cache, copied in zip(got[1:], want[1:], strict=True):
+        same_bits(cache, copied)
+    assert error(got[0], want[0]) <= tolerance(case.query.dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("fields", GROWING, ids=str)
+def test_a_cache_that_grows(isa: str, fields: dict[str, Any], dtype: np.dtype[Any]) -> None:
+    check(make_case(dtype=dtype, **fields), isa)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("fields", STATIC, ids=str)
+def test_a_static_cache(
+    isa: str, fields: dict[str, Any], dtype: np.dtype[Any], in_place: bool
+) -> None:
+    """Its rows that were never written hold NaN, which nothing reads."""
+    check(make_case(dtype=dtype, **fields), isa, in_place)
+
+
+def test_these_tests_would_notice(isa: str) -> None:
+    case = make_case(tokens=20, past=30, dtype=F32)
+    got, want = attend(case, isa)[0], reference(case)[0]
+    for other in (
+        replace(case, scale=case.scale * 1.0001),
+        replace(case, softcap=30.0),
+        replace(case, mask=case.mask & (np.arange(50) != 3)),
+    ):
+        assert error(reference(other)[0], want) > 3 * tolerance(F32) > error(got, want)
+
+
+def test_one_mask_may_serve_all_sequences(isa: str) -> None:
+    case = make_case(batch=3, tokens=4, past=9, dtype=F32)
+    one = replace(case, mask=case.mask[:1])
+    np.testing.assert_array_equal(attend(one, isa)[0], attend(case, isa)[0])
+
+
+def test_a_bad_number_stays_loud_where_it_is_seen(isa: str) -> None:
+    case = make_case(batch=2, tokens=8, past=70, dtype=F16)
+    case.key[0, 1, 5, 3] = np.nan
+    case.value[1, 0, 6, 2] = np.nan
+    context = attend(case, isa)[0].astype(np.float32).reshape(2, 8, 4, 16)
+    loud = ~np.isfinite(context)
+    assert loud[0, 5:, 2:].all() and not loud[0, :, :2].any()
+    assert loud[1, 6:, :2, 2].all() and not loud[1, :, 2:].any()
+    assert not np.isfinite(attend(replace(case, mask=case.mask & False), isa)[0]).any()
+
+
+def test_scores_of_any_size(isa: str) -> None:
+    """Weights of 0 and 1 where one score is far above the others, and equal ones where all are far
+    below 0.
+    """
+    case = make_case(tokens=3, past=150, dtype=F32)
+    for factor in (1e4, -1e4, 1e-20):
+        loud = replace(case, scale=case.scale * factor)
+        check(loud, isa)
+    silent = replace(case, query=np.zeros_like(case.query))
+    check(silent, isa)
+
+
+def test_no_new_tokens_and_no_sequences(isa: str) -> None:
+    case = make_case(tokens=0, past=7)
+    same_bits(attend(case, isa)[1], case.past_key)
+    assert attend(make_case(batch=0), isa)[0].size == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"heads": 5},
+        {"head_dim": 1025},
+        {"places": (-1,)},
+        {"places": (3,)},
+        {"softcap": -1.0},
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes(isa: str, fields: dict[str, Any]) -> None:
+    if "places" in fields:
+        case = replace(make_case(places=(2,)), write_indices=np.array(fields["places"]))
+    elif "heads" in fields:
+        case = replace(make_case(), query=make_case(heads=5, kv_heads=1).query)
+    elif "softcap" in fields:
+        case = replace(make_case(), softcap=-1.0)
+    else:
+        case = make_case(**fields)
+    attend(case, isa, code=1)
