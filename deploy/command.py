@@ -11,7 +11,7 @@ from calibration.out.layout import ONNX
 from exporter.run import runners
 from exporter.run.model import AUTO, CPU
 
-__all__ = ["Command", "add_runner"]
+__all__ = ["Command", "add_progress", "add_runner"]
 
 
 class Command(ABC):
@@ -22,11 +22,15 @@ class Command(ABC):
         name: as the command line takes it.
         help: one line for the list of commands.
         description: what --help of the command says.
+        out_help: what its first argument OUT is; "" where it takes none and gets the working folder.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     description: ClassVar[str]
+    out_help: ClassVar[str] = (
+        "artifact folder of python -m exporter, or its onnx or engine folder alone"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027
         """Declare the command's own arguments; OUT is there."""
@@ -51,4 +55,14 @@ def add_runner(parser: argparse.ArgumentParser, default: str) -> None:
         choices=(AUTO, CPU, *(runner.name for runner in found)),
         default=default,
         help=f"{'; '.join(choices)} (default {default})",
+    )
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """--progress, of a command that takes long."""
+    parser.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "rich", "plain", "json", "none"),
+        help="json: one object per line on stdout",
     )

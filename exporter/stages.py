@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from calibration.quant.bits import SchemeMap
     from exporter.engine.edition import Edition
     from exporter.proof.perplexity import EvalRequest
-    from exporter.proof.validate import ValidationResult
 
 __all__ = [
     "EngineStage",
@@ -366,43 +365,21 @@ class ReportStage(Stage):
 
     def work(self, folder: Path) -> dict[str, Any]:
         """Validate, score, and write the page."""
-        from exporter.proof.validate import ValidateOptions, validate
-        from exporter.report.report import report_data, write_report
+        from exporter.proof.prove import prove
+        from exporter.proof.validate import ValidateOptions
+        from exporter.report.report import write_report
 
         options = ValidateOptions(
             calib=self.request.settings.calib,
             offline=self.request.offline,
             model=self.request.model,
         )
-        result, perplexity = self._perplexity(validate(self.out, options, self.progress))
-        data = report_data(self.out, self.manifest | {"perplexity": perplexity}, result)
+        result, data = prove(self.out, self.manifest, options, self.scored, self.progress)
         write_report(folder, data)
         summary = "every layer within tolerance" if result.ok else "a check failed"
-        if perplexity:
+        if perplexity := data["perplexity"]:
             summary += f", perplexity {perplexity['ppl']:.2f}"
         return {"first_failure": result.first_failure, "summary": summary}
-
-    def _perplexity(
-        self, result: ValidationResult
-    ) -> tuple[ValidationResult, dict[str, Any] | None]:
-        """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the
-        result's first failure.
-        """
-        from exporter.proof.perplexity import score
-        from exporter.run.model import find_model
-
-        if self.scored is None:
-            return result, None
-        if not result.ok:
-            note = "The perplexity was not scored, because a layer is out of tolerance."
-            return replace(result, notes=(*result.notes, note)), None
-        model = find_model(self.out, self.scored.runner)
-        try:
-            with model.open() as session:
-                return result, score(session, model, self.scored, self.progress)
-        except CheckError as error:
-            failure = f"perplexity of {self.scored.text.name}, {error.where}: {error.problem}"
-            return replace(result, first_failure=failure), None
 
     def finish(self) -> None:
         """A failed check is an error, of a report that was kept too.

@@ -24,12 +24,19 @@ __all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"
 
 # the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
-LEVELS = ("export", "native", "kernel", "quantisation")  # in the order in which a failure is named
+LEVELS = (
+    "export",
+    "native",
+    "kernel",
+    "against",
+    "quantisation",
+)  # a failure is named in this order
 _BETWEEN = {
     WEIGHTS: "the tensors in quant/ against the float model's",
     "export": "ONNX Runtime against the fake-quantised torch reference",
     "native": "the native CPU kernels against the function bodies, both in ONNX Runtime",
     "kernel": "the TensorRT engine against ONNX Runtime",
+    "against": "this artifact against the other one, both in ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
 Errors = Mapping[tuple[str, str, str], list[TensorError]]
@@ -41,7 +48,7 @@ class LayerReport:
     or of one tensor in quant/.
 
     Attributes:
-        level: "weights", "export", "native", "kernel" or "quantisation": what was compared.
+        level: "weights", "export", "native", "kernel", "against" or "quantisation": what was compared.
         phase: "prefill", "decode" or "padded batch"; "" for weights.
         tensor: its ONNX name, or its name in quant/.
         cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat
@@ -94,17 +101,27 @@ class Operator:
 
 @dataclass(frozen=True)
 class Stack:
-    """The decoder, for judging it; `exceptions` are the nodes that `scheme` does not hold for."""
+    """The decoder, for judging it; `exceptions` are the nodes that `scheme` does not hold for, `only`
+    the decoder layers that are judged (with the last of them the head; None: all).
+    """
 
     decoder: Decoder
     nodes: list[GemmNode]
     scheme: QuantScheme
     exceptions: Mapping[str, QuantScheme] = field(default_factory=dict)
+    only: range | None = None
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
         return self.decoder.layers
+
+    @property
+    def judged(self) -> range:
+        """The decoder layers to be judged; `self.layers` stands for the head."""
+        if self.only is None:
+            return range(self.layers + 1)
+        return range(self.only.start, self.only.stop + (self.only.stop == self.layers))
 
     @property
     def exact(self) -> bool:
@@ -185,7 +202,7 @@ def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
     for level in LEVELS:
         phases = dict.fromkeys(phase for comparison, phase, _ in errors if comparison == level)
         for phase in phases:
-            for index in range(stack.layers + 1):
+            for index in stack.judged:
                 tensors = [layer_output(index) if index < stack.layers else "logits"]
                 if level == "kernel" and index < stack.layers:
                     tensors = [
@@ -296,7 +313,7 @@ def _bad_weights(row: LayerReport) -> str:
 
 def _first_operator(errors: Errors, phase: str, stack: Stack, failed: list[LayerReport]) -> str:
     overflows = {row.overflow for row in failed if row.phase == phase}
-    for index in range(stack.layers + 1):
+    for index in stack.judged:
         for operator in stack.operators(index):
             error = total_error(errors["operator", phase, operator.tensor])
             got, limit = _measured(operator, error, Limits(stack.scheme))

@@ -5,7 +5,6 @@
 
 #include "anybit/error.hpp"
 #include "json.hpp"
-#include "sampler.hpp"
 #include "sha256.hpp"
 
 namespace anybit {
@@ -52,9 +51,11 @@ int size(const Field& field) {
   return value;
 }
 
-float real(const Field& field) {
+float real(const Field& field, double least, double most) {
   if (!field.value().is_number()) field.refuse("a number");
-  return field.value().get<float>();
+  const auto value = field.value().get<double>();
+  if (value >= least && value <= most) return static_cast<float>(value);
+  field.refuse("a number of its range");
 }
 
 uint64_t bytes(const Field& field) {
@@ -111,13 +112,12 @@ Description describe(const Field& file) {
   const Field ends = need(file, "eos_token_ids");
   for (size_t i = 0; i < ends.items(); ++i) made.end_tokens.push_back(ends.at(i).number(INT32_MAX));
   if (const Field sampling = file.at("sampling"); !sampling.is_null()) {
-    made.sampling.repetition_penalty = real(need(sampling, "repetition_penalty"));
+    made.sampling.repetition_penalty = real(need(sampling, "repetition_penalty"), 0.01, 100);
     if (sampling.at("do_sample").flag(false)) {
-      made.sampling.temperature = real(need(sampling, "temperature"));
+      made.sampling.temperature = real(need(sampling, "temperature"), 0, 100);
       made.sampling.top_k = need(sampling, "top_k").number(INT32_MAX);
-      made.sampling.top_p = real(need(sampling, "top_p"));
+      made.sampling.top_p = real(need(sampling, "top_p"), 1e-9, 1);
     }
-    check_sampling(made.sampling, made.vocab);
   }
   const Field cache = need(file, "cache");
   made.cache.layers = size(need(cache, "layers"));

@@ -44,8 +44,6 @@ void* scratch(size_t bytes) {
   return own.at_least(bytes);
 }
 
-thread_local int64_t kernels_made = 0;
-
 struct Declaration : CustomOp {
   const GemmOp* op;
   int x_type;

@@ -1,10 +1,11 @@
-// Does what comes as JSON on stdin, and prints what came of it as JSON: requests on a model, or
-// tokens chosen from given logits.
+// Does what comes as JSON on stdin, and prints what came of it as JSON: requests on a model, tokens
+// chosen from given logits, or what is said of folders.
 #include <iostream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "anybit/anybit.hpp"
+#include "artifact.hpp"
 #include "sampler.hpp"
 
 using Json = nlohmann::json;
@@ -160,12 +161,29 @@ Json choose(const Json& task) {
   return choices;
 }
 
+// {"describe": [folders]} -> the error of each, "" where its description is good.
+Json describe(const Json& task) {
+  Json errors = Json::array();
+  for (const Json& folder : task.at("describe")) {
+    try {
+      anybit::Artifact(folder.get<std::string>());
+      errors.push_back("");
+    } catch (const anybit::Error& error) {
+      errors.push_back(error.what());
+    }
+  }
+  return errors;
+}
+
 }  // namespace
 
 int main() {
   try {
     const Json task = Json::parse(std::cin);
-    std::cout << (task.contains("logits") ? choose(task) : run(task)).dump() << std::endl;
+    const Json done = task.contains("logits")     ? choose(task)
+                      : task.contains("describe") ? describe(task)
+                                                  : run(task);
+    std::cout << done.dump() << std::endl;
   } catch (const std::exception& error) {
     std::cerr << error.what() << std::endl;
     return 2;

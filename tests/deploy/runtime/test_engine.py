@@ -190,14 +190,57 @@ def test_a_static_cache_is_full_to_the_last_token(
 
 
 def test_bodies_run_where_kernels_are_none(
-    artifact: Path,
-    driver: Callable[..., dict[str, Any]],
-    prompts: list[list[int]],
-    expected: list[list[int]],
+    artifact: Path, driver: Callable[..., dict[str, Any]], prompts: list[list[int]]
 ) -> None:
-    found = driver(artifact, [requests(prompts[:2])], {"kernels": "none"})
+    """First tokens, against ONNX Runtime on the file as it is."""
+    from exporter.run.onnxruntime import inference_session
+
+    folder = artifact / "onnx"
+    session = inference_session(str(folder / "model.onnx"), folder, None)
+    empty = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    best = []
+    for prompt in prompts[:8]:
+        count = len(prompt)
+        feeds = {
+            "input_ids": np.array([prompt]),
+            "attention_mask": np.ones((1, count), np.int64),
+            "position_ids": np.arange(count)[None],
+            "logits_indices": np.array([[count - 1]]),
+            **empty,
+        }
+        best.append([int(session.run(["logits"], feeds)[0].argmax())])
+    asked = requests(prompts[:8], max_new_tokens=1)
+    found = driver(artifact, [asked], {"kernels": "none"})
     assert found["card"]["backend"].endswith(", function bodies")
-    assert [answer["tokens"] for answer in found["rounds"][0]] == expected[:2]
+    assert [answer["tokens"] for answer in found["rounds"][0]] == best
+
+
+@pytest.mark.slow
+def test_32_prompts_of_the_demo_model(
+    demo_gguf: Path,
+    export: Callable[..., Path],
+    tmp_path: Path,
+    driver: Callable[..., dict[str, Any]],
+) -> None:
+    """64 tokens each, at once in 16 slots of a static cache, against one after the other in Python."""
+    from calibration.data import default_text
+    from exporter.run.model import find_model
+
+    out = export(demo_gguf, tmp_path / "out", max_seq=512, static_cache=True)
+    model = find_model(out, "native")
+    tokens = model.tokenizer()(default_text())["input_ids"]
+    prompts = [tokens[500 * i : 500 * i + 3 + 5 * i] for i in range(32)]
+    with model.open() as session:
+        expected = [
+            list(generate_tokens(session, prompt, Sampler(Sampling()), 64)) for prompt in prompts
+        ]
+    asked = [{"tokens": each, "max_new_tokens": 64, "ignore_end": True} for each in prompts]
+    (found,) = driver(out, [asked], {"slots": 16, "threads": 0})["rounds"]
+    assert [answer["tokens"] for answer in found] == expected
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,56 @@ def test_a_cache_form_that_the_graph_does_not_have(
         f"{alone}/model.onnx: got a cache without write_indices, expected the static form of "
         f"model.json. The file is damaged or changed: export the model again."
     )
+
+
+WRONG = [None, -1, 0, 1.5, 1e300, 1 << 70, True, "", "x", "../x", [], [[]], [-1], {}, {"x": {}}]
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value in a JSON value."""
+    found = [at] if at else []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found += places(inner, (*at, key))
+    return found
+
+
+def test_every_field_with_every_wrong_value(
+    artifact: Path, tmp_path: Path, compiled: Callable[..., Path]
+) -> None:
+    """Each is good or refused with the file's name and what to do; nothing else ends a program."""
+    good = json.loads((artifact / "onnx" / "model.json").read_text())
+    texts = []
+    for place in places(good):
+        for value in WRONG:
+            changed = json.loads(json.dumps(good))
+            inner = changed
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            texts.append(json.dumps(changed))
+        del inner[place[-1]]
+        texts.append(json.dumps(changed))
+    whole = json.dumps(good)
+    texts += [whole[:cut] for cut in range(0, len(whole), 37)]
+    texts += ["[" * 100000, '{"a":' * 100000, "\ud800", '{"format": 1', '{"format": 1e999}']
+    folders = []
+    for i, text in enumerate([whole, *texts]):
+        folders.append(tmp_path / str(i))
+        folders[-1].mkdir()
+        (folders[-1] / "model.onnx").write_bytes(b"")
+        (folders[-1] / "model.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    task = json.dumps({"describe": list(map(str, folders))})
+    result = subprocess.run(
+        [compiled("driver")], input=task, capture_output=True, text=True, timeout=60, check=True
+    )
+    errors = json.loads(result.stdout)
+    assert errors[0] == ""
+    for folder, error in zip(folders, errors, strict=True):
+        if error:
+            assert error.startswith(f"{folder}/model.json")
+            assert "expected" in error
+    assert sum(error != "" for error in errors) > len(errors) / 2
 
 
 STAGE_AGAIN = "The artifact is damaged: make this stage again"
