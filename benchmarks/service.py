@@ -7,7 +7,8 @@ python benchmarks/service.py OUT [--streams 1 4 16] [--tokens 64] [--rounds 3] [
 {port}. It should have the same model at about the same bits, as many slots and as many threads.
 
 The text of each prompt is taken alone first, greedily, and every later one of ours must be the same.
-Then both servers, started afresh in each round and taken in turn, answer so many streams at once; every stream has a prompt of its own of about --prompt words and asks for --tokens tokens:
+Then both servers, started afresh in each round and taken in turn, answer so many streams at once;
+every stream has a prompt of its own of about --prompt words and asks for --tokens tokens:
 tokens a second   of all streams together, from the first request to the last token
 first token       median seconds from a request to its first text
 between tokens    median and 99th percentile of the seconds from one text to the next
