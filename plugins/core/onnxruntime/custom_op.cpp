@@ -267,7 +267,7 @@ Declaration declare(const GemmOp& op, int x_type) {
 
 struct Declared {
   const char* domain;
-  std::unique_ptr<const CustomOp> op;  // a pointer, because ONNX Runtime keeps the address
+  std::shared_ptr<const CustomOp> op;  // ONNX Runtime keeps the address
 };
 
 // A function's static, so that it exists before the first registration whatever the order of the
@@ -311,7 +311,7 @@ GemmRegistration::GemmRegistration(const GemmOp& op) {
     add_declaration(kDomain, std::make_unique<Declaration>(declare(op, type)));
 }
 
-void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op) {
+void add_declaration(const char* domain, std::shared_ptr<const CustomOp> op) {
   declarations().push_back({domain, std::move(op)});
 }
 
