@@ -94,13 +94,14 @@ def hugging_face(model: Path, folder: Path) -> Path:
     """The model as a Hugging Face folder, which the builder reads."""
     if model.is_dir():
         return model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.reference.model import float_model
 
     target = folder / "huggingface"
     if not target.is_dir():
-        loaded = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name)
-        loaded.half().save_pretrained(target)
-        AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).save_pretrained(target)
+        checkpoint = open_checkpoint(str(model), True)
+        float_model(checkpoint).save_pretrained(target)
+        checkpoint.tokenizer().save_pretrained(target)
     return target
 
 

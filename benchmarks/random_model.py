@@ -2,8 +2,8 @@
 
 python benchmarks/random_model.py FOLDER --like llama-3.2-1b
 
-For what does not depend on the values: time, memory, sizes. Weights are fp16 from a normal
-distribution and are written layer by layer, so that a model of 7 B weights needs little memory.
+For what does not depend on the values: time, memory, sizes. Weights are fp16 and uniform,
+and are written layer by layer, so that a model of 7 B weights needs little memory.
 The tokenizer is of bytes and has no more tokens than it learns from the default calibration text.
 """
 
@@ -53,6 +53,12 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, dict[str, tuple[int, ...]
             f"model.layers.{layer}.{name}.weight": shape for name, shape in tensors.items()
         }
     return files
+
+
+def random_weights(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """fp16 between -0.05 and 0.05."""
+    whole = rng.integers(-127, 128, shape, np.int8)
+    return whole.astype(np.float16) * np.float16(0.05 / 127)
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
@@ -107,9 +113,7 @@ def main() -> None:
     rng, weight_map, total = np.random.default_rng(args.seed), {}, 0
     for name, shapes in tensor_shapes(config).items():
         tensors = {
-            tensor: np.ones(shape, np.float16)
-            if len(shape) == 1
-            else (rng.standard_normal(shape, np.float32) * 0.02).astype(np.float16)
+            tensor: np.ones(shape, np.float16) if len(shape) == 1 else random_weights(rng, shape)
             for tensor, shape in shapes.items()
         }
         save_file(tensors, args.folder / name, {"format": "pt"})

@@ -43,7 +43,7 @@ __all__ = [
     "smoothed",
 ]
 
-_HEAD_ROWS = 1 << 24  # weights of a head that are rounded together: several fp64 copies are made
+_HEAD_WEIGHTS = 1 << 22  # that are rounded together, more for wide rows: fp64 copies are made
 
 
 class Plain:
@@ -330,7 +330,8 @@ class RoundingMethod:
     def head(self, task: HeadTask) -> QuantArrays:
         """Round some rows of the table after the other, so that memory stays bounded."""
         solver, moments = WeightSolver(task.settings, task.index, self.rule), task.moments()
-        rows = max(1, _HEAD_ROWS // task.table.shape[1])
+        width = task.table.shape[1]
+        rows = max(2 * width, _HEAD_WEIGHTS // width)  # factoring the Hessian costs like `width`
         return QuantArrays.stacked(
             [
                 solver.solve(task.head.name, part, None, task.scheme, moments)

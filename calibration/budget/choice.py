@@ -50,7 +50,7 @@ class Budget:
 
     Attributes:
         bits: per weight of the linears on average, at most; scales and zero points count, as in
-            quant.json's bits_per_weight.
+            quant.json's bits_per_weight, which counts a quantized head too.
         base: the scheme whose method, activation bits and groups every choice keeps.
         settings: of the calibration; the measurement takes windows of the same text, but fewer and
             shorter ones.

@@ -17,6 +17,7 @@ from exporter.run.forms import cache_form
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
+from plugins.cached_attention import is_attention
 from plugins.core.op_spec import is_custom
 from plugins.cores import usable_cores
 from plugins.errors import InputError, UserError
@@ -222,7 +223,7 @@ def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) ->
 
 
 def _nodes_with(library: KernelLibrary, graph: str | bytes) -> int:
-    """Custom nodes of a graph whose ops the library has."""
+    """Nodes of a graph whose ops the library has."""
     import onnx
 
     model = (
@@ -230,7 +231,10 @@ def _nodes_with(library: KernelLibrary, graph: str | bytes) -> int:
         if isinstance(graph, bytes)
         else onnx.load(graph, load_external_data=False)
     )
-    return sum(is_custom(node.domain) and node.op_type in library.ops for node in model.graph.node)
+    return sum(
+        (is_custom(node.domain) and node.op_type in library.ops) or is_attention(node.domain)
+        for node in model.graph.node
+    )
 
 
 class OnnxRuntimeRunner(Runner):

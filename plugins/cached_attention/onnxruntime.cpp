@@ -24,6 +24,7 @@ class AttentionKernel {
     ask(Function::kKernelInfoGetAttributeFloat, info, "scale", &shape_.scale);
     ask(Function::kKernelInfoGetAttributeFloat, info, "softcap", &shape_.softcap);
     shape_.dtype = dtype_of(type);
+    ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {

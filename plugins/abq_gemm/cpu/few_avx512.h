@@ -8,7 +8,7 @@
 // a lane of 128 bits, so that lane L has codes 128 L to 128 L + 127, the first 64 in vectors 0 to 3
 // and the others in 4 to 7.
 #pragma once
-#include "abq_gemm/cpu/weights.h"
+#include "abq_gemm/cpu/few_avx2.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
@@ -19,14 +19,13 @@ constexpr int kAbqRowsTogether = 16;
 constexpr int kAbqAhead = 8192;  // bytes of all planes, fetched before they are wanted
 constexpr int kAbqMostTotals =
     32;  // vectors of a row, before the next row: memory is read in order
-constexpr int kAbqMostSums = 1024;  // groups times operands: 128 KB of the stack
 
 // A token's codes in the order in which the planes' codes come out.
 //
 // Vector v has field f = v % fields of the interleaved pair t = v / fields; its qword q of lane L
 // holds the codes of byte (2 t + q) * fields + (fields - 1 - f) of that lane of a plane.
 inline void abq_order(const int8_t* codes, int64_t bytes, int planes, int8_t* ordered) {
-  const int fields = 8 / planes;
+  const int fields = planes <= 2 ? 4 : planes <= 4 ? 2 : 1;
   for (int64_t span = 0; span < bytes; span += kAbqSpan) {
     for (int v = 0; v < kAbqVectors; ++v) {
       const int t = v / fields, f = v % fields;
@@ -82,18 +81,6 @@ ANYBIT_INLINE void abq_codes(const __m512i* plane, __m512i* codes) {
     }
   }
 }
-
-// What every call of abq_rows shares.
-struct AbqRows {
-  const uint8_t* words;
-  const float* scale;  // [n, n_groups], wanted soon, and zero too
-  const int32_t* zero;
-  int64_t n, row_bytes, plane_bytes;  // bytes of a row and of a plane
-  int planes;
-  const int8_t* operands;  // ordered codes [kOperands, operand_bytes]: tokens, and ones for Q
-  int64_t operand_bytes;
-  int64_t n_groups, group_bytes;  // of the codes
-};
 
 // The elements of each lane of 16 vectors added: vector L has lane L's sums.
 ANYBIT_INLINE void abq_lane_sums(const __m512i* rows, __m512i* lanes) {
@@ -220,29 +207,24 @@ ANYBIT_INLINE void abq_rows_of_groups(const AbqRows& w, int64_t n, Sums* sums, i
   abq_rows<kPlanes, kOperands, 1>(w, n, sums, column);
 }
 
-struct AbqRowsCall {
-  const AbqRows& w;
-  int64_t n;
-  Sums* sums;
-  int column;
-  template <int kOperands>
-  ANYBIT_INLINE void operator()() const {
-    if (w.planes <= 2) return abq_rows_of_groups<2, kOperands>(w, n, sums, column);
-    if (w.planes <= 4) return abq_rows_of_groups<4, kOperands>(w, n, sums, column);
-    abq_rows_of_groups<8, kOperands>(w, n, sums, column);
+// Sums of up to 32 rows from n on.
+template <int kOperands>
+inline void abq_lane_rows(const AbqRows& w, int64_t n, int columns, Sums* sums) {
+  for (int column = 0; column < columns; column += kAbqRowsTogether) {
+    if (w.planes <= 2) {
+      abq_rows_of_groups<2, kOperands>(w, n + column, sums, column);
+    } else if (w.planes <= 4) {
+      abq_rows_of_groups<4, kOperands>(w, n + column, sums, column);
+    } else {
+      abq_rows_of_groups<8, kOperands>(w, n + column, sums, column);
+    }
   }
-};
-
-// Whether the groups are whole lanes or halves of them, and few enough.
-template <class Kernel>
-ANYBIT_INLINE bool abq_takes_few(const Kernel& kernel, int64_t m) {
-  const TokenLayout& layout = kernel.layout;
-  const int64_t operands = smaller<int64_t>(m, kAbqTogether) + (kernel.needs_code_sums ? 1 : 0);
-  if (layout.n_groups * operands > kAbqMostSums) return false;
-  return layout.n_groups == 1 || layout.group_bytes % 128 == 0 || layout.group_bytes == 64;
 }
 
-constexpr int kAbqGroupsTogether = 4;
+// Whether the groups are whole lanes or halves of them.
+ANYBIT_INLINE bool abq_in_lanes(const TokenLayout& layout) {
+  return layout.n_groups == 1 || layout.group_bytes % 128 == 0 || layout.group_bytes == 64;
+}
 
 // to[g][0 .. 16): 32-bit numbers of group g, g = 0 .. 3, and 16 rows.
 ANYBIT_INLINE void abq_four_columns(const void* const* rows, __m512i* to) {
@@ -286,69 +268,6 @@ inline void abq_terms_of_four(const AbqWeights& w, int64_t n_groups, int64_t gro
   }
   for (int g = 0; g < kAbqGroupsTogether; ++g)
     terms[g].largest_zero = _mm512_reduce_max_epu32(largest);  // of all: enough, if not the least
-}
-
-template <class Kernel, class T>
-inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const Destination<T>& to,
-                    const Parallel& parallel) {
-  const Tokens& tokens = slab.tokens;
-  const TokenLayout& layout = tokens.layout;
-  const int planes = kernel.weights.planes;
-  const int more = kernel.needs_code_sums ? 1 : 0;
-  const int64_t spans = layout.row_bytes / kAbqSpan * kAbqSpan;
-  // tokens in fours, behind each four ones
-  const auto ordered = [&](int i) {
-    return slab.ordered +
-           (i / kAbqTogether * (kAbqTogether + 1) + i % kAbqTogether) * layout.row_bytes;
-  };
-  for (int i = 0; i < m; ++i)
-    abq_order(tokens.codes + i * layout.row_bytes, spans,
-              planes <= 2   ? 2
-              : planes <= 4 ? 4
-                            : 8,
-              ordered(i));
-  for (int m0 = 0; m0 < m && more; m0 += kAbqTogether) {
-    int8_t* ones = ordered(m0) + smaller(kAbqTogether, m - m0) * layout.row_bytes;
-    std::memset(ones, 1, size_t(layout.row_bytes));
-  }
-  const int64_t row_bytes = 4 * kernel.weights.row_words;
-  const AbqRows rows = {kernel.weights.words,
-                        kernel.weights.scale,
-                        kernel.weights.zero,
-                        to.n,
-                        row_bytes,
-                        to.n * row_bytes,
-                        planes,
-                        nullptr,
-                        layout.row_bytes,
-                        layout.n_groups,
-                        layout.group_bytes};
-  for_blocks(1, to.n, kernel.weight_bytes, parallel, [&](int64_t, int, int64_t n0) {
-    alignas(64) Sums sums[kAbqMostSums];
-    alignas(64) Outputs outputs[kAbqTogether];
-    const int columns = int(smaller<int64_t>(kPanelRows, to.n - n0));
-    for (int m0 = 0; m0 < m; m0 += kAbqTogether) {
-      const int count = smaller(kAbqTogether, m - m0), operands = count + more;
-      AbqRows of_tokens = rows;
-      of_tokens.operands = ordered(m0);
-      std::memset(sums, 0, sizeof(Sums) * size_t(layout.n_groups * operands));
-      for (int column = 0; column < columns; column += kAbqRowsTogether)
-        with_count<kAbqTogether + 1>(operands, AbqRowsCall{of_tokens, n0 + column, sums, column});
-      AbqGroupTerms terms[kAbqGroupsTogether];
-      for (int64_t group = 0; group < layout.n_groups; ++group) {
-        const int64_t in_four = group % kAbqGroupsTogether;
-        if (group - in_four + kAbqGroupsTogether > layout.n_groups) {
-          abq_terms(kernel.weights, layout.n_groups, group, n0, terms[in_four]);
-        } else if (in_four == 0) {
-          abq_terms_of_four(kernel.weights, layout.n_groups, group, n0, terms);
-        }
-        const Sums* of_group = sums + group * operands;
-        kernel.add_terms(terms[in_four], group, tokens, m0, count, of_group, of_group[operands - 1],
-                         outputs);
-      }
-      to.write(outputs, m0, count, n0);
-    }
-  });
 }
 
 }  // namespace ANYBIT_SET

@@ -14,6 +14,9 @@
 
 namespace anybit::ort {
 
+// Kernels that the calling thread has made; each counts itself.
+inline thread_local int64_t kernels_made = 0;
+
 constexpr const char* kExportAgain = "Export the model again";
 constexpr size_t kMostDims = 8;
 

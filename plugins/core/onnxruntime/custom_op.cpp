@@ -44,8 +44,6 @@ void* scratch(size_t bytes) {
   return own.at_least(bytes);
 }
 
-thread_local int64_t kernels_made = 0;
-
 struct Declaration : CustomOp {
   const GemmOp* op;
   int x_type;
@@ -269,7 +267,7 @@ Declaration declare(const GemmOp& op, int x_type) {
 
 struct Declared {
   const char* domain;
-  std::unique_ptr<const CustomOp> op;  // a pointer, because ONNX Runtime keeps the address
+  std::shared_ptr<const CustomOp> op;  // ONNX Runtime keeps the address
 };
 
 // A function's static, so that it exists before the first registration whatever the order of the
@@ -313,7 +311,7 @@ GemmRegistration::GemmRegistration(const GemmOp& op) {
     add_declaration(kDomain, std::make_unique<Declaration>(declare(op, type)));
 }
 
-void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op) {
+void add_declaration(const char* domain, std::shared_ptr<const CustomOp> op) {
   declarations().push_back({domain, std::move(op)});
 }
 

@@ -42,8 +42,9 @@ constexpr const char* kPluginVersion = "1";  // of the nodes that these kernels 
 // of its custom nodes here: one that ONNX Runtime runs by its function body makes none.
 ANYBIT_API int64_t anybit_kernels_made();
 
-// Declares any op, in a domain and those below it that models use. Called from static objects.
-void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op);
+// Declares any op, in a domain and those below it that models use. Called from static objects. The
+// pointer is a shared one because it remembers what it was made of: an op is deleted as that.
+void add_declaration(const char* domain, std::shared_ptr<const CustomOp> op);
 
 // Adds every declared op in every domain to a session's options; null, or what is wrong.
 OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base);
