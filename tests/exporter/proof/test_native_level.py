@@ -95,7 +95,9 @@ def test_the_first_wrong_node_is_named(
     assert re.sub(r"error of [0-9.e-]+ at", "error of ERROR at", result.first_failure) == failure
 
 
-@pytest.mark.parametrize("fields", [{}, {"static": 32}, {"dtype": "float32", "static": 32}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"static": 32}, {"dtype": "float32", "static": 32}], ids=str
+)
 def test_attention_is_near_its_body(
     tiny_export: Callable[..., Path], fields: dict[str, Any]
 ) -> None:
