@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 # Others in this folder are the user's own.
 FOLDERS := plugins calibration exporter deploy tests benchmarks examples
 DEMO   := out/smollm2-135m-w4a8
-KERNEL_SOURCES = find plugins -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
+KERNEL_SOURCES = find plugins deploy examples tests/deploy -name '*.cuh' -o -name '*.hpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
 # Spinning OpenMP threads slow a shared machine down up to ten times.
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -45,8 +45,9 @@ lint: install  ## ruff and mypy
 kernels: install
 	$(PY) -m plugins selftest --sim --list > /dev/null
 
-install: $(VENV)/.installed  ## the virtual environment and the libraries for TensorRT and ONNX Runtime
+install: $(VENV)/.installed  ## the virtual environment, the libraries for TensorRT and ONNX Runtime, and the C++ runtime
 	$(PY) -m plugins build
+	$(PY) -m deploy.runtime
 
 # torch first and pinned: a range would take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt

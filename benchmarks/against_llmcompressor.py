@@ -252,6 +252,8 @@ class Comparison:
             "--method",
             args.method,
             *common,
+            "--head-bits",
+            "16",  # as the peer's
             "--offline",
             "--progress",
             "none",

@@ -82,6 +82,8 @@ def calibrate(out: Path, options: str, args: argparse.Namespace) -> dict[str, An
             str(args.calib),
             "--dtype",
             "float32",
+            "--head-bits",
+            "16",  # what is compared are the layers
             "--offline",
             "--progress",
             "none",

@@ -17,16 +17,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.proof.quality import CHUNK, Quality
 from plugins.cli import run_cli, whole_number
-from plugins.errors import CheckError, InputError
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -38,59 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["FLOAT", "Quality", "main", "open_models", "score", "table"]
 
 FLOAT = "float"
-# positions whose fp64 log-probabilities are held at once: 50 MB each for a vocabulary of 49152
-CHUNK = 128
-
-
-@dataclass
-class Quality:
-    """Sums over predicted tokens, of one model against its float model.
-
-    Attributes:
-        tokens: how many predictions were compared.
-        nll: sum of -log p(token), in nats.
-        same: predictions whose most likely token is the float model's.
-        divergence: sum of KL(float || model) of the next-token distributions, in nats.
-    """
-
-    tokens: int = 0
-    nll: float = 0.0
-    same: int = 0
-    divergence: float = 0.0
-
-    def add(self, reference: Tensor, log_probabilities: Tensor, targets: Tensor) -> None:
-        """Count more predictions: log-probabilities [S, V] of the float model and of this one, and
-        the true tokens [S].
-        """
-        from torch.nn.functional import kl_div, nll_loss
-
-        self.tokens += len(targets)
-        self.nll += float(nll_loss(log_probabilities, targets, reduction="sum"))
-        self.same += int((log_probabilities.argmax(-1) == reference.argmax(-1)).sum())
-        self.divergence += float(
-            kl_div(log_probabilities, reference, reduction="sum", log_target=True)
-        )
-
-    def means(self, name: str) -> dict[str, float]:
-        """{"ppl", "top1", "kl"}: perplexity, share of predictions that agree, mean divergence in
-        nats.
-
-        Raises:
-            CheckError: the model computes NaN, or probabilities of zero.
-        """
-        nll, divergence = self.nll / self.tokens, self.divergence / self.tokens
-        if not math.isfinite(nll) or not math.isfinite(divergence):
-            raise CheckError(
-                name,
-                f"got a mean negative log-likelihood of {nll} and a divergence of {divergence}, "
-                f"expected numbers",
-                "The model is broken: quantise it again, and look at its report",
-            )
-        return {
-            "ppl": math.exp(nll) if nll < 709 else math.inf,
-            "top1": self.same / self.tokens,
-            "kl": divergence,
-        }
 
 
 def score(models: dict[str, Reference], windows: ndarray) -> dict[str, Quality]:

@@ -50,31 +50,41 @@ MODELS = {
         {**TINY, "tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 4},
     ),
 }
+FLOAT_HEAD = "--head-bits 16"
 FEW = "--nsamples 3 --seqlen 64"
 CASES = {  # name: (model, arguments of python -m exporter)
-    "qqq": ("llama", f"--wbits 4 --abits 8 {FEW}"),
-    "qqq-bias-g64": ("bias", f"--wbits 4 --abits 8 --group-size 64 --dtype bfloat16 {FEW}"),
+    "qqq": ("llama", f"--wbits 4 --abits 8 {FLOAT_HEAD} {FEW}"),
+    "qqq-bias-g64": (
+        "bias",
+        f"--wbits 4 --abits 8 --group-size 64 --dtype bfloat16 {FLOAT_HEAD} {FEW}",
+    ),
     "qqq-smooth": (
         "bias",
-        f"--wbits 4 --abits 8 --set rotation=none --set smooth=all --kv-bits 4 {FEW}",
+        f"--wbits 4 --abits 8 --set rotation=none --set smooth=all --kv-bits 4 {FLOAT_HEAD} {FEW}",
     ),
     "qqq-orthogonal": (
         "mistral",
-        f"--wbits 4 --abits 8 --set rotation=orthogonal --set smooth=down --set refits=1 {FEW}",
+        f"--wbits 4 --abits 8 --set rotation=orthogonal --set smooth=down --set refits=1 {FLOAT_HEAD} {FEW}",
     ),
-    "abq-w2b": ("llama", f"--wbits 2b --abits 8 --group-size 32 {FEW}"),
-    "abq-train": ("bias", f"--wbits 3 --abits 6 --kv-bits 4 --set epochs=1 --set tune=1 {FEW}"),
+    "abq-w2b": ("llama", f"--wbits 2b --abits 8 --group-size 32 {FLOAT_HEAD} {FEW}"),
+    "abq-train": (
+        "bias",
+        f"--wbits 3 --abits 6 --kv-bits 4 --set epochs=1 --set tune=1 {FLOAT_HEAD} {FEW}",
+    ),
     "abq-paper": (
         "llama",
-        "--wbits 2 --abits 8 --effort paper --nsamples 3 --seqlen 64 --set epochs=1 --set "
+        f"--wbits 2 --abits 8 --effort paper {FLOAT_HEAD} {FEW} --set epochs=1 --set "
         "train_windows=2",
     ),
-    "abq-a16": ("mistral", f"--wbits 4 --abits 16 --dtype float32 {FEW}"),
-    "abq-1b": ("bias", f"--wbits 1b --abits 4 --act-quant sym {FEW}"),
-    "mixed": ("llama", f"--wbits 4 --abits 8 --bits-file BITS {FEW}"),
-    "budget": ("bias", f"--wbits 4 --abits 8 --budget 4.6 {FEW}"),
+    "abq-a16": ("mistral", f"--wbits 4 --abits 16 --dtype float32 {FLOAT_HEAD} {FEW}"),
+    "abq-1b": ("bias", f"--wbits 1b --abits 4 --act-quant sym {FLOAT_HEAD} {FEW}"),
+    "mixed": ("llama", f"--wbits 4 --abits 8 --bits-file BITS {FLOAT_HEAD} {FEW}"),
+    "budget": ("bias", f"--wbits 4 --abits 8 --budget 4.6 {FLOAT_HEAD} {FEW}"),
     "rtn": ("bias", "--wbits 4 --abits 8 --method rtn --format compressed-tensors"),
     "rtn-abq": ("mistral", "--wbits 5 --abits 7 --method rtn --group-size 16 --act-quant asym"),
+    "head-8": ("llama", f"--wbits 4 --abits 8 --head-bits 8 {FEW}"),
+    "head-4": ("bias", f"--wbits 3 --abits 6 --group-size 32 --head-bits 4 {FEW}"),
+    "rtn-head": ("llama", "--wbits 4 --abits 16 --method rtn --head-bits 6"),
 }
 DEMO = {
     "demo-w4a8": "--wbits 4 --abits 8 --effort fast",

@@ -55,6 +55,8 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
             out / SENSITIVITY,
             args.resume,
             ranks,
+            schemes.head_bits,
+            schemes.head_limit,
         )
     )
     if budget is not None:
@@ -110,6 +112,7 @@ def _refuse_other(
             f"expected those of {checkpoint.name}",
             fix,
         )
+    _refuse_other_head(folder, meta.get("head"), schemes, fix)
     known = schemes.nodes(checkpoint.decoder) if nodes else {}
     for place, scheme in (
         ("", schemes.base),
@@ -126,6 +129,20 @@ def _refuse_other(
             raise InputError(
                 str(folder), f"got a model quantised with {got}{place}, expected {expected}", fix
             )
+
+
+def _refuse_other_head(folder: Path, found: object, schemes: SchemeMap, fix: str) -> None:
+    if schemes.head_limit is not None:  # either is what was asked for
+        return
+    wanted = None if schemes.head is None else schemes.head.as_dict()
+    if found != wanted:
+        got, expected = (
+            f"wbits {fields.get('wbits')}" if isinstance(fields, dict) else "a float table"
+            for fields in (found, wanted)
+        )
+        raise InputError(
+            str(folder), f"got a model with {got} for its head, expected {expected}", fix
+        )
 
 
 def _main(argv: list[str] | None) -> int:

@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calibration import formats
-from calibration.checkpoints.sources import ALIASES, model_slug
+from calibration.checkpoints.sources import model_slug
 from calibration.methods import PLAIN_METHOD, Method, find_method, method_names
-from calibration.quant.bits import SchemeMap, read_bits_file
+from calibration.quant.bits import SchemeMap, check_head_bits, read_bits_file
 from calibration.quant.scheme import (
     FLOAT_BITS,
     Bits,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from plugins.core.op_spec import OpSpec
 
 __all__ = [
+    "ListFamilies",
     "add_quant_arguments",
     "default_out",
     "model_slug",
@@ -39,7 +40,20 @@ __all__ = [
     "settings_from_args",
 ]
 
-AUTO = "auto"  # the method that the op was made for
+
+class ListFamilies(argparse.Action):
+    """Prints the table of families and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        """Print it."""
+        from calibration.support import support_table
+
+        print(support_table())
+        parser.exit()
+
+
+AUTO = "auto"  # the method that the op was made for; a head of 8 bits where that costs little
+_AUTO_HEAD, _AUTO_LIMIT = 8, 0.001  # bits, and the largest rise of perplexity
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +66,13 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help=f"alias ({', '.join(ALIASES)}), hub id, Hugging Face folder or .gguf file",
+        help="alias (--list-families shows them), hub id, Hugging Face folder or .gguf file",
+    )
+    add(
+        "--list-families",
+        action=ListFamilies,
+        nargs=0,
+        help="print which models are read, and their aliases, and exit",
     )
     add(
         "--wbits",
@@ -87,6 +107,13 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         default=FLOAT_BITS,
         metavar="B",
         help="bits of keys and values in the KV cache, 2 to 8; 16 (default): as --dtype says",
+    )
+    add(
+        "--head-bits",
+        default=AUTO,
+        metavar="B",
+        help="weight bits of the head, 4 to 8; 16: as --dtype says; auto (default): 8 where that "
+        f"raises the perplexity of calibration text by at most {_AUTO_LIMIT:.1%}%, else 16",
     )
     add(
         "--act-quant",
@@ -254,6 +281,17 @@ def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
     for scheme in schemes.schemes():
         formats.check(args.format, scheme)
         _method_of(args, scheme).check(scheme)
+    return _with_head(schemes, args)
+
+
+def _with_head(schemes: SchemeMap, args: argparse.Namespace) -> SchemeMap:
+    """The map with the head of --head-bits: of auto one that a calibration may leave as it is."""
+    if args.head_bits == AUTO:
+        return replace(schemes, head_bits=_AUTO_HEAD, head_limit=_AUTO_LIMIT)
+    schemes = replace(schemes, head_bits=check_head_bits(args.head_bits))
+    if schemes.head is not None:
+        formats.check_head(args.format, schemes.head)
+        _method_of(args, schemes.base).check(schemes.head)
     return schemes
 
 

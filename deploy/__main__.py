@@ -21,12 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
         choice = choices.add_parser(
             command.name, help=command.help, description=command.description
         )
-        choice.add_argument(
-            "out",
-            metavar="OUT",
-            type=Path,
-            help="artifact folder of python -m exporter, or its onnx or engine folder alone",
-        )
+        if command.out_help:
+            choice.add_argument("out", metavar="OUT", type=Path, help=command.out_help)
+        else:
+            choice.set_defaults(out=Path())
         command.add_arguments(choice)
     return parser
 

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from calibration.out.layout import ONNX
 from exporter.run import runners
-from exporter.run.model import AUTO
+from exporter.run.model import AUTO, CPU
 
-__all__ = ["Command", "add_runner"]
+__all__ = ["Command", "add_progress", "add_runner"]
 
 
 class Command(ABC):
@@ -21,11 +22,15 @@ class Command(ABC):
         name: as the command line takes it.
         help: one line for the list of commands.
         description: what --help of the command says.
+        out_help: what its first argument OUT is; "" where it takes none and gets the working folder.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     description: ClassVar[str]
+    out_help: ClassVar[str] = (
+        "artifact folder of python -m exporter, or its onnx or engine folder alone"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027
         """Declare the command's own arguments; OUT is there."""
@@ -36,16 +41,28 @@ class Command(ABC):
 
 
 def add_runner(parser: argparse.ArgumentParser, default: str) -> None:
-    """--runner: auto or one of exporter/run."""
+    """--runner: auto, cpu or one of exporter/run."""
     found = runners().values()
-    automatic = " or ".join(runner.name for runner in found if runner.automatic)
+    automatic = [runner for runner in found if runner.automatic]
+    on_cpu = (runner.name for runner in automatic if runner.stage == ONNX)
     choices = [
-        f"{AUTO}: {automatic}, by what is there",
+        f"{AUTO}: {' or '.join(runner.name for runner in automatic)}, by what is there",
+        f"{CPU}: {' or '.join(on_cpu)}, by what can run",
         *(f"{runner.name}: {runner.help}" for runner in found),
     ]
     parser.add_argument(
         "--runner",
-        choices=(AUTO, *(runner.name for runner in found)),
+        choices=(AUTO, CPU, *(runner.name for runner in found)),
         default=default,
         help=f"{'; '.join(choices)} (default {default})",
+    )
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """--progress, of a command that takes long."""
+    parser.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "rich", "plain", "json", "none"),
+        help="json: one object per line on stdout",
     )

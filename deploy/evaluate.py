@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.command import Command, add_runner
+from deploy.command import Command, add_progress, add_runner
+from exporter.run.model import CPU
 from plugins.cli import whole_number
 
 if TYPE_CHECKING:
@@ -73,13 +74,8 @@ class Evaluate(Command):
             metavar="L",
             help="tokens per window (default: 2048, or the longest sequence if that is shorter)",
         )
-        add_runner(parser, default="onnxruntime")
-        add(
-            "--progress",
-            default="auto",
-            choices=("auto", "rich", "plain", "json", "none"),
-            help="json: one object per line on stdout",
-        )
+        add_runner(parser, default=CPU)
+        add_progress(parser)
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Score and print."""

@@ -124,6 +124,8 @@ class Pipeline:
             offline=request.offline,
             cache=request.out / SENSITIVITY,
             resume=request.resume,
+            head_bits=request.schemes.head_bits,
+            head_limit=request.schemes.head_limit,
         )
 
     def _check_memory(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import sha256_file
+from calibration.out.files import sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     method_digest,
@@ -20,6 +20,7 @@ from calibration.out.fingerprint import (
 )
 from calibration.out.folder import open_stage
 from calibration.out.layout import (
+    CHAT_FILE,
     ENGINE,
     HTML_FILE,
     MODEL_FILE,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from calibration.quant.bits import SchemeMap
     from exporter.engine.edition import Edition
     from exporter.proof.perplexity import EvalRequest
-    from exporter.proof.validate import ValidationResult
 
 __all__ = [
     "EngineStage",
@@ -229,7 +229,7 @@ class OnnxStage(Stage):
     """
 
     name = ONNX
-    code = ("exporter/graph", "plugins")
+    code = ("exporter/graph", "exporter/chat.py", "plugins")
 
     def inputs(self) -> Any:
         """How many positions there are, and the cache's form."""
@@ -243,6 +243,7 @@ class OnnxStage(Stage):
         """Write the graph."""
         from calibration.quant.describe import describe
         from calibration.quant.folder import read_quant
+        from exporter.chat import chat_data, no_template
         from exporter.graph.decoder import export_onnx
 
         quant = read_quant(self.out / QUANT, verify=False)  # made, or found whole, a moment ago
@@ -251,6 +252,11 @@ class OnnxStage(Stage):
         made = describe(quant)
         self._description = made.static(longest) if static else replace(made, max_context=longest)
         copy_files(quant.path, self._description.tokenizer, folder)
+        has_chat = self._description.chat_template is not None  # else nobody asks for transformers
+        chat = chat_data(quant.tokenizer()) if has_chat else no_template()
+        write_json(folder / CHAT_FILE, chat)
+        if has_chat and (why := chat["why_not"]):
+            self.progress.message(f"{ONNX}: no chat outside Python, {why}")
         token = self._description.cache.token_bytes
         return facts | {"summary": f"{facts['summary']}, {token} bytes of KV cache a token"}
 
@@ -334,7 +340,7 @@ class EngineStage(Stage):
         build_engine(source / MODEL_FILE, self.library, folder, self._options(), self.progress)
         record = read_engine_record(folder)
         description = open_stage(self.out, ONNX, "the engine").description()
-        copy_files(source, description.tokenizer, folder)
+        copy_files(source, (*description.tokenizer, CHAT_FILE), folder)
         self._description = description.within(**asdict(engine_limits(record)))
         plugins = record["layers"]["PLUGIN_V3"]
         return {
@@ -375,43 +381,21 @@ class ReportStage(Stage):
 
     def work(self, folder: Path) -> dict[str, Any]:
         """Validate, score, and write the page."""
-        from exporter.proof.validate import ValidateOptions, validate
-        from exporter.report.report import report_data, write_report
+        from exporter.proof.prove import prove
+        from exporter.proof.validate import ValidateOptions
+        from exporter.report.report import write_report
 
         options = ValidateOptions(
             calib=self.request.settings.calib,
             offline=self.request.offline,
             model=self.request.model,
         )
-        result, perplexity = self._perplexity(validate(self.out, options, self.progress))
-        data = report_data(self.out, self.manifest | {"perplexity": perplexity}, result)
+        result, data = prove(self.out, self.manifest, options, self.scored, self.progress)
         write_report(folder, data)
         summary = "every layer within tolerance" if result.ok else "a check failed"
-        if perplexity:
+        if perplexity := data["perplexity"]:
             summary += f", perplexity {perplexity['ppl']:.2f}"
         return {"first_failure": result.first_failure, "summary": summary}
-
-    def _perplexity(
-        self, result: ValidationResult
-    ) -> tuple[ValidationResult, dict[str, Any] | None]:
-        """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the
-        result's first failure.
-        """
-        from exporter.proof.perplexity import score
-        from exporter.run.model import find_model
-
-        if self.scored is None:
-            return result, None
-        if not result.ok:
-            note = "The perplexity was not scored, because a layer is out of tolerance."
-            return replace(result, notes=(*result.notes, note)), None
-        model = find_model(self.out, self.scored.runner)
-        try:
-            with model.open() as session:
-                return result, score(session, model, self.scored, self.progress)
-        except CheckError as error:
-            failure = f"perplexity of {self.scored.text.name}, {error.where}: {error.problem}"
-            return replace(result, first_failure=failure), None
 
     def finish(self) -> None:
         """A failed check is an error, of a report that was kept too.

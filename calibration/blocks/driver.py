@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.forward import BlockWeights, embedded
+from calibration.blocks.head import HeadMethod, HeadTask, quantise_head
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import StreamBudget, Windows
 from calibration.blocks.walk import Streams, WalkBlock, walk
@@ -36,7 +37,9 @@ __all__ = ["Basis", "BlockMethod", "BlockTask", "Calibrated", "Calibration", "ca
 class Basis(Protocol):
     """The float model in the coordinates that are quantised."""
 
-    unties: bool  # the head is no longer the embedding
+    @property
+    def unties(self) -> bool:
+        """Whether a tied head is no longer the embedding."""
 
     def load(self, checkpoint: Checkpoint, index: int) -> BlockWeights:
         """Weights of a block, fp32."""
@@ -84,7 +87,7 @@ class BlockTask:
 
 class BlockMethod(Protocol):
     """What the file of a method that looks at data defines as METHOD, or what its rounding rule
-    becomes.
+    becomes; to quantise the head it is a HeadMethod too.
     """
 
     def rotation(self, settings: CalibrationSettings) -> str:
@@ -110,8 +113,10 @@ class Calibration:
         scheme_of: scheme of a linear or GEMM node by its full name.
         settings: all settings.
         windows: token ids int64 [n, L].
-        store: where finished blocks go, and come from.
+        store: where finished blocks, and the head behind them, go, and come from.
         ranks: the processes that share the windows.
+        head: the head's scheme; None leaves it in floating point.
+        head_limit: as of SchemeMap.
     """
 
     checkpoint: Checkpoint
@@ -121,6 +126,8 @@ class Calibration:
     windows: np.ndarray
     store: BlockStore
     ranks: Ranks = ALONE
+    head: QuantScheme | None = None
+    head_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,12 @@ class Calibrated:
 
     Attributes:
         reports: of the blocks; the same however often the run was interrupted.
+        head: the report of quantise_head; None where the head was to stay as it is.
         cost: of this very run: "seconds", "peak_stream_bytes", "spilled_bytes".
     """
 
     reports: list[dict[str, Any]]
+    head: dict[str, Any] | None
     cost: dict[str, float]
 
 
@@ -204,13 +213,63 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         reports.append(result.report)
         progress.message(note)
         progress.advance(1, note)
+    head = None if job.head is None else _head(job, job.head, basis, streams, device, finished)
+    if head is not None:
+        progress.message(_head_line(head))
     progress.finish()
     cost = {
         "seconds": round(time.monotonic() - began, 1),
         "peak_stream_bytes": budget.peak,
         "spilled_bytes": budget.spilled,
     }
-    return Calibrated(reports, cost)
+    return Calibrated(reports, head, cost)
+
+
+def _head(
+    job: Calibration,
+    scheme: QuantScheme,
+    basis: Basis,
+    streams: Streams,
+    device: str,
+    finished: int,
+) -> dict[str, Any]:
+    """The report of the head, which the store has afterwards."""
+    decoder, ranks = job.checkpoint.decoder, job.ranks
+    if finished > decoder.layers:
+        return job.store.load(decoder.layers).report
+    assert isinstance(job.method, HeadMethod)
+    gain, table = (
+        basis.tensor(job.checkpoint, name).to(device)
+        for name in (decoder.head.norm.gain, f"{decoder.head_table(basis.unties)}.weight")
+    )
+    numbers = list(ranks.share(len(job.windows)))
+    result: BlockResult = quantise_head(
+        job.method,
+        HeadTask(
+            head=decoder.head,
+            index=decoder.layers,
+            gain=gain,
+            table=table,
+            scheme=scheme,
+            limit=job.head_limit,
+            streams=streams,
+            tokens=torch.from_numpy(job.windows[numbers]),
+            numbers=numbers,
+            settings=job.settings,
+            ranks=ranks,
+            windows=len(job.windows),
+        ),
+    )
+    if ranks.first:
+        job.store.save(decoder.layers, result)
+    ranks.wait()
+    return result.report
+
+
+def _head_line(report: Mapping[str, Any]) -> str:
+    kept = "" if report["kept"] else ", which is too much: it stays in floating point"
+    rise = "unknown" if report["rise"] is None else f"{report['rise']:+.3%}"
+    return f"head {report['bits']}: change of perplexity {rise}{kept}"
 
 
 def _check_range(block: Block, streams: Streams, ranks: Ranks) -> None:

@@ -23,14 +23,16 @@ from calibration.solvers.grid import Grid, column_groups, search_grid
 from calibration.solvers.hessian import Moments, corrected_target
 from calibration.transforms.rotation import Rotation, obstacle
 from calibration.transforms.smoothing import adaptive_scales, fold_scales, smoothed_sites
+from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import Basis, BlockTask
+    from calibration.blocks.head import HeadTask
     from calibration.blocks.settings import WalkSettings
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.quant.scheme import QuantScheme
     from calibration.settings import CalibrationSettings
-    from plugins.core.op_spec import QuantArrays
 
 __all__ = [
     "Plain",
@@ -40,6 +42,8 @@ __all__ = [
     "SiteSolver",
     "smoothed",
 ]
+
+_HEAD_WEIGHTS = 1 << 22  # that are rounded together, more for wide rows: fp64 copies are made
 
 
 class Plain:
@@ -162,46 +166,52 @@ def _checked(found: object, target: Tensor, grid: SiteGrid, where: str) -> Round
     return replace(rounded, codes=codes)
 
 
-class SiteSolver:
-    """Codes of a site from its float weight and the moments of its inputs; adds up what rounding
-    costs.
+class WeightSolver:
+    """Codes of weights from the moments of their inputs; adds up what rounding costs.
 
     Args:
-        task: the block.
-        weights: float weights with every fold done; `walk`'s moments are in the same coordinates.
+        settings: of the calibration.
+        index: of the block, which is part of what fixes random numbers.
         rule: rounds them.
         grids: of sites whose grid is known; the others' are searched.
     """
 
     def __init__(
         self,
-        task: BlockTask,
-        weights: dict[str, Tensor],
+        settings: CalibrationSettings,
+        index: int,
         rule: Rule,
         grids: Mapping[str, Grid] | None = None,
     ) -> None:
-        self._task, self._weights, self._rule, self._grids = task, weights, rule, grids or {}
-        self._settings: WalkSettings = task.settings.method
+        self._calibration, self._index, self._rule, self._grids = settings, index, rule, grids or {}
+        self._settings: WalkSettings = settings.method
         self.before = self.after = self.signal = 0.0
         self.notes: list[str] = []
 
-    def __call__(self, site: str, moments: Moments | None) -> QuantArrays:
-        """The arrays of one site from what its inputs were; keeps the errors before and after."""
-        assert moments is not None
-        scheme = self._task.schemes[site]
-        moments.reduce(self._task.ranks)
+    def solve(
+        self,
+        site: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        scheme: QuantScheme,
+        moments: Moments,
+    ) -> QuantArrays:
+        """The arrays of a weight [N, K] from what all its inputs were; keeps the errors before and
+        after.
+        """
         if not torch.isfinite(
             moments.hessian
         ).all():  # an activation overflowed: as if nothing had been seen
-            moments = Moments(len(moments.hessian), cross=False, device=self._task.device)
-        weight, bias = site_weight(self._weights, self._task.block.sites[site].linears)
+            moments = Moments(len(moments.hessian), cross=False, device=str(weight.device))
         target = corrected_target(weight, moments, self._settings.correct)
         found = self._grids.get(site) or search_grid(
             target, scheme, torch.diagonal(moments.hessian), self._settings.clip_steps
         )
-        grid = SiteGrid(found, column_groups(weight, scheme), self._generator(site))
+        generator = self._generator(site, str(weight.device))
+        grid = SiteGrid(found, column_groups(weight, scheme), generator)
         nearest = Rounded(grid.round(target), grid)
-        rounded = self._rounded(site, target, moments.hessian, nearest)
+        where = f"method {scheme.method!r}, {site} of block {self._index + 1}"
+        rounded = self._rounded(where, target, moments.hessian, nearest)
 
         def error(values: Tensor) -> float:
             return quadratic_error(target, values, moments.hessian)
@@ -213,16 +223,15 @@ class SiteSolver:
             self.notes.append(f"{site}: {rounded.note}")
         return rounded.grid.grid.arrays(rounded.codes, bias)
 
-    def _generator(self, site: str) -> torch.Generator:
-        place = f"{self._task.settings.seed}/{self._task.block.index}/{site}"
+    def _generator(self, site: str, device: str) -> torch.Generator:
+        place = f"{self._calibration.seed}/{self._index}/{site}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7])
-        return torch.Generator(self._task.device).manual_seed(seed)
+        return torch.Generator(device).manual_seed(seed)
 
-    def _rounded(self, site: str, target: Tensor, hessian: Tensor, nearest: Rounded) -> Rounded:
+    def _rounded(self, where: str, target: Tensor, hessian: Tensor, nearest: Rounded) -> Rounded:
         """By the rule, where there is anything that it could go by."""
         if not says_something(hessian):
             return replace(nearest, note=NO_INPUTS)
-        where = f"method {self._task.schemes[site].method!r}, {site} of block {self._task.block.index + 1}"
         given = {"target": target, "hessian": hessian}
         versions = {name: tensor._version for name, tensor in given.items()}
         found = self._rule(target, hessian, nearest.grid, self._settings)
@@ -247,6 +256,33 @@ class SiteSolver:
         }
 
 
+class SiteSolver(WeightSolver):
+    """Codes of a block's sites.
+
+    Args:
+        task: the block.
+        weights: float weights with every fold done; `walk`'s moments are in the same coordinates.
+        rule, grids: of WeightSolver.
+    """
+
+    def __init__(
+        self,
+        task: BlockTask,
+        weights: dict[str, Tensor],
+        rule: Rule,
+        grids: Mapping[str, Grid] | None = None,
+    ) -> None:
+        super().__init__(task.settings, task.block.index, rule, grids)
+        self._task, self._weights = task, weights
+
+    def __call__(self, site: str, moments: Moments | None) -> QuantArrays:
+        """The arrays of one site from what this process saw of its inputs."""
+        assert moments is not None
+        moments.reduce(self._task.ranks)
+        weight, bias = site_weight(self._weights, self._task.block.sites[site].linears)
+        return self.solve(site, weight, bias, self._task.schemes[site], moments)
+
+
 class RoundingMethod:
     """The BlockMethod of a rule."""
 
@@ -263,12 +299,12 @@ class RoundingMethod:
         if kind == "none":
             return Plain()
         decoder = checkpoint.decoder
-        if problem := obstacle(decoder):
+        if kind != "values" and (problem := obstacle(decoder)):
             raise InputError(
                 f"rotation={kind}",
                 f"got a decoder whose residual stream cannot be rotated ({problem}), "
                 f"expected norm, linears and sum in every branch",
-                "Add --set rotation=none",
+                "Add --set rotation=values, which rotates value heads alone, or rotation=none",
             )
         head_dim = decoder.blocks[0].heads.head_dim
         return Rotation.make(kind, decoder.hidden, head_dim, settings.seed)
@@ -289,4 +325,16 @@ class RoundingMethod:
         )
         return BlockResult(
             sites, {name: gain.cpu().numpy() for name, gain in gains.items()}, solver.report()
+        )
+
+    def head(self, task: HeadTask) -> QuantArrays:
+        """Round some rows of the table after the other, so that memory stays bounded."""
+        solver, moments = WeightSolver(task.settings, task.index, self.rule), task.moments()
+        width = task.table.shape[1]
+        rows = max(2 * width, _HEAD_WEIGHTS // width)  # factoring the Hessian costs like `width`
+        return QuantArrays.stacked(
+            [
+                solver.solve(task.head.name, part, None, task.scheme, moments)
+                for part in task.table.split(rows)
+            ]
         )

@@ -14,7 +14,8 @@ class WalkSettings(MethodSettings):
     """What happens to the weights of a site before they are rounded.
 
     Attributes:
-        rotation: of the residual stream and the value heads: hadamard, orthogonal or none.
+        rotation: of the residual stream and the value heads: hadamard, orthogonal or none; of the
+            value heads alone: values.
         smooth: adaptive smoothing at "all" four sites, at "down" only, or "none".
         clip_steps: clip ratios tried in the search for scales; 1 takes min and max.
         correct: 0 to 1, how far weights make up for what earlier layers and activation codes got
@@ -22,7 +23,7 @@ class WalkSettings(MethodSettings):
     """
 
     rotation: str = field(
-        default="hadamard", metadata={"choices": ("hadamard", "orthogonal", "none")}
+        default="hadamard", metadata={"choices": ("hadamard", "orthogonal", "values", "none")}
     )
     smooth: str = field(default="none", metadata={"choices": ("none", "all", "down")})
     clip_steps: int = 40

@@ -25,7 +25,7 @@ from calibration.out.fingerprint import (
 )
 from calibration.out.json_file import read_record
 from calibration.quant.bits import Rule, SchemeMap
-from calibration.quant.scheme import QuantScheme
+from calibration.quant.scheme import FLOAT_BITS, QuantScheme
 from calibration.quant.sizes import node_bits, node_weights
 from calibration.settings import CalibrationSettings
 from plugins.errors import InputError
@@ -50,7 +50,7 @@ class Budget:
 
     Attributes:
         bits: per weight of the linears on average, at most; scales and zero points count, as in
-            quant.json's bits_per_weight.
+            quant.json's bits_per_weight, which counts a quantized head too.
         base: the scheme whose method, activation bits and groups every choice keeps.
         settings: of the calibration; the measurement takes windows of the same text, but fewer and
             shorter ones.
@@ -59,6 +59,7 @@ class Budget:
         cache: JSON file that keeps the measurement.
         resume: take it from there if it is of the same model, settings and code.
         ranks: the processes that share the measurement.
+        head_bits, head_limit: as of SchemeMap; the head is beside the budget.
     """
 
     bits: float
@@ -69,6 +70,8 @@ class Budget:
     cache: Path
     resume: bool
     ranks: Ranks = ALONE
+    head_bits: int = FLOAT_BITS
+    head_limit: float | None = None
 
 
 def candidates(base: QuantScheme, format_name: str = formats.OURS) -> tuple[QuantScheme, ...]:
@@ -167,7 +170,7 @@ def schemes_within(checkpoint: Checkpoint, budget: Budget, progress: Progress) -
         f"from {budget.base.label}, "
         f"which everywhere would be {total(everywhere)}"
     )
-    return SchemeMap(budget.base, rules)
+    return SchemeMap(budget.base, rules, budget.head_bits, budget.head_limit)
 
 
 def allocate(options: Sequence[Sequence[Option]], room: int) -> list[int]:

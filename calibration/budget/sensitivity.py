@@ -272,10 +272,9 @@ class _Model:
     def loss_gradients(self, x: Windows, numbers: list[int], seed: int) -> Windows:
         """At the head's input; `numbers` are those of the windows, which fix their labels."""
         decoder = self.checkpoint.decoder
-        own = not decoder.tied or self.basis.unties
         gain, table = (
             self.tensor(name).to(self.device)
-            for name in (decoder.head.norm.name, (decoder.head if own else decoder.embedding).name)
+            for name in (decoder.head.norm.name, decoder.head_table(self.basis.unties))
         )
         head = Head(decoder.head, gain, table)
         generators = (

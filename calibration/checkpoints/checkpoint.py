@@ -86,6 +86,7 @@ class _Fields:
     head_dim: _Width | None = None
     vocab_size: _Width | None = None
     max_position_embeddings: _Positions | None = None
+    sliding_window: _Positions | None = None
     num_labels: _Labels | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | list[TokenId] | None = None

@@ -23,6 +23,7 @@ __all__ = ["GgufFile", "GgufWeights"]
 # Part 2 of 3, as gguf-split names it: model-00002-of-00003.gguf; split.no counts from 0.
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _LARGEST = 1e12
 
 
@@ -82,6 +83,35 @@ class GgufFile:
     def length(self, key: str) -> int | None:
         """How long a list of the metadata is, or None if there is none."""
         return self._head.length(key)
+
+    def factors(self, name: str, pairs: int | None = None) -> np.ndarray | None:
+        """Divisors of the rotary frequencies, fp32 [pairs of a head], or None if there are none.
+
+        Raises:
+            InputError: they have another shape, or are not positive numbers.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            return None
+        where = f"{self.path}, tensor {name}"
+        if len(tensor.shape) != 1 or pairs not in (None, *tensor.shape):
+            wanted = (
+                "a number for each pair of a head" if pairs is None else f"[{pairs}], half a head"
+            )
+            problem = f"got shape {list(tensor.shape)}, expected {wanted}"
+            raise InputError(where, problem, DOWNLOAD_AGAIN)
+        factors = dequantized(self, name, tensor)
+        wrong = factors[~((factors > 0) & np.isfinite(factors))]
+        if wrong.size:
+            raise InputError(where, f"got {wrong[0]}, expected positive numbers", DOWNLOAD_AGAIN)
+        return factors
+
+    def long_factors(self) -> tuple[list[float], list[float]] | None:
+        """longrope's divisors for short texts and for long ones, if both are there."""
+        found = [self.factors(name) for name in _LONG_FACTORS]
+        if found[0] is None or found[1] is None:
+            return None
+        return found[0].tolist(), found[1].tolist()
 
     def says(self, key: str) -> bool:
         """Whether a key's value is more than 0, false or empty, as which llama.cpp's converter
@@ -185,6 +215,22 @@ def _known_tensors(decoder: Decoder) -> Iterator[TensorInfo]:
     return replace(decoder, blocks=blocks).untied().tensors()
 
 
+def dequantized(file: GgufFile, name: str, tensor: GgufTensor) -> np.ndarray:
+    """A tensor, or some of its rows, in fp32.
+
+    Raises:
+        InputError: its type cannot be read.
+    """
+    try:
+        return np.asarray(dequantize(tensor.data, tensor.type), np.float32)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"{file.path}, tensor {name}",
+            f"got type {tensor.type.name} that cannot be read ({error})",
+            ANOTHER_TYPE,
+        ) from None
+
+
 class GgufWeights:
     """Tensors of a GGUF model under Hugging Face names; rows that RoPE rotates are put back in
     order.
@@ -199,7 +245,7 @@ class GgufWeights:
         self._file = file
         self._head_dim = decoder.blocks[0].heads.head_dim
         self._names = {
-            info.name: info for info in _known_tensors(decoder) if info.gguf in file.tensors
+            info.stored: info for info in _known_tensors(decoder) if info.gguf in file.tensors
         }
         self._check_all_used(decoder)
         self._check_types()
@@ -207,6 +253,8 @@ class GgufWeights:
 
     def _check_all_used(self, decoder: Decoder) -> None:
         used = {info.gguf for info in self._names.values()} | {_ROPE_FACTORS}
+        if any(rope.short is not None for rope in decoder.ropes):
+            used |= {*_LONG_FACTORS}
         unknown = [name for name in self._file.tensors if name not in used]
         if unknown:
             raise InputError(
@@ -220,7 +268,7 @@ class GgufWeights:
         kinds = {tensor.type: (name, tensor) for name, tensor in self._file.tensors.items()}
         for name, tensor in kinds.values():
             block = tensor.data.reshape(-1, tensor.data.shape[-1])[:1]
-            self._dequantized(name, replace(tensor, data=block))
+            dequantized(self._file, name, replace(tensor, data=block))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
@@ -229,43 +277,14 @@ class GgufWeights:
     def array(self, name: str) -> np.ndarray:
         """One tensor, dequantized to fp32."""
         info = self._names[name]
-        values = self._dequantized(info.gguf, self._file.tensors[info.gguf])
+        values = dequantized(self._file, info.gguf, self._file.tensors[info.gguf])
         if info.offset:  # these files hold what the decoder multiplies with
             values = values - np.float32(info.offset)
         return self._rows_in_order(values) if info.rotary else values
 
     def rope_factors(self) -> np.ndarray | None:
-        """Divisors of the rotary frequencies, fp32 [head_dim/2] (LLaMA 3.1 files carry them as a
-        tensor), or None.
-
-        Raises:
-            InputError: they have another shape, or are not positive numbers.
-        """
-        tensor = self._file.tensors.get(_ROPE_FACTORS)
-        if tensor is None:
-            return None
-        where = f"{self._file.path}, tensor {_ROPE_FACTORS}"
-        if tensor.shape != (self._head_dim // 2,):
-            raise InputError(
-                where,
-                f"got shape {list(tensor.shape)}, expected [{self._head_dim // 2}], half a head",
-                DOWNLOAD_AGAIN,
-            )
-        factors = self._dequantized(_ROPE_FACTORS, tensor)
-        wrong = factors[~((factors > 0) & np.isfinite(factors))]
-        if wrong.size:
-            raise InputError(where, f"got {wrong[0]}, expected positive numbers", DOWNLOAD_AGAIN)
-        return factors
-
-    def _dequantized(self, name: str, tensor: GgufTensor) -> np.ndarray:
-        try:
-            return np.asarray(dequantize(tensor.data, tensor.type), np.float32)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"{self._file.path}, tensor {name}",
-                f"got type {tensor.type.name} that cannot be read ({error})",
-                ANOTHER_TYPE,
-            ) from None
+        """Divisors of the rotary frequencies, as LLaMA 3.1 files carry them; see GgufFile.factors."""
+        return self._file.factors(_ROPE_FACTORS, self._head_dim // 2)
 
     def _rows_in_order(self, rows: np.ndarray) -> np.ndarray:
         # GGUF stores each head's rows as pairs (0, d/2), (1, d/2 + 1) ...; Hugging Face as two

@@ -7,6 +7,7 @@ from typing import Any
 
 from calibration.checkpoints.gguf import GgufFile
 from calibration.families import Family, family, family_names
+from calibration.families.decoder import Config
 from plugins.errors import InputError
 
 __all__ = ["gguf_config", "gguf_family", "token_id"]
@@ -97,14 +98,14 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
             key + "attention.key_length", f"even heads, not {head_dim}", _ANOTHER_MODEL
         )
     for name in ("attention.value_length", "rope.dimension_count"):
-        if file.integer(key + name, head_dim) != head_dim:
+        if name not in found.gguf_fields and file.integer(key + name, head_dim) != head_dim:
             raise file.wrong(key + name, f"{head_dim}, a whole head", _ANOTHER_MODEL)
-    _check_keys(file, key, head_dim, context)
+    _check_keys(file, found, head_dim, context)
     embedding = file.tensors.get("token_embd.weight")
     vocab = embedding.shape[0] if embedding is not None else file.integer(key + "vocab_size")
     if file.length("tokenizer.ggml.tokens") not in (None, vocab):
         raise file.wrong("tokenizer.ggml.tokens", f"{vocab}, the rows of token_embd.weight")
-    return {
+    values = {
         "architectures": [found.architecture],
         "model_type": found.model_type,
         "hidden_size": hidden,
@@ -124,6 +125,12 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
         "pad_token_id": token_id(file, "padding", vocab),
         "rope_parameters": _rope(file, key, context),
     }
+    own = {
+        name: file.number(key + ours)
+        for ours, name in found.gguf_fields.items()
+        if file.says(key + ours)
+    }
+    return {**values, **found.gguf_implied(Config({**values, **own})), **own}
 
 
 def token_id(file: GgufFile, name: str, vocab: int) -> int | None:
@@ -157,12 +164,13 @@ def _end_tokens(file: GgufFile, vocab: int) -> int | list[int] | None:
     return ends if len(ends) > 1 else ends[0] if ends else None
 
 
-def _check_keys(file: GgufFile, key: str, head_dim: int, context: int) -> None:
+def _check_keys(file: GgufFile, found: Family, head_dim: int, context: int) -> None:
     """Refuse a key of the architecture that could change numbers and is not followed."""
+    key = f"{found.gguf}."
     neutral = {**_NEUTRAL, "attention.scale": head_dim**-0.5}
     for full in file.keys:
         name = full.removeprefix(key)
-        if name == full or name in _READ or name in _HARMLESS:
+        if name == full or name in _READ or name in _HARMLESS or name in found.gguf_fields:
             continue
         value = file.value(full) if file.length(full) is None else None
         if name == "attention.causal":
@@ -175,7 +183,7 @@ def _check_keys(file: GgufFile, key: str, head_dim: int, context: int) -> None:
                 raise file.wrong(full, f"{neutral[name]:g}", _ANOTHER_MODEL)
         elif file.says(full):
             raise file.wrong(
-                full, f"nothing: no {key.rstrip('.')} decoder here follows it", _ANOTHER_MODEL
+                full, f"nothing: no {found.gguf} decoder here follows it", _ANOTHER_MODEL
             )
 
 
@@ -187,6 +195,8 @@ def _rope(file: GgufFile, key: str, context: int) -> dict[str, Any]:
     in this architecture; the model that was converted had them.
     """
     scaling = key + "rope.scaling."
+    if (factors := file.long_factors()) is not None:
+        return _longrope(file, key, context, factors)
     kind = str(file.value(scaling + "type", "linear"))  # so in llama.cpp, with a factor of 1
     if kind not in ("none", "linear", "yarn"):
         raise file.wrong(
@@ -222,6 +232,24 @@ def _rope(file: GgufFile, key: str, context: int) -> dict[str, Any]:
     return (
         rope if kind == "none" or factor == 1 else rope | {"rope_type": "linear", "factor": factor}
     )
+
+
+def _longrope(
+    file: GgufFile, key: str, context: int, factors: tuple[list[float], list[float]]
+) -> dict[str, Any]:
+    """RoPE whose frequencies are divided by tensors, one for short texts and one for long ones."""
+    scaling, (short, long) = key + "rope.scaling.", factors
+    original, attention = scaling + "original_context_length", scaling + "attn_factor"
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": file.number(key + "rope.freq_base", 10000.0),
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": file.integer(original, context),
+    }
+    if file.says(attention):  # else it follows from how much longer the context was made
+        rope["attention_factor"] = file.number(attention)
+    return rope
 
 
 def _rope_factor(file: GgufFile, key: str) -> float:

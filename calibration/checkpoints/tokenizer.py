@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoints.foreign import DOWNLOAD_AGAIN, quiet_transformers, reason
+from calibration.families import own_code
 from calibration.out.json_file import read_json
 from plugins.errors import InputError
 from plugins.text import shown
@@ -26,17 +27,26 @@ def refuse_code(folder: Path) -> None:
     """Look whether a model or tokenizer brings code of its own, which nothing here runs.
 
     Raises:
-        InputError: one does, by auto_map; or a file that may name it is no JSON.
+        InputError: one does, by auto_map, that is not known to be transformers' own; or a file that
+            may name it is no JSON.
     """
     for name in _MAY_NAME_CODE:
         path = folder / name
-        if path.exists() and read_json(path, DOWNLOAD_AGAIN).get("auto_map"):
+        named = read_json(path, DOWNLOAD_AGAIN).get("auto_map") if path.exists() else None
+        if named and not _is_known(named):
             raise InputError(
                 f"{path}, auto_map",
                 "got classes in Python code of the model's own, expected those of transformers",
                 "Nothing here runs such code. If transformers' own classes compute the same, take "
                 "auto_map out of the file; download a model of the hub into a folder first",
             )
+
+
+def _is_known(auto_map: Any) -> bool:
+    """Whether all that auto_map names is what a family says transformers' classes were made from."""
+    if not isinstance(auto_map, dict):
+        return False
+    return all(isinstance(name, str) and name in own_code() for name in auto_map.values())
 
 
 def load_tokenizer(folder: Path, fix: str) -> Any:

@@ -22,9 +22,11 @@ __all__ = [
     "Family",
     "UnsupportedError",
     "accepted_architectures",
+    "aliases",
     "family",
     "family_names",
     "family_of_architecture",
+    "own_code",
 ]
 
 _SHARED = ("decoder", "parts", "steps")  # what families are made of
@@ -91,6 +93,16 @@ def family(name: str) -> Family:
             "Make the quantised folder again with this version",
         )
     return _registry()[name]
+
+
+def aliases() -> dict[str, str]:
+    """{short name of a model: the hub id that it stands for}, family by family."""
+    return {alias: hub_id for one in _registry().values() for alias, hub_id in one.aliases.items()}
+
+
+def own_code() -> set[str]:
+    """What auto_map in a config may name; see Family."""
+    return {name for one in _registry().values() for name in one.own_code}
 
 
 def accepted_architectures() -> list[str]:

@@ -6,9 +6,8 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -96,13 +95,12 @@ class Config:
         """A field that multiplies something.
 
         Raises:
-            UnsupportedError: it is missing, or no finite number other than 0.
+            UnsupportedError: it is missing, or no number that fp32 computes with.
         """
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UnsupportedError(f"got {name} {value}, expected a number")
-        if not math.isfinite(value) or value == 0:
-            raise UnsupportedError(f"got {name} {value}, expected a finite number other than 0")
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (known and 1e-18 <= value <= 1e18):
+            raise UnsupportedError(f"got {name} {value}, expected a number from 1e-18 to 1e18")
         return float(value)
 
     def cap(self, name: str) -> float | None:
@@ -141,7 +139,7 @@ class Config:
             partial: whether the family's attention can leave channels as they are.
 
         Raises:
-            UnsupportedError: frequencies that change with every token, or half of a pair.
+            UnsupportedError: another kind of frequencies, or half of a pair.
         """
         found = self.get("rope_parameters", {})
         found = found.get(table) if table and isinstance(found, Mapping) else found
@@ -149,10 +147,7 @@ class Config:
             raise UnsupportedError(f"got rope_parameters {found} for {table or 'all layers'}")
         kind, factor = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
         if kind not in ROPE_TYPES:
-            raise UnsupportedError(
-                f"got rope_type {kind} (frequencies that change with the length), expected one of "
-                f"{', '.join(ROPE_TYPES)}"
-            )
+            raise UnsupportedError(f"got rope_type {kind}, expected one of {', '.join(ROPE_TYPES)}")
         if float(factor) != 1.0 and not partial:
             raise UnsupportedError(
                 f"got partial_rotary_factor {factor}, expected 1 (the whole head rotates)"
@@ -181,11 +176,11 @@ class Config:
             )
         return self.size("sliding_window") if kind == "sliding_attention" else None
 
-    def activation(self, field: str = "hidden_act") -> str:
-        """Of the MLP, as steps call it; `field` names it."""
-        name = self.get(field, "silu")
+    def activation(self, key: str = "hidden_act") -> str:
+        """Of the MLP, as steps call it; `key` is the field that names it."""
+        name = self.get(key, "silu")
         if name not in ACTIVATIONS:
-            raise UnsupportedError(f"got {field} {name}, expected one of {', '.join(ACTIVATIONS)}")
+            raise UnsupportedError(f"got {key} {name}, expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
 
@@ -214,6 +209,7 @@ class Head:
         tied: the table is the embedding's.
         softcap: c in c tanh(x / c) of the logits; None leaves them.
         gguf: of the table in GGUF files, without ".weight".
+        quantized: it is a GEMM node, with codes of its own, and no float table.
     """
 
     norm: Norm
@@ -221,6 +217,7 @@ class Head:
     tied: bool = False
     softcap: float | None = None
     gguf: str = "output"
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -450,27 +447,46 @@ class Decoder:
         """Whether the head is the embedding."""
         return self.head.tied
 
+    def head_table(self, unties: bool = False) -> str:
+        """Whose table the head multiplies with, without ".weight": the embedding's where they are
+        tied, unless a basis unties them.
+        """
+        return self.embedding.name if self.tied and not unties else self.head.name
+
     def untied(self) -> Decoder:
         """The same decoder with a head of its own."""
         return replace(self, head=replace(self.head, tied=False))
 
+    def with_quantized_head(self) -> Decoder:
+        """The same decoder with a head that is a GEMM node; the embedding keeps its own table."""
+        return replace(self, head=replace(self.head, tied=False, quantized=True))
+
+    @property
+    def head_site(self) -> Site:
+        """The head as a GEMM node, whether it is to be one or not; it is named in full."""
+        linear = Linear(self.head.name, self.vocab, self.hidden, gguf=self.head.gguf)
+        return Site(Linears(self.head.name, (linear,)), (self.head.norm,))
+
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """Every GEMM node, in execution order."""
-        return tuple(block.name(node) for block in self.blocks for node in block.sites)
+        return tuple(self.sites)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """Every GEMM node by its full name."""
-        return {
+        """Every GEMM node by its full name, in execution order."""
+        found = {
             block.name(node): site for block in self.blocks for node, site in block.sites.items()
         }
+        return found | {self.head.name: self.head_site} if self.head.quantized else found
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """Every linear by its full name."""
         return {
-            block.name(linear.name): linear for block in self.blocks for linear in block.linears
+            member: linear
+            for node, site in self.sites.items()
+            for member, linear in zip(self.members(node), site.linears.members, strict=True)
         }
 
     @cached_property
@@ -485,11 +501,15 @@ class Decoder:
 
     def members(self, node: str) -> tuple[str, ...]:
         """The linears of a GEMM node, in stacking order; of another name itself."""
-        site = self.sites.get(node)
-        if site is None:
+        if node not in self.sites:
             return (node,)
-        prefix = node.removesuffix(site.linears.node)
-        return tuple(prefix + name for name in site.linears.names)
+        return tuple(self.full_name(node, name) for name in self.sites[node].linears.names)
+
+    def full_name(self, node: str, name: str) -> str:
+        """The full name of a tensor, norm or linear that the declaration of a GEMM node's layer
+        names.
+        """
+        return node.removesuffix(self.sites[node].linears.node) + name
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of a checkpoint, in execution order."""
@@ -546,6 +566,10 @@ def _no_objection(config: Any) -> str:
     return ""
 
 
+def _nothing_implied(config: Any) -> Mapping[str, Any]:
+    return {}
+
+
 def _plain_embedding(config: Config) -> Embedding:
     return Embedding()
 
@@ -567,9 +591,16 @@ class Family:
             UnsupportedError where no step can do what the config says.
         gguf: value of general.architecture in GGUF files, or "" if they are not read; for families
             whose config LLaMA's fields describe, see calibration/checkpoints/gguf.py.
+        gguf_fields: {key below the architecture's name in GGUF files: the config's field}, beside
+            those that every family has.
+        gguf_implied: fields that such files leave to the architecture, from the other ones.
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
         prefix: of a layer's tensors.
+        models: what it reads, for people.
+        aliases: {short name: the hub id that it stands for}.
+        own_code: what auto_map in a config may name, since it is what transformers' classes were
+            made from.
     """
 
     name: str
@@ -577,10 +608,15 @@ class Family:
     model_type: str
     block: Callable[[Config, int], tuple[Step, ...]]
     gguf: str = ""
+    gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_implied: Callable[[Config], Mapping[str, Any]] = _nothing_implied
     objection: Callable[[Any], str] = _no_objection
     embedding: Callable[[Config], Embedding] = _plain_embedding
     head: Callable[[Config], Head] = _plain_head
     prefix: str = "model.layers.{i}"
+    models: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    own_code: tuple[str, ...] = ()
 
     def decoder(self, values: Mapping[str, Any]) -> Decoder:
         """The decoder of a model.

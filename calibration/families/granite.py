@@ -1,4 +1,4 @@
-"""Granite 3 and 4 (dense): LLaMA's decoder with multipliers of the embedding, the scores, what is
+"""Granite 3 (dense): LLaMA's decoder with multipliers of the embedding, the scores, what is
 added to the residual stream, and the logits.
 """
 
@@ -36,4 +36,24 @@ def head(config: Config) -> Head:
     return Head(norm, tied=bool(config.get("tie_word_embeddings")))
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", "granite", block, embedding=embedding, head=head)
+FAMILY = Family(
+    "granite",
+    "GraniteForCausalLM",
+    "granite",
+    block,
+    gguf="granite",
+    gguf_fields={
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "logit_scale": "logits_scaling",
+        "residual_scale": "residual_multiplier",
+    },
+    gguf_implied=lambda config: {"attention_multiplier": config.heads.head_dim**-0.5},
+    embedding=embedding,
+    head=head,
+    models="Granite 3, dense",
+    aliases={
+        "granite-3.3-2b": "ibm-granite/granite-3.3-2b-instruct",
+        "granite-3.3-8b": "ibm-granite/granite-3.3-8b-instruct",
+    },
+)

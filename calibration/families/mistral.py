@@ -26,4 +26,16 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     )
 
 
-FAMILY = Family("mistral", "MistralForCausalLM", "mistral", block)
+FAMILY = Family(
+    "mistral",
+    "MistralForCausalLM",
+    "mistral",
+    block,
+    models="Mistral 7B, Nemo and Small (text)",
+    aliases={
+        "mistral-7b-v0.1": "mistralai/Mistral-7B-v0.1",
+        "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+        "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+        "mistral-nemo-12b": "mistralai/Mistral-Nemo-Instruct-2407",
+    },
+)

@@ -27,12 +27,25 @@ def post_normed(config: Config, rope: Rope, window: int | None) -> tuple[Step, .
         rope,
         Attend(heads.head_dim**-0.5, window=window),
         output_projection(config, bias),
-        Norm("post_attention_layernorm", hidden, config.epsilon),
+        Norm("post_attention_layernorm", hidden, config.epsilon, "post_attention_norm"),
         Add(),
         *gated_mlp(config),
-        Norm("post_feedforward_layernorm", hidden, config.epsilon),
+        Norm("post_feedforward_layernorm", hidden, config.epsilon, "post_ffw_norm"),
         Add(),
     )
 
 
-FAMILY = Family("olmo2", "Olmo2ForCausalLM", "olmo2", block)
+FAMILY = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    "olmo2",
+    block,
+    gguf="olmo2",
+    models="OLMo 2",
+    aliases={
+        "olmo-2-1b": "allenai/OLMo-2-0425-1B-Instruct",
+        "olmo-2-7b": "allenai/OLMo-2-1124-7B-Instruct",
+        "olmo-2-13b": "allenai/OLMo-2-1124-13B-Instruct",
+        "olmo-2-32b": "allenai/OLMo-2-0325-32B-Instruct",
+    },
+)

@@ -16,4 +16,14 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     return post_normed(config, rope, window)
 
 
-FAMILY = Family("olmo3", "Olmo3ForCausalLM", "olmo3", block)
+FAMILY = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    "olmo3",
+    block,
+    models="OLMo 3 and 3.1",
+    aliases={
+        "olmo-3-7b": "allenai/Olmo-3-7B-Instruct",
+        "olmo-3.1-32b": "allenai/Olmo-3.1-32B-Instruct",
+    },
+)

@@ -10,6 +10,7 @@ from calibration.families.steps import Gate, HeadNorm, Linear, Linears, Norm
 __all__ = [
     "gated_mlp",
     "gemma_norm",
+    "gguf_query_scalar",
     "head_norms",
     "output_projection",
     "projections",
@@ -89,14 +90,22 @@ def gated_mlp(
     )
 
 
-def gemma_norm(name: str, config: Config) -> Norm:
+def gemma_norm(name: str, config: Config, gguf: str) -> Norm:
     """A norm of the residual stream's width whose gain is stored as gain - 1."""
-    return Norm(name, config.hidden, config.epsilon, offset=1.0)
+    return Norm(name, config.hidden, config.epsilon, gguf, offset=1.0)
 
 
 def root_scaled_embedding(config: Config) -> Embedding:
     """Rows times the root of their width."""
     return Embedding(scale=config.hidden**0.5)
+
+
+def gguf_query_scalar(config: Config, layers: int) -> int:
+    """What the queries of a GGUF file are divided by the root of: the width of a head, but in the
+    largest model, which llama.cpp knows by its `layers`.
+    """
+    heads = config.heads
+    return config.hidden // heads.heads if config.layers == layers else heads.head_dim
 
 
 def refuse_bidirectional(config: Config) -> None:

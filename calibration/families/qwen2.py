@@ -28,4 +28,20 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     )
 
 
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", "qwen2", block)
+FAMILY = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    "qwen2",
+    block,
+    gguf="qwen2",
+    models="Qwen2 and Qwen2.5, dense",
+    aliases={
+        "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+        "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+        "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+        "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+        "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
+        "qwen2.5-32b": "Qwen/Qwen2.5-32B-Instruct",
+        "qwen2.5-72b": "Qwen/Qwen2.5-72B-Instruct",
+    },
+)

@@ -28,4 +28,19 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     )
 
 
-FAMILY = Family("qwen3", "Qwen3ForCausalLM", "qwen3", block)
+FAMILY = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    "qwen3",
+    block,
+    gguf="qwen3",
+    models="Qwen3, dense",
+    aliases={
+        "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+        "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+        "qwen3-4b": "Qwen/Qwen3-4B",
+        "qwen3-8b": "Qwen/Qwen3-8B",
+        "qwen3-14b": "Qwen/Qwen3-14B",
+        "qwen3-32b": "Qwen/Qwen3-32B",
+    },
+)

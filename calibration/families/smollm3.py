@@ -27,17 +27,27 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     rope = config.rope()
     return (
-        Norm("input_layernorm", hidden, config.epsilon),
-        projections(config, bias),
+        Norm("input_layernorm", hidden, config.epsilon, "attn_norm"),
+        projections(config, bias, rotary=True),
         heads,
         *((rope,) if turns(config, index) else ()),
         Attend(heads.head_dim**-0.5, window=config.window(index)),
         output_projection(config, bias),
         Add(),
-        Norm("post_attention_layernorm", hidden, config.epsilon),
+        Norm("post_attention_layernorm", hidden, config.epsilon, "ffn_norm"),
         *gated_mlp(config, mlp_bias),
         Add(),
     )
 
 
-FAMILY = Family("smollm3", "SmolLM3ForCausalLM", "smollm3", block)
+FAMILY = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    block,
+    gguf="smollm3",
+    models="SmolLM3",
+    aliases={
+        "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    },
+)

@@ -144,11 +144,13 @@ class Linears:
         node: name of the node below the block's prefix, such as "self_attn.qkv_proj".
         members: stacked in this order along the output.
         fused: checkpoints hold them so, in tensors of the node's name.
+        gguf: the fused tensors' name below "blk.{i}." in GGUF files.
     """
 
     node: str
     members: tuple[Linear, ...]
     fused: bool = False
+    gguf: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -175,8 +177,11 @@ class Linears:
         start = 0
         for member in self.members:
             for info in member.tensors():
-                whole = f"{self.node}.{info.name.rpartition('.')[2]}" if self.fused else ""
-                yield replace(info, whole=whole, start=start if whole else 0)
+                if self.fused:
+                    end = info.name.rpartition(".")[2]
+                    gguf = f"{self.gguf}.{end}" if self.gguf else ""
+                    info = replace(info, whole=f"{self.node}.{end}", start=start, gguf=gguf)
+                yield info
             start += member.out_features
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["OURS", "Format", "check", "format_names", "write"]
+__all__ = ["OURS", "Format", "check", "check_head", "format_names", "write"]
 
 OURS = "anybit"  # the quant folder itself: nothing more to write
 
@@ -63,6 +63,21 @@ def check(name: str, scheme: QuantScheme, checkpoint: Checkpoint | None = None) 
     """
     if name != OURS:
         _format(name).check(scheme, checkpoint)
+
+
+def check_head(name: str, scheme: QuantScheme) -> None:
+    """Before any work: whether the format can say a quantized head.
+
+    Raises:
+        InputError: it cannot, as none but ours.
+    """
+    if name != OURS:
+        raise InputError(
+            "--head-bits",
+            f"got {scheme.wbits} with --format {name}, expected 16: other tools read the head as "
+            f"floats",
+            f"Add --head-bits 16, or leave out --format {name}",
+        )
 
 
 def write(name: str, quant: QuantModel) -> None:

@@ -61,6 +61,11 @@ class StageFolder:
         self._known = {*records, recorder}
         self._renew = renew
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the files that were recorded."""
+        return tuple(sorted(self._known - {""}))
+
     def file(self, name: str) -> Path:
         """The path of a file, which is whole and unchanged.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "BITS_FILE",
+    "CHAT_FILE",
     "DATA_FILE",
     "DESCRIPTION",
     "ENGINE",
@@ -42,6 +43,7 @@ BITS_FILE = "bits.txt"  # the rules of a mixed model, to be used again
 DESCRIPTION = "model.json"  # see calibration/out/description.py
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+CHAT_FILE = "chat.json"  # see exporter/chat.py
 ENGINE_FILE = "model.engine"
 ENGINE_RECORD = "engine.json"
 

@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from calibration.families import Decoder
-from calibration.quant.scheme import Bits, QuantScheme, check_abits, scheme_for
+from calibration.quant.scheme import FLOAT_BITS, Bits, QuantScheme, check_abits, scheme_for
 from plugins import op_spec, ranked_ops
 from plugins.core.code_sets import parse_code_set
 from plugins.errors import InputError
 
-__all__ = ["Rule", "SchemeMap", "as_map", "read_bits_file"]
+__all__ = [
+    "Rule",
+    "SchemeMap",
+    "as_map",
+    "check_head_bits",
+    "head_scheme",
+    "read_bits_file",
+]
 
 _LABEL = re.compile(r"w(\d+[b*]?)a(\d+)(?:-g(\d+))?", re.IGNORECASE)
 
@@ -87,11 +94,30 @@ class SchemeMap:
     """A scheme for every GEMM node: the last rule that matches, else the base.
 
     A rule matches a linear by its own name or by its node's (q_proj by "self_attn.qkv_proj"); the
-    linears of a node, such as q, k and v, need one scheme.
+    linears of a node, such as q, k and v, need one scheme. No rule is for the head.
+
+    Attributes:
+        base: of every node that no rule matches.
+        rules: in order.
+        head_bits: of the head's weights, see head_scheme; 16 leaves it in floating point.
+        head_limit: the largest part by which a quantized head may raise the perplexity of
+            calibration text; one that costs more stays in floating point. None: it is quantized
+            whatever it costs.
     """
 
     base: QuantScheme
     rules: tuple[Rule, ...] = ()
+    head_bits: int = FLOAT_BITS
+    head_limit: float | None = None
+
+    @property
+    def head(self) -> QuantScheme | None:
+        """The head's scheme; None leaves it in floating point. Raises as head_scheme."""
+        return head_scheme(self.head_bits, self.base)
+
+    def decoder(self, decoder: Decoder) -> Decoder:
+        """A float decoder as it is to become, its head quantized even where a limit may forbid it."""
+        return decoder if self.head is None else decoder.with_quantized_head()
 
     def of(self, name: str, decoder: Decoder) -> QuantScheme:
         """The scheme of a node or linear by its full name.
@@ -100,6 +126,9 @@ class SchemeMap:
             InputError: the rules give its node's linears different schemes.
         """
         node = decoder.node(name)
+        if decoder.head.quantized and node == decoder.head.name:
+            assert self.head is not None
+            return self.head
         members = {member: self._last(node, member) for member in decoder.members(node)}
         schemes = {
             member: rule.scheme(self.base) if rule else self.base
@@ -131,8 +160,9 @@ class SchemeMap:
             InputError: a pattern matches nothing in this model, or as `of`.
         """
         nodes = decoder.nodes
+        inner = [node for node in nodes if node != decoder.head.name]
         names = list(
-            dict.fromkeys(name for node in nodes for name in (node, *decoder.members(node)))
+            dict.fromkeys(name for node in inner for name in (node, *decoder.members(node)))
         )
         first = decoder.blocks[0]
         for rule in self.rules:
@@ -170,19 +200,25 @@ class SchemeMap:
         }
 
     def schemes(self) -> tuple[QuantScheme, ...]:
-        """Every scheme it can give, once: the base, then the rules' in order."""
-        return tuple(dict.fromkeys((self.base, *(rule.scheme(self.base) for rule in self.rules))))
+        """Every scheme it can give, once: the base, then the rules' in order, then the head's."""
+        heads = () if self.head is None else (self.head,)
+        rules = (rule.scheme(self.base) for rule in self.rules)
+        return tuple(dict.fromkeys((self.base, *rules, *heads)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON form; of a map without rules it is the base's."""
+        """Plain JSON form; of a map without rules and without a head it is the base's."""
         rules = {"rules": [[rule.pattern, rule.bits] for rule in self.rules]} if self.rules else {}
-        return self.base.as_dict() | rules
+        head = {} if self.head_bits == FLOAT_BITS else {"head_bits": self.head_bits}
+        limit = {} if self.head_limit is None else {"head_limit": self.head_limit}
+        return self.base.as_dict() | rules | head | limit
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchemeMap:
         """Inverse of as_dict."""
-        base = QuantScheme(**{key: value for key, value in values.items() if key != "rules"})
-        return cls(base, tuple(Rule(pattern, bits) for pattern, bits in values.get("rules", [])))
+        own = {"rules", "head_bits", "head_limit"}
+        base = QuantScheme(**{key: value for key, value in values.items() if key not in own})
+        rules = tuple(Rule(pattern, bits) for pattern, bits in values.get("rules", []))
+        return cls(base, rules, values.get("head_bits", FLOAT_BITS), values.get("head_limit"))
 
     def as_text(self) -> str:
         """The rules as a bits file."""
@@ -192,6 +228,38 @@ class SchemeMap:
             *(f"{rule.pattern:{width}} {rule.bits}" for rule in self.rules),
         ]
         return "\n".join(lines) + "\n"
+
+
+def check_head_bits(text: str) -> int:
+    """The number in --head-bits, if there is such a width.
+
+    Raises:
+        InputError: not 4..8 or 16.
+    """
+    known: dict[str, int] = {str(bits): bits for bits in (*range(4, 9), FLOAT_BITS)}
+    if text not in known:
+        raise InputError(
+            "--head-bits",
+            f"got {text!r}, expected auto, 4 to 8, or 16 for a head in floating point",
+            "Give one of these",
+        )
+    return known[text]
+
+
+def head_scheme(bits: int, base: QuantScheme) -> QuantScheme | None:
+    """The head's scheme over a base: so many bits per weight; None of 16, which leave it as it is.
+
+    Its activations have 8 bits, or 16 where the base's have: predictions suffer most from the last
+    rounding. Fewer than 8 bits take the base's groups, 8 need none.
+
+    Raises:
+        InputError: not 4..8 or 16.
+    """
+    if check_head_bits(str(bits)) == FLOAT_BITS:
+        return None
+    group = base.group_size if bits < 8 else 0
+    abits = 8 if base.abits < FLOAT_BITS else FLOAT_BITS
+    return Rule("lm_head", f"w{bits}a{abits}-g{group}", "--head-bits").scheme(base)
 
 
 def as_map(schemes: QuantScheme | SchemeMap) -> SchemeMap:

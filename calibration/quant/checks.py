@@ -30,7 +30,9 @@ def check_scheme(
         InputError: bits, group size, op or format do not fit, or as SchemeMap.nodes.
     """
     schemes = as_map(schemes)
-    for scheme, linears in schemes.linears(checkpoint.decoder).items():
+    if schemes.head is not None and schemes.head_limit is None:
+        formats.check_head(format_name, schemes.head)
+    for scheme, linears in schemes.linears(schemes.decoder(checkpoint.decoder)).items():
         formats.check(format_name, scheme, checkpoint)
         rule = "" if scheme == schemes.base else f"{scheme.label} for {next(iter(linears))}"
         _check_one(scheme, sorted(set(linears.values())), rule)

@@ -78,10 +78,20 @@ class _Block(TypedDict):
     notes: list[str]
 
 
+class _HeadCost(TypedDict):
+    bits: str
+    loss_float: float | None
+    loss_quantized: float | None
+    rise: float | None
+    tokens: Count
+    kept: bool
+
+
 class _Calibration(TypedDict, total=False):
     settings: _Settings
     windows: tuple[Size, Size]
     blocks: list[_Block]
+    head: _HeadCost
     rotation: str
 
 
@@ -93,6 +103,7 @@ class _Meta(TypedDict):
     config: _Config
     scheme: Any
     layers: NotRequired[dict[str, Any]]  # absent where all nodes have one scheme
+    head: NotRequired[Any]  # absent where the head is a float table
     files: dict[FileName, Sha256]
     sizes: _Sizes
     calibration: NotRequired[_Calibration]
@@ -106,7 +117,8 @@ class QuantModel:
         config: sizes and token ids (see calibration/quant/quantize.py), "hf" holds the whole
             Hugging Face config.
         scheme: how it is quantised, but for the nodes in `exceptions`.
-        exceptions: {GEMM node: its scheme} of a model in mixed precision.
+        exceptions: {GEMM node: its scheme} of a model in mixed precision; the head is none of them.
+        head: the head's scheme; None where it is a float table.
         source: {"name", "kind", "fingerprint"} of the float model.
         files: {file name: SHA-256}.
         sizes: bytes and bits before and after.
@@ -130,8 +142,12 @@ class QuantModel:
         self.decoder = self._decoder()
         self.scheme = _scheme(f"{path / QUANT_JSON}, scheme", meta["scheme"])
         self.exceptions = {
-            node: self._exception(node, fields) for node, fields in meta.get("layers", {}).items()
+            node: self._exception(f"layers, {node}", fields)
+            for node, fields in self._known_nodes(meta.get("layers", {})).items()
         }
+        self.head = self._exception("head", meta["head"]) if "head" in meta else None
+        if self.head is not None:
+            self.decoder = self.decoder.with_quantized_head()
         self._check_tensors()
 
     def _decoder(self) -> Decoder:
@@ -154,17 +170,24 @@ class QuantModel:
                 _AGAIN,
             ) from None
 
-    def _exception(self, node: str, fields: Any) -> QuantScheme:
-        where, nodes = f"{self.path / QUANT_JSON}, layers", self.decoder.nodes
-        if node not in nodes:
-            raise InputError(where, f"got {node}, expected GEMM nodes such as {nodes[0]}", _AGAIN)
-        scheme = _scheme(f"{where}, {node}", fields)
+    def _known_nodes(self, layers: dict[str, Any]) -> dict[str, Any]:
+        nodes = self.decoder.nodes
+        for node in layers:
+            if node not in nodes:
+                raise InputError(
+                    f"{self.path / QUANT_JSON}, layers",
+                    f"got {node}, expected GEMM nodes such as {nodes[0]}",
+                    _AGAIN,
+                )
+        return layers
+
+    def _exception(self, place: str, fields: Any) -> QuantScheme:
+        where = f"{self.path / QUANT_JSON}, {place}"
+        scheme = _scheme(where, fields)
         for key in ("dtype", "kv_bits"):
             got, wanted = getattr(scheme, key), getattr(self.scheme, key)
             if got != wanted:
-                raise InputError(
-                    f"{where}, {node}", f"got {key} {got}, expected the model's {wanted}", _AGAIN
-                )
+                raise InputError(where, f"got {key} {got}, expected the model's {wanted}", _AGAIN)
         return scheme
 
     def _check_present(self) -> None:
@@ -241,7 +264,10 @@ class QuantModel:
 
     def scheme_of(self, name: str) -> QuantScheme:
         """How a linear, or a GEMM node, is quantised; by its full name."""
-        return self.exceptions.get(self.decoder.node(name), self.scheme)
+        node = self.decoder.node(name)
+        if self.head is not None and node == self.decoder.head.name:
+            return self.head
+        return self.exceptions.get(node, self.scheme)
 
     @property
     def label(self) -> str:

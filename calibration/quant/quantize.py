@@ -94,6 +94,9 @@ def quantize_model(
         f"{sizes['bits_per_weight']:.2f} bits per weight, "
         f"{sizes['model_float_bytes'] / 1e6:.0f} -> {sizes['model_quant_bytes'] / 1e6:.0f} MB"
     )
+    if "head" in meta:
+        assert schemes.head is not None
+        summary += f", head {schemes.head.label}"
     return {"summary": summary, **sizes, **source.cost}
 
 
@@ -214,6 +217,10 @@ def _meta(
         if exceptions
         else {}
     )
+    head = {}
+    if quantised.decoder.head.quantized:
+        assert schemes.head is not None
+        head = {"head": schemes.head.as_dict()}
     return {
         "format": FORMAT,
         "family": checkpoint.family.name,
@@ -226,6 +233,7 @@ def _meta(
         "config": _model_config(checkpoint, quantised.decoder.tied),
         "scheme": schemes.base.as_dict(),
         **layers,
+        **head,
         "files": files,
         "sizes": _sizes(items),
         "calibration": quantised.facts,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from calibration import formats
 from calibration.data import calibration_windows, load_text, text_tokens
 from calibration.methods import Method, find_method
 from calibration.out.fingerprint import (
@@ -20,6 +21,7 @@ from calibration.out.fingerprint import (
     package_versions,
 )
 from calibration.quant.options import QuantizeOptions
+from calibration.quant.scheme import FLOAT_BITS
 from calibration.quant.sizes import linear_specs
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
@@ -65,8 +67,10 @@ class QuantSource(Protocol):
 class _PlainSource:
     """Each linear by itself, when it is written."""
 
-    def __init__(self, checkpoint: Checkpoint, method: Method, writes: bool) -> None:
-        self._checkpoint, self.decoder, self.writes = checkpoint, checkpoint.decoder, writes
+    def __init__(
+        self, checkpoint: Checkpoint, decoder: Decoder, method: Method, writes: bool
+    ) -> None:
+        self._checkpoint, self.decoder, self.writes = checkpoint, decoder, writes
         self._method = method
         self.facts: dict[str, Any] = _origin(method)
         self.cost: dict[str, float] = {}
@@ -77,7 +81,9 @@ class _PlainSource:
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         has_bias = self.decoder.linears[name].bias
         bias = self._checkpoint.array(f"{name}.bias") if has_bias else None
-        weight = self._checkpoint.array(f"{name}.weight")
+        float_decoder = self._checkpoint.decoder
+        table = float_decoder.head_table() if name == float_decoder.head.name else name
+        weight = self._checkpoint.array(f"{table}.weight")
         arrays = self._method.quantize(weight, bias, scheme)
         for spec in linear_specs(name, weight.shape, has_bias, scheme):
             _check_array(self._method, spec, arrays.named().get(spec.name.rpartition(".")[2]))
@@ -120,10 +126,13 @@ class _CalibratedSource:
             "settings": job.settings.as_dict(),
             "windows": list(job.windows.shape),
             "blocks": done.reports,
+            **({} if done.head is None else {"head": done.head}),
             **_rotation(job),
             **_origin(method),
         }
         self.decoder = checkpoint.decoder.untied() if basis.unties else checkpoint.decoder
+        if done.head is not None and done.head["kept"]:
+            self.decoder = self.decoder.with_quantized_head()
         self._block: tuple[int, BlockResult] | None = None
 
     def _result(self, index: int) -> BlockResult:
@@ -147,7 +156,7 @@ class _CalibratedSource:
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         place = self._place(name)
         if place is None:
-            raise KeyError(name)
+            return self._result(self.decoder.layers).sites[name]
         block = self.decoder.blocks[place[0]]
         for node, site in block.sites.items():
             start = 0
@@ -185,14 +194,18 @@ def open_source(
     """
     settings = options.settings
     method = find_method(schemes.base.method, settings.method_file)
+    method.check_settings(settings)
+    schemes = _with_possible_head(schemes, method, options)
     for scheme in schemes.schemes():
         method.check(scheme)
-    method.check_settings(settings)
     if not method.looks_at_data:
         if settings.calib is not None:
             text = load_text(settings.calib, options.offline, strict=False, say=progress.message)
             text_tokens(tokenizer, text, checkpoint.decoder.vocab, "--calib")
-        return _PlainSource(checkpoint, method, options.ranks.first)
+        # Without data nobody knows what a quantized head costs.
+        known = schemes.head is not None and schemes.head_limit is None
+        decoder = checkpoint.decoder.with_quantized_head() if known else checkpoint.decoder
+        return _PlainSource(checkpoint, decoder, method, options.ranks.first)
 
     import torch
 
@@ -230,5 +243,42 @@ def open_source(
         windows,
         store,
         options.ranks,
+        schemes.head,
+        schemes.head_limit,
     )
     return _CalibratedSource(job, method, calibrate(job, progress))
+
+
+def _with_possible_head(schemes: SchemeMap, method: Method, options: QuantizeOptions) -> SchemeMap:
+    """The map, without a head that was left to be chosen where there is no choice.
+
+    Raises:
+        InputError: the head was not, and the method does not quantise any.
+    """
+    if schemes.head is None:
+        return schemes
+    objection = _head_objection(method, options)
+    if schemes.head_limit is None:
+        if objection:
+            raise InputError(method.where, *objection)
+        return schemes
+    if objection or options.format != formats.OURS or not method.makes(schemes.head):
+        return replace(schemes, head_bits=FLOAT_BITS, head_limit=None)
+    return schemes
+
+
+def _head_objection(method: Method, options: QuantizeOptions) -> tuple[str, str] | None:
+    if not method.looks_at_data:
+        return None
+    from calibration.blocks.head import HeadMethod
+    from calibration.blocks.settings import WalkSettings
+
+    if isinstance(method.block_method, HeadMethod) and isinstance(
+        options.settings.method, WalkSettings
+    ):
+        return None
+    return (
+        "got a METHOD without head(task), or without switches of WalkSettings, expected both to "
+        "quantize the head",
+        "Add --head-bits 16, or see calibration/blocks/head.py",
+    )

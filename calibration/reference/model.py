@@ -99,18 +99,33 @@ class Reference(Protocol):
         """
 
 
-def float_model(checkpoint: Checkpoint) -> Any:
+def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
     """The transformers model in fp32, eval mode: of a Hugging Face folder as transformers itself
     reads it, so that it shares no mistake of ours; of a GGUF file with the checkpoint's tensors.
+
+    Args:
+        max_context: most tokens of a sequence of an export that it is compared with, whose rotary
+            frequencies then count for shorter texts too; None: they are as long as they are.
 
     Raises:
         InputError: transformers does not load the folder, or would leave tensors of it out or make
             some up. CheckError: it reads other numbers than the checkpoint gave.
     """
     model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    if max_context is not None:
+        _fix_frequencies(model, checkpoint, max_context)
     model.config.return_dict = True  # results are read by name, whatever a config says
     model.requires_grad_(False)
     return model.eval()
+
+
+def _fix_frequencies(model: Any, checkpoint: Checkpoint, max_context: int) -> None:
+    """Let short texts turn as an export does whose context goes beyond longrope's change."""
+    for name, (step, long) in checkpoint.decoder.frequencies.items():
+        if long and step.long(max_context):
+            prefix = f"{step.table}_".lstrip("_")
+            found = torch.from_numpy(np.array(checkpoint.rope(name)[0]))
+            setattr(model.model.rotary_emb, f"{prefix}original_inv_freq", found)
 
 
 def _own(checkpoint: Checkpoint) -> Any:
@@ -383,7 +398,12 @@ class QuantReference:
 
         head = self.decoder.head
         self._table = tensor(f"{self.decoder.embedding.name}.weight")
-        self._head = self._table if head.tied else tensor(f"{head.name}.weight")
+        self._head: Callable[[Tensor], Tensor]
+        if head.quantized:
+            self._head = self.linears[head.name]
+        else:
+            table = self._table if head.tied else tensor(f"{head.name}.weight")
+            self._head = lambda x: self._arithmetic.round(F.linear(x, table))
         self._gain = tensor(head.norm.gain)
         self._gains = [
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
@@ -406,7 +426,10 @@ class QuantReference:
             tap: sees, and may change, what runs through.
         """
         x, layers, kept = self._run(input_ids, attention_mask, position_ids, cache, tap)
-        return Computed(self.head(self._normed(x)), tuple(layers), kept)
+        norm, name = self.decoder.head.norm.name, self.decoder.head.name
+        seen = tap or (lambda kind, name, value: value)
+        scores = self._head(seen("input", name, self._normed(seen("norm", norm, x))))
+        return Computed(self._capped(seen("output", name, scores)), tuple(layers), kept)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def hidden(self, input_ids: Tensor) -> Tensor:
@@ -415,9 +438,11 @@ class QuantReference:
 
     def head(self, hidden: Tensor) -> Tensor:
         """See Reference."""
-        logits = self._arithmetic.round(F.linear(hidden, self._head))
+        return self._capped(self._head(hidden))
+
+    def _capped(self, scores: Tensor) -> Tensor:
         cap = self.decoder.head.softcap
-        return logits if cap is None else self._arithmetic.softcap(logits, cap)
+        return scores if cap is None else self._arithmetic.softcap(scores, cap)
 
     def _normed(self, x: Tensor) -> Tensor:
         return self._arithmetic.norm(x, self.decoder.head.norm, self._gain)

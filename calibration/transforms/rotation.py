@@ -98,22 +98,37 @@ class Rotation:
     """An orthogonal matrix for the residual stream and one for every value head.
 
     Attributes:
-        residual: Q, fp64 [hidden, hidden].
+        residual: Q, fp64 [hidden, hidden]; None leaves the residual stream, as where obstacle()
+            says why it has to stay.
         head: R, fp64 [head_dim, head_dim]; v' = v R, read by o_proj as W_o (I x R).
     """
 
-    residual: Tensor
+    residual: Tensor | None
     head: Tensor
 
     @classmethod
     def make(cls, kind: str, hidden: int, head_dim: int, seed: int) -> Rotation:
-        """kind "hadamard" or "orthogonal"; the seed fixes it, on every machine with the same torch."""
+        """kind "hadamard" or "orthogonal", or "values": value heads alone by a Hadamard matrix. The
+        seed fixes it, on every machine with the same torch.
+        """
         generator = torch.Generator().manual_seed(seed)
+        if kind == "values":
+            return cls(None, hadamard(head_dim, generator))
         maker = {"hadamard": hadamard, "orthogonal": orthogonal}[kind]
         return cls(maker(hidden, generator), maker(head_dim, generator))
 
     def block(self, weights: BlockWeights, block: Block) -> BlockWeights:
         """A block's weights (gains not yet folded) in the rotated basis, fp32 from fp64."""
+        rotated = dict(weights)
+        if self.residual is not None:
+            rotated = self._residual(weights, block, self.residual)
+        for site in block.sites.values():
+            if site.by_value_head and isinstance(site.source, Linear):
+                self._turn_values(rotated, weights, site.source.name, site.linears.names)
+        return {name: tensor.float().contiguous() for name, tensor in rotated.items()}
+
+    def _residual(self, weights: BlockWeights, block: Block, residual: Tensor) -> BlockWeights:
+        """Gains in the linears that read the stream, and linears that read and write x Q, in fp64."""
         rotated = fold_gains(weights, block)
 
         def wide(name: str) -> Tensor:
@@ -121,17 +136,14 @@ class Rotation:
 
         readers = _readers(block)
         for name, norm in readers.items():
-            rotated[f"{name}.weight"] = wide(name) * weights[norm.gain].double() @ self.residual
+            rotated[f"{name}.weight"] = wide(name) * weights[norm.gain].double() @ residual
         for branch in block.branches:
             for name in branch.sites[-1].linears.names:
                 weight = rotated[f"{name}.weight"] if name in readers else wide(name)
-                rotated[f"{name}.weight"] = self.residual.T @ weight
+                rotated[f"{name}.weight"] = residual.T @ weight
                 if f"{name}.bias" in weights:
-                    rotated[f"{name}.bias"] = self.residual.T @ weights[f"{name}.bias"].double()
-        for site in block.sites.values():
-            if site.by_value_head and isinstance(site.source, Linear):
-                self._turn_values(rotated, weights, site.source.name, site.linears.names)
-        return {name: tensor.float().contiguous() for name, tensor in rotated.items()}
+                    rotated[f"{name}.bias"] = residual.T @ weights[f"{name}.bias"].double()
+        return rotated
 
     def _turn_values(
         self, rotated: BlockWeights, weights: BlockWeights, value: str, readers: tuple[str, ...]
@@ -146,14 +158,17 @@ class Rotation:
 
     def _rows(self, rows: Tensor) -> Tensor:
         """[heads * d, K]: R^T on every head's d rows, so that the head's vector v becomes v R."""
-        heads = rows.unflatten(0, (-1, len(self.head)))
+        heads = rows.double().unflatten(0, (-1, len(self.head)))
         return (self.head.T @ heads).flatten(0, 1)
 
     def load(self, checkpoint: Checkpoint, index: int) -> BlockWeights:
         """Block `index` of a checkpoint, rotated."""
         return self.block(load_block(checkpoint, index), checkpoint.decoder.blocks[index])
 
-    unties = True
+    @property
+    def unties(self) -> bool:
+        """Whether a tied head is no longer the embedding."""
+        return self.residual is not None
 
     def tensor(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """A tensor outside the blocks, fp32: the embedding E Q, a final norm of ones, the head W
@@ -161,6 +176,8 @@ class Rotation:
 
         A tied embedding gives both tables, which are no longer the same.
         """
+        if self.residual is None:
+            return checkpoint.tensor(name)
         decoder = checkpoint.decoder
         embedding, gain = f"{decoder.embedding.name}.weight", decoder.head.norm.gain
         if name == embedding:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import sha256_file, write_json
-from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD
+from calibration.out.layout import DATA_FILE, ENGINE, ENGINE_FILE, ENGINE_RECORD
 from calibration.progress import NullProgress, Progress
 from exporter.engine.edition import (
     captured_log,
@@ -375,6 +375,11 @@ def build_engine(
         "build_seconds": round(built - parsed, 2),
         "bytes": (folder / ENGINE_FILE).stat().st_size,
         "plugin_library": {"name": plugin_library.name, "sha256": sha256_file(plugin_library)},
+        "source": {
+            path.name: sha256_file(path)
+            for path in (onnx_path, onnx_path.with_name(DATA_FILE))
+            if path.is_file()
+        },
     }
     write_json(folder / ENGINE_RECORD, record)
     return record

@@ -53,6 +53,7 @@ class EngineRecord(TypedDict):
         parse_seconds, build_seconds: what it took.
         bytes: of the engine.
         plugin_library: beside it.
+        source: SHA-256 of the ONNX file and its weights, by their names.
     """
 
     format: int
@@ -69,6 +70,7 @@ class EngineRecord(TypedDict):
     build_seconds: float
     bytes: Count
     plugin_library: PluginLibrary
+    source: NotRequired[dict[FileName, Sha256]]
 
 
 def read_engine_record(folder: Path) -> EngineRecord:

@@ -76,6 +76,15 @@ def export_onnx(
         "bfloat16": TensorProto.BFLOAT16,
         "float32": TensorProto.FLOAT,
     }[quant.scheme.dtype]
+    context = int(quant.config["max_position_embeddings"])
+    longest = min(max_context or context, context)
+    for step in decoder.ropes:
+        if step.long(longest):
+            progress.warning(
+                f"{ONNX}: positions for {longest} tokens are those of longrope's long texts from the "
+                f"first token on; transformers takes them beyond {step.short} tokens. --max-seq "
+                f"{step.short} takes those of short texts."
+            )
     progress.start(ONNX, decoder.layers + 1)
     with ExternalWeights(folder / DATA_FILE) as weights:
         writer = GraphWriter(
@@ -86,8 +95,6 @@ def export_onnx(
             fuse_norms=fuse_norms,
             static=static,
         )
-        context = int(quant.config["max_position_embeddings"])
-        longest = min(max_context or context, context)
         stream = _embedding(writer)
         if static:
             writer.positions, writer.masks = _static_masks(writer, longest)
@@ -241,13 +248,16 @@ def _head(writer: GraphWriter, stream: str) -> str:
 
     decoder = writer.quant.decoder
     head = decoder.head
-    table = f"{(decoder.embedding if head.tied else head).name}.weight"
-    if not head.tied:
+    table = f"{decoder.head_table()}.weight"
+    if not (head.tied or head.quantized):
         writer.tensor(table)
     rows = _wanted(writer, stream, f"{head.name}.rows")
-    normed = writer.norm(head.norm, head.norm.name, rows)
-    table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
-    scores = writer.node("MatMul", [normed, table], head.name)
+    if head.quantized:
+        scores = writer.gemm(head.name, rows, head.norm, head.norm.name, tokens="L")
+    else:
+        normed = writer.norm(head.norm, head.norm.name, rows)
+        table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
+        scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:
         return writer.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
     scores = writer.cast(scores, TensorProto.FLOAT, f"{head.name}.float32")

@@ -134,11 +134,13 @@ class GraphWriter:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def info(self, name: str, width: int) -> str:
-        """Declare the shape of a tensor [B, S, width] of the model's type."""
+    def info(self, name: str, width: int, tokens: str = "S") -> str:
+        """Declare the shape of a tensor [B, S, width] of the model's type, or with another number
+        of tokens.
+        """
         from onnx import helper
 
-        self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", "S", width]))
+        self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", tokens, width]))
         return name
 
     def norm(self, norm: Norm, name: str, source: str) -> str:
@@ -153,9 +155,11 @@ class GraphWriter:
             epsilon=norm.epsilon,
         )
 
-    def gemm(self, name: str, source: str, norm: Norm | None, norm_name: str) -> str:
+    def gemm(
+        self, name: str, source: str, norm: Norm | None, norm_name: str, tokens: str = "S"
+    ) -> str:
         """The custom node `name` of linears stacked along the output, with the norm in front of it:
-        [B, S, K] -> [B, S, N].
+        [B, S, K] -> [B, S, N], or with another number of tokens.
         """
         linear = self.quant.fused(self.quant.decoder.members(name), name)
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
@@ -170,7 +174,7 @@ class GraphWriter:
             source = self.norm(norm, norm_name, source)
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
-        return self.info(output, attrs.out_features)
+        return self.info(output, attrs.out_features, tokens)
 
     def attention(
         self, name: str, inputs: Mapping[str, str], scale: float, softcap: float | None

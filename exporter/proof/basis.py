@@ -14,11 +14,13 @@ import numpy as np
 from exporter.proof.runners import Feed, SessionRunner
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calibration.quant.folder import QuantModel
     from calibration.transforms.rotation import Rotation
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["RotatedRunner", "recorded_rotation"]
+__all__ = ["RotatedRunner", "recorded_rotation", "turned"]
 
 
 def recorded_rotation(quant: QuantModel) -> Rotation | None:
@@ -36,25 +38,53 @@ def recorded_rotation(quant: QuantModel) -> Rotation | None:
     return Rotation.make(kind, quant.decoder.hidden, head_dim, int(settings["seed"]))
 
 
+def turned(quant: QuantModel, other: QuantModel) -> Rotation | None:
+    """What brings the outputs of `other` into the coordinates of `quant`, both of one float model;
+    None if they are the same.
+    """
+    import torch
+
+    from calibration.transforms.rotation import Rotation
+
+    mine, theirs = recorded_rotation(quant), recorded_rotation(other)
+    residual = _between(mine and mine.residual, theirs and theirs.residual)
+    head = _between(mine and mine.head, theirs and theirs.head)
+    if residual is None and head is None:
+        return None
+    if head is None:
+        head = torch.eye(quant.decoder.blocks[0].heads.head_dim, dtype=torch.float64)
+    return Rotation(residual, head)
+
+
+def _between(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    """The matrix that takes x theirs to x mine, both orthogonal; None stands for the identity."""
+    if theirs is None:
+        return mine
+    if mine is None:
+        return theirs.T
+    return None if mine.equal(theirs) else theirs.T @ mine
+
+
 class RotatedRunner(SessionRunner):
-    """A session of the float model; decoder layers' outputs [B, S, hidden] become x Q and cached
+    """A session in other coordinates; decoder layers' outputs [B, S, hidden] become x Q and cached
     values [B, heads, S, d] v R.
 
     Args:
         name, make: see SessionRunner.
-        rotation: of the quantised model, or None for outputs as they are.
+        rotation: of the model it is compared with, or None for outputs as they are.
     """
 
     def __init__(
         self, name: str, make: Callable[[], DecoderSession], rotation: Rotation | None
     ) -> None:
         super().__init__(name, make)
-        self._matrices: list[tuple[re.Pattern[str], np.ndarray]] = []
-        if rotation is not None:
-            self._matrices = [
-                (re.compile(r"model\.layers\.\d+\.output"), rotation.residual.numpy()),
-                (re.compile(r"present\.\d+\.value"), rotation.head.numpy()),
-            ]
+        matrices = {} if rotation is None else {"value": rotation.head}
+        if rotation is not None and rotation.residual is not None:
+            matrices["output"] = rotation.residual
+        patterns = {"output": r"model\.layers\.\d+\.output", "value": r"present\.\d+\.value"}
+        self._matrices = [
+            (re.compile(patterns[kind]), matrix.numpy()) for kind, matrix in matrices.items()
+        ]
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
         """Run one call and turn its outputs."""

@@ -24,12 +24,19 @@ __all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"
 
 # the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
-LEVELS = ("export", "native", "kernel", "quantisation")  # in the order in which a failure is named
+LEVELS = (
+    "export",
+    "native",
+    "kernel",
+    "against",
+    "quantisation",
+)  # a failure is named in this order
 _BETWEEN = {
     WEIGHTS: "the tensors in quant/ against the float model's",
     "export": "ONNX Runtime against the fake-quantised torch reference",
     "native": "the native CPU kernels against the function bodies, both in ONNX Runtime",
     "kernel": "the TensorRT engine against ONNX Runtime",
+    "against": "this artifact against the other one, both in ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
 Errors = Mapping[tuple[str, str, str], list[TensorError]]
@@ -41,7 +48,7 @@ class LayerReport:
     or of one tensor in quant/.
 
     Attributes:
-        level: "weights", "export", "native", "kernel" or "quantisation": what was compared.
+        level: "weights", "export", "native", "kernel", "against" or "quantisation": what was compared.
         phase: "prefill", "decode" or "padded batch"; "" for weights.
         tensor: its ONNX name, or its name in quant/.
         cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat
@@ -94,17 +101,27 @@ class Operator:
 
 @dataclass(frozen=True)
 class Stack:
-    """The decoder, for judging it; `exceptions` are the nodes that `scheme` does not hold for."""
+    """The decoder, for judging it; `exceptions` are the nodes that `scheme` does not hold for, `only`
+    the decoder layers that are judged (with the last of them the head; None: all).
+    """
 
     decoder: Decoder
     nodes: list[GemmNode]
     scheme: QuantScheme
     exceptions: Mapping[str, QuantScheme] = field(default_factory=dict)
+    only: range | None = None
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
         return self.decoder.layers
+
+    @property
+    def judged(self) -> range:
+        """The decoder layers to be judged; `self.layers` stands for the head."""
+        if self.only is None:
+            return range(self.layers + 1)
+        return range(self.only.start, self.only.stop + (self.only.stop == self.layers))
 
     @property
     def exact(self) -> bool:
@@ -117,7 +134,7 @@ class Stack:
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
         if index == self.layers:
-            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+            return self._head()
         prefix, found = f"{self.decoder.blocks[index].prefix}.", list[Operator]()
         for node in (item for item in self.nodes if item.name.startswith(prefix)):
             if node.site.attention:
@@ -125,9 +142,15 @@ class Stack:
             # With its norm, the first node reads the layer before.
             elif node.source != layer_output(index - 1):
                 found.append(Operator(node.source, node.source, "pointwise"))
-            norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
-            found.append(Operator(node.name + norm, node.result, "gemm"))
+            found.append(_gemm(node))
         return [*found, Operator(layer_output(index), layer_output(index), "pointwise")]
+
+    def _head(self) -> list[Operator]:
+        nodes = [node for node in self.nodes if node.name == self.decoder.head.name]
+        if not nodes:  # its norm and its table in one
+            return [Operator(self.decoder.head.name, "logits", "pointwise")]
+        norms = [Operator(node.source, node.source, "pointwise") for node in nodes if not node.norm]
+        return [*norms, *map(_gemm, nodes), Operator("logits", "logits", "pointwise")]
 
     def _cache(self, index: int) -> list[Operator]:
         kept = (f"present.{index}.key", f"present.{index}.value")
@@ -144,13 +167,22 @@ class Stack:
         depth = (self.layers if layer is None else layer) + 1
         # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's
         # limit.
-        so_far = self.nodes[: depth * len(self.nodes) // self.layers]
+        so_far = [
+            node
+            for node in self.nodes
+            if layer is None or ((place := layer_of(node.name)) is not None and place <= layer)
+        ]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
         if level == "native" and self.exact:
             return 0.0
         if level == "quantisation":
             return limits.quantisation(len(so_far))
         return limits.accumulated(depth, len(so_far))
+
+
+def _gemm(node: GemmNode) -> Operator:
+    norm = f" (with {node.norm.rpartition('.')[2]})" if node.norm else ""
+    return Operator(node.name + norm, node.result, "gemm")
 
 
 def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[float, float]:
@@ -170,7 +202,7 @@ def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
     for level in LEVELS:
         phases = dict.fromkeys(phase for comparison, phase, _ in errors if comparison == level)
         for phase in phases:
-            for index in range(stack.layers + 1):
+            for index in stack.judged:
                 tensors = [layer_output(index) if index < stack.layers else "logits"]
                 if level == "kernel" and index < stack.layers:
                     tensors = [
@@ -281,7 +313,7 @@ def _bad_weights(row: LayerReport) -> str:
 
 def _first_operator(errors: Errors, phase: str, stack: Stack, failed: list[LayerReport]) -> str:
     overflows = {row.overflow for row in failed if row.phase == phase}
-    for index in range(stack.layers + 1):
+    for index in stack.judged:
         for operator in stack.operators(index):
             error = total_error(errors["operator", phase, operator.tensor])
             got, limit = _measured(operator, error, Limits(stack.scheme))

@@ -39,7 +39,7 @@ class EvalRequest:
         windows: score this many windows, spread evenly; 0 is all.
         first: of the first ones only; 0 is all.
         seqlen: tokens of a window; 0 is 2048, or the longest sequence if that is shorter.
-        runner: name of the runner, or "auto".
+        runner: name of the runner, "cpu" or "auto".
         option: the command line's name of the text, for messages.
     """
 
@@ -48,7 +48,7 @@ class EvalRequest:
     windows: int = 0
     first: int = 0
     seqlen: int = 0
-    runner: str = "onnxruntime"
+    runner: str = "cpu"
     option: str = "--text"
 
 

@@ -132,29 +132,28 @@ def gemm_nodes(model: onnx.ModelProto, decoder: Decoder) -> list[GemmNode]:
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
     found = []
-    for block in decoder.blocks:
-        for short, site in block.sites.items():
-            name = block.name(short)
-            if name not in nodes:
-                raise CheckError(
-                    MODEL_FILE,
-                    f"got {len(nodes)} custom nodes without {name}, expected "
-                    f"{len(decoder.nodes)}: {len(block.sites)} in each of {decoder.layers} "
-                    f"decoder layers",
-                    "The graph was changed after its export (inlined functions?): export the "
-                    "model again",
-                )
-            node = nodes[name]
-            fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
-            norm = block.name(site.norm.name) if fused and site.norm is not None else ""
-            expected = block.name(site.norm.gain) if site.norm is not None else "no norm"
-            if fused and node.input[-1] != expected:
-                raise CheckError(
-                    f"{MODEL_FILE}, node {name}",
-                    f"got {node.input[-1]} as the weight of its norm, expected {expected}",
-                    "The graph was changed after its export: export the model again",
-                )
-            found.append(GemmNode(name, node.input[0], node.output[0], site, norm))
+    for name, site in decoder.sites.items():
+        if name not in nodes:
+            raise CheckError(
+                MODEL_FILE,
+                f"got {len(nodes)} custom nodes without {name}, expected {len(decoder.nodes)}: "
+                f"{len(decoder.blocks[0].sites)} in each of {decoder.layers} decoder layers"
+                f"{' and the head' if decoder.head.quantized else ''}",
+                "The graph was changed after its export (inlined functions?): export the "
+                "model again",
+            )
+        node = nodes[name]
+        fused = any(item.name == "norm_epsilon" and item.f > 0 for item in node.attribute)
+        own = None if site.norm is None else decoder.full_name(name, site.norm.name)
+        expected = "no norm" if own is None else f"{own}.weight"
+        if fused and node.input[-1] != expected:
+            raise CheckError(
+                f"{MODEL_FILE}, node {name}",
+                f"got {node.input[-1]} as the weight of its norm, expected {expected}",
+                "The graph was changed after its export: export the model again",
+            )
+        norm = own if fused and own is not None else ""
+        found.append(GemmNode(name, node.input[0], node.output[0], site, norm))
     return found
 
 

@@ -14,6 +14,7 @@ What runs where:
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
+- against: another artifact's ONNX model on the same tokens, where one is given.
 - quantisation: the fake-quantised reference against the float model.
 
 One model is in memory at a time: ONNX Runtime's outputs are recorded and replayed beside the torch
@@ -24,10 +25,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,8 +41,9 @@ from calibration.out.layout import DESCRIPTION, ENGINE, ENGINE_FILE, ONNX, QUANT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
-from exporter.graph.names import layer_output, new_key
-from exporter.proof.basis import RotatedRunner, recorded_rotation
+from exporter.graph.names import layer_of, layer_output, new_key
+from exporter.proof.basis import RotatedRunner, recorded_rotation, turned
+from exporter.proof.diagnose import causes
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
 from exporter.proof.memory import check_memory
 from exporter.proof.metrics import CompareTensors, TensorError
@@ -56,21 +59,37 @@ from exporter.run import find_runner
 from exporter.run.native import native_library
 from exporter.run.onnxruntime import OnnxSession, load_model
 from exporter.run.reference import TorchSession
-from plugins.errors import InputError
+from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.quant.folder import QuantModel
+    from exporter.proof.runners import GemmNode
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["LayerReport", "ValidateOptions", "ValidationResult", "validate"]
+__all__ = [
+    "REFERENCE",
+    "LayerReport",
+    "ValidateOptions",
+    "ValidationResult",
+    "decoder_stack",
+    "float_checkpoint",
+    "max_context",
+    "text_rows",
+    "validate",
+]
 
 T = TypeVar("T")
 
 # Names of the runners that are compared, as a report shows them.
 ONNX_RUNTIME, NATIVE, TENSORRT = "onnxruntime", "native", "tensorrt"
 TORCH, LOCKSTEP, FLOAT = "torch-fake-quant", "torch-lockstep", "torch-float"
+AGAINST = "against"
+REFERENCE = "torch"  # the runner whose model TORCH and LOCKSTEP are
+_GIVEN = re.compile(r" at (\S+)(?: \(with \S+\))? given its inputs ")  # first_failure's words
 _PADDED = 16  # tokens of the padded batch
+_TOKENIZED = 100_000  # characters on which two tokenizers are compared
+_SIZES = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
 Errors = dict[
     tuple[str, str, str], list[TensorError]
 ]  # (comparison, phase, tensor) -> one per call
@@ -84,18 +103,40 @@ class ValidateOptions:
 
     Attributes:
         calib: text file or dataset; None is the text shipped with the project.
+        option: the command line's name of the text, for messages.
         offline: never use the network.
         model: the float model that was quantised; without it neither the weights nor the
             quantisation error are checked.
         tokens: length of the prefill; with the steps cut to the context.
         steps: greedy decode steps.
+        runners: names of exporter/run to be compared with onnxruntime, which leads; one that cannot
+            run is an error then. None: all that can, and a note about the others.
+        layers: the decoder layers (first, end) that are judged; None: all.
+        against: OUT of another artifact of the same float model, compared too.
     """
 
     calib: str | None = None
+    option: str = "--calib"
     offline: bool = True
     model: str | None = None
     tokens: int = 64
     steps: int = 8
+    runners: tuple[str, ...] | None = None
+    layers: tuple[int, int] | None = None
+    against: Path | None = None
+
+    @property
+    def text_name(self) -> str:
+        """What a report calls the text."""
+        return self.calib or "the project's default text"
+
+    def wants(self, runner: str) -> bool:
+        """Whether a runner takes part where it can."""
+        return self.runners is None or runner in self.runners
+
+    def asks_for(self, runner: str) -> bool:
+        """Whether a runner was named, so that it has to take part."""
+        return self.runners is not None and runner in self.runners
 
 
 @dataclass(frozen=True)
@@ -106,7 +147,7 @@ class ValidationResult:
         rows: one per level, phase and layer, then the logits.
         first_failure: where the first error above its limit is, or "".
         notes: what could not be run, and why.
-        facts: runners, tokens, seconds.
+        facts: text, tokens, seconds, and what of a failed layer differs from quant/ in the ONNX file.
     """
 
     rows: tuple[LayerReport, ...]
@@ -151,37 +192,39 @@ class _Validator:
         self.out, self.options, self.progress = out, options, progress
         self.quant: QuantModel = read_quant(out / QUANT)
         model = load_model(out / ONNX)
-        self.context = self._max_context()
-        self.steps = max(min(options.steps, self.context - 2), 0)
-        self.tokens = min(options.tokens, self.context - self.steps)
+        self.context = max_context(out, self.quant)
+        self.room = min(self.context, max_context(options.against or out, self.quant))
+        self.steps = max(min(options.steps, self.room - 2), 0)
+        self.tokens = min(options.tokens, self.room - self.steps)
         self.nodes = gemm_nodes(model, self.quant.decoder)
-        inner = [name for node in self.nodes for name in (node.source, node.result)]
-        keys = map(
-            new_key, range(self.quant.layers if self.quant.scheme.kv_bits < FLOAT_BITS else 0)
-        )
-        self.marked = list(
-            dict.fromkeys([*inner, *map(layer_output, range(self.quant.layers)), *keys])
-        )
+        self.layers = self._layers()
+        wanted = {*self.layers, *([None] if self.layers.stop == self.quant.layers else [])}
+        self.judged = [node for node in self.nodes if layer_of(node.name) in wanted]
+        inner = [name for node in self.judged for name in (node.source, node.result)]
+        keys = map(new_key, self.layers if self.quant.scheme.kv_bits < FLOAT_BITS else ())
+        before = range(max(self.layers.start - 1, 0), self.layers.stop)  # what the first one reads
+        self.marked = list(dict.fromkeys([*inner, *map(layer_output, before), *keys]))
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
 
-    def _max_context(self) -> int:
-        """What model.json says; a graph that was written without one goes as far as the model."""
-        path = self.out / ONNX / DESCRIPTION
-        if path.is_file():
-            return read_description(path, "Export the model again")[0].max_context
-        return int(self.quant.config["max_position_embeddings"])
+    def _layers(self) -> range:
+        """The decoder layers to be judged."""
+        first, end = self.options.layers or (0, self.quant.layers)
+        if not 0 <= first < end <= self.quant.layers:
+            raise InputError(
+                "--layers",
+                f"got {first}:{end}, expected A:B with 0 <= A < B <= {self.quant.layers}, the "
+                "number of decoder layers",
+                "Give such numbers; B itself is left out",
+            )
+        return range(first, end)
 
     def windows(self) -> np.ndarray:
         """Three windows of real text, int64 [3, tokens]; a short text is repeated, as calibration
         takes it too.
         """
-        from calibration.data import load_text, text_tokens
-
-        text = load_text(self.options.calib, self.options.offline, strict=False)
-        tokens = text_tokens(self.quant.tokenizer(), text, self.quant.decoder.vocab, "--calib")
-        return np.resize(tokens, (3, self.tokens))
+        return text_rows(self.quant, self.options, 3, self.tokens)
 
     def feeds(self, leader: SessionRunner) -> Iterator[dict[str, np.ndarray]]:
         """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the
@@ -197,7 +240,7 @@ class _Validator:
                 self.steps,
             )
         ]
-        width = min(self.tokens, _PADDED, self.context - 1)
+        width = min(self.tokens, _PADDED, self.room - 1)
         mask = np.ones((2, width), np.int64)
         mask[0, : width // 4] = 0
         plans.append(("padded batch", "padded batch", windows[1:, :width], mask, 1))
@@ -251,7 +294,7 @@ class _Validator:
         """The native kernels in ONNX Runtime against the function bodies; what follows attention,
         which is float, goes on with the body's.
         """
-        given = [node.source for node in self.nodes if node.site.attention]
+        given = [node.source for node in self.judged if node.site.attention]
 
         def open_session() -> OnnxSession:
             return OnnxSession(
@@ -268,8 +311,16 @@ class _Validator:
         self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
 
     def native_kernels(self) -> Path | None:
-        """The library of native kernels; None, with a note, where there is none."""
+        """The library of native kernels; None, with a note, where there is none.
+
+        Raises:
+            InputError: there is none, and the runner was asked for.
+        """
+        if not self.options.wants(NATIVE):
+            return None
         library = native_library()
+        if self.options.asks_for(NATIVE) and not isinstance(library, Path):
+            raise library
         if isinstance(library, Path):
             return library
         self.notes.append(
@@ -277,30 +328,85 @@ class _Validator:
         )
         return None
 
-    def run_export(self, record: list[Outputs]) -> list[Outputs]:
-        """ONNX Runtime and, if there is one, the engine against the fake-quantised torch model;
-        returns the latter's logits and layers' outputs.
+    def run_export(
+        self, record: list[Outputs], engine: Callable[[], DecoderSession] | None
+    ) -> list[Outputs]:
+        """ONNX Runtime against the fake-quantised torch model, and the engine, if there is one,
+        against ONNX Runtime; returns the torch model's logits and layers' outputs.
         """
-        from calibration.reference.model import quantised_model
+        onnx = ReplayRunner(ONNX_RUNTIME, record)
+        runners: list[Any] = [onnx]
+        pairs: Pairs = {}
+        torch: SessionRunner | None = None
+        if self.options.wants(REFERENCE):
+            from calibration.reference.model import quantised_model
 
-        model = quantised_model(self.quant, max_context=self.context)
-
-        def open_session() -> TorchSession:
-            return TorchSession(model)
-
-        onnx, torch = ReplayRunner(ONNX_RUNTIME, record), SessionRunner(TORCH, open_session)
-        lockstep = LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)
-        runners = [onnx, torch, lockstep]  # the leader of the lockstep runs before it
-        pairs: Pairs = {"export": (1, 0), "operator": (2, 0)}
-        if engine := self.engine_runner():
-            runners.append(engine)
-            pairs["kernel"] = (0, 3)
-        wanted = ("logits", *map(layer_output, range(self.quant.layers)))
+            model = quantised_model(self.quant, max_context=self.context)
+            torch = SessionRunner(TORCH, lambda: TorchSession(model))
+            # the leader of the lockstep runs before it
+            runners += [torch, LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)]
+            pairs |= {"export": (1, 0), "operator": (2, 0)}
+        if engine is not None:
+            pairs["kernel"] = (0, len(runners))
+            runners.append(SessionRunner(TENSORRT, engine))
+        wanted = ("logits", *map(layer_output, self.layers))
         kept: list[Outputs] = []
-        self.compare(
-            runners, pairs, lambda: kept.append({name: torch.outputs[name] for name in wanted})
-        )
+
+        def keep() -> None:
+            if torch is not None:
+                kept.append({name: torch.outputs[name] for name in wanted})
+
+        self.compare(runners, pairs, keep)
         return kept
+
+    def run_against(self, record: list[Outputs], other: QuantModel) -> None:
+        """Another artifact's ONNX model against this one's, in this one's coordinates."""
+
+        def open_session() -> DecoderSession:
+            marked = [layer_output(index) for index in self.layers]
+            return OnnxSession(other.path.parent / ONNX, self.room, marked)
+
+        runners = [
+            ReplayRunner(ONNX_RUNTIME, record),
+            RotatedRunner(AGAINST, open_session, turned(self.quant, other)),
+        ]
+        self.compare(runners, {AGAINST: (0, 1)}, each=lambda: None)
+
+    def other(self) -> QuantModel | None:
+        """The artifact to compare with, if one was given.
+
+        Raises:
+            InputError: it has no quant folder, or another decoder.
+        """
+        from calibration.quant.folder import read_quant
+
+        if self.options.against is None:
+            return None
+        other = read_quant(self.options.against / QUANT)
+        for name in (*_SIZES, "max_position_embeddings"):
+            if (got := other.config[name]) != (expected := self.quant.config[name]):
+                raise InputError(
+                    f"--against {self.options.against}",
+                    f"got a model with {name} {got}, expected {expected} as in {self.out}",
+                    "Give an artifact of the same float model",
+                )
+        return other
+
+    def same_codes(self, other: QuantModel) -> bool:
+        """Whether two artifacts hold the same numbers, so that they must compute the same; says so
+        where they do not.
+        """
+        mine, theirs = (
+            {name: digest for name, digest in quant.files.items() if name.endswith(".safetensors")}
+            for quant in (self.quant, other)
+        )
+        if mine == theirs:
+            return True
+        self.notes.append(
+            f"{self.options.against} holds other codes ({other.label}), so its differences are shown "
+            "and not judged."
+        )
+        return False
 
     def run_float(self, checkpoint: Checkpoint, references: list[Outputs]) -> None:
         """The fake-quantised model's outputs against the float model on the same tokens."""
@@ -309,7 +415,7 @@ class _Validator:
         runners = [
             RotatedRunner(
                 FLOAT,
-                lambda: TorchSession(FloatReference(float_model(checkpoint))),
+                lambda: TorchSession(FloatReference(float_model(checkpoint, self.context))),
                 recorded_rotation(self.quant),
             ),
             ReplayRunner(TORCH, references),
@@ -320,54 +426,91 @@ class _Validator:
         """The calls that ONNX Runtime got."""
         return [call.feed for call in self.calls]
 
-    def engine_runner(self) -> SessionRunner | None:
-        """The engine's runner; None, with a note, where this export has no engine or there is no
-        GPU.
+    def engine(self) -> Callable[[], DecoderSession] | None:
+        """Opens the engine; None, with a note, where this export has no engine or there is no GPU.
+
+        Raises:
+            InputError: so it is, and the runner was asked for.
         """
+        if not self.options.wants(TENSORRT):
+            return None
         folder, tensorrt = self.out / ENGINE, find_runner(TENSORRT)
-        if ENGINE not in stages_in(self.out):
+        error = tensorrt.unavailable()
+        if self.options.asks_for(TENSORRT):
+            if error:
+                raise error
+            stage = open_stage(self.out, ENGINE, f"--runner {TENSORRT}")
+            if stage.description().cache.capacity:
+                raise InputError(
+                    f"--runner {TENSORRT}",
+                    "got an engine with a static cache, expected one whose cache grows",
+                    f"Leave {TENSORRT} out, or prove an export with --kv concat",
+                )
+        elif ENGINE not in stages_in(self.out):
             stale = (
                 f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
             )
             self.notes.append(f"No engine was built, so the CUDA kernels were not run{stale}.")
-        elif tensorrt.unavailable():
+            return None
+        elif error:
             self.notes.append(
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
             )
+            return None
         elif open_stage(self.out, ENGINE, "the validation").description().cache.capacity:
             self.notes.append(
                 "The engine has a static cache, which the validation cannot run, so the CUDA kernels "
                 "were not executed in it."
             )
-        else:
+            return None
 
-            def open_session() -> DecoderSession:
-                stage = open_stage(self.out, ENGINE, "the validation")
-                return tensorrt.open(stage, tensorrt.describe(stage))
+        def open_session() -> DecoderSession:
+            stage = open_stage(self.out, ENGINE, "the validation")
+            return tensorrt.open(stage, tensorrt.describe(stage))
 
-            return SessionRunner(TENSORRT, open_session)
-        return None
+        return open_session
 
     def checkpoint(self) -> Checkpoint | None:
         """The float model; None, with a note, where it cannot be had."""
-        from calibration.checkpoints.checkpoint import open_checkpoint
+        found = float_checkpoint(self.quant, self.options)
+        if isinstance(found, str):
+            self.notes.append(found)
+            return None
+        self.check_tokenizer(found)
+        return found
 
-        lost = "neither the weights nor the quantisation error were checked"
-        if self.options.model is None:
-            self.notes.append(f"No float model was given, so {lost}.")
-            return None
-        try:
-            checkpoint = open_checkpoint(self.options.model, self.options.offline)
-        except InputError as error:
-            self.notes.append(f"The float model could not be opened, so {lost}. {error}")
-            return None
-        if checkpoint.fingerprint == self.quant.source["fingerprint"]:
-            return checkpoint
-        self.notes.append(
-            f"The float model at {checkpoint.source.path} is not the one that was quantised, so {lost}."
+    def check_tokenizer(self, checkpoint: Checkpoint) -> None:
+        """Hold the tokenizer in quant/ against the float model's, on the proof's text.
+
+        Raises:
+            CheckError: it gives other tokens.
+        """
+        text = _text(self.options)[:_TOKENIZED]
+        mine, theirs = (
+            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            for tokenizer in (self.quant.tokenizer(), checkpoint.tokenizer())
         )
-        return None
+        if mine == theirs:
+            return
+        place = next(
+            (
+                place
+                for place, pair in enumerate(zip(mine, theirs, strict=False))
+                if len(set(pair)) > 1
+            ),
+            min(len(mine), len(theirs)),
+        )
+        got, expected = (
+            f"token {tokens[place]}" if place < len(tokens) else "the end"
+            for tokens in (mine, theirs)
+        )
+        raise CheckError(
+            f"{self.out / QUANT}, tokenizer",
+            f"got {got} at place {place} of the text, expected {expected} as the float model's "
+            "tokenizer gives",
+            "It is another model's: quantize the model again",
+        )
 
     def run(self) -> ValidationResult:
         began = time.monotonic()
@@ -375,31 +518,101 @@ class _Validator:
         check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()
         calls = self.steps + 3
-        weights = compared_tensors(checkpoint) if checkpoint else 0
-        library = self.native_kernels()
-        runs = 2 + (library is not None) + (checkpoint is not None)
-        self.progress.start(REPORT, weights + calls * runs)
-        rows = compare_weights(checkpoint, self.quant, self.progress) if checkpoint else []
+        library, engine, other = self.native_kernels(), self.engine(), self.other()
+        exported = self.options.wants(REFERENCE)
+        runs = [library, other, exported or engine, exported and checkpoint]
+        if not any(runs):
+            raise InputError(
+                "--runner",
+                f"got {ONNX_RUNTIME} alone, expected another one to compare it with",
+                f"Add {NATIVE}, {TENSORRT} or {REFERENCE}, separated by commas",
+            )
+        weights = compared_tensors(checkpoint, self.quant, self.layers) if checkpoint else 0
+        self.progress.start(REPORT, weights + calls * (1 + sum(map(bool, runs))))
+        rows = (
+            compare_weights(checkpoint, self.quant, self.progress, self.layers)
+            if checkpoint
+            else []
+        )
         with captured_log():
             record = _freed(self.run_onnx)
             if library is not None:
                 _freed(self.run_native, record, library)
-            references = _freed(self.run_export, record)
+            if other is not None:
+                _freed(self.run_against, record, other)
+            references = _freed(self.run_export, record, engine) if exported or engine else []
             del record
-            if checkpoint:
+            if exported and checkpoint:
                 self.run_float(checkpoint, references)
         self.progress.finish()
-        stack = Stack(self.quant.decoder, self.nodes, self.quant.scheme, self.quant.exceptions)
+        only = self.layers if self.options.layers else None
+        stack = decoder_stack(self.quant, self.nodes, only)
         rows += judge(self.errors, stack)
+        if other is not None and not self.same_codes(other):
+            rows = [replace(row, limit=None) if row.level == AGAINST else row for row in rows]
         facts = {
             "tokens": self.tokens,
             "steps": self.steps,
-            "text": self.options.calib or "the project's default text",
+            "text": self.options.text_name,
             "seconds": round(time.monotonic() - began, 2),
         }
-        return ValidationResult(
-            tuple(rows), first_failure(self.errors, rows, stack), tuple(self.notes), facts
-        )
+        failure = first_failure(self.errors, rows, stack)
+        if operator := _GIVEN.search(failure):
+            layer = next(layer_of(row.tensor) for row in rows if not row.ok)
+            facts["causes"] = causes(self.quant, self.out / ONNX, layer, operator[1])
+        return ValidationResult(tuple(rows), failure, tuple(self.notes), facts)
+
+
+def decoder_stack(quant: QuantModel, nodes: list[GemmNode], only: range | None = None) -> Stack:
+    """What judges a quantized model: its nodes, and how each is quantized."""
+    others = {
+        node: scheme
+        for node in quant.decoder.nodes
+        if (scheme := quant.scheme_of(node)) != quant.scheme
+    }
+    return Stack(quant.decoder, nodes, quant.scheme, others, only)
+
+
+def max_context(out: Path, quant: QuantModel) -> int:
+    """Most tokens of a sequence, as model.json says; a graph that was written without one goes as far
+    as the model.
+    """
+    path = out / ONNX / DESCRIPTION
+    if path.is_file():
+        return read_description(path, "Export the model again")[0].max_context
+    return int(quant.config["max_position_embeddings"])
+
+
+def float_checkpoint(quant: QuantModel, options: ValidateOptions) -> Checkpoint | str:
+    """The float model that was quantised, or why it cannot be had."""
+    from calibration.checkpoints.checkpoint import open_checkpoint
+
+    lost = "neither the weights nor the quantisation error were checked"
+    if options.model is None:
+        return f"No float model was given, so {lost}."
+    try:
+        checkpoint = open_checkpoint(options.model, options.offline)
+    except InputError as error:
+        return f"The float model could not be opened, so {lost}. {error}"
+    if checkpoint.fingerprint == quant.source["fingerprint"]:
+        return checkpoint
+    return (
+        f"The float model at {checkpoint.source.path} is not the one that was quantised, so {lost}."
+    )
+
+
+def text_rows(quant: QuantModel, options: ValidateOptions, rows: int, tokens: int) -> np.ndarray:
+    """The beginning of the text as tokens int64 [rows, tokens]; a short one is repeated."""
+    from calibration.data import text_tokens
+
+    found = text_tokens(quant.tokenizer(), _text(options), quant.decoder.vocab, options.option)
+    return np.resize(found, (rows, tokens))
+
+
+def _text(options: ValidateOptions) -> str:
+    from calibration.data import load_text
+
+    return load_text(options.calib, options.offline, strict=False, where=options.option)
 
 
 def _freed(work: Callable[..., T], *arguments: Any) -> T:
@@ -425,6 +638,6 @@ def validate(
 
     Raises:
         InputError: a stage is missing or damaged, the text is too short, or the memory does not
-            suffice.
+            suffice. CheckError: a node is missing, or the tokenizer is another model's.
     """
     return _Validator(Path(out), options or ValidateOptions(), progress or NullProgress()).run()

@@ -14,7 +14,7 @@ NaN, Inf and missing tensors fail.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ import numpy as np
 from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
+from exporter.graph.names import layer_of
 from exporter.proof.judge import WEIGHTS, LayerReport
 from exporter.proof.limits import unit_roundoff
 from exporter.proof.metrics import EXACT_DB
@@ -144,16 +145,38 @@ def _float_sums(weight: np.ndarray, got: np.ndarray, scheme: QuantScheme) -> _Su
     return sums
 
 
-def compared_tensors(checkpoint: Checkpoint) -> int:
+def _shapes(
+    checkpoint: Checkpoint, quant: QuantModel, layers: range | None
+) -> dict[str, Sequence[int]]:
+    """Of the tensors to compare: all, or those in no layer and in these; with the codes of a quantized
+    head beside a table that it was tied to.
+    """
+    decoder = checkpoint.decoder
+    if quant.decoder.head.quantized:
+        decoder = decoder.with_quantized_head()
+    return {
+        name: shape
+        for name, shape in decoder.shapes().items()
+        if layers is None or (layer := layer_of(name)) is None or layer in layers
+    }
+
+
+def compared_tensors(checkpoint: Checkpoint, quant: QuantModel, layers: range | None = None) -> int:
     """How many rows compare_weights gives, and how far it moves the progress."""
-    return len(checkpoint.decoder.shapes()) + 1
+    return len(_shapes(checkpoint, quant, layers)) + len(quant.decoder.frequencies)
 
 
 def compare_weights(
-    checkpoint: Checkpoint, quant: QuantModel, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    quant: QuantModel,
+    progress: Progress | None = None,
+    layers: range | None = None,
 ) -> list[LayerReport]:
     """One row per tensor of the float model, in its order; relative errors are Frobenius norms, of
     the whole and of the worst row.
+
+    Args:
+        layers: leave the other decoder layers out; None takes all.
 
     Memory: one tensor of the float model and a few million weights in fp32.
     """
@@ -161,14 +184,16 @@ def compare_weights(
     # A method that transforms some weights may do so by changing the norms before them.
     plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
     linears = quant.decoder.linears
-    for name, shape in checkpoint.decoder.shapes().items():
+    for name, shape in _shapes(checkpoint, quant, layers).items():
         base = name.removesuffix(".weight")
         quantised = name != base and base in linears
         stored = f"{base}.codes" if quantised else name
         if not quant.has(stored) or quant.tensor(stored).shape != tuple(shape):
             reports.append(_missing(base if quantised else name))
         else:
-            weight = checkpoint.array(name)
+            head = checkpoint.decoder.head.name
+            table = checkpoint.decoder.head_table() if base == head else base
+            weight = checkpoint.array(name if table == base else f"{table}.weight")
             sums = (
                 _linear_sums(weight, quant.linear(base))
                 if quantised

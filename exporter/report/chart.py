@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from plugins.text import printable
@@ -14,6 +14,8 @@ __all__ = ["Chart", "Series", "bar", "escape", "line_chart", "table"]
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 74, 16, 16, 50
 _TICKS, _X_LABELS = 6, 12
+_APART = 3.0  # pixels: lines nearer than that look like one ...
+_MOSTLY = 0.75  # ... where it is so at most positions
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,34 @@ def line_chart(chart: Chart, series: Sequence[Series], key: str) -> str:
         f'text-anchor="middle">{escape(chart.unit)}</text>'
     )
     parts += _positions(chart.labels, x)
-    for line in series:
-        parts += _line(line, chart, x, y)
+    over = _coinciding(series, y)
+    for place, line in enumerate(series):
+        parts += _line(line, chart, x, y, "under" if place in over.values() else "")
     legend = "".join(
         f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {line.style}" d="M1 6H25"/>'
-        f"{'' if line.style == 'limit' else _marker(line.style, 13, 6)}</svg>{escape(line.label)}</li>"
-        for line in series
+        f"{'' if line.style == 'limit' else _marker(line.style, 13, 6)}</svg>{escape(line.label)}"
+        f"{f' (lies on: {escape(series[over[place]].label)})' if place in over else ''}</li>"
+        for place, line in enumerate(series)
     )
     return f'<figure>{"".join(parts)}</svg><ul class="legend">{legend}</ul></figure>'
+
+
+def _coinciding(series: Sequence[Series], y: Callable[[float], float]) -> dict[int, int]:
+    """{a line: an earlier one that it mostly hides}; that one is then drawn broad."""
+
+    def alike(one: float | None, other: float | None) -> bool:
+        if one is None or other is None:
+            return one is other
+        return abs(y(one) - y(other)) < _APART
+
+    found: dict[int, int] = {}
+    for place, line in enumerate(series):
+        for earlier in range(place):
+            pairs = zip(line.values, series[earlier].values, strict=True)
+            if sum(alike(*pair) for pair in pairs) >= _MOSTLY * len(line.values):
+                found[place] = earlier
+                break
+    return found
 
 
 def bar(share: float, label: str) -> str:
@@ -155,7 +177,7 @@ def _positions(labels: Sequence[str], x: object) -> list[str]:
     ]
 
 
-def _line(line: Series, chart: Chart, x: object, y: object) -> list[str]:
+def _line(line: Series, chart: Chart, x: object, y: object, more: str = "") -> list[str]:
     assert callable(x) and callable(y)
     path, marks, pen = [], [], "M"
     for position, value in enumerate(line.values):
@@ -177,7 +199,8 @@ def _line(line: Series, chart: Chart, x: object, y: object) -> list[str]:
             marks.append(
                 f"<g><title>{where}: {value:.3g}</title>{_marker(line.style, x(position), y(value))}</g>"
             )
-    return [f'<path class="line {line.style}" d="{"".join(path)}"/>', *marks] if path else marks
+    style = f"line {line.style} {more}".rstrip()
+    return [f'<path class="{style}" d="{"".join(path)}"/>', *marks] if path else marks
 
 
 def _marker(style: str, x: float, y: float) -> str:

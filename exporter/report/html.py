@@ -8,6 +8,7 @@ from typing import Any
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.report.calibration import calibration_section
 from exporter.report.chart import Chart, Series, bar, escape, line_chart, table
+from exporter.report.quality import quality_section, verdicts
 from exporter.report.style import STYLE
 
 __all__ = ["page"]
@@ -19,6 +20,7 @@ _LEVELS = {
     "export": "Export: ONNX Runtime against the fake-quantised torch reference",
     "native": "Native: the CPU kernels against the function bodies",
     "kernel": "Kernel: the TensorRT engine against ONNX Runtime",
+    "against": "Against: another artifact against this one, both in ONNX Runtime",
     "quantisation": "Quantisation: the fake-quantised torch reference against the float model",
 }
 _STYLES = {
@@ -34,7 +36,9 @@ def page(data: Data) -> str:
     title = f"{data['model']} {data['label']}"
     parts = (
         _header(data),
+        verdicts(data, _export_facts(data)),
         _tiles(data),
+        quality_section(data),
         _operators(data),
         _accumulated(data),
         _costs(data),
@@ -43,6 +47,8 @@ def page(data: Data) -> str:
         _made(data),
         _tables(data),
         _environment(data),
+        _next(data),
+        "<footer>anybit-trt; the numbers are in report.json.</footer>",
     )
     body = "\n".join(part for part in parts if part)
     return (
@@ -57,15 +63,7 @@ def page(data: Data) -> str:
 
 
 def _header(data: Data) -> str:
-    validation, scheme = data["validation"], data["scheme"]
-    style, verdict = (
-        ("", "every layer within tolerance") if validation["ok"] else (" bad", "out of tolerance")
-    )
-    alert = (
-        ""
-        if validation["ok"]
-        else f'<p class="alert"><b>First failure:</b> {escape(validation["first_failure"])}.</p>'
-    )
+    scheme = data["scheme"]
     mixed = data["mixed"]
     differ = (
         f"Mixed, {data['sizes']['bits_per_weight']:.1f} bits per weight on average, scales "
@@ -87,18 +85,21 @@ def _header(data: Data) -> str:
     )
     groups += f", {scheme['kv_bits']}-bit KV cache" if scheme["kv_bits"] < FLOAT_BITS else ""
     return (
-        f"<header><h1>{escape(data['model'])}</h1><span "
-        f'class="pill{style}">{verdict}</span></header>'
+        f"<header><h1>{escape(data['model'])}</h1>"
         f'<p class="soft">{differ}{weights}, {acts}, {groups}; {escape(scheme["op"])}, method '
-        f"{escape(scheme['method'])}.</p>{alert}"
+        f"{escape(scheme['method'])}.</p></header>"
     )
 
 
 def _tiles(data: Data) -> str:
-    sizes, engine, perplexity = data["sizes"], data["engine"], data["perplexity"]
+    sizes, engine = data["sizes"], data["engine"]
     before, after = sizes["model_float_bytes"], sizes["model_quant_bytes"]
     tiles = [
-        (f"{sizes['bits_per_weight']:.2f}", "bits per weight", "linear layers, scales included"),
+        (
+            f"{sizes['bits_per_weight']:.2f}",
+            "bits per weight",
+            f"linear layers{' and head' if data['head'] else ''}, scales included",
+        ),
         (
             f"{after / 1e6:.0f} MB",
             "model",
@@ -114,30 +115,6 @@ def _tiles(data: Data) -> str:
                 f"for {nodes} custom nodes",
             )
         )
-    shares = [
-        share
-        for row in data["validation"]["rows"]
-        if row["level"] == "export" and (share := _share(row)) is not None
-    ]
-    if shares:
-        tiles.append(
-            (
-                f"{max(shares):.0%}" if max(shares) < 10 else f"{max(shares):.0f}×",
-                "worst operator",
-                "of its own limit",
-            )
-        )
-    logits = [
-        row
-        for row in data["validation"]["rows"]
-        if row["level"] == "export" and row["tensor"] == "logits"
-    ]
-    for row in logits[:1]:
-        tiles.append((f"{row['agreement']:.0%}", "same next token", "ONNX Runtime and reference"))
-    if perplexity:
-        tiles.append(
-            (f"{perplexity['ppl']:.3f}", "perplexity", escape(str(perplexity.get("runner", ""))))
-        )
     return (
         '<div class="tiles">'
         + "".join(
@@ -146,6 +123,19 @@ def _tiles(data: Data) -> str:
         )
         + "</div>"
     )
+
+
+def _export_facts(data: Data) -> list[tuple[str, str]]:
+    """Numbers of the export's verdict."""
+    facts = []
+    rows = [row for row in data["validation"]["rows"] if row["level"] == "export"]
+    if shares := [share for row in rows if (share := _share(row)) is not None]:
+        worst = f"{max(shares):.0%}" if max(shares) < 10 else f"{max(shares):.0f}×"
+        facts.append((worst, "worst operator, of its own limit"))
+    if agreements := [row["agreement"] for row in rows if row["agreement"] is not None]:
+        same = f"{agreements[0]:.0%}"
+        facts.append((same, "same next token, ONNX Runtime and torch reference"))
+    return facts
 
 
 # ---------------------------------------------------------------- charts
@@ -370,6 +360,16 @@ def _bits(data: Data) -> str:
     )
 
 
+def _head(data: Data) -> str:
+    """Its bits, and what calibration measured them to cost."""
+    kept, measured = data["head"], data.get("calibration", {}).get("head")
+    now = kept or data["scheme"]["dtype"]
+    if measured is None or measured["rise"] is None:
+        return str(now)
+    cost = f"{measured['rise']:+.2%} perplexity on {measured['tokens']} calibration tokens"
+    return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
+
+
 def _made(data: Data) -> str:
     scheme, request, shape, engine = data["scheme"], data["request"], data["shape"], data["engine"]
     others = (
@@ -392,6 +392,7 @@ def _made(data: Data) -> str:
         ("activations", _activations(scheme)),
         ("group size", scheme["group_size"] or "one group per output channel"),
         ("KV cache", _cache(scheme)),
+        ("head", _head(data)),
         ("type of the rest", scheme["dtype"]),
         (
             "decoder",
@@ -540,7 +541,12 @@ def _environment(data: Data) -> str:
         ),
     ]
     command = f"<h3>Command</h3><pre>{escape(data['command'])}</pre>" if data["command"] else ""
-    return (
-        f"<section><h2>Environment</h2>{_list(pairs)}{not_run}{command}</section>"
-        "<footer>anybit-trt; the numbers are in report.json.</footer>"
+    return f"<section><h2>Environment</h2>{_list(pairs)}{not_run}{command}</section>"
+
+
+def _next(data: Data) -> str:
+    """The commands that come next."""
+    commands = "".join(
+        f"<h3>{escape(what)}</h3><pre>{escape(command)}</pre>" for command, what in data["next"]
     )
+    return f"<section><h2>Next</h2>{commands}</section>"

@@ -15,6 +15,7 @@ from calibration.out.files import write_json
 from calibration.out.layout import ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
 from exporter.engine.edition import gpu_capabilities
 from exporter.engine.record import read_engine_record
+from exporter.graph.names import layer_of
 from exporter.report.html import page
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
 
     Args:
         out: the artefact folder.
-        manifest: of the stages so far; "perplexity" in it is shown.
+        manifest: of the stages so far; "perplexity" and "quality" in it are shown.
         result: from exporter.proof.validate.
     """
     from calibration.quant.folder import read_quant
@@ -54,6 +55,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "label": quant.label,
         "scheme": quant.scheme.as_dict(),
         "mixed": _mixed(quant),
+        "head": None if quant.head is None else quant.head.label,
         "shape": {key: value for key, value in quant.config.items() if key != "hf"},
         "sizes": quant.sizes,
         "request": dict(manifest.get("request", {})),
@@ -63,8 +65,32 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "validation": validation,
         "calibration": quant.calibration,
         "perplexity": manifest.get("perplexity"),
+        "quality": manifest.get("quality"),
+        "next": _next_commands(out, result, engine is not None),
         "environment": environment(manifest.get("versions", {})),
     }
+
+
+def _next_commands(out: Path, result: ValidationResult, has_engine: bool) -> list[tuple[str, str]]:
+    """(command, what it does) of what comes after this report."""
+
+    def deploy(command: str, *options: str) -> str:
+        return shlex.join(["python", "-m", "deploy", command, str(out), *options])
+
+    if not result.ok:
+        layers = [layer_of(row.tensor) for row in result.rows if not row.ok]
+        layer = next((layer for layer in layers if layer is not None), None)
+        near = () if layer is None else ("--layers", f"{layer}:{layer + 1}")
+        again = deploy("prove", *near, "--to", f"{out}-proof")
+        return [(again, "Look at the first bad layer alone")]
+    found = [
+        (deploy("generate", "--prompt", "Once upon a time"), "Let it write"),
+        (deploy("eval", "--text", "FILE"), "Score a text of yours"),
+        (deploy("prove", "--text", "FILE", "--to", f"{out}-proof"), "Prove it on another text"),
+    ]
+    if has_engine:
+        found.append((deploy("trtexec"), "Time the engine with NVIDIA's own tool"))
+    return found
 
 
 def _mixed(quant: QuantModel) -> dict[str, Any] | None:

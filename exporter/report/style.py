@@ -6,21 +6,27 @@ __all__ = ["STYLE"]
 
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#1a2230;--soft:#5b6675;--rule:#e1e5ea;--a:#1d5fd1;--b:#c2560c;--c:#6b4bb8;--d:#0d7d6c;--good:#12703a;
---good-bg:#dff3e6;--bad:#b3261e;--bad-bg:#fbe3e1;--fill:#d6e2f8;color-scheme:light dark}
+--good-bg:#dff3e6;--bad:#b3261e;--bad-bg:#fbe3e1;--warn:#8a5300;--warn-bg:#fdeccc;--fill:#d6e2f8;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#10141a;--card:#181e27;--ink:#e6eaf0;--soft:#9aa6b5;--rule:#2b3440;--a:#74a7ff;--b:#ff9d57;
---c:#b79cff;--d:#4fd0ba;--good:#6fdc96;--good-bg:#143322;--bad:#ff8f86;--bad-bg:#43201e;--fill:#27406b}}
+--c:#b79cff;--d:#4fd0ba;--good:#6fdc96;--good-bg:#143322;--bad:#ff8f86;--bad-bg:#43201e;--warn:#ffc46b;--warn-bg:#3f2e10;--fill:#27406b}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}
-header{display:flex;flex-wrap:wrap;gap:6px 16px;align-items:baseline;margin-bottom:18px}
+header{margin-bottom:18px}
 h1{font-size:26px;line-height:1.2;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:17px;margin:0 0 4px}
 h3{font-size:14px;margin:18px 0 6px}
 p{margin:4px 0 10px;max-width:75ch}
 .soft,figcaption{color:var(--soft)}
 .pill{font-weight:600;font-size:13px;border-radius:99px;padding:3px 12px;background:var(--good-bg);color:var(--good)}
-.pill.bad{background:var(--bad-bg);color:var(--bad)}
+.pill.bad{background:var(--bad-bg);color:var(--bad)}.pill.warn{background:var(--warn-bg);color:var(--warn)}
+.pill.grey{background:var(--bg);color:var(--soft);border:1px solid var(--rule)}
+.verdicts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:16px;margin:0 0 16px}
+.verdicts>section{margin:0;min-width:0}.verdicts .pill{display:inline-block;margin:2px 0 6px}
+.facts{list-style:none;margin:10px 0 0;padding:0;display:grid;grid-template-columns:repeat(auto-fit,minmax(95px,1fr));gap:10px 14px}
+.facts b{display:block;font-size:21px;line-height:1.25;font-variant-numeric:tabular-nums}.facts small{color:var(--soft)}
+blockquote{margin:4px 0 0;padding:8px 12px;border-left:3px solid var(--rule);background:var(--bg);border-radius:0 8px 8px 0;overflow-wrap:anywhere}
 .alert{background:var(--bad-bg);color:var(--bad);border-radius:10px;padding:12px 16px;margin:0 0 18px;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin:0 0 16px}
 .tile,section{background:var(--card);border:1px solid var(--rule);border-radius:12px}
@@ -30,7 +36,7 @@ p{margin:4px 0 10px;max-width:75ch}
 section{padding:18px 20px;margin:0 0 16px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:16px;align-items:start}
 .two>section{margin:0;min-width:0}.two th,.two td{padding:5px 7px}.two tbody th{white-space:normal}
-.long th,.long td{padding:5px 7px}.two th:first-child{padding-left:0}.two td:last-child{padding-right:0}.two{margin-bottom:16px}
+.long th,.long td{padding:5px 7px}.long td:nth-child(7){white-space:normal;text-align:left;min-width:290px}.two th:first-child{padding-left:0}.two td:last-child{padding-right:0}.two{margin-bottom:16px}
 figure{margin:10px 0 0}
 svg{display:block;width:100%;height:auto;overflow:visible}
 .grid{stroke:var(--rule);stroke-width:1}
@@ -38,6 +44,7 @@ svg{display:block;width:100%;height:auto;overflow:visible}
 .axis{fill:var(--soft);font-size:11.5px}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
 .line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.c{stroke:var(--c);stroke-dasharray:6 3}.line.d{stroke:var(--d);stroke-dasharray:6 3}
+.line.under{stroke-width:7;opacity:.38;stroke-dasharray:none}
 .line.limit{stroke:var(--bad);stroke-width:1.4;stroke-dasharray:2 3}
 .mark{stroke:var(--card);stroke-width:.8}
 .mark.a{fill:var(--a)}.mark.b{fill:var(--b)}.mark.c{fill:var(--c)}.mark.d{fill:var(--d)}
@@ -66,7 +73,7 @@ footer{color:var(--soft);font-size:13px;margin-top:22px}
 .line{stroke-width:2.6}th,td{padding:5px 7px}.bar{min-width:56px}.two th,.two td{padding:5px 4px}.two thead th{white-space:normal}
 .two .bar{min-width:34px}}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#ccc;--a:#1d5fd1;--b:#c2560c;--c:#6b4bb8;--d:#0d7d6c;--good:#12703a;
---good-bg:#fff;--bad:#b3261e;--bad-bg:#fff;--fill:#d6e2f8}main{max-width:none;padding:0}section,.tile,tr{break-inside:avoid}
+--good-bg:#fff;--bad:#b3261e;--bad-bg:#fff;--warn:#8a5300;--warn-bg:#fff;--fill:#d6e2f8}main{max-width:none;padding:0}section,.tile,tr{break-inside:avoid}
 section.long{break-inside:auto}details::details-content{content-visibility:visible;block-size:auto}body{font-size:11pt;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

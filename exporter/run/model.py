@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from calibration.out.description import Description
 from calibration.out.folder import StageFolder, open_stage, stages_in
+from calibration.out.layout import ONNX
 from exporter.run import Runner, find_runner, runners
 from exporter.run.sessions import DecoderSession
 from plugins.errors import InputError
 
-__all__ = ["AUTO", "Model", "choose_runner", "find_model", "open_session"]
+__all__ = ["AUTO", "CPU", "Model", "choose_runner", "find_model", "open_session"]
 
 AUTO = "auto"
+CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +50,28 @@ class Model:
         return self.runner.open(self.folder, self.description)
 
 
-def choose_runner(path: Path) -> Runner:
+def choose_runner(path: Path, stage: str | None = None) -> Runner:
     """Of the runners that may be chosen by themselves, the one to be preferred whose stage is there
-    and that can run here; that a folder was made for another machine is said on stderr.
+    and that can run here. Said on stderr: that a folder was made for another machine, and that a
+    slower runner of the same folder takes another's place.
+
+    Args:
+        path: OUT, or the folder of a stage.
+        stage: only runners of this one.
 
     Raises:
         InputError: there is no such folder, or its manifest is damaged.
     """
-    automatic = [found for found in runners().values() if found.automatic]
+    automatic = [
+        found for found in runners().values() if found.automatic and stage in (None, found.stage)
+    ]
     automatic.sort(key=lambda found: -found.automatic)
     stages = stages_in(path)
     there = [found for found in automatic if found.stage in stages] or automatic
-    for found in there[:-1]:
-        if found.unavailable():
+    for found, next_one in pairwise(there):
+        if error := found.unavailable():
+            if next_one.stage == found.stage:
+                print(f"Running {next_one.name}, which is slower: {error}", file=sys.stderr)
             continue
         try:
             found.check(open_stage(path, found.stage, _why(found)))
@@ -75,13 +87,16 @@ def find_model(path: Path, name: str = AUTO) -> Model:
 
     Args:
         path: OUT, or the folder of the stage that the runner needs.
-        name: of a runner, or "auto".
+        name: of a runner; "cpu", one of the ONNX file; or "auto".
 
     Raises:
         InputError: the runner is unknown or cannot run here; its stage is missing, damaged, or of
             another version.
     """
-    chosen = choose_runner(path) if name == AUTO else find_runner(name)
+    if name in (AUTO, CPU):
+        chosen = choose_runner(path, ONNX if name == CPU else None)
+    else:
+        chosen = find_runner(name)
     if error := chosen.unavailable():
         raise error
     folder = open_stage(path, chosen.stage, _why(chosen))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ def native_library() -> Path | UserError:
     from plugins.tools.build import build_onnxruntime
 
     try:
-        return build_onnxruntime()
+        return build_onnxruntime(say=lambda text: print(text, file=sys.stderr, flush=True))
     except UserError as error:
         return error
 
@@ -97,6 +99,7 @@ class NativeSession(DecoderSession):
     def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
         super().__init__(max_context, dtype=dtype)
         self._folder = folder
+        self._data = _MappedFile(folder / DATA_FILE)
         self._session: Any = native_session(folder, dtype)
         with whole_graph(folder):
             inputs = {value.name: value for value in self._session.get_inputs()}
@@ -122,6 +125,7 @@ class NativeSession(DecoderSession):
     ) -> dict[str, np.ndarray]:
         from onnxruntime import OrtValue
 
+        self._data.check()
         binding = self._session.io_binding()
         cache = self._cache or self._empty_cache(len(input_ids))
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
@@ -162,6 +166,37 @@ class NativeSession(DecoderSession):
     def close(self) -> None:
         """Free the session."""
         self._session = None
+        self._data.close()
+
+
+class _MappedFile:
+    """A file that ONNX Runtime maps: what is written into it while a session is open changes the
+    weights of that session, and what is cut off ends the process. A new file under its name, as the
+    exporter makes one, does neither.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb")
+        self._state = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        state = os.fstat(self._file.fileno())
+        return state.st_size, state.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise InputError if it was written to since it was opened."""
+        if self._now() != self._state:
+            raise InputError(
+                str(self._path),
+                "got weights that were written to while a session had them open, expected the same "
+                "file until it is closed",
+                "Start again; write a new file and rename it",
+            )
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
 
 
 RUNNER = NativeRunner()

@@ -17,6 +17,9 @@ from exporter.run.forms import cache_bits, cache_form, with_numbers
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
+from plugins.cached_attention import is_attention
+from plugins.core.op_spec import is_custom
+from plugins.cores import usable_cores
 from plugins.errors import InputError, UserError
 from plugins.text import shown
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
+    from plugins.tools.kernels import KernelLibrary
 
 __all__ = ["RUNNER", "OnnxSession", "inference_session", "load_model", "onnx_runner", "whole_graph"]
 
@@ -174,7 +178,8 @@ def _take_from_outside(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
 
 
 def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) -> Any:
-    """An onnxruntime.InferenceSession on the CPU.
+    """An onnxruntime.InferenceSession on the CPU, with a thread for each core that the process may
+    use.
 
     Args:
         graph: the path of an ONNX file, or what is in one.
@@ -182,22 +187,54 @@ def inference_session(graph: str | bytes, folder: Path, kernels: Path | None) ->
         kernels: as of onnx_runner.
 
     Raises:
-        InputError: ONNX Runtime refuses the graph or the library.
+        InputError: ONNX Runtime refuses the graph or the library, or would run the body of a custom
+            node although there is a library.
     """
     # Before the first import, for those who use this without a command line (plugins/cli.py).
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
+    from plugins.tools.kernels import KernelLibrary
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = usable_cores()
     if isinstance(graph, bytes):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
         )
     with whole_graph(folder):
-        if kernels is not None:
-            options.register_custom_ops_library(str(kernels))
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        if kernels is None:
+            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        options.register_custom_ops_library(str(kernels))
+        library = KernelLibrary(kernels)
+        before = library.kernels_made()
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        made, nodes = library.kernels_made() - before, _nodes_with(library, graph)
+    if made < nodes:
+        raise InputError(
+            str(folder / MODEL_FILE),
+            f"got {nodes} custom nodes of which ONNX Runtime runs {nodes - made} by their function "
+            f"bodies, expected native kernels for all",
+            "The graph was changed, or has more than 256 schemes of an op: export the model again, "
+            "or use --runner onnxruntime",
+        )
+    return session
+
+
+def _nodes_with(library: KernelLibrary, graph: str | bytes) -> int:
+    """Nodes of a graph whose ops the library has."""
+    import onnx
+
+    model = (
+        onnx.load_model_from_string(graph)
+        if isinstance(graph, bytes)
+        else onnx.load(graph, load_external_data=False)
+    )
+    return sum(
+        (is_custom(node.domain) and node.op_type in library.ops) or is_attention(node.domain)
+        for node in model.graph.node
+    )
 
 
 class OnnxRuntimeRunner(Runner):

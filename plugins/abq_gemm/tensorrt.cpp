@@ -1,5 +1,6 @@
 // ABQGemm as a TensorRT plugin: weights as bit planes, a scale and a zero point per
 // output channel and group.
+#include "abq_gemm/rules.h"
 #include "core/tensorrt/plugin_base.h"
 
 namespace {
@@ -7,14 +8,12 @@ namespace {
 using anybit::GemmAttributes;
 using nvinfer1::DataType;
 
-constexpr int32_t kWeightOnly = 16;  // abits: activations stay floating point
 constexpr int32_t kWordBits = 32;
 // words: rows of the packed weight start at multiples of 16 bytes
 constexpr int64_t kRowAlignment = 4;
 
 bool check(const GemmAttributes& a, const std::string& where) {
-  const bool balanced = (a.wbits == 2 && a.levels == 5) || (a.wbits == 1 && a.levels == 3);
-  if (!balanced && a.levels != 1 << a.wbits) {
+  if (!anybit::abq_levels_ok(a.wbits, a.levels)) {
     return anybit::fail(
         where,
         anybit::format(
@@ -22,14 +21,13 @@ bool check(const GemmAttributes& a, const std::string& where) {
             a.wbits, 1 << a.wbits),
         "Export the model again with settings in range");
   }
-  if (a.abits > 8 && a.abits != kWeightOnly) {
+  if (!anybit::abq_abits_ok(a.abits)) {
     return anybit::fail(
         where, anybit::format("got abits %d, expected 2 to 8, or 16 for weight-only", a.abits),
         "Export the model again with settings in range");
   }
-  const int64_t largest = int64_t{128} * (a.levels - 1) * a.group_len();
-  // the integer sum of a group must fit 32 bits
-  if (a.abits == kWeightOnly || largest < int64_t{1} << 31) return true;
+  const int64_t largest = anybit::abq_largest_sum(a.levels, a.group_len());
+  if (a.abits == anybit::kAbqWeightOnly || largest < int64_t{1} << 31) return true;
   return anybit::fail(where,
                       anybit::format("got sums of up to %lld, expected less than 2^31",
                                      static_cast<long long>(largest)),

@@ -49,6 +49,7 @@ class AttentionKernel {
     ask(Function::kKernelInfoGetAttributeFloat, info, "softcap", &shape_.softcap);
     shape_.dtype = dtype_of(op.type);
     shape_.bits = 16;
+    ++kernels_made;
     if (!op.low_bits) return;
     int64_t bits = 0;
     ask(Function::kKernelInfoGetAttributeInt64, info, "bits", &bits);

@@ -1,6 +1,7 @@
 // QQQGemm as a TensorRT plugin: W4A8, nibbles in the order of the tensor cores, per channel or with
 // second-level group scales.
 #include "core/tensorrt/plugin_base.h"
+#include "qqq_gemm/rules.h"
 
 namespace {
 
@@ -11,20 +12,20 @@ constexpr int64_t kTileK = 16;  // input features in one row of the packed weigh
 constexpr int64_t kTileN = 64;  // output features in one 128-word tile of it
 
 bool check(const GemmAttributes& a, const std::string& where) {
-  if (a.wbits != 4 || a.levels != 16 || a.abits != 8 || a.act_symmetric != 1) {
+  if (!anybit::qqq_bits_ok(a.wbits, a.levels, a.abits, a.act_symmetric)) {
     return anybit::fail(
         where,
         anybit::format("got wbits %d, levels %d, abits %d, act_symmetric %d, expected 4, 16, 8, 1",
                        a.wbits, a.levels, a.abits, a.act_symmetric),
         "Use ABQGemm for other bit widths");
   }
-  if (a.group_size != 0 && a.group_size != 64 && a.group_size != 128) {
+  if (!anybit::qqq_group_ok(a.group_size)) {
     return anybit::fail(
         where,
         anybit::format("got group_size %d, expected 0 (per channel), 64 or 128", a.group_size),
         "Choose one of these, or --method abq");
   }
-  if (int64_t{127} * 127 * a.in_features < int64_t{1} << 31) return true;
+  if (anybit::qqq_sum_ok(a.in_features)) return true;
   return anybit::fail(
       where,
       anybit::format("got in_features %d, whose integer sum overflows 32 bits", a.in_features),

@@ -133,6 +133,14 @@ class KernelLibrary:
             )
         return self._ops[name]
 
+    def kernels_made(self) -> int:
+        """Of ONNX Runtime's custom-op library: how many kernels the sessions of the calling thread
+        have made so far.
+        """
+        count = self.library.anybit_kernels_made
+        count.restype = ctypes.c_int64
+        return int(count())
+
     def tactics(self, op: str, shape: GemmShape) -> dict[int, str]:
         """Kernel names by tactic, the default choice first."""
         functions, listed = self._op(op), (ctypes.c_int32 * _MOST_TACTICS)()

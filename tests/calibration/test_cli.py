@@ -72,7 +72,8 @@ def test_a_bits_file_over_the_base(tmp_path: Path) -> None:
     args = _args(f"--wbits 4 --abits 8 --group-size 64 --bits-file {path}")
     schemes = schemes_from_args(args)
     assert schemes.base == scheme_from_args(args)
-    assert [scheme.label for scheme in schemes.schemes()] == ["w4a8-g64", "w8a8-g64"]
+    assert [scheme.label for scheme in schemes.schemes()] == ["w4a8-g64", "w8a8-g64", "w8a8"]
+    assert schemes.head == schemes.schemes()[-1] and schemes.head_limit == 0.001
     assert default_out(args, schemes.base) == Path("out/llama-7b-w4a8-g64-mixed")
     assert schemes_from_args(_args("--wbits 4 --abits 8")).rules == ()
 
@@ -193,6 +194,7 @@ def test_command_writes_the_quant_folder(
     assert [text.split(":")[0] for text in told] == [
         "block 1 of 2",
         "block 2 of 2",
+        "head w8a8",
         str(out / "quant"),
     ]
     assert sorted(path.name for path in out.iterdir()) == [".lock", "quant"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from calibration.checkpoints.huggingface import open_hf_weights
 from calibration.data import load_text
 from plugins.errors import UserError
 from tests.calibration.block_cases import float_logits
+from tests.conftest import FAMILIES
 from tests.fuzz_cases import Folder, bounded_memory, changed_bytes, changed_json, fuzzed, outcome
 
 pytestmark = pytest.mark.slow
@@ -38,10 +40,10 @@ def model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Fol
     return Folder(shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("fuzz") / "model"))
 
 
-def _logits_of_transformers(folder: Path) -> np.ndarray:
-    from transformers import LlamaForCausalLM
+def _logits_of_transformers(folder: Path, architecture: str) -> np.ndarray:
+    import transformers
 
-    model = LlamaForCausalLM.from_pretrained(
+    model = getattr(transformers, architecture).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     with torch.no_grad():
@@ -51,9 +53,8 @@ def _logits_of_transformers(folder: Path) -> np.ndarray:
 def _check_numbers(folder: Path, found: Checkpoint | UserError) -> None:
     if isinstance(found, UserError):
         return
-    np.testing.assert_allclose(
-        float_logits(found, IDS).numpy(), _logits_of_transformers(folder), atol=1e-4, rtol=0
-    )
+    want = _logits_of_transformers(folder, found.family.architecture)
+    np.testing.assert_allclose(float_logits(found, IDS).numpy(), want, atol=1e-4, rtol=0)
 
 
 @given(data=st.data())
@@ -64,6 +65,28 @@ def test_config(model: Folder, data: st.DataObject) -> None:
         with bounded_memory():
             found = outcome(lambda: open_checkpoint(str(model.path), offline=True))
         _check_numbers(model.path, found)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def of_a_family(
+    request: pytest.FixtureRequest,
+    tiny_llama: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Folder:
+    """A model of a family whose files the tests overwrite."""
+    original = tiny_llama(architecture=request.param, **FAMILIES[request.param])
+    return Folder(shutil.copytree(original, tmp_path_factory.mktemp("fuzz") / "model"))
+
+
+@pytest.mark.usefixtures("more_families")
+@given(data=st.data())
+@fuzzed
+def test_config_of_a_family(of_a_family: Folder, data: st.DataObject) -> None:
+    config = data.draw(changed_json(of_a_family.json("config.json")))
+    with of_a_family.holding(**{"config.json": config}):
+        with bounded_memory():
+            found = outcome(lambda: open_checkpoint(str(of_a_family.path), offline=True))
+        _check_numbers(of_a_family.path, found)
 
 
 @given(data=st.data())

@@ -120,7 +120,7 @@ def test_what_is_given_wins_over_the_preset() -> None:
         ("", f"got the switch '', expected one of qqq's: {NAMES}. Write --set NAME=VALUE."),
         (
             "rotation=hadamar",
-            "got 'hadamar', expected one of hadamard, orthogonal, none. Give one of these.",
+            "got 'hadamar', expected one of hadamard, orthogonal, values, none. Give one of these.",
         ),
         ("smooth", "got '', expected one of none, all, down. Give one of these."),
         ("gptq=perhaps", "got 'perhaps', expected on or off. The default is gptq=on."),

@@ -15,7 +15,22 @@ import pytest
 from deploy.anybit import main
 from tests.tracked import REPOSITORY, tracked_files
 
-COMMANDS = ("export", "calibrate", "plugins", "eval", "generate", "trtexec")
+COMMANDS = (
+    "export",
+    "calibrate",
+    "plugins",
+    "bench",
+    "compare",
+    "diff",
+    "doctor",
+    "eval",
+    "generate",
+    "inspect",
+    "polygraphy",
+    "prove",
+    "serve",
+    "trtexec",
+)
 SCRIPT = "import sys; sys.path.remove(''); from deploy.anybit import main; sys.exit(main())"
 
 

@@ -38,7 +38,7 @@ def test_eval_ends_with_json(artifact: Path, capsys: pytest.CaptureFixture[str])
     *events, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert [event["event"] for event in events] == ["start", "progress", "progress", "finish"]
     assert last.keys() == {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}
-    assert (last["windows"], last["runner"], last["tokens"]) == (2, "onnxruntime", 126)
+    assert (last["windows"], last["runner"], last["tokens"]) == (2, "native", 126)
     assert 1 < last["ppl"] < 1e4
 
 

@@ -166,7 +166,7 @@ def test_a_window_longer_than_the_context(artifact: Path) -> None:
         evaluate(artifact, EvalRequest(TEXT, seqlen=257))
     assert (
         str(error.value)
-        == "--seqlen: got 257, expected at most 256, the context with onnxruntime. Give a "
+        == "--seqlen: got 257, expected at most 256, the context with native. Give a "
         "smaller --seqlen."
     )
 

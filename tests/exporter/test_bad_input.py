@@ -88,9 +88,9 @@ def test_a_mistyped_model_is_named_before_a_folder_is_compared(
     out = tmp_path / "out"
     run(out)
     before = snapshot(out)
-    code, _, err = run(out, model=Path("smollm3"))
+    code, _, err = run(out, model=Path("smollm4"))
     assert code == EXIT_INPUT
-    assert err.splitlines()[-1].startswith("model 'smollm3': got an unknown name, expected ")
+    assert err.splitlines()[-1].startswith("model 'smollm4': got an unknown name, expected ")
     assert snapshot(out) == before
 
 
@@ -218,12 +218,12 @@ def test_bits_and_limits_out_of_range(run: Run, refused: Refused, tmp_path: Path
 
 def test_an_unknown_model_leaves_nothing(run: Run, refused: Refused, tmp_path: Path) -> None:
     out, missing = tmp_path / "out", tmp_path / "missing.gguf"
-    code, _, err = run(out, model=Path("smollm3"))
+    code, _, err = run(out, model=Path("smollm4"))
     assert code == EXIT_INPUT
     assert err.splitlines()[-1].startswith(
-        "model 'smollm3': got an unknown name, expected an alias, a hub id (owner/name), a "
+        "model 'smollm4': got an unknown name, expected an alias, a hub id (owner/name), a "
         "folder or a "
-        ".gguf file. Did you mean smollm2-"
+        ".gguf file. Did you mean smollm"
     )
     code, _, err = run(out, model=missing)
     assert code == EXIT_INPUT and err.splitlines()[-1].startswith(

@@ -17,9 +17,11 @@ from calibration.quant.folder import read_quant
 from exporter.proof.validate import ValidateOptions, validate
 from exporter.run.onnxruntime import OnnxSession
 
+QQQ = ("--method", "qqq", "--nsamples", "4", "--seqlen", "32", "--head-bits")
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [(), ("--method", "qqq", "--nsamples", "4", "--seqlen", "32")])
+@pytest.mark.parametrize("method", [(), (*QQQ, "16"), (*QQQ, "8")])
 def test_the_head_of_the_file_makes_the_logits(
     run: Callable[..., tuple[int, str, str]],
     tiny_model_dir: Path,
@@ -38,7 +40,8 @@ def test_the_head_of_the_file_makes_the_logits(
     assert quant.config["hf"]["tie_word_embeddings"] is False
     result = validate(out, ValidateOptions(tokens=16, steps=2, model=str(model)))
     assert result.ok, result.first_failure
-    assert "lm_head.weight" in {row.tensor for row in result.rows if row.level == "weights"}
+    name = "lm_head" if method[-1:] == ("8",) else "lm_head.weight"
+    assert name in {row.tensor for row in result.rows if row.level == "weights"}
 
     ids = np.arange(12)[None] * 37 % 512
     session = OnnxSession(out / "onnx", 256)

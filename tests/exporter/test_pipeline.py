@@ -98,12 +98,12 @@ def test_json_progress_is_one_object_per_line(run: Run, tmp_path: Path) -> None:
 def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import exporter.proof.validate
+    import exporter.proof.prove
 
     out = tmp_path / "out"
     assert run(out)[0] == 0
     scale = out / "onnx" / DATA_FILE
-    real = exporter.proof.validate.validate
+    real = exporter.proof.prove.validate
 
     def broken(folder: Path, options: Any, progress: Any) -> Any:
         data = bytearray(scale.read_bytes())
@@ -112,7 +112,7 @@ def test_a_layer_out_of_tolerance_is_exit_3_after_the_report(
         return real(folder, options, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter.proof.validate, "validate", broken)
+        patch.setattr(exporter.proof.prove, "validate", broken)
         code, _, err = run(out, "--resume", "--until", "report")
     assert code == EXIT_CHECK and err.splitlines()[-1].startswith(f"validation of {out}: ")
     assert (out / "report" / "index.html").exists()
@@ -208,7 +208,7 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         result = ValidationResult(
             (ROW,), failure, (), {"tokens": 8, "steps": 0, "text": "default", "seconds": 1.0}
         )
-        monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: result)
+        monkeypatch.setattr("exporter.proof.prove.validate", lambda *_: result)
 
     return find
 

@@ -51,7 +51,7 @@ def check(runner: KernelRunner, attrs: GemmAttributes, arrays: QuantArrays, x: n
 @pytest.mark.parametrize("w", LEVELS, ids=lambda w: f"w{w[0]}l{w[1]}")
 def test_few_and_some_tokens_of_every_bit_width(runner: KernelRunner, w: tuple[int, int]) -> None:
     """Rows of more than one span of 512 codes, and a panel that is not full."""
-    for m, sym, g in itertools.product((1, 2, 3, 4, 5, 14), (0, 1), (0, 128)):
+    for m, sym, g in itertools.product((1, 2, 3, 4, 7, 12, 14), (0, 1), (0, 128)):
         attrs = abq(37, 1152, w=w, a=8, sym=sym, g=g, bias=m % 2)
         check(runner, attrs, abq_arrays(attrs), tokens(m, 1152, F16))
 
@@ -76,7 +76,7 @@ def test_more_groups_than_the_stack_has_room_for(runner: KernelRunner) -> None:
 @pytest.mark.parametrize("g", [0, 64])
 def test_qqq_rows_in_fours_and_what_is_left(runner: KernelRunner, k: int, g: int) -> None:
     k = k // 64 * 64 if g else k
-    for n, m in ((64, 1), (65, 2), (191, 3), (2200, 4), (2200, 1), (130, 5)):
+    for n, m in ((64, 1), (65, 2), (191, 3), (2200, 4), (4200, 1), (130, 5), (1100, 8), (70, 9)):
         attrs = qqq(n, k, g=g, bias=n % 2)
         check(runner, attrs, qqq_arrays(attrs), tokens(m, k, F16))
 
@@ -150,5 +150,6 @@ def test_the_library_shows_its_own_functions_only() -> None:
     assert sorted(line.split()[-1] for line in shown if line) == [
         "RegisterCustomOps",
         "anybit_attention",
+        "anybit_kernels_made",
         "anybit_ops",
     ]

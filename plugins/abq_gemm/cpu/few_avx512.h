@@ -8,23 +8,24 @@
 // a lane of 128 bits, so that lane L has codes 128 L to 128 L + 127, the first 64 in vectors 0 to 3
 // and the others in 4 to 7.
 #pragma once
-#include "abq_gemm/cpu/weights.h"
+#include "abq_gemm/cpu/few_avx2.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
 constexpr int kAbqVectors = 8;  // of codes, in a span
-constexpr int kAbqRowsTogether = 4;
-constexpr int kAbqSpansTogether = 8;  // of a row, before the next row: memory is read in order
-constexpr int kAbqMostSums = 640;     // groups times operands: 80 KB of the stack
+constexpr int kAbqRowsTogether = 16;
+constexpr int kAbqAhead = 8192;  // bytes of all planes, fetched before they are wanted
+constexpr int kAbqMostTotals =
+    32;  // vectors of a row, before the next row: memory is read in order
 
 // A token's codes in the order in which the planes' codes come out.
 //
 // Vector v has field f = v % fields of the interleaved pair t = v / fields; its qword q of lane L
 // holds the codes of byte (2 t + q) * fields + (fields - 1 - f) of that lane of a plane.
 inline void abq_order(const int8_t* codes, int64_t bytes, int planes, int8_t* ordered) {
-  const int fields = 8 / planes;
+  const int fields = planes <= 2 ? 4 : planes <= 4 ? 2 : 1;
   for (int64_t span = 0; span < bytes; span += kAbqSpan) {
     for (int v = 0; v < kAbqVectors; ++v) {
       const int t = v / fields, f = v % fields;
@@ -81,48 +82,55 @@ ANYBIT_INLINE void abq_codes(const __m512i* plane, __m512i* codes) {
   }
 }
 
-// What every call of abq_rows shares.
-struct AbqRows {
-  const uint8_t* words;
-  int64_t n, row_bytes, plane_bytes;  // bytes of a row and of a plane
-  int planes;
-  const int8_t* operands;  // ordered codes [kOperands, operand_bytes]: tokens, and ones for Q
-  int64_t operand_bytes;
-  int64_t n_groups, group_bytes;  // of the codes
-};
+// The elements of each lane of 16 vectors added: vector L has lane L's sums.
+ANYBIT_INLINE void abq_lane_sums(const __m512i* rows, __m512i* lanes) {
+  __m512i fours[4];  // of rows 4 q to 4 q + 3, side by side in each lane
+  for (int q = 0; q < 4; ++q) {
+    const __m512i* t = rows + 4 * q;
+    const __m512i left =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
+    const __m512i right =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
+    fours[q] =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(left, right), _mm512_unpackhi_epi64(left, right));
+  }
+  const __m512i low[2] = {_mm512_shuffle_i32x4(fours[0], fours[1], 0x44),
+                          _mm512_shuffle_i32x4(fours[2], fours[3], 0x44)};
+  const __m512i high[2] = {_mm512_shuffle_i32x4(fours[0], fours[1], 0xee),
+                           _mm512_shuffle_i32x4(fours[2], fours[3], 0xee)};
+  lanes[0] = _mm512_shuffle_i32x4(low[0], low[1], 0x88);
+  lanes[1] = _mm512_shuffle_i32x4(low[0], low[1], 0xdd);
+  lanes[2] = _mm512_shuffle_i32x4(high[0], high[1], 0x88);
+  lanes[3] = _mm512_shuffle_i32x4(high[0], high[1], 0xdd);
+}
 
-// Sums of products of 4 rows of weights from n on with every operand; the sums of group g and operand
-// i go to sums[g * kOperands + i][column ...].
+// 64 bytes, or what is left of a row; rows are multiples of 16 bytes.
+ANYBIT_INLINE __m512i abq_span(const uint8_t* from, int64_t left) {
+  if (left >= 64) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi32(__mmask16((1 << left / 4) - 1), from);
+}
+
+// Sums of products of 16 rows of weights from n on with every operand; the sums of group g and
+// operand i go to sums[g * kOperands + i][column ...].
 //
 // kSets: 2 where groups are halves of a lane, else 1.
 template <int kPlanes, int kOperands, int kSets>
 inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
-  constexpr int kFields = 8 / kPlanes;
-  const uint8_t* rows[kAbqRowsTogether];
-  for (int r = 0; r < kAbqRowsTogether; ++r)
-    rows[r] = w.words + smaller(n + r, w.n - 1) * w.row_bytes;
-  __m512i totals[kAbqSpansTogether][kOperands][kSets][kAbqRowsTogether];
+  constexpr int kFields = 8 / kPlanes, kOfSpan = kOperands * kSets;
+  constexpr int kSpans = kOfSpan < kAbqMostTotals ? kAbqMostTotals / kOfSpan : 1;
+  __m512i totals[kSpans][kOperands][kSets][kAbqRowsTogether];
   const bool whole_row = w.n_groups == 1;
   int64_t group = 0, position = 0;  // of the next sums, position in the group
-  // The sums of 4 rows as one vector, a lane of which has a row in each element, to their groups.
   const auto flush = [&](int span) {
-    alignas(64) __m128i added[kOperands][kSets][4];
+    __m512i lanes[kOperands][kSets][4];
     for (int i = 0; i < kOperands; ++i) {
-      for (int set = 0; set < kSets; ++set) {
-        const __m512i* t = totals[span][i][set];
-        const __m512i left =
-            _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
-        const __m512i right =
-            _mm512_add_epi32(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
-        _mm512_store_si512(added[i][set], _mm512_add_epi32(_mm512_unpacklo_epi64(left, right),
-                                                           _mm512_unpackhi_epi64(left, right)));
-      }
+      for (int set = 0; set < kSets; ++set) abq_lane_sums(totals[span][i][set], lanes[i][set]);
     }
     for (int lane = 0; lane < 4 && group < w.n_groups; ++lane) {
       for (int set = 0; set < kSets && group < w.n_groups; ++set) {
         for (int i = 0; i < kOperands; ++i) {
-          __m128i* to = reinterpret_cast<__m128i*>(sums[group * kOperands + i] + column);
-          _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), added[i][set][lane]));
+          int32_t* to = sums[group * kOperands + i] + column;
+          _mm512_store_si512(to, _mm512_add_epi32(_mm512_load_si512(to), lanes[i][set][lane]));
         }
         position += whole_row ? 0 : 128 / kSets;
         if (position < w.group_bytes) continue;
@@ -131,16 +139,17 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       }
     }
   };
-  const auto row_span = [&](int r, int64_t first, __m512i(&fields)[kOperands][kSets][kFields]) {
+  const auto row_span = [&](const uint8_t* row, int64_t first, int64_t ahead,
+                            __m512i(&fields)[kOperands][kSets][kFields]) {
     const int64_t left = w.row_bytes - first;
-    const __mmask16 all = left >= 64 ? __mmask16(0xffff) : __mmask16((1 << left / 4) - 1);
     __m512i plane[kPlanes], codes[kAbqVectors];
-    const char* ahead = reinterpret_cast<const char*>(rows[r] + kAbqRowsTogether * w.row_bytes);
     for (int j = 0; j < kPlanes; ++j)
-      if (j < w.planes) _mm_prefetch(ahead + first + j * w.plane_bytes, _MM_HINT_T0);
+      if (j < w.planes)
+        _mm_prefetch(reinterpret_cast<const char*>(row) + first + ahead + j * w.plane_bytes,
+                     _MM_HINT_T0);
     for (int j = 0; j < kPlanes; ++j)
-      plane[j] = j < w.planes ? _mm512_maskz_loadu_epi32(all, rows[r] + first + j * w.plane_bytes)
-                              : _mm512_setzero_si512();
+      plane[j] =
+          j < w.planes ? abq_span(row + first + j * w.plane_bytes, left) : _mm512_setzero_si512();
     abq_codes<kPlanes>(plane, codes);
     for (int i = 0; i < kOperands; ++i) {
       const int8_t* operand = w.operands + i * w.operand_bytes + 8 * first;
@@ -160,24 +169,31 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       }
     }
   };
-  if (whole_row) {
+  const int64_t together = whole_row ? w.row_bytes : smaller<int64_t>(64 * kSpans, w.row_bytes);
+  const int64_t rows_ahead = (kAbqAhead / kPlanes + together - 1) / together;
+  for (int64_t first = 0; first < w.row_bytes; first += together) {
+    const int64_t last = smaller(first + together, w.row_bytes);
+    int spans = 0;
     for (int r = 0; r < kAbqRowsTogether; ++r) {
-      __m512i fields[kOperands][kSets][kFields] = {};
-      for (int64_t first = 0; first < w.row_bytes; first += 64) row_span(r, first, fields);
-      close(0, r, fields);
-    }
-    flush(0);
-    return;
-  }
-  constexpr int kBytesTogether = 64 * kAbqSpansTogether;
-  for (int64_t first = 0; first < w.row_bytes; first += kBytesTogether) {
-    const int64_t left = smaller<int64_t>(w.row_bytes - first, kBytesTogether);
-    const int spans = int((left + 63) / 64);
-    for (int r = 0; r < kAbqRowsTogether; ++r) {
-      for (int span = 0; span < spans; ++span) {
+      const int64_t channel = smaller(n + r, w.n - 1);
+      const uint8_t* row = w.words + channel * w.row_bytes;
+      for (int64_t group = 0; first == 0 && group < w.n_groups; group += 16) {
+        const int64_t term = channel * w.n_groups + group;
+        _mm_prefetch(reinterpret_cast<const char*>(w.scale + term), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w.zero + term), _MM_HINT_T0);
+      }
+      // behind the last of these rows come their next bytes, if there are any
+      const bool turns = r + rows_ahead >= kAbqRowsTogether && last < w.row_bytes;
+      const int64_t ahead =
+          rows_ahead * w.row_bytes + (turns ? together - kAbqRowsTogether * w.row_bytes : 0);
+      spans = 0;
+      for (int64_t at = first; at < last; ++spans) {
         __m512i fields[kOperands][kSets][kFields] = {};
-        row_span(r, first + 64 * span, fields);
-        close(span, r, fields);
+        do {
+          row_span(row, at, ahead, fields);
+          at += 64;
+        } while (whole_row && at < last);
+        close(spans, r, fields);
       }
     }
     for (int span = 0; span < spans; ++span) flush(span);
@@ -191,102 +207,67 @@ ANYBIT_INLINE void abq_rows_of_groups(const AbqRows& w, int64_t n, Sums* sums, i
   abq_rows<kPlanes, kOperands, 1>(w, n, sums, column);
 }
 
-struct AbqRowsCall {
-  const AbqRows& w;
-  int64_t n;
-  Sums* sums;
-  int column;
-  template <int kOperands>
-  ANYBIT_INLINE void operator()() const {
-    if (w.planes <= 2) return abq_rows_of_groups<2, kOperands>(w, n, sums, column);
-    if (w.planes <= 4) return abq_rows_of_groups<4, kOperands>(w, n, sums, column);
-    abq_rows_of_groups<8, kOperands>(w, n, sums, column);
+// Sums of up to 32 rows from n on.
+template <int kOperands>
+inline void abq_lane_rows(const AbqRows& w, int64_t n, int columns, Sums* sums) {
+  for (int column = 0; column < columns; column += kAbqRowsTogether) {
+    if (w.planes <= 2) {
+      abq_rows_of_groups<2, kOperands>(w, n + column, sums, column);
+    } else if (w.planes <= 4) {
+      abq_rows_of_groups<4, kOperands>(w, n + column, sums, column);
+    } else {
+      abq_rows_of_groups<8, kOperands>(w, n + column, sums, column);
+    }
   }
-};
+}
 
-// Whether the groups are whole lanes or halves of them, and few enough.
-template <class Kernel>
-ANYBIT_INLINE bool abq_takes_few(const Kernel& kernel) {
-  const TokenLayout& layout = kernel.layout;
-  if (layout.n_groups * (kAbqFewTokens + 1) > kAbqMostSums) return false;
+// Whether the groups are whole lanes or halves of them.
+ANYBIT_INLINE bool abq_in_lanes(const TokenLayout& layout) {
   return layout.n_groups == 1 || layout.group_bytes % 128 == 0 || layout.group_bytes == 64;
 }
 
-constexpr int kAbqGroupsTogether = 4;
-
-// abq_terms() of 4 groups: rows of 4 scales and 4 zero points are transposed.
-inline void abq_terms_of_four(const AbqWeights& w, int64_t n_groups, int64_t group, int64_t n0,
-                              AbqGroupTerms* terms) {
-  for (int i = 0; i < kPanelRows; i += 4) {
-    __m128 scale[4], zero[4];
-    for (int r = 0; r < 4; ++r) {
-      const int64_t at = smaller(n0 + i + r, w.n - 1) * n_groups + group;
-      scale[r] = _mm_loadu_ps(w.scale + at);
-      zero[r] = _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + at)));
-    }
-    _MM_TRANSPOSE4_PS(scale[0], scale[1], scale[2], scale[3]);
-    _MM_TRANSPOSE4_PS(zero[0], zero[1], zero[2], zero[3]);
-    for (int g = 0; g < kAbqGroupsTogether; ++g) {
-      _mm_store_ps(terms[g].scale + i, scale[g]);
-      _mm_store_si128(reinterpret_cast<__m128i*>(terms[g].zero + i), _mm_castps_si128(zero[g]));
-    }
+// to[g][0 .. 16): 32-bit numbers of group g, g = 0 .. 3, and 16 rows.
+ANYBIT_INLINE void abq_four_columns(const void* const* rows, __m512i* to) {
+  __m512i t[4];  // lane L: four numbers of row 4 L + r
+  for (int r = 0; r < 4; ++r) {
+    const auto row = [&](int lane) {
+      return _mm_loadu_si128(static_cast<const __m128i*>(rows[4 * lane + r]));
+    };
+    t[r] = _mm512_inserti32x4(
+        _mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(1), 1), row(2),
+                           2),
+        row(3), 3);
   }
-  for (int g = 0; g < kAbqGroupsTogether; ++g) terms[g].set_largest_zero();
+  const __m512i left[2] = {_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1])};
+  const __m512i right[2] = {_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3])};
+  for (int half = 0; half < 2; ++half) {
+    to[2 * half] = _mm512_unpacklo_epi64(left[half], right[half]);
+    to[2 * half + 1] = _mm512_unpackhi_epi64(left[half], right[half]);
+  }
 }
 
-template <class Kernel, class T>
-inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const Destination<T>& to,
-                    const Parallel& parallel) {
-  const Tokens& tokens = slab.tokens;
-  const TokenLayout& layout = tokens.layout;
-  const int planes = kernel.weights.planes;
-  const int operands = m + (kernel.needs_code_sums ? 1 : 0);
-  const int64_t spans = layout.row_bytes / kAbqSpan * kAbqSpan;
-  for (int i = 0; i < m; ++i)
-    abq_order(tokens.codes + i * layout.row_bytes, spans,
-              planes <= 2   ? 2
-              : planes <= 4 ? 4
-                            : 8,
-              slab.ordered + i * layout.row_bytes);
-  if (kernel.needs_code_sums)
-    std::memset(slab.ordered + m * layout.row_bytes, 1, size_t(layout.row_bytes));
-  const int64_t row_bytes = 4 * kernel.weights.row_words;
-  const AbqRows rows = {kernel.weights.words,
-                        to.n,
-                        row_bytes,
-                        to.n * row_bytes,
-                        planes,
-                        slab.ordered,
-                        layout.row_bytes,
-                        layout.n_groups,
-                        layout.group_bytes};
-  for_blocks(1, to.n, kernel.weight_bytes, parallel, [&](int64_t, int, int64_t n0) {
-    alignas(64) Sums sums[kAbqMostSums];
-    alignas(64) Outputs outputs[kAbqFewTokens];
-    std::memset(sums, 0, sizeof(Sums) * size_t(layout.n_groups * operands));
-    const int columns = int(smaller<int64_t>(kPanelRows, to.n - n0));
-    // wanted at the end
-    const int64_t first_term = n0 * layout.n_groups, last_term = (n0 + columns) * layout.n_groups;
-    for (int64_t term = first_term; term < last_term; term += 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(kernel.weights.scale + term), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(kernel.weights.zero + term), _MM_HINT_T0);
+// abq_terms() of 4 groups.
+inline void abq_terms_of_four(const AbqWeights& w, int64_t n_groups, int64_t group, int64_t n0,
+                              AbqGroupTerms* terms) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int first = 0; first < kPanelRows; first += 16) {
+    const void *scales[16], *zeros[16];
+    for (int r = 0; r < 16; ++r) {
+      const int64_t at = smaller(n0 + first + r, w.n - 1) * n_groups + group;
+      scales[r] = w.scale + at;
+      zeros[r] = w.zero + at;
     }
-    for (int column = 0; column < columns; column += kAbqRowsTogether)
-      with_count<kAbqFewTokens + 1>(operands, AbqRowsCall{rows, n0 + column, sums, column});
-    AbqGroupTerms terms[kAbqGroupsTogether];
-    for (int64_t group = 0; group < layout.n_groups; ++group) {
-      const int64_t in_four = group % kAbqGroupsTogether;
-      if (group - in_four + kAbqGroupsTogether > layout.n_groups) {
-        abq_terms(kernel.weights, layout.n_groups, group, n0, terms[in_four]);
-      } else if (in_four == 0) {
-        abq_terms_of_four(kernel.weights, layout.n_groups, group, n0, terms);
-      }
-      const Sums* of_group = sums + group * operands;
-      kernel.add_terms(terms[in_four], group, tokens, 0, m, of_group, of_group[operands - 1],
-                       outputs);
+    __m512i scale[kAbqGroupsTogether], zero[kAbqGroupsTogether];
+    abq_four_columns(scales, scale);
+    abq_four_columns(zeros, zero);
+    for (int g = 0; g < kAbqGroupsTogether; ++g) {
+      _mm512_store_si512(terms[g].scale + first, scale[g]);
+      _mm512_store_si512(terms[g].zero + first, zero[g]);
+      largest = _mm512_max_epu32(largest, _mm512_abs_epi32(zero[g]));
     }
-    to.write(outputs, 0, m, n0);
-  });
+  }
+  for (int g = 0; g < kAbqGroupsTogether; ++g)
+    terms[g].largest_zero = _mm512_reduce_max_epu32(largest);  // of all: enough, if not the least
 }
 
 }  // namespace ANYBIT_SET

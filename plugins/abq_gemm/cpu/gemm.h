@@ -2,8 +2,8 @@
 // each instruction set.
 #pragma once
 #include "abq_gemm/cpu/weights.h"
-#if defined(__AVX512VNNI__)
-#include "abq_gemm/cpu/few_avx512.h"
+#if defined(__AVX2__)
+#include "abq_gemm/cpu/few.h"
 #endif
 
 namespace anybit::cpu {
@@ -105,9 +105,9 @@ struct AbqKernel {
   }
 
   static constexpr int kMoreRows = kAbqMoreRows;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   static constexpr int kFewTokens = kAbqFewTokens;
-  ANYBIT_INLINE bool takes_few() const { return abq_takes_few(*this); }
+  ANYBIT_INLINE bool takes_few(int64_t m) const { return abq_takes_few(*this, m); }
   template <class T>
   ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
                          const Parallel& parallel) const {

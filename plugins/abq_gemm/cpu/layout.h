@@ -1,14 +1,16 @@
 // How ABQGemm's tokens lie in the workspace: groups in whole words, as in the weights.
 #pragma once
+#include "abq_gemm/rules.h"
 #include "core/cpu/gemm.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kAbqWeightOnly = 16;               // abits: activations stay floating point
-constexpr int kAbqWord = 32;                     // codes
-constexpr int kAbqFewTokens = 4;                 // for which weights are not unpacked into panels
-constexpr int kAbqMoreRows = kAbqFewTokens + 1;  // those in another order, and ones
+constexpr int kAbqWord = 32;       // codes
+constexpr int kAbqTogether = 4;    // tokens that meet weights as they are read
+constexpr int kAbqFewTokens = 12;  // in turn, while the weights are near, before panels pay
+constexpr int kAbqMoreRows =       // the tokens in another order, and ones
+    kAbqFewTokens / kAbqTogether * (kAbqTogether + 1);
 
 ANYBIT_INLINE TokenLayout abq_layout(const GemmShape& s) {
   return token_layout(s.k, s.group_size ? s.k / s.group_size : 1, kAbqWord);

@@ -17,6 +17,8 @@ struct AbqWeights {
   }
 };
 
+constexpr int kAbqGroupsTogether = 4;
+
 // Scales and zero points of a group and the output channels of a panel.
 struct AbqGroupTerms {
   alignas(64) float scale[kPanelRows];

@@ -3,28 +3,20 @@
 #include "abq_gemm/cuda/config.h"
 #include "abq_gemm/cuda/families.h"
 #include "abq_gemm/cuda/kernel.cuh"
+#include "abq_gemm/rules.h"
 #include "core/device/norm.cuh"
 #include "core/host/frame.h"
 
 namespace anybit {
 namespace {
 
-constexpr int kMaxGridY = 65535, kWeightOnly = 16;
-
-bool levels_ok(const GemmShape& s) {
-  const bool balanced = (s.wbits == 2 && s.levels == 5) || (s.wbits == 1 && s.levels == 3);
-  if (s.wbits < 1 || s.wbits > 8 || !(s.levels == 1 << s.wbits || balanced)) return false;
-  return (s.levels - 1) >> (s.planes - 1) == 1;  // just enough planes for the largest code
-}
+constexpr int kMaxGridY = 65535;
 
 bool supported(const GemmShape& s) {
   if (s.m < 0 || s.n < 1 || s.k < 1 || s.group_size < 0 || s.group_size > s.k) return false;
   if (s.group_size && s.k % s.group_size) return false;
-  if (s.planes < 1 || s.planes > kMaxPlanes || !levels_ok(s)) return false;
   if (s.dtype < kFloat16 || s.dtype > kFloat32 || !norm_supported(s)) return false;
-  if (s.abits == 16) return true;
-  const int64_t group_len = s.group_size ? s.group_size : s.k;  // int32 sums must not overflow
-  return s.abits >= 2 && s.abits <= 8 && 128 * (s.levels - 1) * group_len < int64_t(1) << 31;
+  return abq_scheme_ok(s);
 }
 
 AbqArgs simple_args(const GemmShape& s) {
@@ -41,7 +33,7 @@ AbqArgs simple_args(const GemmShape& s) {
 size_t carve_simple(AbqArgs& p, const GemmShape& s, void* workspace) {
   Carver carver(workspace);
   p.normed = carve_normed(carver, s);
-  if (p.abits == kWeightOnly) return carver.used();
+  if (p.abits == kAbqWeightOnly) return carver.used();
   p.token_scale = carver.take<float>(p.m);
   p.token_zero = carver.take<int32_t>(p.m);
   p.token_planes = carver.take<uint32_t>(size_t(p.abits) * p.m * p.row_words);
@@ -51,7 +43,8 @@ size_t carve_simple(AbqArgs& p, const GemmShape& s, void* workspace) {
 template <class T>
 cudaError_t run_simple(const AbqArgs& p, cudaStream_t stream) {
   const dim3 outputs(ceil_div(p.n, kAbqThreads), p.m < kMaxGridY ? p.m : kMaxGridY);
-  if (p.abits == 16) return launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm_float<T>, p);
+  if (p.abits == kAbqWeightOnly)
+    return launch({outputs, dim3(kAbqThreads)}, stream, abq_gemm_float<T>, p);
   const cudaError_t error =
       launch({dim3(p.m), dim3(kQuantizeThreads), kQuantizeShared}, stream, abq_quantize<T>, p);
   return error != cudaSuccess ? error
@@ -89,12 +82,12 @@ size_t carve_fast(AbqGemmArgs& p, int kernel, const GemmShape& s, void* workspac
   Carver carver(workspace);
   carve_partials(carver, p, abq_plan(kernel, s, {}));
   carve_tokens(carver, p.tokens, prepare_shape(kAbqKernels[kernel].family, s),
-               s.abits == kWeightOnly ? 0 : p.n_groups);
+               s.abits == kAbqWeightOnly ? 0 : p.n_groups);
   return carver.used();
 }
 
 size_t workspace_of(int kernel, const GemmShape& s) {
-  if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kWeightOnly) &&
+  if ((kAbqKernels[kernel].family == AbqFamily::kWeightOnly) != (s.abits == kAbqWeightOnly) &&
       kernel != kSimple)
     return 0;
   if (kernel == kSimple) {

@@ -12,9 +12,9 @@
 //                                            outputs[m] = what the scale of token m0 + m multiplies,
 //                                            added up group by group
 //   kMoreRows                      of the workspace, for its own use
-//   kFewTokens, takes_few(), few(slab, m, to, parallel)
-//                                  most tokens that a kernel of its own takes, whether it takes these
-//                                  weights, and the kernel
+//   kFewTokens, takes_few(m), few(slab, m, to, parallel)
+//                                  most tokens that a kernel of its own takes, whether it takes m of
+//                                  them with these weights, and the kernel
 #pragma once
 #include "core/cpu/dot.h"
 #include "core/cpu/parallel.h"
@@ -98,6 +98,15 @@ ANYBIT_INLINE Shares shares_of(int64_t blocks, int64_t bytes, int64_t m) {
   return {per_task, (blocks + per_task - 1) / per_task};
 }
 
+// The same for blocks that one task takes side by side, `most` at a time: as few tasks as keep every
+// thread busy, since reading far along is faster.
+ANYBIT_INLINE Shares wide_shares(int64_t blocks, int64_t most, int64_t bytes, int64_t threads) {
+  const int64_t least = (blocks + most - 1) / most;
+  const int64_t rounds = bytes < kInlineBytes ? 1 : (least + threads - 1) / threads * threads;
+  const int64_t per_task = (blocks + smaller(rounds, blocks) - 1) / smaller(rounds, blocks);
+  return {per_task, (blocks + per_task - 1) / per_task};
+}
+
 template <class Kernel, class T>
 inline void panel_block(const Kernel& kernel, const Tokens& tokens, int64_t m0, int count,
                         int64_t n0, const Destination<T>& to) {
@@ -149,7 +158,7 @@ template <class Kernel, class T>
 inline void slab_gemm(const Kernel& kernel, const SlabMemory& slab, int64_t m,
                       const Destination<T>& to, const Parallel& parallel) {
   if constexpr (Kernel::kFewTokens > 0) {
-    if (m <= Kernel::kFewTokens && kernel.takes_few())
+    if (m <= Kernel::kFewTokens && kernel.takes_few(m))
       return kernel.few(slab, int(m), to, parallel);
   }
   for_blocks(m, to.n, kernel.weight_bytes, parallel, [&](int64_t m0, int count, int64_t n0) {

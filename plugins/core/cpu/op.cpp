@@ -58,7 +58,7 @@ int run_op(const Op& op, const GemmShape& shape, const GemmBuffers& b, void* par
   if (shape.m == 0) return 0;
   if (!b.x || !b.y || !b.workspace || !op.has_inputs(shape, b)) return kInvalid;
   if (shape.norm_epsilon > 0 && !b.gamma) return kInvalid;
-  const Parallel serial{run_serially, nullptr};
+  const Parallel serial{run_serially, nullptr, 1};
   op.run[isa](shape, b, parallel ? *static_cast<const Parallel*>(parallel) : serial);
   return 0;
 }

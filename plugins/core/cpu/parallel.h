@@ -4,11 +4,15 @@
 
 namespace anybit::cpu {
 
+// Cores that this process may run on.
+int usable_cores();
+
 struct Parallel {
   using Task = void (*)(void* data, size_t index);
   // Runs task(data, i) for every i below count, and returns when all are done.
   void (*run)(void* context, Task task, void* data, size_t count);
   void* context;
+  int threads = 1;  // most that may run tasks at a time, as far as is known
 
   template <class F>
   void operator()(size_t count, const F& body) const {

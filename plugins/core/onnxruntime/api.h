@@ -1,4 +1,5 @@
-// The part of ONNX Runtime's C API that a custom-op library needs, so that none of its headers is.
+// The part of ONNX Runtime's C API that a custom-op library needs, and what runs a model
+// (deploy/runtime), so that none of its headers is.
 //
 // The API is a table of function pointers that only ever grows at its end; the numbers below are
 // places in it, those of OrtApi in onnxruntime_c_api.h (github.com/microsoft/onnxruntime) from
@@ -14,6 +15,12 @@ struct OrtKernelContext;
 struct OrtCustomOpDomain;
 struct OrtSessionOptions;
 struct OrtTensorTypeAndShapeInfo;
+struct OrtAllocator;
+struct OrtEnv;
+struct OrtMemoryInfo;
+struct OrtRunOptions;
+struct OrtSession;
+struct OrtTypeInfo;
 
 struct OrtApiBase {
   const void* const* (*GetApi)(uint32_t version);
@@ -27,21 +34,48 @@ constexpr uint32_t kOldestApi = 1;    // which every later one extends
 
 enum class Function : int {
   kCreateStatus = 0,
+  kGetErrorMessage = 2,
+  kCreateEnv = 3,
+  kDisableTelemetryEvents = 6,
+  kCreateSession = 7,
+  kRun = 9,
+  kCreateSessionOptions = 10,
+  kSetSessionLogSeverityLevel = 22,
+  kSetIntraOpNumThreads = 24,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
+  kRegisterCustomOpsLibrary = 29,
+  kSessionGetInputCount = 30,
+  kSessionGetOutputCount = 31,
+  kSessionGetInputTypeInfo = 33,
+  kSessionGetInputName = 36,
+  kSessionGetOutputName = 37,
+  kCreateTensorAsOrtValue = 48,
+  kCreateTensorWithDataAsOrtValue = 49,
   kGetTensorMutableData = 51,
+  kCastTypeInfoToTensorInfo = 55,
   kGetTensorElementType = 60,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kCreateCpuMemoryInfo = 69,
+  kAllocatorFree = 76,
+  kGetAllocatorWithDefaultOptions = 78,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
+  kKernelInfoGetAttributeString = 87,
   kKernelContextGetInputCount = 88,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
+  kReleaseEnv = 92,
   kReleaseStatus = 93,
+  kReleaseMemoryInfo = 94,
+  kReleaseSession = 95,
+  kReleaseValue = 96,
+  kReleaseTypeInfo = 98,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kReleaseSessionOptions = 100,
   kKernelInfoGetConstantInputTensor = 249,
   kKernelContextParallelFor = 274,
 };
@@ -52,12 +86,13 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int {
   kUndefined = 0,
   kFloat = 1,
+  kUint8 = 2,
   kInt8 = 3,
   kInt32 = 6,
   kInt64 = 7,
   kBool = 9,
   kHalf = 10,
-  kBFloat16 = 16
+  kBFloat16 = 16,
 };
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
@@ -94,13 +129,19 @@ struct CustomOp {
   void (*ReleaseAliasMap)(int* inputs, int* outputs);
 };
 
-// The table, set when the library is registered.
+// The arguments must have the exact types of the function's.
+template <class Result, class... Arguments>
+Result call_in(const void* const* api, Function function, Arguments... arguments) {
+  const void* entry = api[static_cast<int>(function)];
+  return reinterpret_cast<Result (*)(Arguments...)>(const_cast<void*>(entry))(arguments...);
+}
+
+// A custom-op library's table, set when it is registered.
 inline const void* const* table = nullptr;
 
 template <class Result, class... Arguments>
 Result call(Function function, Arguments... arguments) {
-  const void* entry = table[static_cast<int>(function)];
-  return reinterpret_cast<Result (*)(Arguments...)>(const_cast<void*>(entry))(arguments...);
+  return call_in<Result>(table, function, arguments...);
 }
 
 }  // namespace anybit::ort

@@ -14,6 +14,9 @@
 
 namespace anybit::ort {
 
+// Kernels that the calling thread has made; each counts itself.
+inline thread_local int64_t kernels_made = 0;
+
 constexpr const char* kExportAgain = "Export the model again";
 constexpr size_t kMostDims = 8;
 
@@ -126,7 +129,7 @@ class Threads {
               threads.status_ = call<OrtStatus*>(Function::kKernelContextParallelFor,
                                                  threads.context_, task, count, count, data);
             },
-            const_cast<Threads*>(this)};
+            const_cast<Threads*>(this), cpu::usable_cores()};
   }
 
   // Ends the call where ONNX Runtime could not share it.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -64,6 +65,7 @@ class GemmKernel {
                std::to_string(shape_.norm_epsilon) +
                ", expected a combination that the op's README lists",
            kExportAgain);
+    ++kernels_made;
     inputs_ = declaration.op->inputs(shape_);
     if (has_bias_)
       inputs_.push_back(
@@ -134,6 +136,7 @@ class GemmKernel {
              kExportAgain);
       return static_cast<int32_t>(value);
     };
+    check_version(where, info);
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     shape_.k = integer("in_features", kMost);
     shape_.n = integer("out_features", kMost);
@@ -152,6 +155,19 @@ class GemmKernel {
       call<void>(Function::kReleaseStatus, status);
       shape_.norm_epsilon = 0;
     }
+  }
+
+  // The layout of the weights and what the attributes mean are those of a version of the op.
+  static void check_version(const std::string& where, const OrtKernelInfo* info) {
+    std::string version(64, '\0');
+    size_t size = version.size();
+    ask(Function::kKernelInfoGetAttributeString, info, "plugin_version", version.data(), &size);
+    version.resize(std::strlen(version.c_str()));
+    if (version != kPluginVersion)
+      fail(where,
+           "got plugin_version " + version + ", expected " + kPluginVersion +
+               ", which this library of kernels runs",
+           "Use the library of the version that exported the model, or export the model again");
   }
 
   const OrtValue* input(const OrtKernelContext* context, size_t index, const char* name) const {
@@ -298,6 +314,8 @@ GemmRegistration::GemmRegistration(const GemmOp& op) {
 void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op) {
   declarations().push_back({domain, std::move(op)});
 }
+
+int64_t anybit_kernels_made() { return kernels_made; }
 
 OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base) {
   table = base->GetApi(kApiVersion);

@@ -35,7 +35,12 @@ struct GemmRegistration {
 };
 
 constexpr const char* kDomain = "anybit";
-constexpr int kDomains = 64;  // kDomain, kDomain.v1, ...: what a model calls its schemes
+constexpr int kDomains = 256;  // kDomain, kDomain.v1, ...: what a model calls its schemes
+constexpr const char* kPluginVersion = "1";  // of the nodes that these kernels run
+
+// Kernels that the calling thread has made, for a caller that wants to know whether a session runs all
+// of its custom nodes here: one that ONNX Runtime runs by its function body makes none.
+ANYBIT_API int64_t anybit_kernels_made();
 
 // Declares any op, in a domain and those below it that models use. Called from static objects.
 void add_declaration(const char* domain, std::unique_ptr<const CustomOp> op);

@@ -6,114 +6,81 @@
 // (b = 0) and 16 j + i + 8 (b = 1). A token's 16 codes are therefore spread to 4 equal elements a
 // lane, and the lanes of the sums are added at the end.
 //
-// Two or four rows of many blocks are walked before the next: of one block all the way down, every
-// 512 bytes would be in another page.
+// Eight rows are walked together, 64 bytes of each in turn, and whole rows where one thread may: of
+// one block all the way down, every 512 bytes would be in another page, and of one row at a time the
+// sums would be read and written for every 512 bytes.
 #pragma once
 #include "qqq_gemm/cpu/layout.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kQqqVectors = 8;  // of a block's packed row
-constexpr int qqq_rows_together(int tokens) { return tokens == 1 ? 2 : 4; }
-constexpr int kQqqMostBlocks = 32;  // whose sums, 1 KB for each token, stay in the cache
-constexpr int kQqqAhead = 2 * kQqqBlockBytes;
+constexpr int kQqqVectors = 8;      // of a block's packed row
+constexpr int kQqqMostBlocks = 64;  // of a task
+constexpr int kQqqMostSums = 128;   // blocks times tokens, 256 bytes each, which stay in the cache
+constexpr int kQqqAhead = 2;  // blocks: the processor finds no streams in 64 bytes here and there
 
-// Sums of a block and a token by vector i and b.
-using QqqSums = __m512i[kQqqVectors][2];
+// Sums of a block and a token: [i / 4][b], lane i % 4, element j.
+using QqqSums = __m512i[2][2];
 using QqqTables = __m512i[kQqqVectors][2];
 
 // The tables of int8 weights plus 128 by nibble, of one group and a block: bytes 16 j to 16 j + 15 of
 // tables[i][b] are those of output channel 16 j + 8 b + i.
 template <class Weights>
-ANYBIT_INLINE void qqq_tables(const Weights& w, int64_t group, int64_t block, QqqTables& tables) {
+inline void qqq_tables(const Weights& w, int64_t group, int64_t block, int, QqqTables& tables) {
   const int64_t n0 = block * kQqqBlock;
-  const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i least = _mm512_set1_epi32(-127);
+  const Half* scales = w.scale_group + group * w.n + n0;
+  alignas(64) float scale[kQqqBlock];
   for (int j = 0; j < 4; ++j) {
     const int64_t left = w.n - n0 - 16 * j;
     const __mmask16 mask =
         left >= 16 ? __mmask16(0xffff) : __mmask16(left > 0 ? (1 << left) - 1 : 0);
-    alignas(64) float scale[16];
-    _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(
-                               mask, w.scale_group + group * w.n + n0 + 16 * j)));
-    for (int c = 0; c < 16; ++c) {
-      const __m512 exact = _mm512_mul_ps(codes, _mm512_set1_ps(scale[c]));
-      const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(exact), least);
-      _mm_store_si128(reinterpret_cast<__m128i*>(&tables[c % 8][c / 8]) + j,
-                      _mm512_cvtsepi32_epi8(whole));  // at most 127
-    }
+    _mm512_store_ps(scale + 16 * j,
+                    _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales + 16 * j)));
   }
-  for (int i = 0; i < kQqqVectors; ++i) {
-    for (int b = 0; b < 2; ++b)
-      tables[i][b] = _mm512_xor_si512(tables[i][b], _mm512_set1_epi8(char(0x80)));
+  const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  // packing leaves 4 codes of channels 16 j + c, j = 0 .. 3, side by side
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int c = 0; c < 16; ++c) {
+    const auto of = [&](int j) {  // exact but for the rounding
+      return _mm512_cvtps_epi32(_mm512_mul_ps(codes, _mm512_set1_ps(scale[16 * j + c])));
+    };
+    const __m512i bytes =
+        _mm512_packs_epi16(_mm512_packs_epi32(of(0), of(1)), _mm512_packs_epi32(of(2), of(3)));
+    const __m512i limited = _mm512_max_epi8(bytes, _mm512_set1_epi8(-127));
+    tables[c % 8][c / 8] =
+        _mm512_permutexvar_epi32(order, _mm512_xor_si512(limited, _mm512_set1_epi8(char(0x80))));
   }
 }
 
-// `rows` packed rows from row0 on, of one block, times kTokens tokens.
-template <int kTokens, bool kGrouped>
-inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int rows,
-                      const __m512i (*codes)[kTokens], const __m512i (&tables)[kQqqVectors][2],
-                      QqqSums* sums) {
+// The unsigned weights of 64 bytes of words with b = 0 and with b = 1, in the words' order of output
+// and input channels. Of a group int8 weights plus 128 by tables; else codes plus 8, for b = 0
+// shifted by kShift.
+template <bool kGrouped>
+struct QqqUnpacker {
+  static constexpr int kShift = kGrouped ? 0 : 4, kAndXor = 0x6a, kAndOr = 0xea;
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(char(0xf0));
   const __m512i bias = _mm512_set1_epi8(8), high_bias = _mm512_set1_epi8(char(0x80));
   // bits from which the nibbles of r = 0, 1, 2, 3 begin, in the order of a group's words
   const __m512i shifts[2] = {_mm512_set1_epi64(0x3424302014041000LL),
                              _mm512_set1_epi64(0x3c2c38281c0c1808LL)};
   const __m512i channel = _mm512_set4_epi32(0x30303030, 0x20202020, 0x10101010, 0);
-  constexpr int kAndXor = 0x6a, kAndOr = 0xea;
-  const auto weights_of = [&](__m512i w, int i, __m512i(&weights)[2]) {
+
+  ANYBIT_INLINE void operator()(const uint8_t* words, const __m512i (&tables)[2],
+                                __m512i (&weights)[2]) const {
+    const __m512i w = _mm512_loadu_si512(words);
     if constexpr (kGrouped) {
       for (int b = 0; b < 2; ++b) {
         const __m512i nibbles = _mm512_multishift_epi64_epi8(shifts[b], w);
         weights[b] = _mm512_permutexvar_epi8(
-            _mm512_ternarylogic_epi32(nibbles, low, channel, kAndOr), tables[i][b]);
+            _mm512_ternarylogic_epi32(nibbles, low, channel, kAndOr), tables[b]);
       }
-    } else {  // code + 8, 16 times for b = 0
+    } else {
       weights[0] = _mm512_ternarylogic_epi32(w, high, high_bias, kAndXor);
       weights[1] = _mm512_ternarylogic_epi32(w, low, bias, kAndXor);
     }
-  };
-  if constexpr (kTokens == 1) {  // all sums in registers, and memory is read 512 bytes at a time
-    __m512i total[kQqqVectors][2];
-    std::memcpy(total, sums[0], sizeof total);
-    for (int row = 0; row < rows; ++row, words += row_stride) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kQqqVectors; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(words + 64 * i + kQqqAhead), _MM_HINT_T0);
-        __m512i weights[2];
-        weights_of(_mm512_loadu_si512(words + 64 * i), i, weights);
-        total[i][0] = _mm512_dpbusd_epi32(total[i][0], weights[0], codes[row][0]);
-        total[i][1] = _mm512_dpbusd_epi32(total[i][1], weights[1], codes[row][0]);
-      }
-    }
-    std::memcpy(sums[0], total, sizeof total);
-    return;
   }
-  for (int i = 0; i < kQqqVectors; ++i, words += 64) {
-    __m512i total[kTokens][2];
-    for (int m = 0; m < kTokens; ++m) {
-      total[m][0] = sums[m][i][0];
-      total[m][1] = sums[m][i][1];
-    }
-    const uint8_t* from = words;
-    for (int row = 0; row < rows; ++row, from += row_stride) {
-      const __m512i w = _mm512_loadu_si512(from);
-      // The same row of a later block: the processor sees no stream in 512 bytes here and there.
-      _mm_prefetch(reinterpret_cast<const char*>(from + kQqqAhead), _MM_HINT_T0);
-      __m512i weights[2];
-      weights_of(w, i, weights);
-      for (int m = 0; m < kTokens; ++m) {
-        total[m][0] = _mm512_dpbusd_epi32(total[m][0], weights[0], codes[row][m]);
-        total[m][1] = _mm512_dpbusd_epi32(total[m][1], weights[1], codes[row][m]);
-      }
-    }
-    for (int m = 0; m < kTokens; ++m) {
-      sums[m][i][0] = total[m][0];
-      sums[m][i][1] = total[m][1];
-    }
-  }
-}
+};
 
 // The lanes of four vectors added: lane i is vector i's sum.
 ANYBIT_INLINE __m512i added_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -124,24 +91,87 @@ ANYBIT_INLINE __m512i added_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
 }
 
-// Sums of a block in the order of its 64 output channels.
-ANYBIT_INLINE void qqq_collect(const QqqSums& sums, bool grouped, int32_t* to) {
-  __m512i added[2][2];  // [i / 4][b]: lane i % 4, element j
-  // Per channel b = 0 counts 16 times; all four lanes of that would not always fit.
-  const auto sum = [&](int i, int b) {
-    return b == 0 && !grouped ? _mm512_srai_epi32(sums[i][b], 4) : sums[i][b];
-  };
-  for (int part = 0; part < 2; ++part) {
-    for (int b = 0; b < 2; ++b)
-      added[part][b] = added_lanes(sum(4 * part, b), sum(4 * part + 1, b), sum(4 * part + 2, b),
-                                   sum(4 * part + 3, b));
+// kRows packed rows of one block times kTokens tokens, whose codes are [kRows][kTokens]. Those of a
+// later block, `ahead` bytes away, are fetched meanwhile.
+template <int kTokens, bool kGrouped, int kRows>
+inline void qqq_chunk(const uint8_t* words, int64_t row_stride, int64_t ahead, const __m512i* codes,
+                      const QqqTables& tables, QqqSums* sums) {
+  const QqqUnpacker<kGrouped> unpack;
+  __m512i totals[kTokens][2][kQqqVectors];
+  for (int i = 0; i < kQqqVectors; ++i, words += 64) {
+    __m512i total[kTokens][2] = {};
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const uint8_t* from = words + row * row_stride;
+      _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
+      __m512i weights[2];
+      unpack(from, tables[i], weights);
+      for (int m = 0; m < kTokens; ++m) {
+        total[m][0] = _mm512_dpbusd_epi32(total[m][0], weights[0], codes[row * kTokens + m]);
+        total[m][1] = _mm512_dpbusd_epi32(total[m][1], weights[1], codes[row * kTokens + m]);
+      }
+    }
+    for (int m = 0; m < kTokens; ++m) {
+      // 16 times D would not always fit
+      totals[m][0][i] = _mm512_srai_epi32(total[m][0], unpack.kShift);
+      totals[m][1][i] = total[m][1];
+    }
   }
+  for (int m = 0; m < kTokens; ++m) {
+    for (int part = 0; part < 2; ++part) {
+      for (int b = 0; b < 2; ++b) {
+        const __m512i* t = totals[m][b] + 4 * part;
+        sums[m][part][b] = _mm512_add_epi32(sums[m][part][b], added_lanes(t[0], t[1], t[2], t[3]));
+      }
+    }
+  }
+}
+
+// Sums in the order of a block's 64 output channels.
+ANYBIT_INLINE void qqq_collect(const QqqSums& sums, int32_t* to) {
   const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   for (int j = 0; j < 4; ++j) {
     const __m512i index = _mm512_add_epi32(first, _mm512_set1_epi32(j));
-    const __m512i b0 = _mm512_permutex2var_epi32(added[0][0], index, added[1][0]);
-    const __m512i b1 = _mm512_permutex2var_epi32(added[0][1], index, added[1][1]);
+    const __m512i b0 = _mm512_permutex2var_epi32(sums[0][0], index, sums[1][0]);
+    const __m512i b1 = _mm512_permutex2var_epi32(sums[0][1], index, sums[1][1]);
     _mm512_storeu_si512(to + 16 * j, _mm512_mask_blend_epi32(0xff00, b0, b1));
+  }
+}
+
+// A panel of one packed row: the words of output channels 16 j + 8 b + i, j = j0 and j0 + 1, of a
+// block, transposed to channels side by side.
+template <bool kGrouped>
+ANYBIT_INLINE void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& tables,
+                                 uint8_t* panel) {
+  const QqqUnpacker<kGrouped> unpack;
+  __m512i fours[2][2][2];  // [j - j0][b][i / 4]: lane kq, element i % 4
+  for (int part = 0; part < 2; ++part) {
+    __m512i w[4][2];
+    for (int i = 0; i < 4; ++i) unpack(words + 64 * (4 * part + i), tables[4 * part + i], w[i]);
+    for (int b = 0; b < 2; ++b) {
+      const auto pair = [&](int i) {
+        return j0 == 0 ? _mm512_unpacklo_epi32(w[i][b], w[i + 1][b])
+                       : _mm512_unpackhi_epi32(w[i][b], w[i + 1][b]);
+      };
+      fours[0][b][part] = _mm512_unpacklo_epi64(pair(0), pair(2));
+      fours[1][b][part] = _mm512_unpackhi_epi64(pair(0), pair(2));
+    }
+  }
+  for (int j = 0; j < 2; ++j) {
+    __m512i low[2], high[2];  // kq 0 and 1, 2 and 3 of each b
+    for (int b = 0; b < 2; ++b) {
+      const __m512i first =
+          kGrouped || b == 1 ? fours[j][b][0] : _mm512_srli_epi32(fours[j][b][0], 4);
+      const __m512i second =
+          kGrouped || b == 1 ? fours[j][b][1] : _mm512_srli_epi32(fours[j][b][1], 4);
+      low[b] = _mm512_shuffle_i32x4(first, second, 0x44);
+      high[b] = _mm512_shuffle_i32x4(first, second, 0xee);
+    }
+    const __m512i steps[4] = {
+        _mm512_shuffle_i32x4(low[0], low[1], 0x88), _mm512_shuffle_i32x4(low[0], low[1], 0xdd),
+        _mm512_shuffle_i32x4(high[0], high[1], 0x88), _mm512_shuffle_i32x4(high[0], high[1], 0xdd)};
+    for (int kq = 0; kq < 4; ++kq)
+      _mm512_store_si512(panel + kStep * (kPanelRows * kq + 16 * j), steps[kq]);
   }
 }
 
@@ -160,48 +190,56 @@ struct QqqFewCall {
 
   template <int kTokens, bool kGrouped>
   inline void blocks() const {
-    constexpr int kBlocks = kQqqMostBlocks / kTokens;
+    constexpr int kFit = kQqqMostSums / kTokens;
+    constexpr int kBlocks = kFit < kQqqMostBlocks ? kFit : kQqqMostBlocks;
     for (int64_t block = first_block; block < last_block; block += kBlocks)
       column<kTokens, kGrouped, kBlocks>(block, int(smaller<int64_t>(kBlocks, last_block - block)));
+  }
+
+  // kRows packed rows from row0 on, of `count` blocks. Groups have as many.
+  template <int kTokens, bool kGrouped, int kRows>
+  inline void rows(int64_t row0, int64_t block0, int count, QqqSums* sums) const {
+    const auto& w = kernel.weights;
+    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    __m512i codes[kRows * kTokens];
+    for (int row = 0; row < kRows; ++row) {
+      for (int m = 0; m < kTokens; ++m) {
+        const int8_t* from = tokens.codes + m * tokens.layout.row_bytes + kQqqRow * (row0 + row);
+        codes[row * kTokens + m] = _mm512_permutexvar_epi32(
+            spread,
+            _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+      }
+    }
+    for (int block = 0; block < count; ++block) {
+      QqqTables tables;
+      if (kGrouped) qqq_tables(w, row0 / kRows, block0 + block, 0, tables);
+      const bool next_rows = block + kQqqAhead >= count;
+      const int64_t ahead =
+          kQqqAhead - (next_rows ? count : 0) + (next_rows ? kRows * w.blocks : 0);
+      qqq_chunk<kTokens, kGrouped, kRows>(w.at(row0, block0 + block), w.blocks * kQqqBlockBytes,
+                                          ahead * kQqqBlockBytes, codes, tables,
+                                          sums + block * kTokens);
+    }
   }
 
   // All packed rows of up to kBlocks blocks.
   template <int kTokens, bool kGrouped, int kBlocks>
   ANYBIT_INLINE void column(int64_t block0, int count) const {
     const auto& w = kernel.weights;
-    const int64_t rows = tokens.layout.group_bytes / kQqqRow;
-    // as many rows as share tables, and of those as many as are walked together
-    const int64_t rows_of_table = kGrouped ? w.group_size / kQqqRow : rows;
-    constexpr int kTogether = qqq_rows_together(kTokens);
-    const int64_t row_stride = w.blocks * kQqqBlockBytes;
-    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    alignas(64) QqqSums sums[kQqqMostBlocks];
+    const int64_t n_rows = tokens.layout.group_bytes / kQqqRow;
+    alignas(64) QqqSums sums[kBlocks * kTokens];
     std::memset(sums, 0, sizeof(QqqSums) * size_t(count * kTokens));
-    alignas(64) QqqTables tables[kGrouped ? kBlocks : 1];
-    for (int64_t row0 = 0, end; row0 < rows; row0 = end) {
-      end = row0 + smaller<int64_t>(kTogether, rows_of_table - row0 % rows_of_table);
-      __m512i codes[kTogether][kTokens];
-      for (int64_t row = row0; row < end; ++row) {
-        for (int m = 0; m < kTokens; ++m) {
-          const int8_t* from = tokens.codes + m * tokens.layout.row_bytes + kQqqRow * row;
-          codes[row - row0][m] = _mm512_permutexvar_epi32(
-              spread,
-              _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-        }
-      }
-      for (int block = 0; block < count; ++block) {
-        QqqTables& of_block = tables[kGrouped ? block : 0];
-        if (kGrouped && row0 % rows_of_table == 0)
-          qqq_tables(w, row0 / rows_of_table, block0 + block, of_block);
-        qqq_chunk<kTokens, kGrouped>(w.at(row0, block0 + block), row_stride, int(end - row0), codes,
-                                     of_block, sums + block * kTokens);
-      }
+    int64_t row = 0;
+    if (!kGrouped || w.group_size == 8 * kQqqRow) {
+      for (; row + 8 <= n_rows; row += 8) rows<kTokens, kGrouped, 8>(row, block0, count, sums);
     }
+    for (; row + 4 <= n_rows; row += 4) rows<kTokens, kGrouped, 4>(row, block0, count, sums);
+    for (; row < n_rows; ++row) rows<kTokens, false, 1>(row, block0, count, sums);
     for (int block = 0; block < count; ++block) {
       alignas(64) Sums halves[kTokens][2];
       alignas(64) Outputs outputs;
       for (int m = 0; m < kTokens; ++m) {
-        qqq_collect(sums[block * kTokens + m], kGrouped, halves[m][0]);
+        qqq_collect(sums[block * kTokens + m], halves[m][0]);
         for (int half = 0; half < 2; ++half) {
           const int64_t n0 = (block0 + block) * kQqqBlock + half * kPanelRows;
           if (n0 >= w.n) break;
@@ -217,7 +255,7 @@ template <class Kernel, class T>
 inline void qqq_few(const Kernel& kernel, const SlabMemory& slab, int m, const Destination<T>& to,
                     const Parallel& parallel) {
   const int64_t blocks = kernel.weights.blocks;
-  const Shares shares = shares_of(blocks, kernel.weight_bytes, 1);
+  const Shares shares = wide_shares(blocks, kQqqMostBlocks, kernel.weight_bytes, parallel.threads);
   parallel(size_t(shares.count), [&](size_t task) {
     const int64_t first = int64_t(task) * shares.blocks_per_task;
     const int64_t last = smaller(first + shares.blocks_per_task, blocks);

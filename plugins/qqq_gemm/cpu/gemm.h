@@ -24,10 +24,77 @@ struct QqqWeights {
   }
 };
 
-// Unsigned int8 weights by nibble, of one group and the output channels of a panel.
-using QqqTable = uint8_t[kPanelRows][16];
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// Scales of the output channels of a panel, of one group.
+using QqqTables = float[kPanelRows];
 
-inline void qqq_table(const QqqWeights& w, int64_t group, int64_t n0, QqqTable& table) {
+inline void qqq_tables(const QqqWeights& w, int64_t group, int64_t block, int j0,
+                       QqqTables& scales) {
+  const int64_t n0 = block * kQqqBlock + 16 * j0;
+  const int columns = int(smaller<int64_t>(kPanelRows, w.n - n0));
+  std::memset(scales, 0, sizeof scales);
+  load_floats(w.scale_group + group * w.n + n0, columns, scales);
+}
+
+// A panel of one packed row: 4 steps. Words of output channels n and n + 8, 4 input channels.
+template <bool kGrouped>
+inline void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& scales, uint8_t* panel) {
+  const __m256i nibble = _mm256_set1_epi32(15), nibbles = _mm256_set1_epi8(15);
+  __m256i channels[4][2];  // [kq][j - j0]: words of i = 0 .. 7
+  for (int half = 0; half < 2; ++half) {
+    const auto pair = [&](int i) {  // lane kq: i and i + 1 of j0, then of j0 + 1
+      const auto* from = reinterpret_cast<const __m256i*>(words + 64 * i + 32 * half);
+      const __m256i even = _mm256_loadu_si256(from), odd = _mm256_loadu_si256(from + 2);
+      return j0 == 0 ? _mm256_unpacklo_epi32(even, odd) : _mm256_unpackhi_epi32(even, odd);
+    };
+    const __m256i pairs[4] = {pair(0), pair(2), pair(4), pair(6)};
+    for (int j = 0; j < 2; ++j) {
+      const auto four = [&](int i) {
+        return j == 0 ? _mm256_unpacklo_epi64(pairs[i / 2], pairs[i / 2 + 1])
+                      : _mm256_unpackhi_epi64(pairs[i / 2], pairs[i / 2 + 1]);
+      };
+      channels[2 * half][j] = _mm256_permute2x128_si256(four(0), four(4), 0x20);
+      channels[2 * half + 1][j] = _mm256_permute2x128_si256(four(0), four(4), 0x31);
+    }
+  }
+  for (int kq = 0; kq < 4; ++kq, panel += kPanelRows * kStep) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256i word = channels[kq][j];
+      for (int b = 0; b < 2; ++b) {
+        const int channel = 16 * j + 8 * b;
+        __m256i four;
+        if constexpr (kGrouped) {
+          const __m256 scale = _mm256_loadu_ps(scales + channel);
+          const auto weight = [&](int shift) {  // int8 plus 128; the product is exact
+            const __m256i code =
+                _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(word, shift + 8 * b), nibble),
+                                 _mm256_set1_epi32(8));
+            const __m256i whole =
+                _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(code), scale));
+            const __m256i limited = _mm256_max_epi32(
+                _mm256_min_epi32(whole, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+            return _mm256_add_epi32(limited, _mm256_set1_epi32(kQqqGroupedOffset));
+          };
+          // r = 0, 2, 1, 3 begin at bits 0, 4, 16, 20
+          four = _mm256_or_si256(
+              _mm256_or_si256(weight(0), _mm256_slli_epi32(weight(16), 8)),
+              _mm256_or_si256(_mm256_slli_epi32(weight(4), 16), _mm256_slli_epi32(weight(20), 24)));
+        } else {
+          const __m256i biased = _mm256_xor_si256(word, _mm256_set1_epi8(char(0x88)));
+          four = _mm256_and_si256(b == 0 ? _mm256_srli_epi32(biased, 4) : biased, nibbles);
+        }
+        _mm256_store_si256(reinterpret_cast<__m256i*>(panel + kStep * channel), four);
+      }
+    }
+  }
+}
+#elif !defined(__AVX512VNNI__)
+// Unsigned int8 weights by nibble, of one group and the output channels of a panel.
+using QqqTables = uint8_t[kPanelRows][16];
+
+inline void qqq_tables(const QqqWeights& w, int64_t group, int64_t block, int j0,
+                       QqqTables& table) {
+  const int64_t n0 = block * kQqqBlock + 16 * j0;
   for (int i = 0; i < kPanelRows; ++i) {
     const float scale = n0 + i < w.n ? float_from(w.scale_group[group * w.n + n0 + i]) : 0.0f;
     for (int nibble = 0; nibble < 16; ++nibble) {
@@ -39,7 +106,8 @@ inline void qqq_table(const QqqWeights& w, int64_t group, int64_t n0, QqqTable& 
 }
 
 // A panel of one packed row: 4 steps. Words of output channels n and n + 8, 4 input channels.
-inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, uint8_t* panel) {
+template <bool kGrouped>
+inline void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& tables, uint8_t* panel) {
   for (int lane = 0; lane < 32; ++lane) {
     uint8_t* step = panel + lane % 4 * kPanelRows * kStep;
     for (int j = 0; j < 2; ++j) {
@@ -47,13 +115,13 @@ inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, 
       std::memcpy(&word, words + 16 * lane + 4 * (j0 + j), sizeof word);
       const int i = 16 * j + lane / 4;  // output channel of the panel with b = 0
       uint8_t *low = step + kStep * i, *high = low + kStep * 8;
-      if (table == nullptr) {
+      if constexpr (!kGrouped) {
         const uint32_t biased = word ^ 0x88888888, b0 = biased >> 4 & 0x0f0f0f0f,
                        b1 = biased & 0x0f0f0f0f;
         std::memcpy(low, &b0, sizeof b0);
         std::memcpy(high, &b1, sizeof b1);
       } else {
-        const uint8_t *of_low = (*table)[i], *of_high = (*table)[i + 8];
+        const uint8_t *of_low = tables[i], *of_high = tables[i + 8];
         for (int r = 0; r < 4; ++r) {
           const int nibble = r / 2 + r % 2 * 4;  // nibbles with b = 0: r 0, 2, -, -, 1, 3
           low[r] = of_low[word >> 4 * nibble & 15];
@@ -63,6 +131,7 @@ inline void qqq_unpack_row(const uint8_t* words, int j0, const QqqTable* table, 
     }
   }
 }
+#endif
 
 struct QqqKernel {
   TokenLayout layout;
@@ -86,14 +155,18 @@ struct QqqKernel {
     const int64_t block = n0 / kQqqBlock;
     const int j0 = int(n0 % kQqqBlock) / 16;
     int64_t group = -1;
-    QqqTable table;
+    QqqTables tables;
     for (int row = 0; row < steps / 4; ++row, panel += 4 * kPanelRows * kStep) {
       const int64_t at = position / kQqqRow + row;
-      if (weights.group_size && at * kQqqRow / weights.group_size != group) {
-        group = at * kQqqRow / weights.group_size;
-        qqq_table(weights, group, n0, table);
+      if (weights.group_size == 0) {
+        qqq_panel_row<false>(weights.at(at, block), j0, tables, panel);
+        continue;
       }
-      qqq_unpack_row(weights.at(at, block), j0, weights.group_size ? &table : nullptr, panel);
+      if (at * kQqqRow / weights.group_size != group) {
+        group = at * kQqqRow / weights.group_size;
+        qqq_tables(weights, group, block, j0, tables);
+      }
+      qqq_panel_row<true>(weights.at(at, block), j0, tables, panel);
     }
   }
 
@@ -115,7 +188,7 @@ struct QqqKernel {
   static constexpr int kMoreRows = 0;
 #if defined(__AVX512VNNI__)
   static constexpr int kFewTokens = kQqqFewTokens;
-  ANYBIT_INLINE bool takes_few() const { return true; }
+  ANYBIT_INLINE bool takes_few(int64_t) const { return true; }
   template <class T>
   ANYBIT_INLINE void few(const SlabMemory& slab, int m, const Destination<T>& to,
                          const Parallel& parallel) const {

@@ -2,6 +2,7 @@
 #define ANYBIT_SET portable
 #include "core/cpu/op.h"
 #include "qqq_gemm/cpu/layout.h"
+#include "qqq_gemm/rules.h"
 
 namespace anybit::cpu {
 
@@ -13,12 +14,6 @@ void qqq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
 
 namespace {
 
-bool supported(const GemmShape& s) {
-  if (s.group_size != 0 && s.group_size != 64 && s.group_size != 128) return false;
-  if (s.wbits != 4 || s.levels != 16 || s.abits != 8 || s.act_symmetric != 1) return false;
-  return 127 * 127 * int64_t{s.k} < int64_t{1} << 31;  // int32 sums must not overflow
-}
-
 bool has_inputs(const GemmShape& s, const GemmBuffers& b) {
   return b.weight && b.scale && (!s.group_size || b.scale_group);
 }
@@ -29,7 +24,7 @@ size_t workspace(const GemmShape& s) {
 }
 
 constexpr Op kOp = {"QQQGemm",
-                    supported,
+                    qqq_scheme_ok,
                     has_inputs,
                     workspace,
 #if defined(__x86_64__)

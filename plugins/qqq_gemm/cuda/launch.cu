@@ -5,6 +5,7 @@
 #include "qqq_gemm/cuda/config.h"
 #include "qqq_gemm/cuda/families.h"
 #include "qqq_gemm/cuda/kernel.cuh"
+#include "qqq_gemm/rules.h"
 
 namespace anybit {
 namespace {
@@ -13,11 +14,9 @@ constexpr int kMaxGridY = 65535;
 
 bool supported(const GemmShape& s) {
   if (s.m < 0 || s.n < 1 || s.k < 1 || s.n > INT32_MAX - 64 || s.k > INT32_MAX - 16) return false;
-  if (s.group_size != 0 && s.group_size != 64 && s.group_size != 128) return false;
   if (s.group_size && s.k % s.group_size) return false;
-  if (s.wbits != 4 || s.levels != 16 || s.abits != 8 || s.act_symmetric != 1) return false;
   if (s.dtype < kFloat16 || s.dtype > kFloat32 || !norm_supported(s)) return false;
-  return 127 * 127 * int64_t(s.k) < int64_t(1) << 31;  // int32 sums must not overflow
+  return qqq_scheme_ok(s);
 }
 
 QqqArgs simple_args(const GemmShape& s) {

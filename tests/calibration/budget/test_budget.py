@@ -245,7 +245,7 @@ def _args(line: str) -> argparse.Namespace:
 
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    args = _args("--wbits 4 --abits 8 --budget 3.50")
+    args = _args("--wbits 4 --abits 8 --budget 3.50 --head-bits 16")
     assert schemes_from_args(args) == SchemeMap(scheme_from_args(args))
     assert default_out(args, scheme_from_args(args)) == Path("out/smollm2-135m-w4a8-b3.5")
     for line, message in (

@@ -27,22 +27,31 @@ def write_gguf(
 
     Args:
         path: of the file; gguf adds the number of each part where options ask for several.
-        checkpoint: of a LLaMA.
+        checkpoint: of a family that such files are read of.
         metadata: more keys, or other values of those that there are.
         extra: more tensors.
         options: of GGUFWriter, such as split_max_tensors.
     """
-    config = checkpoint.config
-    writer = gguf.GGUFWriter(path, "llama", **options)
+    config, family = checkpoint.config, checkpoint.family
+    writer = gguf.GGUFWriter(path, family.gguf, **options)
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    if family.name != "llama":
+        sizes["attention.key_length"] = checkpoint.decoder.blocks[0].heads.head_dim
+    own = {key: getattr(config, name, None) for key, name in family.gguf_fields.items()}
+    sizes |= {key: value for key, value in own.items() if value is not None}
+    if rope := checkpoint.decoder.blocks[0].rope:
+        sizes |= {} if rope.width is None else {"rope.dimension_count": rope.width}
     values = {
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        **rope_metadata(config.rope_parameters),
+        **{f"{family.gguf}.{key}": value for key, value in sizes.items()},
+        **rope_metadata(config.rope_parameters, family.gguf),
         **tokenizer_metadata(checkpoint.source.path),
         **(metadata or {}),
     }
@@ -84,14 +93,20 @@ def write_metadata(path: Path, values: Mapping[str, Any], architecture: str = "l
     return path
 
 
-def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+def rope_metadata(rope: Mapping[str, Any], architecture: str = "llama") -> dict[str, Any]:
     """What llama.cpp's converter writes of a Hugging Face config's rope_parameters."""
-    found: dict[str, Any] = {"llama.rope.freq_base": float(rope["rope_theta"])}
+    if "full_attention" in rope:
+        local = {f"{architecture}.rope.freq_base_swa": rope["sliding_attention"]["rope_theta"]}
+        return rope_metadata(rope["full_attention"], architecture) | local
+    found: dict[str, Any] = {f"{architecture}.rope.freq_base": float(rope["rope_theta"])}
     kind = rope["rope_type"]
+    if kind == "longrope":
+        factor = rope["attention_factor"]
+        return found | {f"{architecture}.rope.scaling.attn_factor": float(factor)}
     if kind in ("linear", "yarn"):
         found |= {
-            "llama.rope.scaling.type": kind,
-            "llama.rope.scaling.factor": float(rope["factor"]),
+            f"{architecture}.rope.scaling.type": kind,
+            f"{architecture}.rope.scaling.factor": float(rope["factor"]),
         }
     if kind == "yarn":
         names = {
@@ -101,15 +116,24 @@ def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
             "beta_slow": "yarn_beta_slow",
         }
         found |= {
-            f"llama.rope.scaling.{name}": rope[hf] for hf, name in names.items() if rope.get(hf)
+            f"{architecture}.rope.scaling.{name}": rope[hf]
+            for hf, name in names.items()
+            if rope.get(hf)
         }
     return found
 
 
 def _rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The tensor that carries LLaMA 3's scaling."""
+    """The tensors that carry LLaMA 3's scaling, or longrope's."""
     config = checkpoint.config
-    if config.rope_parameters["rope_type"] != "llama3":
+    if config.rope_parameters.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{kind}.weight": np.array(
+                config.rope_parameters[f"{kind}_factor"], np.float32
+            )
+            for kind in ("short", "long")
+        }
+    if config.rope_parameters.get("rope_type") != "llama3":
         return {}
     head = np.arange(0, config.head_dim, 2) / config.head_dim
     plain = 1.0 / config.rope_parameters["rope_theta"] ** head
@@ -141,13 +165,14 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         for part in (*block.norms, *block.linears):
             names[block.name(part.name)] = f"blk.{index}.{part.gguf}"
     found = {}
-    for name in checkpoint.decoder.shapes():
+    for name, info in checkpoint.decoder.infos.items():
         base, _, end = name.rpartition(".")
-        array = checkpoint.array(name).astype(np.float32)
-        if "q_proj" in name or "k_proj" in name:
+        array = checkpoint.stored(name).astype(np.float32) + np.float32(info.offset)
+        if info.rotary:
             heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             array = _interleaved(array, getattr(config, heads))
-        found[f"{names[base]}.{end}"] = array
+        key = info.gguf if info.whole else f"{names[base]}.{end}"
+        found[key] = np.concatenate([found[key], array]) if key in found else array
     return found
 
 

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.families import accepted_architectures
 from plugins.errors import InputError
+from tests.conftest import FAMILIES
 
 
 @pytest.fixture
@@ -164,8 +166,8 @@ def test_old_rope_scaling_key(model: Path) -> None:
     [
         (
             {"rope_type": "proportional", "factor": 2.0},
-            "got rope_type proportional (frequencies that change with the length), expected one of "
-            "default, linear, dynamic, llama3, yarn, longrope",
+            "got rope_type proportional, expected one of default, linear, dynamic, llama3, yarn, "
+            "longrope",
         ),
         (
             {"partial_rotary_factor": 0.5},
@@ -178,6 +180,63 @@ def test_these_rope_settings_are_refused(model: Path, rope: dict[str, Any], prob
     assert _refusal(model) == (
         f"{model / 'config.json'}: {problem}. Choose a model without it; this export would compute "
         "something else."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        (
+            "Gemma2",
+            {"query_pre_attn_scalar": -1},
+            "got query_pre_attn_scalar -1, expected a number from 1e-18 to 1e18",
+        ),
+        (
+            "Gemma2",
+            {"attn_logit_softcapping": 1e308},
+            "got attn_logit_softcapping 1e+308, expected a number from 1e-18 to 1e18",
+        ),
+        (
+            "Gemma2",
+            {"use_bidirectional_attention": True},
+            "got use_bidirectional_attention true, expected causal attention",
+        ),
+        (
+            "Qwen2",
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "got layer_types chunked_attention for layer 1, expected full_attention or "
+            "sliding_attention",
+        ),
+        (
+            "Qwen2",
+            {"use_sliding_window": False},
+            "got sliding_window None, expected a whole number above 0",
+        ),
+        (
+            "SmolLM3",
+            {"no_rope_layers": [1, 0]},
+            "got no_rope_layers [1, 0], expected 0 or 1 for every layer",
+        ),
+        (
+            "Granite",
+            {"logits_scaling": 0.0},
+            "got logits_scaling 0.0, expected a number from 1e-18 to 1e18",
+        ),
+    ],
+)
+def test_fields_that_no_step_can_follow_are_named(
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    changes: dict[str, Any],
+    problem: str,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama(architecture=name, **FAMILIES[name]), folder)
+    _change_config(folder, **changes)
+    assert _refusal(folder) == (
+        f"{folder / 'config.json'}: {problem}. Choose a model without it; this export would "
+        "compute something else."
     )
 
 
@@ -213,15 +272,6 @@ def test_configs_that_the_graph_cannot_express(
     )
 
 
-def test_mistral_with_sliding_window_is_refused(tiny_llama: Callable[..., Path]) -> None:
-    folder = tiny_llama(architecture="Mistral", sliding_window=64)
-    assert _refusal(folder) == (
-        f"{folder / 'config.json'}: got sliding_window 64, expected null (attention over the whole "
-        "context). "
-        "Choose a model without it; this export would compute something else."
-    )
-
-
 def test_already_quantised_checkpoint(model: Path) -> None:
     _change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
     assert _refusal(model) == (
@@ -236,7 +286,7 @@ def test_unknown_architecture(model: Path) -> None:
     _change_config(model, architectures=["Qwen9ForCausalLM"])
     assert _refusal(model) == (
         f"{model / 'config.json'}: got architecture Qwen9ForCausalLM, expected one of "
-        f"LlamaForCausalLM, MistralForCausalLM. "
+        f"{', '.join(accepted_architectures())}. "
         "Choose a model of a supported architecture, or add a file to calibration/families."
     )
 

@@ -505,6 +505,20 @@ def test_code_of_a_model_is_refused_by_name(model: Path, name: str) -> None:
     assert refusal(model) == f"{path}, auto_map: {OWN}. {CODE}"
 
 
+def test_code_that_transformers_own_classes_were_made_from_is_left_aside(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama(architecture="Phi3", **FAMILIES["Phi3"]), folder)
+    known = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    known |= {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    configure(folder, auto_map=known | {"AutoTokenizer": "Xenova/gpt-4o"})
+    check_as_transformers(folder)
+    assert open_checkpoint(str(folder), True).tokenizer()("The river")["input_ids"]
+    configure(folder, auto_map=known | {"AutoTokenizer": "own.Own"})
+    assert refusal(folder) == f"{folder / 'config.json'}, auto_map: {OWN}. {CODE}"
+
+
 def test_nobody_is_asked_whether_code_shall_run(model: Path, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     (model / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")

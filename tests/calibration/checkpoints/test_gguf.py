@@ -11,10 +11,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.families import family
+from calibration.families.decoder import Config
+from calibration.reference.model import FloatReference, float_model
 from plugins.errors import InputError
+from tests.calibration.block_cases import float_logits
 from tests.calibration.checkpoints.gguf_files import finish, write_gguf
+from tests.conftest import FAMILIES
 
 AGAIN = "The file is truncated or damaged: download it again."
 SPLIT = {"split_max_tensors": 8}  # of 20 tensors: three parts
@@ -48,6 +54,59 @@ def test_gguf_gives_back_the_model_it_was_made_from(
     ):
         assert getattr(copy.config, field) == pytest.approx(getattr(original.config, field))
     np.testing.assert_array_equal(copy.rope()[0], original.rope()[0])
+
+
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6}
+ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+CONVERTED: dict[str, dict[str, Any]] = {
+    "Gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "Gemma3": {
+        **GEMMA,
+        "num_hidden_layers": 6,
+        "rope_parameters": {
+            "full_attention": ROPE,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "Granite": FAMILIES["Granite"],
+    "Olmo2": {},
+    "Phi3": {
+        **FAMILIES["Phi3"],
+        "original_max_position_embeddings": 20,
+        "rope_parameters": {**FAMILIES["Phi3"]["rope_parameters"], "attention_factor": 1.3},
+    },
+    "Qwen2": {"rope_parameters": ROPE},
+    "Qwen3": FAMILIES["Qwen3"],
+    "SmolLM3": {"num_hidden_layers": 5},
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_files_of_other_families_give_back_their_models(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    original = open_checkpoint(str(tiny_llama(architecture=name, **CONVERTED[name])), True)
+    copy = open_checkpoint(str(write_gguf(tmp_path / "m.gguf", original)), True)
+    assert list(copy.decoder.shapes()) == list(original.decoder.shapes())
+    for tensor in original.decoder.shapes():  # adding and taking 1 away rounds
+        first, second = original.array(tensor), copy.array(tensor)
+        np.testing.assert_allclose(first, second, atol=1e-6, rtol=0, err_msg=tensor)
+    for frequencies in original.decoder.frequencies:
+        np.testing.assert_allclose(original.rope(frequencies)[0], copy.rope(frequencies)[0])
+    for length in (12, 24):
+        ids = torch.arange(2 * length).reshape(2, -1) * 7 % 512
+        want = FloatReference(float_model(original))(ids).logits
+        for found in (FloatReference(float_model(copy))(ids).logits, float_logits(copy, ids)):
+            torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
+
+
+def test_the_largest_gemmas_divide_queries_by_another_number() -> None:
+    sizes = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    for name, layers in (("gemma2", 46), ("gemma3", 62)):
+        implied = family(name).gguf_implied
+        for count, scalar in ((layers, 24), (26, 16)):
+            found = implied(Config(sizes | {"num_hidden_layers": count}))
+            assert found["query_pre_attn_scalar"] == scalar
 
 
 def test_quantized_types_are_dequantized(tiny_model_dir: Path, tmp_path: Path) -> None:

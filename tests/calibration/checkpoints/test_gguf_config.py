@@ -383,7 +383,8 @@ def test_as_many_layers_as_tensors(gguf_of: Callable[..., Path]) -> None:
 
 
 def test_other_architecture_experts_and_adapters(tmp_path: Path) -> None:
-    other = "expected one of llama. Choose a model of a supported architecture."
+    known = "gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3"
+    other = f"expected one of {known}. Choose a model of a supported architecture."
     path = tmp_path / "m.gguf"
     write_metadata(path, {}, "bert")
     assert _refusal(path) == f": got architecture bert, {other}"

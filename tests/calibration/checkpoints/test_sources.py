@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from calibration.checkpoints import sources
-from calibration.checkpoints.sources import ALIASES, fetch_weights, model_slug, resolve_source
+from calibration.checkpoints.sources import fetch_weights, model_slug, resolve_source
+from calibration.families import aliases
 from plugins.errors import InputError
 
-NAMES = ", ".join(ALIASES)
+LIST = "python -m exporter --list-families shows the aliases"
 
 
 def test_the_aliases_the_issue_names_are_there() -> None:
@@ -22,8 +23,15 @@ def test_the_aliases_the_issue_names_are_there() -> None:
         "llama-2-13b",
         "llama-3-8b",
         "smollm2-135m",
-    } <= set(ALIASES)
-    assert ALIASES["llama-7b"].hub_id == "huggyllama/llama-7b"
+    } <= aliases().keys()
+    assert aliases()["llama-7b"] == "huggyllama/llama-7b"
+
+
+def test_aliases_are_short_names_of_hub_ids() -> None:
+    found = aliases()
+    assert len(set(found.values())) == len(found)
+    assert all(sources._HUB_ID.fullmatch(hub_id) for hub_id in found.values())
+    assert all(model_slug(alias) == alias and "/" not in alias for alias in found)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_unknown_alias_is_told_the_nearest() -> None:
     assert str(caught.value) == (
         "model 'lama-7b': got an unknown name, expected an alias, a hub id (owner/name), a folder "
         "or a .gguf "
-        f"file. Did you mean llama-7b? Aliases are {NAMES}."
+        f"file. Did you mean llama-7b? {LIST}."
     )
 
 
@@ -85,7 +93,7 @@ def test_unknown_name_with_nothing_near() -> None:
     assert str(caught.value) == (
         "model 'zzzzzz': got an unknown name, expected an alias, a hub id (owner/name), a folder or "
         "a .gguf "
-        f"file. Aliases are {NAMES}."
+        f"file. {LIST}."
     )
 
 
@@ -96,7 +104,7 @@ def test_missing_path(model: str) -> None:
     assert str(caught.value) == (
         f"{model}: got no such file or folder, expected a Hugging Face folder, a .gguf file, a hub "
         "id or an "
-        f"alias. Check the path; aliases are {NAMES}."
+        f"alias. Check the path; {LIST}."
     )
 
 

@@ -24,6 +24,7 @@ from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.model import quantised_model
 from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny
+from tests.conftest import FAMILIES
 
 TOKENS = torch.arange(48)[None] * 7 % 500
 SCHEMES: list[dict[str, Any]] = [
@@ -365,6 +366,15 @@ def test_zero_points_outside_the_codes(
     assert not [*(quant.path / NAME).iterdir()]
 
 
+def test_a_checkpoint_with_several_linears_in_a_tensor(tiny_llama: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama(architecture="Phi3", **FAMILIES["Phi3"])), True)
+    assert _refusal(lambda: check(QuantScheme("ABQGemm", "rtn", 4, 8), checkpoint)) == (
+        f"{checkpoint.name}: got a family whose checkpoints hold several linears in one tensor such "
+        "as model.layers.0.self_attn.qkv_proj.weight, expected one tensor for each linear for "
+        "--format compressed-tensors. Leave out --format."
+    )
+
+
 def test_rotary_frequencies_of_a_gguf_file(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,7 +387,7 @@ def test_rotary_frequencies_of_a_gguf_file(
     monkeypatch.setattr(
         checkpoint,
         "rope",
-        lambda: (frequencies / np.linspace(1, 2, len(frequencies), dtype=np.float32), scaling),
+        lambda name: (frequencies / np.linspace(1, 2, len(frequencies), dtype=np.float32), scaling),
     )
     message = (
         f"{checkpoint.name}: got rotary frequencies that do not follow from rope_type default, "

@@ -235,6 +235,8 @@ def test_every_build_of_a_model(tiny_llama: Make, tmp_path: Path, changes: dict[
                 "float32",
                 "--nsamples",
                 "16",
+                "--head-bits",
+                "16",
             )
             == 0
         )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from calibration.families import family_names
 from calibration.out.files import sha256_file
 from calibration.quant.folder import fuse, read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme
@@ -175,6 +176,16 @@ def test_field_of_another_type(folder: Path, key: str) -> None:
     assert _refusal(folder) == f"{folder / 'quant.json'}, {key}: got 3, expected {wanted}. {AGAIN}"
 
 
+def test_factors_of_other_frequencies(folder: Path) -> None:
+    path = folder / "quant.json"
+    config = json.loads(path.read_text())["config"]
+    _change_meta(folder, config=config | {"rope_attention_scaling": {"rope.long.inv_freq": 1.0}})
+    assert _refusal(folder) == (
+        f"{path}, config, rope_attention_scaling: got rope.long.inv_freq, expected rope.inv_freq. "
+        f"{AGAIN}"
+    )
+
+
 def test_scheme_with_unknown_fields_and_unknown_family(folder: Path) -> None:
     path = folder / "quant.json"
     scheme = json.loads(path.read_text())["scheme"]
@@ -203,7 +214,7 @@ def test_scheme_with_unknown_fields_and_unknown_family(folder: Path) -> None:
     _change_meta(folder, scheme=scheme)
     _change_meta(folder, family="gpt")
     assert _refusal(folder) == (
-        "model family 'gpt': unknown, expected one of llama, mistral. "
+        f"model family 'gpt': unknown, expected one of {', '.join(family_names())}. "
         "Make the quantised folder again with this version."
     )
 

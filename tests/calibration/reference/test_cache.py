@@ -94,7 +94,7 @@ def test_the_other_format_has_no_word_for_it() -> None:
 
 def test_rules_say_nothing_of_the_cache(tmp_path: Path) -> None:
     (tmp_path / "bits.txt").write_text("down_proj w8a8\nlayers.0.* w4a8-g0\n")
-    args = _args(f"--kv-bits 4 --bits-file {tmp_path / 'bits.txt'}")
+    args = _args(f"--kv-bits 4 --head-bits 16 --bits-file {tmp_path / 'bits.txt'}")
     schemes = schemes_from_args(args)
     assert [(scheme.label, scheme.kv_bits) for scheme in schemes.schemes()] == [
         ("w4a8", 4),

@@ -129,8 +129,9 @@ def test_what_flows_between_steps_is_rounded(tiny_quant: Callable[..., Path]) ->
         return seen | {"logits": made.logits}
 
     rounded, plain = values(True), values(False)
-    # of each layer two norms, inputs and outputs of four nodes, new keys, and the stream behind it
-    assert len(rounded) == 2 * (2 + 8 + 1 + 1) + 1
+    # of each layer two norms, inputs and outputs of four nodes, new keys, and the stream behind it;
+    # of the head its norm, input and output, and the logits
+    assert len(rounded) == 2 * (2 + 8 + 1 + 1) + 3 + 1
     for name, value in rounded.items():
         assert torch.equal(value, value.half().float()), name
         if name != "norm model.layers.0.input_layernorm":  # rows of the fp16 table

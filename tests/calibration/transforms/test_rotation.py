@@ -66,7 +66,7 @@ def _logits(checkpoint: Checkpoint, basis: Rotation | Plain, ids: Tensor) -> Ten
     return rms_norm(x, basis.tensor(checkpoint, "model.norm.weight")) @ head.T
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "none"])
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "values", "none"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_the_function_stays(
     tiny_llama: Callable[..., Path], changes: dict[str, Any], kind: str
@@ -107,6 +107,17 @@ def test_tied_tables_part(tiny_model_dir: Path) -> None:
     assert torch.equal(
         checkpoint.tensor("model.embed_tokens.weight"), table
     )  # the source is left alone
+
+
+def test_values_alone_leave_everything_else(tiny_model_dir: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
+    basis = Rotation.make("values", 64, 16, 0)
+    assert not basis.unties and basis.residual is None
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(basis.tensor(checkpoint, name), checkpoint.tensor(name))
+    weights, rotated = load_block(checkpoint, 0), basis.load(checkpoint, 0)
+    changed = {name for name in weights if not torch.equal(weights[name], rotated[name])}
+    assert changed == {"self_attn.v_proj.weight", "self_attn.o_proj.weight"}
 
 
 def test_rotation_spreads_an_outlier_channel(tiny_model_dir: Path) -> None:

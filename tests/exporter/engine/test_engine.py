@@ -19,6 +19,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
@@ -102,6 +103,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from calibration.progress import JsonProgress
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, build_engine
 from plugins.errors import UserError
@@ -168,10 +170,11 @@ def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
 def test_every_node_of_a_mixed_model_becomes_a_plugin(
     tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny_export(**mixed) / "onnx", tmp_path, dirs_exist_ok=True)
+    """The head too."""
+    shutil.copytree(tiny_export(**mixed, head=8) / "onnx", tmp_path, dirs_exist_ok=True)
     record, _ = build(tmp_path)
-    assert record["layers"]["PLUGIN_V3"] == 8
-    assert record["custom_nodes"] == {"QQQGemm": 3, "ABQGemm": 5}
+    assert record["layers"]["PLUGIN_V3"] == 9
+    assert record["custom_nodes"] == {"QQQGemm": 3, "ABQGemm": 6}
 
 
 @needs_rtx
@@ -183,6 +186,16 @@ def test_a_low_bit_cache_is_built_from_standard_ops(
     record, _ = build(folder)
     assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
     assert record["layers"]["ATTENTION_INPUT"] == 2
+
+
+QUICK = [
+    ("Gemma2", "bfloat16"),
+    ("Gemma2", "float32"),
+    ("Granite", "bfloat16"),
+    ("Olmo2", "float32"),
+    ("Phi3", "float16"),
+]
+SLOW = [(name, dtype) for name in FAMILIES for dtype in ("float16", "bfloat16")]
 
 
 @needs_rtx
@@ -208,29 +221,23 @@ def test_a_static_cache_is_built(
 @pytest.mark.usefixtures("more_families")
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("Arcee", "float16"),
-        ("Gemma2", "float16"),
-        ("Gemma2", "bfloat16"),
-        ("Gemma2", "float32"),
-        ("Granite", "bfloat16"),
-        ("Olmo2", "float32"),
-        ("Qwen3", "float16"),
-    ],
+    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW if one not in QUICK)],
 )
 def test_every_step_is_built(
     tiny_llama: Callable[..., Path], tmp_path: Path, name: str, dtype: str
 ) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    changes = {**FAMILIES[name], **(window if name == "Qwen3" else {})}
-    model = tiny_llama(architecture=name, **changes)
+    model = tiny_llama(architecture=name, **FAMILIES[name])
     folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype=dtype), tmp_path)
+    decoder = read_quant(tmp_path / "quant").decoder
     record, _ = build(folder)
-    assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
-    capped = name == "Gemma2"
+    nodes = len(decoder.nodes)
+    assert record["layers"]["PLUGIN_V3"] == nodes and record["custom_nodes"] == {"ABQGemm": nodes}
+    capped = sum(block.attend.softcap is not None for block in decoder.blocks)
     assert record["decomposable_attention"] == (dtype == "float32" and not capped)
-    assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if capped else 2)
-    assert record["layers"].get("SOFTMAX", 0) == (2 if capped else 0)
+    assert record["layers"].get("ATTENTION_INPUT", 0) == decoder.layers - capped
+    assert record["layers"].get("SOFTMAX", 0) == capped
+    turning = sum(block.rope is not None for block in decoder.blocks)
+    assert record["layers"].get("ROTARY_EMBEDDING", 0) == turning
 
 
 @needs_rtx

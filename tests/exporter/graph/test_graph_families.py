@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.families import steps
+from calibration.progress import NullProgress
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
+from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE, export_onnx
 from exporter.graph.steps import ACTIVATIONS, WRITERS
 from exporter.run.onnxruntime import OnnxSession, onnx_runner
@@ -201,6 +204,49 @@ def test_a_window_without_a_softcap_is_an_attention_node(
     np.testing.assert_allclose(np.concatenate([logits, more], 1), want, atol=TOLERANCE, rtol=0)
     other = logits_of(reference(model, folder, sliding_window=6), IDS)
     assert np.abs(want - other).max() > 20 * TOLERANCE
+
+
+LONG = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 12}
+NOTE = (
+    "onnx: positions for 256 tokens are those of longrope's long texts from the first token on; "
+    "transformers takes them beyond 12 tokens. --max-seq 12 takes those of short texts."
+)
+
+
+class Said(NullProgress):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        """Keep it."""
+        self.warnings.append(text)
+
+
+@pytest.mark.parametrize(("context", "length"), [(256, 15), (12, 12)])
+def test_longrope_has_the_frequencies_of_its_context(
+    tiny_llama: Callable[..., Path], tmp_path: Path, context: int, length: int
+) -> None:
+    model = tiny_llama(architecture="Phi3", **LONG)
+    folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype="float32"), tmp_path)
+    said, quant, ids = Said(), read_quant(tmp_path / "quant"), IDS[:, :length]
+    export_onnx(quant, folder, said, max_context=context)
+    assert said.warnings == ([NOTE] if context > 12 else [])
+    decoder, other = Decoder(folder), quantised_model(quant, max_context=context)
+    logits, _ = decoder(feeds(ids, decoder.empty()))
+    want = logits_of(reference(model, folder), ids)
+    np.testing.assert_allclose(logits, want, atol=TOLERANCE, rtol=0)
+    found = other(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(found, want, atol=TOLERANCE, rtol=0)
+    # Fewer tokens turn as in an export for this context, and not as transformers has them.
+    short, _ = decoder(feeds(ids[:, :5], decoder.empty()))
+    given = float_model(open_checkpoint(str(model), True), context).model.rotary_emb
+    frequencies, factor = quant.rope(quant.decoder.ropes[0], context)
+    np.testing.assert_array_equal(given.original_inv_freq, frequencies)
+    assert factor == given.attention_scaling > 1
+    apart = np.abs(short - logits_of(reference(model, folder), ids[:, :5])).max()
+    assert (apart > 20 * TOLERANCE) == (context > 12)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 10), ("bfloat16", 7)])

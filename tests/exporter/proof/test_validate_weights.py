@@ -70,8 +70,9 @@ def test_honest_folders_pass(
     tiny_quant: Callable[..., Path], tiny_model_dir: Path, name: str
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
-    rows = compare_weights(checkpoint, read_quant(tiny_quant(**SCHEMES[name]) / "quant"))
-    assert len(rows) == compared_tensors(checkpoint) == 1 + 2 * (2 + 7) + 1 + 1
+    quant = read_quant(tiny_quant(**SCHEMES[name]) / "quant")
+    rows = compare_weights(checkpoint, quant)
+    assert len(rows) == compared_tensors(checkpoint, quant) == 1 + 2 * (2 + 7) + 1 + 1
     assert [row.tensor for row in rows[:3]] == [
         "model.embed_tokens.weight",
         "model.layers.0.input_layernorm.weight",

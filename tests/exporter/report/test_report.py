@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,31 @@ def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> N
         for name in ("quant", "engine")
     ]
     assert data["command"] == "python -m exporter 'my model'" and data["perplexity"] == {"ppl": 9.5}
+    assert data["quality"] is None and [command.split()[3] for command, _ in data["next"]] == [
+        "generate",
+        "eval",
+        "prove",
+        "trtexec",
+    ]
     assert data["shape"]["num_hidden_layers"] == 2 and "hf" not in data["shape"]
     assert data["sizes"]["model_quant_bytes"] < data["sizes"]["model_float_bytes"]
     assert (
         data["validation"]["ok"] is True
         and data["validation"]["rows"][0]["operator"] == "model.layers.0.mlp.product"
     )
+
+
+def test_a_failure_comes_with_the_command_that_looks_at_it(
+    tiny_export: Callable[..., Path],
+) -> None:
+    out = tiny_export()
+    bad = ValidationResult((replace(ROW, relative=0.5),), "got 0.5", (), RESULT.facts)
+    assert report_data(out, MANIFEST, bad)["next"] == [
+        (
+            f"python -m deploy prove {out} --layers 0:1 --to {out}-proof",
+            "Look at the first bad layer alone",
+        )
+    ]
 
 
 def test_both_files_are_written(tiny_export: Callable[..., Path], tmp_path: Path) -> None:

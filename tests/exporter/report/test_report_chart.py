@@ -72,3 +72,16 @@ def test_bar_is_clamped_and_named() -> None:
         == '<span class="bar" role="img" aria-label="a quarter"><i style="width:25.0%"></i></span>'
     )
     assert "width:100.0%" in bar(7, "x")
+
+
+def test_a_line_that_lies_on_another_is_told_from_it() -> None:
+    def legend(values: list[float | None]) -> tuple[str, int]:
+        figure = parse(
+            line_chart(CHART, [Series("one", "a", [1, 2, 30, 4]), Series("two", "b", values)], "k")
+        )
+        broad = [path for path in figure[0].iter("path") if "under" in path.get("class", "")]
+        return "".join(figure[1].itertext()), len(broad)
+
+    assert legend([1.0, 2.1, 30.0, 20.0]) == ("onetwo (lies on: one)", 1)
+    for apart in ([1.0, 9.0, 30.0, 20.0], [None, None, 30.0, 4.0]):
+        assert legend(apart) == ("onetwo", 0)

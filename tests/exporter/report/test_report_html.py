@@ -37,6 +37,7 @@ def row(level: str, tensor: str, **changes: Any) -> dict[str, Any]:
 
 
 PROFILE = {"name": "decode", "inputs": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}}}
+HEAD = {"bits": "w8a8", "rise": 0.0005, "tokens": 992}
 DATA: dict[str, Any] = {
     "model": "tiny",
     "label": "w4a8",
@@ -61,6 +62,7 @@ DATA: dict[str, Any] = {
         "vocab_size": 512,
     },
     "mixed": None,
+    "head": None,
     "sizes": {
         "bits_per_weight": 4.25,
         "model_float_bytes": 2e6,
@@ -96,12 +98,30 @@ DATA: dict[str, Any] = {
         ],
     },
     "perplexity": None,
+    "quality": None,
+    "next": [("python -m deploy generate 'out <1>'", "Let it write")],
     "environment": {
         "cpu": "a CPU",
         "gpu": "no GPU",
         "system": "Linux",
         "versions": {"torch": "2.13.0"},
     },
+}
+
+
+QUALITY = {
+    "text": "held <out>.txt",
+    "windows": 4,
+    "seqlen": 64,
+    "tokens": 252,
+    "float_ppl": 12.5,
+    "ppl": 13.0,
+    "top1": 0.93,
+    "kl": 0.031,
+    "chance": 49152,
+    "prompt": "The\n river",
+    "float_sample": " runs  on",
+    "sample": " runs <dry>",
 }
 
 
@@ -160,12 +180,12 @@ def test_page_is_whole_and_needs_no_network() -> None:
     )
     assert checker.links == [] and not re.search(r"https?:|url\(|@import|<script", markup)
     for words in (
-        "every layer within tolerance",
+        "Export export proven What runs is what was quantized.",
+        "25% worst operator, of its own limit 75% same next token",
+        "Quality against float quality not measured",
         "4.25",
         "2.00× smaller",
         "4 PLUGIN_V3 for 4 custom nodes (4 QQQGemm)",
-        "75%",
-        "25%",
         "No GPU here.",
         "python -m exporter 'a & b'",
         "<tiny>",
@@ -194,7 +214,8 @@ def test_a_failure_is_on_top_and_marked() -> None:
         max_abs=None,
     )
     text = read(data)[1]
-    assert text.startswith("tiny w4a8: export report tiny out of tolerance")
+    assert text.startswith("tiny w4a8: export report tiny 4-bit weights, ")
+    assert "Export export not proven" in text and "export proven" not in text
     assert "First failure: got 1 < 2 at model.layers.0.output." in text
     assert page(data).count('<tr class="bad">') == 1 and "not finite or no value" in text
 
@@ -205,7 +226,7 @@ def test_a_failure_is_on_top_and_marked() -> None:
         ({"engine": None}, "No engine was built."),
         (
             {"perplexity": {"ppl": 12.3456, "runner": "onnxruntime"}},
-            "perplexity 12.346 onnxruntime",
+            "Perplexity of the export in onnxruntime: 12.35.",
         ),
         ({"stages": []}, "validation 3.0"),
         (
@@ -223,6 +244,17 @@ def test_a_failure_is_on_top_and_marked() -> None:
             "ABQGemm, method rtn.",
         ),
         ({}, "KV cache float16"),
+        ({}, "head float16"),
+        ({"head": "w8a8"}, "head w8a8"),
+        ({"head": "w8a8"}, "linear layers and head, scales included"),
+        (
+            {"head": "w8a8", "calibration": {"blocks": [], "head": HEAD}},
+            "head w8a8, +0.05% perplexity on 992 calibration tokens",
+        ),
+        (
+            {"calibration": {"blocks": [], "head": {**HEAD, "rise": 0.5}}},
+            "head float16, since w8a8 would cost +50.00% perplexity on 992 calibration tokens",
+        ),
         (
             {"scheme": {**DATA["scheme"], "kv_bits": 4}},
             "8-bit activations, groups of 64, 4-bit KV cache; QQQGemm, method rtn.",
@@ -235,6 +267,51 @@ def test_a_failure_is_on_top_and_marked() -> None:
 )
 def test_what_is_there_or_not(changes: dict[str, Any], words: str) -> None:
     assert words in read(changed(**changes))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "style", "words"),
+    [
+        ({}, "", "near the float model"),
+        ({"kl": 0.11}, "warn", "some loss"),
+        ({"ppl": 14.0}, "warn", "some loss"),
+        ({"ppl": 19.0}, "bad", "far from the float model"),
+        ({"kl": 0.6}, "bad", "far from the float model"),
+        ({"ppl": 46950.0, "kl": 9.0, "top1": 0.0}, "bad", "far from the float model"),
+        # An untrained model guesses, and so does what is made of it: nothing is lost, nor right.
+        (
+            {"float_ppl": 50000.0, "ppl": 46950.0, "kl": 0.0},
+            "grey",
+            "the float model itself does not know this text",
+        ),
+    ],
+)
+def test_the_quality_has_a_badge_of_its_own(
+    changes: dict[str, Any], style: str, words: str
+) -> None:
+    data = changed(quality={**QUALITY, **changes})
+    markup = page(data)
+    assert f'<span class="pill {style}">{words}</span>' in markup
+    assert '<span class="pill ">export proven</span>' in markup
+    assert ("46,950" in markup) is ("ppl" in changes and changes["ppl"] > 1000)
+
+
+def test_both_models_are_shown_writing() -> None:
+    text = read(changed(quality=QUALITY))[1]
+    for words in (
+        "near the float model 252 tokens of held <out>.txt, 4 windows of 64, each scored alone. "
+        "13.00 perplexity 12.50 of the float model 0.031 KL divergence, nats 93% same next token",
+        "Float The river runs on Quantized The river runs <dry>",
+    ):
+        assert words in text, words
+
+
+def test_the_page_ends_with_what_comes_next() -> None:
+    text = read(DATA)[1]
+    assert text.endswith(
+        "Next Let it write python -m deploy generate 'out <1>' anybit-trt; the numbers are in "
+        "report.json."
+    )
 
 
 def test_mixed_bits_get_their_section() -> None:
@@ -285,7 +362,7 @@ def test_weights_get_their_table(limit: float | None, remark: str) -> None:
     assert "Weights: the tensors in quant/ against the float model's " in text and remark in text
     end = "3.00e-01 row 12 2.5e-01 3.0e-01" if limit else "– row 12 2.5e-01 –"
     assert f"model.layers.0.mlp.up_proj 0.999100 27.5 0.5 4.20e-02 {end}" in text
-    assert "25% of its own limit" in text  # the tile is about operators
+    assert "25% worst operator, of its own limit" in text  # not of the weights
 
 
 def test_equal_tensors_do_not_squeeze_the_chart() -> None:

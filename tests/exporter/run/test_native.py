@@ -4,6 +4,7 @@ says where it cannot.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,13 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter.run import native
+from calibration.out.layout import DATA_FILE
+from exporter.run import native, onnxruntime
 from exporter.run.model import choose_runner, find_model, open_session
+from exporter.run.native import NativeSession
 from exporter.run.onnxruntime import OnnxSession
+from plugins.cached_attention import is_attention
+from plugins.core.op_spec import is_custom
 from plugins.errors import InputError, UserError
 from tests.exporter.graph_cases import feeds
 from tests.exporter.run.test_sessions import IDS, relative
@@ -57,16 +62,16 @@ def test_the_kernels_run_and_not_the_bodies(tiny_export: Callable[..., Path]) ->
     """A session lists the nodes that it runs only in a profile."""
     import json
 
-    import onnxruntime
+    import onnxruntime as ort
 
     out = tiny_export(abits=8, dtype="float32")
     library = native.native_library()
     assert isinstance(library, Path)
-    options = onnxruntime.SessionOptions()
+    options = ort.SessionOptions()
     options.register_custom_ops_library(str(library))
     options.enable_profiling = True
     options.profile_file_prefix = str(out.parent / "profile")
-    session = onnxruntime.InferenceSession(
+    session = ort.InferenceSession(
         str(out / "onnx" / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
     cache = {
@@ -99,15 +104,103 @@ def test_kernels_need_no_bodies(tiny_export: Callable[..., Path], tmp_path: Path
 
 
 def test_without_a_compiler_the_bodies_run(
-    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_export: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
     monkeypatch.setattr(native, "native_library", lambda: missing)
     out = tiny_export(abits=8)
-    assert choose_runner(out).name == "onnxruntime"
+    capsys.readouterr()
+    for stage in (None, "onnx"):
+        assert choose_runner(out, stage).name == "onnxruntime"
+        assert capsys.readouterr().err == (
+            "Running onnxruntime, which is slower: --runner native: got no library of native "
+            "kernels (g++: got no such program, expected a C++ compiler). Install g++, or use "
+            "--runner onnxruntime.\n"
+        )
+    assert find_model(out, "cpu").runner.name == "onnxruntime"
     with pytest.raises(InputError) as caught:
         find_model(out, "native")
     assert str(caught.value) == (
         "--runner native: got no library of native kernels (g++: got no such program, expected a "
         "C++ compiler). Install g++, or use --runner onnxruntime."
     )
+
+
+def test_a_node_that_would_run_its_body_is_refused(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In a domain that the library does not have, ONNX Runtime takes the function silently."""
+    folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if is_custom(node.domain)]
+    all_nodes = [*nodes, *(node for node in model.graph.node if is_attention(node.domain))]
+    for changed in (model.functions[0], nodes[0], model.opset_import.add(version=1)):
+        changed.domain = "anybit.v256"
+    model.functions.extend(onnx.load(folder / "model.onnx", load_external_data=False).functions[:1])
+    onnx.save(model, folder / "model.onnx")
+    with OnnxSession(folder, 64) as bodies:
+        assert np.isfinite(bodies.run(IDS)).all()
+    with pytest.raises(InputError) as caught:
+        NativeSession(folder, 64, "float16")
+    assert str(caught.value) == (
+        f"{folder / 'model.onnx'}: got {len(all_nodes)} custom nodes of which ONNX Runtime runs 1 by "
+        f"their function bodies, expected native kernels for all. The graph was changed, or has "
+        f"more than 256 schemes of an op: export the model again, or use --runner onnxruntime."
+    )
+
+
+def test_a_file_for_another_version_of_the_kernels(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if is_custom(node.domain))
+    for item in node.attribute:
+        if item.name == "plugin_version":
+            item.s = b"2"
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(InputError, match="got plugin_version 2, expected 1, which this library"):
+        NativeSession(folder, 64, "float16")
+
+
+@pytest.mark.parametrize("left", [0, 5000])
+def test_a_data_file_that_was_cut_off_is_refused_at_once(
+    tiny_export: Callable[..., Path], tmp_path: Path, left: int
+) -> None:
+    folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
+    os.truncate(folder / DATA_FILE, left)
+    with pytest.raises(InputError, match="The file or its data is damaged or changed"):
+        NativeSession(folder, 64, "float16")
+
+
+def test_weights_that_change_under_a_session(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A new file under the name leaves the session its own; one that is written to ends it."""
+    folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
+    data = folder / DATA_FILE
+    with NativeSession(folder, 64, "float16") as session:
+        want = session.run(IDS)
+        (folder / "new").write_bytes(bytes(data.stat().st_size))
+        (folder / "new").replace(data)
+        np.testing.assert_array_equal(session.run(IDS, reset=True), want)
+    with NativeSession(folder, 64, "float16") as session:
+        os.truncate(data, 0)
+        with pytest.raises(InputError) as caught:
+            session.run(IDS)
+    assert str(caught.value) == (
+        f"{data}: got weights that were written to while a session had them open, expected the same "
+        f"file until it is closed. Start again; write a new file and rename it."
+    )
+
+
+def test_a_session_has_a_thread_for_each_core(
+    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_export(abits=8) / "onnx"
+    for cores in (1, 3):
+        monkeypatch.setattr(onnxruntime, "usable_cores", lambda cores=cores: cores)
+        session = native.native_session(folder, "float16")
+        assert session.get_session_options().intra_op_num_threads == cores

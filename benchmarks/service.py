@@ -1,0 +1,225 @@
+"""The service under 1, 4 and 16 streams at once, beside another server with OpenAI's API.
+
+python benchmarks/service.py OUT [--streams 1 4 16] [--tokens 64] [--rounds 3] [--threads N]
+    [--peer "llama-server -m MODEL.gguf --port {port} -np 16 -t 2"] [--label NAME]
+
+--peer is the command of any server that answers /v1/completions on a port that is put in for
+{port}. It should have the same model at about the same bits, as many slots and as many threads.
+
+The text of each prompt is taken alone first, greedily, and every later one of ours must be the same.
+Then both servers, each started afresh in each round and asked in turn, answer so many streams at
+once; every stream has a prompt of its own of about --prompt words and asks for --tokens tokens:
+tokens a second   of all streams together, from the first request to the last token
+first token       median seconds from a request to its first text
+between tokens    median and 99th percentile of the seconds from one text to the next
+Writes benchmarks/results/<processor>-<date>-<label>.json, medians with the least and the largest,
+and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+PATIENCE = 120.0  # seconds for a server to be ready
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What came of one request: its text, tokens, and when each piece of text arrived."""
+
+    text: str
+    tokens: int
+    began: float
+    times: list[float]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(command: str) -> Iterator[int]:
+    """The port of a server that is ready."""
+    port, end = free_port(), time.monotonic() + PATIENCE
+    words = [word.replace("{port}", str(port)) for word in shlex.split(command)]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(words, stderr=log, stdout=log) as process,
+    ):
+        try:
+            while True:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5):
+                        break
+                except OSError:
+                    if process.poll() is not None or time.monotonic() > end:
+                        log.seek(0)
+                        sys.exit(
+                            f"{command}: not ready\n{log.read().decode(errors='replace')[-2000:]}"
+                        )
+                    time.sleep(0.05)
+            yield port
+        finally:
+            process.terminate()
+
+
+async def stream(port: int, body: dict[str, Any]) -> Stream:
+    """One streamed completion, on a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    began = time.perf_counter()
+    writer.write(head.encode() + data)
+    text, pieces, times, usage = "", 0, [], None
+    while line := await reader.readline():
+        if line.startswith(b"HTTP/1.1 ") and line.split()[1] != b"200":
+            sys.exit(f"port {port}: {(line + await reader.read()).decode(errors='replace')}")
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        usage = event.get("usage") or usage
+        piece = event["choices"][0].get("text", "") if event.get("choices") else ""
+        if piece:
+            text, pieces = text + piece, pieces + 1
+            times.append(time.perf_counter())
+    writer.close()
+    if not times:
+        sys.exit(f"port {port}: got no text for {body['prompt'][:40]!r}")
+    return Stream(text, usage["completion_tokens"] if usage else pieces, began, times)
+
+
+async def crowd(port: int, prompts: list[str], body: dict[str, Any]) -> list[Stream]:
+    """All of them at once."""
+    return list(await asyncio.gather(*(stream(port, body | {"prompt": one}) for one in prompts)))
+
+
+def measured(streams: list[Stream]) -> dict[str, float]:
+    gaps = [
+        later - sooner
+        for one in streams
+        for sooner, later in zip(one.times, one.times[1:], strict=False)
+    ]
+    seconds = max(one.times[-1] for one in streams) - min(one.began for one in streams)
+    return {
+        "tokens_per_second": sum(one.tokens for one in streams) / seconds,
+        "first_token_s": statistics.median(one.times[0] - one.began for one in streams),
+        "between_tokens_s": statistics.median(gaps or [0.0]),
+        "between_tokens_p99_s": sorted(gaps or [0.0])[int(0.99 * (len(gaps) - 1))],
+    }
+
+
+def prompts_of(count: int, words: int) -> list[str]:
+    """Texts that differ from their first word on, so that no cache of a prefix helps."""
+    from calibration.data import default_text
+
+    text = default_text().split()
+    return [" ".join(text[i * words : (i + 1) * words]) for i in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer", help="command of another server, with {port}")
+    parser.add_argument("--label", default="service")
+    args = parser.parse_args()
+
+    import onnxruntime
+
+    from deploy.service.build import build_service
+
+    os.environ.setdefault("ANYBIT_ONNXRUNTIME", str(Path(onnxruntime.__file__).parent / "capi"))
+    ours = shlex.join(
+        [str(build_service()), str(args.out), "--slots", str(max(args.streams)), "--threads", str(args.threads)]
+    )  # fmt: skip
+    commands = {"anybit": f"{ours} --port {{port}}"}
+    if args.peer:
+        commands["peer"] = args.peer
+    body = {"max_tokens": args.tokens, "temperature": 0, "ignore_eos": True}  # llama.cpp's word too
+    prompts = prompts_of(max(args.streams), args.prompt)
+
+    with running(commands["anybit"]) as port:
+        alone = [asyncio.run(crowd(port, [one], body))[0].text for one in prompts]
+    runs: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            with running(command) as port:
+                for count in args.streams:
+                    asyncio.run(crowd(port, ["Hello there"], body))  # to fill caches
+                    got = asyncio.run(crowd(port, prompts[:count], body))
+                    if name == "anybit" and [one.text for one in got] != alone[:count]:
+                        sys.exit(
+                            f"{count} streams: a text differs from the one that was made alone"
+                        )
+                    runs.setdefault((count, name), []).append(measured(got))
+    rows = []
+    for (count, name), found in runs.items():
+        row: dict[str, Any] = {"streams": count, "server": name}
+        for what in found[0]:
+            values = [run[what] for run in found]
+            row[what] = [
+                round(one, 4) for one in (statistics.median(values), min(values), max(values))
+            ]
+        if name == "peer":
+            pairs = zip(runs[count, "anybit"], found, strict=True)
+            row["ratio"] = round(
+                statistics.median(
+                    a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs
+                ),
+                3,
+            )
+        rows.append(row)
+        print(
+            f"{count:3} streams  {name:7}{row['tokens_per_second'][0]:9.1f} tokens/s  first {row['first_token_s'][0]:.3f} s  "
+            f"between {1e3 * row['between_tokens_s'][0]:.1f} ms"
+            + (f"  x {row['ratio']:.2f}" if "ratio" in row else ""),
+            flush=True,
+        )
+    from cpu_gemm import processor
+
+    date = datetime.date.today().isoformat()
+    record = {
+        "date": date,
+        "command": " ".join(
+            ["python", "benchmarks/service.py", f"out/{args.out.name}", *sys.argv[2:]]
+        ),
+        "processor": processor(),
+        "threads": args.threads,
+        "tokens": args.tokens,
+        "prompt_words": args.prompt,
+        "rows": rows,
+    }
+    name = f"{'-'.join(processor().lower().split()[:2])}-{date}-{args.label}.json"
+    path = HERE / "results" / name
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

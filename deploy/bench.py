@@ -1,0 +1,249 @@
+"""python -m deploy bench: how long a prefill and a decode step take, and what that is of the memory's
+speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibration.out.layout import DATA_FILE, ENGINE_FILE
+from deploy.command import Command, add_runner
+from exporter.run.model import AUTO
+from plugins.cli import whole_number
+from plugins.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from exporter.run.sessions import DecoderSession
+
+__all__ = ["COMMAND", "BenchRequest", "Timed", "bench", "table"]
+
+_COPIED = 1 << 27  # bytes of the copy that measures the memory's speed, more than caches hold
+_COPIES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """What is timed.
+
+    Attributes:
+        outs: artifacts, which take turns in every round.
+        runner: "auto" or a name of exporter/run.
+        prompt: tokens of the prefill.
+        new: decode steps behind it.
+        batch: sequences at once, all with the same text.
+        rounds: that are counted, behind one that is not.
+    """
+
+    outs: Sequence[Path]
+    runner: str = AUTO
+    prompt: int = 128
+    new: int = 32
+    batch: int = 1
+    rounds: int = 5
+
+
+@dataclass
+class Timed:
+    """What one artifact took.
+
+    Attributes:
+        out, runner: which, and who ran it.
+        bytes: of its weights' file, which a decode step reads but for embedding rows of other tokens.
+        prefill, decode: seconds of each call, in order.
+        tokens: of a prefill, and of a decode step, all sequences together.
+    """
+
+    out: str
+    runner: str
+    bytes: int
+    tokens: Mapping[str, int]
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def bench(request: BenchRequest, clock: Callable[[], float] = time.perf_counter) -> list[Timed]:
+    """Time each artifact; they take turns, so that whatever else the machine does meets all.
+
+    Raises:
+        InputError: an artifact cannot be run here, or its context is too short. CheckError: a model
+            computes NaN.
+    """
+    from exporter.run.model import find_model
+
+    models = [find_model(out, request.runner) for out in request.outs]
+    with ExitStack() as stack:
+        work = []
+        for out, model in zip(request.outs, models, strict=True):
+            session = stack.enter_context(model.open())
+            _check_length(session, out, request)
+            vocab = model.description.sizes["vocab_size"]
+            tokens = {"prefill": request.batch * request.prompt, "decode": request.batch}
+            size = _weights(model.folder.path)
+            timed = Timed(str(out), model.runner.name, size, tokens)
+            work.append((session, _prompt(model.tokenizer(), vocab, request), timed))
+        for count in range(request.rounds + 1):
+            for session, ids, timed in work:
+                prefill, decode = _round(session, ids, request.new, clock)
+                if count:  # the first is for caches, threads and pages
+                    timed.prefill.append(prefill)
+                    timed.decode += decode
+    return [timed for *_, timed in work]
+
+
+def _check_length(session: DecoderSession, out: Path, request: BenchRequest) -> None:
+    if (wanted := request.prompt + request.new) > session.max_context:
+        raise InputError(
+            "--prompt-len and --gen-len",
+            f"got {wanted} tokens together, expected at most {session.max_context}, the context of "
+            f"{out}",
+            "Give less, or export with a larger --max-seq",
+        )
+
+
+def _weights(folder: Path) -> int:
+    paths = [folder / name for name in (DATA_FILE, ENGINE_FILE) if (folder / name).is_file()]
+    paths = paths or sorted(folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in paths)
+
+
+def _prompt(tokenizer: object, vocab: int, request: BenchRequest) -> np.ndarray:
+    import numpy as np
+
+    from calibration.data import default_text, text_tokens
+
+    tokens = text_tokens(tokenizer, default_text(), vocab, "the default text")
+    return np.tile(np.resize(tokens, request.prompt), (request.batch, 1))
+
+
+def _round(
+    session: DecoderSession, ids: np.ndarray, new: int, clock: Callable[[], float]
+) -> tuple[float, list[float]]:
+    """Seconds of a prefill, and of each decode step behind it."""
+    began = clock()
+    logits = session.run(ids, reset=True, last_only=True)
+    prefill, steps = clock() - began, []
+    for _ in range(new):
+        ids = logits[:, -1:].argmax(-1)
+        began = clock()
+        logits = session.run(ids, last_only=True)
+        steps.append(clock() - began)
+    return prefill, steps
+
+
+def bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes a second that a copy reads and writes here, the best of a few."""
+    import numpy as np
+
+    source = np.ones(_COPIED, np.uint8)
+    target = np.empty_like(source)
+    best = float("inf")
+    for _ in range(_COPIES):
+        began = clock()
+        np.copyto(target, source)
+        best = min(best, clock() - began)
+    return 2 * _COPIED / best
+
+
+def summary(timed: Timed, speed: float) -> dict[str, dict[str, float]]:
+    """{phase: {"min", "median", "p90", "p99" in ms, "tokens_per_second"}}; of decode also the share of
+    the memory's speed that reading the weights once a step is.
+    """
+    import numpy as np
+
+    found = {}
+    for phase, seconds in (("prefill", timed.prefill), ("decode", timed.decode)):
+        if not seconds:
+            continue
+        least, median, p90, p99 = (
+            float(value) for value in np.percentile(seconds, [0, 50, 90, 99])
+        )
+        found[phase] = {
+            "min": least * 1e3,
+            "median": median * 1e3,
+            "p90": p90 * 1e3,
+            "p99": p99 * 1e3,
+            "tokens_per_second": timed.tokens[phase] / median,
+        }
+        if phase == "decode":
+            found[phase]["of_bandwidth"] = timed.bytes / median / speed
+    return found
+
+
+def table(results: Sequence[Timed], speed: float) -> str:
+    """Lines for people."""
+    lines = [f"{'ms':<10}{'min':>10}{'median':>10}{'p90':>10}{'p99':>10}{'tokens/s':>12}"]
+    for timed in results:
+        lines.append(f"{timed.out}, {timed.runner}, {timed.bytes / 1e6:.1f} MB of weights")
+        for phase, found in summary(timed, speed).items():
+            cells = "".join(f"{found[name]:>10.2f}" for name in ("min", "median", "p90", "p99"))
+            end = (
+                f"  {found['of_bandwidth']:.0%} of {speed / 1e9:.1f} GB/s"
+                if "of_bandwidth" in found
+                else ""
+            )
+            lines.append(f"  {phase:<8}{cells}{found['tokens_per_second']:>12.1f}{end}")
+    return "\n".join(lines)
+
+
+class Bench(Command):
+    """Prints a table, and writes JSON where it is told to."""
+
+    name = "bench"
+    help = "time of a prefill and of decode steps"
+    description = (
+        "Time prefill and decode: min, median, p90, p99, tokens a second, and the share of the "
+        "memory's measured speed. Two artifacts take turns."
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """What is run, and how often."""
+        add = parser.add_argument
+        add_runner(parser, default=AUTO)
+        for name, default, metavar, text in (
+            ("--prompt-len", 128, "P", "tokens of the prefill"),
+            ("--gen-len", 32, "G", "decode steps behind it"),
+            ("--batch", 1, "B", "sequences at once"),
+            ("--rounds", 5, "N", "that are counted, behind one that is not"),
+        ):
+            add(
+                name,
+                type=whole_number(1),
+                default=default,
+                metavar=metavar,
+                help=f"{text} (default {default})",
+            )
+        add("--vs", type=Path, metavar="OUT2", help="another artifact, in turns with this one")
+        add("--json", type=Path, metavar="FILE", help="write every time, and the summary")
+
+    def run(self, out: Path, args: argparse.Namespace) -> None:
+        """Time and print."""
+        from calibration.out.manifest import peak_rss
+        from plugins.text import printable
+
+        request = BenchRequest(
+            outs=[out, *([args.vs] if args.vs else [])],
+            runner=args.runner,
+            prompt=args.prompt_len,
+            new=args.gen_len,
+            batch=args.batch,
+            rounds=args.rounds,
+        )
+        speed, results = bandwidth(), bench(request)
+        print(printable(table(results, speed), keep="\n"))
+        print(f"{peak_rss() / 1e6:.0f} MB at the peak")
+        if args.json:
+            rows = [asdict(timed) | {"summary": summary(timed, speed)} for timed in results]
+            value = {"bandwidth": speed, "peak_rss": peak_rss(), "results": rows}
+            args.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+COMMAND = Bench()

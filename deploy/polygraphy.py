@@ -1,0 +1,313 @@
+"""python -m deploy polygraphy: all that somebody with Polygraphy and a GPU needs to check an artifact:
+scripts, inputs, and golden outputs in Polygraphy's own format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from calibration.out.layout import DATA_FILE, ENGINE, ENGINE_FILE, MODEL_FILE, ONNX, QUANT
+from deploy.command import Command
+from deploy.trtexec import cache_arrays, engine_record, input_groups, tool_of, write_scripts
+from exporter.engine.record import EngineRecord
+from plugins.cli import whole_number
+from plugins.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from calibration.quant.folder import QuantModel
+
+__all__ = ["COMMAND", "scripts", "write_case"]
+
+_WHICH: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
+_BREAK = " \\\n    "
+_LOADER = '''"""The inputs of one call each, as ONNX Runtime had them; polygraphy --data-loader-script takes
+inputs.py:prefill and inputs.py:decode."""
+
+from pathlib import Path
+
+import numpy
+
+HERE = Path(__file__).resolve().parent
+
+
+def prefill():
+    yield dict(numpy.load(HERE / "prefill.npz"))
+
+
+def decode():
+    yield dict(numpy.load(HERE / "decode.npz"))
+'''
+# Polygraphy's --plugins only opens a library; ours hands its plugins to TensorRT's registry.
+_DRIVER = '''"""polygraphy, where TensorRT's registry knows the plugins in the library PLUGINS."""
+
+import os
+import sys
+
+if "PLUGINS" in os.environ:
+    if os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX") == "1":
+        import tensorrt_rtx as trt
+    else:
+        import tensorrt as trt
+    trt.get_plugin_registry().load_library(os.environ["PLUGINS"])
+
+from polygraphy.tools import main
+
+sys.exit(main())
+'''
+Case = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # {phase: (inputs, outputs)}
+
+
+def write_case(out: Path, folder: Path, tokens: int) -> Case:
+    """Run a prefill of the default text and a decode step in ONNX Runtime; write their inputs, with a
+    script that loads them, and their outputs.
+
+    Raises:
+        InputError: the model is bfloat16, a stage is missing, or the text is too long.
+    """
+    import numpy as np
+    from polygraphy.comparator import RunResults
+
+    from exporter.engine.edition import captured_log
+
+    with captured_log():
+        found = _run(out, tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    for phase, (inputs, outputs) in found.items():
+        np.savez(folder / f"{phase}.npz", **inputs)
+        results = RunResults()
+        results.add([outputs], runner_name="onnxruntime")
+        with captured_log():
+            results.save(str(folder / f"golden_{phase}.json"))
+    (folder / "inputs.py").write_text(_LOADER, encoding="utf-8")
+    (folder / "with_plugins.py").write_text(_DRIVER, encoding="utf-8")
+    return found
+
+
+def _run(out: Path, tokens: int) -> Case:
+    import numpy as np
+
+    from calibration.data import default_text, text_tokens
+    from exporter.run.model import find_model
+    from exporter.run.onnxruntime import OnnxSession
+
+    model = find_model(out, "onnxruntime")
+    description = model.description
+    if description.dtype == "bfloat16":
+        raise InputError(
+            str(out),
+            "got a bfloat16 model, expected float16 or float32: Polygraphy's files are numpy's, which "
+            "has no such type",
+            "Export with --dtype float16",
+        )
+    for name in (MODEL_FILE, DATA_FILE):
+        model.folder.file(name)
+    vocab = description.sizes["vocab_size"]
+    ids = text_tokens(model.tokenizer(), default_text(), vocab, "the default text")[:tokens]
+    found: Case = {}
+    with OnnxSession(model.folder.path, description.max_context) as session:
+        calls = _recorded(session)
+        for phase in ("prefill", "decode"):
+            logits = session.run(np.array([ids], np.int64), last_only=True)
+            found[phase] = calls[-1]
+            ids = logits[0, -1:].argmax(-1)
+    return found
+
+
+def _recorded(session: Any) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """What the session's runner is given and gives, call by call, whatever form the cache has."""
+    calls: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+    infer = session._runner.infer
+
+    def record(feeds: Mapping[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+        outputs: dict[str, np.ndarray] = infer(feeds, **options)
+        calls.append(
+            tuple({name: array.copy() for name, array in part.items()} for part in (feeds, outputs))  # type: ignore[arg-type]
+        )
+        return outputs
+
+    session._runner.infer = record
+    return calls
+
+
+# ---------------------------------------------------------------- scripts
+
+
+def scripts(out: Path) -> dict[str, str]:
+    """{name: bash script}: cpu and inspect, and, where there is an engine's record, convert, prefill,
+    decode and engine.
+
+    Raises:
+        InputError: OUT has no quant folder, or the engine's record is damaged.
+    """
+    threshold = _threshold(out)
+    made = {
+        "cpu": "\n".join(
+            [
+                *_head(out, "ONNX Runtime on the CPU against the golden outputs"),
+                *(_run_words(phase, threshold, ["--onnxrt"]) for phase in ("prefill", "decode")),
+                "",
+            ]
+        ),
+        "inspect": "\n".join(
+            [
+                *_head(out, "What the graph is"),
+                f'polygraphy inspect model "$OUT"/{ONNX}/{MODEL_FILE} --show layers attrs',
+                "",
+            ]
+        ),
+    }
+    if not (out / ENGINE).is_dir():
+        return made
+    record = engine_record(out)
+    build = _build_words(record)
+    made["convert"] = "\n".join(
+        [
+            *_head(out, "Build an engine", record),
+            _BREAK.join(
+                [f'polygraphy convert "$OUT"/{ONNX}/{MODEL_FILE}', "-o trt.engine", *build]
+            ),
+            "",
+        ]
+    )
+    for index, profile in enumerate(record["profiles"]):
+        words = ["--trt", *build, f"--optimization-profile {index}"]
+        run = _run_words(profile["name"], threshold, words)
+        what = f"TensorRT against the golden outputs, {profile['name']}"
+        made[profile["name"]] = "\n".join([*_head(out, what, record), run, ""])
+    runs = [
+        _run_words(
+            profile["name"],
+            threshold,
+            ["--trt", "--model-type engine", f"--optimization-profile {index}"],
+            f"{ENGINE}/{ENGINE_FILE}",
+        )
+        for index, profile in enumerate(record["profiles"])
+    ]
+    what = "The built engine against the golden outputs"
+    made["engine"] = "\n".join([*_head(out, what, record), *runs, ""])
+    return made
+
+
+def _head(out: Path, what: str, record: EngineRecord | None = None) -> list[str]:
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {what}",
+        "set -euo pipefail",
+        f"OUT={shlex.quote(str(out.resolve()))}",
+        'cd "$(dirname "$0")"',
+        'polygraphy() { "${PYTHON:-python3}" with_plugins.py "$@"; }',
+    ]
+    if record is None:
+        return lines
+    if record["edition"] == "tensorrt-rtx":
+        lines += [
+            "export POLYGRAPHY_USE_TENSORRT_RTX=1",
+            "# The wheel has libtensorrt_rtx.so.1; the parser asks for the name without the number.",
+            'libs=$("${PYTHON:-python3}" -c "import importlib.util as u; '
+            "s = u.find_spec('tensorrt_rtx_libs'); "
+            "print(s.submodule_search_locations[0] if s else '')\")",
+            'if [ -n "$libs" ]; then',
+            '    mkdir -p lib && ln -sf "$libs"/libtensorrt_rtx.so.1 lib/libtensorrt_rtx.so',
+            '    export LD_LIBRARY_PATH="$PWD/lib:$libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"',
+            "fi",
+        ]
+    library = shlex.quote(record["plugin_library"]["name"])
+    lines.append(f'export PLUGINS="$OUT"/{ENGINE}/{library}')
+    return [*lines, *cache_arrays(record)]
+
+
+def _build_words(record: EngineRecord) -> list[str]:
+    """Types, both profiles, and how attention is computed."""
+    words = ["--strongly-typed"] if "--stronglyTyped" in tool_of(record).build else []
+    for profile in record["profiles"]:
+        for which in _WHICH:
+            shapes = [
+                f'"${{cache{place}[@]/%/:{_size(profile["inputs"][names[0]][which])}}}"'
+                if len(names) > 1
+                else f"'{names[0]}:{_size(profile['inputs'][names[0]][which])}'"
+                for place, (_, names) in enumerate(input_groups(record))
+            ]
+            words.append(f"--trt-{which}-shapes {' '.join(shapes)}")
+    if record.get("decomposable_attention"):
+        words.append("--decomposable-attentions")
+    return words
+
+
+def _size(shape: list[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _run_words(
+    phase: str, threshold: str, words: list[str], model: str = f"{ONNX}/{MODEL_FILE}"
+) -> str:
+    """polygraphy run on a phase's inputs, against its golden outputs."""
+    return _BREAK.join(
+        [
+            f'polygraphy run "$OUT"/{model}',
+            *words,
+            f"--data-loader-script inputs.py:{phase}",
+            f"--load-outputs golden_{phase}.json",
+            threshold,
+        ]
+    )
+
+
+def _threshold(out: Path) -> str:
+    """How near the outputs have to be: the proof's limit of accumulated errors, as a signal to noise
+    ratio; without one any numbers pass.
+    """
+    from calibration.out.folder import open_stage
+    from calibration.quant.folder import read_quant
+    from exporter.proof.runners import gemm_nodes
+    from exporter.proof.validate import decoder_stack
+    from exporter.run.onnxruntime import load_model
+
+    quant: QuantModel = read_quant(
+        open_stage(out, QUANT, "the limits of errors").path, verify=False
+    )
+    nodes = gemm_nodes(load_model(out / ONNX), quant.decoder)
+    limit = decoder_stack(quant, nodes).limit("kernel", "logits")
+    decibels = -100.0 if limit is None else -20 * math.log10(limit)
+    return f"--compare snr --snr-threshold {decibels:.1f}"
+
+
+class Polygraphy(Command):
+    """Writes a folder."""
+
+    name = "polygraphy"
+    help = "scripts, inputs and golden outputs for NVIDIA's Polygraphy"
+    description = (
+        "Write what checks the artifact with Polygraphy alone: inputs of a prefill and a decode "
+        "step, ONNX Runtime's outputs, and scripts that run TensorRT against them (exit code 1 "
+        "where they differ)."
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Where, and how long a text."""
+        add = parser.add_argument
+        add("--to", type=Path, required=True, metavar="FOLDER", help="write it here")
+        add(
+            "--tokens",
+            type=whole_number(1),
+            default=64,
+            metavar="N",
+            help="of the prefill (default 64)",
+        )
+
+    def run(self, out: Path, args: argparse.Namespace) -> None:
+        """Write and say what there is."""
+        made = scripts(out)
+        paths = write_scripts(made, args.to, out)
+        write_case(out, args.to, args.tokens)
+        for path in paths:
+            print(path)
+
+
+COMMAND = Polygraphy()

@@ -1,0 +1,1 @@
+"""The C++ runtime library: headers in include/, sources in src/, and how they are built."""

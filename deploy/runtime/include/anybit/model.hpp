@@ -1,0 +1,115 @@
+// An artifact, opened for running.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "anybit/chat.hpp"
+#include "anybit/error.hpp"
+#include "anybit/sampling.hpp"
+#include "anybit/tokenizer.hpp"
+
+namespace anybit {
+
+// How a model is opened.
+struct LoadOptions {
+  // "auto" or "onnxruntime".
+  std::string backend = "auto";
+  // How many requests run at once, 1 to 1024.
+  int slots = 4;
+  // Threads that compute; 0: one for each core that the process may use.
+  int threads = 0;
+  // Most tokens in a slot, prompt and new ones; 0: as many as the model allows.
+  int capacity = 0;
+  // Most prompt tokens in one call of the model, 1 to 65536: bounds the memory of a call, and how
+  // long a running request waits for another's prompt.
+  int chunk = 256;
+  // Bytes that the cache and the calls may take; 0: what the machine, or the process's control
+  // group, has free.
+  size_t memory_limit = 0;
+  // Compare every file with its SHA-256, the weights too (about 3 s a GB). Sizes are compared in
+  // any case, and so are the checksums of all files but the weights.
+  bool verify = false;
+  // The library libonnxruntime.so, or a folder that has it; empty: ANYBIT_ONNXRUNTIME of the
+  // environment, else what the system's linker finds, else the newest of the Python packages
+  // onnxruntime in the usual places.
+  std::filesystem::path onnxruntime;
+  // The native kernels, libanybit_onnxruntime.so, or a folder that has it; empty: ANYBIT_KERNELS of
+  // the environment, else beside this library or program. "none": the custom nodes run as their
+  // bodies of standard ops, which is much slower.
+  std::filesystem::path kernels;
+  // Of the TensorRT backend.
+  std::filesystem::path tensorrt, plugins;
+};
+
+// Bytes that a loaded model needs.
+struct MemoryPlan {
+  size_t weights = 0;  // mapped from the file: taken from the page cache, and given back at need
+  size_t cache = 0;    // keys and values of all slots
+  size_t second_cache = 0;  // the copy that a graph with a concatenated cache makes in each call
+  size_t logits = 0;        // of the largest call
+  size_t activations = 0;   // of the largest call, estimated
+  size_t limit = 0;         // what all but the weights may take together
+  // All but the weights.
+  size_t total() const { return cache + second_cache + logits + activations; }
+  // One line for a log.
+  std::string text() const;
+};
+
+// What a model is.
+struct Card {
+  std::string name, family, scheme, method;  // such as smollm2-135m, llama, w4a8, rtn
+  std::string dtype;                         // of all that is not integer
+  int kv_bits = 16;                          // of the numbers in the cache
+  int layers = 0, hidden = 0, vocab = 0;
+  int context = 0;      // tokens that the model was made for
+  int max_context = 0;  // most tokens of a request here, prompt and new ones
+  std::vector<int32_t> end_tokens;
+  // How the model's makers want tokens to be chosen.
+  Sampling sampling;
+  std::string backend;     // such as "ONNX Runtime 1.31.1, native kernels"
+  std::string cache_form;  // "static": one buffer, in place; "concat": copied in each call
+  int slots = 0;
+  int threads = 0;
+  bool verified = false;  // whether the weights' checksum was compared
+  // Of report/report.json beside the model: "passed", "failed", or "unknown" where there is none.
+  std::string proof = "unknown";
+  MemoryPlan memory;
+};
+
+// An artifact, opened. Safe to share between threads.
+class Model {
+ public:
+  // Opens an artifact.
+  //
+  // @param folder OUT of `python -m exporter`, or its onnx folder alone.
+  // Throws Error: a file is missing, damaged or of another version; the backend's library is missing
+  // or too old, or refuses the graph; there is too little memory for the slots.
+  static std::shared_ptr<Model> load(const std::filesystem::path& folder,
+                                     const LoadOptions& options = {});
+
+  const Card& card() const;
+
+  // Throws Error, in every call, where the folder has no tokenizer that this library knows.
+  const Tokenizer& tokenizer() const;
+
+  // Throws Error where the folder has no chat template that can be said as data.
+  const ChatTemplate& chat() const;
+
+  struct Parts;
+  explicit Model(std::unique_ptr<Parts> parts);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  // For the engine.
+  Parts& parts() const { return *parts_; }
+
+ private:
+  std::unique_ptr<Parts> parts_;
+};
+
+}  // namespace anybit

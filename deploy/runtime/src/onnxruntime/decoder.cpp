@@ -1,0 +1,307 @@
+// Feeds tokens to the ONNX file and keeps the KV caches of its slots.
+#include "onnxruntime/decoder.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "anybit/error.hpp"
+
+namespace anybit::ort {
+namespace {
+
+const std::string kPast = "past_key_values.", kPresent = "present.";
+constexpr size_t kTokens = 2;  // the dimension of a cache tensor, [batch, heads, tokens, width]
+
+// One cache tensor of the graph.
+struct CacheTensor {
+  std::string past, present;
+  ElementType type;
+  std::vector<int64_t> dims;
+
+  // Of one slot.
+  size_t bytes(int64_t tokens) const {
+    size_t count = bytes_of(type);
+    for (size_t i = 1; i < dims.size(); ++i) {
+      count *= static_cast<size_t>(i == kTokens ? tokens : dims[i]);
+    }
+    return count;
+  }
+
+  std::vector<int64_t> shape(int64_t rows, int64_t tokens) const {
+    std::vector<int64_t> shape = dims;
+    shape[0] = rows;
+    shape[kTokens] = tokens;
+    return shape;
+  }
+};
+
+std::vector<CacheTensor> cache_tensors(const Session& session) {
+  std::vector<CacheTensor> found;
+  for (const auto& [name, input] : session.inputs()) {
+    if (name.compare(0, kPast.size(), kPast) == 0) {
+      found.push_back({name, kPresent + name.substr(kPast.size()), input.type, input.dims});
+    }
+  }
+  return found;
+}
+
+// What both forms share: the inputs of a call that are small, and the logits.
+class Decoder : public Backend {
+ public:
+  Decoder(std::unique_ptr<Session> session, int vocab)
+      : session_(std::move(session)),
+        tensors_(cache_tensors(*session_)),
+        picks_logits_(session_->inputs().count("logits_indices") > 0),
+        vocab_(vocab) {}
+
+ protected:
+  // The inputs and outputs of a call by name, in any order.
+  struct Call {
+    std::vector<const char*> input_names, output_names;
+    std::vector<const OrtValue*> inputs;
+    std::vector<Value> owned, outputs;
+    std::vector<std::vector<int64_t>> numbers;  // that inputs point to
+
+    void input(const char* name, const OrtValue* value) {
+      input_names.push_back(name);
+      inputs.push_back(value);
+    }
+    void output(const char* name, Value value = {}) {
+      output_names.push_back(name);
+      outputs.push_back(std::move(value));
+    }
+  };
+
+  void integers(Call& call, const char* name, std::vector<int64_t> numbers, int64_t rows,
+                int64_t columns) const {
+    // moving the outer vector leaves the inner ones where they are
+    call.numbers.push_back(std::move(numbers));
+    std::vector<int64_t>& kept = call.numbers.back();
+    std::vector<int64_t> dims{rows};
+    if (columns >= 0) dims.push_back(columns);
+    call.owned.push_back(
+        session_->tensor(kInt64, dims, kept.data(), kept.size() * sizeof(int64_t)));
+    call.input(name, call.owned.back().get());
+  }
+
+  // input_ids [B, S], logits_indices [B, 1] and the output of logits, the first.
+  Call begin(const std::vector<Row>& rows) const {
+    const auto batch = static_cast<int64_t>(rows.size());
+    const int64_t count = rows[0].count;
+    Call call;
+    std::vector<int64_t> ids;
+    for (const Row& row : rows) ids.insert(ids.end(), row.tokens, row.tokens + row.count);
+    integers(call, "input_ids", std::move(ids), batch, count);
+    if (picks_logits_) {
+      integers(call, "logits_indices", std::vector<int64_t>(rows.size(), count - 1), batch, 1);
+    }
+    call.output("logits");
+    return call;
+  }
+
+  void run(Call& call) const {
+    session_->run(call.input_names, call.inputs, call.output_names, call.outputs);
+  }
+
+  // [rows, vocab] of the rows' last tokens.
+  const float* finish(Call& call, const std::vector<Row>& rows) {
+    logits_ = std::move(call.outputs[0]);
+    const auto batch = static_cast<int64_t>(rows.size());
+    const int64_t count = picks_logits_ ? 1 : rows[0].count;
+    const std::vector<int64_t> dims = session_->dims(logits_.get());
+    if (dims != std::vector<int64_t>{batch, count, vocab_}) {
+      throw Error(
+          "logits",
+          "got a tensor of another shape, expected [batch, tokens, " + std::to_string(vocab_) + "]",
+          "The file is damaged or changed: export the model again");
+    }
+    const auto* all = static_cast<const float*>(session_->data(logits_.get()));
+    if (count == 1 || batch == 1) return all + (count - 1) * vocab_;
+    picked_.clear();
+    for (int64_t row = 0; row < batch; ++row) {
+      const float* last = all + ((row + 1) * count - 1) * vocab_;
+      picked_.insert(picked_.end(), last, last + vocab_);
+    }
+    return picked_.data();
+  }
+
+  const std::unique_ptr<Session> session_;
+  const std::vector<CacheTensor> tensors_;
+  const bool picks_logits_;
+  const int64_t vocab_;
+
+ private:
+  Value logits_;
+  std::vector<float> picked_;
+};
+
+// Each slot has tensors of its own, which the graph copies into longer ones in each call; so each
+// call computes one slot, and no row depends on others.
+class ConcatDecoder : public Decoder {
+ public:
+  ConcatDecoder(std::unique_ptr<Session> session, int slots, int vocab)
+      : Decoder(std::move(session), vocab), caches_(static_cast<size_t>(slots)) {}
+
+  int most_rows() const override { return 1; }
+
+  const float* forward(const std::vector<Row>& rows, bool logits) override {
+    const Row& row = rows[0];
+    std::vector<Value>& cache = caches_[static_cast<size_t>(row.slot)];
+    Call call = begin(rows);
+    const int64_t total = row.filled + row.count;
+    std::vector<int64_t> positions;
+    for (int64_t position = row.filled; position < total; ++position) positions.push_back(position);
+    integers(call, "attention_mask", std::vector<int64_t>(static_cast<size_t>(total), 1), 1, total);
+    integers(call, "position_ids", std::move(positions), 1, row.count);
+    cache.resize(tensors_.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      cut(cache[i], tensors_[i], row.filled);
+      call.input(tensors_[i].past.c_str(), cache[i].get());
+      call.output(tensors_[i].present.c_str());
+    }
+    run(call);
+    for (size_t i = 0; i < tensors_.size(); ++i) cache[i] = std::move(call.outputs[i + 1]);
+    return logits ? finish(call, rows) : nullptr;
+  }
+
+ private:
+  // Leaves the first `filled` tokens of a slot's tensor.
+  void cut(Value& value, const CacheTensor& tensor, int64_t filled) const {
+    const int64_t had = value ? session_->dims(value.get())[kTokens] : 0;
+    if (value && had == filled) return;
+    Value shorter = session_->tensor(tensor.type, tensor.shape(1, filled));
+    if (filled > 0) {
+      const auto heads = static_cast<size_t>(tensor.dims[1]);
+      const size_t from = tensor.bytes(had) / heads, to = tensor.bytes(filled) / heads;
+      const auto* source = static_cast<const char*>(session_->data(value.get()));
+      auto* target = static_cast<char*>(session_->data(shorter.get()));
+      for (size_t head = 0; head < heads; ++head) {
+        memcpy(target + head * to, source + head * from, to);
+      }
+    }
+    value = std::move(shorter);
+  }
+
+  std::vector<std::vector<Value>> caches_;  // [slots][tensors], null before the first call
+};
+
+// Zeroed memory that takes room as it is written. Each tensor begins at a page.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_(bytes) {
+    data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ == MAP_FAILED) {
+      throw Error("the KV cache",
+                  "got " + std::string(strerror(errno)) + " for " + std::to_string(bytes) +
+                      " bytes, expected memory for all slots",
+                  "Load with fewer slots, or export with a smaller capacity");
+    }
+  }
+  ~Buffer() {
+    if (data_ != MAP_FAILED) munmap(data_, bytes_);
+  }
+  Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+    other.data_ = MAP_FAILED;
+  }
+  Buffer& operator=(Buffer&&) = delete;
+
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+// All slots are rows of one buffer for each tensor; a call writes the new rows in place and computes
+// any range of slots.
+class StaticDecoder : public Decoder {
+ public:
+  StaticDecoder(std::unique_ptr<Session> session, int slots, int capacity, int vocab)
+      : Decoder(std::move(session), vocab), slots_(slots), capacity_(capacity) {
+    for (const CacheTensor& tensor : tensors_) {
+      buffers_.emplace_back(tensor.bytes(capacity) * static_cast<size_t>(slots));
+    }
+  }
+
+  int most_rows() const override { return slots_; }
+
+  const float* forward(const std::vector<Row>& rows, bool logits) override {
+    const auto batch = static_cast<int64_t>(rows.size());
+    Call call = begin(rows);
+    std::vector<int64_t> filled;
+    for (const Row& row : rows) filled.push_back(row.filled);
+    integers(call, "write_indices", std::move(filled), batch, -1);
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const size_t bytes = tensors_[i].bytes(capacity_);
+      const std::vector<int64_t> shape = tensors_[i].shape(batch, capacity_);
+      char* rows_of = buffers_[i].data() + bytes * static_cast<size_t>(rows[0].slot);
+      const auto view = [&] {
+        return session_->tensor(tensors_[i].type, shape, rows_of, bytes * rows.size());
+      };
+      call.owned.push_back(view());
+      call.input(tensors_[i].past.c_str(), call.owned.back().get());
+      call.output(tensors_[i].present.c_str(), view());
+    }
+    run(call);
+    return logits ? finish(call, rows) : nullptr;
+  }
+
+ private:
+  const int slots_;
+  const int64_t capacity_;
+  std::vector<Buffer> buffers_;  // [tensors][slots, heads, capacity, width]
+};
+
+}  // namespace
+
+CacheForm cache_form(const Session& session, const Artifact& artifact) {
+  const auto refuse = [&](const std::string& got, const std::string& expected) {
+    return Error((artifact.path() / "model.onnx").string(), "got " + got + ", expected " + expected,
+                 "The file is damaged or changed: export the model again");
+  };
+  const auto& inputs = session.inputs();
+  const auto& outputs = session.outputs();
+  const auto gives = [&](const std::string& name) {
+    return std::find(outputs.begin(), outputs.end(), name) != outputs.end();
+  };
+  CacheForm form;
+  form.is_static = inputs.count("write_indices") > 0;
+  const Description& description = artifact.description();
+  if (form.is_static != (description.cache.form == "static")) {
+    throw refuse(form.is_static ? "a static cache" : "a cache without write_indices",
+                 "the " + description.cache.form + " form of model.json");
+  }
+  form.capacity = description.cache.capacity;
+  std::vector<std::string> wanted{"input_ids"};
+  if (!form.is_static) wanted.insert(wanted.end(), {"attention_mask", "position_ids"});
+  for (const std::string& name : wanted) {
+    if (inputs.count(name) == 0) throw refuse("no input " + name, "a decoder's");
+  }
+  if (!gives("logits")) throw refuse("no output logits", "a decoder's");
+  const std::vector<CacheTensor> tensors = cache_tensors(session);
+  if (tensors.empty()) throw refuse("no input " + kPast + "0.key", "a decoder's");
+  for (const CacheTensor& tensor : tensors) {
+    if (!gives(tensor.present)) throw refuse("no output " + tensor.present, "a decoder's");
+    bool known = tensor.dims.size() > kTokens;
+    for (size_t i = 1; i < tensor.dims.size(); ++i) {
+      known = known && (i == kTokens || tensor.dims[i] > 0);
+    }
+    if (!known) throw refuse("an input " + tensor.past + " of unknown size", "[B, H, tokens, D]");
+    form.token_bytes += tensor.bytes(1);
+  }
+  return form;
+}
+
+std::unique_ptr<Backend> make_backend(std::unique_ptr<Session> session, const CacheForm& form,
+                                      int slots, int vocab) {
+  if (form.is_static) {
+    return std::make_unique<StaticDecoder>(std::move(session), slots, form.capacity, vocab);
+  }
+  return std::make_unique<ConcatDecoder>(std::move(session), slots, vocab);
+}
+
+}  // namespace anybit::ort

@@ -1,0 +1,1 @@
+"""The service anybit-serve, in C++, and how it is built."""

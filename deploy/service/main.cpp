@@ -1,0 +1,118 @@
+// anybit-serve OUT: an artifact as a service that clients of OpenAI's API can use.
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <cstdio>
+
+#include "service/service.hpp"
+
+namespace {
+
+using anybit::service::ServiceOptions;
+
+constexpr int kInput = 2, kOther = 1;
+
+struct Words {
+  std::string folder, api_key, log = "-";
+  double timeout = 600, drain = 30, client = 20, idle = 75, keep_alive = 15;
+  size_t body = 4096, memory = 0;
+};
+
+void declare(CLI::App& app, ServiceOptions& o, Words& words) {
+  app.set_help_flag("--help", "print this and exit");
+  app.option_defaults()->always_capture_default()->multi_option_policy(
+      CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("OUT", words.folder,
+                 "artifact folder of python -m exporter, or its onnx or engine folder alone")
+      ->required();
+  app.add_option("--host", o.host, "address to listen on; 0.0.0.0 is every one of this machine");
+  app.add_option("--port", o.port, "0 takes a free one, which the log names");
+  app.add_option("--backend", o.load.backend, "auto, onnxruntime or tensorrt")
+      ->check(CLI::IsMember({"auto", "onnxruntime", "tensorrt"}));
+  app.add_option("--slots", o.load.slots, "texts that run at once")->check(CLI::Range(1, 1024));
+  app.add_option("--threads", o.load.threads, "that compute; 0: one for each core")
+      ->check(CLI::Range(0, 4096));
+  app.add_option("--capacity", o.load.capacity,
+                 "most tokens of a text with its prompt; 0: what the model allows")
+      ->check(CLI::Range(0, INT32_MAX));
+  app.add_option("--chunk", o.load.chunk, "most prompt tokens in one call of the model")
+      ->check(CLI::Range(1, 65536));
+  app.add_option("--memory", words.memory, "MB that caches and calls may take; 0: what is free");
+  app.add_flag("--verify", o.load.verify, "compare the weights with their SHA-256 first");
+  app.add_option("--onnxruntime", o.load.onnxruntime, "libonnxruntime.so, or its folder");
+  app.add_option("--kernels", o.load.kernels, "libanybit_onnxruntime.so, or its folder");
+  app.add_option("--tensorrt", o.load.tensorrt, "TensorRT's library, or its folder");
+  app.add_option("--plugins", o.load.plugins, "libanybit_plugins.so, or its folder");
+  app.add_option("--name", o.name, "what clients call the model; empty: its own name");
+  app.add_option("--api-key", words.api_key,
+                 "file of keys, one a line; clients must send one of them");
+  app.add_option("--cors", o.cors, "origin whose pages may call this server, or *; empty: none");
+  app.add_option("--allow-host", o.hosts,
+                 "another name of this server, for a proxy on this machine that sends it on")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--queue", o.engine.queue,
+                 "most texts that wait for a slot; more are refused with 429");
+  app.add_option("--max-tokens", o.calls.max_tokens, "most new tokens of a text; 0: the context")
+      ->check(CLI::Range(0, INT32_MAX));
+  app.add_option("--max-choices", o.calls.choices, "most texts of one request")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--max-body", words.body, "KB of a request's body")->check(CLI::Range(1, 1 << 20));
+  app.add_option("--max-connections", o.http.connections, "at once")->check(CLI::Range(1, 1 << 20));
+  app.add_option("--client-timeout", words.client,
+                 "seconds for a client to send a header, or a body, or to take what was sent")
+      ->check(CLI::Range(0.001, 1e6));
+  app.add_option("--idle-timeout", words.idle, "seconds for a client to send its next request")
+      ->check(CLI::Range(0.001, 1e6));
+  app.add_option("--keep-alive", words.keep_alive,
+                 "seconds after which a stream without tokens gets a comment")
+      ->check(CLI::Range(0.001, 1e6));
+  app.add_option("--timeout", words.timeout, "seconds from a request to the end of its text")
+      ->check(CLI::Range(0.001, 1e6));
+  app.add_option("--drain-timeout", words.drain,
+                 "seconds that running texts have to end after SIGTERM")
+      ->check(CLI::Range(0.0, 1e6));
+  app.add_option("--log", words.log,
+                 "file that lines of JSON are appended to; - is standard error");
+}
+
+std::chrono::milliseconds milliseconds(double seconds) {
+  return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);
+  ServiceOptions options;
+  Words words;
+  CLI::App app("Serves an artifact with OpenAI's API. docs/serving.md says how.", "anybit-serve");
+  declare(app, options, words);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& asked) {
+    return app.exit(asked);
+  } catch (const CLI::Error& error) {
+    std::fprintf(stderr, "%s. anybit-serve --help lists the options.\n", error.what());
+    return kInput;
+  }
+  options.folder = words.folder;
+  options.load.memory_limit = words.memory << 20;
+  options.http.body = words.body << 10;
+  options.http.patience = milliseconds(words.client);
+  options.http.idle = milliseconds(words.idle);
+  options.keep_alive = milliseconds(words.keep_alive);
+  options.deadline = milliseconds(words.timeout);
+  options.drain = milliseconds(words.drain);
+  try {
+    if (!words.api_key.empty()) options.keys = anybit::service::read_keys(words.api_key);
+    anybit::service::Log log(words.log);
+    anybit::service::Service service(std::move(options), log);
+    service.run();
+    return 0;
+  } catch (const anybit::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return kInput;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "anybit-serve: %s\n", error.what());
+    return kOther;
+  }
+}

@@ -1,0 +1,133 @@
+"""The whole proof of an artifact: validation, the perplexity of a text, how near the model is to its
+float model, and what the report shows of it. The exporter's last stage and python -m deploy prove are this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.out.layout import QUANT, REPORT
+from calibration.progress import Progress
+from exporter.proof.validate import (
+    REFERENCE,
+    ValidateOptions,
+    ValidationResult,
+    float_checkpoint,
+    max_context,
+    text_rows,
+    validate,
+)
+from plugins.errors import CheckError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from calibration.quant.folder import QuantModel
+    from exporter.proof.perplexity import EvalRequest
+
+__all__ = ["prove"]
+
+_ROWS = (
+    4  # windows of the proof's text on which the quality is measured, each as long as the prefill
+)
+
+
+def prove(
+    out: Path,
+    manifest: Mapping[str, Any],
+    options: ValidateOptions,
+    scored: EvalRequest | None,
+    progress: Progress,
+) -> tuple[ValidationResult, dict[str, Any]]:
+    """Prove what is in OUT; writes nothing.
+
+    Args:
+        out: the artifact folder, with quant/ and onnx/.
+        manifest: of its stages.
+        options: of the validation.
+        scored: the text whose perplexity is wanted.
+
+    Returns:
+        What was found, and what exporter.report.report.write_report shows.
+
+    Raises:
+        InputError: as validate does. CheckError: as validate does; a layer out of tolerance is a
+            result.
+    """
+    from exporter.report.report import report_data
+
+    result = validate(out, options, progress)
+    result, perplexity = _perplexity(out, result, scored, progress)
+    result, quality = _quality(out, result, options, scored, progress)
+    found = {"perplexity": perplexity, "quality": quality}
+    return result, report_data(out, {**manifest, **found}, result)
+
+
+def _perplexity(
+    out: Path, result: ValidationResult, scored: EvalRequest | None, progress: Progress
+) -> tuple[ValidationResult, dict[str, Any] | None]:
+    """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the
+    result's first failure.
+    """
+    from exporter.proof.perplexity import score
+    from exporter.run.model import find_model
+
+    if scored is None:
+        return result, None
+    if not result.ok:
+        note = "The perplexity was not scored, because a layer is out of tolerance."
+        return replace(result, notes=(*result.notes, note)), None
+    model = find_model(out, scored.runner)
+    try:
+        with model.open() as session:
+            return result, score(session, model, scored, progress)
+    except CheckError as error:
+        failure = f"perplexity of {scored.text.name}, {error.where}: {error.problem}"
+        return replace(result, first_failure=failure), None
+
+
+def _quality(
+    out: Path,
+    result: ValidationResult,
+    options: ValidateOptions,
+    scored: EvalRequest | None,
+    progress: Progress,
+) -> tuple[ValidationResult, dict[str, Any] | None]:
+    """Against the float model, on the scored text or on the proof's; None of a part of the model,
+    of one that is out of tolerance, and where there is no float model.
+    """
+    from calibration.quant.folder import read_quant
+    from exporter.proof.quality import measure_quality, quality_steps
+
+    if not result.ok or options.layers or not options.wants(REFERENCE):
+        return result, None
+    quant = read_quant(out / QUANT, verify=False)  # verified a moment ago
+    checkpoint = float_checkpoint(quant, options)
+    if isinstance(checkpoint, str):
+        return result, None  # the result's notes say so
+    windows, name = _windows(out, quant, options, scored)
+    progress.start(REPORT, quality_steps(windows))
+    try:
+        longest = max_context(out, quant)
+        found = measure_quality(checkpoint, quant, windows, name, progress, longest)
+    except CheckError as error:
+        return replace(result, first_failure=f"quality of {error.where}: {error.problem}"), None
+    progress.finish()
+    return result, found.as_dict()
+
+
+def _windows(
+    out: Path, quant: QuantModel, options: ValidateOptions, scored: EvalRequest | None
+) -> tuple[np.ndarray, str]:
+    """Tokens [n, L], and what they are of."""
+    from exporter.proof.perplexity import select_windows, whole_windows
+    from exporter.run.model import find_model
+
+    if scored is None:
+        length = min(options.tokens, max_context(out, quant))
+        return text_rows(quant, options, _ROWS, max(length, 2)), options.text_name
+    windows = whole_windows(find_model(out, scored.runner), scored)
+    return windows[select_windows(len(windows), scored.windows, scored.first)], scored.text.name

@@ -1,0 +1,58 @@
+"""How many processor cores this process may use: those it is bound to, and what a container allows."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path, PurePosixPath
+
+__all__ = ["usable_cores"]
+
+
+def usable_cores(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that the process may run on, at most as many as its control groups give it time for, and
+    at least one.
+
+    A share of a core counts as a whole one. ONNX Runtime by itself takes every core of the machine.
+
+    Args:
+        proc, control: where the kernel shows processes and control groups, of either version.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    quotas = [_quota(folder) for folder in _groups(proc, control)]
+    return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
+
+
+def _groups(proc: Path, control: Path) -> list[Path]:
+    """The folders of the process's control group and of those above it; a limit of any counts."""
+    try:
+        lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if names and "cpu" not in names.split(","):  # version 2 names none
+            continue
+        root = control / "cpu" if names else control
+        own = PurePosixPath(path.lstrip("/"))
+        found += [root / folder for folder in (own, *own.parents)]
+    return found
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores' worth of time of a control group; None without a limit."""
+    try:
+        if (folder / "cpu.max").exists():
+            limit, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            limit, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
+                for name in ("quota", "period")
+            )
+        return int(limit) / int(period) if limit not in ("max", "-1") else None
+    except (OSError, ValueError):
+        return None

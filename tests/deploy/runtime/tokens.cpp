@@ -1,0 +1,86 @@
+// Answers requests about a tokenizer and a chat template, one JSON object a line:
+// {"parse": text}, {"load": path}, {"encode": bytes in hex, "special": bool}, {"decode": ids, "skip":
+// bool}, {"stream": ids, "skip": bool}, {"time": texts in hex}, {"chat": text}, {"render":
+// messages, "generation": bool}. The answer is {"ok": ...}, or {"error": [where, problem, fix]}.
+#include <chrono>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "anybit/chat.hpp"
+#include "anybit/error.hpp"
+#include "anybit/tokenizer.hpp"
+
+namespace {
+
+using Json = nlohmann::json;
+
+std::optional<anybit::Tokenizer> tokenizer;
+std::optional<anybit::ChatTemplate> chat;
+
+std::string from_hex(const std::string& hex) {
+  std::string bytes;
+  for (size_t i = 0; i + 1 < hex.size(); i += 2) {
+    bytes += static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16));
+  }
+  return bytes;
+}
+
+Json streamed(const std::vector<int32_t>& ids, bool skip) {
+  Json parts = Json::array();
+  anybit::Tokenizer::Stream stream = tokenizer->stream(skip);
+  for (const int32_t id : ids) parts.push_back(stream.push(id));
+  parts.push_back(stream.finish());
+  return parts;
+}
+
+// Seconds that encoding these texts one after the other takes.
+double timed(const std::vector<std::string>& hex) {
+  std::vector<std::string> texts;
+  for (const std::string& one : hex) texts.push_back(from_hex(one));
+  size_t tokens = 0;
+  const auto began = std::chrono::steady_clock::now();
+  for (const std::string& one : texts) tokens += tokenizer->encode(one, false).size();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+  return tokens == 0 ? -1 : took.count();
+}
+
+Json answer(const Json& ask) {
+  const bool skip = ask.value("skip", true);
+  if (ask.contains("parse")) {
+    tokenizer = anybit::Tokenizer::parse(ask["parse"].get<std::string>());
+    return tokenizer->vocab();
+  }
+  if (ask.contains("load")) {
+    tokenizer = anybit::Tokenizer::load(ask["load"].get<std::string>());
+    return tokenizer->vocab();
+  }
+  if (ask.contains("encode")) {
+    return tokenizer->encode(from_hex(ask["encode"]), ask.value("special", true));
+  }
+  if (ask.contains("time")) return timed(ask["time"]);
+  if (ask.contains("decode")) return tokenizer->decode(ask["decode"], skip);
+  if (ask.contains("stream")) return streamed(ask["stream"], skip);
+  if (ask.contains("chat")) {
+    chat = anybit::ChatTemplate::parse(ask["chat"].get<std::string>());
+    return chat->why_not();
+  }
+  std::vector<anybit::Message> messages;
+  for (const Json& one : ask["render"]) messages.push_back({one["role"], one["content"]});
+  return chat->render(messages, ask.value("generation", true));
+}
+
+}  // namespace
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    Json said;
+    try {
+      said["ok"] = answer(Json::parse(line));
+    } catch (const anybit::Error& error) {
+      said["error"] = {error.where(), error.problem(), error.fix()};
+    }
+    std::cout << said.dump() << std::endl;
+  }
+}

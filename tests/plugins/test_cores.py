@@ -1,0 +1,54 @@
+"""The cores that a process may use: its affinity, and the quotas of its control groups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from plugins.cores import usable_cores
+
+EIGHT = set(range(8))
+
+
+@pytest.fixture(autouse=True)
+def _eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: EIGHT)
+
+
+def cores(folder: Path, group: str, files: dict[str, str]) -> int:
+    (folder / "proc/self").mkdir(parents=True)
+    (folder / "proc/self/cgroup").write_text(group)
+    for name, text in files.items():
+        path = folder / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return usable_cores(folder / "proc", folder / "cgroup")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1), ("?", 8)],
+)
+def test_quota_of_version_2(tmp_path: Path, limit: str, expected: int) -> None:
+    assert cores(tmp_path, "0::/a/b\n", {"a/b/cpu.max": f"{limit}\n"}) == expected
+
+
+def test_the_least_quota_of_all_groups_above_counts(tmp_path: Path) -> None:
+    files = {"a/b/cpu.max": "400000 100000", "a/cpu.max": "300000 100000", "cpu.max": "max 100000"}
+    assert cores(tmp_path, "0::/a/b\n", files) == 3
+
+
+def test_quota_of_version_1(tmp_path: Path) -> None:
+    files = {"cpu/a/cpu.cfs_quota_us": "250000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}
+    group = "3:cpuset:/x\n2:cpu,cpuacct:/a\n"
+    assert cores(tmp_path / "some", group, files) == 3
+    files["cpu/a/cpu.cfs_quota_us"] = "-1\n"
+    assert cores(tmp_path / "none", group, files) == 8
+
+
+def test_affinity_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cores(tmp_path, tmp_path) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert usable_cores(tmp_path, tmp_path) == 1
