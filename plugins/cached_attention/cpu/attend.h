@@ -63,6 +63,7 @@ struct ScoreCall {
       for (int r = 0; r < kCount; ++r) {
         for (int v = 0; v < kTileVectors; ++v) sums[r][v] = splat(0.0f);
       }
+#pragma GCC unroll 4
       for (int64_t k = 0; k < depth; ++k, key += kKeys) {
         V row[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) row[v] = load(key + kWide * v);
