@@ -8,9 +8,9 @@ What runs where:
   round_every_op, which casts explicitly around standard ops, because its CPU
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
-- native: the same graph with the native CPU kernels in place of the function bodies, which must give
-  the same bits at every node (A16 and attention: within rounding; what follows attention is given
-  the body's).
+- native: the same graph with the native CPU kernels in place of the function bodies. Each operator is
+  given the tensors that the bodies made, and must give the same bits (A16 and attention: within
+  rounding).
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
@@ -204,6 +204,8 @@ class _Validator:
         keys = map(new_key, self.layers if self.quant.scheme.kv_bits < FLOAT_BITS else ())
         before = range(max(self.layers.start - 1, 0), self.layers.stop)  # what the first one reads
         self.marked = list(dict.fromkeys([*inner, *map(layer_output, before), *keys]))
+        # An output of the graph, and what only standard ops made so far, are left to the runner.
+        self.typed = {value.name for value in model.graph.value_info}
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
@@ -291,10 +293,10 @@ class _Validator:
         return record
 
     def run_native(self, record: list[Outputs], library: Path) -> None:
-        """The native kernels in ONNX Runtime against the function bodies; what follows attention,
-        which is float, goes on with the body's.
+        """The native kernels in ONNX Runtime against the function bodies, each operator on the
+        bodies' tensors, from what the first judged layer reads on.
         """
-        given = [node.source for node in self.judged if node.site.attention]
+        given = [name for name in self.marked if name in self.typed]
 
         def open_session() -> OnnxSession:
             return OnnxSession(
