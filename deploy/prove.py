@@ -189,9 +189,8 @@ class Prove(Command):
         add(
             "--tokens",
             type=whole_number(1),
-            default=64,
             metavar="N",
-            help="of the prefill (default 64)",
+            help="of the prefill (default 64, or what crosses an attention window, up to 1024)",
         )
         add(
             "--layers",
