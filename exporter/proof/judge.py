@@ -77,6 +77,11 @@ class LayerReport:
     overflow: str = ""
 
     @property
+    def judged(self) -> bool:
+        """Whether there is a limit that an error is held against."""
+        return self.limit is not None or self.operator_limit is not None
+
+    @property
     def ok(self) -> bool:
         """Whether the tensor is finite and both errors are within their limits."""
         if (
