@@ -78,7 +78,13 @@ class _Block(TypedDict):
     notes: list[str]
 
 
-class _HeadCost(TypedDict):
+class _HeadErrors(TypedDict, total=False):  # which earlier versions did not measure
+    rise_error: float | None
+    divergence: float | None
+    divergence_error: float | None
+
+
+class _HeadCost(_HeadErrors):
     bits: str
     loss_float: float | None
     loss_quantized: float | None

@@ -366,7 +366,11 @@ def _head(data: Data) -> str:
     now = kept or data["scheme"]["dtype"]
     if measured is None or measured["rise"] is None:
         return str(now)
-    cost = f"{measured['rise']:+.2%} perplexity on {measured['tokens']} calibration tokens"
+    error, divergence = measured.get("rise_error"), measured.get("divergence")
+    cost = f"{measured['rise']:+.2%} perplexity"
+    cost += f" (standard error {error:.2%})" if error is not None else ""
+    cost += f" and {divergence:.2g} nats of divergence" if divergence is not None else ""
+    cost += f" on {measured['tokens']} calibration tokens"
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
 
 
@@ -446,6 +450,7 @@ def _value(value: float | None, form: str) -> str:
 
 _WORST = {
     "export": ["worst operator", "its error", "its limit"],
+    "native": ["worst operator", "its error", "its limit"],
     "weights": ["worst row", "its error", "its limit"],
 }
 
