@@ -268,19 +268,8 @@ def _head(
 
 def _head_line(report: Mapping[str, Any]) -> str:
     kept = "" if report["kept"] else ", which is too much: it stays in floating point"
-    known = report["rise"] is not None and report["divergence"] is not None
-    rise, expected = (
-        (
-            f"{report['rise']:+.3%} (standard error {report['rise_error']:.3%})",
-            f"{report['divergence']:.5f} nats (standard error {report['divergence_error']:.5f})",
-        )
-        if known
-        else ("unknown", "unknown")
-    )
-    return (
-        f"head {report['bits']}: change of perplexity {rise}, divergence from its float one "
-        f"{expected}{kept}"
-    )
+    rise = "unknown" if report["rise"] is None else f"{report['rise']:+.3%}"
+    return f"head {report['bits']}: change of perplexity {rise}{kept}"
 
 
 def _check_range(block: Block, streams: Streams, ranks: Ranks) -> None:

@@ -1,4 +1,6 @@
-"""Quantises the head on what the quantised blocks hand it, and measures what that costs."""
+"""Quantises the head on what the quantised blocks hand it, and measures what that costs in
+perplexity.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class HeadTask:
         gain: of the final norm, [hidden], in the method's basis.
         table: float weights [vocab, hidden] in the basis.
         scheme: how it is to be quantised.
-        limit: the largest rise of perplexity, relative, as quantise_head estimates it; None: any.
+        limit: the largest rise of perplexity, relative; None: any.
         streams: this process's residual streams behind the last block.
         tokens: of these windows, int64 [n, L].
         numbers: of these windows among those of all processes.
@@ -119,14 +121,8 @@ class HeadMethod(Protocol):
 def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
     """The head's codes, none where it would cost more than the limit, and a report: "bits", the
     mean loss of the next token in nats with the float and with the quantised head behind the same
-    quantised blocks, the relative "rise" of perplexity from one to the other, the "divergence" of
-    the quantised head's next-token distribution from the float one's (mean KL, nats), standard
-    errors of both over tokens ("rise_error", "divergence_error"), the "tokens" they were measured
-    on, and whether the codes were "kept". A number is None where an activation is none.
-
-    The limit holds for the rise that the divergence stands for: the mean of the losses' difference,
-    if the text were drawn from the float model. Which token came next is chance, and on the few
-    tokens of a calibration it moves the measured rise by as much as the limit.
+    quantised blocks, the relative "rise" of perplexity from one to the other (None where an
+    activation is no number), the "tokens" it was measured on, and whether the codes were "kept".
     """
     arrays, scheme = method.head(task), task.scheme
     quantizer = None
@@ -134,49 +130,26 @@ def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
         quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
     linear = FakeQuantLinear(QuantLinear(task.head.name, scheme, arrays), quantizer, exact=False)
     linear.to(task.device)
-    sums = torch.zeros(6, dtype=torch.float64, device=task.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=task.device)
     for x, wanted in task.measured():
-        before, after = (
-            _log_probabilities(task, scores) for scores in (F.linear(x, task.table), linear(x))
-        )
-        losses = [F.nll_loss(one, wanted, reduction="none").double() for one in (before, after)]
-        rises = losses[1] - losses[0]
-        divergences = F.kl_div(after, before, reduction="none", log_target=True).sum(-1).double()
-        parts = (*losses, rises.square(), divergences, divergences.square(), torch.ones_like(rises))
-        sums += torch.stack([part.sum() for part in parts])
+        for index, scores in enumerate((F.linear(x, task.table), linear(x))):
+            cap = task.head.softcap
+            logits = scores if cap is None else PLAIN.softcap(scores, cap)
+            sums[index] += F.cross_entropy(logits, wanted, reduction="sum").double()
+        sums[2] += len(x)
     task.ranks.sum([sums])
-    tokens = float(sums[-1])
-    loss, quantised, rises_squared, divergence, squared = (
-        float(part) / tokens for part in sums[:-1]
-    )
-    cost = _relative(divergence)
-    kept = task.limit is None or cost <= task.limit  # NaN is above every limit
+    before, after = (float(part / sums[2]) for part in sums[:2])
+    rise = math.expm1(min(after - before, _LARGEST_EXPONENT))
+    kept = task.limit is None or rise <= task.limit  # NaN is above every limit
     report: dict[str, Any] = {
         "bits": scheme.label,
-        "loss_float": _finite(loss),
-        "loss_quantized": _finite(quantised),
-        "rise": _finite(_relative(quantised - loss)),
-        "rise_error": _finite(_standard_error(quantised - loss, rises_squared, tokens)),
-        "divergence": _finite(divergence),
-        "divergence_error": _finite(_standard_error(divergence, squared, tokens)),
-        "tokens": int(tokens),
+        "loss_float": _finite(before),
+        "loss_quantized": _finite(after),
+        "rise": _finite(rise),
+        "tokens": int(sums[2]),
         "kept": kept,
     }
     return BlockResult({task.head.name: arrays} if kept else {}, {}, report)
-
-
-def _log_probabilities(task: HeadTask, scores: Tensor) -> Tensor:
-    cap = task.head.softcap
-    return (scores if cap is None else PLAIN.softcap(scores, cap)).log_softmax(-1)
-
-
-def _relative(nats: float) -> float:
-    """The rise of perplexity that so much more loss is."""
-    return math.expm1(min(nats, _LARGEST_EXPONENT))
-
-
-def _standard_error(mean: float, square: float, tokens: float) -> float:
-    return math.sqrt(max(square - mean**2, 0.0) / tokens)
 
 
 def _finite(value: float) -> float | None:

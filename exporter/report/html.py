@@ -366,11 +366,7 @@ def _head(data: Data) -> str:
     now = kept or data["scheme"]["dtype"]
     if measured is None or measured["rise"] is None:
         return str(now)
-    error, divergence = measured.get("rise_error"), measured.get("divergence")
-    cost = f"{measured['rise']:+.2%} perplexity"
-    cost += f" (standard error {error:.2%})" if error is not None else ""
-    cost += f" and {divergence:.2g} nats of divergence" if divergence is not None else ""
-    cost += f" on {measured['tokens']} calibration tokens"
+    cost = f"{measured['rise']:+.2%} perplexity on {measured['tokens']} calibration tokens"
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
 
 

@@ -252,17 +252,6 @@ def test_a_failure_is_on_top_and_marked() -> None:
             "head w8a8, +0.05% perplexity on 992 calibration tokens",
         ),
         (
-            {
-                "head": "w8a8",
-                "calibration": {
-                    "blocks": [],
-                    "head": {**HEAD, "rise_error": 0.0012, "divergence": 0.00042},
-                },
-            },
-            "head w8a8, +0.05% perplexity (standard error 0.12%) and 0.00042 nats of divergence "
-            "on 992 calibration tokens",
-        ),
-        (
             {"calibration": {"blocks": [], "head": {**HEAD, "rise": 0.5}}},
             "head float16, since w8a8 would cost +50.00% perplexity on 992 calibration tokens",
         ),
