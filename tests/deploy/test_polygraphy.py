@@ -76,7 +76,9 @@ def test_scripts_of_an_engine(
     again = scripts_of_the_data_centre_edition(out)
     assert "--strongly-typed" in again["convert"] and "RTX" not in again["convert"]
     assert main(["polygraphy", str(out), "--to", str(out / "onnx")]) == 2
-    assert capsys.readouterr().err.startswith(f"--to {out / 'onnx'}: got a folder in or around the ")
+    assert capsys.readouterr().err.startswith(
+        f"--to {out / 'onnx'}: got a folder in or around the "
+    )
 
 
 def scripts_of_the_data_centre_edition(out: Path) -> dict[str, str]:
@@ -108,8 +110,7 @@ def test_a_bfloat16_model(
 def test_without_a_limit_nothing_passes(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a deep model of few bits any difference may be honest."""
     monkeypatch.setattr("deploy.polygraphy._limit", lambda out: None)
-    cpu = scripts(artifact)["cpu"].replace('cd "$(dirname "$0")"', "polygraphy() { echo ran; }")
-    cpu = cpu.replace("with_plugins.py", "--version")  # no runner: what it says is all that matters
+    cpu = scripts(artifact)["cpu"].replace("with_plugins.py", "--version")  # which always succeeds
     for more, code in (((), 2), (("--force",), 0)):
         done = subprocess.run(["bash", "-c", cpu, "cpu.sh", *more], capture_output=True, text=True)
         assert done.returncode == code
