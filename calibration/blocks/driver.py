@@ -268,8 +268,13 @@ def _head(
 
 def _head_line(report: Mapping[str, Any]) -> str:
     kept = "" if report["kept"] else ", which is too much: it stays in floating point"
-    rise = "unknown" if report["rise"] is None else f"{report['rise']:+.3%}"
-    return f"head {report['bits']}: change of perplexity {rise}{kept}"
+    if any(value is None for value in report.values()):
+        return f"head {report['bits']}: change of perplexity unknown{kept}"
+    loss = report["loss_quantized"] - report["loss_float"]
+    return (
+        f"head {report['bits']}: {report['rise']:+.3%} perplexity by its KL divergence{kept} (loss of "
+        f"the text {loss:+.5f}, standard error {report['loss_error']:.5f})"
+    )
 
 
 def _check_range(block: Block, streams: Streams, ranks: Ranks) -> None:
