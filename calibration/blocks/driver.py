@@ -176,7 +176,8 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()
         }
         schemes = {site: job.scheme_of(block.name(site)) for site in block.sites}
-        rope = Rope.of(checkpoint, job.windows.shape[1], device, block.rope)
+        length, most = job.windows.shape[1], job.settings.max_context
+        rope = Rope.of(checkpoint, length, device, block.rope, most)
         if index < finished:
             result = job.store.load(index)
             gains = {

@@ -224,7 +224,7 @@ def open_source(
     stamp = digest(
         checkpoint.stamp(),
         schemes.as_dict(),
-        settings.as_dict() | {"calib": ""},  # the text by its windows, whatever its name
+        settings.stamp(checkpoint),
         hashlib.sha256(windows.tobytes()).hexdigest(),
         code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),
