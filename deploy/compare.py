@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import MANIFEST, QUANT
-from deploy.command import Command, add_progress
+from deploy.command import Command, add_progress, check_file
 from plugins.cli import whole_number
 from plugins.errors import InputError
 from plugins.text import printable
@@ -33,7 +33,8 @@ class CompareRequest:
 
     Attributes:
         outs: artifact folders of one float model.
-        text: a file as calibration.text_file.read_text takes it; None is the project's own text.
+        text: a file as calibration.text_file.read_text takes it; None is the project's own text,
+            which calibration has seen unless it was given another.
         model: the float model; None is the one that the first artifact names.
         first: windows from the beginning; 0 is all.
         seqlen: tokens of a window; 0 is 2048, or the context if that is less.
@@ -172,6 +173,13 @@ def _windows(request: CompareRequest, checkpoint: Any, longest: int) -> Any:
     return windows[select_windows(len(windows), 0, min(request.first, len(windows)))]
 
 
+def _text_of(request: CompareRequest) -> str:
+    """What the numbers are of."""
+    if request.text is not None:
+        return printable(str(request.text))
+    return "the project's own text, which calibration has seen unless --calib named another"
+
+
 # ---------------------------------------------------------------- output
 
 
@@ -280,7 +288,12 @@ class Compare(Command):
         """The other artifacts, the text, and where the table goes."""
         add = parser.add_argument
         add("more", metavar="OUT", nargs="*", type=Path, help="further artifacts")
-        add("--text", type=Path, metavar="FILE", help="held-out text (default: the project's own)")
+        add(
+            "--text",
+            type=Path,
+            metavar="FILE",
+            help="held-out text (default: the project's own, which is the default of --calib too)",
+        )
         add("--model", metavar="MODEL", help="the float model (default: as OUT names it)")
         add(
             "--first",
@@ -312,17 +325,22 @@ class Compare(Command):
             first=args.first,
             seqlen=args.seqlen,
         )
+        files = (
+            ("--csv", args.csv, comma_separated),
+            ("--markdown", args.markdown, markdown),
+            ("--plot", args.plot, plot),
+        )
+        for option, path, _ in files:
+            if path is not None:
+                check_file(option, path)
         progress = make_progress(args.progress)
         try:
             rows = compare(request, progress)
         finally:
             progress.close()
         print(printable(table(rows), keep="\n"))
-        for path, write in (
-            (args.csv, comma_separated),
-            (args.markdown, markdown),
-            (args.plot, plot),
-        ):
+        print(f"on {_text_of(request)}")
+        for _, path, write in files:
             if path is not None:
                 path.write_text(write(rows), encoding="utf-8")
 

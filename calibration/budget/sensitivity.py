@@ -245,9 +245,7 @@ class _Model:
         }
 
     def rope(self, block: Block) -> Rope:
-        return Rope.of(
-            self.checkpoint, self.length, self.device, block.rope, self.max_context
-        )
+        return Rope.of(self.checkpoint, self.length, self.device, block.rope, self.max_context)
 
     def tensor(self, name: str) -> Tensor:
         return self.basis.tensor(self.checkpoint, f"{name}.weight")

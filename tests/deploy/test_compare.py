@@ -81,6 +81,9 @@ def test_every_form_of_the_table(
     short = ["--first", "1", "--seqlen", "16", "--progress", "none"]
     assert main(["compare", str(artifact), *short, *words]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop() == (
+        "on the project's own text, which calibration has seen unless --calib named another"
+    )
     assert len(lines) == 3 and lines[1].startswith("float  ") and str(artifact) in lines[2]
     rows = list(csv.DictReader(files["csv"].open()))
     assert rows[1]["scheme"] == "w8a8" and float(rows[1]["perplexity"]) > 1
