@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -236,8 +236,11 @@ def _head(
 ) -> dict[str, Any]:
     """The report of the head, which the store has afterwards."""
     decoder, ranks = job.checkpoint.decoder, job.ranks
+    stamp = [scheme.as_dict(), job.head_limit]  # its own: the blocks do not depend on it
     if finished > decoder.layers:
-        return job.store.load(decoder.layers).report
+        found = job.store.load(decoder.layers).report
+        if found["stamp"] == stamp:
+            return dict(found["head"])
     assert isinstance(job.method, HeadMethod)
     gain, table = (
         basis.tensor(job.checkpoint, name).to(device)
@@ -262,7 +265,8 @@ def _head(
         ),
     )
     if ranks.first:
-        job.store.save(decoder.layers, result)
+        kept = replace(result, report={"stamp": stamp, "head": result.report})
+        job.store.save(decoder.layers, kept)
     ranks.wait()
     return result.report
 

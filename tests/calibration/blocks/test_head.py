@@ -187,6 +187,57 @@ def test_the_choice_is_by_the_rise(
     assert quant.calibration["head"]["rise"] == rise
 
 
+def test_other_bits_of_the_head_keep_the_blocks(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import calibration.quant.quantize as quantize
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert calibrate_tiny(tiny_model_dir, whole, "--head-bits", "4") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "_write_shards", stop)
+        for bits in ("8", "auto", "16"):
+            more = ("--head-bits", bits, "--resume", "--progress", "plain")
+            assert calibrate_tiny(tiny_model_dir, out, *more) == 130
+    capsys.readouterr()
+    more = ("--head-bits", "4", "--resume", "--progress", "plain")
+    assert calibrate_tiny(tiny_model_dir, out, *more) == 0
+    assert capsys.readouterr().err.count(" of 2: kept\n") == 2
+    for path in (whole / "quant").iterdir():
+        assert path.read_bytes() == (out / "quant" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (
+            ("--method", "rtn"),
+            "method 'rtn' has no data to choose its bits by, --head-bits B sets them",
+        ),
+        (("--format", "compressed-tensors"), "--format compressed-tensors has no bits for it"),
+    ],
+)
+def test_auto_says_where_it_cannot_choose(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, str],
+    why: str,
+) -> None:
+    plain = ("--progress", "plain")
+    assert calibrate_tiny(tiny_model_dir, tmp_path / "auto", *more, *plain) == 0
+    line = "head: stays in floating point"
+    assert f"{line}: {why}\n" in capsys.readouterr().err
+    assert calibrate_tiny(tiny_model_dir, tmp_path / "16", *more, *plain, "--head-bits", "16") == 0
+    assert line not in capsys.readouterr().err
+
+
 def test_the_table_goes_in_pieces(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from calibration.blocks import head
 
