@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // Gives the tokens that Hugging Face's tokenizers library gives. Copies share what they hold; every
@@ -86,3 +87,4 @@ class Tokenizer::Stream {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop
