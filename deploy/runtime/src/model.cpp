@@ -1,6 +1,10 @@
 // Opens an artifact: checks its files, plans the memory, opens the backend.
 #include "anybit/model.hpp"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -205,6 +209,9 @@ std::shared_ptr<Model> Model::load(const fs::path& folder, const LoadOptions& op
   parts->chat =
       maybe<ChatTemplate>([&] { return ChatTemplate::load(artifact.file("chat.json", true)); });
   parts->backend = ort::make_backend(std::move(session), graph, form, options.slots, about.vocab);
+#ifdef __GLIBC__
+  malloc_trim(0);  // what reading the files took goes back to the system
+#endif
   return std::make_shared<Model>(std::move(parts));
 }
 

@@ -306,7 +306,13 @@ def test_graphs_that_are_no_decoders(
 
 def test_files_that_are_no_graphs(alone: Path, refused: Callable[..., str]) -> None:
     whole = (alone / "model.onnx").read_bytes()
-    wrong = [b"", b"\xff" * 30, b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", b"\x3b", whole[:-9]]
+    wrong = [
+        b"",
+        b"\xff" * 30,
+        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+        b"\x3b",
+        whole[:-9],
+    ]
     for graph in wrong:
         record(alone, graph)
         assert refused(alone) == (
