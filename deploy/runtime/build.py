@@ -18,7 +18,8 @@ RUNTIME_LIBRARY = "libanybit.so"
 _SOURCES = Path(__file__).resolve().parent
 _SYSTEM = (Path("/usr/local/include"), Path("/usr/include"))
 # -ffp-contract=off: the odds of a draw are the same on every machine.
-_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+_FLAGS += ["-Wall", "-Wextra", "-pthread"]
 _OWN = ["-Iinclude", "-Isrc", "-I../../plugins"]
 
 

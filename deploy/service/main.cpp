@@ -40,8 +40,6 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.add_flag("--verify", o.load.verify, "compare the weights with their SHA-256 first");
   app.add_option("--onnxruntime", o.load.onnxruntime, "libonnxruntime.so, or its folder");
   app.add_option("--kernels", o.load.kernels, "libanybit_onnxruntime.so, or its folder");
-  app.add_option("--tensorrt", o.load.tensorrt, "TensorRT's library, or its folder");
-  app.add_option("--plugins", o.load.plugins, "libanybit_plugins.so, or its folder");
   app.add_option("--name", o.name, "what clients call the model; empty: its own name");
   app.add_option("--api-key", words.api_key,
                  "file of keys, one a line; clients must send one of them");

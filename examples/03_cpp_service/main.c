@@ -2,10 +2,17 @@
 #include <anybit/anybit.h>
 #include <stdio.h>
 
-static void show(void* user, int32_t token, const char* text, float logprob) {
+static void show(void* user, int32_t token, const char* text, size_t length, float logprob) {
   (void)user, (void)token, (void)logprob;
-  fputs(text, stdout);
+  fwrite(text, 1, length, stdout);
   fflush(stdout);
+}
+
+/* What was held back, such as the first letters of a stop string that did not come. */
+static void show_rest(void* user, const anybit_finish* finish, const char* detail, const char* text,
+                      size_t length) {
+  (void)finish, (void)detail;
+  show(user, 0, text, length, 0);
 }
 
 static int refuse(char* error) {
@@ -24,10 +31,11 @@ int main(int argc, char** argv) {
   if (!engine) return refuse(error);
 
   anybit_request request;
-  anybit_request_init(engine, &request);
+  anybit_request_init(engine, &request, sizeof request);
   request.text = argv[2];
   request.max_new_tokens = 32;
   request.on_token = show;
+  request.on_finish = show_rest;
   anybit_handle* handle = anybit_submit(engine, &request, &error);
   if (!handle) {
     anybit_close(engine);

@@ -27,6 +27,9 @@ int main(int argc, char** argv) try {
   }
   for (const anybit::Handle& handle : handles) {
     const anybit::Finish finish = handle.wait();
+    if (!finish.text.empty()) {  // held back, and no stop string came of it
+      std::cout << handle.id() << ": " << finish.text << std::endl;
+    }
     std::cerr << handle.id() << ": " << finish.completion_tokens << " tokens, "
               << anybit::name(finish.reason) << " " << finish.detail << "\n";
   }

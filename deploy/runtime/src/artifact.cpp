@@ -24,7 +24,12 @@ uint64_t regular(const fs::path& path, const std::string& expected, const std::s
   const fs::file_status status = fs::status(path, error);
   std::string got;
   switch (status.type()) {
-    case fs::file_type::regular: return fs::file_size(path);
+    case fs::file_type::regular: {
+      const uintmax_t size = fs::file_size(path, error);
+      if (!error) return size;
+      got = error.message();
+      break;
+    }
     case fs::file_type::not_found: got = "no such file"; break;
     case fs::file_type::directory: got = "a folder"; break;
     case fs::file_type::fifo: got = "a pipe"; break;
@@ -133,7 +138,8 @@ Description describe(const Field& file) {
 
 // Whether the report beside the model found everything right.
 std::string read_proof(const fs::path& path) {
-  if (!fs::is_regular_file(path)) return "unknown";
+  std::error_code error;
+  if (!fs::is_regular_file(path, error)) return "unknown";
   try {
     const Json report = read_record(path, "a report", kUnreadable);
     const Field ok = Field(report, path.string(), kUnreadable).at("validation").at("ok");

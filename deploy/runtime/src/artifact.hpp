@@ -35,12 +35,14 @@ class Artifact {
   const std::filesystem::path& path() const { return path_; }  // of the onnx folder
   const Description& description() const { return description_; }
   const std::string& proof() const { return proof_; }  // as Card::proof
-  bool has(const std::string& name) const { return records_.count(name) > 0; }
 
   // The path of a file that has its recorded size and, where `hash`, its recorded SHA-256.
   //
   // Throws Error: it is missing, truncated or changed, or has no record.
   std::filesystem::path file(const std::string& name, bool hash) const;
+
+  // The recorded size of a file that file() has found.
+  uint64_t size_of(const std::string& name) const { return records_.at(name).bytes; }
 
  private:
   struct Record {

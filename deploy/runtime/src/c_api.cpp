@@ -38,11 +38,22 @@ Result guarded(Result failed, char** error, Work work) noexcept {
   return failed;
 }
 
+constexpr size_t kLargest = 4096;  // of a structure; more is no size
+
+// Sets up a caller's structure, which may be of an older version or a later one.
+template <class T>
+void write(T* to, size_t size, const T& defaults) {
+  if (!to || size < sizeof to->size || size > kLargest) return;
+  memset(static_cast<void*>(to), 0, size);
+  memcpy(static_cast<void*>(to), &defaults, std::min(size, sizeof(T)));
+  to->size = size;
+}
+
 // What a caller's structure, which may be of an older version, says over the defaults.
 template <class T>
 T read(const T* given, T defaults) {
   if (!given) return defaults;
-  if (given->size < sizeof given->size || given->size > 4096) {
+  if (given->size < sizeof given->size || given->size > kLargest) {
     throw anybit::Error(
         "size", "got " + std::to_string(given->size) + ", expected " + std::to_string(sizeof(T)),
         "Set the structure up with its init function");
@@ -53,13 +64,21 @@ T read(const T* given, T defaults) {
 
 std::string text(const char* given) { return given ? given : ""; }
 
-template <class T>
-std::vector<T> list(const T* given, size_t count) {
-  return given ? std::vector<T>(given, given + count) : std::vector<T>();
-}
-
 void check(const void* pointer, const char* name) {
   if (!pointer) throw anybit::Error(name, "got null, expected one", "Pass what was opened");
+}
+
+template <class T>
+void check_list(const T* given, size_t count, const char* name) {
+  if (given || count == 0) return;
+  throw anybit::Error(name, "got null for " + std::to_string(count) + " of them, expected a list",
+                      "Pass a list of that many, or 0");
+}
+
+template <class T>
+std::vector<T> list(const T* given, size_t count, const char* name) {
+  check_list(given, count, name);
+  return std::vector<T>(given, given + count);
 }
 
 anybit_request request_defaults(const anybit::Sampling& sampling) {
@@ -109,7 +128,7 @@ static_assert(int(anybit::Reason::stop) == ANYBIT_STOP &&
 
 anybit::Request request_of(const anybit_request& given) {
   anybit::Request made;
-  made.tokens = list(given.tokens, given.token_count);
+  made.tokens = list(given.tokens, given.token_count, "tokens");
   made.text = text(given.text);
   made.max_new_tokens = given.max_new_tokens;
   made.sampling.temperature = given.temperature;
@@ -119,24 +138,27 @@ anybit::Request request_of(const anybit_request& given) {
   made.sampling.repetition_penalty = given.repetition_penalty;
   made.sampling.presence_penalty = given.presence_penalty;
   made.sampling.frequency_penalty = given.frequency_penalty;
+  check_list(given.bias_tokens, given.bias_count, "bias_tokens");
+  check_list(given.biases, given.bias_count, "biases");
   for (size_t i = 0; i < given.bias_count; ++i) {
     made.sampling.logit_bias.emplace_back(given.bias_tokens[i], given.biases[i]);
   }
   made.sampling.seed = given.seed;
   made.sampling.logprobs = given.logprobs;
+  check_list(given.stop, given.stop_count, "stop");
   for (size_t i = 0; i < given.stop_count; ++i) made.stop.push_back(text(given.stop[i]));
-  made.stop_tokens = list(given.stop_tokens, given.stop_token_count);
+  made.stop_tokens = list(given.stop_tokens, given.stop_token_count, "stop_tokens");
   made.ignore_end = given.ignore_end != 0;
   void* user = given.user;
   if (const anybit_on_token call = given.on_token) {
     made.on_token = [call, user](const anybit::Token& token) {
-      call(user, token.id, token.text.c_str(), token.logprob);
+      call(user, token.id, token.text.c_str(), token.text.size(), token.logprob);
     };
   }
   if (const anybit_on_finish call = given.on_finish) {
     made.on_finish = [call, user](const anybit::Finish& finish) {
       const anybit_finish shown = finish_of(finish);
-      call(user, &shown, finish.detail.c_str(), finish.text.c_str());
+      call(user, &shown, finish.detail.c_str(), finish.text.c_str(), finish.text.size());
     };
   }
   return made;
@@ -158,6 +180,7 @@ std::string json_of(const anybit::Card& card) {
                             {"backend", card.backend},
                             {"cache_form", card.cache_form},
                             {"slots", card.slots},
+                            {"threads", card.threads},
                             {"verified", card.verified},
                             {"proof", card.proof},
                             {"memory", card.memory.text()}};
@@ -187,13 +210,13 @@ std::string json_of(const anybit::Stats& stats) {
 
 int anybit_version(void) { return ANYBIT_VERSION; }
 
-void anybit_options_init(anybit_options* options) {
-  if (options) *options = option_defaults();
+void anybit_options_init(anybit_options* options, size_t size) {
+  write(options, size, option_defaults());
 }
 
-void anybit_request_init(const anybit_engine* engine, anybit_request* request) {
-  if (!request) return;
-  *request = request_defaults(engine ? engine->model->card().sampling : anybit::Sampling());
+void anybit_request_init(const anybit_engine* engine, anybit_request* request, size_t size) {
+  write(request, size,
+        request_defaults(engine ? engine->model->card().sampling : anybit::Sampling()));
 }
 
 anybit_engine* anybit_open(const char* folder, const anybit_options* options, char** error) {
@@ -245,10 +268,13 @@ int64_t anybit_encode(const anybit_engine* engine, const char* given, int add_sp
 }
 
 char* anybit_decode(const anybit_engine* engine, const int32_t* tokens, size_t count,
-                    int skip_special, char** error) {
+                    int skip_special, size_t* length, char** error) {
   return guarded<char*>(nullptr, error, [&] {
     check(engine, "engine");
-    return copy(engine->model->tokenizer().decode(list(tokens, count), skip_special != 0));
+    const std::string made =
+        engine->model->tokenizer().decode(list(tokens, count, "tokens"), skip_special != 0);
+    if (length) *length = made.size();
+    return copy(made);
   });
 }
 
@@ -257,6 +283,8 @@ char* anybit_render_chat(const anybit_engine* engine, const char* const* roles,
                          char** error) {
   return guarded<char*>(nullptr, error, [&] {
     check(engine, "engine");
+    check_list(roles, count, "roles");
+    check_list(contents, count, "contents");
     std::vector<anybit::Message> messages;
     for (size_t i = 0; i < count; ++i) messages.push_back({text(roles[i]), text(contents[i])});
     return copy(engine->model->chat().render(messages, generation_prompt != 0));

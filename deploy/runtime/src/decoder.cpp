@@ -78,7 +78,7 @@ int byte_of_token(std::string_view token) {
 
 class ByteFallback : public Decoder::Stage {
  public:
-  explicit ByteFallback(bool early) : early_(early) {}
+  explicit ByteFallback(Decoder::Bytes bytes) : bytes_(bytes) {}
 
   void take(std::string_view token, bool begins) override {
     const int byte = byte_of_token(token);
@@ -88,7 +88,8 @@ class ByteFallback : public Decoder::Stage {
       return;
     }
     run_ += static_cast<char>(byte);
-    if (!early_) return;
+    if (bytes_ == Decoder::Bytes::raw) return flush();
+    if (bytes_ == Decoder::Bytes::mended) return;
     if (const unicode::Decoded one = unicode::decode(run_, 0); one.valid) flush();
   }
 
@@ -100,7 +101,7 @@ class ByteFallback : public Decoder::Stage {
  private:
   void flush() {
     if (run_.empty()) return;
-    if (unicode::is_valid(run_)) {
+    if (bytes_ == Decoder::Bytes::raw || unicode::is_valid(run_)) {
       give(run_, true);
     } else {
       for (size_t i = 0; i < run_.size(); ++i) give(kReplacementText, true);
@@ -108,11 +109,14 @@ class ByteFallback : public Decoder::Stage {
     run_.clear();
   }
 
-  bool early_;
+  Decoder::Bytes bytes_;
   std::string run_;
 };
 
 class ByteLevel : public Decoder::Stage {
+ public:
+  explicit ByteLevel(bool raw) : raw_(raw) {}
+
   void take(std::string_view token, bool) override {
     const size_t before = bytes_.size();
     for (size_t at = 0; at < token.size(); at += unicode::length_of(token[at])) {
@@ -133,9 +137,11 @@ class ByteLevel : public Decoder::Stage {
     Stage::finish();
   }
 
+ private:
   void give_whole(bool last) {
     std::string out;
     size_t at = 0;
+    if (raw_) out.swap(bytes_);
     while (at < bytes_.size()) {
       const unicode::Decoded one = unicode::decode(bytes_, at);
       const auto lead = static_cast<unsigned char>(bytes_[at]);
@@ -150,7 +156,7 @@ class ByteLevel : public Decoder::Stage {
     first_ = false;
   }
 
-  bool first_ = true;
+  bool raw_, first_ = true;
   std::string bytes_;
 };
 
@@ -233,7 +239,7 @@ std::string character(const Field& field) {
 
 Decoder::Decoder(const Field& field) {
   if (field.is_null()) {
-    makers_.push_back([](bool) { return std::make_unique<SpaceBetween>(); });
+    makers_.push_back([](Bytes) { return std::make_unique<SpaceBetween>(); });
   } else {
     read(field, 0);
   }
@@ -251,29 +257,29 @@ void Decoder::read(const Field& field, int depth) {
   } else if (kind == "ByteLevel") {
     whole_tokens();
     fused_ = true;
-    makers_.push_back([](bool) { return std::make_unique<ByteLevel>(); });
+    makers_.push_back([](Bytes bytes) { return std::make_unique<ByteLevel>(bytes == Bytes::raw); });
   } else if (kind == "Fuse") {
     fused_ = true;
-    makers_.push_back([](bool) { return std::make_unique<Fuse>(); });
+    makers_.push_back([](Bytes) { return std::make_unique<Fuse>(); });
   } else if (kind == "ByteFallback") {
     whole_tokens();
-    makers_.push_back([](bool early) { return std::make_unique<ByteFallback>(early); });
+    makers_.push_back([](Bytes bytes) { return std::make_unique<ByteFallback>(bytes); });
   } else if (kind == "Metaspace") {
     const bool prefix = field.at("add_prefix_space").flag(true);
     const bool drops = prefix && field.at("prepend_scheme").text("always") != "never";
-    makers_.push_back([space = character(field.at("replacement")), drops](bool) {
+    makers_.push_back([space = character(field.at("replacement")), drops](Bytes) {
       return std::make_unique<Metaspace>(space, drops);
     });
   } else if (kind == "Replace") {
     const auto pattern = std::make_shared<const Pattern>(field.at("pattern"));
     if (!pattern->is_character()) whole_tokens();
-    makers_.push_back([pattern, content = field.at("content").text()](bool) {
+    makers_.push_back([pattern, content = field.at("content").text()](Bytes) {
       return std::make_unique<Replace>(pattern, content);
     });
   } else if (kind == "Strip") {
     const int32_t left = field.at("start").number(kMostStripped);
     const int32_t right = field.at("stop").number(kMostStripped);
-    makers_.push_back([content = character(field.at("content")), left, right](bool) {
+    makers_.push_back([content = character(field.at("content")), left, right](Bytes) {
       return std::make_unique<Strip>(content, left, right);
     });
   } else {
@@ -282,10 +288,10 @@ void Decoder::read(const Field& field, int depth) {
   }
 }
 
-Decoder::Way Decoder::way(bool early) const {
+Decoder::Way Decoder::way(Bytes bytes) const {
   Way way;
   way.text_ = std::make_unique<std::string>();
-  for (const Maker& make : makers_) way.stages_.push_back(make(early));
+  for (const Maker& make : makers_) way.stages_.push_back(make(bytes));
   way.stages_.push_back(std::make_unique<Collect>(way.text_.get()));
   for (size_t i = 0; i + 1 < way.stages_.size(); ++i) {
     way.stages_[i]->next_ = way.stages_[i + 1].get();

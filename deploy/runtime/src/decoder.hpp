@@ -45,11 +45,16 @@ class Decoder {
   // Throws Error: a field is damaged, or of a kind or in an order that is not known here.
   explicit Decoder(const Field& field);
 
-  // early: give every character as soon as it is whole.
-  Way way(bool early) const;
+  // What becomes of bytes that are no whole character.
+  enum class Bytes {
+    mended,  // they become U+FFFD when all of the text is known
+    early,   // the same, but every character is given as soon as it is whole
+    raw      // they are given as they are
+  };
+  Way way(Bytes bytes) const;
 
  private:
-  using Maker = std::function<std::unique_ptr<Stage>(bool early)>;
+  using Maker = std::function<std::unique_ptr<Stage>(Bytes bytes)>;
   void read(const Field& field, int depth);
 
   std::vector<Maker> makers_;

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <deque>
+#include <list>
 #include <mutex>
+#include <string_view>
 #include <thread>
 #include <tuple>
 
@@ -49,13 +50,16 @@ void Handle::cancel() {
 }
 
 Finish Handle::wait() const {
-  if (!state_ || std::this_thread::get_id() == state_->engine) {
-    throw Error("Handle::wait",
-                state_ ? "got a call on the engine's thread, expected another"
-                       : "got a handle of nothing, expected one of submit()",
-                state_ ? "Use on_finish in callbacks" : "Submit a request first");
+  if (!state_) {
+    throw Error("Handle::wait", "got a handle of nothing, expected one of submit()",
+                "Submit a request first");
   }
   std::unique_lock lock(state_->mutex);
+  // Where the engine is gone, another thread may have its number: but then the request has ended.
+  if (!state_->done && std::this_thread::get_id() == state_->engine) {
+    throw Error("Handle::wait", "got a call on the engine's thread, expected another",
+                "Use on_finish in callbacks");
+  }
   state_->ended.wait(lock, [&] { return state_->done; });
   return state_->finish;
 }
@@ -96,7 +100,7 @@ struct Job {
 struct Slot {
   std::vector<int32_t> tokens;  // in its cache
   Job* job = nullptr;
-  uint64_t given = 0;  // when, counted in requests
+  uint64_t freed = 0;  // when, counted in requests that left a slot
 };
 
 // Below this, the place of a slot matters more than what it holds.
@@ -138,10 +142,11 @@ struct Engine::Impl {
   void step();
   void prefill(Job& job);
   void decode();
+  bool worth_computing(size_t hole) const;
   void decode(size_t first, size_t last);
   const float* forward(const std::vector<Row>& rows, bool logits);
   void token(Job& job, const float* logits);
-  void end(Job& job, Reason reason, const std::string& detail = "");
+  void end(Job& job, Reason reason, std::string_view detail = "") noexcept;
   void count_time(double& spent);
 
   const std::shared_ptr<Model> model;
@@ -151,14 +156,14 @@ struct Engine::Impl {
   // Of the engine's thread.
   std::vector<std::unique_ptr<Job>> jobs;  // that have a slot, the oldest first
   std::vector<Slot> slots;
-  uint64_t given = 0;
+  uint64_t freed = 0;
   Stats round;             // what is not in the totals yet
   Clock::time_point mark;  // until when time is counted
 
   mutable std::mutex mutex;  // of what follows
   std::condition_variable wake, idle;
-  std::deque<std::unique_ptr<Job>> queue;
-  size_t running = 0;  // left the queue and have not ended
+  std::list<std::unique_ptr<Job>> queue;  // whose jobs move without memory
+  size_t running = 0;                     // left the queue and have not ended
   bool draining = false, stopping = false;
   std::string lost;  // why no request can run any more
   uint64_t ids = 0;
@@ -176,6 +181,7 @@ Engine::Impl::Impl(std::shared_ptr<Model> opened, EngineOptions chosen)
     throw Error("engine", "got a model that has an engine, expected one without",
                 "Use that engine, or load the model again");
   }
+  jobs.reserve(slots.size());  // so that no job is lost where there is no memory
   totals.slots = slots.size();
   totals.cache_capacity = slots.size() * static_cast<uint64_t>(parts.card.max_context);
   thread = std::thread([this] { run(); });
@@ -288,14 +294,13 @@ Stats Engine::Impl::stats() const {
 // -- the engine's thread
 
 void Engine::Impl::run() {
+  mark = Clock::now();
   while (begin_round()) {
-    mark = Clock::now();
     try {
       step();
     } catch (const std::exception& error) {  // no memory, in all likelihood
       for (const auto& job : jobs) end(*job, Reason::error, error.what());
     }
-    count_time(round.engine_s);
   }
 }
 
@@ -303,33 +308,30 @@ void Engine::Impl::run() {
 bool Engine::Impl::begin_round() {
   jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const auto& job) { return job->ended; }),
              jobs.end());
-  std::vector<std::unique_ptr<Job>> starting, over;
+  std::list<std::unique_ptr<Job>> starting, over;
   bool stop;
-  std::string why;
   {
     std::unique_lock lock(mutex);
+    count_time(round.engine_s);
     add(totals, round);
     round = {};
     totals.cache_tokens = 0;
     for (const auto& job : jobs) totals.cache_tokens += slots[job->slot].tokens.size();
     wake.wait(lock, [this] { return stopping || !queue.empty() || !jobs.empty(); });
+    mark = Clock::now();
     stop = stopping;
-    why = lost;
-    std::deque<std::unique_ptr<Job>> waiting;
-    for (auto& job : queue) {
-      if (stop || !why.empty() || job->state->cancelled) {
-        over.push_back(std::move(job));
+    for (auto next = queue.begin(); next != queue.end();) {
+      const auto job = next++;
+      if (stop || !lost.empty() || (*job)->state->cancelled) {
+        over.splice(over.end(), queue, job);
       } else if (jobs.size() + starting.size() < slots.size()) {
-        starting.push_back(std::move(job));
-      } else {
-        waiting.push_back(std::move(job));
+        starting.splice(starting.end(), queue, job);
       }
     }
-    queue.swap(waiting);
     running += over.size() + starting.size();
   }
-  for (const auto& job : over) {
-    end(*job, why.empty() ? Reason::cancelled : Reason::error, why);
+  for (const auto& job : over) {  // `lost` is written by this thread alone
+    end(*job, lost.empty() ? Reason::cancelled : Reason::error, lost);
   }
   for (auto& job : starting) start(std::move(job));
   if (stop) {
@@ -343,7 +345,6 @@ void Engine::Impl::start(std::unique_ptr<Job> job) {
   Slot& slot = slots[chosen];
   slot.tokens.resize(static_cast<size_t>(reusable(slot, *job)));
   slot.job = job.get();
-  slot.given = ++given;
   job->slot = static_cast<int>(chosen);
   job->begun = Clock::now();
   job->finish.cached_tokens = static_cast<int>(slot.tokens.size());
@@ -365,7 +366,7 @@ size_t Engine::Impl::choose_slot(const Job& job) const {
     if (slots[i].job) continue;
     const int place = static_cast<int>(i), saved = reusable(slots[i], job);
     const int apart = high < 0 ? 0 : std::max({low - place, place - high, 0});
-    const std::tuple cost(saved < kWorthReusing ? 0 : -saved, apart, slots[i].given);
+    const std::tuple cost(saved < kWorthReusing ? 0 : -saved, apart, slots[i].freed);
     if (chosen == slots.size() || cost < least) {
       chosen = i;
       least = cost;
@@ -413,13 +414,26 @@ void Engine::Impl::decode() {
   const auto most = static_cast<size_t>(parts.backend->most_rows());
   for (size_t first = 0; first < slots.size(); ++first) {
     if (!decodes(first)) continue;
-    size_t last = first;
+    size_t last = first, hole = 0;  // tokens in slots behind `last`
     for (size_t i = first; i < std::min(first + most, slots.size()); ++i) {
-      if (decodes(i)) last = i;
+      if (!decodes(i)) {
+        hole += slots[i].tokens.size();
+      } else if (worth_computing(hole)) {
+        last = i;
+        hole = 0;
+      } else {
+        break;
+      }
     }
     decode(first, last);
     first = last;
   }
+}
+
+// Whether to compute idle slots along with those around them: their caches are read then, and with a
+// call more the weights.
+bool Engine::Impl::worth_computing(size_t hole) const {
+  return hole * parts.token_bytes <= parts.card.memory.weights;
 }
 
 // A token for each request in a range of slots. A slot without one is computed with the others: what
@@ -477,6 +491,7 @@ const float* Engine::Impl::forward(const std::vector<Row>& rows, bool logits) {
 
 // Takes a request's next token from its logits, [vocab].
 void Engine::Impl::token(Job& job, const float* logits) {
+  if (job.state->cancelled) return end(job, Reason::cancelled);
   try {
     Choice choice = job.sampler.choose(logits);
     if (!job.started) job.first = Clock::now();
@@ -496,27 +511,35 @@ void Engine::Impl::token(Job& job, const float* logits) {
   if (job.finish.completion_tokens == job.limit) end(job, Reason::length);
 }
 
-void Engine::Impl::end(Job& job, Reason reason, const std::string& detail) {
+// Whatever fails on the way, the request ends.
+void Engine::Impl::end(Job& job, Reason reason, std::string_view detail) noexcept {
   if (job.ended) return;
   job.ended = true;
-  if (job.slot >= 0) slots[job.slot].job = nullptr;
+  if (job.slot >= 0) {
+    slots[job.slot].job = nullptr;
+    slots[job.slot].freed = ++freed;
+  }
 
   const auto now = Clock::now();
   Finish& finish = job.finish;
   finish.reason = reason;
-  finish.detail = detail;
   finish.queued_s = seconds(job.submitted, job.slot < 0 ? now : job.begun);
   if (job.slot >= 0) finish.prefill_s = seconds(job.begun, job.started ? job.first : now);
   if (job.started) finish.decode_s = seconds(job.first, now);
-  finish.text = job.stops.push(job.text ? job.text->finish() : "") + job.stops.finish();
+  try {
+    finish.detail = detail;
+    finish.text = job.stops.push(job.text ? job.text->finish() : "") + job.stops.finish();
+  } catch (const std::exception&) {  // no memory
+    finish.reason = Reason::error;
+  }
   {
     const std::lock_guard lock(mutex);
     add(totals, round);
     round = {};
-    ++(reason == Reason::stop        ? totals.stopped
-       : reason == Reason::length    ? totals.full
-       : reason == Reason::cancelled ? totals.cancelled
-                                     : totals.failed);
+    ++(finish.reason == Reason::stop        ? totals.stopped
+       : finish.reason == Reason::length    ? totals.full
+       : finish.reason == Reason::cancelled ? totals.cancelled
+                                            : totals.failed);
   }
   try {
     if (job.request.on_finish) job.request.on_finish(finish);
@@ -526,7 +549,7 @@ void Engine::Impl::end(Job& job, Reason reason, const std::string& detail) {
     const std::lock_guard lock(mutex);
     --running;
     const std::lock_guard state(job.state->mutex);
-    job.state->finish = finish;
+    job.state->finish = std::move(finish);
     job.state->done = true;
   }
   job.state->ended.notify_all();

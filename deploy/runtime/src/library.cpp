@@ -14,19 +14,35 @@ namespace fs = std::filesystem;
 
 namespace {
 
+// Whether a file is called `name` or, with a version behind it, name.1.23.0.
+bool is_version_of(const std::string& file, const std::string& name) {
+  if (file.compare(0, name.size(), name) != 0) return false;
+  const std::string version = file.substr(name.size());
+  return version.empty() || (version[0] == '.' && version.size() > 1 &&
+                             version.find_first_not_of(".0123456789") == std::string::npos);
+}
+
 // The library of this name in a folder, of several the one whose version is the highest; empty.
 fs::path newest(const fs::path& folder, const std::string& name) {
   fs::path best;
-  std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
-    const std::string found = entry.path().filename().string();
-    if (found.compare(0, name.size(), name) != 0) continue;
-    if (best.empty() || strverscmp(found.c_str(), best.filename().c_str()) > 0) best = entry.path();
+  for (const fs::path& path : entries(folder)) {
+    const std::string found = path.filename().string();
+    if (!is_version_of(found, name)) continue;
+    if (best.empty() || strverscmp(found.c_str(), best.filename().c_str()) > 0) best = path;
   }
   return best;
 }
 
 }  // namespace
+
+std::vector<fs::path> entries(const fs::path& folder) {
+  std::vector<fs::path> found;
+  std::error_code error;
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
+    found.push_back(at->path());
+  }
+  return found;
+}
 
 Library::Library(const fs::path& path, const std::string& what, const std::string& fix)
     : path_(path), what_(what), handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {

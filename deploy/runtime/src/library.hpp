@@ -29,9 +29,12 @@ class Library {
 // The folder of the library or program that this function is compiled into.
 std::filesystem::path own_folder();
 
+// What is in a folder; nothing where it cannot be read.
+std::vector<std::filesystem::path> entries(const std::filesystem::path& folder);
+
 // Where a library is: `given` or the environment variable, which name it or a folder with it; else
-// in one of `folders`; else empty. A name matches that begins with `name`, the one with the highest
-// version behind it.
+// in one of `folders`; else empty. A file matches that is called `name`, or so with a version behind
+// it (.1.23.0); the highest is taken.
 //
 // Throws Error: what was given is not there.
 std::filesystem::path find_library(const std::filesystem::path& given, const char* option,

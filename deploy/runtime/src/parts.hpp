@@ -25,6 +25,7 @@ struct Maybe {
 struct Model::Parts {
   Card card;
   int chunk = 256;
+  size_t token_bytes = 0;  // of the cache of one token
   Maybe<Tokenizer> tokenizer;
   Maybe<ChatTemplate> chat;
   std::unique_ptr<Backend> backend;

@@ -119,7 +119,7 @@ Choice Sampler::choose(const float* logits) {
     }
     if (sampling_.logprobs >= 0) report(choice);
   }
-  ++generated_[choice.id];
+  if (sampling_.presence_penalty != 0 || sampling_.frequency_penalty != 0) ++generated_[choice.id];
   if (sampling_.repetition_penalty != 1) seen_.insert(choice.id);
   return choice;
 }

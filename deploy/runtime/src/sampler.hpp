@@ -38,8 +38,8 @@ class Sampler {
   Sampling sampling_;
   size_t vocab_;
   uint64_t drawn_ = 0;
-  std::unordered_set<int32_t> seen_;            // prompt's and new ones
-  std::unordered_map<int32_t, int> generated_;  // times
+  std::unordered_set<int32_t> seen_;            // prompt's and new ones, for repetition_penalty
+  std::unordered_map<int32_t, int> generated_;  // times, for the other penalties
   std::vector<double> scores_;                  // [vocab], biased and penalized
   std::vector<int32_t> order_;                  // token ids, the first sorted_ by their scores
   size_t sorted_ = 0;

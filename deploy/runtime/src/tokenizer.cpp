@@ -203,7 +203,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special) 
 }
 
 std::string Tokenizer::decode(const std::vector<int32_t>& tokens, bool skip_special) const {
-  Decoder::Way way = data_->decoder.way(false);
+  Decoder::Way way = data_->decoder.way(Decoder::Bytes::mended);
   for (const int32_t id : tokens) {
     if (const std::string* token = data_->shown(id, skip_special)) way.take(*token);
   }
@@ -224,6 +224,16 @@ std::optional<std::string> Tokenizer::token(int32_t id) const {
   return *found;
 }
 
+std::string Tokenizer::bytes(int32_t id) const {
+  const std::string* token = data_->token(id);
+  if (!token) return "";
+  Decoder::Way way = data_->decoder.way(Decoder::Bytes::raw);
+  way.take("a");  // some decoders treat the first token of a text in another way
+  const size_t before = way.text().size();
+  way.take(*token);
+  return way.text().substr(before);
+}
+
 bool Tokenizer::is_special(int32_t id) const { return data_->is_special(id); }
 
 struct Tokenizer::Stream::State {
@@ -234,7 +244,7 @@ struct Tokenizer::Stream::State {
 
 Tokenizer::Stream Tokenizer::stream(bool skip_special) const {
   return Stream(std::make_unique<Stream::State>(
-      Stream::State{data_, skip_special, data_->decoder.way(true)}));
+      Stream::State{data_, skip_special, data_->decoder.way(Decoder::Bytes::early)}));
 }
 
 Tokenizer::Stream::Stream(std::unique_ptr<State> state) : state_(std::move(state)) {}

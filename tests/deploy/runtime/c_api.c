@@ -1,4 +1,5 @@
 /* Every function of the C interface, used well and badly: c_api OUT ONNXRUNTIME KERNELS */
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -7,19 +8,20 @@
 static int tokens_seen = 0;
 static anybit_handle* to_cancel = NULL;
 
-static void count(void* user, int32_t token, const char* text, float logprob) {
-  (void)token, (void)logprob;
+static void count(void* user, int32_t token, const char* text, size_t length, float logprob) {
+  (void)token, (void)length, (void)logprob;
   ++tokens_seen;
   strcat((char*)user, text);
 }
 
-static void end(void* user, const anybit_finish* finish, const char* detail, const char* text) {
-  (void)finish, (void)detail;
+static void end(void* user, const anybit_finish* finish, const char* detail, const char* text,
+                size_t length) {
+  (void)finish, (void)detail, (void)length;
   strcat((char*)user, text);
 }
 
-static void cancel(void* user, int32_t token, const char* text, float logprob) {
-  (void)user, (void)token, (void)text, (void)logprob;
+static void cancel(void* user, int32_t token, const char* text, size_t length, float logprob) {
+  (void)user, (void)token, (void)text, (void)length, (void)logprob;
   anybit_cancel(to_cancel);
 }
 
@@ -32,7 +34,7 @@ int main(int argc, char** argv) {
   if (argc != 4) return 2;
   char* error = NULL;
   anybit_options options;
-  anybit_options_init(&options);
+  anybit_options_init(&options, sizeof options);
   options.onnxruntime = argv[2];
   options.kernels = argv[3];
   options.threads = 1;
@@ -50,6 +52,18 @@ int main(int argc, char** argv) {
   } older = {sizeof older, "tpu"};
   if (anybit_open(argv[1], (const anybit_options*)&older, &error)) return 1;
   say("older options", error);
+  /* Nothing behind its end is written, and what it does not have has the defaults. */
+  struct {
+    anybit_options options;
+    char behind[64];
+  } newer;
+  memset(&newer, 'x', sizeof newer);
+  anybit_options_init(&newer.options, offsetof(anybit_options, chunk));
+  const char* rest = (const char*)&newer + offsetof(anybit_options, chunk);
+  while (rest < (const char*)(&newer + 1) && *rest == 'x') ++rest;
+  printf("written: %d\n", rest != (const char*)(&newer + 1) || newer.options.slots != 4);
+  anybit_options_init(&newer.options, sizeof newer); /* of a later version */
+  printf("size: %d %d\n", newer.options.size == sizeof newer, newer.behind[63]);
 
   options.size = sizeof options;
   anybit_engine* engine = anybit_open(argv[1], &options, &error);
@@ -64,8 +78,10 @@ int main(int argc, char** argv) {
   int32_t tokens[4];
   const int64_t length = anybit_encode(engine, "The river and the town", 1, tokens, 4, &error);
   printf("encoded: %d\n", (int)length);
-  char* text = anybit_decode(engine, tokens, 2, 1, &error);
+  size_t bytes = 0;
+  char* text = anybit_decode(engine, tokens, 2, 1, &bytes, &error);
   printf("decoded: %s\n", text);
+  if (bytes != strlen(text)) return 1;
   anybit_free(text);
   if (anybit_encode(NULL, "x", 1, NULL, 0, &error) != -1) return 1;
   say("no engine", error);
@@ -76,7 +92,7 @@ int main(int argc, char** argv) {
 
   char answer[4096] = "";
   anybit_request request;
-  anybit_request_init(engine, &request);
+  anybit_request_init(engine, &request, sizeof request);
   request.text = "The river and the town";
   request.max_new_tokens = 12;
   request.ignore_end = 1;
@@ -106,6 +122,14 @@ int main(int argc, char** argv) {
   request.bias_count = 1;
   if (anybit_submit(engine, &request, &error)) return 1;
   say("wrong bias", error);
+
+  request.bias_tokens = NULL;
+  if (anybit_submit(engine, &request, &error)) return 1;
+  say("no list", error);
+  if (anybit_decode(engine, NULL, 1, 1, NULL, &error)) return 1;
+  anybit_free(error);
+  if (anybit_render_chat(engine, NULL, &content, 1, 1, &error)) return 1;
+  say("no roles", error);
 
   request.bias_count = 0;
   request.max_new_tokens = 100000;

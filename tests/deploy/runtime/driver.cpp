@@ -1,11 +1,13 @@
 // Does what comes as JSON on stdin, and prints what came of it as JSON: requests on a model, tokens
 // chosen from given logits, or what is said of folders.
+#include <fstream>
 #include <iostream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "anybit/anybit.hpp"
 #include "artifact.hpp"
+#include "machine.hpp"
 #include "sampler.hpp"
 
 using Json = nlohmann::json;
@@ -41,7 +43,10 @@ Json card(const anybit::Card& card) {
           {"memory", card.memory.text()},
           {"cache", card.memory.cache},
           {"second_cache", card.memory.second_cache},
-          {"logits", card.memory.logits}};
+          {"logits", card.memory.logits},
+          {"copies", card.memory.copies},
+          {"total", card.memory.total()},
+          {"threads", card.threads}};
 }
 
 Json stats(const anybit::Stats& stats) {
@@ -87,6 +92,15 @@ Json shown(const Result& result) {
           {"completion_tokens", finish.completion_tokens},
           {"prefill_s", finish.prefill_s},
           {"decode_s", finish.decode_s}};
+}
+
+// Bytes of the process's memory that no file has.
+size_t anonymous() {
+  std::ifstream file("/proc/self/status");
+  for (std::string line; std::getline(file, line);) {
+    if (line.compare(0, 8, "RssAnon:") == 0) return std::stoul(line.substr(8)) << 10;
+  }
+  return 0;
 }
 
 Json run(const Json& task) {
@@ -143,7 +157,10 @@ Json run(const Json& task) {
     }
     rounds.push_back(shown_round);
   }
-  return {{"card", card(model->card())}, {"stats", stats(engine.stats())}, {"rounds", rounds}};
+  return {{"card", card(model->card())},
+          {"stats", stats(engine.stats())},
+          {"rounds", rounds},
+          {"anonymous", anonymous()}};
 }
 
 // {"prompt": [...], "sampling": {...}, "logits": [[...] ...]} -> the token, its log probability and the
@@ -175,6 +192,13 @@ Json describe(const Json& task) {
   return errors;
 }
 
+// {"machine": [proc, control]} -> the cores and the memory that the process may use there.
+Json machine(const Json& task) {
+  const anybit::Machine there{task.at("machine").at(0).get<std::string>(),
+                              task.at("machine").at(1).get<std::string>()};
+  return {anybit::usable_cores(there), anybit::free_memory(there)};
+}
+
 }  // namespace
 
 int main() {
@@ -182,6 +206,7 @@ int main() {
     const Json task = Json::parse(std::cin);
     const Json done = task.contains("logits")     ? choose(task)
                       : task.contains("describe") ? describe(task)
+                      : task.contains("machine")  ? machine(task)
                                                   : run(task);
     std::cout << done.dump() << std::endl;
   } catch (const std::exception& error) {

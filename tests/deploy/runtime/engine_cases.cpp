@@ -3,7 +3,9 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <limits>
@@ -45,11 +47,17 @@ struct Watch {
   std::vector<std::vector<Row>> calls;  // their tokens must not be looked at
   std::set<size_t> failing;             // numbers of calls, the first is 0
   std::string lost;
-  bool held = false;  // calls wait
+  bool held = false;   // calls wait
+  size_t passing = 0;  // but for the first of them
 
   void hold(bool value) {
     const std::lock_guard lock(mutex);
     held = value;
+    changed.notify_all();
+  }
+  void pass(size_t count) {
+    const std::lock_guard lock(mutex);
+    passing = count;
     changed.notify_all();
   }
   void wait_for_calls(size_t count) {
@@ -70,7 +78,8 @@ class FakeBackend : public Backend {
     std::unique_lock lock(watch_.mutex);
     watch_.calls.push_back(rows);
     watch_.changed.notify_all();
-    watch_.changed.wait(lock, [&] { return !watch_.held; });
+    const size_t number = watch_.calls.size();
+    watch_.changed.wait(lock, [&] { return !watch_.held || number <= watch_.passing; });
     REQUIRE(rows.size() <= static_cast<size_t>(most_));
     logits_.assign(rows.size() * kVocab, 0.0f);
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -119,6 +128,7 @@ std::string tokenizer_json() {
 
 struct Setting {
   int slots = 4, most = 4, chunk = 8;
+  size_t weights = 1000;  // bytes; the cache of a token is one
   EngineOptions engine;
   Tokens end_tokens;
 };
@@ -131,6 +141,8 @@ struct Bench {
     parts->card.max_context = kContext;
     parts->card.slots = setting.slots;
     parts->card.end_tokens = setting.end_tokens;
+    parts->card.memory.weights = setting.weights;
+    parts->token_bytes = 1;
     parts->chunk = setting.chunk;
     parts->tokenizer.value = Tokenizer::parse(tokenizer_json());
     parts->backend = std::make_unique<FakeBackend>(watch, setting.slots, setting.most);
@@ -422,6 +434,72 @@ TEST_CASE("a prompt that begins like a cached one computes the rest only") {
   bench.engine->submit(asking(prompt, 10, again)).wait();
   CHECK(again.finish.cached_tokens == 29);
   CHECK(again.tokens == first);
+}
+
+TEST_CASE("idle slots with long caches are not computed between others") {
+  for (const bool heavy : {true, false}) {  // weights, against the cache between
+    Setting setting;
+    setting.slots = 3;
+    setting.weights = heavy ? 1000 : 10;
+    Bench bench(setting);
+    std::vector<Answer> answers(4);
+    bench.watch.hold(true);
+    const Handle first = bench.engine->submit(asking({1}, 40, answers[0]));
+    bench.watch.wait_for_calls(1);
+    const Handle between = bench.engine->submit(asking(prompt_of(1, 30), 1, answers[1]));
+    const Handle last = bench.engine->submit(asking({2}, 30, answers[2]));
+    bench.watch.hold(false);
+    first.wait();
+    between.wait();
+    last.wait();
+    CHECK(answers[0].tokens == continuation({1}, 40));
+    CHECK(answers[2].tokens == continuation({2}, 30));
+    const auto three = std::count_if(bench.watch.calls.begin(), bench.watch.calls.end(),
+                                     [](const auto& call) { return call.size() == 3; });
+    CHECK((three > 20) == heavy);
+    CHECK((three == 0) == !heavy);
+  }
+}
+
+TEST_CASE("a request that was cancelled during a call gets no token of it") {
+  for (const size_t call : {1, 3}) {  // the prompt, a later one
+    Bench bench;
+    Answer answer;
+    bench.watch.hold(true);
+    Handle handle = bench.engine->submit(asking({4}, 30, answer));
+    for (size_t i = 1; i < call; ++i) {
+      bench.watch.wait_for_calls(i);
+      bench.watch.pass(i);
+    }
+    bench.watch.wait_for_calls(call);
+    handle.cancel();
+    bench.watch.hold(false);
+    CHECK(handle.wait().reason == Reason::cancelled);
+    CHECK(answer.tokens == continuation({4}, call - 1));
+  }
+}
+
+TEST_CASE("a handle answers on any thread when its engine is gone") {
+  Bench bench;
+  Answer answer;
+  const Handle handle = bench.engine->submit(asking({4}, 3, answer));
+  bench.engine.reset();
+  for (int i = 0; i < 20; ++i) {  // of which one has the number of the engine's
+    std::string refused;
+    std::thread([&] { refused = message([&] { handle.wait(); }); }).join();
+    CHECK(refused.empty());
+  }
+}
+
+TEST_CASE("the engine's own time has the choice of slots in it, and no waiting") {
+  Bench bench;
+  Answer answer;
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  bench.engine->submit(asking({4}, 3, answer)).wait();
+  bench.engine->drain();
+  const Stats stats = bench.engine->stats();
+  CHECK(stats.engine_s > 0);
+  CHECK(stats.engine_s < 0.15);
 }
 
 TEST_CASE("queue, drain and the end of an engine") {

@@ -46,7 +46,7 @@ def test_every_function(
     ((answer,),) = driver(model, [[asked]])["rounds"]
     card = json.loads(said.pop("card"))
     assert card["family"] == "llama"
-    assert card["slots"] == 4
+    assert (card["slots"], card["threads"]) == (4, 1)
     stats = json.loads(said.pop("stats"))
     assert (stats["full"], stats["completion_tokens"], stats["slots"]) == (1, 12, 4)
     size = said.pop("wrong size")
@@ -65,6 +65,11 @@ def test_every_function(
         "no prompt": "prompt: got no tokens, expected at least one. Give some text.",
         "wrong bias": "logit_bias: got 100000, expected a token of 0 to 511. Give ids of the "
         "model's own tokens.",
+        "written": "0",
+        "size": "1 0",
+        "no list": "bias_tokens: got null for 1 of them, expected a list. Pass a list of that many, "
+        "or 0.",
+        "no roles": "roles: got null for 1 of them, expected a list. Pass a list of that many, or 0.",
         "cancelled": "1",
         "after the engine": "0",
         "version": "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 Run = Callable[..., Any]
@@ -217,11 +219,106 @@ def test_bfloat16(alone: Path, refused: Callable[..., str]) -> None:
 
 def test_too_little_memory(artifact: Path, refused: Callable[..., str]) -> None:
     """The cache of 100 slots with 256 tokens of 256 bytes, its copy, and what a call needs."""
-    assert refused(artifact, slots=100, memory_limit=5_000_000) == (
-        "memory: got 5.0 MB, expected 8.5 MB (cache 6.6 MB, its copy 0.1 MB, logits 0.0 MB, "
-        "activations about 1.8 MB; weights 0.2 MB mapped). Load with fewer slots, a smaller "
-        "capacity or a smaller chunk."
+    assert refused(artifact, slots=100, memory_limit=50_000_000) == (
+        "memory: got 50.0 MB, expected 53.8 MB (cache 6.6 MB, its copy 0.1 MB, logits 0.0 MB, "
+        "activations about 1.8 MB, float weights in fp32 0.1 MB, the program about 45.2 MB; weights "
+        "0.2 MB mapped). Load with fewer slots, a smaller capacity or a smaller chunk."
     )
+
+
+def test_memory_is_planned_before_the_library_is_opened(
+    artifact: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "libonnxruntime.so.1").write_text("no library")
+    options = {"memory_limit": 5_000_000, "onnxruntime": str(tmp_path)}
+    assert refused(artifact, **options).startswith("memory: got 5.0 MB, expected ")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plan_is_what_is_taken(
+    tied: bool,
+    tiny_llama: Callable[..., Path],
+    export: Callable[..., Path],
+    tmp_path: Path,
+    driver: Run,
+) -> None:
+    """A head of 50 MB in fp32, of which ONNX Runtime keeps a copy."""
+    model = tiny_llama(vocab_size=200_000, tie_word_embeddings=tied)
+    out = export(model, tmp_path / "out")
+    found = driver(out, [[{"tokens": [1, 2, 3], "max_new_tokens": 2}]])
+    card = found["card"]
+    assert card["copies"] == 200_000 * 64 * 4
+    assert 0.7 * card["total"] < found["anonymous"] < 1.1 * card["total"]
+
+
+def changed_graph(folder: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the graph in an onnx folder, and its record in model.json."""
+    path = folder / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    change(graph)
+    record(folder, graph.SerializeToString())
+
+
+def record(folder: Path, graph: bytes) -> None:
+    (folder / "model.onnx").write_bytes(graph)
+    found = {"bytes": len(graph), "sha256": hashlib.sha256(graph).hexdigest()}
+    edit(folder / "model.json", "files", "model.onnx", value=found)
+
+
+def half_logits(graph: onnx.ModelProto) -> None:
+    (logits,) = (value for value in graph.graph.output if value.name == "logits")
+    logits.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+
+
+def one_more_input(graph: onnx.ModelProto) -> None:
+    graph.graph.input.add().CopyFrom(graph.graph.input[0])
+    graph.graph.input[-1].name = "more"
+
+
+def no_logits(graph: onnx.ModelProto) -> None:
+    del graph.graph.output[0]
+
+
+def other_present(graph: onnx.ModelProto) -> None:
+    graph.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
+    "logits": (half_logits, "got output logits of type 10, expected type 1 of ONNX"),
+    "input": (one_more_input, "got input more, expected a decoder's"),
+    "output": (no_logits, "got no output logits, expected a decoder's"),
+    "cache": (other_present, "got output present.0.key of type 1, expected type 10 of ONNX"),
+}
+
+
+@pytest.mark.parametrize("change, problem", GRAPHS.values(), ids=GRAPHS.keys())
+def test_graphs_that_are_no_decoders(
+    alone: Path,
+    refused: Callable[..., str],
+    change: Callable[[onnx.ModelProto], None],
+    problem: str,
+) -> None:
+    changed_graph(alone, change)
+    assert refused(alone) == (
+        f"{alone}/model.onnx: {problem}. The file is damaged or changed: export the model again."
+    )
+
+
+def test_files_that_are_no_graphs(alone: Path, refused: Callable[..., str]) -> None:
+    whole = (alone / "model.onnx").read_bytes()
+    wrong = [
+        b"",
+        b"\xff" * 30,
+        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+        b"\x3b",
+        whole[:-9],
+    ]
+    for graph in wrong:
+        record(alone, graph)
+        assert refused(alone) == (
+            f"{alone}/model.onnx: got a damaged file, expected an ONNX model. The file is damaged or "
+            f"changed: export the model again."
+        )
 
 
 def test_libraries(artifact: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -229,6 +326,7 @@ def test_libraries(artifact: Path, tmp_path: Path, refused: Callable[..., str]) 
         f"onnxruntime: got {tmp_path}, expected libonnxruntime.so or a folder that has it. Name the "
         f"right one."
     )
+    (tmp_path / "libonnxruntime.so.2.bak").write_text("an older one")
     text = tmp_path / "libonnxruntime.so.1"
     text.write_text("no library")
     message = refused(artifact, onnxruntime=str(tmp_path))

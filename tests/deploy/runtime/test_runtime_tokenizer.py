@@ -55,6 +55,21 @@ def test_every_style_is_the_librarys(style: str, answers: Answers, trained: Any)
         check_text(answers, tokenizer, text)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_the_bytes_of_tokens_are_the_texts(style: str, answers: Answers, trained: Any) -> None:
+    """Also where a token is a part of a character."""
+    tokenizer = parsed(answers, trained(style))
+    parts = 0
+    for text in [*torture(60), "ab \U0001f9ff\U0001f9ff c", source_code()[:5000]]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        raw = [bytes.fromhex(one) for one in answers.ask(bytes=ids)]
+        whole = tokenizer.decode(ids, skip_special_tokens=False).encode()
+        assert b"".join(raw) in (whole, b" " + whole), ascii(text[:200])
+        parts += any(b"\xf0" <= one[-1:] < b"\xf8" for one in raw)
+    assert parts > 0 or style == "metaspace"  # which has no bytes
+    assert answers.ask(bytes=[-1, 10**6]) == ["", ""]
+
+
 @pytest.mark.parametrize("style", ["gpt2", "llama3", "qwen", "llama2", "mistral"])
 def test_wikitext(style: str, answers: Answers, trained: Any) -> None:
     if not WIKITEXT.is_file():

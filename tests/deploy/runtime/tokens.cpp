@@ -1,7 +1,7 @@
 // Answers requests about a tokenizer and a chat template, one JSON object a line:
 // {"parse": text}, {"load": path}, {"encode": bytes in hex, "special": bool}, {"decode": ids, "skip":
-// bool}, {"stream": ids, "skip": bool}, {"time": texts in hex}, {"chat": text}, {"render":
-// messages, "generation": bool}. The answer is {"ok": ...}, or {"error": [where, problem, fix]}.
+// bool}, {"stream": ids, "skip": bool}, {"bytes": ids}, {"time": texts in hex}, {"chat": text},
+// {"render": messages, "generation": bool}. The answer is {"ok": ...}, or {"error": [where, problem, fix]}.
 #include <chrono>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -25,6 +25,15 @@ std::string from_hex(const std::string& hex) {
     bytes += static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16));
   }
   return bytes;
+}
+
+std::string to_hex(const std::string& bytes) {
+  std::string hex;
+  for (const unsigned char byte : bytes) {
+    hex += "0123456789abcdef"[byte >> 4];
+    hex += "0123456789abcdef"[byte & 15];
+  }
+  return hex;
 }
 
 Json streamed(const std::vector<int32_t>& ids, bool skip) {
@@ -62,6 +71,11 @@ Json answer(const Json& ask) {
   if (ask.contains("time")) return timed(ask["time"]);
   if (ask.contains("decode")) return tokenizer->decode(ask["decode"], skip);
   if (ask.contains("stream")) return streamed(ask["stream"], skip);
+  if (ask.contains("bytes")) {
+    Json parts = Json::array();
+    for (const int32_t id : ask["bytes"]) parts.push_back(to_hex(tokenizer->bytes(id)));
+    return parts;
+  }
   if (ask.contains("chat")) {
     chat = anybit::ChatTemplate::parse(ask["chat"].get<std::string>());
     return chat->why_not();

@@ -2,8 +2,9 @@
 
    Functions that can fail return null or a negative number and, where `error` is not null, set
    *error to a text "where: problem. fix." that anybit_free frees. No C++ exception leaves them.
-   Every text is UTF-8 and ends with a zero. Structures begin with their size: set them up with the
-   function that gives the defaults, and programs keep running when later versions add fields. */
+   Every text is UTF-8 and ends with a zero; one that a model wrote may have zeros in it, so its
+   length comes with it. Structures begin with their size: set them up with the function that gives
+   the defaults, and programs keep running when later versions add fields. */
 #ifndef ANYBIT_ANYBIT_H
 #define ANYBIT_ANYBIT_H
 
@@ -12,6 +13,9 @@
 
 #ifdef __cplusplus
 extern "C" {
+#endif
+#ifdef __GNUC__
+#pragma GCC visibility push(default)
 #endif
 
 typedef struct anybit_engine anybit_engine; /* a model, and what runs requests on it */
@@ -49,10 +53,11 @@ typedef struct anybit_finish {
 
 /* Called on the engine's thread; must not block, and may call anybit_cancel only. The texts are gone
    when they return. */
-typedef void (*anybit_on_token)(void* user, int32_t token, const char* text, float logprob);
+typedef void (*anybit_on_token)(void* user, int32_t token, const char* text, size_t length,
+                                float logprob);
 /* detail: the stop string, or what went wrong; text: what was held back and may be shown now. */
 typedef void (*anybit_on_finish)(void* user, const anybit_finish* finish, const char* detail,
-                                 const char* text);
+                                 const char* text, size_t length);
 
 /* A text to continue; the fields are those of anybit::Request and anybit::Sampling. */
 typedef struct anybit_request {
@@ -83,9 +88,10 @@ typedef struct anybit_request {
 #define ANYBIT_VERSION 1
 int anybit_version(void);
 
-void anybit_options_init(anybit_options* options);
-/* The sampling is the one that the model's makers want. */
-void anybit_request_init(const anybit_engine* engine, anybit_request* request);
+/* The defaults. size: sizeof *options of the program's own header; no byte behind it is written. */
+void anybit_options_init(anybit_options* options, size_t size);
+/* The same of a request; the sampling is the one that the model's makers want. */
+void anybit_request_init(const anybit_engine* engine, anybit_request* request, size_t size);
 
 /* Opens OUT of python -m exporter, or its onnx folder; options may be null. */
 anybit_engine* anybit_open(const char* folder, const anybit_options* options, char** error);
@@ -102,9 +108,9 @@ char* anybit_stats(const anybit_engine* engine, char** error);
 /* Writes the first `room` tokens of a text; returns how many it has, or -1. */
 int64_t anybit_encode(const anybit_engine* engine, const char* text, int add_special,
                       int32_t* tokens, size_t room, char** error);
-/* The text of tokens, to be freed by anybit_free. */
+/* The text of tokens, to be freed by anybit_free; its length where `length` is not null. */
 char* anybit_decode(const anybit_engine* engine, const int32_t* tokens, size_t count,
-                    int skip_special, char** error);
+                    int skip_special, size_t* length, char** error);
 /* The prompt of a conversation as the model's chat template says, to be encoded without special
    tokens and freed by anybit_free. */
 char* anybit_render_chat(const anybit_engine* engine, const char* const* roles,
@@ -125,6 +131,9 @@ void anybit_release(anybit_handle* handle);
 /* Frees a text of this library. Null is let pass. */
 void anybit_free(char* text);
 
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 struct Message {
@@ -45,3 +46,4 @@ class ChatTemplate {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop

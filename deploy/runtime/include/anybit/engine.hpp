@@ -8,6 +8,7 @@
 #include "anybit/model.hpp"
 #include "anybit/request.hpp"
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // submit() found as many requests waiting as may wait. Try again later.
@@ -76,3 +77,4 @@ class Engine {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop

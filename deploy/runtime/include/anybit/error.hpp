@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // what() is "where: problem. fix." in one line. The parts may quote anybody's text: each is cut in
@@ -32,3 +33,4 @@ class Error : public std::runtime_error {
 std::string printable(const std::string& text, size_t longest = 120);
 
 }  // namespace anybit
+#pragma GCC visibility pop

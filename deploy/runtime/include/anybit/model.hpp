@@ -12,6 +12,7 @@
 #include "anybit/sampling.hpp"
 #include "anybit/tokenizer.hpp"
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // How a model is opened.
@@ -20,29 +21,29 @@ struct LoadOptions {
   std::string backend = "auto";
   // How many requests run at once, 1 to 1024.
   int slots = 4;
-  // Threads that compute; 0: one for each core that the process may use.
+  // Threads that compute; 0: one for each core that the process may use by its affinity and its
+  // control groups.
   int threads = 0;
   // Most tokens in a slot, prompt and new ones; 0: as many as the model allows.
   int capacity = 0;
   // Most prompt tokens in one call of the model, 1 to 65536: bounds the memory of a call, and how
   // long a running request waits for another's prompt.
   int chunk = 256;
-  // Bytes that the cache and the calls may take; 0: what the machine, or the process's control
-  // group, has free.
+  // Bytes that MemoryPlan::total() may be; 0: what the machine, or the process's control groups,
+  // have free.
   size_t memory_limit = 0;
   // Compare every file with its SHA-256, the weights too (about 3 s a GB). Sizes are compared in
   // any case, and so are the checksums of all files but the weights.
   bool verify = false;
   // The library libonnxruntime.so, or a folder that has it; empty: ANYBIT_ONNXRUNTIME of the
-  // environment, else what the system's linker finds, else the newest of the Python packages
-  // onnxruntime in the usual places.
+  // environment, else beside this library or program, else of the Python package onnxruntime in
+  // VIRTUAL_ENV, CONDA_PREFIX, .venv beside that folder, /usr/local, /usr and ~/.local, else what the
+  // system's linker finds.
   std::filesystem::path onnxruntime;
   // The native kernels, libanybit_onnxruntime.so, or a folder that has it; empty: ANYBIT_KERNELS of
   // the environment, else beside this library or program. "none": the custom nodes run as their
-  // bodies of standard ops, which is much slower.
+  // bodies of standard ops, which is much slower and takes memory that is not planned.
   std::filesystem::path kernels;
-  // Of the TensorRT backend.
-  std::filesystem::path tensorrt, plugins;
 };
 
 // Bytes that a loaded model needs.
@@ -52,9 +53,11 @@ struct MemoryPlan {
   size_t second_cache = 0;  // the copy that a graph with a concatenated cache makes in each call
   size_t logits = 0;        // of the largest call
   size_t activations = 0;   // of the largest call, estimated
-  size_t limit = 0;         // what all but the weights may take together
+  size_t copies = 0;   // ONNX Runtime's own of float matrices, in fp32: a 16-bit head above all
+  size_t program = 0;  // ONNX Runtime itself, the graph and the tokenizer, estimated
+  size_t limit = 0;    // what all but the weights may take together
   // All but the weights.
-  size_t total() const { return cache + second_cache + logits + activations; }
+  size_t total() const { return cache + second_cache + logits + activations + copies + program; }
   // One line for a log.
   std::string text() const;
 };
@@ -73,7 +76,7 @@ struct Card {
   std::string backend;     // such as "ONNX Runtime 1.31.1, native kernels"
   std::string cache_form;  // "static": one buffer, in place; "concat": copied in each call
   int slots = 0;
-  int threads = 0;
+  int threads = 0;        // that compute
   bool verified = false;  // whether the weights' checksum was compared
   // Of report/report.json beside the model: "passed", "failed", or "unknown" where there is none.
   std::string proof = "unknown";
@@ -113,3 +116,4 @@ class Model {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop

@@ -9,6 +9,7 @@
 
 #include "anybit/sampling.hpp"
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // One new token.
@@ -105,3 +106,4 @@ class Handle {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop

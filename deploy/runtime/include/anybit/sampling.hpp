@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // How tokens are chosen. The steps are taken in the order of the fields: bias and penalties change
@@ -12,10 +13,18 @@ namespace anybit {
 // among the fewest whose odds sum up to top_p, of these among those at least min_p times as likely
 // as the best.
 //
-// The draw for the n-th new token (n = 0, 1 ...) depends on the seed and n only: u is the upper 53
-// bits of SplitMix64(seed + n), times 2^-53; the candidates are gone through from the likeliest to
-// the unlikeliest (of equals the lowest id first), and the first at which the sum of odds exceeds u
-// is taken. So a seed gives the same tokens whatever else runs.
+// The draw for the n-th new token (n = 0, 1 ...) depends on the seed and n only. In whole numbers of
+// 64 bits, which wrap around:
+//
+//   z = seed + (n + 1) * 0x9e3779b97f4a7c15
+//   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9
+//   z = (z ^ z >> 27) * 0x94d049bb133111eb
+//   u = ((z ^ z >> 31) >> 11) * 2^-53
+//
+// which is the n-th number of SplitMix64 from this seed (Steele, Lea, Flood 2014). The candidates are
+// gone through from the likeliest to the unlikeliest (of equals the lowest id first), and the first at
+// which the sum of odds exceeds u times their whole sum is taken. So a seed gives the same tokens
+// whatever else runs.
 struct Sampling {
   // Added to the logits of these tokens.
   std::vector<std::pair<int32_t, float>> logit_bias;
@@ -42,3 +51,4 @@ struct Sampling {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#pragma GCC visibility push(default)
 namespace anybit {
 
 // Gives the tokens that Hugging Face's tokenizers library gives. Copies share what they hold; every
@@ -49,6 +50,11 @@ class Tokenizer {
   std::optional<std::string> token(int32_t id) const;       // the token as the file spells it
   bool is_special(int32_t id) const;
 
+  // The bytes that a token stands for inside a text, which need not be whole characters; a special
+  // token's are its name. Those of a text's tokens, joined, are the text, but for a space that some
+  // models put before it. "" where no token has the id.
+  std::string bytes(int32_t id) const;
+
  private:
   struct Data;
   explicit Tokenizer(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
@@ -81,3 +87,4 @@ class Tokenizer::Stream {
 };
 
 }  // namespace anybit
+#pragma GCC visibility pop

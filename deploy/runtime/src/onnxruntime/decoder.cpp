@@ -38,9 +38,9 @@ struct CacheTensor {
   }
 };
 
-std::vector<CacheTensor> cache_tensors(const Session& session) {
+std::vector<CacheTensor> cache_tensors(const Graph& graph) {
   std::vector<CacheTensor> found;
-  for (const auto& [name, input] : session.inputs()) {
+  for (const auto& [name, input] : graph.inputs) {
     if (name.compare(0, kPast.size(), kPast) == 0) {
       found.push_back({name, kPresent + name.substr(kPast.size()), input.type, input.dims});
     }
@@ -51,10 +51,10 @@ std::vector<CacheTensor> cache_tensors(const Session& session) {
 // What both forms share: the inputs of a call that are small, and the logits.
 class Decoder : public Backend {
  public:
-  Decoder(std::unique_ptr<Session> session, int vocab)
+  Decoder(std::unique_ptr<Session> session, const Graph& graph, const CacheForm& form, int vocab)
       : session_(std::move(session)),
-        tensors_(cache_tensors(*session_)),
-        picks_logits_(session_->inputs().count("logits_indices") > 0),
+        tensors_(cache_tensors(graph)),
+        picks_logits_(form.picks_logits),
         vocab_(vocab) {}
 
  protected:
@@ -142,8 +142,9 @@ class Decoder : public Backend {
 // call computes one slot, and no row depends on others.
 class ConcatDecoder : public Decoder {
  public:
-  ConcatDecoder(std::unique_ptr<Session> session, int slots, int vocab)
-      : Decoder(std::move(session), vocab), caches_(static_cast<size_t>(slots)) {}
+  ConcatDecoder(std::unique_ptr<Session> session, const Graph& graph, const CacheForm& form,
+                int slots, int vocab)
+      : Decoder(std::move(session), graph, form, vocab), caches_(static_cast<size_t>(slots)) {}
 
   int most_rows() const override { return 1; }
 
@@ -220,10 +221,11 @@ class Buffer {
 // any range of slots.
 class StaticDecoder : public Decoder {
  public:
-  StaticDecoder(std::unique_ptr<Session> session, int slots, int capacity, int vocab)
-      : Decoder(std::move(session), vocab), slots_(slots), capacity_(capacity) {
+  StaticDecoder(std::unique_ptr<Session> session, const Graph& graph, const CacheForm& form,
+                int slots, int vocab)
+      : Decoder(std::move(session), graph, form, vocab), slots_(slots), capacity_(form.capacity) {
     for (const CacheTensor& tensor : tensors_) {
-      buffers_.emplace_back(tensor.bytes(capacity) * static_cast<size_t>(slots));
+      buffers_.emplace_back(tensor.bytes(capacity_) * static_cast<size_t>(slots));
     }
   }
 
@@ -258,50 +260,62 @@ class StaticDecoder : public Decoder {
 
 }  // namespace
 
-CacheForm cache_form(const Session& session, const Artifact& artifact) {
+CacheForm cache_form(const Graph& graph, const Artifact& artifact) {
   const auto refuse = [&](const std::string& got, const std::string& expected) {
     return Error((artifact.path() / "model.onnx").string(), "got " + got + ", expected " + expected,
                  "The file is damaged or changed: export the model again");
   };
-  const auto& inputs = session.inputs();
-  const auto& outputs = session.outputs();
-  const auto gives = [&](const std::string& name) {
-    return std::find(outputs.begin(), outputs.end(), name) != outputs.end();
-  };
-  CacheForm form;
-  form.is_static = inputs.count("write_indices") > 0;
   const Description& description = artifact.description();
+  CacheForm form;
+  form.is_static = graph.inputs.count("write_indices") > 0;
+  form.picks_logits = graph.inputs.count("logits_indices") > 0;
+  form.capacity = description.cache.capacity;
   if (form.is_static != (description.cache.form == "static")) {
     throw refuse(form.is_static ? "a static cache" : "a cache without write_indices",
                  "the " + description.cache.form + " form of model.json");
   }
-  form.capacity = description.cache.capacity;
-  std::vector<std::string> wanted{"input_ids"};
-  if (!form.is_static) wanted.insert(wanted.end(), {"attention_mask", "position_ids"});
-  for (const std::string& name : wanted) {
-    if (inputs.count(name) == 0) throw refuse("no input " + name, "a decoder's");
+  std::map<std::string, ElementType> inputs{{"input_ids", kInt64}}, outputs{{"logits", kFloat}};
+  if (form.picks_logits) inputs["logits_indices"] = kInt64;
+  for (const char* name : {"attention_mask", "position_ids"}) {
+    if (!form.is_static) inputs[name] = kInt64;
   }
-  if (!gives("logits")) throw refuse("no output logits", "a decoder's");
-  const std::vector<CacheTensor> tensors = cache_tensors(session);
+  if (form.is_static) inputs["write_indices"] = kInt64;
+  const std::vector<CacheTensor> tensors = cache_tensors(graph);
   if (tensors.empty()) throw refuse("no input " + kPast + "0.key", "a decoder's");
   for (const CacheTensor& tensor : tensors) {
-    if (!gives(tensor.present)) throw refuse("no output " + tensor.present, "a decoder's");
     bool known = tensor.dims.size() > kTokens;
     for (size_t i = 1; i < tensor.dims.size(); ++i) {
       known = known && (i == kTokens || tensor.dims[i] > 0);
     }
     if (!known) throw refuse("an input " + tensor.past + " of unknown size", "[B, H, tokens, D]");
     form.token_bytes += tensor.bytes(1);
+    inputs[tensor.past] = outputs[tensor.present] = tensor.type;
   }
+  const auto compare = [&](const std::map<std::string, TensorType>& has, const char* what,
+                           const std::map<std::string, ElementType>& wanted) {
+    for (const auto& [name, type] : wanted) {
+      const auto found = has.find(name);
+      if (found == has.end()) throw refuse(std::string("no ") + what + name, "a decoder's");
+      if (found->second.type != type) {
+        throw refuse(what + name + " of type " + std::to_string(found->second.type),
+                     "type " + std::to_string(type) + " of ONNX");
+      }
+    }
+    for (const auto& [name, type] : has) {
+      if (wanted.count(name) == 0) throw refuse(what + printable(name), "a decoder's");
+    }
+  };
+  compare(graph.inputs, "input ", inputs);
+  compare(graph.outputs, "output ", outputs);
   return form;
 }
 
-std::unique_ptr<Backend> make_backend(std::unique_ptr<Session> session, const CacheForm& form,
-                                      int slots, int vocab) {
+std::unique_ptr<Backend> make_backend(std::unique_ptr<Session> session, const Graph& graph,
+                                      const CacheForm& form, int slots, int vocab) {
   if (form.is_static) {
-    return std::make_unique<StaticDecoder>(std::move(session), slots, form.capacity, vocab);
+    return std::make_unique<StaticDecoder>(std::move(session), graph, form, slots, vocab);
   }
-  return std::make_unique<ConcatDecoder>(std::move(session), slots, vocab);
+  return std::make_unique<ConcatDecoder>(std::move(session), graph, form, slots, vocab);
 }
 
 }  // namespace anybit::ort

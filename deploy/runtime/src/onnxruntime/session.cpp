@@ -80,9 +80,7 @@ Session::Session(const std::filesystem::path& library, const std::filesystem::pa
   api_("ONNX Runtime", Function::kCreateSessionOptions, &raw);
   const Owned<OrtSessionOptions> settings(raw, {&api_, Function::kReleaseSessionOptions});
   api_("ONNX Runtime", Function::kSetSessionLogSeverityLevel, raw, kErrorsOnly);
-  if (options.threads > 0) {
-    api_("threads", Function::kSetIntraOpNumThreads, raw, options.threads);
-  }
+  api_("threads", Function::kSetIntraOpNumThreads, raw, options.threads);
   if (!options.kernels.empty()) {
     void* handle = nullptr;  // stays open
     api_(options.kernels.string(), Function::kRegisterCustomOpsLibrary, raw,
@@ -92,39 +90,6 @@ Session::Session(const std::filesystem::path& library, const std::filesystem::pa
   api_(graph.string(), Function::kCreateSession, static_cast<const OrtEnv*>(env), graph.c_str(),
        static_cast<const OrtSessionOptions*>(raw), &session);
   session_ = {session, {&api_, Function::kReleaseSession}};
-  read_signature();
-}
-
-void Session::read_signature() {
-  const std::string where = "the graph";
-  const auto* session = static_cast<const OrtSession*>(session_.get());
-  const auto name = [&](Function function, size_t i) {
-    char* text = nullptr;
-    api_(where, function, session, i, allocator_, &text);
-    std::string copy = text;
-    api_(where, Function::kAllocatorFree, allocator_, static_cast<void*>(text));
-    return copy;
-  };
-  size_t count = 0;
-  api_(where, Function::kSessionGetInputCount, session, &count);
-  for (size_t i = 0; i < count; ++i) {
-    OrtTypeInfo* info = nullptr;
-    api_(where, Function::kSessionGetInputTypeInfo, session, i, &info);
-    const Owned<OrtTypeInfo> owned(info, {&api_, Function::kReleaseTypeInfo});
-    const OrtTensorTypeAndShapeInfo* shape = nullptr;
-    api_(where, Function::kCastTypeInfoToTensorInfo, static_cast<const OrtTypeInfo*>(info), &shape);
-    InputType& input = inputs_[name(Function::kSessionGetInputName, i)];
-    if (!shape) continue;  // no tensor, none of a decoder's inputs
-    int type = 0;
-    size_t rank = 0;
-    api_(where, Function::kGetTensorElementType, shape, &type);
-    api_(where, Function::kGetDimensionsCount, shape, &rank);
-    input.type = static_cast<ElementType>(type);
-    input.dims.resize(rank);
-    api_(where, Function::kGetDimensions, shape, input.dims.data(), rank);
-  }
-  api_(where, Function::kSessionGetOutputCount, session, &count);
-  for (size_t i = 0; i < count; ++i) outputs_.push_back(name(Function::kSessionGetOutputName, i));
 }
 
 Value Session::tensor(ElementType type, const std::vector<int64_t>& dims) const {

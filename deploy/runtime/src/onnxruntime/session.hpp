@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -55,16 +54,10 @@ template <class T>
 using Owned = std::unique_ptr<T, Release>;
 using Value = Owned<OrtValue>;
 
-// What a graph says of one of its inputs.
-struct InputType {
-  ElementType type = kUndefined;
-  std::vector<int64_t> dims;  // -1 where any size goes
-};
-
 class Session {
  public:
   struct Options {
-    int threads = 0;                // 0: as ONNX Runtime chooses
+    int threads = 1;
     std::filesystem::path kernels;  // empty: the bodies of the custom nodes run
   };
 
@@ -73,8 +66,6 @@ class Session {
           const Options& options);
 
   const Api& api() const { return api_; }
-  const std::map<std::string, InputType>& inputs() const { return inputs_; }
-  const std::vector<std::string>& outputs() const { return outputs_; }
 
   // A tensor of ONNX Runtime's own memory, or of the caller's, which must outlive it.
   Value tensor(ElementType type, const std::vector<int64_t>& dims) const;
@@ -88,15 +79,11 @@ class Session {
            const std::vector<const char*>& output_names, std::vector<Value>& outputs) const;
 
  private:
-  void read_signature();
-
   Api api_;
   Owned<OrtEnv> env_;
   Owned<OrtMemoryInfo> memory_;
   Owned<OrtSession> session_;
   OrtAllocator* allocator_ = nullptr;  // ONNX Runtime's own
-  std::map<std::string, InputType> inputs_;
-  std::vector<std::string> outputs_;
 };
 
 size_t bytes_of(ElementType type);
