@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,24 @@ def test_it_is_what_whole_logits_give(
     assert found.top1 == (logs[0].argmax(-1) == logs[1].argmax(-1)).mean()
     assert [found.float_sample, found.sample] == samples
     assert (found.tokens, found.windows, found.seqlen, found.chance) == (38, 2, 20, 512)
+
+
+def test_both_samples_end_with_the_context(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    continued = quality._continued
+
+    def counted(*arguments: Any) -> list[int]:
+        lengths.append(len(tokens := continued(*arguments)))
+        return tokens
+
+    monkeypatch.setattr(quality, "_continued", counted)
+    checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
+    quant = read_quant(tiny_quant(3, 8) / "quant")
+    windows = np.random.default_rng(0).integers(0, 512, (1, 20))
+    quality.measure_quality(checkpoint, quant, windows, "text", NullProgress(), max_context=20)
+    assert lengths == [4, 4]
 
 
 def test_the_scored_text_or_the_proofs(
