@@ -1,4 +1,6 @@
-"""Quantises the head on what the quantised blocks hand it, and measures what that costs."""
+"""Quantises the head on what the quantised blocks hand it, and measures what that costs in
+perplexity.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["HeadMethod", "HeadTask", "quantise_head"]
 
 _HELD_OUT = 8  # every so many windows one is kept out of the moments, to measure on
-_POSITIONS = 256  # whose logits are in memory together
+_LOGITS = 1 << 22  # that are in memory together, several times over
+_ROWS = 1 << 12  # of the table that become a linear together: fp32 copies are made
 _LARGEST_EXPONENT = 700.0  # of e in fp64
 
 
@@ -41,7 +44,7 @@ class HeadTask:
         gain: of the final norm, [hidden], in the method's basis.
         table: float weights [vocab, hidden] in the basis.
         scheme: how it is to be quantised.
-        limit: the largest rise of perplexity, relative, as quantise_head estimates it; None: any.
+        limit: the largest rise of perplexity, relative; None: any.
         streams: this process's residual streams behind the last block.
         tokens: of these windows, int64 [n, L].
         numbers: of these windows among those of all processes.
@@ -93,13 +96,14 @@ class HeadTask:
         windows that are held out.
         """
         few = self.windows < _HELD_OUT
+        positions = max(1, _LOGITS // len(self.table))
         for place, number in enumerate(self.numbers):
             if not (few or self.held_out(number)):
                 continue
             x = self.inputs(self.streams.quant[place])[:-1]
             yield from zip(
-                x.split(_POSITIONS),
-                self.tokens[place, 1:].to(x.device).split(_POSITIONS),
+                x.split(positions),
+                self.tokens[place, 1:].to(x.device).split(positions),
                 strict=True,
             )
 
@@ -115,68 +119,83 @@ class HeadMethod(Protocol):
         """Codes of the table."""
 
 
+class _QuantizedHead:
+    """The head with its codes."""
+
+    def __init__(self, task: HeadTask, arrays: QuantArrays) -> None:
+        scheme, count = task.scheme, len(arrays.codes)
+        quantizer = None
+        if scheme.abits < FLOAT_BITS:
+            quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
+        self._parts = [
+            FakeQuantLinear(
+                QuantLinear(task.head.name, scheme, arrays.rows(slice(start, start + _ROWS))),
+                quantizer,
+                exact=False,
+            ).to(task.device)
+            for start in range(0, count, _ROWS)
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, hidden] -> [n, vocab]."""
+        return torch.cat([part(x) for part in self._parts], -1)
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
-    """The head's codes, none where it would cost more than the limit, and a report: "bits", the
-    mean loss of the next token in nats with the float and with the quantised head behind the same
-    quantised blocks, the relative "rise" of perplexity from one to the other, the "divergence" of
-    the quantised head's next-token distribution from the float one's (mean KL, nats), standard
-    errors of both over tokens ("rise_error", "divergence_error"), the "tokens" they were measured
-    on, and whether the codes were "kept". A number is None where an activation is none.
+    """The head's codes, none where it would cost more than the limit, and a report.
 
-    The limit holds for the rise that the divergence stands for: the mean of the losses' difference,
-    if the text were drawn from the float model. Which token came next is chance, and on the few
-    tokens of a calibration it moves the measured rise by as much as the limit.
+    The limit is for the rise of perplexity that exp(KL) - 1 stands for, KL(float || quantized) being
+    the mean over tokens of the next token's distributions, with either head behind the same
+    quantized blocks: what the quantized head loses on text as the float head expects it. On the
+    tokens of the text itself the difference of the losses has the same mean where the float head is
+    right, but scatters by more than the limit.
+
+    Returns:
+        The codes, and a report: "bits"; "divergence", that KL in nats, and the relative "rise" of
+        perplexity that it stands for; the mean losses of the text's next token, "loss_float" and
+        "loss_quantized" in nats, and the standard error of their difference, "loss_error", tokens
+        taken as independent; the "tokens" it was measured on, and whether the codes were "kept". A
+        number is None where an activation is none.
     """
-    arrays, scheme = method.head(task), task.scheme
-    quantizer = None
-    if scheme.abits < FLOAT_BITS:
-        quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
-    linear = FakeQuantLinear(QuantLinear(task.head.name, scheme, arrays), quantizer, exact=False)
-    linear.to(task.device)
-    sums = torch.zeros(6, dtype=torch.float64, device=task.device)
+    arrays = method.head(task)
+    linear, cap = _QuantizedHead(task, arrays), task.head.softcap
+    # of the losses, the squares of their difference, the divergences, and the tokens
+    sums = torch.zeros(5, dtype=torch.float64, device=task.device)
     for x, wanted in task.measured():
         before, after = (
-            _log_probabilities(task, scores) for scores in (F.linear(x, task.table), linear(x))
+            (scores if cap is None else PLAIN.softcap(scores, cap)).log_softmax(-1)
+            for scores in (F.linear(x, task.table), linear(x))
         )
-        losses = [F.nll_loss(one, wanted, reduction="none").double() for one in (before, after)]
-        rises = losses[1] - losses[0]
-        divergences = F.kl_div(after, before, reduction="none", log_target=True).sum(-1).double()
-        parts = (*losses, rises.square(), divergences, divergences.square(), torch.ones_like(rises))
-        sums += torch.stack([part.sum() for part in parts])
+        losses = [-found.gather(-1, wanted[:, None]).double() for found in (before, after)]
+        divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+        sums += torch.stack(
+            [
+                *(loss.sum() for loss in losses),
+                (losses[1] - losses[0]).square().sum(),
+                divergence.double().sum(),
+                torch.tensor(float(len(x)), dtype=torch.float64, device=task.device),
+            ]
+        )
     task.ranks.sum([sums])
-    tokens = float(sums[-1])
-    loss, quantised, rises_squared, divergence, squared = (
-        float(part) / tokens for part in sums[:-1]
-    )
-    cost = _relative(divergence)
-    kept = task.limit is None or cost <= task.limit  # NaN is above every limit
+    tokens = int(sums[4])
+    loss_float, loss_quantized, squares, divergence = (float(part / tokens) for part in sums[:4])
+    variance = squares - (loss_quantized - loss_float) ** 2
+    rise = math.expm1(min(divergence, _LARGEST_EXPONENT))
+    kept = task.limit is None or rise <= task.limit  # NaN is above every limit
     report: dict[str, Any] = {
-        "bits": scheme.label,
-        "loss_float": _finite(loss),
-        "loss_quantized": _finite(quantised),
-        "rise": _finite(_relative(quantised - loss)),
-        "rise_error": _finite(_standard_error(quantised - loss, rises_squared, tokens)),
+        "bits": task.scheme.label,
         "divergence": _finite(divergence),
-        "divergence_error": _finite(_standard_error(divergence, squared, tokens)),
-        "tokens": int(tokens),
+        "rise": _finite(rise),
+        "loss_float": _finite(loss_float),
+        "loss_quantized": _finite(loss_quantized),
+        "loss_error": _finite(
+            math.nan if math.isnan(variance) else (max(variance, 0) / tokens) ** 0.5
+        ),
+        "tokens": tokens,
         "kept": kept,
     }
     return BlockResult({task.head.name: arrays} if kept else {}, {}, report)
-
-
-def _log_probabilities(task: HeadTask, scores: Tensor) -> Tensor:
-    cap = task.head.softcap
-    return (scores if cap is None else PLAIN.softcap(scores, cap)).log_softmax(-1)
-
-
-def _relative(nats: float) -> float:
-    """The rise of perplexity that so much more loss is."""
-    return math.expm1(min(nats, _LARGEST_EXPONENT))
-
-
-def _standard_error(mean: float, square: float, tokens: float) -> float:
-    return math.sqrt(max(square - mean**2, 0.0) / tokens)
 
 
 def _finite(value: float) -> float | None:

@@ -78,17 +78,13 @@ class _Block(TypedDict):
     notes: list[str]
 
 
-class _HeadErrors(TypedDict, total=False):  # which earlier versions did not measure
-    rise_error: float | None
-    divergence: float | None
-    divergence_error: float | None
-
-
-class _HeadCost(_HeadErrors):
+class _HeadCost(TypedDict):
     bits: str
+    divergence: float | None
+    rise: float | None
     loss_float: float | None
     loss_quantized: float | None
-    rise: float | None
+    loss_error: float | None
     tokens: Count
     kept: bool
 

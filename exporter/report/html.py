@@ -364,13 +364,13 @@ def _head(data: Data) -> str:
     """Its bits, and what calibration measured them to cost."""
     kept, measured = data["head"], data.get("calibration", {}).get("head")
     now = kept or data["scheme"]["dtype"]
-    if measured is None or measured["rise"] is None:
+    if measured is None or None in measured.values():
         return str(now)
-    error, divergence = measured.get("rise_error"), measured.get("divergence")
-    cost = f"{measured['rise']:+.2%} perplexity"
-    cost += f" (standard error {error:.2%})" if error is not None else ""
-    cost += f" and {divergence:.2g} nats of divergence" if divergence is not None else ""
-    cost += f" on {measured['tokens']} calibration tokens"
+    loss = measured["loss_quantized"] - measured["loss_float"]
+    cost = (
+        f"{measured['rise']:+.2%} perplexity by its KL divergence on {measured['tokens']} calibration "
+        f"tokens (their loss {loss:+.4f}, standard error {measured['loss_error']:.4f})"
+    )
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
 
 
