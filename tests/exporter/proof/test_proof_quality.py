@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from calibration.quant.folder import read_quant
 from calibration.reference.model import FloatReference, float_model, quantised_model
 from exporter.proof import quality
 from exporter.proof.perplexity import EvalRequest
-from exporter.proof.prove import prove
+from exporter.proof.prove import _calibrated_on, prove
 from exporter.proof.validate import ValidateOptions
 
 
@@ -83,8 +84,32 @@ def test_the_scored_text_or_the_proofs(
     options = ValidateOptions(tokens=12, steps=0, model=str(tiny_model_dir))
     own = prove(out, {}, options, None, progress)[1]["quality"]
     assert (own["text"], own["windows"], own["seqlen"]) == ("the project's default text", 4, 12)
+    assert own["seen"] is False  # rounding looks at no text
     scored = EvalRequest(text, first=2, seqlen=32)
     other = prove(out, {}, options, scored, progress)[1]["quality"]
     assert (other["text"], other["windows"], other["seqlen"]) == ("held_out.txt", 2, 32)
     for left_out in (ValidateOptions(tokens=12, steps=0),):  # no float model
         assert prove(out, {}, left_out, None, progress)[1]["quality"] is None
+
+
+@pytest.mark.parametrize(
+    ("calibration", "calib", "request_", "seen"),
+    [
+        ({"windows": [4, 32]}, None, {}, True),
+        ({"windows": [4, 32]}, None, {"calib": "default"}, True),
+        ({"windows": [4, 32]}, "a.txt", {"calib": "a.txt"}, True),
+        ({"windows": [4, 32]}, "b.txt", {"calib": "a.txt"}, False),
+        ({}, None, {}, False),
+    ],
+)
+def test_whether_calibration_has_seen_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: dict[str, Any],
+    calib: str | None,
+    request_: dict[str, Any],
+    seen: bool,
+) -> None:
+    quant = SimpleNamespace(calibration=calibration)
+    monkeypatch.setattr("calibration.quant.folder.read_quant", lambda path, verify: quant)
+    options = ValidateOptions(calib=calib)
+    assert _calibrated_on(Path("out"), {"request": request_}, options) is seen
