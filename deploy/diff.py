@@ -227,6 +227,16 @@ def _report(out: Path) -> dict[str, Any]:
     return read_json(path, "Make the report again") if path.is_file() else {}
 
 
+class _NothingThereError(Exception):
+    """Neither artifact has what a section compares."""
+
+
+def _there(*found: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    if not any(found):
+        raise _NothingThereError
+    return found
+
+
 def _same_layers(first: Path, second: Path) -> Iterator[Difference]:
     """The relative error of every row of the reports, to 3 digits."""
 
@@ -238,7 +248,7 @@ def _same_layers(first: Path, second: Path) -> Iterator[Difference]:
             for row in _report(out).get("validation", {}).get("rows", ())
         }
 
-    yield from _pairs(rows(first), rows(second))
+    yield from _pairs(*_there(rows(first), rows(second)))
 
 
 def _same_quality(first: Path, second: Path) -> Iterator[Difference]:
@@ -251,7 +261,7 @@ def _same_quality(first: Path, second: Path) -> Iterator[Difference]:
         }
         return dict(_flat(data.get("quality") or {})) | dict(_flat(scored, "export"))
 
-    yield from _pairs(found(first), found(second))
+    yield from _pairs(*_there(found(first), found(second)))
 
 
 SECTIONS: dict[str, Callable[[Path, Path], Iterator[Difference]]] = {
@@ -267,8 +277,8 @@ SECTIONS: dict[str, Callable[[Path, Path], Iterator[Difference]]] = {
 # ---------------------------------------------------------------- command
 
 
-def differences(first: Path, second: Path) -> dict[str, list[Difference]]:
-    """{section: what differs}, for every section.
+def differences(first: Path, second: Path) -> dict[str, list[Difference] | None]:
+    """{section: what differs}, for every section; None where neither has what it compares.
 
     Raises:
         InputError: one of them is no artifact with quant/ and onnx/, or is damaged.
@@ -283,13 +293,22 @@ def differences(first: Path, second: Path) -> dict[str, list[Difference]]:
                 f"and {ONNX}",
                 "Give the whole OUT folder",
             )
-    return {name: list(section(first, second)) for name, section in SECTIONS.items()}
+    found: dict[str, list[Difference] | None] = {}
+    for name, section in SECTIONS.items():
+        try:
+            found[name] = list(section(first, second))
+        except _NothingThereError:
+            found[name] = None
+    return found
 
 
-def text(found: Mapping[str, list[Difference]], most: int) -> str:
+def text(found: Mapping[str, list[Difference] | None], most: int) -> str:
     """What differs, section by section; at most `most` lines of each, 0 for all."""
     lines = []
     for name, items in found.items():
+        if items is None:
+            lines.append(f"{name}: not there")
+            continue
         count = f"{len(items)} difference{'s' if len(items) > 1 else ''}"
         lines.append(f"{name}: {count if items else 'same'}")
         shown = items[:most] if most else items
@@ -346,15 +365,29 @@ class Diff(Command):
         add("--json", action="store_true", help="print all of it as one line of JSON")
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
-        """Compare and print; a CheckError where they differ in what --same names."""
+        """Compare and print; an InputError where what --same names is in neither, a CheckError where
+        they differ in it.
+        """
         found = differences(out, args.other)
         if args.json:
-            plain = {name: [asdict(item) for item in items] for name, items in found.items()}
+            plain = {
+                name: None if items is None else [asdict(item) for item in items]
+                for name, items in found.items()
+            }
             print(json.dumps(plain))
         else:
             print(text(found, args.lines))
-        if bad := [name for name in args.same if found[name]]:
-            first = found[bad[0]][0]
+        from calibration.out.folder import command_for
+
+        if missing := [name for name in args.same if found[name] is None]:
+            raise InputError(
+                f"--same {','.join(args.same)}",
+                f"got no {' and no '.join(missing)} in either artifact, expected a report that has "
+                "them",
+                f"Leave them out, or make the reports: {command_for(out, REPORT)}",
+            )
+        if bad := {name: differing for name in args.same if (differing := found[name])}:
+            first = next(iter(bad.values()))[0]
             raise CheckError(
                 f"{out} and {args.other}",
                 f"got other {', '.join(bad)} (first: {first.name}, {_cut(first.first)} and "

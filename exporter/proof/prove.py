@@ -60,8 +60,21 @@ def prove(
     result = validate(out, options, progress)
     result, perplexity = _perplexity(out, result, scored, progress)
     result, quality = _quality(out, result, options, scored, progress)
+    if quality is not None:
+        quality["seen"] = scored is None and _calibrated_on(out, manifest, options)
     found = {"perplexity": perplexity, "quality": quality}
     return result, report_data(out, {**manifest, **found}, result)
+
+
+def _calibrated_on(out: Path, manifest: Mapping[str, Any], options: ValidateOptions) -> bool:
+    """Whether the proof's text is the one that calibration looked at, if it looked at any."""
+    from calibration.quant.folder import read_quant
+
+    text = manifest.get("request", {}).get("calib") or "default"
+    return (
+        bool(read_quant(out / QUANT, verify=False).calibration)
+        and (options.calib or "default") == text
+    )
 
 
 def _perplexity(

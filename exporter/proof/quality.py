@@ -187,12 +187,14 @@ def measure_quality(
     from calibration.reference.model import FloatReference, float_model, quantised_model
 
     tokenizer, prompt = quant.tokenizer(), windows[0, :_PROMPT]
+    context = int(quant.config["max_position_embeddings"])
+    longest = min(max_context or context, context)  # of both samples
     reference = FloatReference(float_model(checkpoint, max_context))
-    float_sample = _continued(reference, prompt, progress)
+    float_sample = _continued(reference, prompt, longest, progress)
     states = FloatStates(reference, windows, progress)
     baseline = states.compare(None, progress).means("the float model")
     model = quantised_model(quant, max_context=max_context)
-    sample = _continued(model, prompt, progress)
+    sample = _continued(model, prompt, longest, progress)
     total = states.compare(model, progress)
     found = total.means("the quantized model")
 
@@ -215,13 +217,13 @@ def measure_quality(
     )
 
 
-def _continued(model: Reference, prompt: ndarray, progress: Progress) -> list[int]:
-    """The most likely tokens behind a prompt."""
+def _continued(model: Reference, prompt: ndarray, longest: int, progress: Progress) -> list[int]:
+    """The most likely tokens behind a prompt, as far as a sequence of `longest` tokens goes."""
     import numpy as np
 
     from exporter.run.reference import TorchSession
 
-    session = TorchSession(model)
+    session = TorchSession(model, max_context=longest)
     logits = session.run(prompt[None], reset=True, last_only=True)
     tokens = [int(logits[0, -1].argmax())]
     while len(tokens) < _SAMPLE and len(prompt) + len(tokens) < session.max_context:

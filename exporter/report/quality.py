@@ -57,9 +57,10 @@ def verdicts(data: Data, export_facts: Iterable[tuple[str, str]]) -> str:
             (f"{quality['kl']:.3g}", "KL divergence, nats"),
             (f"{quality['top1']:.0%}", "same next token as float"),
         ]
+        seen = " It is text that calibration has seen." if quality.get("seen") else ""
         note = (
             f"{quality['tokens']} tokens of {escape(quality['text'])}, {quality['windows']} windows "
-            f"of {quality['seqlen']}, each scored alone."
+            f"of {quality['seqlen']}, each scored alone.{seen}"
         )
     return '<div class="verdicts">{}{}</div>'.format(
         _card(

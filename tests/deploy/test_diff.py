@@ -21,8 +21,28 @@ def differing(first: Path, second: Path) -> list[str]:
 
 
 def test_a_copy_is_the_same(artifact: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diff", str(artifact), str(copy), "--same", ",".join(SECTIONS)]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{name}: same" for name in SECTIONS]
+    there = [name for name in SECTIONS if name not in ("layers", "quality")]
+    assert main(["diff", str(artifact), str(copy), "--same", ",".join(there)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"{name}: same" for name in there),
+        "layers: not there",
+        "quality: not there",
+    ]
+
+
+def test_what_was_not_compared_is_not_the_same(
+    artifact: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither has a report."""
+    assert main(["diff", str(artifact), str(copy), "--same", "graph,layers,quality"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "--same graph,layers,quality: got no layers and no quality in either artifact, expected a "
+        "report that has them. Leave them out, or make the reports: python -m exporter "
+    )
+    assert main(["diff", str(artifact), str(copy), "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["layers"] is None and plain["graph"] == []
 
 
 def test_weights_of_the_onnx_file_alone(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from calibration.quant.folder import read_quant
 from calibration.reference.model import FloatReference, float_model, quantised_model
 from exporter.proof import quality
 from exporter.proof.perplexity import EvalRequest
-from exporter.proof.prove import prove
+from exporter.proof.prove import _calibrated_on, prove
 from exporter.proof.validate import ValidateOptions
 
 
@@ -55,6 +57,24 @@ def test_it_is_what_whole_logits_give(
     assert (found.tokens, found.windows, found.seqlen, found.chance) == (38, 2, 20, 512)
 
 
+def test_both_samples_end_with_the_context(
+    tiny_quant: Callable[..., Path], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    continued = quality._continued
+
+    def counted(*arguments: Any) -> list[int]:
+        lengths.append(len(tokens := continued(*arguments)))
+        return tokens
+
+    monkeypatch.setattr(quality, "_continued", counted)
+    checkpoint = open_checkpoint(str(tiny_model_dir), offline=True)
+    quant = read_quant(tiny_quant(3, 8) / "quant")
+    windows = np.random.default_rng(0).integers(0, 512, (1, 20))
+    quality.measure_quality(checkpoint, quant, windows, "text", NullProgress(), max_context=20)
+    assert lengths == [4, 4]
+
+
 def test_the_scored_text_or_the_proofs(
     tiny_export: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -64,8 +84,32 @@ def test_the_scored_text_or_the_proofs(
     options = ValidateOptions(tokens=12, steps=0, model=str(tiny_model_dir))
     own = prove(out, {}, options, None, progress)[1]["quality"]
     assert (own["text"], own["windows"], own["seqlen"]) == ("the project's default text", 4, 12)
+    assert own["seen"] is False  # rounding looks at no text
     scored = EvalRequest(text, first=2, seqlen=32)
     other = prove(out, {}, options, scored, progress)[1]["quality"]
     assert (other["text"], other["windows"], other["seqlen"]) == ("held_out.txt", 2, 32)
     for left_out in (ValidateOptions(tokens=12, steps=0),):  # no float model
         assert prove(out, {}, left_out, None, progress)[1]["quality"] is None
+
+
+@pytest.mark.parametrize(
+    ("calibration", "calib", "request_", "seen"),
+    [
+        ({"windows": [4, 32]}, None, {}, True),
+        ({"windows": [4, 32]}, None, {"calib": "default"}, True),
+        ({"windows": [4, 32]}, "a.txt", {"calib": "a.txt"}, True),
+        ({"windows": [4, 32]}, "b.txt", {"calib": "a.txt"}, False),
+        ({}, None, {}, False),
+    ],
+)
+def test_whether_calibration_has_seen_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: dict[str, Any],
+    calib: str | None,
+    request_: dict[str, Any],
+    seen: bool,
+) -> None:
+    quant = SimpleNamespace(calibration=calibration)
+    monkeypatch.setattr("calibration.quant.folder.read_quant", lambda path, verify: quant)
+    options = ValidateOptions(calib=calib)
+    assert _calibrated_on(Path("out"), {"request": request_}, options) is seen

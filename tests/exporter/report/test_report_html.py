@@ -304,6 +304,12 @@ def test_the_quality_has_a_badge_of_its_own(
     assert ("46,950" in markup) is ("ppl" in changes and changes["ppl"] > 1000)
 
 
+def test_a_text_that_calibration_has_seen_is_called_so() -> None:
+    for seen in (False, True):
+        text = read(changed(quality={**QUALITY, "seen": seen}))[1]
+        assert ("each scored alone. It is text that calibration has seen." in text) is seen
+
+
 def test_both_models_are_shown_writing() -> None:
     text = read(changed(quality=QUALITY))[1]
     for words in (
