@@ -450,6 +450,7 @@ def _value(value: float | None, form: str) -> str:
 
 _WORST = {
     "export": ["worst operator", "its error", "its limit"],
+    "native": ["worst operator", "its error", "its limit"],
     "weights": ["worst row", "its error", "its limit"],
 }
 
