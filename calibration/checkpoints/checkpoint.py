@@ -229,8 +229,8 @@ class Checkpoint:
     def stored(self, name: str) -> np.ndarray:
         """One tensor as the checkpoint has it. Raises as array()."""
         info = self.decoder.infos.get(name)
-        array = self._weights.array(self._names.stored[info.stored if info else name])
-        array = array[info.rows] if info and info.whole else array
+        rows = info.rows if info and info.whole else None
+        array = self._weights.array(self._names.stored[info.stored if info else name], rows)
         check_finite(f"{self._where}, tensor {name}", array)
         return array
 

@@ -274,13 +274,17 @@ class GgufWeights:
         """Shape of every tensor."""
         return {hf: self._file.tensors[info.gguf].shape for hf, info in self._names.items()}
 
-    def array(self, name: str) -> np.ndarray:
-        """One tensor, dequantized to fp32."""
+    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or some rows of it alone, dequantized to fp32."""
         info = self._names[name]
-        values = dequantized(self._file, info.gguf, self._file.tensors[info.gguf])
+        tensor = self._file.tensors[info.gguf]
+        if rows is not None and not info.rotary and tensor.data.ndim > 1:
+            tensor, rows = replace(tensor, data=tensor.data[rows]), None
+        values = dequantized(self._file, info.gguf, tensor)
         if info.offset:  # these files hold what the decoder multiplies with
             values = values - np.float32(info.offset)
-        return self._rows_in_order(values) if info.rotary else values
+        values = self._rows_in_order(values) if info.rotary else values
+        return values if rows is None else values[rows]
 
     def rope_factors(self) -> np.ndarray | None:
         """Divisors of the rotary frequencies, as LLaMA 3.1 files carry them; see GgufFile.factors."""

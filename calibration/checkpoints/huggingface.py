@@ -37,8 +37,10 @@ class WeightSource(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
 
-    def array(self, name: str) -> np.ndarray:
-        """One tensor in the type it is stored in (GGUF: dequantised to fp32)."""
+    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or some rows of it alone, in the type it is stored in (GGUF: dequantised to
+        fp32).
+        """
 
 
 class SafetensorsWeights:
@@ -54,9 +56,10 @@ class SafetensorsWeights:
         """Shape of every tensor."""
         return {name: entry.shape for name, entry in self._entries.items()}
 
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A view of the file."""
-        return read_tensor(self._files[name], self._entries[name])
+        whole = read_tensor(self._files[name], self._entries[name])
+        return whole if rows is None else whole[rows]
 
 
 class BinWeights:
@@ -71,12 +74,13 @@ class BinWeights:
         """Shape of every tensor."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A view of the file."""
         import ml_dtypes
         import torch
 
-        tensor = self._tensors[name].resolve_neg().contiguous()
+        whole = self._tensors[name]
+        tensor = (whole if rows is None else whole[rows]).resolve_neg().contiguous()
         if tensor.dtype == torch.bfloat16:
             return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
         try:

@@ -33,7 +33,7 @@ def refuse_code(folder: Path) -> None:
     for name in _MAY_NAME_CODE:
         path = folder / name
         named = read_json(path, DOWNLOAD_AGAIN).get("auto_map") if path.exists() else None
-        if named and not _is_known(named):
+        if named and not _is_known(named, folder):
             raise InputError(
                 f"{path}, auto_map",
                 "got classes in Python code of the model's own, expected those of transformers",
@@ -42,11 +42,16 @@ def refuse_code(folder: Path) -> None:
             )
 
 
-def _is_known(auto_map: Any) -> bool:
-    """Whether all that auto_map names is what a family says transformers' classes were made from."""
-    if not isinstance(auto_map, dict):
+def _is_known(auto_map: Any, folder: Path) -> bool:
+    """Whether all that auto_map names is what the model's own family says transformers' classes were
+    made from.
+    """
+    path = folder / _MAY_NAME_CODE[0]
+    architectures = read_json(path, DOWNLOAD_AGAIN).get("architectures") if path.exists() else None
+    if not (isinstance(auto_map, dict) and isinstance(architectures, list) and architectures):
         return False
-    return all(isinstance(name, str) and name in own_code() for name in auto_map.values())
+    known = own_code(str(architectures[0]))
+    return all(isinstance(name, str) and name in known for name in auto_map.values())
 
 
 def load_tokenizer(folder: Path, fix: str) -> Any:

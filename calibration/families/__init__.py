@@ -100,9 +100,10 @@ def aliases() -> dict[str, str]:
     return {alias: hub_id for one in _registry().values() for alias, hub_id in one.aliases.items()}
 
 
-def own_code() -> set[str]:
-    """What auto_map in a config may name; see Family."""
-    return {name for one in _registry().values() for name in one.own_code}
+def own_code(architecture: str) -> tuple[str, ...]:
+    """What auto_map in a config of this architecture may name; see Family."""
+    found = _reader(_registry(), architecture)
+    return found.own_code if found else ()
 
 
 def accepted_architectures() -> list[str]:

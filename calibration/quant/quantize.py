@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizeOptions", "quant_bytes", "quantize_model"]
 
-_MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path")  # of tokenizer_config.json
+# Of tokenizer_config.json: what depends on this machine, and code, which was found to be
+# transformers' own when the tokenizer was read.
+_LEFT_OUT = ("is_local", "local_files_only", "name_or_path", "auto_map")
 
 
 def quantize_model(
@@ -196,7 +198,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
         ) from None
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {key: value for key, value in config.items() if key not in _MACHINE_KEYS})
+    write_json(path, {key: value for key, value in config.items() if key not in _LEFT_OUT})
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(file.relative_to(folder)): sha256_file(file) for file in files}
 

@@ -20,7 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from calibration.__main__ import main
 from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.quant.folder import read_quant
 from calibration.reference.model import FloatReference, float_model
 from plugins.errors import CheckError, InputError
 from tests.conftest import FAMILIES, REPOSITORY, W4A8
@@ -517,6 +519,26 @@ def test_code_that_transformers_own_classes_were_made_from_is_left_aside(
     assert open_checkpoint(str(folder), True).tokenizer()("The river")["input_ids"]
     configure(folder, auto_map=known | {"AutoTokenizer": "own.Own"})
     assert refusal(folder) == f"{folder / 'config.json'}, auto_map: {OWN}. {CODE}"
+
+
+def test_code_of_another_family_is_refused(model: Path) -> None:
+    path = model / "tokenizer_config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({**known, "auto_map": {"AutoTokenizer": "Xenova/gpt-4o"}}))
+    assert refusal(model) == f"{path}, auto_map: {OWN}. {CODE}"
+
+
+def test_a_quant_folder_names_no_code(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama(architecture="Phi3", **FAMILIES["Phi3"]), folder)
+    path = folder / "tokenizer_config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({**known, "auto_map": {"AutoTokenizer": "Xenova/gpt-4o"}}))
+    words = [str(folder), *W4A8, "--method", "rtn", "--out", str(tmp_path / "out"), "--offline"]
+    assert main([*words, "--progress", "none"]) == 0
+    saved = tmp_path / "out/quant/tokenizer_config.json"
+    assert "auto_map" not in json.loads(saved.read_text())
+    assert read_quant(saved.parent).tokenizer()("The river")["input_ids"]
 
 
 def test_nobody_is_asked_whether_code_shall_run(model: Path, tmp_path: Path) -> None:

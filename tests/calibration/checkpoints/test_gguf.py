@@ -100,6 +100,24 @@ def test_files_of_other_families_give_back_their_models(
             torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
 
 
+def test_parts_of_a_fused_tensor_are_dequantized_alone(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = open_checkpoint(str(tiny_llama(architecture="Phi3", **CONVERTED["Phi3"])), True)
+    copy = open_checkpoint(str(write_gguf(tmp_path / "m.gguf", original)), True)
+    read: list[int] = []
+
+    def dequantize(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        read.append(len(data))
+        return gguf.quants.dequantize(data, kind)
+
+    monkeypatch.setattr("calibration.checkpoints.gguf.dequantize", dequantize)
+    for part, rows in (("q_proj", 96), ("k_proj", 48), ("v_proj", 48)):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        np.testing.assert_array_equal(copy.array(name), original.array(name))
+        assert read.pop() == rows and not read
+
+
 def test_the_largest_gemmas_divide_queries_by_another_number() -> None:
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 16}
     for name, layers in (("gemma2", 46), ("gemma3", 62)):
