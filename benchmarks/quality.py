@@ -73,12 +73,21 @@ def open_models(
     arithmetic.
 
     Raises:
-        InputError: a folder cannot be read, has another vocabulary, or two have one name.
+        InputError: a folder cannot be read, has another vocabulary, two have one name, or exports are
+            for contexts with different rotary frequencies.
     """
     from calibration.quant.folder import read_quant
     from calibration.reference.model import FloatReference, float_model, quantised_model
+    from deploy.compare import contexts
 
-    models: dict[str, Reference] = {FLOAT: FloatReference(float_model(checkpoint))}
+    quants = [read_quant(out / "quant") for out in outs]
+    longest = contexts(outs, quants)
+    own = {
+        out: quantised_model(quant, round_activations=False, max_context=most)
+        for out, quant, most in zip(outs, quants, longest, strict=True)
+    }
+    whole = float_model(checkpoint, longest[0] if longest else None)
+    models: dict[str, Reference] = {FLOAT: FloatReference(whole)}
     for path in (*outs, *folders):
         name = path.resolve().name
         if name in models:
@@ -87,11 +96,7 @@ def open_models(
                 f"got a second model named {name}, expected different names",
                 "Rename the folder",
             )
-        models[name] = model = (
-            FloatReference(_hf_model(path))
-            if path in folders
-            else quantised_model(read_quant(path / "quant"), round_activations=False)
-        )
+        models[name] = model = FloatReference(_hf_model(path)) if path in folders else own[path]
         got, expected = model.vocab, checkpoint.config.vocab_size
         if got != expected:
             raise InputError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.quant.scheme import QuantScheme
 
 __all__ = ["EFFORTS", "CalibrationSettings", "MethodSettings", "calibration_settings"]
@@ -45,6 +46,8 @@ class CalibrationSettings:
             limit.
         method: the switches of the method, of the type that it declares.
         method_file: where the method is if it is not one of the package.
+        max_context: most tokens of a sequence of the export, whose rotary frequencies count however
+            long the windows are; None is the model's context.
     """
 
     effort: str = "default"
@@ -55,6 +58,7 @@ class CalibrationSettings:
     max_memory: int | None = None
     method: Any = MethodSettings()
     method_file: Path | None = None
+    max_context: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What the result depends on, as plain JSON: where activations are kept changes nothing,
@@ -68,6 +72,14 @@ class CalibrationSettings:
             "seed": self.seed,
             "switches": dataclasses.asdict(self.method),
         }
+
+    def stamp(self, checkpoint: Checkpoint) -> list[Any]:
+        """What the numbers of a model depend on: of the text nothing, which counts by what is in it,
+        and of max_context the rotary frequencies.
+        """
+        context = self.max_context or int(checkpoint.config.max_position_embeddings)
+        ropes = [rope.frequencies(rope.long(context)) for rope in checkpoint.decoder.ropes]
+        return [self.as_dict() | {"calib": ""}, ropes]
 
 
 EFFORTS: Mapping[str, Mapping[str, int]] = {  # how much data; a method's settings have the rest

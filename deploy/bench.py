@@ -6,28 +6,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.out.layout import DATA_FILE, ENGINE_FILE
-from deploy.command import Command, add_runner
+from calibration.out.layout import DATA_FILE, ENGINE_FILE, MODEL_FILE, ONNX
+from deploy.command import Command, add_runner, check_file
 from exporter.run.model import AUTO
 from plugins.cli import whole_number
+from plugins.cores import usable_cores
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from exporter.run.model import Model
     from exporter.run.sessions import DecoderSession
 
 __all__ = ["COMMAND", "BenchRequest", "Timed", "bench", "table"]
 
-_COPIED = 1 << 27  # bytes of the copy that measures the memory's speed, more than caches hold
-_COPIES = 5
+_READ = 1 << 28  # bytes whose reading measures the memory's speed, more than caches hold
+_READS = 5
+_BY_ROWS = {("Gather", 0), ("RotaryEmbedding", 1), ("RotaryEmbedding", 2)}  # operators' inputs
+_MANY = 20  # times from which on percentiles say more than the maximum does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,9 @@ class Timed:
 
     Attributes:
         out, runner: which, and who ran it.
-        bytes: of its weights' file, which a decode step reads but for embedding rows of other tokens.
+        bytes: of its weights' file.
+        step: bytes that a decode step has to read on average, weights and KV cache; None where
+            the runner does not read them from the ONNX file into the CPU.
         prefill, decode: seconds of each call, in order.
         tokens: of a prefill, and of a decode step, all sequences together.
     """
@@ -65,6 +73,7 @@ class Timed:
     out: str
     runner: str
     bytes: int
+    step: float | None
     tokens: Mapping[str, int]
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -88,7 +97,8 @@ def bench(request: BenchRequest, clock: Callable[[], float] = time.perf_counter)
             vocab = model.description.sizes["vocab_size"]
             tokens = {"prefill": request.batch * request.prompt, "decode": request.batch}
             size = _weights(model.folder.path)
-            timed = Timed(str(out), model.runner.name, size, tokens)
+            step = _step_bytes(model, request) if model.runner.stage == ONNX else None
+            timed = Timed(str(out), model.runner.name, size, step, tokens)
             work.append((session, _prompt(model.tokenizer(), vocab, request), timed))
         for count in range(request.rounds + 1):
             for session, ids, timed in work:
@@ -113,6 +123,28 @@ def _weights(folder: Path) -> int:
     paths = [folder / name for name in (DATA_FILE, ENGINE_FILE) if (folder / name).is_file()]
     paths = paths or sorted(folder.glob("*.safetensors"))
     return sum(path.stat().st_size for path in paths)
+
+
+def _step_bytes(model: Model, request: BenchRequest) -> float:
+    """What a decode step reads: each initializer once, of tables that are looked up alone a row for
+    each sequence, and the keys and values of all tokens before it.
+    """
+    import onnx
+
+    graph = onnx.load(model.folder.file(MODEL_FILE), load_external_data=False).graph
+    reads: dict[str, set[bool]] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            reads.setdefault(name, set()).add((node.op_type, place) in _BY_ROWS)
+    weights = 0
+    for tensor in graph.initializer:
+        size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        dims = list(tensor.dims)
+        if dims and reads.get(tensor.name) == {True}:
+            dims[0] = min(dims[0], request.batch)
+        weights += math.prod(dims) * size
+    cached = request.prompt + (request.new - 1) / 2  # tokens, on average
+    return weights + request.batch * cached * model.description.cache.token_bytes
 
 
 def _prompt(tokenizer: object, vocab: int, request: BenchRequest) -> np.ndarray:
@@ -140,22 +172,24 @@ def _round(
 
 
 def bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
-    """Bytes a second that a copy reads and writes here, the best of a few."""
+    """Bytes a second that a thread for each usable core read here together, the best of a few."""
     import numpy as np
 
-    source = np.ones(_COPIED, np.uint8)
-    target = np.empty_like(source)
+    threads = usable_cores()
+    parts = np.array_split(np.ones(_READ // 8, np.int64), threads)
     best = float("inf")
-    for _ in range(_COPIES):
-        began = clock()
-        np.copyto(target, source)
-        best = min(best, clock() - began)
-    return 2 * _COPIED / best
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_READS):
+            began = clock()
+            list(pool.map(np.add.reduce, parts))
+            best = min(best, clock() - began)
+    return _READ / best
 
 
 def summary(timed: Timed, speed: float) -> dict[str, dict[str, float]]:
-    """{phase: {"min", "median", "p90", "p99" in ms, "tokens_per_second"}}; of decode also the share of
-    the memory's speed that reading the weights once a step is.
+    """{phase: {"min", "median", "p90", "p99" in ms, "tokens_per_second"}}, the percentiles only of 20
+    times or more; of decode also the share of the memory's speed that reading what a step needs
+    is, where that is known.
     """
     import numpy as np
 
@@ -163,18 +197,16 @@ def summary(timed: Timed, speed: float) -> dict[str, dict[str, float]]:
     for phase, seconds in (("prefill", timed.prefill), ("decode", timed.decode)):
         if not seconds:
             continue
-        least, median, p90, p99 = (
-            float(value) for value in np.percentile(seconds, [0, 50, 90, 99])
+        places = {"min": 0, "median": 50} | (
+            {"p90": 90, "p99": 99} if len(seconds) >= _MANY else {}
         )
         found[phase] = {
-            "min": least * 1e3,
-            "median": median * 1e3,
-            "p90": p90 * 1e3,
-            "p99": p99 * 1e3,
-            "tokens_per_second": timed.tokens[phase] / median,
+            name: 1e3 * float(np.percentile(seconds, place)) for name, place in places.items()
         }
-        if phase == "decode":
-            found[phase]["of_bandwidth"] = timed.bytes / median / speed
+        median = found[phase]["median"] / 1e3
+        found[phase]["tokens_per_second"] = timed.tokens[phase] / median
+        if phase == "decode" and timed.step is not None:
+            found[phase]["of_bandwidth"] = timed.step / median / speed
     return found
 
 
@@ -182,9 +214,13 @@ def table(results: Sequence[Timed], speed: float) -> str:
     """Lines for people."""
     lines = [f"{'ms':<10}{'min':>10}{'median':>10}{'p90':>10}{'p99':>10}{'tokens/s':>12}"]
     for timed in results:
-        lines.append(f"{timed.out}, {timed.runner}, {timed.bytes / 1e6:.1f} MB of weights")
+        reads = "" if timed.step is None else f", {timed.step / 1e6:.1f} MB read by a decode step"
+        lines.append(f"{timed.out}, {timed.runner}, {timed.bytes / 1e6:.1f} MB of weights{reads}")
         for phase, found in summary(timed, speed).items():
-            cells = "".join(f"{found[name]:>10.2f}" for name in ("min", "median", "p90", "p99"))
+            cells = "".join(
+                f"{found[name]:>10.2f}" if name in found else f"{'-':>10}"
+                for name in ("min", "median", "p90", "p99")
+            )
             end = (
                 f"  {found['of_bandwidth']:.0%} of {speed / 1e9:.1f} GB/s"
                 if "of_bandwidth" in found
@@ -200,8 +236,9 @@ class Bench(Command):
     name = "bench"
     help = "time of a prefill and of decode steps"
     description = (
-        "Time prefill and decode: min, median, p90, p99, tokens a second, and the share of the "
-        "memory's measured speed. Two artifacts take turns."
+        "Time prefill and decode: min, median, p90 and p99 of 20 times or more, tokens a second, and, "
+        "where the CPU runs the ONNX file, the share of the memory's measured speed. Two artifacts "
+        "take turns."
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -237,12 +274,17 @@ class Bench(Command):
             batch=args.batch,
             rounds=args.rounds,
         )
-        speed, results = bandwidth(), bench(request)
+        if args.json:
+            check_file("--json", args.json)
+        results, peak = bench(request), peak_rss()
+        speed = bandwidth()  # whose memory is none of the models'
         print(printable(table(results, speed), keep="\n"))
-        print(f"{peak_rss() / 1e6:.0f} MB at the peak")
+        print(
+            f"{peak / 1e6:.0f} MB at the peak, the whole process{' with both' if args.vs else ''}"
+        )
         if args.json:
             rows = [asdict(timed) | {"summary": summary(timed, speed)} for timed in results]
-            value = {"bandwidth": speed, "peak_rss": peak_rss(), "results": rows}
+            value = {"bandwidth": speed, "peak_rss": peak, "results": rows}
             args.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +11,9 @@ from typing import ClassVar
 from calibration.out.layout import ONNX
 from exporter.run import runners
 from exporter.run.model import AUTO, CPU
+from plugins.errors import InputError
 
-__all__ = ["Command", "add_progress", "add_runner"]
+__all__ = ["Command", "add_progress", "add_runner", "check_file"]
 
 
 class Command(ABC):
@@ -66,3 +68,22 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "rich", "plain", "json", "none"),
         help="json: one object per line on stdout",
     )
+
+
+def check_file(option: str, path: Path) -> None:
+    """Look whether a result can be written, before the work for it; changes nothing.
+
+    Raises:
+        InputError: it is a folder, lies in none, or may not be written.
+    """
+    problem = ""
+    if path.is_dir():
+        problem = "a folder"
+    elif not path.parent.is_dir():
+        problem = f"a file in {path.parent}, which is no folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "a place that may not be written"
+    if problem:
+        raise InputError(
+            f"{option} {path}", f"got {problem}, expected a file to write", "Choose another file"
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import MANIFEST, QUANT
-from deploy.command import Command, add_progress
+from deploy.command import Command, add_progress, check_file
 from plugins.cli import whole_number
 from plugins.errors import InputError
 from plugins.text import printable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from calibration.progress import Progress
     from calibration.quant.folder import QuantModel
 
-__all__ = ["COMMAND", "CompareRequest", "Row", "compare", "markdown", "plot", "table"]
+__all__ = ["COMMAND", "CompareRequest", "Row", "compare", "contexts", "markdown", "plot", "table"]
 
 FLOAT = "float"
 _WIDTH, _HEIGHT, _EDGE = 720, 400, 60  # of the plot, in pixels
@@ -33,7 +33,8 @@ class CompareRequest:
 
     Attributes:
         outs: artifact folders of one float model.
-        text: a file as calibration.text_file.read_text takes it; None is the project's own text.
+        text: a file as calibration.text_file.read_text takes it; None is the project's own text,
+            which calibration has seen unless it was given another.
         model: the float model; None is the one that the first artifact names.
         first: windows from the beginning; 0 is all.
         seqlen: tokens of a window; 0 is 2048, or the context if that is less.
@@ -80,15 +81,16 @@ def compare(request: CompareRequest, progress: Progress) -> list[Row]:
     checkpoint = open_checkpoint(request.model or _model(request.outs[0]), offline=True)
     for out, quant in zip(request.outs, quants, strict=True):
         _check(out, quant, checkpoint)
-    windows = _windows(request, checkpoint)
+    longest = contexts(request.outs, quants)
+    windows = _windows(request, checkpoint, min(longest))
     progress.start("compare", len(windows) * (1 + len(quants)))
-    states = FloatStates(FloatReference(float_model(checkpoint)), windows, progress)
+    states = FloatStates(FloatReference(float_model(checkpoint, longest[0])), windows, progress)
     sizes = quants[0].sizes
     found = states.compare(None, progress).means(FLOAT)
     whole, bits = int(sizes["model_float_bytes"]), 8 * sizes["linear_float_bytes"]
     rows = [_row(FLOAT, quants[0].scheme.dtype, "", whole, bits / sizes["linear_weights"], found)]
-    for out, quant in zip(request.outs, quants, strict=True):
-        model = quantised_model(quant, round_activations=False)
+    for out, quant, most in zip(request.outs, quants, longest, strict=True):
+        model = quantised_model(quant, round_activations=False, max_context=most)
         found = states.compare(model, progress).means(str(out))
         whole, bits = int(quant.sizes["model_quant_bytes"]), quant.sizes["bits_per_weight"]
         rows.append(_row(str(out), quant.label, quant.scheme.method, whole, bits, found))
@@ -125,11 +127,43 @@ def _check(out: Path, quant: QuantModel, checkpoint: Any) -> None:
         )
 
 
-def _windows(request: CompareRequest, checkpoint: Any) -> Any:
+def contexts(outs: Sequence[Path], quants: Sequence[QuantModel]) -> list[int]:
+    """Most tokens of a sequence of each artifact.
+
+    Raises:
+        InputError: they are exports of contexts for which one model has different rotary frequencies.
+    """
+    from exporter.proof.validate import max_context
+
+    found = [max_context(out, quant) for out, quant in zip(outs, quants, strict=True)]
+    long = [
+        [rope.long(most) for rope in quant.decoder.ropes]
+        for quant, most in zip(quants, found, strict=True)
+    ]
+    for out, most, turns in zip(outs, found, long, strict=True):
+        if turns != long[0]:
+            raise InputError(
+                str(out),
+                f"got an export for {most} tokens beside one for {found[0]} ({outs[0]}), expected the "
+                f"same rotary frequencies in both, which longrope changes in between",
+                "Export both with the same --max-seq",
+            )
+    return found
+
+
+def _windows(request: CompareRequest, checkpoint: Any, longest: int) -> Any:
     from calibration.data import default_text, text_tokens, windows_from_tokens
     from exporter.proof.perplexity import select_windows, text_windows, window_length
 
     context = int(checkpoint.config.max_position_embeddings)
+    if any(rope.short is not None for rope in checkpoint.decoder.ropes):
+        context = longest  # beyond it the float model turns otherwise
+        if request.seqlen > context:
+            raise InputError(
+                "--seqlen",
+                f"got {request.seqlen}, expected at most {context}, the context of the exports",
+                "Give less, or export with a larger --max-seq",
+            )
     seqlen, vocab = window_length(context, request.seqlen), checkpoint.decoder.vocab
     if request.text is not None:
         windows = text_windows(checkpoint.tokenizer(), request.text, seqlen, vocab)
@@ -137,6 +171,13 @@ def _windows(request: CompareRequest, checkpoint: Any) -> Any:
         tokens = text_tokens(checkpoint.tokenizer(), default_text(), vocab, "the default text")
         windows = windows_from_tokens(tokens, seqlen)
     return windows[select_windows(len(windows), 0, min(request.first, len(windows)))]
+
+
+def _text_of(request: CompareRequest) -> str:
+    """What the numbers are of."""
+    if request.text is not None:
+        return printable(str(request.text))
+    return "the project's own text, which calibration has seen unless --calib named another"
 
 
 # ---------------------------------------------------------------- output
@@ -247,7 +288,12 @@ class Compare(Command):
         """The other artifacts, the text, and where the table goes."""
         add = parser.add_argument
         add("more", metavar="OUT", nargs="*", type=Path, help="further artifacts")
-        add("--text", type=Path, metavar="FILE", help="held-out text (default: the project's own)")
+        add(
+            "--text",
+            type=Path,
+            metavar="FILE",
+            help="held-out text (default: the project's own, which is the default of --calib too)",
+        )
         add("--model", metavar="MODEL", help="the float model (default: as OUT names it)")
         add(
             "--first",
@@ -279,17 +325,22 @@ class Compare(Command):
             first=args.first,
             seqlen=args.seqlen,
         )
+        files = (
+            ("--csv", args.csv, comma_separated),
+            ("--markdown", args.markdown, markdown),
+            ("--plot", args.plot, plot),
+        )
+        for option, path, _ in files:
+            if path is not None:
+                check_file(option, path)
         progress = make_progress(args.progress)
         try:
             rows = compare(request, progress)
         finally:
             progress.close()
         print(printable(table(rows), keep="\n"))
-        for path, write in (
-            (args.csv, comma_separated),
-            (args.markdown, markdown),
-            (args.plot, plot),
-        ):
+        print(f"on {_text_of(request)}")
+        for _, path, write in files:
             if path is not None:
                 path.write_text(write(rows), encoding="utf-8")
 

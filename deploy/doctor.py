@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploy.command import Command
+from plugins.cores import allowed_memory, usable_cores
 
 __all__ = ["COMMAND", "Finding", "findings"]
 
@@ -74,15 +75,27 @@ def _gpu() -> Finding:
 
     found = gpu_capabilities()
     text = ", ".join(f"compute capability {capability}" for capability in found)
+    if text and (version := _driver_version()):
+        text += f"; driver {version}"
     driver = "Install NVIDIA's driver, or run on a machine with an NVIDIA GPU"
     return Finding("has", "GPU", text, driver)
+
+
+def _driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Of NVIDIA's kernel module; "" where the system does not say."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = re.search(r"^NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _version(module: str) -> str:
     """Of a module that imports; a package may be there without its libraries."""
     try:
         return str(importlib.import_module(module).__version__)
-    except (ImportError, OSError, AttributeError):
+    except Exception:  # libraries raise what they like where a driver or a file is missing
         return ""
 
 
@@ -119,7 +132,9 @@ def _cpu() -> str:
     there = set(flags[1].split()) if flags else set()
     features = ", ".join(feature for feature in _FEATURES if feature in there)
     model = name[1] if name else platform.machine()
-    return f"{model}, {os.cpu_count()} threads; {features or 'no AVX2'}"
+    usable, there_are = usable_cores(), os.cpu_count()
+    cores = f"{usable} threads" if usable == there_are else f"{usable} of {there_are} threads"
+    return f"{model}, {cores} to be used; {features or 'no AVX2'}"
 
 
 def _memory() -> str:
@@ -128,16 +143,21 @@ def _memory() -> str:
     except OSError:
         return "unknown"
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return f"{int(found[1]) * 1024 / 1e9:.1f} GB free" if found else "unknown"
+    if found is None:
+        return "unknown"
+    free, room = int(found[1]) * 1024, allowed_memory()
+    limit = ", as a control group allows" if room is not None and room < free else ""
+    return f"{min(free, free if room is None else room) / 1e9:.1f} GB free{limit}"
 
 
 def _abilities(parts: dict[str, Finding]) -> Iterator[Finding]:
     """What the parts allow: by every way of doing it the first part that is missing."""
+    kernels = "native kernels" if parts["native kernels"].ok else "g++"  # which compiles them
     tensorrt = "tensorrt" if parts["tensorrt"].ok and parts["GPU"].ok else "tensorrt_rtx"
     can = {
         "quantize and export": ("torch",),
         "run with onnxruntime": ("onnxruntime",),
-        "run with native kernels": ("onnxruntime", "g++"),
+        "run with native kernels": ("onnxruntime", kernels),
         "build an engine": (tensorrt, "polygraphy", "nvcc", "g++"),
         "run an engine": ("GPU", tensorrt, "polygraphy"),
         "prove an export": ("torch", "onnxruntime", "polygraphy"),

@@ -9,11 +9,22 @@ import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, ENGINE, ENGINE_FILE, MODEL_FILE, ONNX, QUANT
 from deploy.command import Command
-from deploy.trtexec import cache_arrays, engine_record, input_groups, tool_of, write_scripts
+from deploy.scripts import (
+    WHICH,
+    cache_arrays,
+    command,
+    engine_record,
+    head,
+    script,
+    shape_words,
+    write_scripts,
+)
+from deploy.target import check_target
+from deploy.trtexec import tool_of
 from exporter.engine.record import EngineRecord
 from plugins.cli import whole_number
 from plugins.errors import InputError
@@ -25,8 +36,17 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "scripts", "write_case"]
 
-_WHICH: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
-_BREAK = " \\\n    "
+_ENGINE = "trt.engine"  # that a script builds
+_PHASES = ("prefill", "decode")
+_LEFT = (  # what this command writes besides the scripts, and what they do
+    *(name for phase in _PHASES for name in (f"{phase}.npz", f"golden_{phase}.json")),
+    *("inputs.py", "with_plugins.py", "__pycache__", "lib", _ENGINE),
+)
+_ANY = -100.0  # decibels that any finite numbers have
+_NOT_JUDGED = """if [ "${1:-}" != --force ]; then
+    echo "Not judged: at these bits any difference may be honest. --force shows it." >&2
+    exit 2
+fi"""
 _LOADER = '''"""The inputs of one call each, as ONNX Runtime had them; polygraphy --data-loader-script takes
 inputs.py:prefill and inputs.py:decode."""
 
@@ -113,7 +133,7 @@ def _run(out: Path, tokens: int) -> Case:
     found: Case = {}
     with OnnxSession(model.folder.path, description.max_context) as session:
         calls = _recorded(session)
-        for phase in ("prefill", "decode"):
+        for phase in _PHASES:
             logits = session.run(np.array([ids], np.int64), last_only=True)
             found[phase] = calls[-1]
             ids = logits[0, -1:].argmax(-1)
@@ -146,61 +166,47 @@ def scripts(out: Path) -> dict[str, str]:
     Raises:
         InputError: OUT has no quant folder, or the engine's record is damaged.
     """
-    threshold = _threshold(out)
+    limit = _limit(out)
+    judged = [] if limit is not None else [_NOT_JUDGED]
+    accept = (
+        f"--compare snr --snr-threshold {_ANY if limit is None else -20 * math.log10(limit):.1f}"
+    )
+
+    def runs(what: str, record: EngineRecord | None, *commands: list[str]) -> str:
+        return script(
+            *_start(out, what, record),
+            *judged,
+            *(command([*words, accept]) for words in commands),
+        )
+
+    cpu = (_run_words(phase, ["--onnxrt"]) for phase in _PHASES)
+    inspect = f'polygraphy inspect model "$OUT"/{ONNX}/{MODEL_FILE} --show layers attrs'
     made = {
-        "cpu": "\n".join(
-            [
-                *_head(out, "ONNX Runtime on the CPU against the golden outputs"),
-                *(_run_words(phase, threshold, ["--onnxrt"]) for phase in ("prefill", "decode")),
-                "",
-            ]
-        ),
-        "inspect": "\n".join(
-            [
-                *_head(out, "What the graph is"),
-                f'polygraphy inspect model "$OUT"/{ONNX}/{MODEL_FILE} --show layers attrs',
-                "",
-            ]
-        ),
+        "cpu": runs("ONNX Runtime on the CPU against the golden outputs", None, *cpu),
+        "inspect": script(*_start(out, "What the graph is"), inspect),
     }
     if not (out / ENGINE).is_dir():
         return made
     record = engine_record(out)
     build = _build_words(record)
-    made["convert"] = "\n".join(
-        [
-            *_head(out, "Build an engine", record),
-            _BREAK.join(
-                [f'polygraphy convert "$OUT"/{ONNX}/{MODEL_FILE}', "-o trt.engine", *build]
-            ),
-            "",
-        ]
+    made["convert"] = script(
+        *_start(out, "Build an engine", record),
+        command([f'polygraphy convert "$OUT"/{ONNX}/{MODEL_FILE}', f"-o {_ENGINE}", *build]),
     )
+    engines = []
     for index, profile in enumerate(record["profiles"]):
-        words = ["--trt", *build, f"--optimization-profile {index}"]
-        run = _run_words(profile["name"], threshold, words)
-        what = f"TensorRT against the golden outputs, {profile['name']}"
-        made[profile["name"]] = "\n".join([*_head(out, what, record), run, ""])
-    runs = [
-        _run_words(
-            profile["name"],
-            threshold,
-            ["--trt", "--model-type engine", f"--optimization-profile {index}"],
-            f"{ENGINE}/{ENGINE_FILE}",
-        )
-        for index, profile in enumerate(record["profiles"])
-    ]
-    what = "The built engine against the golden outputs"
-    made["engine"] = "\n".join([*_head(out, what, record), *runs, ""])
+        name, place = profile["name"], f"--optimization-profile {index}"
+        words = _run_words(name, ["--trt", *build, place])
+        made[name] = runs(f"TensorRT against the golden outputs, {name}", record, words)
+        words = ["--trt", "--model-type engine", place]
+        engines.append(_run_words(name, words, f"{ENGINE}/{ENGINE_FILE}"))
+    made["engine"] = runs("The built engine against the golden outputs", record, *engines)
     return made
 
 
-def _head(out: Path, what: str, record: EngineRecord | None = None) -> list[str]:
+def _start(out: Path, what: str, record: EngineRecord | None = None) -> list[str]:
     lines = [
-        "#!/usr/bin/env bash",
-        f"# {what}",
-        "set -euo pipefail",
-        f"OUT={shlex.quote(str(out.resolve()))}",
+        *head(out, what),
         'cd "$(dirname "$0")"',
         'polygraphy() { "${PYTHON:-python3}" with_plugins.py "$@"; }',
     ]
@@ -226,42 +232,30 @@ def _head(out: Path, what: str, record: EngineRecord | None = None) -> list[str]
 def _build_words(record: EngineRecord) -> list[str]:
     """Types, both profiles, and how attention is computed."""
     words = ["--strongly-typed"] if "--stronglyTyped" in tool_of(record).build else []
-    for profile in record["profiles"]:
-        for which in _WHICH:
-            shapes = [
-                f'"${{cache{place}[@]/%/:{_size(profile["inputs"][names[0]][which])}}}"'
-                if len(names) > 1
-                else f"'{names[0]}:{_size(profile['inputs'][names[0]][which])}'"
-                for place, (_, names) in enumerate(input_groups(record))
-            ]
+    for index in range(len(record["profiles"])):
+        for which in WHICH:
+            shapes = shape_words(
+                record, index, which, lambda shape: str(list(shape)).replace(" ", "")
+            )
             words.append(f"--trt-{which}-shapes {' '.join(shapes)}")
     if record.get("decomposable_attention"):
         words.append("--decomposable-attentions")
     return words
 
 
-def _size(shape: list[int]) -> str:
-    return f"[{','.join(map(str, shape))}]"
-
-
-def _run_words(
-    phase: str, threshold: str, words: list[str], model: str = f"{ONNX}/{MODEL_FILE}"
-) -> str:
+def _run_words(phase: str, words: list[str], model: str = f"{ONNX}/{MODEL_FILE}") -> list[str]:
     """polygraphy run on a phase's inputs, against its golden outputs."""
-    return _BREAK.join(
-        [
-            f'polygraphy run "$OUT"/{model}',
-            *words,
-            f"--data-loader-script inputs.py:{phase}",
-            f"--load-outputs golden_{phase}.json",
-            threshold,
-        ]
-    )
+    return [
+        f'polygraphy run "$OUT"/{model}',
+        *words,
+        f"--data-loader-script inputs.py:{phase}",
+        f"--load-outputs golden_{phase}.json",
+    ]
 
 
-def _threshold(out: Path) -> str:
-    """How near the outputs have to be: the proof's limit of accumulated errors, as a signal to noise
-    ratio; without one any numbers pass.
+def _limit(out: Path) -> float | None:
+    """How near the outputs have to be: the proof's limit of accumulated errors; None where any error
+    may be honest.
     """
     from calibration.out.folder import open_stage
     from calibration.quant.folder import read_quant
@@ -273,9 +267,7 @@ def _threshold(out: Path) -> str:
         open_stage(out, QUANT, "the limits of errors").path, verify=False
     )
     nodes = gemm_nodes(load_model(out / ONNX), quant.decoder)
-    limit = decoder_stack(quant, nodes).limit("kernel", "logits")
-    decibels = -100.0 if limit is None else -20 * math.log10(limit)
-    return f"--compare snr --snr-threshold {decibels:.1f}"
+    return decoder_stack(quant, nodes).limit("kernel", "logits")
 
 
 class Polygraphy(Command):
@@ -304,7 +296,8 @@ class Polygraphy(Command):
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Write and say what there is."""
         made = scripts(out)
-        paths = write_scripts(made, args.to, out)
+        check_target(args.to, out, "polygraphy", [*(f"{name}.sh" for name in made), *_LEFT])
+        paths = write_scripts(made, args.to)
         write_case(out, args.to, args.tokens)
         for path in paths:
             print(path)

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import HTML_FILE, JSON_FILE, MANIFEST
 from deploy.command import Command, add_progress
+from deploy.target import check_target
 from exporter.run import runners
 from plugins.cli import whole_number
-from plugins.errors import CheckError, InputError
+from plugins.errors import CheckError
 
 if TYPE_CHECKING:
     from calibration.progress import Progress
     from exporter.proof.judge import LayerReport
     from exporter.proof.validate import ValidateOptions, ValidationResult
 
-__all__ = ["COMMAND", "check_target", "prove_artifact", "table"]
+__all__ = ["COMMAND", "prove_artifact", "summary", "table"]
 
 
 def prove_artifact(
@@ -50,7 +51,7 @@ def prove_artifact(
 
     stages_in(out)  # says what is wrong with a folder that is none
     if to is not None:
-        check_target(to, out)
+        check_target(to, out, "proof", (HTML_FILE, JSON_FILE))
     check_files(out)
     manifest = read_manifest(out / MANIFEST)
     request: dict[str, Any] = manifest["request"]
@@ -69,31 +70,6 @@ def prove_artifact(
 def _recorded_text(request: dict[str, Any]) -> str | None:
     """The text of the calibration; None for the project's own."""
     return None if (text := request.get("calib")) == "default" else text
-
-
-def check_target(to: Path, out: Path) -> None:
-    """Look whether a report may be written into a folder.
-
-    Raises:
-        InputError: it lies in the artifact, or has other files in it.
-    """
-    where, there, own = f"--to {to}", to.resolve(), out.resolve()
-    if there.is_relative_to(own) or own.is_relative_to(there):
-        raise InputError(
-            where,
-            f"got a folder in or around the artifact {out}, expected one beside it",
-            f"Choose another, such as --to {out}-proof",
-        )
-    if not to.exists():
-        return
-    names = [path.name for path in to.iterdir()] if to.is_dir() else [to.name]
-    if strangers := sorted(set(names) - {HTML_FILE, JSON_FILE}):
-        raise InputError(
-            where,
-            f"got a folder with other files in it ({strangers[0]}), expected a new one, or an "
-            "earlier report's",
-            "Choose another --to",
-        )
 
 
 def table(result: ValidationResult) -> str:
@@ -189,9 +165,8 @@ class Prove(Command):
         add(
             "--tokens",
             type=whole_number(1),
-            default=64,
             metavar="N",
-            help="of the prefill (default 64)",
+            help="of the prefill (default 64, or what crosses an attention window, up to 1024)",
         )
         add(
             "--layers",
@@ -245,12 +220,22 @@ class Prove(Command):
                 f"See {args.to / HTML_FILE}" if args.to else "--to FOLDER writes the whole report"
             )
             raise CheckError(f"proof of {out}", result.first_failure, page)
-        print(f"Proven: {_summary(result.rows)} within tolerance.")
+        print(summary(result.rows))
 
 
-def _summary(rows: Sequence[LayerReport]) -> str:
-    levels = dict.fromkeys(row.level for row in rows)
-    return f"{len(rows)} tensors at {len(levels)} levels ({', '.join(levels)})"
+def summary(rows: Sequence[LayerReport]) -> str:
+    """What was proven: rows that were held against a limit; what was only shown proves nothing."""
+    judged = [row for row in rows if row.judged]
+    levels = dict.fromkeys(row.level for row in judged)
+    shown = [level for level in dict.fromkeys(row.level for row in rows) if level not in levels]
+    parts = ["Nothing is proven: no error has a limit."]
+    if judged:
+        names = f"{len(levels)} level{'s' * (len(levels) > 1)} ({', '.join(levels)})"
+        parts = [f"Proven: {len(judged)} tensors at {names} within tolerance."]
+    if left := len(rows) - len(judged):
+        named = f" ({', '.join(shown)})" if shown else ""
+        parts.append(f"{left} shown, not judged{named}.")
+    return " ".join(parts)
 
 
 COMMAND = Prove()

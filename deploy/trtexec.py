@@ -10,34 +10,38 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from calibration.out.folder import command_for
 from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD, MODEL_FILE, ONNX
 from deploy.command import Command
-from exporter.engine.record import EngineRecord, read_engine_record
+from deploy.scripts import (
+    WHICH,
+    Which,
+    cache_arrays,
+    command,
+    engine_record,
+    head,
+    script,
+    shape_words,
+    write_scripts,
+)
+from deploy.target import check_target
+from exporter.engine.record import EngineRecord
 from plugins.errors import CheckError, InputError
 
 __all__ = [
     "COMMAND",
     "TOOLS",
     "Tool",
-    "cache_arrays",
-    "engine_record",
-    "input_groups",
     "latencies",
     "scripts",
     "tool_of",
-    "write_scripts",
 ]
 
-_WHICH: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
-_BREAK = " \\\n    "
 _BUILD = "build"
-_CACHE = re.compile(r"(past_key_values)\.(\d+)\.(\w+)")
+_ENGINE = "trtexec.engine"  # that the script builds in the current folder
 _MEASURED = ("min", "median", "percentile(90%)", "percentile(99%)")  # in trtexec's words
 
 
@@ -91,89 +95,7 @@ def tool_of(record: EngineRecord) -> Tool:
     return known[max(fitting)]
 
 
-# ---------------------------------------------------------------- shapes
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [
-        (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
-        for part in re.split(r"(\d+)", name)
-    ]
-
-
-def input_groups(record: EngineRecord) -> list[tuple[str, list[str]]]:
-    """Inputs of the same shapes in every profile: (bash words for their names, the names). The cache of
-    all layers is a word with braces where it is that regular; any other input is its own name.
-    """
-    profiles = [profile["inputs"] for profile in record["profiles"]]
-    groups: dict[str, list[str]] = {}
-    for name in sorted(profiles[0], key=_natural):
-        alike = repr([sorted(inputs[name].items()) for inputs in profiles])
-        groups.setdefault(alike if _CACHE.fullmatch(name) else name, []).append(name)
-    return [
-        (_braces(names) or " ".join(map(shlex.quote, names)), names) for names in groups.values()
-    ]
-
-
-def _braces(names: Sequence[str]) -> str:
-    """past_key_values.{0..29}.{key,value} for just these names; "" where they are others."""
-    parsed = [found.groups() for name in names if (found := _CACHE.fullmatch(name))]
-    if not parsed:
-        return ""
-    layers = [*dict.fromkeys(int(layer) for _, layer, _ in parsed)]
-    parts = [*dict.fromkeys(part for *_, part in parsed)]
-    first, last = layers[0], layers[-1]
-    regular = [
-        f"past_key_values.{layer}.{part}" for layer in range(first, last + 1) for part in parts
-    ]
-    if list(names) != regular or first == last:
-        return ""
-    kinds = f"{{{','.join(parts)}}}" if len(parts) > 1 else parts[0]
-    return f"past_key_values.{{{first}..{last}}}.{kinds}"
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _shapes(
-    flag: str, record: EngineRecord, index: int, which: Literal["min", "opt", "max"]
-) -> str:
-    """--minShapes and its like of a profile, as a bash word."""
-    inputs, words = record["profiles"][index]["inputs"], []
-    for place, (word, names) in enumerate(input_groups(record)):
-        size = _size(inputs[names[0]][which])
-        words.append(f'"${{cache{place}[@]/%/:{size}}}"' if len(names) > 1 else f"{word}:{size}")
-    return f'{flag}="$(join {" ".join(words)})"'
-
-
-def cache_arrays(record: EngineRecord) -> list[str]:
-    """Lines of bash that set an array cache0, cache1, ... for every group of several inputs."""
-    return [
-        f"cache{place}=({word})"
-        for place, (word, names) in enumerate(input_groups(record))
-        if len(names) > 1
-    ]
-
-
 # ---------------------------------------------------------------- scripts
-
-
-def engine_record(out: Path) -> EngineRecord:
-    """OUT/engine/engine.json.
-
-    Raises:
-        InputError: there is no engine, or its record is damaged.
-    """
-    path = out / ENGINE / ENGINE_RECORD
-    if not path.is_file():
-        raise InputError(
-            str(path),
-            "got no such file, expected the record of a built engine",
-            f"Build one with: {command_for(out, ENGINE)}",
-        )
-    return read_engine_record(path.parent)
 
 
 def scripts(out: Path) -> dict[str, str]:
@@ -190,19 +112,18 @@ def scripts(out: Path) -> dict[str, str]:
     return made
 
 
-def _head(out: Path, record: EngineRecord, what: str) -> list[str]:
+def _start(out: Path, record: EngineRecord, what: str) -> list[str]:
     return [
-        "#!/usr/bin/env bash",
-        f"# {what}, {record['edition']} {record['version']}",
-        "set -euo pipefail",
-        f"OUT={shlex.quote(str(out.resolve()))}",
+        *head(out, f"{what}, {record['edition']} {record['version']}"),
         'join() { local IFS=,; echo "$*"; }',
         *cache_arrays(record),
     ]
 
 
-def _command(words: Sequence[str]) -> str:
-    return _BREAK.join(words)
+def _shapes(flag: str, record: EngineRecord, index: int, which: Which) -> str:
+    """--minShapes and its like of a profile, as a bash word."""
+    words = shape_words(record, index, which, lambda shape: "x".join(map(str, shape)))
+    return f'{flag}="$(join {" ".join(words)})"'
 
 
 def _plugins(record: EngineRecord, tool: Tool) -> str:
@@ -214,20 +135,20 @@ def _build_script(out: Path, record: EngineRecord, tool: Tool) -> str:
     its GPU.
     """
     profiles = record["profiles"]
-    lines = _head(out, record, "Build the same engine from the ONNX file")
+    lines = _start(out, record, "Build the same engine from the ONNX file")
     words = [
         tool.program,
         f'--onnx="$OUT"/{ONNX}/{MODEL_FILE}',
-        '--saveEngine="${ENGINE:-trtexec.engine}"',
+        f'--saveEngine="${{ENGINE:-{_ENGINE}}}"',
         _plugins(record, tool),
         *tool.build,
     ]
     for index in range(len(profiles)):
         words.append(f"--profile={index}")
-        words += [_shapes(f"--{which}Shapes", record, index, which) for which in _WHICH]
+        words += [_shapes(f"--{which}Shapes", record, index, which) for which in WHICH]
     if tool.attention and (names := record.get("attentions")):
         words.append(f"{tool.attention}={shlex.quote(','.join(names))}")
-    return "\n".join([*lines, _command(words), ""])
+    return script(*lines, command(words))
 
 
 def _time_script(out: Path, record: EngineRecord, tool: Tool, index: int) -> str:
@@ -241,29 +162,7 @@ def _time_script(out: Path, record: EngineRecord, tool: Tool, index: int) -> str
         f"--useProfile={index}",
         _shapes("--shapes", record, index, "opt"),
     ]
-    return "\n".join([*_head(out, record, what), _command(words), ""])
-
-
-def write_scripts(made: Mapping[str, str], folder: Path, out: Path) -> list[Path]:
-    """Write NAME.sh of each into a folder, which may be there; returns their paths.
-
-    Raises:
-        InputError: the folder lies in OUT.
-    """
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise InputError(
-            f"--to {folder}",
-            f"got a folder in the artifact {out}, expected one elsewhere",
-            "Choose another --to",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, text in made.items():
-        path = folder / f"{name}.sh"
-        path.write_text(text, encoding="utf-8")
-        path.chmod(0o755)
-        paths.append(path)
-    return paths
+    return script(*_start(out, record, what), command(words))
 
 
 # ---------------------------------------------------------------- running
@@ -342,7 +241,9 @@ class Trtexec(Command):
         """Do what is asked."""
         made = scripts(out)
         if args.to is not None:
-            for path in write_scripts(made, args.to, out):
+            names = [*(f"{name}.sh" for name in made), _ENGINE]
+            check_target(args.to, out, "trtexec", names)
+            for path in write_scripts(made, args.to):
                 print(path)
         elif not args.run:
             print("\n".join(made.values()), end="")

@@ -131,7 +131,10 @@ def within_context(request: ExportRequest, context: int, progress: Progress) -> 
             f"--max-seq: cut from {request.max_seq} to {context} tokens, the context that the model "
             f"was made for."
         )
-    return replace(request, max_seq=min(request.max_seq or _MAX_SEQ, context))
+    longest = min(request.max_seq or _MAX_SEQ, context)
+    return replace(
+        request, max_seq=longest, settings=replace(request.settings, max_context=longest)
+    )
 
 
 class Stage(ABC):
@@ -196,7 +199,8 @@ class QuantStage(Stage):
         """The model's files, the settings and the text."""
         return [
             self.checkpoint.stamp(),
-            self.request.quantization() | {"calib": ""},  # its content follows
+            self.request.budget,
+            self.request.settings.stamp(self.checkpoint),
             self.schemes.as_dict(),
             text_digest(self.request.settings.calib),
             self.request.format,

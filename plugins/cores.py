@@ -1,4 +1,6 @@
-"""How many processor cores this process may use: those it is bound to, and what a container allows."""
+"""How many processor cores and how much memory this process may use: those of the machine, and what a
+container allows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import math
 import os
 from pathlib import Path, PurePosixPath
 
-__all__ = ["usable_cores"]
+__all__ = ["allowed_memory", "usable_cores"]
 
 
 def usable_cores(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int:
@@ -22,12 +24,26 @@ def usable_cores(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgrou
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
-    quotas = [_quota(folder) for folder in _groups(proc, control)]
+    quotas = [_quota(folder) for folder in _groups("cpu", proc, control)]
     return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
 
 
-def _groups(proc: Path, control: Path) -> list[Path]:
-    """The folders of the process's control group and of those above it; a limit of any counts."""
+def allowed_memory(
+    proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Bytes that the process's control groups allow beyond what they have; None without a limit.
+
+    Args:
+        proc, control: as of usable_cores.
+    """
+    rooms = [_room(folder) for folder in _groups("memory", proc, control)]
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _groups(controller: str, proc: Path, control: Path) -> list[Path]:
+    """The folders of the process's control group of a controller and of those above it; a limit of
+    any counts.
+    """
     try:
         lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,9 +51,9 @@ def _groups(proc: Path, control: Path) -> list[Path]:
     found = []
     for line in lines:
         _, names, path = line.split(":", 2)
-        if names and "cpu" not in names.split(","):  # version 2 names none
+        if names and controller not in names.split(","):  # version 2 names none
             continue
-        root = control / "cpu" if names else control
+        root = control / controller if names else control
         own = PurePosixPath(path.lstrip("/"))
         found += [root / folder for folder in (own, *own.parents)]
     return found
@@ -55,4 +71,25 @@ def _quota(folder: Path) -> float | None:
             )
         return int(limit) / int(period) if limit not in ("max", "-1") else None
     except (OSError, ValueError):
+        return None
+
+
+def _room(folder: Path) -> int | None:
+    """Bytes that a control group allows beyond what it has; None without a limit. Cached files count
+    for what it has only as long as nobody needs the memory.
+    """
+    first, second = (
+        ("memory.max", "memory.current"),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        ),
+    )
+    names = first if (folder / first[0]).exists() else second
+    try:
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = dict(line.split() for line in lines).get("inactive_file", "0")
+        return max(limit - used + int(cached), 0)
+    except (OSError, ValueError):  # such as max
         return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -176,7 +176,8 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()
         }
         schemes = {site: job.scheme_of(block.name(site)) for site in block.sites}
-        rope = Rope.of(checkpoint, job.windows.shape[1], device, block.rope)
+        length, most = job.windows.shape[1], job.settings.max_context
+        rope = Rope.of(checkpoint, length, device, block.rope, most)
         if index < finished:
             result = job.store.load(index)
             gains = {
@@ -235,8 +236,11 @@ def _head(
 ) -> dict[str, Any]:
     """The report of the head, which the store has afterwards."""
     decoder, ranks = job.checkpoint.decoder, job.ranks
+    stamp = [scheme.as_dict(), job.head_limit]  # its own: the blocks do not depend on it
     if finished > decoder.layers:
-        return job.store.load(decoder.layers).report
+        found = job.store.load(decoder.layers).report
+        if found["stamp"] == stamp:
+            return dict(found["head"])
     assert isinstance(job.method, HeadMethod)
     gain, table = (
         basis.tensor(job.checkpoint, name).to(device)
@@ -261,15 +265,21 @@ def _head(
         ),
     )
     if ranks.first:
-        job.store.save(decoder.layers, result)
+        kept = replace(result, report={"stamp": stamp, "head": result.report})
+        job.store.save(decoder.layers, kept)
     ranks.wait()
     return result.report
 
 
 def _head_line(report: Mapping[str, Any]) -> str:
     kept = "" if report["kept"] else ", which is too much: it stays in floating point"
-    rise = "unknown" if report["rise"] is None else f"{report['rise']:+.3%}"
-    return f"head {report['bits']}: change of perplexity {rise}{kept}"
+    if any(value is None for value in report.values()):
+        return f"head {report['bits']}: change of perplexity unknown{kept}"
+    loss = report["loss_quantized"] - report["loss_float"]
+    return (
+        f"head {report['bits']}: {report['rise']:+.3%} perplexity by its KL divergence{kept} (loss of "
+        f"the text {loss:+.5f}, standard error {report['loss_error']:.5f})"
+    )
 
 
 def _check_range(block: Block, streams: Streams, ranks: Ranks) -> None:

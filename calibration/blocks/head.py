@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["HeadMethod", "HeadTask", "quantise_head"]
 
 _HELD_OUT = 8  # every so many windows one is kept out of the moments, to measure on
-_POSITIONS = 256  # whose logits are in memory together
+_LOGITS = 1 << 22  # that are in memory together, several times over
+_ROWS = 1 << 12  # of the table that become a linear together: fp32 copies are made
 _LARGEST_EXPONENT = 700.0  # of e in fp64
 
 
@@ -95,13 +96,14 @@ class HeadTask:
         windows that are held out.
         """
         few = self.windows < _HELD_OUT
+        positions = max(1, _LOGITS // len(self.table))
         for place, number in enumerate(self.numbers):
             if not (few or self.held_out(number)):
                 continue
             x = self.inputs(self.streams.quant[place])[:-1]
             yield from zip(
-                x.split(_POSITIONS),
-                self.tokens[place, 1:].to(x.device).split(_POSITIONS),
+                x.split(positions),
+                self.tokens[place, 1:].to(x.device).split(positions),
                 strict=True,
             )
 
@@ -117,36 +119,80 @@ class HeadMethod(Protocol):
         """Codes of the table."""
 
 
+class _QuantizedHead:
+    """The head with its codes."""
+
+    def __init__(self, task: HeadTask, arrays: QuantArrays) -> None:
+        scheme, count = task.scheme, len(arrays.codes)
+        quantizer = None
+        if scheme.abits < FLOAT_BITS:
+            quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
+        self._parts = [
+            FakeQuantLinear(
+                QuantLinear(task.head.name, scheme, arrays.rows(slice(start, start + _ROWS))),
+                quantizer,
+                exact=False,
+            ).to(task.device)
+            for start in range(0, count, _ROWS)
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, hidden] -> [n, vocab]."""
+        return torch.cat([part(x) for part in self._parts], -1)
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
-    """The head's codes, none where it would cost more than the limit, and a report: "bits", the
-    mean loss of the next token in nats with the float and with the quantised head behind the same
-    quantised blocks, the relative "rise" of perplexity from one to the other (None where an
-    activation is no number), the "tokens" it was measured on, and whether the codes were "kept".
+    """The head's codes, none where it would cost more than the limit, and a report.
+
+    The limit is for the rise of perplexity that exp(KL) - 1 stands for, KL(float || quantized) being
+    the mean over tokens of the next token's distributions, with either head behind the same
+    quantized blocks: what the quantized head loses on text as the float head expects it. On the
+    tokens of the text itself the difference of the losses has the same mean where the float head is
+    right, but scatters by more than the limit.
+
+    Returns:
+        The codes, and a report: "bits"; "divergence", that KL in nats, and the relative "rise" of
+        perplexity that it stands for; the mean losses of the text's next token, "loss_float" and
+        "loss_quantized" in nats, and the standard error of their difference, "loss_error", tokens
+        taken as independent; the "tokens" it was measured on, and whether the codes were "kept". A
+        number is None where an activation is none.
     """
-    arrays, scheme = method.head(task), task.scheme
-    quantizer = None
-    if scheme.abits < FLOAT_BITS:
-        quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
-    linear = FakeQuantLinear(QuantLinear(task.head.name, scheme, arrays), quantizer, exact=False)
-    linear.to(task.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=task.device)
+    arrays = method.head(task)
+    linear, cap = _QuantizedHead(task, arrays), task.head.softcap
+    # of the losses, the squares of their difference, the divergences, and the tokens
+    sums = torch.zeros(5, dtype=torch.float64, device=task.device)
     for x, wanted in task.measured():
-        for index, scores in enumerate((F.linear(x, task.table), linear(x))):
-            cap = task.head.softcap
-            logits = scores if cap is None else PLAIN.softcap(scores, cap)
-            sums[index] += F.cross_entropy(logits, wanted, reduction="sum").double()
-        sums[2] += len(x)
+        before, after = (
+            (scores if cap is None else PLAIN.softcap(scores, cap)).log_softmax(-1)
+            for scores in (F.linear(x, task.table), linear(x))
+        )
+        losses = [-found.gather(-1, wanted[:, None]).double() for found in (before, after)]
+        divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+        sums += torch.stack(
+            [
+                *(loss.sum() for loss in losses),
+                (losses[1] - losses[0]).square().sum(),
+                divergence.double().sum(),
+                torch.tensor(float(len(x)), dtype=torch.float64, device=task.device),
+            ]
+        )
     task.ranks.sum([sums])
-    before, after = (float(part / sums[2]) for part in sums[:2])
-    rise = math.expm1(min(after - before, _LARGEST_EXPONENT))
+    tokens = int(sums[4])
+    loss_float, loss_quantized, squares, divergence = (float(part / tokens) for part in sums[:4])
+    variance = squares - (loss_quantized - loss_float) ** 2
+    rise = math.expm1(min(divergence, _LARGEST_EXPONENT))
     kept = task.limit is None or rise <= task.limit  # NaN is above every limit
     report: dict[str, Any] = {
-        "bits": scheme.label,
-        "loss_float": _finite(before),
-        "loss_quantized": _finite(after),
+        "bits": task.scheme.label,
+        "divergence": _finite(divergence),
         "rise": _finite(rise),
-        "tokens": int(sums[2]),
+        "loss_float": _finite(loss_float),
+        "loss_quantized": _finite(loss_quantized),
+        "loss_error": _finite(
+            math.nan if math.isnan(variance) else (max(variance, 0) / tokens) ** 0.5
+        ),
+        "tokens": tokens,
         "kept": kept,
     }
     return BlockResult({task.head.name: arrays} if kept else {}, {}, report)

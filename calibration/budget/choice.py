@@ -221,7 +221,7 @@ def _costs(
     stamp = digest(
         checkpoint.stamp(),
         [scheme.as_dict() for scheme in schemes],
-        settings.as_dict() | {"calib": ""},
+        settings.stamp(checkpoint),
         text_digest(settings.calib),
         code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),

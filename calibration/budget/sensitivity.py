@@ -217,6 +217,7 @@ class _Model:
     checkpoint: Checkpoint
     basis: Basis
     length: int
+    max_context: int | None
     budget: StreamBudget
     device: str
 
@@ -232,6 +233,7 @@ class _Model:
             job.checkpoint,
             basis,
             job.windows.shape[1],
+            job.settings.max_context,
             StreamBudget(job.settings.max_memory, job.folder),
             device,
         )
@@ -243,7 +245,7 @@ class _Model:
         }
 
     def rope(self, block: Block) -> Rope:
-        return Rope.of(self.checkpoint, self.length, self.device, block.rope)
+        return Rope.of(self.checkpoint, self.length, self.device, block.rope, self.max_context)
 
     def tensor(self, name: str) -> Tensor:
         return self.basis.tensor(self.checkpoint, f"{name}.weight")

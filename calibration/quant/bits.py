@@ -100,9 +100,9 @@ class SchemeMap:
         base: of every node that no rule matches.
         rules: in order.
         head_bits: of the head's weights, see head_scheme; 16 leaves it in floating point.
-        head_limit: the largest part by which a quantized head may raise the perplexity of
-            calibration text; one that costs more stays in floating point. None: it is quantized
-            whatever it costs.
+        head_limit: the largest part by which a quantized head may raise perplexity, as
+            calibration.blocks.head measures it; one that costs more stays in floating point. None:
+            it is quantized whatever it costs.
     """
 
     base: QuantScheme

@@ -80,9 +80,11 @@ class _Block(TypedDict):
 
 class _HeadCost(TypedDict):
     bits: str
+    divergence: float | None
+    rise: float | None
     loss_float: float | None
     loss_quantized: float | None
-    rise: float | None
+    loss_error: float | None
     tokens: Count
     kept: bool
 

@@ -195,7 +195,7 @@ def open_source(
     settings = options.settings
     method = find_method(schemes.base.method, settings.method_file)
     method.check_settings(settings)
-    schemes = _with_possible_head(schemes, method, options)
+    schemes = _with_possible_head(schemes, method, options, progress)
     for scheme in schemes.schemes():
         method.check(scheme)
     if not method.looks_at_data:
@@ -223,8 +223,8 @@ def open_source(
         progress.message(note)
     stamp = digest(
         checkpoint.stamp(),
-        schemes.as_dict(),
-        settings.as_dict() | {"calib": ""},  # the text by its windows, whatever its name
+        replace(schemes, head_bits=FLOAT_BITS, head_limit=None).as_dict(),
+        settings.stamp(checkpoint),
         hashlib.sha256(windows.tobytes()).hexdigest(),
         code_digest(*CALIBRATION_CODE),
         method_digest(settings.method_file),
@@ -249,8 +249,10 @@ def open_source(
     return _CalibratedSource(job, method, calibrate(job, progress))
 
 
-def _with_possible_head(schemes: SchemeMap, method: Method, options: QuantizeOptions) -> SchemeMap:
-    """The map, without a head that was left to be chosen where there is no choice.
+def _with_possible_head(
+    schemes: SchemeMap, method: Method, options: QuantizeOptions, progress: Progress
+) -> SchemeMap:
+    """The map, without a head that was left to be chosen where there is no choice, which is said.
 
     Raises:
         InputError: the head was not, and the method does not quantise any.
@@ -262,9 +264,17 @@ def _with_possible_head(schemes: SchemeMap, method: Method, options: QuantizeOpt
         if objection:
             raise InputError(method.where, *objection)
         return schemes
-    if objection or options.format != formats.OURS or not method.makes(schemes.head):
-        return replace(schemes, head_bits=FLOAT_BITS, head_limit=None)
-    return schemes
+    why = ""
+    if not method.looks_at_data:
+        why = f"method {method.name!r} has no data to choose its bits by, --head-bits B sets them"
+    elif options.format != formats.OURS:
+        why = f"--format {options.format} has no bits for it"
+    elif objection or not method.makes(schemes.head):
+        why = f"method {method.name!r} makes no codes for it"
+    if not why:
+        return schemes
+    progress.message(f"head: stays in floating point: {why}")
+    return replace(schemes, head_bits=FLOAT_BITS, head_limit=None)
 
 
 def _head_objection(method: Method, options: QuantizeOptions) -> tuple[str, str] | None:

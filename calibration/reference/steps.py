@@ -89,15 +89,18 @@ class Rope:
         length: int,
         device: str | torch.device = "cpu",
         step: RopeStep | None = None,
+        max_context: int | None = None,
     ) -> Rope:
         """Tables for windows of `length` tokens.
 
         Args:
             step: of a block; None, where it does not turn anything, is the first that there is.
+            max_context: as CalibrationSettings'.
         """
         known = (block.rope for block in checkpoint.decoder.blocks)
         step = step or next((rope for rope in known if rope is not None), RopeStep())
-        frequencies, scaling = checkpoint.rope(step.frequencies(step.long(length)))
+        context = max_context or int(checkpoint.config.max_position_embeddings)
+        frequencies, scaling = checkpoint.rope(step.frequencies(step.long(context)))
         positions = torch.arange(length, dtype=torch.float32)
         angles = positions[:, None] * torch.from_numpy(frequencies.copy())
         angles = torch.cat((angles, angles), -1).double()

@@ -77,6 +77,11 @@ class LayerReport:
     overflow: str = ""
 
     @property
+    def judged(self) -> bool:
+        """Whether there is a limit that an error is held against."""
+        return self.limit is not None or self.operator_limit is not None
+
+    @property
     def ok(self) -> bool:
         """Whether the tensor is finite and both errors are within their limits."""
         if (
@@ -123,14 +128,6 @@ class Stack:
             return range(self.layers + 1)
         return range(self.only.start, self.only.stop + (self.only.stop == self.layers))
 
-    @property
-    def exact(self) -> bool:
-        """Whether every node has integer activations: its result is then one number, whoever
-        computes it.
-        """
-        schemes = (self.scheme, *self.exceptions.values())
-        return all(scheme.abits < FLOAT_BITS for scheme in schemes)
-
     def operators(self, index: int) -> list[Operator]:
         """Of decoder layer `index` in execution order; `self.layers` stands for the head."""
         if index == self.layers:
@@ -161,8 +158,26 @@ class Stack:
             *(Operator(name, name, "cache") for name in kept),
         ]
 
+    def native(self, tensor: str) -> float:
+        """Limit of a tensor that a native kernel, or the same standard op, made of given inputs. A
+        GEMM of integers and a cache's codes are the same numbers, whoever computes them.
+        """
+        limits = Limits(self.scheme)
+        if any(node.result == tensor and self._floating(node) for node in self.nodes):
+            return limits.gemm()
+        if any(node.source == tensor and node.site.attention for node in self.nodes):
+            return limits.attention()
+        return 0.0
+
+    def _floating(self, node: GemmNode) -> bool:
+        return self.exceptions.get(node.name, self.scheme).abits == FLOAT_BITS
+
     def limit(self, level: str, tensor: str) -> float | None:
-        """Of the accumulated error of a layer's output, a cache tensor or the logits."""
+        """Of the accumulated error of a layer's output, a cache tensor or the logits; of the native
+        level, whose inputs are given, of this tensor alone.
+        """
+        if level == "native":
+            return self.native(tensor)
         layer = layer_of(tensor)
         depth = (self.layers if layer is None else layer) + 1
         # Errors come from the nodes so far: a later layer's coarse bits must not loosen this one's
@@ -173,8 +188,6 @@ class Stack:
             if layer is None or ((place := layer_of(node.name)) is not None and place <= layer)
         ]
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
-        if level == "native" and self.exact:
-            return 0.0
         if level == "quantisation":
             return limits.quantisation(len(so_far))
         return limits.accumulated(depth, len(so_far))
@@ -228,7 +241,7 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
             ((one.name, *_measured(one, error, limits)) for one, error in found),
             key=lambda item: item[1] / item[2],
         )
-    if level == "native" and stack.exact:
+    if level == "native":
         worst = _worst_native(errors, stack, phase, index)
     measured = (
         {"operator": worst[0], "operator_error": _finite(worst[1]), "operator_limit": worst[2]}
@@ -251,17 +264,17 @@ def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) ->
 
 
 def _worst_native(errors: Errors, stack: Stack, phase: str, index: int) -> tuple[str, float, float]:
-    """(name, error, limit) of the first operator with other bits, or an attention beyond its limit;
-    else of attention, if there is one.
+    """(name, error, limit) of the first operator beyond its limit; else of the nearest to one that
+    is not 0, if there is any.
     """
     shown = ("", 0.0, 0.0)
     for one in stack.operators(index):
-        attention = one.kind == "attention"
-        limit = Limits(stack.scheme).attention() if attention else 0.0
-        error = total_error(errors["native", phase, one.tensor]).relative
+        total, limit = total_error(errors["native", phase, one.tensor]), stack.native(one.tensor)
+        error = total.worst_channel[1] if one.kind == "gemm" else total.relative
         if not error <= limit:
             return one.name, error, limit
-        shown = (one.name, error, limit) if attention else shown
+        if limit and (not shown[0] or error / limit > shown[1] / shown[2]):
+            shown = one.name, error, limit
     return shown
 
 

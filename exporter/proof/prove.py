@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["prove"]
 
-_ROWS = (
-    4  # windows of the proof's text on which the quality is measured, each as long as the prefill
-)
+_ROWS, _LENGTH = 4, 64  # windows of the proof's text for the quality, and tokens of each
 
 
 def prove(
@@ -127,7 +125,7 @@ def _windows(
     from exporter.run.model import find_model
 
     if scored is None:
-        length = min(options.tokens, max_context(out, quant))
+        length = min(options.tokens or _LENGTH, max_context(out, quant))
         return text_rows(quant, options, _ROWS, max(length, 2)), options.text_name
     windows = whole_windows(find_model(out, scored.runner), scored)
     return windows[select_windows(len(windows), scored.windows, scored.first)], scored.text.name

@@ -8,9 +8,9 @@ What runs where:
   round_every_op, which casts explicitly around standard ops, because its CPU
   provider has few 16-bit kernels. The file as it is runs in tests/exporter/graph/test_graph.py, in
   fp32.
-- native: the same graph with the native CPU kernels in place of the function bodies, which must give
-  the same bits at every node (A16 and attention: within rounding; what follows attention is given
-  the body's).
+- native: the same graph with the native CPU kernels in place of the function bodies. Each operator is
+  given the tensors that the bodies made, and must give the same bits (A16 and attention: within
+  rounding).
 - kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
@@ -87,6 +87,8 @@ TORCH, LOCKSTEP, FLOAT = "torch-fake-quant", "torch-lockstep", "torch-float"
 AGAINST = "against"
 REFERENCE = "torch"  # the runner whose model TORCH and LOCKSTEP are
 _GIVEN = re.compile(r" at (\S+)(?: \(with \S+\))? given its inputs ")  # first_failure's words
+# Tokens of a prefill whose length nobody gave, and at most; how many cross a window.
+_PREFILL, _LONGEST, _BEYOND = 64, 1024, 8
 _PADDED = 16  # tokens of the padded batch
 _TOKENIZED = 100_000  # characters on which two tokenizers are compared
 _SIZES = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
@@ -107,7 +109,8 @@ class ValidateOptions:
         offline: never use the network.
         model: the float model that was quantised; without it neither the weights nor the
             quantisation error are checked.
-        tokens: length of the prefill; with the steps cut to the context.
+        tokens: length of the prefill; with the steps cut to the context. None: _PREFILL, or as many
+            as cross the smallest attention window, at most _LONGEST.
         steps: greedy decode steps.
         runners: names of exporter/run to be compared with onnxruntime, which leads; one that cannot
             run is an error then. None: all that can, and a note about the others.
@@ -119,7 +122,7 @@ class ValidateOptions:
     option: str = "--calib"
     offline: bool = True
     model: str | None = None
-    tokens: int = 64
+    tokens: int | None = None
     steps: int = 8
     runners: tuple[str, ...] | None = None
     layers: tuple[int, int] | None = None
@@ -195,7 +198,7 @@ class _Validator:
         self.context = max_context(out, self.quant)
         self.room = min(self.context, max_context(options.against or out, self.quant))
         self.steps = max(min(options.steps, self.room - 2), 0)
-        self.tokens = min(options.tokens, self.room - self.steps)
+        self.tokens = min(options.tokens or self._prefill(), self.room - self.steps)
         self.nodes = gemm_nodes(model, self.quant.decoder)
         self.layers = self._layers()
         wanted = {*self.layers, *([None] if self.layers.stop == self.quant.layers else [])}
@@ -204,9 +207,31 @@ class _Validator:
         keys = map(new_key, self.layers if self.quant.scheme.kv_bits < FLOAT_BITS else ())
         before = range(max(self.layers.start - 1, 0), self.layers.stop)  # what the first one reads
         self.marked = list(dict.fromkeys([*inner, *map(layer_output, before), *keys]))
+        # An output of the graph, and what only standard ops made so far, are left to the runner.
+        self.typed = {value.name for value in model.graph.value_info}
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
+
+    def _spans(self) -> list[int]:
+        """The windows of the attentions that do not see every token of the context."""
+        spans = {block.attend.window for block in self.quant.decoder.blocks}
+        return sorted(span for span in spans if span is not None and span < self.context)
+
+    def _prefill(self) -> int:
+        """Tokens of which the last ones no longer see the first, if that can be afforded."""
+        longest = max([_PREFILL, *(span + _BEYOND for span in self._spans()[:1])])
+        return longest if longest <= _LONGEST else _PREFILL
+
+    def note_windows(self) -> None:
+        """Say which windows no token of the proof leaves."""
+        reached = self.tokens + self.steps
+        self.notes += [
+            f"The attention window of {span} tokens was not reached by the {reached} that were run, "
+            f"so nothing beyond it was proven; --tokens {span + _BEYOND} reaches it."
+            for span in self._spans()
+            if span >= reached
+        ]
 
     def _layers(self) -> range:
         """The decoder layers to be judged."""
@@ -291,10 +316,10 @@ class _Validator:
         return record
 
     def run_native(self, record: list[Outputs], library: Path) -> None:
-        """The native kernels in ONNX Runtime against the function bodies; what follows attention,
-        which is float, goes on with the body's.
+        """The native kernels in ONNX Runtime against the function bodies, each operator on the
+        bodies' tensors, from what the first judged layer reads on.
         """
-        given = [node.source for node in self.judged if node.site.attention]
+        given = [name for name in self.marked if name in self.typed]
 
         def open_session() -> OnnxSession:
             return OnnxSession(
@@ -514,6 +539,7 @@ class _Validator:
 
     def run(self) -> ValidationResult:
         began = time.monotonic()
+        self.note_windows()
         sizes = self.quant.sizes
         check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()

@@ -364,9 +364,13 @@ def _head(data: Data) -> str:
     """Its bits, and what calibration measured them to cost."""
     kept, measured = data["head"], data.get("calibration", {}).get("head")
     now = kept or data["scheme"]["dtype"]
-    if measured is None or measured["rise"] is None:
+    if measured is None or None in measured.values():
         return str(now)
-    cost = f"{measured['rise']:+.2%} perplexity on {measured['tokens']} calibration tokens"
+    loss = measured["loss_quantized"] - measured["loss_float"]
+    cost = (
+        f"{measured['rise']:+.2%} perplexity by its KL divergence on {measured['tokens']} calibration "
+        f"tokens (their loss {loss:+.4f}, standard error {measured['loss_error']:.4f})"
+    )
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
 
 
@@ -446,6 +450,7 @@ def _value(value: float | None, form: str) -> str:
 
 _WORST = {
     "export": ["worst operator", "its error", "its limit"],
+    "native": ["worst operator", "its error", "its limit"],
     "weights": ["worst row", "its error", "its limit"],
 }
 

@@ -186,29 +186,30 @@ def build_sim() -> Path:
 
 
 def _onnxruntime(source: str) -> Command:
-    flags, compiler = _flags(), find_program("g++", "g++")
+    flags = _flags()
     x86 = platform.machine() in ("x86_64", "AMD64")
     sets = [name for name in INSTRUCTION_SETS if x86 and source.endswith(f"_{name}.cpp")]
     special = [flag for name in sets for flag in flags[name]]
-    return [compiler, *flags["onnxruntime"], *special, "-I."]
+    return ["g++", *flags["onnxruntime"], *special, "-I."]
 
 
 def build_onnxruntime(say: Callable[[str], None] | None = None) -> Path:
     """The ONNX Runtime custom-op library with the CPU kernels, compiled if needed; needs g++ only.
 
     It holds the kernels for every instruction set and chooses when it is loaded, so that it may be
-    copied to another machine of the same architecture.
+    copied to another machine of the same architecture. A library of the same sources serves where
+    there is no compiler, so the recipe names g++ wherever it lies.
 
     Args:
         say: told before it is compiled.
 
     Raises:
-        InputError: no g++.
+        InputError: it has to be compiled, and there is no g++.
         UserError: the compiler failed; the message holds its output.
     """
     compiles = {source: _onnxruntime(source) for source in _sources(*ONNXRUNTIME_SOURCES)}
     compiles[TABLE_OF_OPS] = [*_onnxruntime(TABLE_OF_OPS), "-x", "c++"]
-    link = [find_program("g++", "g++"), "-shared", *_flags()["link"], "{}"]
+    link = ["g++", "-shared", *_flags()["link"], "{}"]
     return make(_recipe(ONNXRUNTIME_LIBRARY, compiles, link), say)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from plugins.errors import InputError, UserError
 from plugins.lock import locked
-from plugins.tools.toolkit import compiler_environment
+from plugins.tools.toolkit import compiler_environment, find_program
 
 __all__ = ["Command", "Recipe", "make", "make_file", "run"]
 
@@ -209,6 +209,9 @@ def _digest_in(note: Path) -> str | None:
 
 def _compile_and_link(recipe: Recipe, scratch: Path) -> Path:
     # Compilers run side by side, then the linker.
+    commands = (*recipe.compiles.values(), recipe.link)
+    for program in dict.fromkeys(command[0] for command in commands):
+        find_program(program, Path(program).name)
     launcher = [ccache] if (ccache := shutil.which("ccache")) else []
     objects = {
         source: str(scratch / (source.replace("/", "-") + ".o")) for source in recipe.compiles

@@ -148,7 +148,7 @@ def float_logits(checkpoint: Checkpoint, ids: Tensor, basis: Basis | None = None
     x = embedded(basis.tensor(checkpoint, f"{decoder.embedding.name}.weight"), ids, decoder)
     for block in decoder.blocks:
         weights = basis.load(checkpoint, block.index)
-        rope = Rope.of(checkpoint, ids.shape[1], step=block.rope)
+        rope = Rope.of(checkpoint, ids.shape[1], step=block.rope, max_context=ids.shape[1])
         x = block_output(x, weights, float_linear(weights, block), block, rope)
     head = decoder.head
     tied = decoder.tied and not basis.unties

@@ -17,18 +17,19 @@ from tests.exporter.engine_cases import ENGINE
 
 @pytest.fixture(scope="session")
 def export() -> Callable[..., Path]:
-    """export(model, out, **request) -> OUT of a W8A8 model, up to the ONNX file."""
+    """export(model, out, scheme=None, **request) -> OUT of a model, W8A8 without a scheme, up to the
+    ONNX file.
+    """
     from calibration.progress import NullProgress
     from calibration.quant.bits import SchemeMap
     from calibration.quant.scheme import QuantScheme
     from exporter.pipeline import ExportRequest, run_pipeline
 
-    def make(model: Path, out: Path, **request: Any) -> Path:
-        scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
+    def make(model: Path, out: Path, scheme: QuantScheme | None = None, **request: Any) -> Path:
         run_pipeline(
             ExportRequest(
                 model=str(model),
-                schemes=SchemeMap(scheme),
+                schemes=SchemeMap(scheme or QuantScheme("ABQGemm", "rtn", 8, 8)),
                 out=out,
                 until="onnx",
                 offline=True,

@@ -287,7 +287,16 @@ def test_the_description_says_what_a_service_needs(artifact: Path) -> None:
     files = value.pop("files")
     config = json.loads((artifact / "quant" / "quant.json").read_text())["config"]
     on_disk = {path.name for path in (artifact / "onnx").iterdir()} - {"model.json"}
-    assert on_disk == set(files) == {"model.onnx", "model.onnx.data", *value["tokenizer"]}
+    assert (
+        on_disk
+        == set(files)
+        == {
+            "model.onnx",
+            "model.onnx.data",
+            "chat.json",
+            *value["tokenizer"],
+        }
+    )
     assert value.pop("model") and value.pop("tokenizer") == sorted(
         path.name
         for path in (artifact / "quant").iterdir()
@@ -376,7 +385,7 @@ def test_each_file_that_is_read_is_hashed_once_and_no_other(
     def files(stage: str, *names: str) -> list[str]:
         return sorted(f"{stage}/{name}" for name in (*names, *tokenizer))
 
-    onnx = ("model.onnx", "model.onnx.data")
+    onnx = ("model.onnx", "model.onnx.data", "chat.json")
     engine = ("model.engine", "libanybit_plugins.so", "engine.json")
     for runner in ("onnxruntime", "native"):
         assert read(runner, out) == files("onnx", "model.json", *onnx)

@@ -16,6 +16,7 @@ from deploy.__main__ import main
 from deploy.compare import CompareRequest, Row, compare, markdown, plot, table
 from exporter.proof.perplexity import text_windows
 from plugins.errors import InputError
+from tests.conftest import FAMILIES
 
 TEXT = Path(__file__).resolve().parents[2] / "calibration" / "default_text.txt"
 ROWS = [
@@ -43,6 +44,35 @@ def test_numbers_are_those_of_all_models_at_once(
     assert rows[0].bits_per_weight == 16 > rows[1].bits_per_weight > rows[2].bits_per_weight > 3
 
 
+def test_longrope_turns_as_the_export_does_in_both_models(
+    tiny_llama: Callable[..., Path], export: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 12}
+    model = tiny_llama(architecture="Phi3", **changes)
+    outs = [export(model, tmp_path / str(most), max_seq=most) for most in (12, 64)]
+    checkpoint = open_checkpoint(str(model), offline=True)
+    windows = text_windows(checkpoint.tokenizer(), TEXT, 10, 512)[:2]
+    for out in outs:
+        request = CompareRequest(outs=[out], text=TEXT, first=2, seqlen=10)
+        row = compare(request, NullProgress())[1]
+        totals = quality.score(quality.open_models(checkpoint, [out], []), windows)
+        assert row.kl == pytest.approx(totals[out.name].means("")["kl"], rel=1e-4)
+        assert 0 < row.kl < 0.01  # 8 bits; the other frequencies cost more than ten times as much
+    with pytest.raises(InputError) as error:
+        compare(CompareRequest(outs=outs, text=TEXT, first=2, seqlen=10), NullProgress())
+    assert str(error.value) == (
+        f"{outs[1]}: got an export for 64 tokens beside one for 12 ({outs[0]}), expected the same "
+        "rotary frequencies in both, which longrope changes in between. Export both with the same "
+        "--max-seq."
+    )
+    with pytest.raises(InputError) as error:
+        compare(CompareRequest(outs=outs[:1], text=TEXT, seqlen=20), NullProgress())
+    assert str(error.value) == (
+        "--seqlen: got 20, expected at most 12, the context of the exports. Give less, or export "
+        "with a larger --max-seq."
+    )
+
+
 def test_every_form_of_the_table(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,6 +81,9 @@ def test_every_form_of_the_table(
     short = ["--first", "1", "--seqlen", "16", "--progress", "none"]
     assert main(["compare", str(artifact), *short, *words]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop() == (
+        "on the project's own text, which calibration has seen unless --calib named another"
+    )
     assert len(lines) == 3 and lines[1].startswith("float  ") and str(artifact) in lines[2]
     rows = list(csv.DictReader(files["csv"].open()))
     assert rows[1]["scheme"] == "w8a8" and float(rows[1]["perplexity"]) > 1

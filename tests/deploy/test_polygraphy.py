@@ -76,7 +76,9 @@ def test_scripts_of_an_engine(
     again = scripts_of_the_data_centre_edition(out)
     assert "--strongly-typed" in again["convert"] and "RTX" not in again["convert"]
     assert main(["polygraphy", str(out), "--to", str(out / "onnx")]) == 2
-    assert capsys.readouterr().err.startswith(f"--to {out / 'onnx'}: got a folder in the artifact ")
+    assert capsys.readouterr().err.startswith(
+        f"--to {out / 'onnx'}: got a folder in or around the "
+    )
 
 
 def scripts_of_the_data_centre_edition(out: Path) -> dict[str, str]:
@@ -103,6 +105,35 @@ def test_a_bfloat16_model(
         f"{out}: got a bfloat16 model, expected float16 or float32: Polygraphy's files are numpy's, "
         "which has no such type. Export with --dtype float16.\n"
     )
+
+
+def test_without_a_limit_nothing_passes(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a deep model of few bits any difference may be honest."""
+    monkeypatch.setattr("deploy.polygraphy._limit", lambda out: None)
+    cpu = scripts(artifact)["cpu"].replace("with_plugins.py", "--version")  # which always succeeds
+    for more, code in (((), 2), (("--force",), 0)):
+        done = subprocess.run(["bash", "-c", cpu, "cpu.sh", *more], capture_output=True, text=True)
+        assert done.returncode == code
+        said = "Not judged: at these bits any difference may be honest. --force shows it.\n"
+        assert done.stderr == ("" if more else said)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "build.engine"])
+def test_other_files_are_left_alone(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = tmp_path / "poly"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    (folder / "cpu.sh").write_text("mine")
+    assert main(["polygraphy", str(artifact), "--to", str(folder)]) == 2
+    assert capsys.readouterr().err == (
+        f"--to {folder}: got a folder with other files in it ({name}), expected a new one, or one "
+        "that this command wrote before. Choose another --to.\n"
+    )
+    assert {path.read_text() for path in folder.iterdir()} == {"mine"}
+    assert main(["polygraphy", str(artifact), "--to", str(artifact.parent)]) == 2
+    assert "in or around the artifact" in capsys.readouterr().err
 
 
 @pytest.mark.slow

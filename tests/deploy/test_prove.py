@@ -15,7 +15,8 @@ import pytest
 
 from calibration.progress import NullProgress
 from deploy.__main__ import main
-from deploy.prove import prove_artifact
+from deploy.prove import prove_artifact, summary
+from exporter.proof.judge import LayerReport
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from plugins.errors import CheckError, InputError
 from tests.exporter.planted import change_tensor, renew_records
@@ -187,7 +188,7 @@ def test_the_report_goes_beside_the_artifact(artifact: Path, tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("mine")
     assert refused(tmp_path) == (
         f"--to {tmp_path}: got a folder with other files in it (notes.txt), expected a new one, or "
-        "an earlier report's. Choose another --to."
+        "one that this command wrote before. Choose another --to."
     )
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -206,6 +207,22 @@ def test_another_models_tokenizer(copy: Path) -> None:
     assert str(error.value).startswith(f"{copy / 'quant'}, tokenizer: got token ")
     assert str(error.value).endswith(
         " as the float model's tokenizer gives. It is another model's: quantize the model again."
+    )
+
+
+def test_what_has_no_limit_is_not_proven() -> None:
+    row = LayerReport("export", "prefill", "logits", 1.0, 9.0, 1.0, 0.9, 1.0)
+    free = replace(row, limit=None)
+    assert summary([row, replace(row, level="native"), free, replace(free, level="against")]) == (
+        "Proven: 2 tensors at 2 levels (export, native) within tolerance. 2 shown, not judged "
+        "(against)."
+    )
+    inside = replace(free, operator="lm_head", operator_error=0.0, operator_limit=0.1)
+    assert summary([inside, free]) == (
+        "Proven: 1 tensors at 1 level (export) within tolerance. 1 shown, not judged."
+    )
+    assert summary([free]) == (
+        "Nothing is proven: no error has a limit. 1 shown, not judged (export)."
     )
 
 

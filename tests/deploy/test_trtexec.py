@@ -224,8 +224,8 @@ def test_scripts_go_where_they_are_told(
     assert (folder / "decode.sh").read_text() == scripts(out)["decode"]
     assert main(["trtexec", str(out), "--to", str(out / "engine")]) == 2
     assert capsys.readouterr().err == (
-        f"--to {out / 'engine'}: got a folder in the artifact {out}, expected one elsewhere. "
-        "Choose another --to.\n"
+        f"--to {out / 'engine'}: got a folder in or around the artifact {out}, expected one beside "
+        f"it. Choose another, such as --to {out}-trtexec.\n"
     )
     assert main(["trtexec", str(out)]) == 0
     text = capsys.readouterr().out

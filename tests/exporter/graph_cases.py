@@ -60,7 +60,11 @@ class Decoder:
         ]
 
     def empty(self, batch: int = 1) -> dict[str, np.ndarray]:
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        dtype = {
+            "tensor(float)": np.float32,
+            "tensor(float16)": np.float16,
+            "tensor(int8)": np.int8,
+        }
         return {
             value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype[value.type])
             for value in self.caches

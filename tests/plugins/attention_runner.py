@@ -5,7 +5,9 @@ numpy.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +21,7 @@ from tests.plugins.kernel_runner import INSTRUCTION_SETS, Memory
 __all__ = [
     "Case",
     "attend",
+    "chunk_of",
     "error",
     "make_case",
     "reference",
@@ -193,6 +196,29 @@ def make_case(
     )
 
 
+def chunk_of(case: Case, present: dict[str, np.ndarray], first: int, count: int) -> Case:
+    """The call with `count` of a case's new tokens, from `first` on, once those before are cached.
+
+    Args:
+        present: the cache behind the whole case.
+    """
+    new = slice(first, first + count)
+    growing = case.write_indices is None
+    past = case.past_key.shape[2]
+    cached = {
+        name.replace("present", "past"): cache[:, :, : past + first] if growing else cache
+        for name, cache in present.items()
+    }
+    return replace(
+        case,
+        **{name: getattr(case, name)[:, :, new] for name in ("query", "key", "value")},
+        **{name: cached.pop(name) for name in ("past_key", "past_value")},
+        scales=cached,
+        mask=case.mask[:, :, new, : past + new.stop if growing else past],
+        write_indices=None if case.write_indices is None else case.write_indices + first,
+    )
+
+
 Result = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
@@ -242,12 +268,35 @@ def _context(case: Case, key: np.ndarray, value: np.ndarray) -> np.ndarray:
     return context.reshape(*context.shape[:2], -1)
 
 
-def attend(case: Case, isa: str, in_place: bool = False, code: int = 0) -> Result:
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, _TASK, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Parallel(ctypes.Structure):
+    """anybit::cpu::Parallel of plugins/core/cpu/parallel.h."""
+
+    _fields_: ClassVar = [
+        ("run", _RUN),
+        ("context", ctypes.c_void_p),
+        ("threads", ctypes.c_int),
+    ]
+
+
+def _parallel(threads: int) -> Parallel:
+    def run(_: int | None, task: Callable[..., None], data: int, count: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda index: task(data, index), reversed(range(count))))
+
+    return Parallel(_RUN(run), None, threads)
+
+
+def attend(case: Case, isa: str, in_place: bool = False, code: int = 0, threads: int = 1) -> Result:
     """What the kernel of an instruction set makes of a case; checks that it wrote its outputs alone.
 
     Args:
         in_place: the past is the present too.
         code: which the function must return.
+        threads: more than one: they take the tasks from the last to the first.
     """
     library = ctypes.CDLL(str(build_onnxruntime()))
     shape, inputs = case.shape, case.inputs
@@ -267,7 +316,8 @@ def attend(case: Case, isa: str, in_place: bool = False, code: int = 0) -> Resul
             memory[name] = memory[f"past{name.removeprefix('present')}"]
     buffers = Buffers(**{name: part.pointer for name, part in memory.items()})
     number = INSTRUCTION_SETS.index(isa)
-    got = library.anybit_attention(ctypes.byref(shape), ctypes.byref(buffers), number, None)
+    parallel = ctypes.byref(_parallel(threads)) if threads > 1 else None
+    got = library.anybit_attention(ctypes.byref(shape), ctypes.byref(buffers), number, parallel)
     assert got == code
     for name, part in memory.items():
         own = name in blank or (in_place and name.startswith("past"))

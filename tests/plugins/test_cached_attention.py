@@ -11,6 +11,7 @@ import pytest
 from tests.plugins.attention_runner import (
     Case,
     attend,
+    chunk_of,
     error,
     make_case,
     reference,
@@ -104,6 +105,39 @@ def test_hard_rows_of_few_bits(isa: str, dtype: np.dtype[Any]) -> None:
         for name in ("present_key", "present_key_scale"):
             np.testing.assert_array_equal(present[name], want[name])
         assert np.isnan(present["present_key_scale"][0, 0, 9:, 0]).all()
+
+
+# 70 tokens are more than a block of queries, and pass the end of a span of keys.
+ALONE: list[dict[str, Any]] = [
+    {"past": 470, "heads": 6, "kv_heads": 2, "head_dim": 64},
+    {"past": 470, "heads": 2, "kv_heads": 2, "head_dim": 40, "window": 90},
+    {"past": 1000, "heads": 7, "kv_heads": 1, "head_dim": 24, "softcap": 3.0},
+    {"past": 470, "heads": 4, "kv_heads": 1, "head_dim": 64, "bits": 4, "dtype": F16},
+    {"past": 1100, "places": (1020, 0), "batch": 2, "heads": 6, "kv_heads": 2, "head_dim": 48},
+    {"past": 600, "places": (500,), "heads": 3, "kv_heads": 1, "bits": 3, "head_dim": 128},
+]
+
+
+@pytest.mark.parametrize("fields", ALONE, ids=str)
+def test_a_query_is_the_same_to_the_bit_whatever_else_a_call_computes(
+    isa: str, fields: dict[str, Any]
+) -> None:
+    """In chunks of any size, on 1 and 2 threads, and with its sequence alone."""
+    case = make_case(**{"tokens": 70, "dtype": F32, **fields})
+    context, present = attend(case, isa)
+    same_bits(attend(case, isa, threads=2)[0], context)
+    for sizes, threads in (((1, 2, 5, 6, 17, 39), 1), ((40, 1, 1, 1, 2, 3, 22), 2), ((64, 6), 1)):
+        first = 0
+        for size in sizes:
+            got = attend(chunk_of(case, present, first, size), isa, threads=threads)[0]
+            same_bits(got, context[:, first : first + size])
+            first += size
+    if case.write_indices is not None:
+        for i in range(len(case.query)):
+            names = ("query", "key", "value", "past_key", "past_value", "mask", "write_indices")
+            parts = {name: getattr(case, name)[i : i + 1] for name in names}
+            scales = {name: scale[i : i + 1] for name, scale in case.scales.items()}
+            same_bits(attend(replace(case, **parts, scales=scales), isa)[0], context[i : i + 1])
 
 
 def test_these_tests_would_notice(isa: str) -> None:

@@ -1,4 +1,6 @@
-"""The cores that a process may use: its affinity, and the quotas of its control groups."""
+"""The cores and the memory that a process may use: its affinity, and the limits of its control
+groups.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.cores import usable_cores
+from plugins.cores import allowed_memory, usable_cores
 
 EIGHT = set(range(8))
 
@@ -18,13 +20,17 @@ def _eight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cores(folder: Path, group: str, files: dict[str, str]) -> int:
+    machine(folder, group, files)
+    return usable_cores(folder / "proc", folder / "cgroup")
+
+
+def machine(folder: Path, group: str, files: dict[str, str]) -> None:
     (folder / "proc/self").mkdir(parents=True)
     (folder / "proc/self/cgroup").write_text(group)
     for name, text in files.items():
         path = folder / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return usable_cores(folder / "proc", folder / "cgroup")
 
 
 @pytest.mark.parametrize(
@@ -52,3 +58,26 @@ def test_affinity_without_control_groups(tmp_path: Path, monkeypatch: pytest.Mon
     assert usable_cores(tmp_path, tmp_path) == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert usable_cores(tmp_path, tmp_path) == 1
+
+
+def test_memory_of_version_2(tmp_path: Path) -> None:
+    files = {"a/b/memory.max": "max\n", "a/b/memory.current": "50\n", "a/b/memory.stat": ""}
+    machine(tmp_path / "none", "0::/a/b\n", files)
+    assert allowed_memory(tmp_path / "none/proc", tmp_path / "none/cgroup") is None
+    files |= {
+        "a/memory.max": "1000\n",
+        "a/memory.current": "700\n",
+        "a/memory.stat": "anon 500\ninactive_file 150\n",
+    }
+    machine(tmp_path / "some", "0::/a/b\n", files)
+    assert allowed_memory(tmp_path / "some/proc", tmp_path / "some/cgroup") == 450
+
+
+def test_memory_of_version_1(tmp_path: Path) -> None:
+    files = {
+        "memory/a/memory.limit_in_bytes": "1000\n",
+        "memory/a/memory.usage_in_bytes": "1100\n",
+        "memory/a/memory.stat": "cache 20\n",
+    }
+    machine(tmp_path, "3:memory:/a\n2:cpu:/b\n", files)
+    assert allowed_memory(tmp_path / "proc", tmp_path / "cgroup") == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.plugins.kernel_cases import (
     abq,
     abq_arrays,
     assert_close,
+    assert_same_bits,
     op_of,
     qqq,
     qqq_arrays,
@@ -96,6 +98,36 @@ def test_blocks_and_slabs_of_tokens(runner: KernelRunner, m: int) -> None:
             tensors["gamma"] = tokens(1, attrs.in_features, F16, seed=1)[0]
         y = runner.gemm(spec.name, attrs, x, tensors)
         assert_close(y, spec.reference(x, tensors, attrs), attrs, arrays, x)
+
+
+@pytest.mark.parametrize(
+    ("arrays_of", "attrs"),
+    [
+        (abq_arrays, abq(70, 1152)),
+        (abq_arrays, abq(70, 1152, w=(2, 4), g=64, bias=1)),
+        (abq_arrays, replace(abq(70, 1152, w=(8, 256), g=128, sym=1), norm_epsilon=1e-5)),
+        (abq_arrays, abq(70, 1152, a=16, g=64)),
+        (abq_arrays, replace(abq(70, 1152, a=16, bias=1), norm_epsilon=1e-5)),
+        (qqq_arrays, qqq(70, 1152, bias=1)),
+        (qqq_arrays, replace(qqq(70, 1152, g=64), norm_epsilon=1e-5)),
+    ],
+)
+def test_a_token_is_the_same_to_the_bit_whatever_else_a_call_computes(
+    runner: KernelRunner,
+    arrays_of: Callable[[GemmAttributes], QuantArrays],
+    attrs: GemmAttributes,
+) -> None:
+    """In kernels for few tokens and for many, in blocks and slabs."""
+    arrays = arrays_of(attrs)
+    spec, x = op_spec(op_of(arrays)), tokens(530, attrs.in_features, F32)
+    tensors = spec.pack(arrays, attrs, "test")
+    if attrs.has_norm:
+        tensors["gamma"] = tokens(1, attrs.in_features, F32, seed=1)[0]
+    whole, first = runner.gemm(spec.name, attrs, x, tensors), 0
+    for count in (1, 1, 2, 3, 4, 5, 9, 13, 97, 395):
+        part = slice(first, first + count)
+        assert_same_bits(runner.gemm(spec.name, attrs, x[part], tensors), whole[part])
+        first += count
 
 
 def test_long_sums_of_few_tokens(runner: KernelRunner) -> None:

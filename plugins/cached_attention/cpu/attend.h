@@ -2,6 +2,11 @@
 // meet blocks of keys and values with a running softmax, all in fp32. Compiled once for each
 // instruction set.
 //
+// The context of a query depends on that query and the keys it sees alone, to the bit: sums are in
+// one order whatever else a call computes, so that a token is the same alone, in a chunk, behind a
+// cached beginning and on any number of threads. A dot product is summed like the lanes of a vector
+// (ScoreCall), keys in blocks of kKeys from key 0 on, blocks in spans of kSpan, and spans in turn.
+//
 // The query heads of a key-value head are rows of one matrix, ordered by position and then by head,
 // so that keys and values are read once for all of them.
 #pragma once
@@ -16,40 +21,101 @@ constexpr int kKeys = 64;     // keys and values of a block
 constexpr int kRows = 192;    // query rows of a block, about
 constexpr int kTileRows = 6;  // query rows whose sums are in registers together
 constexpr int kTileVectors = kWide == 16 ? 4 : 2;  // and output columns
-constexpr int kFewRows = 4;           // of a block: keys are not turned round for so few
-constexpr int64_t kSplit = 512;       // keys of a task, where there are few rows
+constexpr int kFewRows = 4;     // of a block: keys are not turned round for so few
+constexpr int64_t kSpan = 512;  // keys whose sums begin anew; a task, where there are few rows
 constexpr int64_t kInline = 1 << 17;  // multiplications: fewer are not worth waking threads for
 
-ANYBIT_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int kLanesLog = kWide == 16 ? 4 : kWide == 8 ? 3 : 2;
 
-// c[r][n] = c[r][n] * factor[r] + sum over k of a[r][k] * b[k][n]; no factors: c starts at 0.
-struct TileCall {
-  const float *a, *b, *factor;
-  int64_t a_stride, b_stride, c_stride;
-  int depth, columns;  // whole vectors
-  float* c;
+// The bits of a lane's number the other way round: in this order lanes lie next to those that
+// sum_of() adds them to.
+ANYBIT_INLINE constexpr int reversed(int lane) {
+  int found = 0;
+  for (int bit = 0; bit < kLanesLog; ++bit) found |= (lane >> bit & 1) << (kLanesLog - 1 - bit);
+  return found;
+}
+
+ANYBIT_INLINE constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// scores[r][j] = sum over d of query[r][d] * keys[j][d], of turned keys.
+//
+// The sum is that of Attention::score for few rows to the bit: the products of each lane of a vector
+// in turn, then the lanes as sum_of() adds them. A half of such a sum waits until the other is done,
+// as the digits of a binary counter do.
+struct ScoreCall {
+  const float *query, *turned;
+  int64_t width;
+  float* scores;
+
+  template <int kCount>
+  ANYBIT_INLINE void operator()() const {
+    for (int j = 0; j < kKeys; j += kTileVectors * kWide) part<kCount>(j);
+  }
+
+  template <int kCount>
+  ANYBIT_INLINE void part(int j) const {
+    const int64_t depth = width / kWide;
+    V halves[kLanesLog][kCount][kTileVectors];
+    for (int i = 0; i < kWide; ++i) {
+      const int lane = reversed(i);
+      const float* key = turned + lane * depth * kKeys + j;
+      V sums[kCount][kTileVectors];
+      for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) sums[r][v] = splat(0.0f);
+      }
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < depth; ++k, key += kKeys) {
+        V row[kTileVectors];
+        for (int v = 0; v < kTileVectors; ++v) row[v] = load(key + kWide * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < kCount; ++r) {
+          const V x = splat(query[r * width + k * kWide + lane]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kTileVectors; ++v) sums[r][v] = fused(x, row[v], sums[r][v]);
+        }
+      }
+      int level = 0;
+      for (; i >> level & 1; ++level) {
+        for (int r = 0; r < kCount; ++r) {
+          for (int v = 0; v < kTileVectors; ++v) sums[r][v] = add(halves[level][r][v], sums[r][v]);
+        }
+      }
+      for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          if (level < kLanesLog) halves[level][r][v] = sums[r][v];
+          else store(scores + r * kKeys + j + kWide * v, sums[r][v]);
+        }
+      }
+    }
+  }
+};
+
+// context[r][n] = context[r][n] * factor[r] + sum over keys j of weights[r][j] * values[j][n].
+struct ValueCall {
+  const float *weights, *values, *factor;
+  int64_t width;  // whole vectors
+  float* context;
 
   template <int kCount>
   ANYBIT_INLINE void operator()() const {
     int n = 0;
-    for (; n + kTileVectors * kWide <= columns; n += kTileVectors * kWide)
+    for (; n + kTileVectors * kWide <= width; n += kTileVectors * kWide)
       part<kCount, kTileVectors>(n);
-    for (; n < columns; n += kWide) part<kCount, 1>(n);
+    for (; n < width; n += kWide) part<kCount, 1>(n);
   }
 
   template <int kCount, int kVectors>
   ANYBIT_INLINE void part(int n) const {
     V sums[kCount][kVectors];
     for (int r = 0; r < kCount; ++r) {
-      for (int v = 0; v < kVectors; ++v)
-        sums[r][v] = factor ? multiply(splat(factor[r]), load(at(r, n, v))) : splat(0.0f);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply(splat(factor[r]), load(at(r, n, v)));
     }
-    for (int k = 0; k < depth; ++k) {
+    for (int j = 0; j < kKeys; ++j) {
       V row[kVectors];
-      for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_stride + n + kWide * v);
+      for (int v = 0; v < kVectors; ++v) row[v] = load(values + j * width + n + kWide * v);
 #pragma GCC unroll 6
       for (int r = 0; r < kCount; ++r) {
-        const V x = splat(a[r * a_stride + k]);
+        const V x = splat(weights[r * kKeys + j]);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sums[r][v] = fused(x, row[v], sums[r][v]);
       }
@@ -59,16 +125,19 @@ struct TileCall {
     }
   }
 
-  ANYBIT_INLINE float* at(int r, int n, int v) const { return c + r * c_stride + n + kWide * v; }
+  ANYBIT_INLINE float* at(int r, int n, int v) const { return context + r * width + n + kWide * v; }
 };
 
-// turned[d][j] = rows[j][d] of kKeys rows, d below a multiple of 16.
-inline void turn(const float* rows, int64_t stride, int width, float* turned) {
+// turned[d % kWide][d / kWide][j] = rows[j][d] of kKeys rows, d below a multiple of 16.
+inline void turn(const float* rows, int64_t width, float* turned) {
+  const auto of = [&](int64_t d) {
+    return turned + (d % kWide * (width / kWide) + d / kWide) * kKeys;
+  };
 #if defined(__AVX2__)
-  for (int d = 0; d < width; d += 8) {
+  for (int64_t d = 0; d < width; d += 8) {
     for (int j = 0; j < kKeys; j += 8) {
       __m256 a[8], b[8];
-      for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows + (j + i) * stride + d);
+      for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows + (j + i) * width + d);
       for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -80,49 +149,59 @@ inline void turn(const float* rows, int64_t stride, int width, float* turned) {
         a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
       }
       for (int i = 0; i < 4; ++i) {
-        float* to = turned + (d + i) * kKeys + j;
-        _mm256_storeu_ps(to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-        _mm256_storeu_ps(to + 4 * kKeys, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+        _mm256_storeu_ps(of(d + i) + j, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(of(d + i + 4) + j, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
       }
     }
   }
 #else
   for (int j = 0; j < kKeys; ++j) {
-    for (int d = 0; d < width; ++d) turned[d * kKeys + j] = rows[j * stride + d];
+    for (int64_t d = 0; d < width; ++d) of(d)[j] = rows[j * width + d];
   }
 #endif
 }
 
+// What rows have of the keys so far.
+struct RowSums {
+  float *context, *top, *total;  // [rows][width], largest score, sum of weights
+
+  static constexpr int64_t floats(int64_t width, int64_t rows) {
+    return rows * width + 2 * rounded_up(rows, 2);
+  }
+  ANYBIT_INLINE RowSums(float* at, int64_t width, int64_t rows)
+      : context(at), top(at + rows * width), total(top + rounded_up(rows, 2)) {}
+
+  ANYBIT_INLINE void clear(int64_t width, int64_t rows) const {
+    std::memset(context, 0, sizeof(float) * size_t(rows * width));
+    for (int64_t i = 0; i < rows; ++i) top[i] = -__builtin_huge_valf(), total[i] = 0;
+  }
+};
+
 // What one thread needs for a block of rows.
 struct Block {
-  float *rows, *turned, *values;  // keys [kKeys][width], turned [width][kKeys], values as keys
-  float *query, *context;         // [rows][width]
+  float *rows, *turned, *values;  // keys [kKeys][width], turned round, values as keys
+  float* query;                   // [rows][width]
   float* scores;                  // [rows][kKeys], then weights
-  float *top, *total, *factor;    // [rows]: largest score so far, sum of weights; see weigh()
+  float* factor;                  // [rows]: see weigh()
+  RowSums sums;                   // of all spans
+  RowSums span;                   // of one
   uint64_t* seen;                 // [positions]: which keys of the block a position sees
 
   static constexpr int64_t bytes(int64_t width, int64_t rows) {
-    const int64_t floats = 3 * kKeys * width + rows * (2 * width + kKeys) + 3 * (rows + 1);
+    const int64_t floats = 3 * kKeys * width + rows * (width + kKeys) + rounded_up(rows, 2) +
+                           2 * RowSums::floats(width, rows);
     return int64_t(sizeof(float)) * floats + int64_t(sizeof(uint64_t)) * rows;
   }
-  ANYBIT_INLINE Block(void* memory, int64_t width, int64_t count) {
-    float* at = static_cast<float*>(memory);
-    const auto take = [&](int64_t floats) {
-      float* taken = at;
-      at += floats;
-      return taken;
-    };
-    rows = take(kKeys * width);
-    turned = take(kKeys * width);
-    values = take(kKeys * width);
-    query = take(count * width);
-    context = take(count * width);
-    scores = take(count * kKeys);
-    top = take(rounded_up(count, 2));
-    total = take(rounded_up(count, 2));
-    factor = take(rounded_up(count, 2));
-    seen = reinterpret_cast<uint64_t*>(at);
-  }
+  ANYBIT_INLINE Block(void* memory, int64_t width, int64_t count)
+      : rows(static_cast<float*>(memory)),
+        turned(rows + kKeys * width),
+        values(turned + kKeys * width),
+        query(values + kKeys * width),
+        scores(query + count * width),
+        factor(scores + count * kKeys),
+        sums(factor + rounded_up(count, 2), width, count),
+        span(sums.context + RowSums::floats(width, count), width, count),
+        seen(reinterpret_cast<uint64_t*>(span.context + RowSums::floats(width, count))) {}
 };
 
 // Weights of one row in place of its scores: exp(score - top), where `seen` has a bit. Returns what
@@ -155,6 +234,22 @@ ANYBIT_INLINE float weigh(float* scores, uint64_t seen, const AttentionShape& s,
   store(factor, exponential(subtract(splat(before), by)));
   total = total * factor[0] + sum_of(sum);
   return factor[0];
+}
+
+// The sums of earlier spans take in those of the next.
+inline void join(const RowSums& sums, const RowSums& span, int64_t width, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float before = sums.top[row], found = span.top[row];
+    const float top = found > before ? found : before;
+    const float by = top == -__builtin_huge_valf() ? 0.0f : top;
+    const V kept = exponential(splat(before - by)), taken = exponential(splat(found - by));
+    const auto joined = [&](V a, V b) { return fused(taken, b, multiply(kept, a)); };
+    alignas(64) float total[kWide];
+    store(total, joined(splat(sums.total[row]), splat(span.total[row])));
+    sums.top[row] = top, sums.total[row] = total[0];
+    for (int64_t at = row * width; at < (row + 1) * width; at += kWide)
+      store(sums.context + at, joined(load(sums.context + at), load(span.context + at)));
+  }
 }
 
 template <class T>
@@ -249,9 +344,7 @@ struct Attention {
     const float* query = block.query + first * width;
     float* scores = block.scores + first * kKeys;
     if (!few) {
-      const TileCall call{query, block.turned, nullptr, width, kKeys,
-                          kKeys, s.head_dim,   kKeys,   scores};
-      return with_count<kTileRows>(count, call);
+      return with_count<kTileRows>(count, ScoreCall{query, block.turned, width, scores});
     }
     for (int j = 0; j < kKeys; ++j) {
       const float* key = block.rows + j * width;
@@ -275,18 +368,14 @@ struct Attention {
     }
   }
 
-  // `positions` query positions of a key-value head from `position` on meet keys first .. last; the
-  // sums stay in the block.
-  inline void meet(const Block& block, int64_t head, int64_t position, int64_t positions,
+  // `positions` queries of a key-value head from `position` on meet keys first .. last of a span,
+  // whose sums stay in the block. Returns whether they see any.
+  inline bool meet(const Block& block, int64_t head, int64_t position, int64_t positions,
                    int64_t first, int64_t last) const {
     const int64_t rows = positions * groups, sequence = head / s.kv_heads;
     const bool few = rows <= kFewRows;
-    load_queries(head, position, positions, block.query);
-    for (int64_t i = 0; i < rows; ++i) {
-      block.top[i] = -__builtin_huge_valf();
-      block.total[i] = 0;
-    }
-    std::memset(block.context, 0, sizeof(float) * size_t(rows * width));
+    bool met = false;
+    block.span.clear(width, rows);
     const uint8_t* mask = b.mask + ((s.masks == 1 ? 0 : sequence) * s.tokens + position) * present;
     for (int64_t at = first; at < last; at += kKeys) {
       const int keys = int(smaller<int64_t>(kKeys, last - at));
@@ -296,70 +385,42 @@ struct Attention {
         any |= block.seen[i];
       }
       if (!any) continue;
+      met = true;
       load_rows(key_cache(), head, at, keys, block.rows);
-      if (!few) turn(block.rows, width, int(width), block.turned);
+      if (!few) turn(block.rows, width, block.turned);
       load_rows(value_cache(), head, at, keys, block.values);
       // All scores first, so that the keys stay near, then all sums, so that the values do.
       for_tiles(block, rows, [&](int64_t row, int count) {
         score(block, row, count, few);
         for (int64_t r = row; r < row + count; ++r)
           block.factor[r] = weigh<T>(block.scores + r * kKeys, block.seen[r / groups], s,
-                                     block.top[r], block.total[r]);
+                                     block.span.top[r], block.span.total[r]);
       });
       for_tiles(block, rows, [&](int64_t row, int count) {
-        const TileCall call{block.scores + row * kKeys,
-                            block.values,
-                            block.factor + row,
-                            kKeys,
-                            width,
-                            width,
-                            kKeys,
-                            int(width),
-                            block.context + row * width};
+        const ValueCall call{block.scores + row * kKeys, block.values, block.factor + row, width,
+                             block.span.context + row * width};
         with_count<kTileRows>(count, call);
       });
     }
+    return met;
   }
 
-  ANYBIT_INLINE void write(const float* context, float total, int64_t head, int64_t position,
-                           int64_t group) const {
-    const int64_t sequence = head / s.kv_heads, query = head % s.kv_heads * groups + group;
-    T* to = static_cast<T*>(b.context) +
-            ((sequence * s.tokens + position) * s.heads + query) * s.head_dim;
-    alignas(64) float part[64];
-    for (int64_t d = 0; d < s.head_dim; d += 64) {
-      const int count = int(smaller<int64_t>(64, s.head_dim - d));
-      for (int i = 0; i < count; ++i) part[i] = context[d + i] / total;
-      store_saturated(part, count, to + d);
+  ANYBIT_INLINE void write(const RowSums& sums, int64_t head, int64_t position,
+                           int64_t rows) const {
+    const int64_t sequence = head / s.kv_heads, first = head % s.kv_heads * groups;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t token = sequence * s.tokens + position + row / groups;
+      T* to = static_cast<T*>(b.context) + (token * s.heads + first + row % groups) * s.head_dim;
+      alignas(64) float part[64];
+      for (int64_t d = 0; d < s.head_dim; d += 64) {
+        const int count = int(smaller<int64_t>(64, s.head_dim - d));
+        for (int i = 0; i < count; ++i)
+          part[i] = sums.context[row * width + d + i] / sums.total[row];
+        store_saturated(part, count, to + d);
+      }
     }
   }
 };
-
-// Puts the parts of a few rows together: each is weighed by its largest score, over all of them.
-template <class T>
-inline void join(const Attention<T>& op, const float* partial, int64_t parts, int64_t rows,
-                 int64_t heads, float* context) {
-  for (int64_t head = 0; head < heads; ++head) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const auto part = [&](int64_t i) {
-        return partial + (head * parts + i) * rows * (op.width + 2);
-      };
-      const auto top = [&](int64_t i) { return part(i)[rows * op.width + row]; };
-      float most = top(0), total = 0;
-      for (int64_t i = 1; i < parts; ++i) most = top(i) > most ? top(i) : most;
-      const float by = most == -__builtin_huge_valf() ? 0.0f : most;
-      std::memset(context, 0, sizeof(float) * size_t(op.width));
-      for (int64_t i = 0; i < parts; ++i) {
-        alignas(64) float factor[kWide];
-        store(factor, exponential(splat(top(i) - by)));
-        total += factor[0] * part(i)[rows * (op.width + 1) + row];
-        for (int64_t d = 0; d < op.width; ++d)
-          context[d] += factor[0] * part(i)[row * op.width + d];
-      }
-      op.write(context, total, head, row / op.groups, row % op.groups);
-    }
-  }
-}
 
 template <class T>
 inline int attend_with(const AttentionShape& s, const AttentionBuffers& b,
@@ -377,46 +438,52 @@ inline int attend_with(const AttentionShape& s, const AttentionBuffers& b,
   });
   if (!s.tokens) return 0;
 
-  // Positions of a block, and keys of a task: all, but for a few rows, whose parts are put together
-  // at the end.
+  // A task is a block of positions, or, where there are few rows, a span of their keys.
   const int64_t most = smaller<int64_t>(64, kRows / op.groups > 8 ? kRows / op.groups : 8);
   const int64_t positions = smaller<int64_t>(most, s.tokens);
   const int64_t rows = positions * op.groups, blocks = (s.tokens + positions - 1) / positions;
-  const bool split = blocks == 1 && rows <= 16;
-  const int64_t span = split ? kSplit : rounded_up(op.present, kKeys);
-  const int64_t parts = (op.present + span - 1) / span;
-  const int64_t part_floats = rows * (op.width + 2);
-  float* partial = nullptr;
-  if (parts > 1) {
-    const size_t floats = size_t(heads * parts * part_floats + op.width);
-    partial = static_cast<float*>(thread_memory(kPartMemory, sizeof(float) * floats));
-    if (!partial) return kNoMemory;
+  const int64_t spans = (op.present + kSpan - 1) / kSpan;
+  const bool split = blocks == 1 && rows <= 16 && spans > 1;
+  const int64_t tasks = split ? spans : blocks;
+  const int64_t part_floats = RowSums::floats(op.width, rows);
+  float* parts = nullptr;
+  if (split) {
+    const size_t floats = size_t((heads * spans + 1) * part_floats);
+    parts = static_cast<float*>(thread_memory(kPartMemory, sizeof(float) * floats));
+    if (!parts) return kNoMemory;
   }
+  const auto part = [&](int64_t i) { return RowSums(parts + i * part_floats, op.width, rows); };
   int failed = 0;
   const int64_t work = heads * s.tokens * op.groups * op.present * s.head_dim;
-  each(heads * blocks * parts, work, [&](size_t task) {
-    const int64_t head = int64_t(task) / (blocks * parts), part = int64_t(task) % parts;
-    const int64_t position = int64_t(task) / parts % blocks * positions;
+  each(heads * tasks, work, [&](size_t task) {
+    const int64_t head = int64_t(task) / tasks, filled = op.filled(head / s.kv_heads);
+    const int64_t position = split ? 0 : int64_t(task) % tasks * positions;
     const int64_t count = smaller(positions, s.tokens - position);
-    const int64_t first = part * span;
-    const int64_t last = smaller(first + span, op.filled(head / s.kv_heads));
     void* memory = thread_memory(kBlockMemory, size_t(Block::bytes(op.width, rows)));
     if (!memory) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-    const Block block(memory, op.width, rows);
-    op.meet(block, head, position, count, first, last);
-    if (parts == 1) {
-      for (int64_t i = 0; i < count * op.groups; ++i)
-        op.write(block.context + i * op.width, block.total[i], head, position + i / op.groups,
-                 i % op.groups);
+    Block block(memory, op.width, rows);
+    op.load_queries(head, position, count, block.query);
+    const auto meet = [&](int64_t first) {
+      return op.meet(block, head, position, count, first, smaller(first + kSpan, filled));
+    };
+    if (split) {
+      block.span = part(int64_t(task));
+      meet(int64_t(task) % spans * kSpan);
       return;
     }
-    float* to = partial + int64_t(task) * part_floats;
-    std::memcpy(to, block.context, sizeof(float) * size_t(rows * op.width));
-    std::memcpy(to + rows * op.width, block.top, sizeof(float) * size_t(rows));
-    std::memcpy(to + rows * (op.width + 1), block.total, sizeof(float) * size_t(rows));
+    block.sums.clear(op.width, count * op.groups);
+    for (int64_t first = 0; first < filled; first += kSpan) {
+      if (meet(first)) join(block.sums, block.span, op.width, count * op.groups);
+    }
+    op.write(block.sums, head, position, count * op.groups);
   });
   if (failed) return kNoMemory;
-  if (parts > 1) join(op, partial, parts, rows, heads, partial + heads * parts * part_floats);
+  for (int64_t head = 0; split && head < heads; ++head) {
+    const RowSums sums = part(heads * spans);
+    sums.clear(op.width, rows);
+    for (int64_t i = 0; i < spans; ++i) join(sums, part(head * spans + i), op.width, rows);
+    op.write(sums, head, 0, rows);
+  }
   return 0;
 }
 

@@ -1,4 +1,6 @@
 // Vectors of kWide fp32 numbers for attention, and what it does with them, for each instruction set.
+//
+// sum_of(a) adds halves to each other: lane i and lane i + kWide / 2, then the sums of those likewise.
 #pragma once
 #include "core/cpu/floats.h"
 
@@ -35,7 +37,12 @@ ANYBIT_INLINE V shifted_exponent(V t) {
   const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
   return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(127 << 23)));
 }
-ANYBIT_INLINE float sum_of(V a) { return _mm512_reduce_add_ps(a); }
+ANYBIT_INLINE float sum_of(V a) {
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
 ANYBIT_INLINE float largest_of(V a) { return _mm512_reduce_max_ps(a); }
 ANYBIT_INLINE uint64_t bits_of_mask(const uint8_t* mask, int count) {
   const uint64_t lanes = count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0};

@@ -129,7 +129,7 @@ class Threads {
               threads.status_ = call<OrtStatus*>(Function::kKernelContextParallelFor,
                                                  threads.context_, task, count, count, data);
             },
-            const_cast<Threads*>(this), cpu::usable_cores()};
+            const_cast<Threads*>(this), cpu::bound_cores()};
   }
 
   // Ends the call where ONNX Runtime could not share it.

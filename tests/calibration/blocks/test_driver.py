@@ -26,7 +26,7 @@ from calibration.methods.qqq.settings import QqqSettings
 from calibration.settings import CalibrationSettings
 from tests.calibration.block_cases import MODELS, QQQ, calibrate_tiny, files, tokens
 from tests.calibration.llama import SITES
-from tests.conftest import FOUR_WINDOWS, W4A8
+from tests.conftest import FAMILIES, FOUR_WINDOWS, W4A8
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAYERS = 3
@@ -372,3 +372,47 @@ def test_blocks_arrive_in_order_with_their_schemes(
     assert seen == [(index, LAYERS) for index in range(LAYERS)]
     assert asked == [f"model.layers.{index}.{site}" for index in range(LAYERS) for site in SITES]
     assert BlockStore(tmp_path / "a", "print").finished() == LAYERS
+
+
+LONG_ROPE = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 24}
+
+
+@pytest.mark.parametrize(("most", "factors"), [(24, "short"), (64, "long"), (None, "long")])
+def test_windows_turn_as_the_export_does(
+    tiny_llama: Callable[..., Path], tmp_path: Path, most: int | None, factors: str
+) -> None:
+    """Whatever the windows' own length, here 32 tokens: as of a model that has no others."""
+    rope = LONG_ROPE["rope_parameters"]
+    same = dict.fromkeys(("short_factor", "long_factor"), rope[f"{factors}_factor"])
+    found = []
+    for number, parameters in enumerate((rope, rope | same)):
+        model = tiny_llama(architecture="Phi3", **{**LONG_ROPE, "rope_parameters": parameters})
+        settings = CalibrationSettings(
+            method=QqqSettings(rotation="none", smooth="none"), max_context=most
+        )
+        store = BlockStore(tmp_path / str(number), "")
+        job = Calibration(
+            open_checkpoint(str(model), offline=True),
+            find_method("qqq").block_method,
+            lambda name: QQQ,
+            settings,
+            tokens(2).numpy(),
+            store,
+        )
+        calibrate(job)
+        found.append(store.load(1).sites["mlp.down_proj"].codes)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_context_counts_by_its_frequencies(
+    tiny_llama: Callable[..., Path], tiny_model_dir: Path
+) -> None:
+    def stamps(folder: Path) -> list[bool]:
+        checkpoint = open_checkpoint(str(folder), offline=True)
+        first, *others = (
+            CalibrationSettings(max_context=most).stamp(checkpoint) for most in (24, 12, 25, None)
+        )
+        return [first == other for other in others]
+
+    assert stamps(tiny_llama(architecture="Phi3", **LONG_ROPE)) == [True, False, False]
+    assert stamps(tiny_model_dir) == [True] * 3

@@ -60,21 +60,41 @@ def test_its_cost_is_measured_on_windows_apart(
     values = torch.from_numpy(
         QuantLinear("lm_head", task.scheme, result.sites["lm_head"]).dequantize()
     )
-    losses = []
+    losses, logs = [], []
     for table, quantised in ((task.table, False), (values, True)):
         total = 0.0
+        found = []
         for index in measured:
             x = task.inputs(task.streams.quant[index])
             if quantised:
                 x = Activation.of(x, 8, True).values()
-            total += float(
-                F.cross_entropy((x @ table.T)[:-1], task.tokens[index, 1:], reduction="sum")
-            )
+            found.append((x @ table.T)[:-1].double().log_softmax(-1))
+            total += float(F.nll_loss(found[-1], task.tokens[index, 1:], reduction="sum"))
         losses.append(total / (31 * len(measured)))
+        logs.append(torch.cat(found))
+    wanted = torch.cat([task.tokens[index, 1:] for index in measured])[:, None]
+    scatter = (logs[0] - logs[1]).gather(-1, wanted).std(correction=0) / len(wanted) ** 0.5
+    divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
     report = result.report
     assert report["bits"] == "w4a8" and report["kept"] and report["tokens"] == 31 * len(measured)
     assert [report["loss_float"], report["loss_quantized"]] == pytest.approx(losses, rel=1e-5)
-    assert report["rise"] == pytest.approx(math.expm1(losses[1] - losses[0]), abs=1e-4)
+    assert report["divergence"] == pytest.approx(float(divergence), abs=3e-6)
+    assert report["rise"] == pytest.approx(math.expm1(divergence), abs=3e-6)
+    assert report["loss_error"] == pytest.approx(float(scatter), rel=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "luck"), [(4, 1), (8, -1)])
+def test_luck_on_the_text_does_not_choose(tiny_model_dir: Path, bits: int, luck: int) -> None:
+    """A bad head that happens to know this text better, and a good one that knows it worse."""
+    task = head_task(tiny_model_dir, bits, limit=1e-5)
+    x = torch.cat([task.inputs(task.streams.quant[index]) for index in range(4)])
+    made = QuantLinear("lm_head", task.scheme, METHOD.head(task)).dequantize()
+    seen = Activation.of(x, 8, True).values()
+    gain = (seen @ torch.from_numpy(made).T).log_softmax(-1) - (x @ task.table.T).log_softmax(-1)
+    best = (gain * luck).argmax(-1).view(4, 32).roll(1, 1)
+    report = quantise_head(METHOD, replace(task, tokens=best)).report
+    assert (report["loss_quantized"] - report["loss_float"]) * luck < -1e-3
+    assert report["kept"] is (bits == 8)
 
 
 def test_windows_that_are_measured_on_are_not_calibrated_with(tiny_model_dir: Path) -> None:
@@ -165,6 +185,67 @@ def test_the_choice_is_by_the_rise(
     assert (quant.head is not None) is (rise < 0.001)
     assert quant.has("lm_head.weight") is (rise > 0.001)  # rotated, so it is not the embedding
     assert quant.calibration["head"]["rise"] == rise
+
+
+def test_other_bits_of_the_head_keep_the_blocks(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import calibration.quant.quantize as quantize
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert calibrate_tiny(tiny_model_dir, whole, "--head-bits", "4") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "_write_shards", stop)
+        for bits in ("8", "auto", "16"):
+            more = ("--head-bits", bits, "--resume", "--progress", "plain")
+            assert calibrate_tiny(tiny_model_dir, out, *more) == 130
+    capsys.readouterr()
+    more = ("--head-bits", "4", "--resume", "--progress", "plain")
+    assert calibrate_tiny(tiny_model_dir, out, *more) == 0
+    assert capsys.readouterr().err.count(" of 2: kept\n") == 2
+    for path in (whole / "quant").iterdir():
+        assert path.read_bytes() == (out / "quant" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (
+            ("--method", "rtn"),
+            "method 'rtn' has no data to choose its bits by, --head-bits B sets them",
+        ),
+        (("--format", "compressed-tensors"), "--format compressed-tensors has no bits for it"),
+    ],
+)
+def test_auto_says_where_it_cannot_choose(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, str],
+    why: str,
+) -> None:
+    plain = ("--progress", "plain")
+    assert calibrate_tiny(tiny_model_dir, tmp_path / "auto", *more, *plain) == 0
+    line = "head: stays in floating point"
+    assert f"{line}: {why}\n" in capsys.readouterr().err
+    assert calibrate_tiny(tiny_model_dir, tmp_path / "16", *more, *plain, "--head-bits", "16") == 0
+    assert line not in capsys.readouterr().err
+
+
+def test_the_table_goes_in_pieces(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calibration.blocks import head
+
+    task = head_task(tiny_model_dir, 4)
+    whole = quantise_head(METHOD, task).report
+    monkeypatch.setattr(head, "_ROWS", 100)  # 512 are not a multiple
+    monkeypatch.setattr(head, "_LOGITS", 512 * 5)
+    assert quantise_head(METHOD, task).report == pytest.approx(whole, abs=2e-6)
 
 
 OWN = """

@@ -37,7 +37,14 @@ def row(level: str, tensor: str, **changes: Any) -> dict[str, Any]:
 
 
 PROFILE = {"name": "decode", "inputs": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}}}
-HEAD = {"bits": "w8a8", "rise": 0.0005, "tokens": 992}
+HEAD = {
+    "bits": "w8a8",
+    "rise": 0.0005,
+    "loss_float": 3.0004,
+    "loss_quantized": 3.0002,
+    "loss_error": 0.0008,
+    "tokens": 992,
+}
 DATA: dict[str, Any] = {
     "model": "tiny",
     "label": "w4a8",
@@ -249,11 +256,12 @@ def test_a_failure_is_on_top_and_marked() -> None:
         ({"head": "w8a8"}, "linear layers and head, scales included"),
         (
             {"head": "w8a8", "calibration": {"blocks": [], "head": HEAD}},
-            "head w8a8, +0.05% perplexity on 992 calibration tokens",
+            "head w8a8, +0.05% perplexity by its KL divergence on 992 calibration tokens (their loss "
+            "-0.0002, standard error 0.0008)",
         ),
         (
             {"calibration": {"blocks": [], "head": {**HEAD, "rise": 0.5}}},
-            "head float16, since w8a8 would cost +50.00% perplexity on 992 calibration tokens",
+            "head float16, since w8a8 would cost +50.00% perplexity by its KL divergence on 992 ",
         ),
         (
             {"scheme": {**DATA["scheme"], "kv_bits": 4}},

@@ -391,3 +391,21 @@ def test_command_line_reports_bad_input(
         "--arch: got 'x', expected all, or compute capabilities such as 80;90. "
         "Give the capabilities without dots, separated by semicolons.\n"
     )
+
+
+def test_a_made_library_needs_no_compiler(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for path in sources.rglob("*.cpp"):
+        path.unlink()
+    (sources / "core/onnxruntime/one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    (sources / "core/host/ops.cu").write_text("")
+    library = build.build_onnxruntime()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.build_onnxruntime() == library
+    (sources / "core/onnxruntime/one.cpp").write_text('extern "C" int one() { return 2; }\n')
+    with pytest.raises(InputError) as error:
+        build.build_onnxruntime()
+    assert str(error.value) == (
+        "g++: got no such program on PATH, expected it. Install it, such as: apt-get install g++."
+    )

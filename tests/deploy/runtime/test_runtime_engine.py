@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.quant.scheme import QuantScheme
 from deploy.generate import generate_tokens
 from deploy.sampling import Sampler, Sampling
 from exporter.run.model import open_session
@@ -61,33 +62,55 @@ def test_greedy_tokens_are_those_of_deploy_generate(
     assert found["stats"]["full"] == 64
 
 
+@pytest.fixture(scope="module", params=["concat", "static"])
+def exact(
+    request: pytest.FixtureRequest,
+    tiny_llama: Callable[..., Path],
+    export: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """OUT of a model in which nothing rounds away a last bit, with 3 query heads per key-value head."""
+    model = tiny_llama(hidden_size=96, num_attention_heads=6)
+    scheme = QuantScheme("ABQGemm", "rtn", 8, 16, dtype="float32")
+    out = tmp_path_factory.mktemp("exact") / "out"
+    return export(model, out, scheme, max_seq=128, static_cache=request.param == "static")
+
+
+def odds(rounds: list[list[dict[str, Any]]]) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-odds of all answers."""
+    return [(answer["tokens"], answer["logprobs"]) for answers in rounds for answer in answers]
+
+
 def test_a_cached_beginning_changes_no_token(
-    model: Path,
-    driver: Callable[..., dict[str, Any]],
-    prompts: list[list[int]],
-    expected: list[list[int]],
+    exact: Path, driver: Callable[..., dict[str, Any]], prompts: list[list[int]]
 ) -> None:
-    """The same again, further into the answer, and with an end of its own."""
+    """The same again, further into the answer, and with an end of its own; odds too, to the bit."""
     prompt = max(prompts, key=len)
-    answer = expected[prompts.index(prompt)]
-    rounds = [[prompt], [prompt], [prompt + answer[:5]], [prompt[:30]]]
-    found = driver(model, [requests(each) for each in rounds])["rounds"]
+
+    def ask(*prompts: list[int]) -> list[list[dict[str, Any]]]:
+        rounds = [requests([each], logprobs=1) for each in prompts]
+        return list(driver(exact, rounds)["rounds"])
+
+    ((tokens, numbers),) = odds(ask(prompt))
+    found = ask(prompt, prompt, prompt + tokens[:5], prompt[:30])
     cached = [answers[0]["cached_tokens"] for answers in found]
     assert cached == [0, len(prompt) - 1, len(prompt) + 4, 29]
-    assert found[1][0]["tokens"] == answer
-    assert found[2][0]["tokens"][: NEW - 5] == answer[5:]
-    whole = driver(model, [requests([prompt[:30]])])["rounds"]
-    assert found[3][0]["tokens"] == whole[0][0]["tokens"]
+    same, again, further, short = odds(found)
+    assert same == again == (tokens, numbers)
+    assert further[0][: NEW - 5] == tokens[5:]
+    assert further[1][: NEW - 5] == numbers[5:]
+    assert [short] == odds(ask(prompt[:30]))
 
 
 def test_chunks_change_no_token(
-    model: Path,
-    driver: Callable[..., dict[str, Any]],
-    prompts: list[list[int]],
-    expected: list[list[int]],
+    exact: Path, driver: Callable[..., dict[str, Any]], prompts: list[list[int]]
 ) -> None:
-    found = driver(model, [requests(prompts[:8])], {"slots": 3, "chunk": 7})
-    assert [answer["tokens"] for answer in found["rounds"][0]] == expected[:8]
+    """Nor does who shares the slots; odds too, to the bit."""
+    asked = requests(prompts[:8], logprobs=1)
+    whole = odds(driver(exact, [[request] for request in asked])["rounds"])
+    for chunk in (1, 7):
+        found = driver(exact, [asked], {"slots": 3, "chunk": chunk})["rounds"]
+        assert odds(found) == whole
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_runs(
