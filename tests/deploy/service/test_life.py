@@ -283,6 +283,33 @@ def test_the_disk_of_the_log_is_full(serve: Callable[..., Server], tmp_path: Pat
     assert server.stop() == 0
 
 
+def test_a_line_that_is_there_in_part_stays_alone(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    """A disk that is full for a while cuts one line; the next begins on a line of its own."""
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    log = tmp_path / "log"
+    server = serve("--log", str(log), wait=False, preexec_fn=full)
+    server._log = log
+    server.until(log.exists)
+    server.listen()
+    with Raw(server) as raw:
+        for _ in range(10):
+            assert raw.send(get("/nowhere")).answer()[0] == 404
+        server.until(lambda: server.metrics()["anybit_log_lines_lost_total"] > 0)
+        assert log.stat().st_size == 1000
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+        for _ in range(3):
+            assert raw.send(get("/nowhere")).answer()[0] == 404
+    assert server.stop() == 0
+    starts = [line.count('{"time"') for line in log.read_text().splitlines()]
+    assert set(starts) == {1} and len(starts) == len(server.lines()) + 1
+
+
 def test_nobody_reads_the_log(
     serve: Callable[..., Server], service: Path, fake_engine: Path, tmp_path: Path
 ) -> None:
