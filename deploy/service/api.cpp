@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <random>
 
@@ -12,6 +13,7 @@ namespace {
 constexpr double kLogprobFloor = -9999.0;  // stands for odds of 0, as JSON has no infinity
 constexpr size_t kMostStops = 16, kMostBias = 1024;
 constexpr int kMostTop = 20;
+constexpr int64_t kMostOdds = 1 << 18;  // in an answer that is put together in memory
 
 uint64_t mixed(uint64_t x) {  // the finalizer of SplitMix64
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -51,7 +53,7 @@ void read_bias(Fields& fields, int vocab, Sampling& sampling) {
 }
 
 // As the model's makers want it, where the request does not say.
-Sampling read_sampling(Fields& fields, const Card& card) {
+Sampling read_sampling(Fields& fields, const Card& card, bool& seeded) {
   Sampling s = card.sampling;
   const auto take = [&fields](const char* name, double least, double most, float& into) {
     if (const auto value = fields.number(name, least, most)) into = static_cast<float>(*value);
@@ -66,6 +68,7 @@ Sampling read_sampling(Fields& fields, const Card& card) {
   if (const auto k = fields.whole("top_k", -1, INT32_MAX))
     s.top_k = std::max<int>(0, static_cast<int>(*k));
   const auto seed = fields.whole("seed", INT64_MIN, INT64_MAX);
+  seeded = seed.has_value();
   s.seed = seed ? static_cast<uint64_t>(*seed) : any_seed();
   read_bias(fields, card.vocab, s);
   return s;
@@ -132,8 +135,9 @@ std::vector<Message> read_messages(Fields& fields) {
 std::vector<int32_t> chat_tokens(const std::vector<Message>& messages, bool generation_prompt,
                                  const Model& model) {
   try {
-    const std::string text = model.chat().render(messages, generation_prompt);
-    return model.tokenizer().encode(text, false);  // the template has written the special tokens
+    // Special tokens are the template's: in a content they would let its writer speak as another.
+    const Prompt prompt = model.chat().prompt(messages, generation_prompt);
+    return model.tokenizer().encode(prompt.text, prompt.contents);
   } catch (const Error& error) {
     throw api_error(error, 400, "chat_template", "messages");
   }
@@ -223,7 +227,8 @@ Request Call::request(size_t choice) const {
   request.tokens = prompts[choice / static_cast<size_t>(n)];
   request.max_new_tokens = max_new_tokens;
   request.sampling = sampling;
-  if (choice) request.sampling.seed = mixed(sampling.seed ^ mixed(choice));
+  const size_t draw = seeded ? choice % static_cast<size_t>(n) : choice;
+  if (draw) request.sampling.seed = mixed(sampling.seed ^ mixed(draw));
   request.stop = stop;
   request.stop_tokens = stop_tokens;
   request.ignore_end = ignore_end;
@@ -238,7 +243,7 @@ Call read_call(Endpoint endpoint, std::string_view body, const Model& model,
   check_model(fields, served);
   Call call;
   call.endpoint = endpoint;
-  call.sampling = read_sampling(fields, card);
+  call.sampling = read_sampling(fields, card, call.seeded);
   call.max_new_tokens = read_max_tokens(fields, call, card, limits);
   call.n = static_cast<int>(fields.whole("n", 1, limits.choices).value_or(1));
   call.stop = fields.texts("stop", kMostStops);
@@ -276,8 +281,8 @@ Call read_call(Endpoint endpoint, std::string_view body, const Model& model,
   refuse_what_is_not_there(fields);
   // Who asks and how it is billed, kept or cached; hints that change no odds.
   fields.ignore({"user", "metadata", "store", "service_tier", "safety_identifier",
-                 "prompt_cache_key", "prompt_cache_retention", "prediction",
-                 "parallel_tool_calls"});
+                 "prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls",
+                 "reasoning_effort", "verbosity"});
   if (endpoint == Endpoint::chat) {
     const auto messages = read_messages(fields);
     fields.refuse_others();
@@ -304,6 +309,17 @@ Call read_call(Endpoint endpoint, std::string_view body, const Model& model,
                       "Send a shorter text", "context_length_exceeded");
   }
   call.max_new_tokens = std::min(call.max_new_tokens, card.max_context);
+  const int64_t odds =
+      static_cast<int64_t>(choices) * call.max_new_tokens * (int64_t{call.sampling.logprobs} + 1);
+  if (!call.stream && odds > kMostOdds) {
+    throw bad_request("logprobs",
+                      "got " + std::to_string(choices) + " texts of up to " +
+                          std::to_string(call.max_new_tokens) + " tokens with " +
+                          std::to_string(call.sampling.logprobs + 1) +
+                          " odds each, expected at most " + std::to_string(kMostOdds) +
+                          " odds in an answer that is not streamed",
+                      "Ask for fewer tokens or odds, or for a stream");
+  }
   return call;
 }
 
@@ -378,6 +394,8 @@ ApiError api_error(const Error& error, int status, const std::string& code,
 // ---------------------------------------------------------------- answers
 
 namespace {
+
+constexpr const char* kReplacement = "\xef\xbf\xbd";  // U+FFFD
 
 std::string sse(const std::string& data) { return "data: " + data + "\n\n"; }
 
@@ -468,18 +486,17 @@ std::string Answers::end(const std::vector<Finish>& finishes) const {
 
 std::string Answers::error_event(const ApiError& error) { return sse(dump(error.json())); }
 
-Ordered Answers::whole(const std::vector<std::vector<Token>>& tokens,
-                       const std::vector<Finish>& finishes) {
+std::string Answers::whole(const std::vector<std::string>& texts,
+                           const std::vector<std::vector<Token>>& tokens,
+                           const std::vector<Finish>& finishes) {
   Ordered value = envelope(false), choices = Ordered::array();
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    std::string text;
-    for (const Token& token : tokens[i]) text += token.text;
-    text += finishes[i].text;
-    choices.push_back(choice(i, text, logprobs(i, tokens[i]), reason_of(finishes[i]), false));
+  for (size_t i = 0; i < texts.size(); ++i) {
+    choices.push_back(choice(i, texts[i] + finishes[i].text, logprobs(i, tokens[i]),
+                             reason_of(finishes[i]), false));
   }
   value["choices"] = std::move(choices);
   value["usage"] = usage(finishes);
-  return value;
+  return dump(value);
 }
 
 // A prompt counts once, however many choices it has.
@@ -498,10 +515,25 @@ Ordered Answers::usage(const std::vector<Finish>& finishes) const {
 }
 
 Ordered Answers::token_entry(int32_t id, float logprob) const {
-  const std::string text = tokenizer_.decode({id}, false);
   Ordered bytes = Ordered::array();
-  for (const char c : text) bytes.push_back(static_cast<unsigned char>(c));
-  return {{"token", text}, {"logprob", written(logprob)}, {"bytes", std::move(bytes)}};
+  for (const char c : tokenizer_.bytes(id)) bytes.push_back(static_cast<unsigned char>(c));
+  return {{"token", tokenizer_.decode({id}, false)},
+          {"logprob", written(logprob)},
+          {"bytes", std::move(bytes)}};
+}
+
+// A token as the older endpoint names it, which has no field for bytes: of a part of a character,
+// which has no text, bytes:\xe4 and the like, as OpenAI's did.
+std::string Answers::token_name(int32_t id) const {
+  const std::string text = tokenizer_.decode({id}, false), bytes = tokenizer_.bytes(id);
+  if (text.find(kReplacement) == text.npos || bytes.find(kReplacement) != bytes.npos) return text;
+  std::string name = "bytes:";
+  for (const char byte : bytes) {
+    char hex[5];
+    std::snprintf(hex, sizeof hex, "\\x%02x", static_cast<unsigned char>(byte));
+    name += hex;
+  }
+  return name;
 }
 
 Ordered Answers::logprobs(size_t index, const std::vector<Token>& tokens) {
@@ -519,11 +551,12 @@ Ordered Answers::logprobs(size_t index, const std::vector<Token>& tokens) {
   Ordered texts = Ordered::array(), odds = Ordered::array(), tops = Ordered::array(),
           places = Ordered::array();
   for (const Token& token : tokens) {
-    texts.push_back(tokenizer_.decode({token.id}, false));
+    texts.push_back(token_name(token.id));
     odds.push_back(written(token.logprob));
     Ordered top = Ordered::object();
-    for (const auto& [id, logprob] : token.top)
-      top[tokenizer_.decode({id}, false)] = written(logprob);
+    for (const auto& [id, logprob] : token.top) {
+      top.emplace(token_name(id), written(logprob));  // of two with one name, the likelier
+    }
     tops.push_back(std::move(top));
     places.push_back(offsets_[index]);
     offsets_[index] += characters(token.text);

@@ -26,13 +26,15 @@ struct Call {
   int n = 1;  // choices of each prompt
   int max_new_tokens = 16;
   Sampling sampling;
+  bool seeded = false;  // the request says with which seed
   std::vector<std::string> stop;
   std::vector<int32_t> stop_tokens;
   bool ignore_end = false;
   bool stream = false, include_usage = false;
 
-  // What the engine is asked for one choice, but for the callbacks. Choice 0 draws with the seed
-  // itself, others with seeds made of it.
+  // What the engine is asked for one choice, but for the callbacks. With a seed of the request the
+  // first choice of each prompt draws with the seed itself, whatever other prompts stand beside it,
+  // and others with seeds made of it; without one no two choices share a seed.
   Request request(size_t choice) const;
 };
 
@@ -69,8 +71,12 @@ class Answers {
   std::string end(const std::vector<Finish>& finishes) const;
   static std::string error_event(const ApiError& error);
 
-  // The whole answer of a request that is not streamed.
-  Ordered whole(const std::vector<std::vector<Token>>& tokens, const std::vector<Finish>& finishes);
+  // The whole answer of a request that is not streamed, as JSON. Runs on any thread.
+  //
+  // @param tokens of each choice, where odds were asked for.
+  std::string whole(const std::vector<std::string>& texts,
+                    const std::vector<std::vector<Token>>& tokens,
+                    const std::vector<Finish>& finishes);
 
  private:
   Ordered envelope(bool chunk) const;
@@ -80,6 +86,7 @@ class Answers {
   Ordered usage(const std::vector<Finish>& finishes) const;
   Ordered logprobs(size_t choice, const std::vector<Token>& tokens);
   Ordered token_entry(int32_t id, float logprob) const;
+  std::string token_name(int32_t id) const;
 
   const Call& call_;
   const Tokenizer& tokenizer_;

@@ -40,7 +40,7 @@ void Generation::start() {
   } catch (const Error& error) {
     stop();
     running_ = 0;  // so that nobody hears of those that run already
-    if (dynamic_cast<const QueueFull*>(&error)) throw service_.queue_full(error);
+    if (dynamic_cast<const QueueFull*>(&error)) throw service_.queue_full(error.what());
     if (dynamic_cast<const Draining*>(&error)) throw ApiError(503, "draining", error.what());
     throw api_error(error);
   }
@@ -114,10 +114,12 @@ void Generation::on_token(Choice& choice, const Event& event) {
     metrics.between_tokens.observe(seconds(event.time - choice.last));
   }
   choice.last = event.time;
+  if (exchange_->left()) return;
   if (call_.stream) {
     out_ += answers_.event(event.choice, *event.token);
   } else {
-    choice.tokens.push_back(*event.token);
+    choice.text += event.token->text;
+    if (call_.sampling.logprobs >= 0) choice.tokens.push_back(*event.token);
   }
 }
 
@@ -133,14 +135,43 @@ void Generation::on_finish(Choice& choice, const Event& event) {
   } else if (reason == Reason::cancelled && !error_ && outcome_ == "ok") {
     error_ = ApiError(500, "cancelled", "engine: the request was cancelled. Send it again.");
     outcome_ = "failed";
-  } else if (call_.stream && !error_) {
+  } else if (call_.stream && !error_ && !exchange_->left()) {
     out_ += answers_.closing(event.choice, event.finish);
   }
 }
 
+// Puts a whole answer together beside the others' work: it may be long.
 void Generation::end() {
   deadline_.cancel();
   comment_.cancel();
+  if (call_.stream || error_ || exchange_->left()) return finish("");
+  asio::post(service_.pool_, [self = shared_from_this()] {
+    std::string body;
+    std::optional<ApiError> problem;
+    try {
+      std::vector<std::string> texts;
+      std::vector<std::vector<Token>> tokens;
+      std::vector<Finish> finishes;
+      for (Choice& choice : self->choices_) {
+        texts.push_back(std::move(choice.text));
+        tokens.push_back(std::move(choice.tokens));
+        finishes.push_back(choice.finish);
+      }
+      body = self->answers_.whole(texts, tokens, finishes);
+    } catch (const std::exception& error) {
+      problem = ApiError(500, "internal", error.what());
+    }
+    asio::post(self->service_.io_, [self, body = std::move(body), problem]() mutable {
+      if (problem) {
+        self->error_ = problem;
+        self->outcome_ = "failed";
+      }
+      self->finish(std::move(body));
+    });
+  });
+}
+
+void Generation::finish(std::string body) {
   std::vector<Finish> finishes;
   int prompt = 0, cached = 0, completion = 0;
   for (const Choice& choice : choices_) {
@@ -166,11 +197,9 @@ void Generation::end() {
     exchange_->end();
   } else if (error_) {
     exchange_->respond(service_.error(*error_, exchange_->request));
-  } else {
-    std::vector<std::vector<Token>> tokens;
-    for (Choice& choice : choices_) tokens.push_back(std::move(choice.tokens));
+  } else if (!exchange_->left()) {
     Response response;
-    response.body = dump(answers_.whole(tokens, finishes));
+    response.body = std::move(body);
     service_.allow(response, exchange_->request);
     exchange_->respond(response);
   }

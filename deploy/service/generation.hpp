@@ -30,7 +30,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
  private:
   struct Choice {
     Handle handle;
-    std::vector<Token> tokens;  // of an answer that is not streamed
+    std::string text;           // of an answer that is not streamed
+    std::vector<Token> tokens;  // the same, where odds were asked for
     Finish finish;
     bool finished = false;
     Clock::time_point last;
@@ -47,6 +48,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void on_token(Choice& choice, const Event& event);
   void on_finish(Choice& choice, const Event& event);
   void end();
+  void finish(std::string body);
   void stop();
   void arm_deadline();
   void arm_comment();

@@ -3,13 +3,14 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <anybit/error.hpp>
 #include <array>
 #include <boost/asio/buffer.hpp>
-#include <boost/asio/ip/v6_only.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
+#include <cstdio>
 #include <random>
 
 namespace anybit::service {
@@ -26,7 +27,8 @@ constexpr size_t kDiscard = 16 << 20;   // of a body that was refused, so that i
 constexpr size_t kTurnedAway = 32;      // connections beyond the limit that are told so
 constexpr int kSendBuffer = 128 << 10;  // the kernel's, of each connection
 constexpr std::chrono::seconds kLinger{2};
-constexpr std::chrono::milliseconds kPause{100};  // where the process has no file left
+constexpr std::chrono::milliseconds kPause{
+    100};  // where no connection can be taken, such as for want of files
 
 const char* phrase(int status) {
   return http::obsolete_reason(http::int_to_status(static_cast<unsigned>(status))).data();
@@ -191,6 +193,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
       parser_->header_limit(static_cast<uint32_t>(listener_.limits_.header));
       parser_->body_limit(listener_.limits_.body);
       began_ = Clock::now();
+      request_ = HttpRequest{};
     }
     size_t taken = 0;
     while (taken < in_.size() && !parser_->is_done()) {
@@ -205,14 +208,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
     if (!exchange_ && parser_->is_done()) dispatch();
   }
 
+  template <class Name>
+  std::string field(Name name) const {
+    const auto text = parser_->get()[name];
+    return std::string(text.data(), text.size());
+  }
+
   // Whether the request may go on; else it is answered.
   bool admit() {
     const auto& header = parser_->get();
-    const auto field = [&header](auto name) {
-      const auto text = header[name];
-      return std::string(text.data(), text.size());
-    };
-    request_ = HttpRequest{};
     const std::string id = field("X-Request-Id");
     request_.id = fit_for_a_log(id) ? id : new_id();
     request_.client = client_;
@@ -278,8 +282,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
     request_.client = client_;
     request_.began = parser_ ? began_ : Clock::now();
     if (request_.id.empty()) request_.id = new_id();
+    if (parser_) request_.origin = field(http::field::origin);
     begin_exchange();
-    exchange_->respond(listener_.handler_.refusal(status, code, message));
+    exchange_->respond(listener_.handler_.refusal(exchange_->request, status, code, message));
   }
 
   // ---------------------------------------------------------------- writing
@@ -430,7 +435,7 @@ void Exchange::end() {
 
 namespace {
 
-tcp::endpoint resolve(asio::io_context& io, const std::string& host, uint16_t port) {
+tcp::resolver::results_type resolve(asio::io_context& io, const std::string& host, uint16_t port) {
   error_code ec;
   tcp::resolver resolver(io);
   const auto found = resolver.resolve(host, std::to_string(port), tcp::resolver::passive, ec);
@@ -439,7 +444,7 @@ tcp::endpoint resolve(asio::io_context& io, const std::string& host, uint16_t po
                 "got " + host + " (" + ec.message() + "), expected an address of this machine",
                 "Give one, such as 127.0.0.1, or 0.0.0.0 for all");
   }
-  return found.begin()->endpoint();
+  return found;
 }
 
 // As many as the process may have files for, less what else it opens.
@@ -460,37 +465,55 @@ size_t most_connections(size_t wanted) {
 
 Listener::Listener(asio::io_context& io, Handler& handler, Log& log, const HttpLimits& limits,
                    const std::string& host, uint16_t port)
-    : io_(io), handler_(handler), log_(log), limits_(limits), acceptor_(io), pause_(io) {
+    : io_(io), handler_(handler), log_(log), limits_(limits) {
   limits_.connections = most_connections(limits.connections);
-  const tcp::endpoint endpoint = resolve(io, host, port);
-  error_code ec;
-  acceptor_.open(endpoint.protocol(), ec);
-  if (!ec) acceptor_.set_option(tcp::acceptor::reuse_address(true), ec);
-  if (!ec) acceptor_.bind(endpoint, ec);
-  if (!ec) acceptor_.listen(asio::socket_base::max_listen_connections, ec);
-  if (ec) {
-    throw Error("--port",
-                "got " + written(endpoint) + " (" + ec.message() + "), expected one that is free",
-                "Stop what uses it, or give another with --host and --port");
+  error_code absent;
+  std::set<asio::ip::address> seen;
+  for (const auto& found : resolve(io, host, port)) {
+    if (!seen.insert(found.endpoint().address()).second) continue;
+    // Where any port will do, the first address chooses it for all.
+    const tcp::endpoint endpoint(found.endpoint().address(),
+                                 acceptors_.empty() ? port : this->port());
+    error_code ec;
+    Acceptor acceptor(io);
+    acceptor.open(endpoint.protocol(), ec);
+    if (!ec) acceptor.set_option(Acceptor::reuse_address(true), ec);
+    if (!ec) acceptor.bind(endpoint, ec);
+    if (!ec) acceptor.listen(asio::socket_base::max_listen_connections, ec);
+    if (!ec) {
+      acceptors_.push_back(std::move(acceptor));
+    } else if (ec == asio::error::address_family_not_supported ||
+               ec == error_code(EADDRNOTAVAIL, boost::system::system_category())) {
+      absent = ec;  // a name may have an address of IPv6 on a machine without it
+    } else {
+      throw Unavailable(
+          "--port",
+          "got " + written(endpoint) + " (" + ec.message() + "), expected one that is free",
+          "Stop what uses it, or give another with --host and --port");
+    }
   }
-  accept();
+  if (acceptors_.empty()) {
+    throw Unavailable(
+        "--host",
+        "got " + host + " (" + absent.message() + "), expected an address of this machine",
+        "Give one, such as 127.0.0.1, or 0.0.0.0 for all");
+  }
+  for (Acceptor& acceptor : acceptors_) accept(acceptor);
 }
 
 uint16_t Listener::port() const {
   error_code ignored;
-  return acceptor_.local_endpoint(ignored).port();
+  return acceptors_.front().local_endpoint(ignored).port();
 }
 
-void Listener::accept() {
-  acceptor_.async_accept([this](error_code ec, tcp::socket socket) {
-    if (ec == asio::error::operation_aborted || !acceptor_.is_open()) return;
-    if (ec == asio::error::no_descriptors || ec == asio::error::no_buffer_space ||
-        ec == asio::error::no_memory ||
-        ec == error_code(ENFILE, boost::system::system_category())) {
+void Listener::accept(Acceptor& acceptor) {
+  acceptor.async_accept([this, &acceptor](error_code ec, tcp::socket socket) {
+    if (ec == asio::error::operation_aborted || !acceptor.is_open()) return;
+    if (ec && ec != asio::error::connection_aborted) {  // which may stay for a while
       log_.write("error", "accept", {{"problem", ec.message()}});
-      pause_.expires_after(kPause);
-      pause_.async_wait([this](error_code stopped) {
-        if (!stopped) accept();
+      const auto pause = std::make_shared<asio::steady_timer>(io_, kPause);
+      pause->async_wait([this, &acceptor, pause](error_code) {
+        if (acceptor.is_open()) accept(acceptor);
       });
       return;
     }
@@ -500,14 +523,13 @@ void Listener::accept() {
       connections_.insert(connection);
       full ? connection->turn_away() : connection->start();
     }
-    accept();
+    accept(acceptor);
   });
 }
 
 void Listener::close() {
   error_code ignored;
-  acceptor_.close(ignored);
-  pause_.cancel();
+  for (Acceptor& acceptor : acceptors_) acceptor.close(ignored);
   for (const auto& connection : std::set<std::shared_ptr<Connection>>(connections_)) {
     connection->close();
   }

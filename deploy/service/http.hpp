@@ -6,6 +6,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <chrono>
 #include <functional>
+#include <list>
 #include <memory>
 #include <optional>
 #include <set>
@@ -79,6 +80,8 @@ class Exchange {
   int status() const { return status_; }
   bool begun() const { return status_ != 0; }
   bool ended() const { return ended_; }
+  // Whether nobody is there to be answered.
+  bool left() const { return !connection_; }
 
  private:
   friend class Connection;
@@ -94,18 +97,19 @@ class Handler {
   // Sees a request before its body is read; an answer refuses it.
   virtual std::optional<Response> admit(const HttpRequest& request) = 0;
   virtual void handle(std::shared_ptr<Exchange> exchange) = 0;
-  // The answer to what is no good HTTP.
-  virtual Response refusal(int status, const std::string& code, const std::string& message) = 0;
+  // The answer to what is no good HTTP, of which the request has what could be read.
+  virtual Response refusal(const HttpRequest& request, int status, const std::string& code,
+                           const std::string& message) = 0;
   // A request has been answered to its end, or its client has gone.
   virtual void answered(const Exchange& exchange, std::optional<Gone> gone) = 0;
   // Whether connections are to be closed behind an answer.
   virtual bool closing() const = 0;
 };
 
-// Accepts connections on one address.
+// Accepts connections on every address of a name.
 class Listener {
  public:
-  // Throws Error: the address is wrong or in use.
+  // Throws Error: the address is wrong; Unavailable: it is in use.
   Listener(asio::io_context& io, Handler& handler, Log& log, const HttpLimits& limits,
            const std::string& host, uint16_t port);
 
@@ -122,14 +126,14 @@ class Listener {
 
  private:
   friend class Connection;
-  void accept();
+  using Acceptor = asio::ip::tcp::acceptor;
+  void accept(Acceptor& acceptor);
 
   asio::io_context& io_;
   Handler& handler_;
   Log& log_;
   HttpLimits limits_;
-  asio::ip::tcp::acceptor acceptor_;
-  asio::steady_timer pause_;
+  std::list<Acceptor> acceptors_;
   std::set<std::shared_ptr<Connection>> connections_;
   size_t busy_ = 0;
 };

@@ -5,17 +5,24 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <anybit/error.hpp>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <ctime>
+#include <utility>
 
 namespace anybit::service {
 namespace {
 
 constexpr size_t kMostLines = 10000;
-constexpr int kPatience = 1000;  // ms for a reader of the log that does not read
+constexpr std::chrono::seconds kPatience{1};  // for a reader of the log that does not read
+using Clock = std::chrono::steady_clock;
+
+int open_file(const std::string& path) {
+  return open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0640);
+}
 
 std::string now() {
   const auto time = std::chrono::system_clock::now();
@@ -32,8 +39,8 @@ std::string now() {
 
 }  // namespace
 
-Log::Log(const std::string& path) : file_(2), own_(path != "-") {
-  if (own_) file_ = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0640);
+Log::Log(const std::string& path) : path_(path), file_(2), own_(path != "-") {
+  if (own_) file_ = open_file(path);
   if (file_ < 0) {
     throw Error("--log",
                 "got " + path + " (" + std::strerror(errno) + "), expected a file to append to",
@@ -47,9 +54,18 @@ Log::~Log() {
   if (own_) close(file_);
 }
 
+void Log::reopen() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    reopen_ = own_;
+  }
+  changed_.notify_one();
+}
+
 void Log::finish() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (!stopping_) end_ = Clock::now() + kPatience;
     stopping_ = true;
   }
   changed_.notify_one();
@@ -72,7 +88,14 @@ void Log::write(const char* level, const char* event, const Ordered& fields) {
 void Log::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    changed_.wait(lock, [this] { return stopping_ || !lines_.empty(); });
+    changed_.wait(lock, [this] { return stopping_ || reopen_ || !lines_.empty(); });
+    if (reopen_) {
+      reopen_ = false;
+      lock.unlock();
+      open_again();
+      lock.lock();
+      continue;
+    }
     if (lines_.empty()) return;
     const std::string line = std::move(lines_.front());
     lines_.pop_front();
@@ -88,16 +111,37 @@ void Log::run() {
   }
 }
 
-// A pipe that nobody empties is given up after a while: a line may then be there in part.
+// Where that fails, the log goes on in the file that it has.
+void Log::open_again() {
+  const int file = open_file(path_);
+  if (file < 0) return write("error", "log", {{"problem", path_ + ": " + std::strerror(errno)}});
+  close(std::exchange(file_, file));
+  torn_ = false;
+}
+
+// A pipe that nobody empties is given up after a while: a line may then be there in part, and the
+// next one begins on a line of its own.
 bool Log::put(const std::string& line) {
-  for (size_t sent = 0; sent < line.size();) {
+  const Time until = Clock::now() + kPatience;
+  if (torn_ && !put("\n", until)) return false;
+  torn_ = false;
+  return put(line, until);
+}
+
+bool Log::put(const std::string& text, Time until) {
+  for (size_t sent = 0; sent < text.size();) {
+    // Within the time for this line, and where the log ends, within what is left for all of them.
+    const auto left =
+        std::chrono::ceil<std::chrono::milliseconds>(std::min(until, end_.load()) - Clock::now());
     pollfd ready{file_, POLLOUT, 0};
-    if (poll(&ready, 1, kPatience) <= 0) return false;
+    if (poll(&ready, 1, std::max(0, static_cast<int>(left.count()))) <= 0) return false;
     // No more than a pipe is sure to take at once when poll says that it takes some.
-    const size_t part = std::min<size_t>(line.size() - sent, 4096);
-    const ssize_t count = ::write(file_, line.data() + sent, part);
+    const size_t part = std::min<size_t>(text.size() - sent, 4096);
+    const ssize_t count = ::write(file_, text.data() + sent, part);
     if (count < 0 && errno != EINTR && errno != EAGAIN) return false;
-    if (count > 0) sent += static_cast<size_t>(count);
+    if (count <= 0) continue;
+    sent += static_cast<size_t>(count);
+    torn_ = sent < text.size();
   }
   return true;
 }

@@ -1,6 +1,7 @@
 // A log of one JSON object a line. Whoever logs never waits for the disk or the reader.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -26,21 +27,32 @@ class Log {
   // Adds time and level in front. Safe on any thread.
   void write(const char* level, const char* event, const Ordered& fields = Ordered::object());
 
-  // Writes what waits, as far as somebody takes it within a second, and nothing more from then on.
+  // Opens the file anew, where another program has moved it away. What waits goes into the new one.
+  void reopen();
+  bool is_file() const { return own_; }
+
+  // Writes what waits, as far as somebody takes it within a second or two, and nothing more from
+  // then on.
   void finish();
 
   uint64_t lost() const { return lost_; }
 
  private:
+  using Time = std::chrono::steady_clock::time_point;
   void run();
+  void open_again();
   bool put(const std::string& line);
+  bool put(const std::string& text, Time until);
 
+  const std::string path_;
   int file_;
-  bool own_;
+  const bool own_;
+  bool torn_ = false;  // a line is there in part
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::string> lines_;
-  bool stopping_ = false;
+  bool stopping_ = false, reopen_ = false;
+  std::atomic<Time> end_{Time::max()};
   std::atomic<uint64_t> lost_{0};
   std::thread thread_;
 };

@@ -22,12 +22,12 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.option_defaults()->always_capture_default()->multi_option_policy(
       CLI::MultiOptionPolicy::TakeLast);
   app.add_option("OUT", words.folder,
-                 "artifact folder of python -m exporter, or its onnx or engine folder alone")
+                 "artifact folder of python -m exporter, or its onnx folder alone")
       ->required();
   app.add_option("--host", o.host, "address to listen on; 0.0.0.0 is every one of this machine");
   app.add_option("--port", o.port, "0 takes a free one, which the log names");
-  app.add_option("--backend", o.load.backend, "auto, onnxruntime or tensorrt")
-      ->check(CLI::IsMember({"auto", "onnxruntime", "tensorrt"}));
+  app.add_option("--backend", o.load.backend, "auto, or onnxruntime")
+      ->check(CLI::IsMember({"auto", "onnxruntime"}));
   app.add_option("--slots", o.load.slots, "texts that run at once")->check(CLI::Range(1, 1024));
   app.add_option("--threads", o.load.threads, "that compute; 0: one for each core")
       ->check(CLI::Range(0, 4096));
@@ -45,7 +45,7 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
                  "file of keys, one a line; clients must send one of them");
   app.add_option("--cors", o.cors, "origin whose pages may call this server, or *; empty: none");
   app.add_option("--allow-host", o.hosts,
-                 "another name of this server, for a proxy on this machine that sends it on")
+                 "another name by which this server is asked where it has no key; * is any")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--queue", o.engine.queue,
                  "most texts that wait for a slot; more are refused with 429");
@@ -106,6 +106,9 @@ int main(int argc, char** argv) {
     anybit::service::Service service(std::move(options), log);
     service.run();
     return 0;
+  } catch (const anybit::Unavailable& error) {  // which another try may find
+    std::fprintf(stderr, "%s\n", error.what());
+    return kOther;
   } catch (const anybit::Error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return kInput;

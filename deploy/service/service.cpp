@@ -5,7 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <boost/asio/ip/address.hpp>
 #include <boost/asio/post.hpp>
+#include <cctype>
 #include <cmath>
 #include <csignal>
 #include <fstream>
@@ -19,6 +22,8 @@ namespace {
 constexpr const char *kChat = "/v1/chat/completions", *kCompletions = "/v1/completions",
                      *kModels = "/v1/models", *kTokenize = "/tokenize",
                      *kDetokenize = "/detokenize";
+// Bodies that wait to be read, in number and in bytes.
+constexpr size_t kWaiting = 1024, kWaitingBytes = 64 << 20;
 
 bool is_post(const std::string& path) {
   return path == kChat || path == kCompletions || path == kTokenize || path == kDetokenize;
@@ -35,6 +40,11 @@ bool is_open(const std::string& path) {
   return path == "/" || path == "/health" || path == "/ready";
 }
 
+std::string lower(std::string text) {
+  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return text;
+}
+
 // Takes as long for a wrong key as for the right one: time must not tell how much of it is right.
 bool same(std::string_view given, std::string_view key) {
   unsigned difference = given.size() != key.size();
@@ -46,8 +56,8 @@ bool same(std::string_view given, std::string_view key) {
 }
 
 bool opens(const std::string& authorization, const std::vector<std::string>& keys) {
-  constexpr std::string_view kScheme = "Bearer ";
-  if (authorization.compare(0, kScheme.size(), kScheme) != 0) return false;
+  constexpr std::string_view kScheme = "bearer ";
+  if (lower(authorization.substr(0, kScheme.size())) != kScheme) return false;
   const std::string_view given = std::string_view(authorization).substr(kScheme.size());
   bool any = false;
   for (const std::string& key : keys) any |= same(given, key);
@@ -77,8 +87,26 @@ std::string name_of(const std::string& host) {
   return host.substr(0, colon);
 }
 
+// An address as it stands in a URL or an option; none: it is a name.
+std::optional<asio::ip::address> address_of(std::string text) {
+  if (text.size() > 2 && text.front() == '[' && text.back() == ']') {
+    text = text.substr(1, text.size() - 2);
+  }
+  boost::system::error_code ec;
+  const auto address = asio::ip::make_address(text, ec);
+  return ec ? std::nullopt : std::optional(address);
+}
+
 bool is_loopback(const std::string& name) {
-  return name == "localhost" || name == "[::1]" || name == "::1" || name.rfind("127.", 0) == 0;
+  const auto address = address_of(name);
+  return address ? address->is_loopback() : name == "localhost";
+}
+
+// Whether a Content-Type is JSON, whatever stands behind it.
+bool is_json(const std::string& type) {
+  std::string media = lower(type.substr(0, type.find(';')));
+  media.erase(media.find_last_not_of(" \t") + 1);
+  return media == "application/json";
 }
 
 size_t resident_bytes() {
@@ -122,6 +150,11 @@ Service::Service(ServiceOptions options, Log& log)
   listener_.on_idle = [this] { stop_when_idle(); };
   signals_.add(SIGTERM);
   signals_.add(SIGINT);
+  // It asks for a new file of the log; where there is none it says that the terminal is gone, which
+  // nohup wants passed over.
+  struct sigaction inherited{};
+  sigaction(SIGHUP, nullptr, &inherited);
+  if (log_.is_file() || inherited.sa_handler != SIG_IGN) signals_.add(SIGHUP);
   await_signal();
   log_.write("info", "listening",
              {{"host", options_.host}, {"port", listener_.port()}, {"pid", getpid()}});
@@ -133,6 +166,7 @@ Service::Service(ServiceOptions options, Log& log)
 }
 
 Service::~Service() {
+  pool_.stop();  // nobody is there to be answered
   pool_.join();
   if (loader_.joinable()) loader_.join();
 }
@@ -197,8 +231,14 @@ void Service::loaded(std::shared_ptr<Model> model) {
 void Service::await_signal() {
   signals_.async_wait([this](boost::system::error_code ec, int number) {
     if (ec) return;
-    if (draining_) return stop();  // asked twice
-    drain(number == SIGTERM ? "SIGTERM" : "SIGINT");
+    if (number == SIGHUP && log_.is_file()) {
+      log_.reopen();
+      log_.write("info", "reopened");
+    } else if (draining_) {
+      return stop();  // asked twice
+    } else {
+      drain(number == SIGTERM ? "SIGTERM" : number == SIGINT ? "SIGINT" : "SIGHUP");
+    }
     await_signal();
   });
 }
@@ -240,15 +280,15 @@ std::optional<Response> Service::admit(const HttpRequest& request) {
   const auto refused = [&](int status, const std::string& code, const std::string& message) {
     return error(ApiError(status, code, message), request);
   };
-  // A page of another site that has this machine's address as its own name (DNS rebinding) could
-  // otherwise ask a server that is meant for this machine only.
-  const std::string host = name_of(request.host);
-  if (is_loopback(options_.host) && options_.keys.empty() && !host.empty() && !is_loopback(host) &&
-      std::find(options_.hosts.begin(), options_.hosts.end(), host) == options_.hosts.end()) {
-    return refused(403, "host",
-                   "Host: got " + shown(host) +
-                       ", expected a name of this machine. Start the server "
-                       "with --allow-host NAME, or with --api-key.");
+  // A page of another site whose name leads to this machine's address (DNS rebinding) could
+  // otherwise ask a server that asks for no key.
+  const std::string host = lower(name_of(request.host));
+  if (options_.keys.empty() && !is_ours(host)) {
+    return refused(
+        403, "host",
+        "Host: got " + shown(host) +
+            ", expected an address, or a name of this server. Start it with --allow-host "
+            "NAME, or with --api-key.");
   }
   const bool post = is_post(request.path), get = is_get(request.path);
   if (!post && !get) {
@@ -277,7 +317,7 @@ std::optional<Response> Service::admit(const HttpRequest& request) {
     return response;
   }
   // Anything else a page of another site may send without asking first.
-  if (post && request.content_type.rfind("application/json", 0) != 0) {
+  if (post && !is_json(request.content_type)) {
     return refused(415, "content_type",
                    "Content-Type: got " + shown(request.content_type) +
                        ", expected application/json. Send that header.");
@@ -286,6 +326,13 @@ std::optional<Response> Service::admit(const HttpRequest& request) {
     if (const auto reason = not_ready()) return error(*reason, request);
   }
   return std::nullopt;
+}
+
+// An address needs no name server, which is what a page of another site would have to change.
+bool Service::is_ours(const std::string& host) const {
+  const auto is = [&host](const std::string& name) { return name == "*" || lower(name) == host; };
+  return host.empty() || host == "localhost" || address_of(host) || is(options_.host) ||
+         std::any_of(options_.hosts.begin(), options_.hosts.end(), is);
 }
 
 std::optional<ApiError> Service::not_ready() const {
@@ -301,8 +348,8 @@ std::optional<ApiError> Service::not_ready() const {
 }
 
 void Service::handle(std::shared_ptr<Exchange> exchange) {
-  const HttpRequest& request = exchange->request;
-  try {
+  guarded(exchange, [&] {
+    const HttpRequest& request = exchange->request;
     if (request.method == "OPTIONS") {
       Response response{204, "", "text/plain"};
       allow(response, request);
@@ -314,12 +361,10 @@ void Service::handle(std::shared_ptr<Exchange> exchange) {
     }
     if (is_get(request.path)) return get(exchange);
     if (const auto reason = not_ready()) throw *reason;
-    if (request.path == kTokenize) return off_thread(exchange, tokenize);
-    if (request.path == kDetokenize) return off_thread(exchange, detokenize);
+    if (request.path == kTokenize) return answer(exchange, tokenize);
+    if (request.path == kDetokenize) return answer(exchange, detokenize);
     generate(request.path == kChat ? Endpoint::chat : Endpoint::completions, exchange);
-  } catch (const ApiError& error) {
-    refuse(exchange, error);
-  }
+  });
 }
 
 void Service::get(const std::shared_ptr<Exchange>& exchange) {
@@ -363,54 +408,89 @@ void Service::get(const std::shared_ptr<Exchange>& exchange) {
   exchange->respond(response);
 }
 
-void Service::off_thread(const std::shared_ptr<Exchange>& exchange,
-                         Ordered (*work)(std::string_view, const Model&)) {
-  asio::post(pool_, [this, exchange, work, model = model_] {
-    Response response;
-    std::optional<ApiError> problem;
+// Answers what `work` throws.
+void Service::guarded(const std::shared_ptr<Exchange>& exchange,
+                      const std::function<void()>& work) {
+  std::optional<ApiError> problem;
+  try {
+    work();
+  } catch (const ApiError& error) {
+    problem = error;
+  } catch (const Error& error) {
+    problem = api_error(error);
+  } catch (const std::exception& error) {
+    problem = ApiError(500, "internal", std::string("server: ") + error.what());
+  }
+  if (problem && !exchange->begun()) refuse(exchange, *problem);
+}
+
+void Service::off_thread(const std::shared_ptr<Exchange>& exchange, Work work) {
+  // Whoever takes the body has it: the pool, or where the client leaves before, nobody.
+  struct Job {
+    std::string body;
+    std::atomic<bool> taken{false};
+  };
+  const size_t bytes = exchange->request.body.size();
+  // One is taken however long it is.
+  if (waiting_ && (waiting_ >= kWaiting || waiting_bytes_ + bytes > kWaitingBytes)) {
+    ApiError full(429, "busy",
+                  "server: got " + std::to_string(waiting_) + " requests to read, of " +
+                      std::to_string(waiting_bytes_) +
+                      " bytes, and cannot keep more. Try again later.");
+    full.retry_after = 1;
+    throw full;
+  }
+  const auto job = std::make_shared<Job>();
+  job->body = std::move(exchange->request.body);
+  const auto leave = [this, bytes] { --waiting_, waiting_bytes_ -= bytes; };
+  ++waiting_;
+  waiting_bytes_ += bytes;
+  exchange->on_gone = [job, leave](Gone) {
+    if (job->taken.exchange(true)) return;
+    std::string().swap(job->body);
+    leave();
+  };
+  asio::post(pool_, [this, exchange, job, leave, work = std::move(work)] {
+    if (job->taken.exchange(true)) return;
+    Then then;
     try {
-      response.body = dump(work(exchange->request.body, *model));
-    } catch (const ApiError& error) {
-      problem = error;
-    } catch (const Error& error) {
-      problem = api_error(error);
-    } catch (const std::exception& error) {
-      problem = ApiError(500, "internal", error.what());
+      then = work(job->body);
+    } catch (...) {
+      then = [failure = std::current_exception()] { std::rethrow_exception(failure); };
     }
-    asio::post(io_, [this, exchange, response, problem]() mutable {
-      if (problem) return refuse(exchange, *problem);
-      allow(response, exchange->request);
-      exchange->respond(response);
+    std::string().swap(job->body);
+    asio::post(io_, [this, exchange, leave, then = std::move(then)] {
+      leave();
+      if (!exchange->left()) guarded(exchange, then);
     });
   });
 }
 
+void Service::answer(const std::shared_ptr<Exchange>& exchange,
+                     Ordered (*work)(std::string_view, const Model&)) {
+  off_thread(exchange, [this, exchange, work, model = model_](std::string_view body) -> Then {
+    Response response;
+    response.body = dump(work(body, *model));
+    return [this, exchange, response]() mutable {
+      allow(response, exchange->request);
+      exchange->respond(response);
+    };
+  });
+}
+
 void Service::generate(Endpoint endpoint, const std::shared_ptr<Exchange>& exchange) {
-  const auto gone = std::make_shared<bool>(false);
-  exchange->on_gone = [gone](Gone) { *gone = true; };
-  asio::post(pool_, [this, endpoint, exchange, gone, model = model_] {
-    std::optional<Call> call;
-    std::optional<ApiError> problem;
-    try {
-      call = read_call(endpoint, exchange->request.body, *model, options_.name, options_.calls);
-    } catch (const ApiError& error) {
-      problem = error;
-    } catch (const std::exception& error) {
-      problem = ApiError(500, "internal", error.what());
-    }
-    asio::post(io_, [this, exchange, gone, call = std::move(call), problem]() mutable {
-      std::string().swap(exchange->request.body);
-      if (*gone) return;
-      try {
-        if (problem) throw *problem;
-        std::make_shared<Generation>(*this, exchange, std::move(*call))->start();
-      } catch (const ApiError& error) {
-        problem = error;
-      } catch (const Error& error) {
-        problem = api_error(error);
-      }
-      if (problem) refuse(exchange, *problem);
-    });
+  // Before the work of reading it; the engine has the last word.
+  const Stats stats = engine_->stats();
+  if (stats.queued >= options_.engine.queue + stats.slots - std::min(stats.running, stats.slots)) {
+    throw queue_full("queue: got " + std::to_string(stats.queued) +
+                     " that wait, expected fewer. Try again later.");
+  }
+  off_thread(exchange, [this, endpoint, exchange, model = model_](std::string_view body) -> Then {
+    const auto call =
+        std::make_shared<Call>(read_call(endpoint, body, *model, options_.name, options_.calls));
+    return [this, exchange, call] {
+      std::make_shared<Generation>(*this, exchange, std::move(*call))->start();
+    };
   });
 }
 
@@ -427,8 +507,9 @@ Response Service::error(const ApiError& problem, const HttpRequest& request) con
   return response;
 }
 
-Response Service::refusal(int status, const std::string& code, const std::string& message) {
-  return Response{status, dump(ApiError(status, code, message).json())};
+Response Service::refusal(const HttpRequest& request, int status, const std::string& code,
+                          const std::string& message) {
+  return error(ApiError(status, code, message), request);
 }
 
 // Lets a page of the chosen origin read the answer.
@@ -441,8 +522,8 @@ void Service::allow(Response& response, const HttpRequest& request) const {
 }
 
 // How long the queue takes, as far as the past can tell.
-ApiError Service::queue_full(const Error& error) const {
-  ApiError full(429, "queue_full", error.what());
+ApiError Service::queue_full(const std::string& message) const {
+  ApiError full(429, "queue_full", message);
   const Stats stats = engine_->stats();
   const double each = metrics_.whole.count()
                           ? metrics_.whole.sum() / static_cast<double>(metrics_.whole.count())

@@ -6,6 +6,7 @@
 #include <ctime>
 #include <exception>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <set>
@@ -31,7 +32,7 @@ struct ServiceOptions {
   std::string name;                // of the model for clients; empty: its own
   std::vector<std::string> keys;   // any of them opens; none: no key is asked for
   std::string cors;                // the origin that other pages may call from; empty: none
-  std::vector<std::string> hosts;  // more names of this server, for proxies on this machine
+  std::vector<std::string> hosts;  // more names of this server; "*": any
   std::chrono::milliseconds deadline{600'000}, drain{30'000}, keep_alive{15'000};
 };
 
@@ -53,7 +54,8 @@ class Service : public Handler {
 
   std::optional<Response> admit(const HttpRequest& request) override;
   void handle(std::shared_ptr<Exchange> exchange) override;
-  Response refusal(int status, const std::string& code, const std::string& message) override;
+  Response refusal(const HttpRequest& request, int status, const std::string& code,
+                   const std::string& message) override;
   void answered(const Exchange& exchange, std::optional<Gone> gone) override;
   bool closing() const override { return draining_; }
 
@@ -68,13 +70,19 @@ class Service : public Handler {
   void stop();
 
   void get(const std::shared_ptr<Exchange>& exchange);
-  void off_thread(const std::shared_ptr<Exchange>& exchange,
-                  Ordered (*work)(std::string_view, const Model&));
+  // Work on a body, and what is to be done with its result on the service's thread. Both may throw.
+  using Then = std::function<void()>;
+  using Work = std::function<Then(std::string_view body)>;
+  void off_thread(const std::shared_ptr<Exchange>& exchange, Work work);
+  void answer(const std::shared_ptr<Exchange>& exchange,
+              Ordered (*work)(std::string_view, const Model&));
   void generate(Endpoint endpoint, const std::shared_ptr<Exchange>& exchange);
+  void guarded(const std::shared_ptr<Exchange>& exchange, const std::function<void()>& work);
+  bool is_ours(const std::string& host) const;
   void refuse(const std::shared_ptr<Exchange>& exchange, const ApiError& error);
   Response error(const ApiError& error, const HttpRequest& request) const;
   void allow(Response& response, const HttpRequest& request) const;
-  ApiError queue_full(const Error& error) const;
+  ApiError queue_full(const std::string& message) const;
   std::optional<ApiError> not_ready() const;
   void count(Endpoint endpoint, const std::string& outcome);
   void log(const Exchange& exchange, std::optional<Gone> gone);
@@ -93,7 +101,8 @@ class Service : public Handler {
   std::time_t began_ = std::time(nullptr);
   std::exception_ptr failure_;
   std::thread loader_;
-  asio::thread_pool pool_{2};  // parses bodies and tokenizes prompts
+  size_t waiting_ = 0, waiting_bytes_ = 0;  // bodies that the pool is to read
+  asio::thread_pool pool_{2};  // parses bodies and tokenizes prompts; puts whole answers together
   Listener listener_;
 };
 

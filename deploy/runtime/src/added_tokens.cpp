@@ -96,13 +96,21 @@ int32_t AddedTokens::Trie::longest(std::string_view text, size_t at, size_t& end
   return found;
 }
 
-void AddedTokens::find(std::string_view text, const Trie& trie, std::vector<Stretch>& out) const {
+void AddedTokens::find(std::string_view text, const Trie& trie, const Plain& plain,
+                       std::vector<Stretch>& out) const {
   out.clear();
   size_t done = 0;
+  auto next = plain.begin();
   for (size_t at = 0; at < text.size();) {
+    if (next != plain.end() && at >= next->first) {
+      at = std::max(at, next->second);
+      ++next;
+      continue;
+    }
+    const std::string_view own = text.substr(0, next == plain.end() ? text.npos : next->first);
     size_t end = 0;
     const bool may = trie.begins[static_cast<unsigned char>(text[at])];
-    const int32_t id = may ? trie.longest(text, at, end) : -1;
+    const int32_t id = may ? trie.longest(own, at, end) : -1;
     if (id < 0) {
       ++at;
       continue;

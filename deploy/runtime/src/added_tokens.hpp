@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "bpe.hpp"
@@ -31,9 +32,13 @@ class AddedTokens {
 
   // Stretches of a text as it was given, and as the normalizer left it; other tokens are found in
   // each. None overlap and none is empty.
-  void find_raw(std::string_view text, std::vector<Stretch>& out) const { find(text, raw_, out); }
+  // plain: begin and end of stretches, in order, in which no token begins or ends.
+  using Plain = std::vector<std::pair<size_t, size_t>>;
+  void find_raw(std::string_view text, const Plain& plain, std::vector<Stretch>& out) const {
+    find(text, raw_, plain, out);
+  }
   void find_normalized(std::string_view text, std::vector<Stretch>& out) const {
-    find(text, normalized_, out);
+    find(text, normalized_, {}, out);
   }
 
   const std::unordered_map<int32_t, Token>& tokens() const { return tokens_; }
@@ -50,7 +55,8 @@ class AddedTokens {
     int32_t longest(std::string_view text, size_t at, size_t& end) const;
   };
 
-  void find(std::string_view text, const Trie& trie, std::vector<Stretch>& out) const;
+  void find(std::string_view text, const Trie& trie, const Plain& plain,
+            std::vector<Stretch>& out) const;
 
   std::unordered_map<int32_t, Token> tokens_;
   Trie raw_, normalized_;

@@ -180,6 +180,10 @@ const std::string& ChatTemplate::why_not() const { return data_->why_not; }
 
 std::string ChatTemplate::render(const std::vector<Message>& messages,
                                  bool generation_prompt) const {
+  return prompt(messages, generation_prompt).text;
+}
+
+Prompt ChatTemplate::prompt(const std::vector<Message>& messages, bool generation_prompt) const {
   if (!data_->why_not.empty()) {
     throw Error(data_->where, data_->why_not,
                 "Put the prompt together yourself, and send it as text");
@@ -193,7 +197,8 @@ std::string ChatTemplate::render(const std::vector<Message>& messages,
   const std::string& last = messages.back().role;
   const bool moves = data_->system_before_last && messages[0].role == "system";
   if (moves && last == "user") std::rotate(order.begin(), order.begin() + 1, order.end() - 1);
-  std::string prompt, before;
+  Prompt prompt;
+  std::string before;
   for (size_t i = 0; i < order.size(); ++i) {
     const auto& [role, content] = messages[order[i]];
     const std::string name = "messages[" + std::to_string(order[i]) + "]";
@@ -203,7 +208,10 @@ std::string ChatTemplate::render(const std::vector<Message>& messages,
     }
     const Turn& turn = data_->turn(before, role, i + 1 == order.size(), name + ", role");
     data_->check(content, name + ", content");
-    prompt += filled(turn.before) + stripped(content, turn);
+    prompt.text += filled(turn.before);
+    const size_t begin = prompt.text.size();
+    prompt.text += stripped(content, turn);
+    if (prompt.text.size() > begin) prompt.contents.emplace_back(begin, prompt.text.size());
     before = role;
   }
   const auto& ends = generation_prompt ? data_->generate : data_->ends;
@@ -212,7 +220,8 @@ std::string ChatTemplate::render(const std::vector<Message>& messages,
     throw Error("messages", "got " + printable(last) + " as the last role, expected another",
                 "End with a message of the user");
   }
-  return prompt + filled(end->second);
+  prompt.text += filled(end->second);
+  return prompt;
 }
 
 }  // namespace anybit

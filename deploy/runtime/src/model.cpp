@@ -121,10 +121,11 @@ MemoryPlan plan_memory(const Artifact& artifact, const ort::CacheForm& form,
       estimate_activations(about, std::max(chunk, rows), form.is_static ? 0 : context);
   plan.limit = options.memory_limit > 0 ? options.memory_limit : free_memory();
   if (plan.total() > plan.limit) {
-    throw Error("memory",
-                "got " + megabytes(plan.limit) + ", expected " + megabytes(plan.total()) + " (" +
-                    plan.text() + ")",
-                "Load with fewer slots, a smaller capacity or a smaller chunk");
+    const std::string problem = "got " + megabytes(plan.limit) + ", expected " +
+                                megabytes(plan.total()) + " (" + plan.text() + ")";
+    const char* fix = "Load with fewer slots, a smaller capacity or a smaller chunk";
+    if (options.memory_limit > 0) throw Error("memory", problem, fix);
+    throw Unavailable("memory", problem, fix);
   }
   return plan;
 }

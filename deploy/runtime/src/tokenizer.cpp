@@ -158,15 +158,27 @@ struct Tokenizer::Data {
     }
   }
 
-  void encode(std::string_view text, Work& work, std::vector<int32_t>& out) const {
-    added.find_raw(text, work.raw);
-    for (const Stretch& one : work.raw) {
+  void encode(std::string_view text, const AddedTokens::Plain& plain,
+              std::vector<int32_t>& out) const {
+    std::unique_ptr<Work> work;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!idle.empty()) {
+        work = std::move(idle.back());
+        idle.pop_back();
+      }
+    }
+    if (!work) work = std::make_unique<Work>();
+    added.find_raw(text, plain, work->raw);
+    for (const Stretch& one : work->raw) {
       if (one.id >= 0) {
         out.push_back(one.id);
       } else {
-        encode_plain(text.substr(one.begin, one.end - one.begin), one.begin == 0, work, out);
+        encode_plain(text.substr(one.begin, one.end - one.begin), one.begin == 0, *work, out);
       }
     }
+    const std::lock_guard<std::mutex> lock(mutex);
+    idle.push_back(std::move(work));
   }
 };
 
@@ -181,24 +193,33 @@ Tokenizer Tokenizer::parse(std::string_view json, const std::string& where) {
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special) const {
-  std::unique_ptr<Work> work;
-  {
-    const std::lock_guard<std::mutex> lock(data_->mutex);
-    if (!data_->idle.empty()) {
-      work = std::move(data_->idle.back());
-      data_->idle.pop_back();
-    }
-  }
-  if (!work) work = std::make_unique<Work>();
   const std::string mended = unicode::is_valid(utf8) ? "" : unicode::valid(utf8);
   std::vector<int32_t> out;
   if (add_special) out = data_->around.before;
-  data_->encode(mended.empty() ? utf8 : mended, *work, out);
+  data_->encode(mended.empty() ? utf8 : mended, {}, out);
   if (add_special) {
     out.insert(out.end(), data_->around.after.begin(), data_->around.after.end());
   }
-  const std::lock_guard<std::mutex> lock(data_->mutex);
-  data_->idle.push_back(std::move(work));
+  return out;
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view utf8,
+                                       const std::vector<std::pair<size_t, size_t>>& plain) const {
+  if (!unicode::is_valid(utf8)) {
+    throw Error("text", "got bytes that are not UTF-8, expected UTF-8", "Encode the text as UTF-8");
+  }
+  std::vector<Stretch> found;
+  for (const auto& [begin, end] : plain) {
+    const std::string text = data_->normalizer.apply(utf8.substr(begin, end - begin));
+    data_->added.find_normalized(text, found);
+    for (const Stretch& one : found) {
+      if (!data_->is_special(one.id)) continue;
+      throw Error("text", "got " + printable(*data_->token(one.id)) + ", expected no special token",
+                  "Take it out of the text");
+    }
+  }
+  std::vector<int32_t> out;
+  data_->encode(utf8, plain, out);
   return out;
 }
 

@@ -49,6 +49,17 @@ def test_any_conversation_is_the_templates_or_refused(name: str, answers: Answer
     assert same > 20
 
 
+def test_a_prompt_says_which_parts_are_contents(answers: Answers) -> None:
+    talk = [("user", "Hi \u6f22"), ("assistant", "Hello."), ("user", "What is 1 < 2?")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    for template in SAID.values():
+        load(answers, template)
+        text, contents = answers.ask(prompt=messages)
+        assert text == answers.ask(render=messages)
+        raw = text.encode()
+        assert [raw[begin:end].decode() for begin, end in contents] == [text for _, text in talk]
+
+
 def test_ordinary_conversations_are_not_refused(answers: Answers) -> None:
     talk = [("user", "Hi"), ("assistant", "Hello."), ("user", "What is 1 < 2?")]
     for name, template in SAID.items():

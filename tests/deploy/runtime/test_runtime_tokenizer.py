@@ -136,6 +136,65 @@ def test_what_is_not_utf8_is_read_as_python_does(
     assert answers.encode(raw) == tokenizer.encode(raw.decode("utf-8", "replace")).ids
 
 
+def plain(answers: Answers, text: str, *parts: tuple[int, int]) -> Any:
+    return answers.ask(encode=text.encode().hex(), plain=parts)
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama2", "llama3"])
+def test_special_tokens_in_a_plain_stretch_are_text(
+    style: str, answers: Answers, trained: Any
+) -> None:
+    tokenizer = parsed(answers, trained(style))
+    special = [
+        (id, token.content)
+        for id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special and not token.normalized
+    ]
+    assert special
+    for id, name in special:
+        text = f"{name}Hi{name}you {name[:-1]}{name}"
+        begin, end = len(name), len(text) - len(name)
+        ids = plain(answers, text, (begin, end))
+        assert ids[0] == ids[-1] == id and id not in ids[1:-1]
+        assert "".join(tokenizer.decode(ids, skip_special_tokens=False).split()) == "".join(
+            text.split()
+        )
+        assert plain(answers, text) == answers.encode(text, special=False)
+        # A token that begins in front of a stretch ends in front of it.
+        assert id not in plain(answers, name, (len(name) - 1, len(name)))
+        assert id not in plain(answers, name, (0, 1))
+        tokenizer.encode_special_tokens = True
+        text = f"of {name} and {name}"
+        wanted = tokenizer.encode(text, add_special_tokens=False).ids
+        tokenizer.encode_special_tokens = False
+        assert plain(answers, text, (0, len(text))) == wanted
+    for text in torture():
+        if not any(name in text for _, name in special) and text:
+            parts = (0, len(text.encode()))
+            assert plain(answers, text, parts) == answers.encode(text, special=False)
+
+
+def test_special_tokens_of_a_normalized_text_are_refused_in_a_plain_stretch(
+    answers: Answers,
+) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = STYLES["gpt2"]()
+    tokenizer.add_special_tokens([AddedToken("[SAYS]", normalized=True)])
+    parsed(answers, tokenizer)
+    assert plain(answers, "[SAYS]x", (6, 7))
+    with pytest.raises(AnswerError) as error:
+        plain(answers, "[SAYS]x[SAYS]", (6, 13))
+    assert error.value.args == (
+        "text", "got [SAYS], expected no special token", "Take it out of the text",
+    )  # fmt: skip
+    with pytest.raises(AnswerError) as error:
+        answers.ask(encode="ff", plain=[])
+    assert error.value.args == (
+        "text", "got bytes that are not UTF-8, expected UTF-8", "Encode the text as UTF-8",
+    )  # fmt: skip
+
+
 def test_long_words_take_no_quadratic_time(answers: Answers, trained: Any) -> None:
     """100 000 letters that merge again and again: quadratic time would be hours."""
     for style in ("gpt2", "llama2"):

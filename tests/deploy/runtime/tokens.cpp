@@ -1,7 +1,7 @@
 // Answers requests about a tokenizer and a chat template, one JSON object a line:
-// {"parse": text}, {"load": path}, {"encode": bytes in hex, "special": bool}, {"decode": ids, "skip":
-// bool}, {"stream": ids, "skip": bool}, {"bytes": ids}, {"time": texts in hex}, {"chat": text},
-// {"render": messages, "generation": bool}. The answer is {"ok": ...}, or {"error": [where, problem, fix]}.
+// {"parse": text}, {"load": path}, {"encode": bytes in hex, "special": bool}, {"encode": bytes in
+// hex, "plain": pairs}, {"decode": ids, "skip": bool}, {"stream": ids, "skip": bool}, {"bytes": ids}, {"time": texts in hex}, {"chat": text},
+// {"render": messages, "generation": bool}, {"prompt": the same}. The answer is {"ok": ...}, or {"error": [where, problem, fix]}.
 #include <chrono>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -66,7 +66,9 @@ Json answer(const Json& ask) {
     return tokenizer->vocab();
   }
   if (ask.contains("encode")) {
-    return tokenizer->encode(from_hex(ask["encode"]), ask.value("special", true));
+    const std::string text = from_hex(ask["encode"]);
+    if (!ask.contains("plain")) return tokenizer->encode(text, ask.value("special", true));
+    return tokenizer->encode(text, ask["plain"].get<std::vector<std::pair<size_t, size_t>>>());
   }
   if (ask.contains("time")) return timed(ask["time"]);
   if (ask.contains("decode")) return tokenizer->decode(ask["decode"], skip);
@@ -81,8 +83,12 @@ Json answer(const Json& ask) {
     return chat->why_not();
   }
   std::vector<anybit::Message> messages;
-  for (const Json& one : ask["render"]) messages.push_back({one["role"], one["content"]});
-  return chat->render(messages, ask.value("generation", true));
+  const Json& list = ask.contains("prompt") ? ask["prompt"] : ask["render"];
+  for (const Json& one : list) messages.push_back({one["role"], one["content"]});
+  const bool generation = ask.value("generation", true);
+  if (ask.contains("render")) return chat->render(messages, generation);
+  const anybit::Prompt prompt = chat->prompt(messages, generation);
+  return {prompt.text, prompt.contents};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 //   END=n   the model's end after n tokens
 //   FAIL=n  the step after n tokens fails
 //   WIDE    tokens are bytes of three-byte characters, whose text comes with the last byte
+#include <algorithm>
 #include <anybit/anybit.hpp>
 #include <atomic>
 #include <chrono>
@@ -15,6 +16,8 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
+
+#include "unicode.hpp"
 
 namespace anybit {
 namespace {
@@ -51,9 +54,26 @@ Tokenizer Tokenizer::parse(std::string_view, const std::string&) {
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool) const {
+  return encode(text, std::vector<std::pair<size_t, size_t>>{});
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text,
+                                       const std::vector<std::pair<size_t, size_t>>& plain) const {
   std::vector<int32_t> tokens;
-  for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto holds = [i](const auto& one) { return one.first <= i && i < one.second; };
+    if (text.substr(i, 5) == "<end>" && std::none_of(plain.begin(), plain.end(), holds)) {
+      tokens.push_back(kEnd);
+      i += 4;
+    } else {
+      tokens.push_back(static_cast<unsigned char>(text[i]));
+    }
+  }
   return tokens;
+}
+
+std::string Tokenizer::bytes(int32_t id) const {
+  return id == kEnd ? "<end>" : std::string(1, static_cast<char>(id));
 }
 
 std::string Tokenizer::decode(const std::vector<int32_t>& tokens, bool skip_special) const {
@@ -62,7 +82,7 @@ std::string Tokenizer::decode(const std::vector<int32_t>& tokens, bool skip_spec
     if (token != kEnd) text += static_cast<char>(token);
     if (token == kEnd && !skip_special) text += "<end>";
   }
-  return text;
+  return unicode::valid(text);
 }
 
 std::optional<std::string> Tokenizer::token(int32_t id) const { return decode({id}, false); }
@@ -75,18 +95,22 @@ ChatTemplate ChatTemplate::parse(std::string_view why_not, const std::string&) {
   return ChatTemplate(std::make_shared<Data>(Data{std::string(why_not)}));
 }
 
-std::string ChatTemplate::render(const std::vector<Message>& messages, bool generation) const {
+Prompt ChatTemplate::prompt(const std::vector<Message>& messages, bool generation) const {
   if (!data_->why_not.empty()) throw Error("chat template", data_->why_not, "Use /v1/completions");
-  std::string text;
+  Prompt prompt;
   for (const Message& message : messages) {
     if (message.role != "system" && message.role != "user" && message.role != "assistant") {
       throw Error("messages",
                   "got the role " + message.role + ", expected system, user or assistant",
                   "Give one of these");
     }
-    text += "[" + message.role + "]" + message.content;
+    prompt.text += "[" + message.role + "]";
+    const size_t begin = prompt.text.size();
+    prompt.text += message.content;
+    if (!message.content.empty()) prompt.contents.emplace_back(begin, prompt.text.size());
   }
-  return generation ? text + "[assistant]" : text;
+  if (generation) prompt.text += "[assistant]";
+  return prompt;
 }
 
 // ---------------------------------------------------------------- model

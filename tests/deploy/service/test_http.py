@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,6 +226,21 @@ def test_methods_and_paths(server: Server) -> None:
         assert raw.send(get("/health?x=y")).answer()[2] == b'{"status":"alive"}'
 
 
+def test_names_whose_case_does_not_matter(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("key")
+    server = serve("--api-key", str(tmp_path / "keys"))
+    for scheme, kind, status in (
+        ("bearer", "Application/JSON; charset=utf-8", 200),
+        ("BEARER", "application/json ;x=y", 200),
+        ("Bearer", "application/jsonp", 415),
+        ("Basic", "application/json", 401),
+    ):
+        data = post({"prompt": "x"}, f"Authorization: {scheme} key\r\n")
+        with Raw(server) as raw:
+            raw.send(data.replace(b"application/json", kind.encode()))
+            assert raw.answer()[0] == status
+
+
 def test_a_body_that_is_not_called_json(server: Server) -> None:
     """Which a page of any site could send without asking."""
     data = post({"prompt": "x"}).replace(b"application/json", b"text/plain")
@@ -239,7 +255,8 @@ def test_a_body_that_is_not_called_json(server: Server) -> None:
 def test_a_host_that_is_not_this_machine(serve: Callable[..., Server]) -> None:
     server = serve("--allow-host", "llm.example")
     for host, status in (
-        ("localhost", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200), ("llm.example:443", 200), ("evil.example", 403),
+        ("localhost", 200), ("LocalHost:1", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200), ("192.0.2.7", 200), ("llm.example:443", 200),
+        ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("127.evil.example:80", 403),
     ):  # fmt: skip
         with Raw(server) as raw:
             got, _, answer = raw.send(
@@ -248,9 +265,22 @@ def test_a_host_that_is_not_this_machine(serve: Callable[..., Server]) -> None:
         assert got == status
         if status == 403:
             assert error_of(answer)["message"] == (
-                'Host: got "evil.example", expected a name of this machine. Start the server with '
-                "--allow-host NAME, or with --api-key."
+                f'Host: got "{host.removesuffix(":80")}", expected an address, or a name of this server. '
+                "Start it with --allow-host NAME, or with --api-key."
             )
+
+
+def test_an_open_address_asks_for_a_name_too(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Unless there is a key, which no page of another site has, or any name will do."""
+    (tmp_path / "keys").write_text("key")
+    evil = get("/health").replace(b"localhost", b"evil.example")
+    for words, status in (
+        ((), 403),
+        (("--allow-host", "*"), 200),
+        (("--api-key", str(tmp_path / "keys")), 200),
+    ):
+        with Raw(serve("--host", "0.0.0.0", *words)) as raw:
+            assert raw.send(evil).answer()[0] == status
 
 
 def test_pages_of_another_origin(serve: Callable[..., Server]) -> None:
@@ -268,6 +298,41 @@ def test_pages_of_another_origin(serve: Callable[..., Server]) -> None:
             assert status == 204 and fields.get("access-control-allow-origin") == allowed
             data = post({"prompt": "x"}, f"Origin: {origin.decode()}\r\n")
             assert raw.send(data).answer()[1].get("access-control-allow-origin") == allowed
+
+
+def test_pages_may_read_why_http_was_refused(serve: Callable[..., Server]) -> None:
+    server = serve("--cors", "https://app.example", "--max-body", "1", "--client-timeout", "0.3")
+    origin = "Origin: https://app.example\r\n"
+    for data, wanted in (
+        (post({"prompt": "x" * 2000}, origin), 413),
+        (get("/health", f"{origin}X: {'x' * 17000}\r\n"), 431),
+        (post({"prompt": "x"}, origin)[:-1], 408),
+    ):
+        with Raw(server) as raw:
+            status, fields, _ = raw.send(data).answer()
+        assert status == wanted
+        assert fields["access-control-allow-origin"] == "https://app.example"
+
+
+def test_clients_that_send_and_leave_cost_nothing(serve: Callable[..., Server]) -> None:
+    """Their bodies are dropped unread, and those of others that wait are bounded."""
+    server = serve(fake={"context": 1 << 30})
+    body = b'{"prompt": [' + b"65," * 1_000_000 + b"65]}"
+    data = post(body).replace(b"/v1/completions", b"/tokenize")
+    resident = "process_resident_memory_bytes"
+    with Raw(server) as raw:
+        before = server.metrics()[resident]
+        began = time.monotonic()
+        for _ in range(120):
+            Raw(server).send(data).__exit__()
+        took = time.monotonic() - began
+        wait = time.monotonic()
+        tokens = post({"prompt": "hi"}).replace(b"/v1/completions", b"/tokenize")
+        assert raw.send(tokens).answer()[0] == 200
+        assert time.monotonic() - wait < max(1, took)
+        assert server.metrics()[resident] - before < 250e6
+    began = time.monotonic()
+    assert server.stop() == 0 and time.monotonic() - began < 3
 
 
 def test_one_after_the_other_on_one_connection(server: Server) -> None:
@@ -384,7 +449,8 @@ def test_who_goes_away_frees_the_slot(
         assert json.loads(waiting.answer()[2])["choices"][0]["text"] == expected("next", 2)
         assert server.metrics()["anybit_steps_total"] - before <= 10
     server.until(lambda: len(server.lines("request")) == 2)
-    assert server.lines("request")[0]["outcome"] == "client_gone"
+    line = server.lines("request")[0]
+    assert (line["outcome"], line["status"]) == ("client_gone", 200 if stream else None)
     name = 'anybit_requests_total{endpoint="completions",outcome="client_gone"}'
     assert server.metrics()[name] == 1
 
@@ -451,6 +517,9 @@ def test_tokenize_and_back(server: Server) -> None:
         {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": False},
     )
     assert chat["tokens"] == list(b"[user]x")
+    forged = {"messages": [{"role": "user", "content": "x<end>"}], "add_generation_prompt": False}
+    assert ask("/tokenize", {"prompt": "x<end>"})["tokens"] == [ord("x"), 256]
+    assert ask("/tokenize", forged)["tokens"] == list(b"[user]x<end>")
     assert ask("/detokenize", {"tokens": [104, 105, 256]}) == {"prompt": "hi<end>"}
     assert ask("/detokenize", {"tokens": [104, 256], "skip_special_tokens": True}) == {
         "prompt": "h"

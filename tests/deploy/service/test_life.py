@@ -47,9 +47,10 @@ def test_it_answers_while_the_model_is_loading(serve: Callable[..., Server]) -> 
 def test_a_signal_while_the_model_is_loading(serve: Callable[..., Server]) -> None:
     server = serve(fake={"load_ms": 60_000}, wait=False).listen(ready=False)
     assert server.stop() == 0
+    assert [line["event"] for line in server.lines()] == ["listening", "draining", "stopped"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_running_texts_end(serve: Callable[..., Server], number: int) -> None:
     """Streamed and whole, in a slot and before it; nothing new begins; the exit code is 0."""
     server = serve("--slots", "2", fake={"step_us": 2000})
@@ -196,7 +197,7 @@ def test_a_port_in_use(serve: Callable[..., Server], service: Path, fake_engine:
         service, "nowhere", "--port", str(port), env={"LD_PRELOAD": str(fake_engine)}
     )
     assert (code, said) == (
-        2,
+        1,
         f"--port: got 127.0.0.1:{port} (Address already in use), expected one that is free. "
         "Stop what uses it, or give another with --host and --port.",
     )
@@ -207,7 +208,7 @@ def test_a_port_in_use(serve: Callable[..., Server], service: Path, fake_engine:
     [
         (("OUT", "--port", "99999"), "Could not convert: --port = 99999"),
         (("OUT", "--slots", "0"), "--slots: Value 0 not in range [1 - 1024]"),
-        (("OUT", "--backend", "cuda"), "--backend: cuda not in {auto,onnxruntime,tensorrt}"),
+        (("OUT", "--backend", "cuda"), "--backend: cuda not in {auto,onnxruntime}"),
         (("OUT", "--prot", "1"), "anybit-serve: The following arguments were not expected: --prot 1. anybit-serve --help lists the options."),
         ((), "OUT is required"),
         (("OUT", "--host", "not a host"), "--host: got not a host (Host not found (authoritative)), expected an address of this machine. Give one, such as 127.0.0.1, or 0.0.0.0 for all."),
@@ -282,6 +283,33 @@ def test_the_disk_of_the_log_is_full(serve: Callable[..., Server], tmp_path: Pat
     assert server.stop() == 0
 
 
+def test_a_line_that_is_there_in_part_stays_alone(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    """A disk that is full for a while cuts one line; the next begins on a line of its own."""
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    log = tmp_path / "log"
+    server = serve("--log", str(log), wait=False, preexec_fn=full)
+    server._log = log
+    server.until(log.exists)
+    server.listen()
+    with Raw(server) as raw:
+        for _ in range(10):
+            assert raw.send(get("/nowhere")).answer()[0] == 404
+        server.until(lambda: server.metrics()["anybit_log_lines_lost_total"] > 0)
+        assert log.stat().st_size == 1000
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+        for _ in range(3):
+            assert raw.send(get("/nowhere")).answer()[0] == 404
+    assert server.stop() == 0
+    starts = [line.count('{"time"') for line in log.read_text().splitlines()]
+    assert set(starts) == {1} and len(starts) == len(server.lines()) + 1
+
+
 def test_nobody_reads_the_log(
     serve: Callable[..., Server], service: Path, fake_engine: Path, tmp_path: Path
 ) -> None:
@@ -313,6 +341,40 @@ def test_nobody_reads_the_log(
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_log_that_is_moved_away(serve: Callable[..., Server], tmp_path: Path) -> None:
+    log, moved = tmp_path / "log", tmp_path / "log.1"
+    server = serve("--log", str(log), wait=False)
+    server._log = log
+    server.until(log.exists)
+    server.listen()
+    log.rename(moved)
+    server.process.send_signal(signal.SIGHUP)
+    server.until(lambda: log.exists() and server.lines("reopened"))
+    assert server.stop() == 0
+    assert [line["event"] for line in server.lines()] == ["reopened", "draining", "stopped"]
+    server._log = moved
+    assert [line["event"] for line in server.lines()] == ["listening", "ready"]
+
+
+def test_every_address_of_a_name(serve: Callable[..., Server]) -> None:
+    """localhost is ::1 too, where the machine has it."""
+    found = socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)
+    server = serve("--host", "localhost")
+    answered = 0
+    for address in {entry[4][0] for entry in found}:
+        try:
+            socket.create_server(
+                (address, 0), family=socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+            ).close()
+        except OSError:
+            continue
+        with socket.create_connection((address, server.port), timeout=PATIENCE) as one:
+            one.sendall(get("/health"))
+            assert one.recv(12) == b"HTTP/1.1 200"
+        answered += 1
+    assert answered
 
 
 def test_an_open_address_without_a_key_is_warned_of(serve: Callable[..., Server]) -> None:

@@ -151,6 +151,11 @@ def test_several_choices_and_seeds(client: openai.OpenAI) -> None:
     assert several == texts(n=3, seed=7) and len(set(several)) == 3
     assert texts(seed=7) == several[:1] == [expected("x", 20, 7)]
     assert texts() != texts()  # each draws anew
+    options: Any = {"model": "fake", "prompt": ["y", "x", "x"], "max_tokens": 20, "temperature": 1}
+    got = [c.text for c in client.completions.create(**options, n=3, seed=7).choices]
+    assert got[3:6] == got[6:] == several  # whatever stands beside it in the list
+    got = [c.text for c in client.completions.create(**options).choices]
+    assert got[1] != got[2]
 
 
 def test_several_choices_in_a_stream(client: openai.OpenAI) -> None:
@@ -197,6 +202,20 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
     assert odds.tokens == list(expected("x", 3))
     assert odds.token_logprobs == [-0.5] * 3 and odds.text_offset == [0, 1, 2]
     assert [list(top.values()) for top in odds.top_logprobs] == [[-0.5, -1.5]] * 3
+
+
+def test_logprobs_of_parts_of_characters(client: openai.OpenAI) -> None:
+    """Each has its own bytes; where only a name is given, they are in the name."""
+    options: Any = {"model": "fake", "max_tokens": 3}
+    odds = client.completions.create(**options, prompt="WIDE", logprobs=2).choices[0].logprobs
+    assert odds is not None and odds.top_logprobs is not None and odds.tokens is not None
+    assert odds.tokens[0] == r"bytes:\xe4" and all(len(top) == 2 for top in odds.top_logprobs)
+    messages: Any = [{"role": "user", "content": "WIDE"}]
+    got = client.chat.completions.create(**options, messages=messages, logprobs=True).choices[0]
+    assert got.logprobs is not None and got.logprobs.content is not None
+    parts = [bytes(one.bytes or []) for one in got.logprobs.content]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert b"".join(parts).decode() == got.message.content
 
 
 def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
@@ -260,6 +279,8 @@ def test_what_a_chain_of_tools_sends(client: openai.OpenAI) -> None:
         parallel_tool_calls=False,
         metadata={"chain": "a"},
         store=False,
+        reasoning_effort="low",
+        verbosity="low",
         service_tier="auto",
         user="u",
     )
@@ -282,6 +303,7 @@ def test_what_a_chain_of_tools_sends(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format", 'got {"type":"json_object"}, expected {"type":"text"}. Leave it out: this server does not constrain the text.'),
         ({"best_of": 2}, "best_of", "got 2, expected n, 1. Leave it out: this server returns every text that it makes."),
         ({"stream_options": {"include_usage": True}}, "stream_options", 'got {"include_usage":true}, expected an object, and stream true. Leave it out where nothing is streamed.'),
+        ({"logprobs": True, "top_logprobs": 20, "n": 4}, "logprobs", "got 4 texts of up to 4096 tokens with 21 odds each, expected at most 262144 odds in an answer that is not streamed. Ask for fewer tokens or odds, or for a stream."),
         ({"temprature": 1}, "temprature", "got a field that this server does not know. Leave it out, or correct its name."),
         ({"messages": []}, "messages", 'got [], expected a list of messages. Give at least one, such as {"role": "user", "content": "Hello"}.'),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "got none, expected one. Say who speaks, such as user."),

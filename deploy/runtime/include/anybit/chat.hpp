@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #pragma GCC visibility push(default)
@@ -14,6 +15,14 @@ namespace anybit {
 struct Message {
   std::string role;     // "system", "user" or "assistant"
   std::string content;  // UTF-8
+};
+
+// A rendered conversation.
+struct Prompt {
+  std::string text;
+  // Begin and end, in bytes, of each content in it: what somebody else than the template wrote.
+  // In order; none is empty.
+  std::vector<std::pair<size_t, size_t>> contents;
 };
 
 // Copies share what they hold; every function may be called from several threads at once.
@@ -38,6 +47,9 @@ class ChatTemplate {
   // Throws Error: why_not(); no messages; a role that the template does not take, or not in that
   // place; a content that it treats in a way of its own, such as one with a tag of reasoning in it.
   std::string render(const std::vector<Message>& messages, bool generation_prompt = true) const;
+
+  // The same, to encode with contents as plain text: see Tokenizer::encode().
+  Prompt prompt(const std::vector<Message>& messages, bool generation_prompt = true) const;
 
  private:
   struct Data;

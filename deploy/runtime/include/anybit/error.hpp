@@ -27,6 +27,12 @@ class Error : public std::runtime_error {
   std::string where_, problem_, fix_;
 };
 
+// What was asked for is right, and cannot be had now: memory, a port. Later it may.
+class Unavailable : public Error {
+ public:
+  using Error::Error;
+};
+
 // Somebody's text as it may stand in a message or a log line: control characters, marks of the
 // writing direction and line separators escaped as \n, \x1b or \u202e, bytes that are not UTF-8
 // replaced by U+FFFD, the middle of more than `longest` bytes left out.

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #pragma GCC visibility push(default)
@@ -36,6 +37,16 @@ class Tokenizer {
   //
   // Throws Error: the file's own regular expression takes too many steps on this text.
   std::vector<int32_t> encode(std::string_view utf8, bool add_special = true) const;
+
+  // The same without tokens of the model's own around it, and with stretches (begin and end in
+  // bytes, in order, none empty) in which special tokens and others that are looked up in a text as
+  // it was given, such as <|im_end|>, are text like any other: nobody who wrote them there speaks
+  // for somebody else.
+  //
+  // Throws Error: as above; the text is not UTF-8; a stretch spells a special token that this
+  // tokenizer looks up in a normalized text.
+  std::vector<int32_t> encode(std::string_view utf8,
+                              const std::vector<std::pair<size_t, size_t>>& plain) const;
 
   // The text of tokens; ids that no token has give nothing. Bytes that make no character become
   // U+FFFD. skip_special: leave the special tokens out.
