@@ -45,9 +45,9 @@ lint: install  ## ruff and mypy
 kernels: install
 	$(PY) -m plugins selftest --sim --list > /dev/null
 
-install: $(VENV)/.installed  ## the virtual environment, the libraries for TensorRT and ONNX Runtime, and the C++ runtime
+install: $(VENV)/.installed  ## the virtual environment, the libraries for TensorRT and ONNX Runtime, the C++ runtime, and the service
 	$(PY) -m plugins build
-	$(PY) -m deploy.runtime
+	$(PY) -m deploy.service
 
 # torch first and pinned: a range would take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt

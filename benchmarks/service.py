@@ -7,8 +7,8 @@ python benchmarks/service.py OUT [--streams 1 4 16] [--tokens 64] [--rounds 3] [
 {port}. It should have the same model at about the same bits, as many slots and as many threads.
 
 The text of each prompt is taken alone first, greedily, and every later one of ours must be the same.
-Then both servers, each started afresh in each round and asked in turn, answer so many streams at
-once; every stream has a prompt of its own of about --prompt words and asks for --tokens tokens:
+Then both servers, started afresh in each round and taken in turn, answer so many streams at once;
+every stream has a prompt of its own of about --prompt words and asks for --tokens tokens:
 tokens a second   of all streams together, from the first request to the last token
 first token       median seconds from a request to its first text
 between tokens    median and 99th percentile of the seconds from one text to the next
@@ -162,21 +162,26 @@ def main() -> None:
     if args.peer:
         commands["peer"] = args.peer
     body = {"max_tokens": args.tokens, "temperature": 0, "ignore_eos": True}  # llama.cpp's word too
-    prompts = prompts_of(max(args.streams), args.prompt)
+    texts = iter(prompts_of(sum(args.streams), args.prompt))  # none twice: a cache might know it
+    prompts = {count: [next(texts) for _ in range(count)] for count in args.streams}
 
     with running(commands["anybit"]) as port:
-        alone = [asyncio.run(crowd(port, [one], body))[0].text for one in prompts]
+        alone = {
+            one: asyncio.run(crowd(port, [one], body))[0].text
+            for some in prompts.values()
+            for one in some
+        }
     runs: dict[tuple[int, str], list[dict[str, float]]] = {}
-    for _ in range(args.rounds):
-        for name, command in commands.items():
-            with running(command) as port:
+    for index in range(args.rounds):
+        for name in sorted(commands, reverse=bool(index % 2)):
+            with running(commands[name]) as port:
                 for count in args.streams:
                     asyncio.run(crowd(port, ["Hello there"], body))  # to fill caches
-                    got = asyncio.run(crowd(port, prompts[:count], body))
-                    if name == "anybit" and [one.text for one in got] != alone[:count]:
-                        sys.exit(
-                            f"{count} streams: a text differs from the one that was made alone"
-                        )
+                    got = asyncio.run(crowd(port, prompts[count], body))
+                    if name == "anybit":
+                        for prompt, one in zip(prompts[count], got, strict=True):
+                            if one.text != alone[prompt]:
+                                sys.exit(f"{count} streams: another text than alone for {prompt!r}")
                     runs.setdefault((count, name), []).append(measured(got))
     rows = []
     for (count, name), found in runs.items():

@@ -106,7 +106,12 @@ def _model(folders: Mapping[str, Path]) -> dict[str, Any]:
         "dtype": description.dtype,
         "sizes": {**description.sizes, "num_hidden_layers": cache.layers},
         "context": description.max_context,
-        "cache": {"heads": cache.heads, "head_dim": cache.head_dim, "bits": cache.bits},
+        "cache": {
+            "heads": cache.heads,
+            "head_dim": cache.head_dim,
+            "bits": cache.bits,
+            "token_bytes": cache.token_bytes,
+        },
         "tokenizer": list(description.tokenizer),
         "chat_template": description.chat_template is not None,
         "end_tokens": list(description.eos_token_ids),

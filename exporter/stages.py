@@ -30,6 +30,7 @@ from calibration.out.layout import (
     WORK,
 )
 from calibration.progress import Progress
+from calibration.quant.scheme import FLOAT_BITS
 from calibration.settings import CalibrationSettings
 from plugins.errors import CheckError, InputError
 
@@ -256,7 +257,8 @@ class OnnxStage(Stage):
         write_json(folder / CHAT_FILE, chat)
         if has_chat and (why := chat["why_not"]):
             self.progress.message(f"{ONNX}: no chat outside Python, {why}")
-        return facts
+        token = self._description.cache.token_bytes
+        return facts | {"summary": f"{facts['summary']}, {token} bytes of KV cache a token"}
 
     def description(self) -> Description:
         """Of the model, within the positions of the file."""
@@ -282,13 +284,27 @@ class EngineStage(Stage):
     def skipped(self) -> str:
         """Without an edition."""
         if self.edition is not None:
-            return ""
+            return self._refused()
         if self.request.engine == "none":
             return "skipped, because of --engine none"
         return (
             f"skipped: {self.missing}. pip install 'anybit-trt[rtx]' brings a TensorRT that needs "
             "no GPU to build, and its compiler; g++ is needed too. Then run the same command with "
             "--resume"
+        )
+
+    def _refused(self) -> str:
+        """What no TensorRT takes, where the user did not ask for one."""
+        cache = open_stage(self.out, ONNX, "the engine").description().cache
+        if cache.capacity is None or cache.bits == FLOAT_BITS:
+            return ""
+        why = f"TensorRT takes no static cache of {cache.bits} bits"
+        if self.request.engine == "auto":
+            return f"skipped: {why}"
+        raise InputError(
+            "--kv",
+            f"got a static cache of {cache.bits} bits, expected numbers of --dtype: {why}",
+            "Leave out --kv or --kv-bits, or give --engine none",
         )
 
     def _options(self) -> Any:

@@ -151,13 +151,14 @@ def test_the_index_lists_every_page() -> None:
     assert pages and not pages - listed
 
 
-def test_ten_changes_and_the_files_they_are_made_in() -> None:
+def test_common_changes_and_the_files_they_are_made_in() -> None:
     """The last section of docs/architecture.md; that its links resolve is tested with all others."""
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     *_, title, section = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", section, re.MULTILINE)
     assert title == "Where do I change ..."
-    assert [int(number) for number, *_ in rows] == list(range(1, 11))
+    assert len(rows) >= 10
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1))
     for number, what, where in rows:
         files = re.findall(r"\]\(([^)\s]+)\)", where)
         assert files and all((DOCS / file).is_file() for file in files), (number, what)

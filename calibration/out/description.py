@@ -42,12 +42,15 @@ LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValueCache:
-    """The KV cache: for each layer a key and a value tensor [batch, heads, tokens, head_dim].
+    """The KV cache: for each layer a key and a value tensor [batch, heads, tokens, head_dim]; of few
+    bits int8 [batch, heads, tokens, bits head_dim / 8], and fp32 [batch, heads, tokens, 2] for the
+    scales and zero points of each.
 
     Attributes:
         layers, heads, head_dim: its sizes.
-        bits: of each number, which is stored as `dtype` all the same; 16: not quantized.
-        dtype: "float16", "bfloat16" or "float32".
+        bits: of each number; 16: as `dtype` says.
+        dtype: of the model, "float16", "bfloat16" or "float32".
+        token_bytes: what one token of one sequence takes in all layers.
         form: "concat", where it grows by what comes in, or "static", where it has room for
             `capacity` tokens, into which new ones are written.
         capacity: of a static cache, in tokens; None of one that grows.
@@ -59,6 +62,7 @@ class KeyValueCache:
     head_dim: Size
     bits: Bits
     dtype: Dtype
+    token_bytes: Size
     form: Literal["concat", "static"] = "concat"
     capacity: Size | None = None
     past: str = "past_key_values.{layer}.{part}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.out.description import Description, KeyValueCache, SamplingDefaults
 from calibration.out.json_file import MAKE_AGAIN, read_json
 from calibration.out.layout import BITS_FILE
+from calibration.quant.scheme import FLOAT_BITS
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,15 +38,27 @@ def describe(quant: QuantModel) -> Description:
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=tuple(token_list(config.get("eos_token_id"))),
         sampling=SamplingDefaults(**config.get("sampling", {})),
-        cache=KeyValueCache(
-            layers=quant.layers,
-            heads=int(config["num_key_value_heads"]),
-            head_dim=int(config["head_dim"]),
-            bits=quant.scheme.kv_bits,
-            dtype=quant.scheme.dtype,
-        ),
+        cache=_cache(quant),
         chat_template=_chat_template(quant.path),
         tokenizer=tuple(files),
+    )
+
+
+def _cache(quant: QuantModel) -> KeyValueCache:
+    """As exporter/graph writes it."""
+    config, bits, dtype = quant.config, quant.scheme.kv_bits, quant.scheme.dtype
+    heads, width = int(config["num_key_value_heads"]), int(config["head_dim"])
+    low = bits < FLOAT_BITS
+    row = bits * width // 8 + 8 if low else width * (4 if dtype == "float32" else 2)
+    parts = ("key", "value")
+    return KeyValueCache(
+        layers=quant.layers,
+        heads=heads,
+        head_dim=width,
+        bits=bits,
+        dtype=dtype,
+        token_bytes=2 * quant.layers * heads * row,
+        parts=(*parts, *(f"{part}_scale" for part in parts)) if low else parts,
     )
 
 

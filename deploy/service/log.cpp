@@ -43,13 +43,17 @@ Log::Log(const std::string& path) : file_(2), own_(path != "-") {
 }
 
 Log::~Log() {
+  finish();
+  if (own_) close(file_);
+}
+
+void Log::finish() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
   }
   changed_.notify_one();
-  thread_.join();
-  if (own_) close(file_);
+  if (thread_.joinable()) thread_.join();
 }
 
 void Log::write(const char* level, const char* event, const Ordered& fields) {

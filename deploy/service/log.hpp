@@ -19,13 +19,15 @@ class Log {
   // @param path a file that is appended to; "-" is standard error.
   // Throws Error: the file cannot be opened.
   explicit Log(const std::string& path);
-  // Writes what waits, for at most a second.
   ~Log();
   Log(const Log&) = delete;
   Log& operator=(const Log&) = delete;
 
   // Adds time and level in front. Safe on any thread.
   void write(const char* level, const char* event, const Ordered& fields = Ordered::object());
+
+  // Writes what waits, as far as somebody takes it within a second, and nothing more from then on.
+  void finish();
 
   uint64_t lost() const { return lost_; }
 

@@ -150,6 +150,7 @@ void Service::run() {
   if (failure_) std::rethrow_exception(failure_);
   if (!model_) {
     log_.write("info", "stopped");
+    log_.finish();
     std::_Exit(0);  // the model is still being opened, which nothing interrupts
   }
   engine_.reset();

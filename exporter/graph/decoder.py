@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from calibration.checkpoints.safetensors import numpy_dtype
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from calibration.progress import NullProgress, Progress
-from exporter.graph.names import KINDS, WRITE_INDICES, past, present
+from calibration.quant.scheme import FLOAT_BITS
+from exporter.graph.names import WRITE_INDICES, past, present
 from exporter.graph.nodes import NodeFactory
 from exporter.graph.steps import write_block
 from exporter.graph.weights import ExternalWeights
 from exporter.graph.writer import GraphWriter
 from plugins.core.op_spec import is_custom
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -68,6 +70,7 @@ def export_onnx(
 
     progress = progress or NullProgress()
     decoder = quant.decoder
+    _check_heads(quant)
     dtype = {
         "float16": TensorProto.FLOAT16,
         "bfloat16": TensorProto.BFLOAT16,
@@ -127,6 +130,18 @@ def export_onnx(
     custom = Counter(node.op_type for node in writer.nodes if is_custom(node.domain))
     ops = " and ".join(f"{count} {op}" for op, count in custom.items())
     return {"summary": f"{ops} nodes, opset {writer.factory.opset}", "custom_nodes": custom.total()}
+
+
+def _check_heads(quant: QuantModel) -> None:
+    """Eight codes of a low-bit cache share bytes."""
+    for block in quant.decoder.blocks:
+        if quant.scheme.kv_bits < FLOAT_BITS and block.heads.head_dim % 8:
+            raise InputError(
+                "--kv-bits",
+                f"got heads of {block.heads.head_dim} numbers, expected a multiple of 8 for a cache "
+                f"of {quant.scheme.kv_bits} bits",
+                "Leave out --kv-bits",
+            )
 
 
 def _embedding(writer: GraphWriter) -> str:
@@ -267,15 +282,13 @@ def _graph_values(
     before, after = (longest, longest) if writer.static else ("P", "T")
 
     def caches(name: Any, length: str | int) -> list[onnx.ValueInfoProto]:
-        return [
-            info(
-                name(block.index, kind),
-                writer.dtype,
-                ["B", block.heads.kv_heads, length, block.heads.head_dim],
-            )
-            for block in decoder.blocks
-            for kind in KINDS
-        ]
+        found, form = [], writer.form()
+        for block in decoder.blocks:
+            for part in form.parts:
+                dtype, width = form.row(part, block.heads.head_dim, writer.dtype)
+                shape = ["B", block.heads.kv_heads, length, width]
+                found.append(info(name(block.index, part), dtype, shape))
+        return found
 
     places = (
         [info(WRITE_INDICES, TensorProto.INT64, ["B"])]

@@ -1,5 +1,5 @@
-"""Makes the nodes that have a local function of standard ops, the custom GEMMs, attention and the
-low-bit KV cache, and collects the functions.
+"""Makes the nodes that have a local function of standard ops, the custom GEMMs and attention, and
+collects the functions.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from plugins import op_spec
 from plugins.cached_attention import DOMAIN as ATTENTION
-from plugins.cached_attention import OP as ATTENTION_OP
+from plugins.cached_attention import FLOAT_BITS
 from plugins.core.op_spec import DOMAIN, PLUGIN_VERSION, GemmAttributes
 
 if TYPE_CHECKING:
@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
     from plugins.cached_attention.body import AttentionForm
 
-__all__ = ["CACHE_DOMAIN", "NodeFactory"]
+__all__ = ["NodeFactory"]
 
-CACHE_DOMAIN = (
-    "anybit_cache"  # not below DOMAIN, whose nodes become plugins: every runtime takes the function
-)
-_CACHE_OP = "QuantizeCache"
 Variant = tuple[str, int, int, int, int, bool, int, bool]
 
 
@@ -40,7 +36,6 @@ class NodeFactory:
         self._dtype = dtype
         self._functions: dict[Variant, onnx.FunctionProto] = {}
         self._attentions: dict[AttentionForm, onnx.FunctionProto] = {}
-        self._cache: onnx.FunctionProto | None = None
 
     def gemm(
         self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str
@@ -73,20 +68,6 @@ class NodeFactory:
             **attrs.as_dict(),
         )
 
-    def cache(
-        self, bits: int, head_dim: int, name: str, inputs: list[str], outputs: list[str]
-    ) -> onnx.NodeProto:
-        """A node that gives new keys and values [B, kv_heads, S, head_dim] back as a cache of these
-        bits does; one kind in a model.
-
-        Args:
-            inputs, outputs: keys after RoPE, and values.
-        """
-        from onnx import helper
-
-        self._cache = self._cache or _cache_function(bits, head_dim, self._dtype)
-        return helper.make_node(_CACHE_OP, inputs, outputs, name=name, domain=CACHE_DOMAIN)
-
     def attention(
         self,
         form: AttentionForm,
@@ -100,7 +81,7 @@ class NodeFactory:
         """A node of attention with its cache.
 
         Args:
-            inputs, outputs: in the order of the form's; write_indices may be one of them.
+            inputs, outputs: in the order of the form's.
             scale: of the scores.
             softcap: of the scores; 0 is none.
         """
@@ -112,26 +93,23 @@ class NodeFactory:
             number = len(self._attentions)
             domain = f"{ATTENTION}.v{number}" if number else ATTENTION
             self._attentions[form] = function_body(form, self._dtype, domain)
+        low = {} if form.bits == FLOAT_BITS else {"bits": form.bits}
         return helper.make_node(
-            ATTENTION_OP,
+            form.op,
             inputs,
             outputs,
             name=name,
             domain=self._attentions[form].domain,
             scale=float(scale),
             softcap=float(softcap),
+            **low,
         )
 
     def functions(self) -> list[onnx.FunctionProto]:
-        """The functions of the nodes made so far: the custom ones in order of first use, the
-        attentions, then the cache's; all of the newest opset that one of them asks for, since a
-        model has one.
+        """The functions of the nodes made so far: the custom ones in order of first use, then the
+        attentions; all of the newest opset that one of them asks for, since a model has one.
         """
-        found = [
-            *self._functions.values(),
-            *self._attentions.values(),
-            *([self._cache] if self._cache else []),
-        ]
+        found = [*self._functions.values(), *self._attentions.values()]
         for function in found:
             function.opset_import[0].version = self.opset
         return found
@@ -170,28 +148,3 @@ class NodeFactory:
                 attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN
             )
         return self._functions[variant]
-
-
-def _cache_function(bits: int, head_dim: int, dtype: int) -> onnx.FunctionProto:
-    """calibration.reference.fake_quant.quantize_cache of keys and values, the very same numbers,
-    rounded to the model's type.
-    """
-    from onnx import helper
-
-    from plugins.core.onnx_body import OPSET, NodeBuilder
-
-    body = NodeBuilder(dtype)
-    both = body.node("Concat", "key", "value", axis=1)  # one pass over both
-    rows = body.fake_quantized(body.reshape(body.float32(both), -1, head_dim), bits)
-    cached = body.node("Reshape", body.saturated(rows), body.node("Shape", both))
-    body.nodes.append(
-        helper.make_node("Split", [cached], ["cached_key", "cached_value"], axis=1, num_outputs=2)
-    )
-    return helper.make_function(
-        CACHE_DOMAIN,
-        _CACHE_OP,
-        ["key", "value"],
-        ["cached_key", "cached_value"],
-        body.nodes,
-        [helper.make_opsetid("", OPSET)],
-    )

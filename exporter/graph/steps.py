@@ -23,7 +23,7 @@ from calibration.families.steps import (
     Norm,
     Rope,
 )
-from exporter.graph.names import KINDS, layer_output, new_key, past, present
+from exporter.graph.names import WRITE_INDICES, layer_output, new_key, past, present
 from exporter.graph.writer import GraphWriter
 
 __all__ = ["WRITERS", "Flow", "write_block"]
@@ -132,12 +132,19 @@ def _attend(writer: GraphWriter, flow: Flow, step: Attend) -> str:
     query, key = writer.split(
         flow.value, [heads.heads, heads.kv_heads], 1, [f"{module}.query", new_key(index)]
     )
-    key, value = writer.cached(module, heads.head_dim, key, flow.values)
-    olds = [past(index, kind) for kind in KINDS]
-    outputs = [f"{module}.context", *(present(index, kind) for kind in KINDS)]
-    inputs = [query, key, value, *olds, writer.masks[step.window]]
-    writer.attention(f"{module}.attention", inputs, outputs, step.scale, step.softcap)
-    return writer.info(outputs[0], heads.heads * heads.head_dim)
+    parts, context = writer.form().parts, f"{module}.context"
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": flow.values,
+        "mask": writer.masks[step.window],
+        "write_indices": WRITE_INDICES,
+        "context": context,
+        **{f"past_{part}": past(index, part) for part in parts},
+        **{f"present_{part}": present(index, part) for part in parts},
+    }
+    writer.attention(f"{module}.attention", tensors, step.scale, step.softcap)
+    return writer.info(context, heads.heads * heads.head_dim)
 
 
 def _gate(writer: GraphWriter, flow: Flow, step: Gate) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from calibration.quant.scheme import FLOAT_BITS
-from exporter.graph.names import WRITE_INDICES
 from plugins import op_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx
 
     from calibration.families.steps import Norm, Rope
     from calibration.quant.folder import QuantModel
     from exporter.graph.nodes import NodeFactory
     from exporter.graph.weights import ExternalWeights
+    from plugins.cached_attention.body import AttentionForm
 
 __all__ = ["GraphWriter"]
 
@@ -176,26 +177,28 @@ class GraphWriter:
         return self.info(output, attrs.out_features, tokens)
 
     def attention(
-        self, name: str, inputs: list[str], outputs: list[str], scale: float, softcap: float | None
+        self, name: str, inputs: Mapping[str, str], scale: float, softcap: float | None
     ) -> None:
-        """The node of attention with its cache; plugins/cached_attention/body.py names inputs and
-        outputs.
+        """The node of attention with its cache, which plugins/cached_attention/body.py describes.
+
+        Args:
+            inputs: by their names there; outputs too.
+            scale, softcap: of the scores.
         """
+        form = self.form(softcap is not None)
+        self.nodes.append(
+            self.factory.attention(
+                form,
+                name,
+                [inputs[one] for one in form.inputs],
+                [inputs[one] for one in form.outputs],
+                scale=scale,
+                softcap=softcap or 0.0,
+            )
+        )
+
+    def form(self, capped: bool = False) -> AttentionForm:
+        """Of the model's attention."""
         from plugins.cached_attention.body import AttentionForm
 
-        form = AttentionForm(static=self.static, capped=softcap is not None)
-        if self.static:
-            inputs = [*inputs, WRITE_INDICES]
-        node = self.factory.attention(
-            form, name, inputs, outputs, scale=scale, softcap=softcap or 0.0
-        )
-        self.nodes.append(node)
-
-    def cached(self, prefix: str, head_dim: int, key: str, value: str) -> tuple[str, str]:
-        """New keys and values as the cache holds them."""
-        bits = self.quant.scheme.kv_bits
-        if bits == FLOAT_BITS:
-            return key, value
-        kept = [f"{prefix}.cached_key", f"{prefix}.cached_value"]
-        self.nodes.append(self.factory.cache(bits, head_dim, f"{prefix}.cache", [key, value], kept))
-        return kept[0], kept[1]
+        return AttentionForm(static=self.static, capped=capped, bits=self.quant.scheme.kv_bits)

@@ -280,7 +280,8 @@ class _Validator:
         from polygraphy.comparator import Comparator
 
         def open_session() -> DecoderSession:
-            return OnnxSession(self.out / ONNX, self.context, self.marked)
+            dtype = self.quant.scheme.dtype
+            return OnnxSession(self.out / ONNX, self.context, self.marked, dtype)
 
         leader = SessionRunner(ONNX_RUNTIME, open_session)
         record: list[Outputs] = []
@@ -297,7 +298,12 @@ class _Validator:
 
         def open_session() -> OnnxSession:
             return OnnxSession(
-                self.out / ONNX, self.context, self.marked, kernels=library, given=given
+                self.out / ONNX,
+                self.context,
+                self.marked,
+                self.quant.scheme.dtype,
+                kernels=library,
+                given=given,
             )
 
         bodies = ReplayRunner(ONNX_RUNTIME, record)

@@ -13,8 +13,9 @@ from exporter.graph.names import WRITE_INDICES, is_cache
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
 
-__all__ = ["CacheForm", "Growing", "Static", "cache_form"]
+__all__ = ["CacheForm", "Growing", "Static", "cache_bits", "cache_form", "with_numbers"]
 
 Arrays = dict[str, "np.ndarray"]
 
@@ -133,6 +134,39 @@ class Static(CacheForm):
             found[name] = np.empty_like(rows)
             np.put_along_axis(found[name], places, rows, axis)
         return found
+
+
+def cache_bits(graph: onnx.GraphProto) -> int:
+    """Bits of a decoder's KV cache, by its attention nodes."""
+    from plugins.cached_attention import FLOAT_BITS, is_attention
+
+    nodes = (node for node in graph.node if is_attention(node.domain))
+    return next(
+        (item.i for node in nodes for item in node.attribute if item.name == "bits"), FLOAT_BITS
+    )
+
+
+def with_numbers(outputs: Mapping[str, np.ndarray], bits: int, dtype: str) -> Arrays:
+    """Outputs with what the codes of a low-bit cache stand for in place of them and their scales.
+
+    Args:
+        bits: of the cache.
+        dtype: the model's, to which the numbers are rounded; bfloat16 is returned as fp32.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    from plugins.cached_attention.codes import stored_values
+
+    end = "_scale"
+    names = [name for name in outputs if is_cache(name) and name.endswith(end)]
+    found: Arrays = {name: array for name, array in outputs.items() if name not in names}
+    kind = np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
+    for name in names:
+        codes = name.removesuffix(end)
+        numbers = stored_values(outputs[codes], outputs[name], bits, kind)
+        found[codes] = numbers.astype(np.float32) if dtype == "bfloat16" else numbers
+    return found
 
 
 def _real_first(mask: np.ndarray) -> np.ndarray:

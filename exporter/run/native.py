@@ -105,10 +105,13 @@ class NativeSession(DecoderSession):
             inputs = {value.name: value for value in self._session.get_inputs()}
             self._names = cache_names(inputs)
             self._form = cache_form({name: value.shape for name, value in inputs.items()})
-            _, heads, _, width = inputs["past_key_values.0.key"].shape
-            self._cache_shape = int(heads), int(width)
-            self._type = inputs["past_key_values.0.key"].type  # such as tensor(float16)
+            self._past = {name: inputs[f"past_key_values.{name}"] for name in self._names}
         self._clear()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the KV cache takes now."""
+        return sum(value.numpy().nbytes for value in self._cache.values())
 
     def _clear(self) -> None:
         self._cache: dict[str, Any] = {}
@@ -149,10 +152,16 @@ class NativeSession(DecoderSession):
         import numpy as np
         from onnxruntime import OrtValue
 
-        heads, width = self._cache_shape
-        shape = (batch, heads, self._form.rows(), width)
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[self._type]
-        return {name: OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in self._names}
+        types = {"float": np.float32, "float16": np.float16, "int8": np.int8}
+        return {
+            name: OrtValue.ortvalue_from_numpy(
+                np.zeros(
+                    (batch, int(past.shape[1]), self._form.rows(), int(past.shape[3])),
+                    types[past.type.removeprefix("tensor(").removesuffix(")")],
+                )
+            )
+            for name, past in self._past.items()
+        }
 
     def close(self) -> None:
         """Free the session."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
 from exporter.graph.names import is_layer_output
-from exporter.run.forms import cache_form
+from exporter.run.forms import cache_bits, cache_form, with_numbers
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
@@ -293,8 +293,8 @@ class OnnxSession(DecoderSession):
             inputs = self._runner.get_input_metadata()
             self._names = cache_names(inputs)
             self._form = cache_form({name: meta.shape for name, meta in inputs.items()})
-            meta = inputs["past_key_values.0.key"]
-            self._cache_shape, self._dtype = (meta.shape[1], meta.shape[3]), meta.dtype
+            self._past = {name: inputs[f"past_key_values.{name}"] for name in self._names}
+            self._bits = cache_bits(load_model(folder).graph)
         self._clear()
 
     def _clear(self) -> None:
@@ -309,9 +309,12 @@ class OnnxSession(DecoderSession):
     ) -> dict[str, np.ndarray]:
         import numpy as np
 
-        heads, width = self._cache_shape
-        empty = np.zeros((len(input_ids), heads, self._form.rows(), width), self._dtype)
-        past = {f"past_key_values.{name}": self._cache.get(name, empty) for name in self._names}
+        rows = self._form.rows()
+        cache = self._cache or {
+            name: np.zeros((len(input_ids), meta.shape[1], rows, meta.shape[3]), meta.dtype)
+            for name, meta in self._past.items()
+        }
+        past = {f"past_key_values.{name}": cache[name] for name in self._names}
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted) | past
         for name in self._given:
             feeds[name] = self._form.arranged(self.lead[name], attention_mask)
@@ -319,7 +322,9 @@ class OnnxSession(DecoderSession):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
             outputs |= {name: outputs.pop(own_of(name)) for name in self._given}
             self._cache = {name: outputs[f"present.{name}"] for name in self._names}
-            found = self._form.restored(outputs, attention_mask)
+            found = with_numbers(
+                self._form.restored(outputs, attention_mask), self._bits, self.dtype
+            )
             return found | {"logits": found["logits"]}  # a graph without them is none of ours
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from exporter.graph.names import is_cache, is_layer_output
 from plugins.cached_attention import is_attention
 
 if TYPE_CHECKING:
@@ -30,13 +31,22 @@ class _Work(NamedTuple):
 _COMPUTES = {
     "Add": _Work(2),
     "Attention": _Work(3, precise=True),
+    "Clip": _Work(1),
     "Div": _Work(2),
+    "Floor": _Work(1),
     "Gelu": _Work(1, precise=True),
     "MatMul": _Work(2, precise=True),  # but for the head, see _precise
+    "Max": _Work(2),
+    "Min": _Work(2),
     "Mul": _Work(2),
+    "Neg": _Work(1),
     "RMSNormalization": _Work(2, precise=True),
+    "ReduceMax": _Work(1),
+    "ReduceMin": _Work(1),
+    "ReduceSum": _Work(1),
     "Relu": _Work(1),
     "RotaryEmbedding": _Work(3),
+    "Round": _Work(1),
     "Sigmoid": _Work(1, precise=True),
     "Softmax": _Work(1, precise=True),
     "Tanh": _Work(1, precise=True),
@@ -76,8 +86,8 @@ def round_every_op(model: onnx.ModelProto) -> None:
 
     half = next(
         value.type.tensor_type.elem_type
-        for value in model.graph.input
-        if value.name.startswith("past_key_values.")
+        for value in (*model.graph.value_info, *model.graph.input)
+        if is_layer_output(value.name) or is_cache(value.name)
     )
     if half == TensorProto.BFLOAT16:
         _carry_ends_in_float32(model.graph)
@@ -142,7 +152,9 @@ def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:
     inputs = [
         value for value in graph.input if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
     ]
-    outputs = [value for value in graph.output if value.name != "logits"]
+    # Inner tensors that are outputs need not be declared.
+    wide = {TensorProto.UNDEFINED, TensorProto.BFLOAT16}
+    outputs = [value for value in graph.output if value.type.tensor_type.elem_type in wide]
     inside = {value.name: f"{value.name}.bfloat16" for value in (*inputs, *outputs)}
     for node in graph.node:
         for names in (node.input, node.output):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import ENGINE, ENGINE_FILE, ENGINE_RECORD
+from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import (
     Edition,
     captured_log,
@@ -18,6 +19,7 @@ from exporter.engine.edition import (
 from exporter.engine.limits import engine_limits
 from exporter.engine.record import EngineRecord
 from exporter.graph.names import WRITE_INDICES
+from exporter.run.forms import with_numbers
 from exporter.run.runner import Runner
 from exporter.run.sessions import CHUNK, DecoderSession, cache_names
 from plugins.errors import InputError
@@ -67,7 +69,9 @@ class TensorrtRunner(Runner):
         record = check_engine(folder.file(ENGINE_RECORD).parent)
         for name in (ENGINE_FILE, record["plugin_library"]["name"]):
             folder.file(name)
-        return TensorrtSession(folder.path, description.max_context, description.dtype)
+        return TensorrtSession(
+            folder.path, description.max_context, description.dtype, description.cache.bits
+        )
 
 
 class TensorrtSession(DecoderSession):
@@ -81,19 +85,30 @@ class TensorrtSession(DecoderSession):
         folder: OUT/engine.
         max_context: most tokens a sequence may have; the engine may allow fewer.
         dtype: of the model's floats.
+        bits: of the KV cache.
 
     Raises:
         InputError: there is no engine, or it is another TensorRT's.
     """
 
-    def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_context: int,
+        dtype: str = "float32",
+        bits: int = FLOAT_BITS,
+    ) -> None:
         record = check_engine(folder)
         limits = engine_limits(record)
         super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens), dtype)
         decode = record["profiles"][1]["inputs"]
-        self._names = cache_names(decode)
-        _, heads, self._decode_past, width = decode["past_key_values.0.key"]["max"]
-        self._cache_shape = (heads, width)
+        self._names, self._bits = cache_names(decode), bits
+        self._decode_past = decode["past_key_values.0.key"]["max"][2]
+        self._cache_shapes = {
+            name: (most[1], most[3])
+            for name in self._names
+            for most in [decode[f"past_key_values.{name}"]["max"]]
+        }
         self._open(folder / ENGINE_FILE, folder, record)
         self._clear()
 
@@ -116,11 +131,10 @@ class TensorrtSession(DecoderSession):
                     f"got an engine that {edition} refuses ({why}), expected one for this GPU",
                     "Build it again on this machine, or free GPU memory",
                 ) from None
-        self._dtype = str(
-            self._runner.get_input_metadata(use_numpy_dtypes=False)[
-                "past_key_values.0.key"
-            ].dtype.name
-        )
+        inputs = self._runner.get_input_metadata(use_numpy_dtypes=False)
+        self._dtypes = {
+            name: str(inputs[f"past_key_values.{name}"].dtype.name) for name in self._names
+        }
 
     def _clear(self) -> None:
         self._cache: dict[str, Any] = {}
@@ -150,7 +164,8 @@ class TensorrtSession(DecoderSession):
             for name, tensor in self._runner.infer(feeds, check_inputs=False).items()
         }
         self._cache = {name: outputs[f"present.{name}"] for name in self._names}
-        return {name: tensor.float().numpy() for name, tensor in outputs.items()}
+        found = {name: tensor.float().numpy() for name, tensor in outputs.items()}
+        return with_numbers(found, self._bits, self.dtype)
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         """Tensors of no tokens; TensorRT wants an address all the same, so they point at a few
@@ -160,11 +175,14 @@ class TensorrtSession(DecoderSession):
         from polygraphy.datatype import DataType
 
         self._anchor = cuda.DeviceArray(shape=(256,), dtype=DataType.UINT8)
-        heads, width = self._cache_shape
-        view = cuda.DeviceView(
-            self._anchor.ptr, (batch, heads, 0, width), getattr(DataType, self._dtype.upper())
-        )
-        return dict.fromkeys(self._names, view)
+        return {
+            name: cuda.DeviceView(
+                self._anchor.ptr,
+                (batch, heads, 0, width),
+                getattr(DataType, self._dtypes[name].upper()),
+            )
+            for name, (heads, width) in self._cache_shapes.items()
+        }
 
     def close(self) -> None:
         """Free the engine."""

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from plugins.cached_attention import DOMAIN, OP
+from plugins.cached_attention import DOMAIN, FLOAT_BITS, LOW_BIT_OP, OP
+from plugins.cached_attention.codes import BYTE_OFFSET, SCALES
 from plugins.core.onnx_body import OPSET, NodeBuilder
 
 __all__ = ["STATIC_OPSET", "AttentionForm", "function_body"]
@@ -27,10 +28,31 @@ class AttentionForm:
         static: the cache has a fixed capacity, and new rows are written into it at write_indices;
             else it grows by them.
         capped: scores go through softcap tanh(x / softcap).
+        bits: of the cache, 2..8; 16: it holds numbers of the model's type.
     """
 
     static: bool = False
     capped: bool = False
+    bits: int = FLOAT_BITS
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return OP if self.bits == FLOAT_BITS else LOW_BIT_OP
+
+    @property
+    def parts(self) -> list[str]:
+        """What the cache has for each layer: keys and values, or their codes, and then scales and
+        zero points.
+        """
+        return [*KINDS, *(f"{kind}_scale" for kind in KINDS if self.bits != FLOAT_BITS)]
+
+    def row(self, part: str, head_dim: int, dtype: int) -> tuple[int, int]:
+        """onnx.TensorProto type and width of a row of a part, in a model of this type."""
+        if self.bits == FLOAT_BITS:
+            return dtype, head_dim
+        codes = TensorProto.INT8, self.bits * head_dim // 8
+        return codes if part in KINDS else (TensorProto.FLOAT, SCALES)
 
     @property
     def opset(self) -> int:
@@ -42,55 +64,114 @@ class AttentionForm:
         """Names of the function's inputs: query [B, heads, S, D], key and value
         [B, kv_heads, S, D], past_key and past_value [B, kv_heads, P, D], mask bool [B, 1, S, T],
         true where a query may look, and of a static cache, whose P and T are its capacity,
-        write_indices int64 [B]: where the first new row goes.
+        write_indices int64 [B]: where the first new row goes. In a cache of few bits the past is
+        int8 [B, kv_heads, P, bits D / 8], and before write_indices come past_key_scale and
+        past_value_scale, fp32 [B, kv_heads, P, 2]; see codes.py.
         """
-        names = ["query", "key", "value", "past_key", "past_value", "mask"]
+        pasts = [f"past_{part}" for part in self.parts]
+        names = ["query", "key", "value", *pasts[:2], "mask", *pasts[2:]]
         return [*names, "write_indices"] if self.static else names
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the function's outputs: context [B, S, heads D], present_key and present_value
-        [B, kv_heads, T, D].
+        """Names of the function's outputs: context [B, S, heads D], and the parts of the cache with
+        the new rows, T in place of P.
         """
-        return ["context", "present_key", "present_value"]
+        return ["context", *(f"present_{part}" for part in self.parts)]
 
 
 def function_body(form: AttentionForm, dtype: int, domain: str = DOMAIN) -> onnx.FunctionProto:
-    """The local function; nodes that call it have the attributes scale and softcap, floats.
+    """The local function; nodes that call it have the attributes scale and softcap, floats, and of
+    a cache of few bits those.
 
     Args:
         dtype: onnx.TensorProto type of queries, keys and values.
     """
     body = NodeBuilder(dtype)
+    low = form.bits != FLOAT_BITS
     for kind in KINDS:
-        if form.static:
-            inputs, how = [f"past_{kind}", kind, "write_indices"], ("TensorScatter", {"axis": -2})
-        else:
-            inputs, how = [f"past_{kind}", kind], ("Concat", {"axis": 2})
-        body.node(how[0], *inputs, output=f"present_{kind}", **how[1])
-    heads = _capped(body) if form.capped else _attention(body)
+        new = _stored(body, kind, form.bits) if low else (kind,)
+        for part, rows in zip((kind, f"{kind}_scale"), new, strict=False):
+            _take_in(body, form, part, rows)
+    key, value = (_values(body, kind, form.bits) if low else f"present_{kind}" for kind in KINDS)
+    heads = (_capped if form.capped else _attention)(body, key, value)
     rows = body.node("Transpose", heads, perm=[0, 2, 1, 3])
     body.node("Reshape", rows, body.ints(0, 0, -1), output="context")
     return helper.make_function(
         domain,
-        OP,
+        form.op,
         form.inputs,
         form.outputs,
         body.nodes,
         [helper.make_opsetid("", form.opset)],
-        ["scale", "softcap"],
+        ["scale", "softcap", *(["bits"] if low else [])],
     )
 
 
-def _attention(body: NodeBuilder) -> str:
+def _take_in(body: NodeBuilder, form: AttentionForm, part: str, rows: str) -> None:
+    """A part of the cache with its new rows."""
+    past, present = f"past_{part}", f"present_{part}"
+    if form.static:
+        body.node("TensorScatter", past, rows, "write_indices", output=present, axis=-2)
+    else:
+        body.node("Concat", past, rows, output=present, axis=2)
+
+
+def _stored(body: NodeBuilder, kind: str, bits: int) -> tuple[str, str]:
+    """codes.stored, without bit operations, which TensorRT lacks."""
+    x, two = body.float32(kind), body.const(2, np.float32)
+    shape = body.node("Shape", kind)
+    rows = body.reshape(x, -1, body.node("Shape", kind, start=3, end=4))
+    rounded, scale, zero = body.steps(rows, bits, False)
+    top = 1 << (bits - 1)
+    codes = body.node("Min", body.node("Add", rounded, zero), body.const(top - 1, np.float32))
+    codes = body.node("Reshape", body.node("Add", codes, body.const(top, np.float32)), shape)
+    codes = body.node("Reshape", codes, body.ints(0, 0, 0, -1, 8))
+    weights, planes = body.const(1 << np.arange(8), np.float32), []
+    higher = codes
+    for _ in range(bits):
+        codes, higher = higher, body.node("Floor", body.node("Div", higher, two))
+        one_bit = body.node("Sub", codes, body.node("Mul", higher, two))
+        eight = body.node("Mul", one_bit, weights)
+        planes.append(body.node("ReduceSum", eight, body.ints(-1), keepdims=0))
+    packed = body.node("Concat", *planes, axis=-1)
+    packed = body.node("Sub", packed, body.const(BYTE_OFFSET, np.float32))
+    lead = body.node("Shape", kind, start=0, end=3)
+    scales = body.node("Concat", scale, zero, axis=-1)
+    scales = body.node("Reshape", scales, body.join(lead, body.ints(SCALES)), allowzero=1)
+    return body.cast(packed, TensorProto.INT8), scales
+
+
+def _values(body: NodeBuilder, kind: str, bits: int) -> str:
+    """codes.stored_values of all rows of the cache."""
+    two = body.const(2, np.float32)
+    packed = body.cast(f"present_{kind}", TensorProto.FLOAT)
+    packed = body.node("Add", packed, body.const(BYTE_OFFSET, np.float32))
+    packed = body.node("Reshape", packed, body.ints(0, 0, 0, bits, -1, 1))
+    shifted = body.node(
+        "Floor", body.node("Mul", packed, body.const(0.5 ** np.arange(8), np.float32))
+    )
+    higher = body.node("Floor", body.node("Div", shifted, two))
+    one_bit = body.node("Sub", shifted, body.node("Mul", higher, two))
+    weights = body.const((1 << np.arange(bits)).reshape(-1, 1, 1), np.float32)
+    codes = body.node("ReduceSum", body.node("Mul", one_bit, weights), body.ints(3), keepdims=0)
+    codes = body.node("Reshape", codes, body.ints(0, 0, 0, -1))
+    codes = body.node("Sub", codes, body.const(1 << (bits - 1), np.float32))
+    scale, zero = (
+        body.node("Gather", f"present_{kind}_scale", body.ints(which), axis=3) for which in (0, 1)
+    )
+    return body.saturated(body.node("Mul", body.node("Sub", codes, zero), scale))
+
+
+def _attention(body: NodeBuilder, key: str, value: str) -> str:
     """One output, no past inside, a mask and no is_causal: what TensorRT's parser takes."""
-    heads = body.node("Attention", "query", "present_key", "present_value", "mask", output="heads")
+    heads = body.node("Attention", "query", key, value, "mask", output="heads")
     body.nodes[-1].attribute.append(_of_the_call("scale", "scale"))
     body.nodes[-1].name = "attention"
     return heads
 
 
-def _capped(body: NodeBuilder) -> str:
+def _capped(body: NodeBuilder, key: str, value: str) -> str:
     """Attention in its parts, since TensorRT's has no softcap.
 
     The query heads of a key-value head lie below each other in one matrix, so that keys and values
@@ -100,7 +181,7 @@ def _capped(body: NodeBuilder) -> str:
         name: body.node("Shape", source, start=axis, end=axis + 1)
         for name, source, axis in (
             ("heads", "query", 1),
-            ("kv_heads", "present_key", 1),
+            ("kv_heads", "key", 1),
             ("head_dim", "query", 3),
         )
     }
@@ -110,7 +191,7 @@ def _capped(body: NodeBuilder) -> str:
         return body.node("Reshape", x, body.join(*shape))
 
     query = reshaped("query", keep, sizes["kv_heads"], rest, sizes["head_dim"])
-    keys = body.node("Transpose", "present_key", perm=[0, 1, 3, 2])
+    keys = body.node("Transpose", key, perm=[0, 1, 3, 2])
     scores = body.node("MatMul", query, keys)
     scores = body.float32(reshaped(scores, keep, sizes["heads"], rest, keep))
     scale, cap = (_constant_of_the_call(body, name) for name in ("scale", "softcap"))
@@ -121,7 +202,7 @@ def _capped(body: NodeBuilder) -> str:
     if body.dtype != TensorProto.FLOAT:
         weights = body.cast(weights, body.dtype)
     weights = reshaped(weights, keep, sizes["kv_heads"], rest, keep)
-    context = body.node("MatMul", weights, "present_value")
+    context = body.node("MatMul", weights, value)
     return reshaped(context, keep, sizes["heads"], rest, sizes["head_dim"])
 
 

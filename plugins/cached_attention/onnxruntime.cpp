@@ -1,5 +1,5 @@
-// CachedAttention as an ONNX Runtime custom op: shapes are checked at each run, since all of them are
-// the sequences'.
+// CachedAttention and LowBitAttention as ONNX Runtime custom ops: shapes are checked at each run, since
+// all of them are the sequences'.
 #include <limits>
 
 #include "cached_attention/cpu/attention.h"
@@ -9,115 +9,170 @@
 namespace anybit::ort {
 namespace {
 
-enum Input : size_t { kQuery, kKey, kValue, kPastKey, kPastValue, kMask, kWriteIndices, kInputs };
-enum Output : size_t { kContext, kPresentKey, kPresentValue, kOutputs };
-constexpr const char* kNames[kInputs] = {"query",      "key",  "value",        "past_key",
-                                         "past_value", "mask", "write_indices"};
+using Dims = std::vector<int64_t>;
+
+// The last input is of a static cache only.
+constexpr const char* kInputs[] = {"query",      "key",  "value",        "past_key",
+                                   "past_value", "mask", "write_indices"};
+constexpr const char* kLowBitInputs[] = {
+    "query",        "key",  "value",          "past_key",
+    "past_value",   "mask", "past_key_scale", "past_value_scale",
+    "write_indices"};
+enum Input : size_t { kQuery, kKey, kValue, kPastKey, kPastValue, kMask, kPastKeyScale };
+enum Output : size_t { kContext, kPresentKey, kPresentValue, kPresentKeyScale, kPresentValueScale };
 
 struct AttentionOp : CustomOp {
   int type;  // of queries, keys and values
+  bool low_bits;
+
+  const char* name() const { return low_bits ? "LowBitAttention" : "CachedAttention"; }
+  size_t inputs() const { return low_bits ? std::size(kLowBitInputs) : std::size(kInputs); }
+  size_t write_indices() const { return inputs() - 1; }
+  const char* input_name(size_t i) const { return low_bits ? kLowBitInputs[i] : kInputs[i]; }
+  int input_type(size_t i) const {
+    if (i == write_indices()) return kInt64;
+    if (i == kMask) return kBool;
+    if (i >= kPastKeyScale) return kFloat;
+    return low_bits && (i == kPastKey || i == kPastValue) ? int{kInt8} : type;
+  }
+  size_t outputs() const { return low_bits ? 5 : 3; }
+  int output_type(size_t i) const {
+    if (i >= kPresentKeyScale) return kFloat;
+    return low_bits && i != kContext ? int{kInt8} : type;
+  }
 };
 
 class AttentionKernel {
  public:
-  AttentionKernel(int type, const OrtKernelInfo* info) : type_(type) {
+  AttentionKernel(const AttentionOp& op, const OrtKernelInfo* info) : op_(op) {
     ask(Function::kKernelInfoGetAttributeFloat, info, "scale", &shape_.scale);
     ask(Function::kKernelInfoGetAttributeFloat, info, "softcap", &shape_.softcap);
-    shape_.dtype = dtype_of(type);
+    shape_.dtype = dtype_of(op.type);
+    shape_.bits = 16;
     ++kernels_made;
+    if (!op.low_bits) return;
+    int64_t bits = 0;
+    ask(Function::kKernelInfoGetAttributeInt64, info, "bits", &bits);
+    if (bits < 2 || bits > 8)
+      fail(op.name(), "got bits " + std::to_string(bits) + ", expected 2 to 8", kExportAgain);
+    shape_.bits = static_cast<int32_t>(bits);
   }
 
   void compute(OrtKernelContext* context) const {
-    const OrtKernelContext* inputs = context;
-    size_t count = 0;
-    ask(Function::kKernelContextGetInputCount, inputs, &count);
+    Call call{op_, context};
     AttentionShape s = shape_;
-    s.static_cache = count > kWriteIndices && value_of(inputs, kWriteIndices) != nullptr;
-    const void* data[kInputs] = {};
-    Tensor query = read(inputs, kQuery, type_, data);
-    if (query.rank != 4) refuse(kQuery, query, "[batch, heads, tokens, head_dim]");
-    const Tensor past = read(inputs, kPastKey, type_, data);
-    if (past.rank != 4) refuse(kPastKey, past, "[batch, kv_heads, tokens, head_dim]");
-    s.batch = size(query.dims[0]), s.heads = size(query.dims[1]);
-    s.tokens = size(query.dims[2]), s.head_dim = size(query.dims[3]);
-    s.kv_heads = size(past.dims[1]), s.past = size(past.dims[2]);
+    size_t count = 0;
+    const OrtKernelContext* inputs = context;
+    ask(Function::kKernelContextGetInputCount, inputs, &count);
+    s.static_cache = count > op_.write_indices() && call.value(op_.write_indices()) != nullptr;
+    const Tensor query = call.read(kQuery), past = call.read(kPastKey);
+    if (query.rank != 4) call.refuse(kQuery, query, "[batch, heads, tokens, head_dim]");
+    if (past.rank != 4) call.refuse(kPastKey, past, "[batch, kv_heads, tokens, row]");
+    s.batch = call.size(query.dims[0]), s.heads = call.size(query.dims[1]);
+    s.tokens = call.size(query.dims[2]), s.head_dim = call.size(query.dims[3]);
+    s.kv_heads = call.size(past.dims[1]), s.past = call.size(past.dims[2]);
     const int64_t total = s.static_cache ? s.past : int64_t{s.past} + s.tokens;
-    expect(inputs, kKey, type_, {s.batch, s.kv_heads, s.tokens, s.head_dim}, data);
-    expect(inputs, kValue, type_, {s.batch, s.kv_heads, s.tokens, s.head_dim}, data);
-    expect(inputs, kPastKey, type_, {s.batch, s.kv_heads, s.past, s.head_dim}, data);
-    expect(inputs, kPastValue, type_, {s.batch, s.kv_heads, s.past, s.head_dim}, data);
-    const Tensor mask = read(inputs, kMask, kBool, data);
+    const int64_t row = s.low_bits() ? int64_t{s.bits} * s.head_dim / 8 : s.head_dim;
+    const Tensor mask = call.read(kMask);
     s.masks = mask.rank > 0 && mask.dims[0] == 1 ? 1 : s.batch;
-    expect(inputs, kMask, kBool, {s.masks, 1, s.tokens, total}, data);
-    if (s.static_cache) {
-      expect(inputs, kWriteIndices, kInt64, {s.batch}, data);
-      check_places(s, static_cast<const int64_t*>(data[kWriteIndices]));
-    }
+
     AttentionBuffers b{};
-    b.query = data[kQuery], b.key = data[kKey], b.value = data[kValue];
-    b.past_key = data[kPastKey], b.past_value = data[kPastValue];
-    b.mask = static_cast<const uint8_t*>(data[kMask]);
-    b.write_indices = static_cast<const int64_t*>(data[kWriteIndices]);
-    b.context = output(context, kContext, {s.batch, s.tokens, int64_t{s.heads} * s.head_dim});
-    const std::vector<int64_t> cache{s.batch, s.kv_heads, total, s.head_dim};
-    b.present_key = output(context, kPresentKey, cache);
-    b.present_value = output(context, kPresentValue, cache);
+    const auto cache = [&](int64_t rows, int64_t width) {
+      return Dims{s.batch, s.kv_heads, rows, width};
+    };
+    b.query = call.input(kQuery, {s.batch, s.heads, s.tokens, s.head_dim});
+    b.key = call.input(kKey, cache(s.tokens, s.head_dim));
+    b.value = call.input(kValue, cache(s.tokens, s.head_dim));
+    b.past_key = call.input(kPastKey, cache(s.past, row));
+    b.past_value = call.input(kPastValue, cache(s.past, row));
+    b.mask = static_cast<const uint8_t*>(call.input(kMask, {s.masks, 1, s.tokens, total}));
+    if (s.low_bits()) {
+      b.past_key_scale = static_cast<const float*>(call.input(kPastKeyScale, cache(s.past, 2)));
+      b.past_value_scale =
+          static_cast<const float*>(call.input(kPastKeyScale + 1, cache(s.past, 2)));
+    }
+    if (s.static_cache) {
+      b.write_indices = static_cast<const int64_t*>(call.input(op_.write_indices(), {s.batch}));
+      check_places(s, b.write_indices, call);
+    }
+    b.context = call.output(kContext, {s.batch, s.tokens, int64_t{s.heads} * s.head_dim});
+    b.present_key = call.output(kPresentKey, cache(total, row));
+    b.present_value = call.output(kPresentValue, cache(total, row));
+    if (s.low_bits()) {
+      b.present_key_scale = static_cast<float*>(call.output(kPresentKeyScale, cache(total, 2)));
+      b.present_value_scale = static_cast<float*>(call.output(kPresentValueScale, cache(total, 2)));
+    }
     const Threads threads(context);
     const cpu::Parallel parallel = threads.parallel();
     const int error = anybit_attention(&s, &b, -1, &parallel);
     threads.check();
     if (error == cpu::kNoMemory) throw std::bad_alloc();
     if (error != 0)
-      fail(where(),
-           "got " + std::to_string(s.heads) + " heads of " + std::to_string(s.head_dim) + " over " +
-               std::to_string(s.kv_heads) + " heads of keys, expected a multiple, of at most 1024",
+      fail(op_.name(),
+           "got " + std::to_string(s.heads) + " heads of " + std::to_string(s.head_dim) +
+               " numbers over " + std::to_string(s.kv_heads) +
+               " heads of keys, expected a multiple, and at most 1024 numbers (with a cache of few "
+               "bits a multiple of 8)",
            kExportAgain);
   }
 
  private:
-  static std::string where() { return "CachedAttention"; }
-  static std::string where(Input input) { return where() + " input " + kNames[input]; }
+  // The tensors of one run.
+  struct Call {
+    const AttentionOp& op;
+    OrtKernelContext* context;
 
-  [[noreturn]] static void refuse(Input input, const Tensor& got, const std::string& expected) {
-    fail(where(input),
-         std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " + expected,
-         "Feed tensors that fit each other");
-  }
+    std::string where(size_t i) const {
+      return std::string(op.name()) + " input " + op.input_name(i);
+    }
 
-  static int32_t size(int64_t dim) {
-    if (dim > std::numeric_limits<int32_t>::max() / 2)
-      fail(where(), "got a dimension of " + std::to_string(dim) + ", expected fewer than 2^30",
-           "Lower the batch or the sequence length");
-    return static_cast<int32_t>(dim);
-  }
+    [[noreturn]] void refuse(size_t i, const Tensor& got, const std::string& expected) const {
+      fail(where(i),
+           std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " + expected,
+           "Feed tensors that fit each other");
+    }
 
-  static const OrtValue* value_of(const OrtKernelContext* inputs, Input input) {
-    const OrtValue* value = nullptr;
-    ask(Function::kKernelContextGetInput, inputs, size_t{input}, &value);
-    return value;
-  }
+    int32_t size(int64_t dim) const {
+      if (dim > std::numeric_limits<int32_t>::max() / 2)
+        fail(op.name(), "got a dimension of " + std::to_string(dim) + ", expected fewer than 2^30",
+             "Lower the batch or the sequence length");
+      return static_cast<int32_t>(dim);
+    }
 
-  static Tensor read(const OrtKernelContext* inputs, Input input, int type, const void** data) {
-    const OrtValue* value = value_of(inputs, input);
-    if (value == nullptr) fail(where(input), "got nothing, expected a tensor", kExportAgain);
-    const Tensor found = describe(value, where(input));
-    if (found.type != type) refuse(input, found, name_of(type));
-    data[input] = data_of(value);
-    return found;
-  }
+    const OrtValue* value(size_t i) const {
+      const OrtKernelContext* inputs = context;
+      const OrtValue* found = nullptr;
+      ask(Function::kKernelContextGetInput, inputs, i, &found);
+      return found;
+    }
 
-  static void expect(const OrtKernelContext* inputs, Input input, int type,
-                     const std::vector<int64_t>& dims, const void** data) {
-    const Tensor found = read(inputs, input, type, data);
-    bool same = found.rank == dims.size();
-    for (size_t i = 0; same && i < dims.size(); ++i) same = found.dims[i] == dims[i];
-    if (!same) refuse(input, found, name_of(type) + (" " + text_of(dims)));
-  }
+    Tensor read(size_t i) const {
+      const OrtValue* found = value(i);
+      if (found == nullptr) fail(where(i), "got nothing, expected a tensor", kExportAgain);
+      const Tensor tensor = describe(found, where(i));
+      if (tensor.type != op.input_type(i)) refuse(i, tensor, name_of(op.input_type(i)));
+      return tensor;
+    }
 
-  static void check_places(const AttentionShape& s, const int64_t* places) {
+    const void* input(size_t i, const Dims& dims) const {
+      const Tensor tensor = read(i);
+      bool same = tensor.rank == dims.size();
+      for (size_t d = 0; same && d < dims.size(); ++d) same = tensor.dims[d] == dims[d];
+      if (!same) refuse(i, tensor, name_of(op.input_type(i)) + (" " + text_of(dims)));
+      return data_of(value(i));
+    }
+
+    void* output(size_t i, const Dims& dims) const {
+      OrtValue* made = nullptr;
+      ask(Function::kKernelContextGetOutput, context, i, dims.data(), dims.size(), &made);
+      return data_of(made);
+    }
+  };
+
+  static void check_places(const AttentionShape& s, const int64_t* places, const Call& call) {
     for (int32_t i = 0; i < s.batch; ++i) {
       if (places[i] < 0 || places[i] > s.past - s.tokens)
-        fail(where(kWriteIndices),
+        fail(call.where(call.op.write_indices()),
              "got " + std::to_string(places[i]) + " for sequence " + std::to_string(i) + " and " +
                  std::to_string(s.tokens) + " new tokens, expected 0 to " +
                  std::to_string(s.past - s.tokens) + " in a cache of " + std::to_string(s.past),
@@ -125,33 +180,26 @@ class AttentionKernel {
     }
   }
 
-  static void* output(OrtKernelContext* context, Output index, const std::vector<int64_t>& dims) {
-    OrtValue* value = nullptr;
-    ask(Function::kKernelContextGetOutput, context, size_t{index}, dims.data(), dims.size(),
-        &value);
-    return data_of(value);
-  }
-
-  int type_;
+  const AttentionOp& op_;
   AttentionShape shape_{};
 };
 
 const AttentionOp& of(const CustomOp* op) { return *static_cast<const AttentionOp*>(op); }
 
-AttentionOp declare(int type) {
-  AttentionOp d{};
+std::unique_ptr<const AttentionOp> declared(int type, bool low_bits) {
+  auto made = std::make_unique<AttentionOp>();
+  AttentionOp& d = *made;
   d.type = type;
+  d.low_bits = low_bits;
   d.version = kApiVersion;
-  d.GetName = [](const CustomOp*) { return "CachedAttention"; };
+  d.GetName = [](const CustomOp* self) { return of(self).name(); };
   d.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
-  d.GetInputType = [](const CustomOp* self, size_t i) -> int {
-    return i == kMask ? int{kBool} : i == kWriteIndices ? int{kInt64} : of(self).type;
-  };
-  d.GetInputTypeCount = [](const CustomOp*) { return size_t{kInputs}; };
-  d.GetOutputType = [](const CustomOp* self, size_t) { return of(self).type; };
-  d.GetOutputTypeCount = [](const CustomOp*) { return size_t{kOutputs}; };
-  d.GetInputCharacteristic = [](const CustomOp*, size_t i) -> int {
-    return i < kWriteIndices ? kRequired : kOptional;
+  d.GetInputType = [](const CustomOp* self, size_t i) { return of(self).input_type(i); };
+  d.GetInputTypeCount = [](const CustomOp* self) { return of(self).inputs(); };
+  d.GetOutputType = [](const CustomOp* self, size_t i) { return of(self).output_type(i); };
+  d.GetOutputTypeCount = [](const CustomOp* self) { return of(self).outputs(); };
+  d.GetInputCharacteristic = [](const CustomOp* self, size_t i) -> int {
+    return i < of(self).write_indices() ? kRequired : kOptional;
   };
   d.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
   d.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
@@ -160,7 +208,7 @@ AttentionOp declare(int type) {
       d.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
   d.CreateKernelV2 = [](const CustomOp* self, const void* const*, const OrtKernelInfo* info,
                         void** kernel) {
-    return guarded([&] { *kernel = new AttentionKernel(of(self).type, info); });
+    return guarded([&] { *kernel = new AttentionKernel(of(self), info); });
   };
   d.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return guarded([&] { static_cast<const AttentionKernel*>(kernel)->compute(context); });
@@ -168,13 +216,15 @@ AttentionOp declare(int type) {
   d.KernelDestroy = [](void* kernel) { delete static_cast<AttentionKernel*>(kernel); };
   d.GetStartVersion = [](const CustomOp*) { return 1; };
   d.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
-  return d;
+  return made;
 }
 
 struct Registration {
   Registration() {
-    for (const int type : {int{kFloat}, int{kHalf}, int{ort::kBFloat16}})
-      add_declaration("anybit_attention", std::make_unique<AttentionOp>(declare(type)));
+    for (const bool low_bits : {false, true}) {
+      for (const int type : {int{kFloat}, int{kHalf}, int{ort::kBFloat16}})
+        add_declaration("anybit_attention", declared(type, low_bits));
+    }
   }
 };
 const Registration registration;

@@ -323,6 +323,7 @@ def test_the_description_says_what_a_service_needs(artifact: Path) -> None:
             "head_dim": 16,
             "bits": 16,
             "dtype": "float16",
+            "token_bytes": 256,
             "form": "concat",
             "capacity": None,
             "past": "past_key_values.{layer}.{part}",

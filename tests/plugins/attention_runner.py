@@ -5,11 +5,12 @@ numpy.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
+from plugins.cached_attention.codes import stored, stored_values
 from plugins.tools.build import build_onnxruntime
 from plugins.tools.kernels import DTYPES
 from tests.plugins.kernel_cases import BF16, F16, F32
@@ -42,6 +43,7 @@ class Shape(ctypes.Structure):
                 "static_cache",
                 "masks",
                 "dtype",
+                "bits",
             )
         ),
         ("scale", ctypes.c_float),
@@ -60,6 +62,10 @@ BUFFERS = (
     "context",
     "present_key",
     "present_value",
+    "past_key_scale",
+    "past_value_scale",
+    "present_key_scale",
+    "present_value_scale",
 )
 
 
@@ -76,7 +82,9 @@ class Case:
     Attributes:
         query: [B, heads, S, D].
         key, value: [B, kv_heads, S, D].
-        past_key, past_value: [B, kv_heads, P, D].
+        past_key, past_value: [B, kv_heads, P, D]; codes where the cache has few bits.
+        scales: of those, past_key_scale and past_value_scale [B, kv_heads, P, 2].
+        bits: of the cache.
         mask: bool [B or 1, 1, S, T].
         write_indices: int64 [B], of a static cache.
         scale, softcap: of the scores.
@@ -91,6 +99,16 @@ class Case:
     write_indices: np.ndarray | None = None
     scale: float = 0.125
     softcap: float = 0.0
+    bits: int = 16
+    scales: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """By the kernel's names."""
+        found = {name: getattr(self, name) for name in BUFFERS[:7]} | self.scales
+        return {
+            name: np.ascontiguousarray(array) for name, array in found.items() if array is not None
+        }
 
     @property
     def shape(self) -> Shape:
@@ -106,6 +124,7 @@ class Case:
             static_cache=self.write_indices is not None,
             masks=len(self.mask),
             dtype=DTYPES[self.query.dtype],
+            bits=self.bits,
             scale=self.scale,
             softcap=self.softcap,
         )
@@ -124,6 +143,7 @@ def make_case(
     padding: int = 0,
     seed: int = 0,
     softcap: float = 0.0,
+    bits: int = 16,
 ) -> Case:
     """Random tensors, with scores of a few units.
 
@@ -131,6 +151,7 @@ def make_case(
         window: of the mask.
         places: write_indices of a static cache with `past` rows; rows behind them hold NaN.
         padding: of the first sequence, on the left of a growing cache.
+        bits: of the cache.
     """
     rng = np.random.default_rng(seed)
 
@@ -153,12 +174,18 @@ def make_case(
     if places:
         for row, place in enumerate(places):
             past_key[row, :, place:] = past_value[row, :, place:] = np.nan
+    scales = {}
+    if bits < 16:
+        past_key, scales["past_key_scale"] = stored(past_key, bits)
+        past_value, scales["past_value_scale"] = stored(past_value, bits)
     return Case(
         query=tensor(batch, heads, tokens, head_dim),
         key=tensor(*new),
         value=tensor(*new),
         past_key=past_key,
         past_value=past_value,
+        bits=bits,
+        scales=scales,
         mask=mask,
         write_indices=np.array(places, np.int64) if places else None,
         scale=head_dim**-0.5,
@@ -166,18 +193,40 @@ def make_case(
     )
 
 
-def reference(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Context [B, S, heads D] in fp64, and the cache."""
-    present = []
-    for past, new in ((case.past_key, case.key), (case.past_value, case.value)):
-        if case.write_indices is None:
-            present.append(np.concatenate([past, new], 2))
-        else:
-            present.append(past.copy())
-            for row, place in enumerate(case.write_indices):
-                present[-1][row, :, place : place + new.shape[2]] = new[row]
+Result = tuple[np.ndarray, dict[str, np.ndarray]]
+
+
+def reference(case: Case) -> Result:
+    """Context [B, S, heads D] in fp64, and the cache by its tensors' names."""
+    present = {}
+    for kind in ("key", "value"):
+        new, parts = getattr(case, kind), [kind]
+        rows = [new]
+        if case.bits < 16:
+            parts, rows = [kind, f"{kind}_scale"], list(stored(new, case.bits))
+        for part, row in zip(parts, rows, strict=True):
+            past = case.inputs[f"past_{part}"]
+            if case.write_indices is None:
+                present[f"present_{part}"] = np.concatenate([past, row], 2)
+                continue
+            present[f"present_{part}"] = past.copy()
+            for sequence, place in enumerate(case.write_indices):
+                end = place + new.shape[2]
+                present[f"present_{part}"][sequence, :, place:end] = row[sequence]
+    return _context(case, *(_numbers(case, present, kind) for kind in ("key", "value"))), present
+
+
+def _numbers(case: Case, present: dict[str, np.ndarray], kind: str) -> np.ndarray:
+    found = present[f"present_{kind}"]
+    if case.bits < 16:
+        scales = present[f"present_{kind}_scale"]
+        found = stored_values(found, scales, case.bits, case.query.dtype)
+    return found
+
+
+def _context(case: Case, key: np.ndarray, value: np.ndarray) -> np.ndarray:
     groups = case.query.shape[1] // case.key.shape[1]
-    key, value = (np.repeat(part.astype(np.float64), groups, 1) for part in present)
+    key, value = (np.repeat(part.astype(np.float64), groups, 1) for part in (key, value))
     scores = case.query.astype(np.float64) @ key.swapaxes(2, 3)
     if case.softcap:
         scores = scores.astype(case.query.dtype).astype(np.float64)
@@ -190,12 +239,10 @@ def reference(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     value = np.where(case.mask.any(2)[:, 0, None, :, None], value, 0)  # nobody sees it
     context = weights @ value
     context = context.transpose(0, 2, 1, 3)
-    return context.reshape(*context.shape[:2], -1), present[0], present[1]
+    return context.reshape(*context.shape[:2], -1)
 
 
-def attend(
-    case: Case, isa: str, in_place: bool = False, code: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def attend(case: Case, isa: str, in_place: bool = False, code: int = 0) -> Result:
     """What the kernel of an instruction set makes of a case; checks that it wrote its outputs alone.
 
     Args:
@@ -203,23 +250,21 @@ def attend(
         code: which the function must return.
     """
     library = ctypes.CDLL(str(build_onnxruntime()))
-    shape, width = case.shape, case.query.shape[3]
-    total = shape.past if shape.static_cache else shape.past + shape.tokens
-    cache = (shape.batch, shape.kv_heads, total, width)
-    arrays = {
-        name: np.ascontiguousarray(getattr(case, name))
-        for name in BUFFERS[:7]
-        if getattr(case, name) is not None
-    }
+    shape, inputs = case.shape, case.inputs
     blank = {
-        "context": (shape.batch, shape.tokens, shape.heads * width),
-        "present_key": cache,
-        "present_value": cache,
+        "context": np.zeros(
+            (shape.batch, shape.tokens, shape.heads * shape.head_dim), case.query.dtype
+        )
     }
-    arrays |= {name: np.zeros(dims, case.query.dtype) for name, dims in blank.items()}
-    memory = {name: Memory(array, False) for name, array in arrays.items()}
+    for name, past in inputs.items():
+        if name.startswith("past"):
+            dims = list(past.shape)
+            dims[2] += 0 if shape.static_cache else shape.tokens
+            blank[f"present{name.removeprefix('past')}"] = np.zeros(dims, past.dtype)
+    memory = {name: Memory(array, False) for name, array in (inputs | blank).items()}
     if in_place:
-        memory |= {f"present_{kind}": memory[f"past_{kind}"] for kind in ("key", "value")}
+        for name in blank.keys() - {"context"}:
+            memory[name] = memory[f"past{name.removeprefix('present')}"]
     buffers = Buffers(**{name: part.pointer for name, part in memory.items()})
     number = INSTRUCTION_SETS.index(isa)
     got = library.anybit_attention(ctypes.byref(shape), ctypes.byref(buffers), number, None)
@@ -227,17 +272,17 @@ def attend(
     for name, part in memory.items():
         own = name in blank or (in_place and name.startswith("past"))
         assert not part.changed(guards_only=own and not code), name
-    context, key, value = (
-        np.frombuffer(memory[name].payload.tobytes(), case.query.dtype).reshape(dims)
-        for name, dims in blank.items()
-    )
-    return context, key, value
+    found = {
+        name: np.frombuffer(memory[name].payload.tobytes(), array.dtype).reshape(array.shape)
+        for name, array in blank.items()
+    }
+    return found.pop("context"), found
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> None:
     """Of the cache, which is copied; NaN as it was."""
-    word = np.uint16 if got.itemsize == 2 else np.uint32
-    np.testing.assert_array_equal(got.view(word), want.view(word))
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert got.tobytes() == want.tobytes()
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:

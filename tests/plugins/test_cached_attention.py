@@ -49,8 +49,9 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 def check(case: Case, isa: str, in_place: bool = False) -> None:
     got, want = attend(case, isa, in_place), reference(case)
-    for cache, copied in zip(got[1:], want[1:], strict=True):
-        same_bits(cache, copied)
+    assert got[1].keys() == want[1].keys()
+    for name, cache in got[1].items():
+        same_bits(cache, want[1][name])
     assert error(got[0], want[0]) <= tolerance(case.query.dtype)
 
 
@@ -68,6 +69,41 @@ def test_a_static_cache(
 ) -> None:
     """Its rows that were never written hold NaN, which nothing reads."""
     check(make_case(dtype=dtype, **fields), isa, in_place)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_cache_of_few_bits(isa: str, bits: int) -> None:
+    """Codes and scales are those of numpy to the bit, and attention sees what they stand for."""
+    for dtype in (F16, BF16, F32):
+        check(make_case(tokens=40, past=70, head_dim=24, dtype=dtype, bits=bits), isa)
+        case = make_case(
+            tokens=2, past=140, places=(0, 130), batch=2, head_dim=72, dtype=dtype, bits=bits
+        )
+        for in_place in (False, True):
+            check(case, isa, in_place)
+        check(make_case(tokens=1, past=600, head_dim=64, dtype=dtype, bits=bits, softcap=4.0), isa)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_hard_rows_of_few_bits(isa: str, dtype: np.dtype[Any]) -> None:
+    """Outliers, one sign, ties, zeros, the smallest and the largest numbers, NaN and inf."""
+    largest = 65504.0 if dtype == F16 else 3e38
+    rows = np.random.default_rng(0).normal(0, 1, (12, 16))
+    rows[0], rows[1], rows[2] = 0, np.abs(rows[1]), -np.abs(rows[2])
+    rows[3] *= 2.0**-20
+    rows[4] = np.arange(16) - 7.5
+    rows[5, :2] = largest, -largest / 3
+    rows[6, 3] = 4e4
+    rows[7], rows[8] = 1e-7, -1e-7
+    rows[9, 2], rows[10, 4], rows[11, 5] = np.nan, np.inf, -np.inf
+    for bits in range(2, 9):
+        case = make_case(heads=1, kv_heads=1, tokens=12, past=0, dtype=dtype, bits=bits)
+        case = replace(case, key=rows[None, None].astype(dtype), mask=case.mask & False)
+        present = attend(case, isa)[1]
+        want = reference(case)[1]
+        for name in ("present_key", "present_key_scale"):
+            np.testing.assert_array_equal(present[name], want[name])
+        assert np.isnan(present["present_key_scale"][0, 0, 9:, 0]).all()
 
 
 def test_these_tests_would_notice(isa: str) -> None:
@@ -112,7 +148,7 @@ def test_scores_of_any_size(isa: str) -> None:
 
 def test_no_new_tokens_and_no_sequences(isa: str) -> None:
     case = make_case(tokens=0, past=7)
-    same_bits(attend(case, isa)[1], case.past_key)
+    same_bits(attend(case, isa)[1]["present_key"], case.past_key)
     assert attend(make_case(batch=0), isa)[0].size == 0
 
 
@@ -121,6 +157,7 @@ def test_no_new_tokens_and_no_sequences(isa: str) -> None:
     [
         {"heads": 5},
         {"head_dim": 1025},
+        {"bits": 9, "head_dim": 16},
         {"places": (-1,)},
         {"places": (3,)},
         {"softcap": -1.0},
@@ -132,6 +169,8 @@ def test_what_no_kernel_takes(isa: str, fields: dict[str, Any]) -> None:
         case = replace(make_case(places=(2,)), write_indices=np.array(fields["places"]))
     elif "heads" in fields:
         case = replace(make_case(), query=make_case(heads=5, kv_heads=1).query)
+    elif "bits" in fields:
+        case = replace(make_case(bits=8), bits=9)
     elif "softcap" in fields:
         case = replace(make_case(), softcap=-1.0)
     else:

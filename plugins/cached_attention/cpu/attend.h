@@ -6,7 +6,7 @@
 // so that keys and values are read once for all of them.
 #pragma once
 #include "cached_attention/cpu/attention.h"
-#include "cached_attention/cpu/vector.h"
+#include "cached_attention/cpu/codes.h"
 #include "core/cpu/dot.h"
 
 namespace anybit::cpu {
@@ -175,26 +175,60 @@ struct Attention {
     return s.static_cache ? b.write_indices[sequence] + s.tokens : present;
   }
 
-  // The cache of one sequence and key-value head, `head` of all of them.
-  ANYBIT_INLINE void take_in(int64_t head, const void* new_rows, const void* past,
-                             void* cache) const {
-    const int64_t row = s.head_dim, sequence = head / s.kv_heads;
-    const int64_t first = s.static_cache ? b.write_indices[sequence] : s.past;
-    T* to = static_cast<T*>(cache) + head * present * row;
-    if (past != cache && s.past)
-      std::memcpy(to, static_cast<const T*>(past) + head * s.past * row,
-                  size_t(s.past * row) * sizeof(T));
-    if (s.tokens)
-      std::memcpy(to + first * row, static_cast<const T*>(new_rows) + head * s.tokens * row,
-                  size_t(s.tokens * row) * sizeof(T));
+  // A cache's tensors: its rows, and of few bits their scales.
+  struct Cache {
+    const void *fresh, *past;
+    void* present;
+    const float* past_scale;
+    float* present_scale;
+  };
+  ANYBIT_INLINE Cache key_cache() const {
+    return {b.key, b.past_key, b.present_key, b.past_key_scale, b.present_key_scale};
+  }
+  ANYBIT_INLINE Cache value_cache() const {
+    return {b.value, b.past_value, b.present_value, b.past_value_scale, b.present_value_scale};
   }
 
-  ANYBIT_INLINE void load_rows(const void* cache, int64_t head, int64_t first, int count,
+  ANYBIT_INLINE size_t row_bytes() const {
+    return s.low_bits() ? size_t(s.bits * s.head_dim / 8) : size_t(s.head_dim) * sizeof(T);
+  }
+
+  // Copies the past of one sequence and key-value head, `head` of all of them.
+  ANYBIT_INLINE void keep(int64_t head, const void* past, void* cache, size_t bytes) const {
+    if (past != cache && s.past)
+      std::memcpy(static_cast<char*>(cache) + size_t(head * present) * bytes,
+                  static_cast<const char*>(past) + size_t(head * s.past) * bytes,
+                  size_t(s.past) * bytes);
+  }
+
+  // The cache of a head takes its new rows in.
+  ANYBIT_INLINE void take_in(int64_t head, const Cache& cache) const {
+    const int64_t first = s.static_cache ? b.write_indices[head / s.kv_heads] : s.past;
+    const int64_t at = head * present + first;
+    const T* fresh = static_cast<const T*>(cache.fresh) + head * s.tokens * s.head_dim;
+    keep(head, cache.past, cache.present, row_bytes());
+    char* to = static_cast<char*>(cache.present) + size_t(at) * row_bytes();
+    if (!s.low_bits()) {
+      if (s.tokens) std::memcpy(to, fresh, size_t(s.tokens) * row_bytes());
+      return;
+    }
+    keep(head, cache.past_scale, cache.present_scale, 2 * sizeof(float));
+    for (int64_t i = 0; i < s.tokens; ++i)
+      store_row(fresh + i * s.head_dim, s.head_dim, s.bits,
+                reinterpret_cast<int8_t*>(to + size_t(i) * row_bytes()),
+                cache.present_scale + 2 * (at + i));
+  }
+
+  ANYBIT_INLINE void load_rows(const Cache& cache, int64_t head, int64_t first, int count,
                                float* to) const {
-    const T* from = static_cast<const T*>(cache) + (head * present + first) * s.head_dim;
-    for (int j = 0; j < kKeys; ++j, from += s.head_dim, to += width) {
+    const int64_t at = head * present + first;
+    const char* from = static_cast<const char*>(cache.present) + size_t(at) * row_bytes();
+    for (int j = 0; j < kKeys; ++j, from += row_bytes(), to += width) {
       const int used = j < count ? s.head_dim : 0;
-      if (used) load_floats(from, used, to);
+      if (used && s.low_bits())
+        load_row<T>(reinterpret_cast<const int8_t*>(from), cache.present_scale + 2 * (at + j), used,
+                    s.bits, to);
+      else if (used) load_floats(reinterpret_cast<const T*>(from), used, to);
       for (int64_t d = used; d < width; ++d) to[d] = 0;
     }
   }
@@ -262,9 +296,9 @@ struct Attention {
         any |= block.seen[i];
       }
       if (!any) continue;
-      load_rows(b.present_key, head, at, keys, block.rows);
+      load_rows(key_cache(), head, at, keys, block.rows);
       if (!few) turn(block.rows, width, int(width), block.turned);
-      load_rows(b.present_value, head, at, keys, block.values);
+      load_rows(value_cache(), head, at, keys, block.values);
       // All scores first, so that the keys stay near, then all sums, so that the values do.
       for_tiles(block, rows, [&](int64_t row, int count) {
         score(block, row, count, few);
@@ -339,8 +373,7 @@ inline int attend_with(const AttentionShape& s, const AttentionBuffers& b,
   const bool copies = b.past_key != b.present_key || b.past_value != b.present_value;
   each(2 * heads, 2 * heads * (s.tokens + (copies ? s.past : 0)) * s.head_dim, [&](size_t task) {
     const int64_t head = int64_t(task) / 2;
-    if (task % 2 == 0) return op.take_in(head, b.key, b.past_key, b.present_key);
-    op.take_in(head, b.value, b.past_value, b.present_value);
+    op.take_in(head, task % 2 == 0 ? op.key_cache() : op.value_cache());
   });
   if (!s.tokens) return 0;
 

@@ -14,23 +14,30 @@ struct AttentionShape {
   int32_t static_cache;  // 1 = new rows go to write_indices; 0 = behind the past
   int32_t masks;         // sequences in the mask: 1 for all, or batch
   int32_t dtype;         // DType of queries, keys, values and context
+  int32_t bits;          // of the cache, 2..8; 16 = it holds numbers of dtype
   float scale;           // of the scores
   float softcap;         // 0 = none
 
   int32_t present() const { return static_cache ? past : past + tokens; }
+  bool low_bits() const { return bits != 16; }
 };
 
 struct AttentionBuffers {
   const void* query;             // [batch, heads, tokens, head_dim]
   const void* key;               // [batch, kv_heads, tokens, head_dim]
   const void* value;             // the same
-  const void* past_key;          // [batch, kv_heads, past, head_dim]
+  const void* past_key;          // [batch, kv_heads, past, head_dim], or int8 codes (codes.py)
   const void* past_value;        // the same
   const uint8_t* mask;           // [masks, tokens, present()]; 0 = not seen
   const int64_t* write_indices;  // [batch], or null
   void* context;                 // [batch, tokens, heads, head_dim]
   void* present_key;             // [batch, kv_heads, present(), head_dim]
-  void* present_value;           // the same; either may be its past if the cache is static
+  void* present_value;           // the same; each may be its past if the cache is static
+  // of a cache of few bits: scale and zero point, [batch, kv_heads, past or present(), 2]
+  const float* past_key_scale;
+  const float* past_value_scale;
+  float* present_key_scale;
+  float* present_value_scale;
 };
 
 // Returns 0; kInvalid (core/cpu/op.h) for a refused shape or a missing buffer; kNoMemory.

@@ -23,6 +23,7 @@ bool plausible(const AttentionShape& s) {
   if (s.head_dim < 1 || s.head_dim > kMostDim) return false;
   if (s.masks != 1 && s.masks != s.batch) return false;
   if (!(s.softcap >= 0)) return false;
+  if (s.low_bits() && (s.bits < 2 || s.bits > 8 || s.head_dim % 8)) return false;
   return s.dtype >= kFloat16 && s.dtype <= kFloat32;
 }
 
@@ -30,6 +31,10 @@ bool has_inputs(const AttentionShape& s, const AttentionBuffers& b) {
   if (s.tokens && (!b.query || !b.key || !b.value || !b.mask || !b.context)) return false;
   if (s.past && (!b.past_key || !b.past_value)) return false;
   if (s.present() && (!b.present_key || !b.present_value)) return false;
+  if (s.low_bits()) {
+    if (s.past && (!b.past_key_scale || !b.past_value_scale)) return false;
+    if (s.present() && (!b.present_key_scale || !b.present_value_scale)) return false;
+  }
   if (!s.static_cache)
     return !s.past || (b.past_key != b.present_key && b.past_value != b.present_value);
   if (!b.write_indices) return false;

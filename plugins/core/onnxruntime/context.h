@@ -102,7 +102,7 @@ inline const char* name_of(int type) {
     case kInt32: return "int32";
     case kInt64: return "int64";
     case kBool: return "bool";
-    case kUint8: return "uint8";
+    case kInt8: return "int8";
     default: return "another type";
   }
 }

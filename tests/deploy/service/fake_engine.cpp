@@ -175,12 +175,14 @@ struct Engine::Impl {
     finish.prompt_tokens = static_cast<int>(state->request.tokens.size());
     finish.completion_tokens = state->made;
     finish.queued_s = std::chrono::duration<double>(state->started - state->submitted).count();
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      uint64_t* counts[] = {&stats.stopped, &stats.full, &stats.cancelled, &stats.failed};
+      ++*counts[static_cast<int>(reason)];
+    }
     state->request.on_finish(finish);
     state->request.on_token = nullptr;
     state->request.on_finish = nullptr;
-    const std::lock_guard<std::mutex> lock(mutex);
-    uint64_t* counts[] = {&stats.stopped, &stats.full, &stats.cancelled, &stats.failed};
-    ++*counts[static_cast<int>(reason)];
   }
 
   // One token; whether the request goes on.
@@ -206,6 +208,10 @@ struct Engine::Impl {
       if (bias >= 100) token.id = id, text = std::string(1, static_cast<char>(id));
     }
     ++s->made;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      ++stats.completion_tokens;
+    }
     if (request.sampling.logprobs >= 0) {
       token.logprob = -0.5f;
       for (int i = 0; i < request.sampling.logprobs; ++i) {
@@ -253,7 +259,6 @@ struct Engine::Impl {
       }
       lock.lock();
       ++stats.steps;
-      stats.completion_tokens += now.size();
       running.swap(left);
     }
     for (auto* list : {&running}) queue.insert(queue.end(), list->begin(), list->end());

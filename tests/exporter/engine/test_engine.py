@@ -182,16 +182,10 @@ def test_every_node_of_a_mixed_model_becomes_a_plugin(
 def test_a_low_bit_cache_is_built_from_standard_ops(
     tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
 ) -> None:
-    layers = {}
-    for bits in (16, 4):
-        folder = tmp_path / str(bits)
-        shutil.copytree(tiny_export(kv_bits=bits, dtype=dtype) / "onnx", folder)
-        record, _ = build(folder)
-        assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
-        layers[bits] = record["layers"]
-    assert (
-        layers[4]["REDUCE"] == layers[16]["REDUCE"] + 3 * 2
-    )  # smallest, largest and NaN, of keys and values of each layer at once
+    folder = shutil.copytree(tiny_export(kv_bits=4, dtype=dtype) / "onnx", tmp_path / "onnx")
+    record, _ = build(folder)
+    assert record["layers"]["PLUGIN_V3"] == 8 and record["custom_nodes"] == {"ABQGemm": 8}
+    assert record["layers"]["ATTENTION_INPUT"] == 2
 
 
 QUICK = [

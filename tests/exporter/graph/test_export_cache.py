@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,20 +18,31 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from calibration.out.description import read_description
 from calibration.out.files import write_json
 from calibration.out.json_file import read_json
 from calibration.quant.folder import read_quant
+from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import CacheQuantizer
 from exporter.engine.build import custom_nodes
 from exporter.graph.decoder import export_onnx
 from exporter.graph.names import KINDS
-from exporter.graph.nodes import CACHE_DOMAIN, NodeFactory
+from exporter.graph.nodes import NodeFactory
 from exporter.proof.validate import ValidateOptions, ValidationResult, validate
 from exporter.report.html import page
 from exporter.report.report import report_data
+from exporter.run.model import find_model
+from exporter.run.native import NativeSession
 from exporter.run.onnxruntime import OnnxSession
 from exporter.run.reference import TorchSession
+from exporter.run.rounding import round_every_op
+from plugins.cached_attention import LOW_BIT_OP as LOW_BIT
 from plugins.cached_attention import OP as ATTENTION
+from plugins.cached_attention.body import AttentionForm
+from plugins.cached_attention.codes import stored, stored_values
+from plugins.errors import InputError
+from plugins.tools.build import build_onnxruntime
+from tests.exporter.graph_cases import export
 
 Export = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -39,30 +51,37 @@ ELEMENT = {
     "bfloat16": TensorProto.BFLOAT16,
     "float32": TensorProto.FLOAT,
 }
+NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEADS, WIDTH = 2, 24
 
 
 def cache_model(bits: int, dtype: str) -> onnx.ModelProto:
-    """Two inputs in fp32 -> cast to dtype -> the cache's node -> cast to fp32."""
-    factory = NodeFactory(ELEMENT[dtype])
-    nodes = [
-        helper.make_node("Cast", [f"{name}32"], [name], to=ELEMENT[dtype])
-        for name in ("key", "value")
-    ]
-    nodes.append(factory.cache(bits, WIDTH, "cache", ["key", "value"], ["kept_key", "kept_value"]))
-    nodes += [
-        helper.make_node("Cast", [f"kept_{name}"], [f"{name}_out"], to=TensorProto.FLOAT)
-        for name in ("key", "value")
-    ]
-    shape = ["B", HEADS, "S", WIDTH]
-    inputs, outputs = (
-        [
-            helper.make_tensor_value_info(f"{name}{end}", TensorProto.FLOAT, shape)
-            for name in ("key", "value")
-        ]
-        for end in ("32", "_out")
+    """Two inputs in fp32 -> cast to dtype -> attention with a cache of few bits, which was empty."""
+    kind, form = ELEMENT[dtype], AttentionForm(bits=bits)
+    factory = NodeFactory(kind)
+    nodes = [helper.make_node("Cast", [f"{name}32"], [name], to=kind) for name in ("key", "value")]
+    nodes.append(
+        factory.attention(
+            form, "attention", ["key", *form.inputs[1:]], form.outputs, scale=0.2, softcap=0.0
+        )
     )
-    graph = helper.make_graph(nodes, "cache", inputs, outputs)
+    shape = ["B", HEADS, "S", WIDTH]
+    rows = {part: form.row(part, WIDTH, kind) for part in form.parts}
+    info = helper.make_tensor_value_info
+    inputs = [
+        *(info(f"{name}32", TensorProto.FLOAT, shape) for name in ("key", "value")),
+        *(
+            info(f"past_{part}", kind, ["B", HEADS, "P", width])
+            for part, (kind, width) in rows.items()
+        ),
+        info("mask", TensorProto.BOOL, ["B", 1, "S", "T"]),
+    ]
+    outputs = [
+        info(f"present_{part}", kind, ["B", HEADS, "T", width])
+        for part, (kind, width) in rows.items()
+    ]
+    known = [info("model.layers.0.output", kind, ["B", "S", 1])]  # says the model's type
+    graph = helper.make_graph(nodes, "cache", inputs, outputs, value_info=known)
     return helper.make_model(
         graph, ir_version=11, functions=factory.functions(), opset_imports=factory.opset_imports(23)
     )
@@ -84,57 +103,121 @@ def hard_rows(dtype: str, seed: int) -> torch.Tensor:
     return x.to(getattr(torch, dtype)).float()
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["body", "native"])
 @pytest.mark.parametrize("dtype", ELEMENT)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_the_graphs_cache_is_the_references_bit_for_bit(bits: int, dtype: str) -> None:
+def test_the_graphs_cache_is_the_references_bit_for_bit(
+    bits: int, dtype: str, native: bool
+) -> None:
+    """What codes and scales stand for is what the torch reference computes with."""
     model = cache_model(bits, dtype)
     onnx.checker.check_model(model, full_check=True)
+    if dtype == "bfloat16":  # of which ONNX Runtime has no attention
+        round_every_op(model)
+    options = onnxruntime.SessionOptions()
+    if native:
+        del model.functions[:]
+        options.register_custom_ops_library(str(build_onnxruntime()))
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     key, value = hard_rows(dtype, bits), hard_rows(dtype, 100 + bits)
-    found = session.run(None, {"key32": key.numpy(), "value32": value.numpy()})
-    for got, expected, raw in zip(
-        found, CacheQuantizer(bits, dtype)(key, value), (key, value), strict=True
+    form = AttentionForm(bits=bits)
+    empty = {
+        f"past_{part}": np.zeros(
+            (2, HEADS, 0, form.row(part, WIDTH, 0)[1]), np.int8 if part in KINDS else np.float32
+        )
+        for part in form.parts
+    }
+    mask = np.tril(np.ones((2, 1, 9, 9), bool))
+    feeds = {"key32": key.numpy(), "value32": value.numpy(), "mask": mask, **empty}
+    names = [f"present_{part}" for part in form.parts]
+    found = dict(zip(names, session.run(names, feeds), strict=True))
+    for kind, expected, raw in zip(
+        KINDS, CacheQuantizer(bits, dtype)(key, value), (key, value), strict=True
     ):
+        codes, scales = found[f"present_{kind}"], found[f"present_{kind}_scale"]
+        assert codes.nbytes * 8 == raw.numel() * bits
+        got = stored_values(codes, scales, bits, np.dtype(NUMPY[dtype])).astype(np.float32)
         np.testing.assert_array_equal(got, expected.numpy())
         loud = np.isnan(got).all(-1)
         assert (
             loud.sum() == 3 and np.isfinite(got[~loud]).all()
         )  # a bad number stays loud in its row, and nowhere else
         assert np.abs(got[~loud] - raw.numpy()[~loud]).max() > 0
+        ours = stored(raw.numpy(), bits)
+        np.testing.assert_array_equal(codes[~loud], ours[0][~loud])
+        np.testing.assert_array_equal(scales[~loud], ours[1][~loud])
 
 
 # ---------------------------------------------------------------- the model's graph
 
 
-def test_one_function_and_one_node_a_layer(tiny_export: Export) -> None:
+def test_codes_and_scales_are_inputs_and_outputs(tiny_export: Export) -> None:
     path = tiny_export(kv_bits=4) / "onnx" / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(path, load_external_data=False)
-    nodes = [node for node in model.graph.node if node.domain == CACHE_DOMAIN]
-    assert [(node.name, list(node.input), list(node.output)) for node in nodes] == [
-        (
-            f"{prefix}.cache",
-            [f"{prefix}.key", f"{prefix}.value"],
-            [f"{prefix}.cached_key", f"{prefix}.cached_value"],
-        )
-        for prefix in (f"model.layers.{i}.self_attn" for i in range(2))
-    ]
     assert [(item.domain, item.name) for item in model.functions] == [
         ("anybit", "ABQGemm"),
         ("anybit.v1", "ABQGemm"),
-        ("anybit_attention", "CachedAttention"),
-        (CACHE_DOMAIN, "QuantizeCache"),
+        ("anybit_attention", LOW_BIT),
     ]
-    joined = [list(node.input[1:3]) for node in model.graph.node if node.op_type == ATTENTION]
-    assert joined == [
-        [f"model.layers.{i}.self_attn.cached_{kind}" for kind in ("key", "value")] for i in range(2)
-    ]
+    nodes = [node for node in model.graph.node if node.op_type == LOW_BIT]
+    parts = ("key", "value", "key_scale", "value_scale")
+    for index, node in enumerate(nodes):
+        prefix, past = f"model.layers.{index}.self_attn", f"past_key_values.{index}"
+        assert list(node.input) == [
+            *(f"{prefix}.{name}" for name in ("query", "key", "value")),
+            *(f"{past}.{part}" for part in parts[:2]),
+            "mask",
+            *(f"{past}.{part}" for part in parts[2:]),
+        ]
+        assert list(node.output) == [
+            f"{prefix}.context",
+            *(f"present.{index}.{part}" for part in parts),
+        ]
+    assert len(nodes) == 2
+    types = {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        )
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert types["past_key_values.1.value"] == (TensorProto.INT8, ["B", 2, "P", 8])
+    assert types["present.1.value_scale"] == (TensorProto.FLOAT, ["B", 2, "T", 2])
     assert (
         set(custom_nodes(model).values()) == {"ABQGemm"} and len(custom_nodes(model)) == 8
     )  # no plugin is asked for
     assert {item.key: item.value for item in model.metadata_props}["anybit.scheme"] == "w4a8-kv4"
+
+
+@pytest.mark.parametrize("static", [0, 40])
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_what_a_cache_takes_is_what_model_json_says(
+    tiny_export: Export, bits: int, static: int
+) -> None:
+    out = tiny_export(kv_bits=bits, static=static)
+    cache = read_description(out / "onnx" / "model.json", "")[0].cache
+    assert cache.token_bytes == {2: 96, 4: 128, 16: 256}[bits]
+    assert cache.parts == (KINDS if bits == 16 else (*KINDS, "key_scale", "value_scale"))
+    with find_model(out, "native").open() as session:
+        assert isinstance(session, NativeSession) and session.cache_bytes == 0
+        session.run(np.arange(9)[None])
+        assert session.cache_bytes == cache.token_bytes * (static or 9)
+
+
+def test_heads_that_do_not_fill_bytes_are_refused(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_llama(head_dim=12)
+    scheme = QuantScheme("ABQGemm", "rtn", 8, 8, kv_bits=4)
+    with pytest.raises(InputError) as caught:
+        export(model, scheme, tmp_path)
+    assert str(caught.value) == (
+        "--kv-bits: got heads of 12 numbers, expected a multiple of 8 for a cache of 4 bits. Leave "
+        "out --kv-bits."
+    )
 
 
 def test_without_it_the_graph_is_as_it_was(tiny_export: Export) -> None:
@@ -172,7 +255,7 @@ def test_onnx_runtime_and_torch_decode_the_same(
     ids, mask = np.arange(40).reshape(2, 20) * 11 % 512, np.ones((2, 20), np.int64)
     mask[0, :4] = 0
     with (
-        OnnxSession(out / "onnx", quant.config["max_position_embeddings"]) as ours,
+        OnnxSession(out / "onnx", 256, dtype=quant.scheme.dtype) as ours,
         TorchSession(quantised_model(quant)) as reference,
     ):
         for start, end in ((0, 15), (15, 16), (16, 20)):
@@ -215,15 +298,14 @@ def test_another_width_than_quant_json_says_is_found_at_the_cache(
         )
 
 
-@pytest.mark.parametrize("kind", ["key", "value"])
-def test_a_cache_that_is_not_quantised_is_found(
-    tiny_export: Export, tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_of_the_other_kind_is_found(tiny_export: Export, tmp_path: Path, kind: str) -> None:
     out = shutil.copytree(tiny_export(kv_bits=8), tmp_path / "out")
     path = out / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     node = next(node for node in model.graph.node if f"present.1.{kind}" in node.output)
-    node.input[1 + KINDS.index(kind)] = f"model.layers.1.self_attn.{kind}"
+    which = KINDS.index(kind)
+    node.input[1 + which] = node.input[2 - which]
     path.write_bytes(model.SerializeToString())
     result = validate(out, ValidateOptions(tokens=24, steps=0))
     assert f" at present.1.{kind} given its inputs (export, prefill: " in result.first_failure, (

@@ -57,14 +57,13 @@ class FakeSession(TensorrtSession):
     """TensorrtSession without a GPU."""
 
     def _open(self, engine: Path, folder: Path, record: dict[str, Any]) -> None:
-        self._runner, self._dtype = FakeEngine(folder.parent), "float32"
+        self._runner = FakeEngine(folder.parent)
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         import torch
 
-        return dict.fromkeys(
-            self._names, torch.zeros(batch, self._cache_shape[0], 0, self._cache_shape[1])
-        )
+        shapes = self._cache_shapes.items()
+        return {name: torch.zeros(batch, heads, 0, width) for name, (heads, width) in shapes}
 
 
 def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
