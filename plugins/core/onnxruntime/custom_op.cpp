@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <new>
@@ -277,10 +278,17 @@ std::vector<Declared>& declarations() {
   return list;
 }
 
-// All domains, made at the first registration; sessions refer to them as long as the library lives.
+// What sessions refer to as long as they live.
+struct Domains {
+  std::vector<OrtCustomOpDomain*> list;
+  std::deque<std::string> names;  // which must outlive them
+};
+
+// All domains, made at the first registration. They are never deleted: a session may end after the
+// statics of this library.
 const std::vector<OrtCustomOpDomain*>& domains() {
-  static const std::vector<OrtCustomOpDomain*> list = [] {
-    std::vector<OrtCustomOpDomain*> made;
+  static const Domains& all = *[] {
+    auto made = std::make_unique<Domains>();
     std::vector<std::string> bases;
     for (const Declared& declared : declarations()) {
       if (std::find(bases.begin(), bases.end(), declared.domain) == bases.end())
@@ -289,19 +297,18 @@ const std::vector<OrtCustomOpDomain*>& domains() {
     for (const std::string& base : bases) {
       // A model has a domain for each scheme of an op (exporter/graph/nodes.py).
       for (int number = 0; number < kDomains; ++number) {
-        const std::string name = number == 0 ? base : base + ".v" + std::to_string(number);
+        made->names.push_back(number == 0 ? base : base + ".v" + std::to_string(number));
         OrtCustomOpDomain* domain = nullptr;
-        // The name must outlive the domain.
-        ask(Function::kCreateCustomOpDomain, (new std::string(name))->c_str(), &domain);
+        ask(Function::kCreateCustomOpDomain, made->names.back().c_str(), &domain);
         for (const Declared& declared : declarations()) {
           if (declared.domain == base) ask(Function::kCustomOpDomainAdd, domain, declared.op.get());
         }
-        made.push_back(domain);
+        made->list.push_back(domain);
       }
     }
-    return made;
+    return made.release();
   }();
-  return list;
+  return all.list;
 }
 
 }  // namespace
