@@ -50,7 +50,9 @@ class Options(ctypes.Structure):
     ]
 
 
-ON_TOKEN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_float)
+ON_TOKEN = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_float
+)
 
 
 class Request(ctypes.Structure):
@@ -123,12 +125,16 @@ class Runtime:
         calls, handles = [], []
         for i, prompt in enumerate(prompts):
             request = Request()
-            self._library.anybit_request_init(None, ctypes.byref(request))
+            self._library.anybit_request_init(
+                None, ctypes.byref(request), ctypes.c_size_t(ctypes.sizeof(request))
+            )
             array = (ctypes.c_int32 * len(prompt))(*prompt)
             request.tokens, request.token_count = array, len(prompt)
             request.max_new_tokens, request.ignore_end = count, 1
 
-            def take(user: Any, token: int, text: bytes, logprob: float, i: int = i) -> None:
+            def take(
+                user: Any, token: int, text: bytes, length: int, logprob: float, i: int = i
+            ) -> None:
                 times[i].append(time.perf_counter())
                 answers[i].append(token)
 
