@@ -200,7 +200,8 @@ def decode(case: Case, threads: int, seconds: float, read: Reader, folder: Path)
     x = np.random.default_rng(1).normal(size=(1, K)).astype(np.float16)
     layers.check(case, x)
     mapped, total = layers.mapped, layers.mapped.nbytes
-    kernel, plain = [], []
+    kernel: list[float] = []
+    plain: list[float] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(kernel) < 5:
         plain.append(seconds_of(lambda: read(mapped, threads)))
