@@ -35,7 +35,8 @@ from cpu_peer_side import DECODE, PASTS, PREFILL, memory
 
 HERE = Path(__file__).resolve().parent
 NATIVE, BODIES = "native", "onnxruntime"
-LARGEST_GAP = 0.02  # nats a token between the runners' losses
+LARGEST_GAP = 0.02  # nats a token between the runners' losses, where chance explains no more
+CHECKED = 1024  # tokens
 SPEEDS = ["prefill_tokens_per_second"]
 SPEEDS += [f"decode_at_{past}_tokens_per_second" for past in PASTS]
 
@@ -58,10 +59,13 @@ def measure(out: Path, runner: str, check: bool) -> dict[str, Any]:
     session = model.open()
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - began, **memory()}
     if check:
-        logits = session.run(ids[:, :256], reset=True)[0].astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        odds = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        found["loss"] = -float(odds[np.arange(255), ids[0, 1:256]].mean())
+        found["losses"] = []
+        for start in range(0, CHECKED, 256):
+            logits = session.run(ids[:, start : start + 256])[0].astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            odds = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            wanted = ids[0, start + 1 : start + 257]
+            found["losses"] += (-odds[np.arange(256), wanted]).tolist()
         return found
     session.run(ids[:, :PREFILL], reset=True, last_only=True)  # once, to fill caches
     began = time.perf_counter()
@@ -180,9 +184,12 @@ def main() -> None:
         checked = child(own_command(args.out, runner, "--check"), max(args.threads))
         if isinstance(checked, str):
             sys.exit(f"{runner}: {checked}")
-        losses[runner] = checked["loss"]
-    if abs(losses[NATIVE] - losses[own[-1]]) > LARGEST_GAP:
-        sys.exit(f"the runners predict differently: {losses}")
+        losses[runner] = np.array(checked["losses"])
+    gap = losses[NATIVE] - losses[own[-1]]
+    # Roundings between 16-bit nodes differ, which turns single codes of later activations.
+    chance = 3 * float(gap.std()) / len(gap) ** 0.5
+    if abs(gap.mean()) > max(LARGEST_GAP, chance):
+        sys.exit(f"the runners predict differently: by {gap.mean():.3f} nats a token")
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +213,7 @@ def main() -> None:
         "instruction_set": os.environ.get("ANYBIT_CPU", "") or "the best",
         "onnxruntime": onnxruntime.__version__,
         "model": settings(args.out),
-        "loss": losses,
+        "loss": {runner: round(float(each.mean()), 4) for runner, each in losses.items()},
         "left_out": left_out,
         "rows": rows,
     }

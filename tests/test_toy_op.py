@@ -239,7 +239,7 @@ def test_from_a_float_model_to_a_proven_onnx_file(
     model = tiny_llama(attention_bias=True)
     line = (
         f"-m exporter {model} --wbits 3 --abits 8 --group-size 16 --method {method} --engine none "
-        f"--nsamples 4 --seqlen 32 --offline --progress none --out {out}"
+        f"--head-bits 16 --nsamples 4 --seqlen 32 --offline --progress none --out {out}"
     )
     done = subprocess.run(
         [sys.executable, *line.split()],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,11 @@ def test_as_an_installed_package(out: Path, tmp_path: Path) -> None:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stdout + found.stderr
 
+    python = f"-DPython3_EXECUTABLE={sys.executable}"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     package, prefix, example = tmp_path / "package", tmp_path / "prefix", tmp_path / "example"
     kernels = f"-DANYBIT_KERNELS={build_onnxruntime()}"
-    cmake("-S", REPOSITORY / "deploy" / "runtime", "-B", package, *generator, kernels)
+    cmake("-S", REPOSITORY / "deploy" / "runtime", "-B", package, *generator, kernels, python)
     cmake("--build", package)
     cmake("--install", package, "--prefix", prefix)
     shutil.copytree(EXAMPLE, tmp_path / "elsewhere")

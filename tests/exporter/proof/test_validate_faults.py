@@ -98,11 +98,11 @@ def wrong_rotation(model: onnx.ModelProto, data: Path) -> None:
     change(model, data, "rope.cos", 10 * 8 + 2, lambda value: -value)  # position 10, one frequency
 
 
-def lost_past(model: onnx.ModelProto, data: Path) -> None:
+def values_of_another_layer(model: onnx.ModelProto, data: Path) -> None:
     node = next(
         node for node in model.graph.node if node.output[0] == "model.layers.1.self_attn.context"
     )
-    node.input[4] = "past_key_values.0.value"
+    node.input[2] = "model.layers.0.self_attn.value"
 
 
 def change_whole(
@@ -266,7 +266,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "rope": (wrong_rotation, " at present.0.key given its inputs (export, prefill: "),
     "values": (
-        lost_past,
+        values_of_another_layer,
         " at model.layers.1.self_attn.context given its inputs (export, prefill: ",
     ),
 }
