@@ -267,7 +267,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "rope": (wrong_rotation, " at present.0.key given its inputs (export, prefill: "),
     "values": (
         values_of_another_layer,
-        " at model.layers.1.self_attn.context given its inputs (export, prefill: ",
+        " at present.1.value given its inputs (export, prefill: ",
     ),
 }
 
