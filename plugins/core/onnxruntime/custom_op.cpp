@@ -11,6 +11,8 @@
 #include <new>
 #include <string>
 
+#define ANYBIT_SET plain  // the instructions that every processor has
+#include "core/cpu/floats.h"
 #include "core/cpu/isa.h"
 #include "core/host/ops.h"
 #include "core/onnxruntime/context.h"
@@ -84,7 +86,10 @@ class GemmKernel {
       const OrtValue* value = nullptr;
       ask(Function::kKernelInfoGetConstantInputTensor, info, i + 1, &constant, &value);
       checked_.push_back(constant != 0 && value != nullptr);
-      if (checked_.back()) check_input(inputs_[i], value);
+      halves_.emplace_back();
+      if (!checked_.back()) continue;
+      if (is_widened(inputs_[i], value)) halves_.back() = halves_of(inputs_[i], value);
+      else check_input(inputs_[i], value);
     }
   }
 
@@ -101,7 +106,7 @@ class GemmKernel {
     for (size_t i = 0; i < inputs_.size(); ++i) {
       const OrtValue* value = input(inputs, i + 1, inputs_[i].name);
       if (!checked_[i]) check_input(inputs_[i], value);
-      inputs_[i].bind(buffers, data_of(value));
+      inputs_[i].bind(buffers, halves_[i].empty() ? data_of(value) : halves_[i].data());
     }
     const OrtValue* x = input(inputs, kX, "X");
     Tensor dims = describe(x, where_ + " input X");
@@ -191,6 +196,25 @@ class GemmKernel {
            "The weights do not fit the node's attributes: export the model again");
   }
 
+  // Of a 16-bit node among others that it computes in fp32, ONNX Runtime makes the op's fp32 form,
+  // and fp32 of all its fp16 constants.
+  bool is_widened(const InputSpec& spec, const OrtValue* value) const {
+    if (spec.type != kHalf || shape_.dtype != kFloat32) return false;
+    const Tensor got = describe(value, where_ + " input " + spec.name);
+    return got.type == kFloat && got.rank == spec.dims.size() &&
+           std::equal(spec.dims.begin(), spec.dims.end(), got.dims.begin());
+  }
+
+  // What they were; exact, as they were fp16.
+  static std::vector<cpu::plain::Half> halves_of(const InputSpec& spec, const OrtValue* value) {
+    size_t count = 1;
+    for (const int64_t dim : spec.dims) count *= static_cast<size_t>(dim);
+    std::vector<cpu::plain::Half> halves(count);
+    const float* wide = static_cast<const float*>(data_of(value));
+    for (size_t i = 0; i < count; ++i) cpu::plain::round_to(wide[i], halves[i]);
+    return halves;
+  }
+
   int32_t tokens_of(const Tensor& x) const {
     const auto refuse = [&](const std::string& expected, const char* fix) {
       fail(where_ + " input X", "got shape " + x.text() + ", expected " + expected, fix);
@@ -225,6 +249,8 @@ class GemmKernel {
   std::string where_;
   std::vector<InputSpec> inputs_;
   std::vector<bool> checked_;  // constant inputs, when the kernel was made
+  std::vector<std::vector<cpu::plain::Half>>
+      halves_;  // what is given of an input in place of its data
 };
 
 const Declaration& of(const CustomOp* op) { return *static_cast<const Declaration*>(op); }
