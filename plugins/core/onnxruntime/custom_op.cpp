@@ -205,13 +205,16 @@ class GemmKernel {
            std::equal(spec.dims.begin(), spec.dims.end(), got.dims.begin());
   }
 
-  // What they were; exact, as they were fp16.
-  static std::vector<cpu::plain::Half> halves_of(const InputSpec& spec, const OrtValue* value) {
+  // What they were; numbers that were not fp16 are refused.
+  std::vector<cpu::plain::Half> halves_of(const InputSpec& spec, const OrtValue* value) const {
     size_t count = 1;
     for (const int64_t dim : spec.dims) count *= static_cast<size_t>(dim);
     std::vector<cpu::plain::Half> halves(count);
     const float* wide = static_cast<const float*>(data_of(value));
-    for (size_t i = 0; i < count; ++i) cpu::plain::round_to(wide[i], halves[i]);
+    for (size_t i = 0; i < count; ++i) {
+      cpu::plain::round_to(wide[i], halves[i]);
+      if (cpu::plain::float_from(halves[i]) != wide[i]) check_input(spec, value);
+    }
     return halves;
   }
 
