@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from cpu_peer_side import DECODE, PASTS, PREFILL, memory
+from result_file import command_on, processor, spread, write_result
 
 HERE = Path(__file__).resolve().parent
 NATIVE, BODIES = "native", "onnxruntime"
@@ -203,13 +204,9 @@ def main() -> None:
     if args.no_record:
         return
     import onnxruntime
-    from cpu_gemm import processor  # not above: what it imports must not count as memory
 
-    date = datetime.date.today().isoformat()
     record = {
-        "date": date,
-        "command": " ".join(["python", "benchmarks/cpu.py", f"out/{args.out.name}", *sys.argv[2:]]),
-        "processor": processor(),
+        "command": command_on("cpu.py", args.out),
         "instruction_set": os.environ.get("ANYBIT_CPU", "") or "the best",
         "onnxruntime": onnxruntime.__version__,
         "model": settings(args.out),
@@ -217,11 +214,9 @@ def main() -> None:
         "left_out": left_out,
         "rows": rows,
     }
-    name = f"{'-'.join(processor().lower().split()[:2])}-{date}-{args.label}"
-    path = HERE / "results" / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = write_result(args.label, record)
+    date = datetime.date.today().isoformat()
     plot(rows, f"{processor()}, {args.label}, {date}", path.with_suffix(".svg"))
-    print(path)
 
 
 def compare(
@@ -247,8 +242,7 @@ def compare(
             "threads": threads,
             "what": what,
             "tokens" if what in SPEEDS else "values": {
-                name: [round(statistics.median(v), 3), round(min(v), 3), round(max(v), 3)]
-                for name, v in values.items()
+                name: spread(v, 3) for name, v in values.items()
             },
         }
         text = f"{threads} threads  {what.removesuffix('_tokens_per_second'):16}"

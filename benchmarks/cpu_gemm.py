@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +30,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
+from result_file import write_result
 
 from exporter.graph.nodes import NodeFactory
 from plugins import op_spec
@@ -234,13 +232,6 @@ def prefill(case: Case, threads: int, seconds: float, folder: Path) -> dict[str,
     }
 
 
-def processor() -> str:
-    """Its name, as the operating system has it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     """Measure all cases, one after the other."""
     parser = argparse.ArgumentParser(
@@ -254,7 +245,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
     os.environ["ANYBIT_CPU"] = args.set
-    date, rows = datetime.date.today().isoformat(), []
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         read = Reader(folder)
@@ -272,9 +263,7 @@ def main() -> None:
                 rows.append(row)
                 print(f"{row['case']:34} {threads} threads {text}", flush=True)
     record = {
-        "date": date,
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "processor": processor(),
         "cores": os.cpu_count(),
         "instruction_set": args.set or "the best",
         "onnxruntime": onnxruntime.__version__,
@@ -283,11 +272,7 @@ def main() -> None:
         "rows": rows,
     }
     if not args.no_record:
-        name = "-".join(processor().lower().split()[:2])
-        suffix = f"-{args.set}" if args.set else ""
-        path = HERE / "results" / f"{name}-{date}-gemm{suffix}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(path)
+        write_result(f"gemm-{args.set}" if args.set else "gemm", record)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Writes benchmarks/results/<processor>-<date>-open-<label>.json and prints it. A 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from cpu_peer_side import memory
+from result_file import write_result
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,14 +88,9 @@ def main() -> None:
         return
     command = [sys.executable, __file__, str(args.out), "--one"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    from cpu_gemm import processor
-
-    date = datetime.date.today().isoformat()
-    record = {"date": date, "processor": processor()} | json.loads(done.stdout.splitlines()[-1])
-    name = f"{'-'.join(processor().lower().split()[:2])}-{date}-open-{args.label}.json"
-    path = HERE / "results" / name
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1), path, sep="\n")
+    record = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(record, indent=1))
+    write_result(f"open-{args.label}", record)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from result_file import command_on, spread, write_result
 
 HERE = Path(__file__).resolve().parent
 PROMPT_TOKENS = 32
@@ -227,8 +227,6 @@ def main() -> None:
         print(json.dumps(found))
         return
     sys.path.insert(0, str(HERE.parent))
-    from cpu_gemm import processor
-
     from deploy.runtime.build import build_runtime
 
     library = str(build_runtime())
@@ -246,25 +244,14 @@ def main() -> None:
         row: dict[str, Any] = {"streams": streams}
         for name in several[0]:
             values = [run[name] for run in several]
-            row[name] = [round(statistics.median(values), 4), min(values), max(values)]
+            row[name] = spread(values)
         rows.append(row)
         print(
             f"{streams:3} streams  first token {row['first_token_seconds'][0]:.2f} s  "
             f"{row['tokens_per_second'][0]:8.1f} tokens/s  overhead {row['overhead'][0]:.2%}",
             flush=True,
         )
-    date = datetime.date.today().isoformat()
-    record = {
-        "date": date,
-        "command": " ".join(
-            ["python", "benchmarks/runtime.py", f"out/{args.out.name}", *sys.argv[2:]]
-        ),
-        "processor": processor(),
-        "rows": rows,
-    }
-    name = f"{'-'.join(processor().lower().split()[:2])}-{date}-{args.label}.json"
-    (HERE / "results" / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(HERE / "results" / name)
+    write_result(args.label, {"command": command_on("runtime.py", args.out), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import os
 import shlex
@@ -36,6 +35,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from result_file import command_on, spread, write_result
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -188,9 +189,7 @@ def main() -> None:
         row: dict[str, Any] = {"streams": count, "server": name}
         for what in found[0]:
             values = [run[what] for run in found]
-            row[what] = [
-                round(one, 4) for one in (statistics.median(values), min(values), max(values))
-            ]
+            row[what] = spread(values)
         if name == "peer":
             pairs = zip(runs[count, "anybit"], found, strict=True)
             row["ratio"] = round(
@@ -206,24 +205,14 @@ def main() -> None:
             + (f"  x {row['ratio']:.2f}" if "ratio" in row else ""),
             flush=True,
         )
-    from cpu_gemm import processor
-
-    date = datetime.date.today().isoformat()
     record = {
-        "date": date,
-        "command": " ".join(
-            ["python", "benchmarks/service.py", f"out/{args.out.name}", *sys.argv[2:]]
-        ),
-        "processor": processor(),
+        "command": command_on("service.py", args.out),
         "threads": args.threads,
         "tokens": args.tokens,
         "prompt_words": args.prompt,
         "rows": rows,
     }
-    name = f"{'-'.join(processor().lower().split()[:2])}-{date}-{args.label}.json"
-    path = HERE / "results" / name
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    write_result(args.label, record)
 
 
 if __name__ == "__main__":
