@@ -191,9 +191,8 @@ std::unique_ptr<const AttentionOp> declared(int type, bool low_bits) {
   AttentionOp& d = *made;
   d.type = type;
   d.low_bits = low_bits;
-  d.version = kApiVersion;
+  declare_kernel<AttentionKernel>(d);
   d.GetName = [](const CustomOp* self) { return of(self).name(); };
-  d.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   d.GetInputType = [](const CustomOp* self, size_t i) { return of(self).input_type(i); };
   d.GetInputTypeCount = [](const CustomOp* self) { return of(self).inputs(); };
   d.GetOutputType = [](const CustomOp* self, size_t i) { return of(self).output_type(i); };
@@ -201,21 +200,6 @@ std::unique_ptr<const AttentionOp> declared(int type, bool low_bits) {
   d.GetInputCharacteristic = [](const CustomOp* self, size_t i) -> int {
     return i < of(self).write_indices() ? kRequired : kOptional;
   };
-  d.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
-  d.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
-  d.GetVariadicInputMinArity = d.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
-  d.GetVariadicInputHomogeneity =
-      d.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
-  d.CreateKernelV2 = [](const CustomOp* self, const void* const*, const OrtKernelInfo* info,
-                        void** kernel) {
-    return guarded([&] { *kernel = new AttentionKernel(of(self), info); });
-  };
-  d.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return guarded([&] { static_cast<const AttentionKernel*>(kernel)->compute(context); });
-  };
-  d.KernelDestroy = [](void* kernel) { delete static_cast<AttentionKernel*>(kernel); };
-  d.GetStartVersion = [](const CustomOp*) { return 1; };
-  d.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
   return made;
 }
 

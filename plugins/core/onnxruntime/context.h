@@ -3,6 +3,7 @@
 #pragma once
 #include <array>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -141,5 +142,28 @@ class Threads {
   const OrtKernelContext* context_;
   mutable OrtStatus* status_ = nullptr;
 };
+
+// What all ops here answer alike: no variadic inputs, every output there, any version of the op, and a
+// Kernel(const Op&, const OrtKernelInfo*) with compute(OrtKernelContext*) for each node.
+template <class Kernel, class Op>
+void declare_kernel(Op& op) {
+  op.version = kApiVersion;
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity =
+      op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
+  op.CreateKernelV2 = [](const CustomOp* self, const void* const*, const OrtKernelInfo* info,
+                         void** kernel) {
+    return guarded([&] { *kernel = new Kernel(*static_cast<const Op*>(self), info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
+}
 
 }  // namespace anybit::ort

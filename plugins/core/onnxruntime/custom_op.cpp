@@ -262,9 +262,8 @@ Declaration declare(const GemmOp& op, int x_type) {
   Declaration d{};
   d.op = &op;
   d.x_type = x_type;
-  d.version = kApiVersion;
+  declare_kernel<GemmKernel>(d);
   d.GetName = [](const CustomOp* self) { return of(self).op->name; };
-  d.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   d.GetInputType = [](const CustomOp* self, size_t i) -> int {
     if (i == kX) return of(self).x_type;
     return i < of(self).op->required.size() ? of(self).op->required[i] : kUndefined;
@@ -277,21 +276,6 @@ Declaration declare(const GemmOp& op, int x_type) {
   d.GetInputCharacteristic = [](const CustomOp* self, size_t i) -> int {
     return i < of(self).op->required.size() ? kRequired : kOptional;
   };
-  d.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
-  d.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
-  d.GetVariadicInputMinArity = d.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
-  d.GetVariadicInputHomogeneity =
-      d.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
-  d.CreateKernelV2 = [](const CustomOp* self, const void* const*, const OrtKernelInfo* info,
-                        void** kernel) {
-    return guarded([&] { *kernel = new GemmKernel(of(self), info); });
-  };
-  d.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return guarded([&] { static_cast<const GemmKernel*>(kernel)->compute(context); });
-  };
-  d.KernelDestroy = [](void* kernel) { delete static_cast<GemmKernel*>(kernel); };
-  d.GetStartVersion = [](const CustomOp*) { return 1; };
-  d.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
   return d;
 }
 
