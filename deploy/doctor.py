@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploy.command import Command
-from plugins.cores import allowed_memory, usable_cores
+from plugins.cores import allowed_memory, free_memory, usable_cores
 
 __all__ = ["COMMAND", "Finding", "findings"]
 
@@ -138,14 +138,9 @@ def _cpu() -> str:
 
 
 def _memory() -> str:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
+    free, room = free_memory(), allowed_memory()
+    if free is None:
         return "unknown"
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    if found is None:
-        return "unknown"
-    free, room = int(found[1]) * 1024, allowed_memory()
     limit = ", as a control group allows" if room is not None and room < free else ""
     return f"{min(free, free if room is None else room) / 1e9:.1f} GB free{limit}"
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path, PurePosixPath
 
-__all__ = ["allowed_memory", "usable_cores"]
+__all__ = ["allowed_memory", "free_memory", "usable_cores"]
 
 
 def usable_cores(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int:
@@ -26,6 +27,21 @@ def usable_cores(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgrou
         cores = os.cpu_count() or 1
     quotas = [_quota(folder) for folder in _groups("cpu", proc, control)]
     return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
+
+
+def free_memory(proc: Path = Path("/proc")) -> int | None:
+    """Bytes of the machine's memory that programs may still take; None where the system does not tell
+    (it is not Linux).
+
+    Args:
+        proc: as of usable_cores.
+    """
+    try:
+        text = (proc / "meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
 
 
 def allowed_memory(

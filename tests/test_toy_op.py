@@ -150,7 +150,7 @@ def test_sizes_come_from_its_arrays(toy: OpSpec) -> None:
 
 
 def test_memory_and_formats_ask_it(toy: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.proof.memory._meminfo", lambda: "MemAvailable: 24 kB\n")
+    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: 24 * 1024)
     check_memory(1024, {TOY: 1})
     with pytest.raises(InputError):
         check_memory(1025, {TOY: 1})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plugins import op_spec
+from plugins.cores import free_memory
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,11 +29,11 @@ def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
     Raises:
         InputError: it does not fit.
     """
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _meminfo(), re.MULTILINE)
-    if found is None:
+    free = free_memory()
+    if free is None:
         return
     unpacked = sum(_bytes_per_weight(scheme) * count for scheme, count in schemes.items())
-    free, needed = int(found.group(1)) * 1024, unpacked * weights // sum(schemes.values())
+    needed = unpacked * weights // sum(schemes.values())
     if needed > free:
         raise InputError(
             "validation",
@@ -46,10 +45,3 @@ def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
 
 def _bytes_per_weight(scheme: QuantScheme) -> int:
     return max(_REFERENCE, op_spec(scheme.op).unpacked_bytes(scheme.gemm))
-
-
-def _meminfo() -> str:
-    try:
-        return Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return ""  # not Linux

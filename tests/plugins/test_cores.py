@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.cores import allowed_memory, usable_cores
+from plugins.cores import allowed_memory, free_memory, usable_cores
 
 EIGHT = set(range(8))
 
@@ -81,3 +81,11 @@ def test_memory_of_version_1(tmp_path: Path) -> None:
     }
     machine(tmp_path, "3:memory:/a\n2:cpu:/b\n", files)
     assert allowed_memory(tmp_path / "proc", tmp_path / "cgroup") == 0
+
+
+def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   24 kB\n")
+    assert free_memory(tmp_path) == 24 * 1024
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\n")
+    assert free_memory(tmp_path) is None

@@ -221,7 +221,7 @@ def test_a_text_that_calibration_takes_is_repeated(
 def test_too_little_memory(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.proof.memory._meminfo", lambda: "MemAvailable: 100 kB\n")
+    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: 100 * 1024)
     with pytest.raises(InputError) as caught:
         validate(tiny_export())
     assert str(caught.value) == (

@@ -17,9 +17,7 @@ QQQ, W8A8, W4A16 = (
 
 
 def free(monkeypatch: pytest.MonkeyPatch, kilobytes: int) -> None:
-    monkeypatch.setattr(
-        "exporter.proof.memory._meminfo", lambda: f"MemTotal: 9 kB\nMemAvailable: {kilobytes} kB\n"
-    )
+    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: kilobytes * 1024)
 
 
 @pytest.mark.parametrize(
@@ -54,5 +52,5 @@ def test_the_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_system_that_does_not_tell_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.proof.memory._meminfo", lambda: "")
+    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: None)
     check_memory(10**15, {QQQ: 1})
