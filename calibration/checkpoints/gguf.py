@@ -274,7 +274,7 @@ class GgufWeights:
         """Shape of every tensor."""
         return {hf: self._file.tensors[info.gguf].shape for hf, info in self._names.items()}
 
-    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """One tensor, or some rows of it alone, dequantized to fp32."""
         info = self._names[name]
         tensor = self._file.tensors[info.gguf]

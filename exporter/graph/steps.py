@@ -8,7 +8,7 @@ is rounded once, but for the nodes between casts to fp32 and back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from calibration.families.decoder import Block
@@ -16,6 +16,7 @@ from calibration.families.steps import (
     Activate,
     Add,
     Attend,
+    Experts,
     Gate,
     HeadNorm,
     Heads,
@@ -41,6 +42,7 @@ class Flow:
         values: the other part of what Heads made, [B, kv_heads, S, head_dim].
         linears: the GEMM node last written.
         sums: Adds so far.
+        rows: the value's axes in front of its width, for those who declare shapes.
     """
 
     block: Block
@@ -49,6 +51,7 @@ class Flow:
     values: str = ""
     linears: Linears | None = None
     sums: int = 0
+    rows: tuple[str | int, str] = ("B", "S")
 
     @property
     def module(self) -> str:
@@ -74,7 +77,7 @@ def _norm(writer: GraphWriter, flow: Flow, step: Norm) -> str:
 def _linears(writer: GraphWriter, flow: Flow, step: Linears) -> str:
     flow.linears, norm = step, flow.block.sites[step.node].norm
     norm_name = flow.block.name(norm.name) if norm else ""
-    return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name)
+    return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name, flow.rows)
 
 
 def _heads(writer: GraphWriter, flow: Flow, step: Heads) -> str:
@@ -161,6 +164,93 @@ def _activate(writer: GraphWriter, flow: Flow, step: Activate) -> str:
     return ACTIVATIONS[step.activation](writer, flow.value, flow.module)
 
 
+def _experts(writer: GraphWriter, flow: Flow, step: Experts) -> str:
+    """Rows of all tokens, one for each expert that a token goes to, sorted by expert and cut there:
+    each expert multiplies its own, and one without any multiplies none. What takes rows one by one,
+    as the gate does, takes all at once.
+    """
+    from onnx import TensorProto
+
+    node, router = writer.node, flow.block.name(step.router.name)
+    prefix, hidden = f"{router.rpartition('.')[0]}.experts", writer.quant.decoder.hidden
+    chosen, weights = _routes(writer, flow, step, router)  # [B, S, top] each
+    taken = writer.reshape(chosen, [1, -1, step.top], f"{prefix}.of_tokens")
+    numbers = writer.ints(f"{prefix}.number", list(range(len(step.members))))
+    numbers = node("Unsqueeze", [numbers, writer.ints("axes", [1, 2])], f"{prefix}.numbers")
+    taken = node("Equal", [taken, numbers], f"{prefix}.taken")  # [experts, tokens, top]
+    counts = node("Cast", [taken], f"{prefix}.taken_int64", to=TensorProto.INT64)
+    axes = writer.ints("axes", [1, 2])
+    counts = node("ReduceSum", [counts, axes], f"{prefix}.counts", keepdims=0)
+    places = node("Transpose", [node("NonZero", [taken], f"{prefix}.sorted")], f"{prefix}.places")
+    _, token, place = writer.split(
+        places, [1, 1, 1], 1, [f"{prefix}.{part}" for part in ("expert", "token", "place")]
+    )
+    tokens = writer.reshape(flow.value, [1, -1, hidden], f"{prefix}.tokens")
+    token_of_row = node("Squeeze", [token, writer.ints("axes", [1])], f"{prefix}.token_of_row")
+    inner = Flow(flow.block, "", node("Gather", [tokens, token_of_row], f"{prefix}.rows", axis=1))
+    for steps in zip(*step.members, strict=True):
+        if isinstance(steps[0], Linears):
+            inner.value = _each_expert(writer, inner, prefix, counts, steps)
+        else:  # the same of every expert
+            inner.value = WRITERS[type(steps[0])](writer, inner, steps[0])
+    made = writer.reshape(inner.value, [-1, hidden], f"{prefix}.made")
+    made = writer.cast(made, TensorProto.FLOAT, f"{prefix}.made_float32")
+    weights = writer.reshape(weights, [-1, step.top, 1], f"{prefix}.weights")
+    sizes = [node("Shape", [weights], f"{prefix}.of_all", end=2), writer.ints("size", [hidden])]
+    shape = node("Concat", sizes, f"{prefix}.shape", axis=0)
+    nothing = node("Expand", [writer.number(0.0, TensorProto.FLOAT), shape], f"{prefix}.nothing")
+    where = node("Concat", [token, place], f"{prefix}.where", axis=1)
+    made = node("ScatterND", [nothing, where, made], f"{prefix}.by_token")
+    made = node("Mul", [made, weights], f"{prefix}.weighted")
+    made = node("ReduceSum", [made, writer.ints("axes", [1])], f"{prefix}.sum", keepdims=0)
+    made = writer.cast(made, writer.dtype, f"{prefix}.sum_rounded")
+    shape = node("Shape", [flow.value], f"{prefix}.of_stream")
+    return node("Reshape", [made, shape], f"{prefix}.output")
+
+
+def _routes(writer: GraphWriter, flow: Flow, step: Experts, router: str) -> tuple[str, str]:
+    """The experts of each token and their weights, by scores in fp32: 16 bits would make ties."""
+    from onnx import TensorProto, helper
+
+    x = writer.cast(flow.value, TensorProto.FLOAT, f"{router}.input_float32")
+    table = writer.tensor(flow.block.name(step.weight))
+    table = writer.cast(table, TensorProto.FLOAT, f"{router}.weight_float32")
+    table = writer.node("Transpose", [table], f"{router}.transposed", perm=[1, 0])
+    scores = writer.node("MatMul", [x, table], f"{router}.output")
+    writer.info(scores, len(step.members), dtype=TensorProto.FLOAT)
+    best, chosen = f"{router}.best", f"{router}.chosen"
+    top = writer.ints("top", [step.top])
+    writer.nodes.append(helper.make_node("TopK", [scores, top], [best, chosen], name=chosen))
+    if step.normalized:
+        return chosen, writer.node("Softmax", [best], f"{router}.weights", axis=-1)
+    shares = writer.node("Softmax", [scores], f"{router}.shares", axis=-1)
+    weights = writer.node("GatherElements", [shares, chosen], f"{router}.weights", axis=-1)
+    return chosen, weights
+
+
+def _each_expert(
+    writer: GraphWriter, flow: Flow, prefix: str, counts: str, nodes: tuple[Linears, ...]
+) -> str:
+    """The nodes of all experts, each on its part of the rows."""
+    from onnx import helper
+
+    names = [flow.block.name(one.node) for one in nodes]
+    inputs = [f"{name}.input" for name in names]
+    writer.nodes.append(
+        helper.make_node("Split", [flow.value, counts], inputs, name=f"{flow.value}.split", axis=1)
+    )
+    made = []
+    for index, (one, source) in enumerate(zip(nodes, inputs, strict=True)):
+        flow.value, flow.rows = source, (1, f"{prefix}.{index}.rows")
+        writer.info(source, one.in_features, flow.rows)
+        made.append(_linears(writer, flow, one))
+    flow.linears = replace(
+        nodes[0],
+        node=f"{prefix.removeprefix(f'{flow.block.prefix}.')}." + nodes[0].node.rpartition(".")[2],
+    )
+    return writer.node("Concat", made, f"{flow.block.name(flow.linears.node)}.output", axis=1)
+
+
 def _add(writer: GraphWriter, flow: Flow, step: Add) -> str:
     from onnx import TensorProto
 
@@ -203,5 +293,6 @@ WRITERS: dict[type, Callable[[GraphWriter, Flow, Any], str]] = {
     Attend: _attend,
     Gate: _gate,
     Activate: _activate,
+    Experts: _experts,
     Add: _add,
 }

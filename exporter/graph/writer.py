@@ -134,13 +134,18 @@ class GraphWriter:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def info(self, name: str, width: int, tokens: str = "S") -> str:
-        """Declare the shape of a tensor [B, S, width] of the model's type, or with another number
-        of tokens.
-        """
+    def info(
+        self,
+        name: str,
+        width: int,
+        rows: tuple[str | int, str] = ("B", "S"),
+        dtype: int | None = None,
+    ) -> str:
+        """Declare the shape of a tensor [*rows, width] of a type, or the model's."""
         from onnx import helper
 
-        self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", tokens, width]))
+        kind = self.dtype if dtype is None else dtype
+        self.infos.append(helper.make_tensor_value_info(name, kind, [*rows, width]))
         return name
 
     def norm(self, norm: Norm, name: str, source: str) -> str:
@@ -156,10 +161,15 @@ class GraphWriter:
         )
 
     def gemm(
-        self, name: str, source: str, norm: Norm | None, norm_name: str, tokens: str = "S"
+        self,
+        name: str,
+        source: str,
+        norm: Norm | None,
+        norm_name: str,
+        rows: tuple[str | int, str] = ("B", "S"),
     ) -> str:
         """The custom node `name` of linears stacked along the output, with the norm in front of it:
-        [B, S, K] -> [B, S, N], or with another number of tokens.
+        [*rows, K] -> [*rows, N].
         """
         linear = self.quant.fused(self.quant.decoder.members(name), name)
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
@@ -174,7 +184,7 @@ class GraphWriter:
             source = self.norm(norm, norm_name, source)
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
-        return self.info(output, attrs.out_features, tokens)
+        return self.info(output, attrs.out_features, rows)
 
     def attention(
         self, name: str, inputs: Mapping[str, str], scale: float, softcap: float | None

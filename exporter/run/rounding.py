@@ -55,12 +55,17 @@ _MOVES = {
     "Cast",
     "Concat",
     "Constant",
+    "Expand",
     "Gather",
+    "GatherElements",
     "GatherND",
+    "NonZero",
     "Reshape",
+    "ScatterND",
     "Split",
     "Squeeze",
     "TensorScatter",
+    "TopK",
     "Transpose",
     "Unsqueeze",
 }
@@ -91,32 +96,38 @@ def round_every_op(model: onnx.ModelProto) -> None:
     )
     if half == TensorProto.BFLOAT16:
         _carry_ends_in_float32(model.graph)
-    _round_nodes(model.graph.node, half, {tensor.name for tensor in model.graph.initializer})
+    constants = {tensor.name for tensor in model.graph.initializer}
+    wide = {
+        value.name
+        for value in model.graph.input
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+    _round_nodes(model.graph.node, half, constants, wide)
     for function in model.functions:
         if is_attention(function.domain):  # the others round by themselves
-            _round_nodes(function.node, half, set())
+            _round_nodes(function.node, half, set(), set())
 
 
-def _round_nodes(nodes: Any, half: int, constants: set[str]) -> None:
+def _round_nodes(nodes: Any, half: int, constants: set[str], float32: set[str]) -> None:
     """Rewrite the nodes of a graph or function.
 
     Args:
         nodes: the repeated field.
         half: the model's type.
         constants: tensors that never change.
+        float32: tensors of this type; those behind a cast to it are added.
     """
     from onnx import TensorProto
 
-    float32: set[str] = set()  # tensors behind a cast to this type
     counts: set[str] = set()
     found: list[onnx.NodeProto] = []
     for node in nodes:
         if _gives_float32(node, float32):
-            float32.update(node.output)
+            float32.update(node.output[:1] if node.op_type == "TopK" else node.output)
         if node.op_type == "Transpose" and node.input[0] in constants:
             constants.update(node.output)
-        counted = node.op_type == "Add" and not counts.isdisjoint(node.input)
-        if counted or node.op_type in _COUNTS:
+        counted = node.op_type in ("Add", "ReduceSum") and not counts.isdisjoint(node.input)
+        if counted or node.op_type in _COUNTS or _gives(node, TensorProto.INT64):
             counts.update(node.output)
         if counted or node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
             found.append(node)
@@ -133,11 +144,17 @@ def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
     from onnx import TensorProto
 
     if node.op_type == "Cast":
-        return any(item.i == TensorProto.FLOAT for item in node.attribute if item.name == "to")
+        return _gives(node, TensorProto.FLOAT)
     if node.op_type == "Constant":
         value = node.attribute[0]
         return bool(value.name == "value_float" or value.t.data_type == TensorProto.FLOAT)
     return not node.domain and any(name in float32 for name in node.input)
+
+
+def _gives(node: onnx.NodeProto, dtype: int) -> bool:
+    """Whether a node casts to a type."""
+    kinds = (item.i for item in node.attribute if item.name == "to")
+    return node.op_type == "Cast" and dtype in kinds
 
 
 def _precise(node: onnx.NodeProto, constants: set[str]) -> bool:
