@@ -374,9 +374,10 @@ def routed(scores: Tensor, step: Experts) -> tuple[Tensor, Tensor]:
     equal scores the first.
     """
     order = scores.argsort(stable=True, dim=-1, descending=True)[..., : step.top]
+    best = scores.gather(-1, order)
     if step.normalized:
-        return order, scores.gather(-1, order).softmax(-1)
-    return order, scores.softmax(-1).gather(-1, order)
+        return order, best.softmax(-1)
+    return order, (best - scores.logsumexp(-1, keepdim=True)).exp()
 
 
 def _experts(step: Experts, state: State, context: Context) -> State:

@@ -165,46 +165,50 @@ def _activate(writer: GraphWriter, flow: Flow, step: Activate) -> str:
 
 
 def _experts(writer: GraphWriter, flow: Flow, step: Experts) -> str:
-    """Rows of all tokens, one for each expert that a token goes to, sorted by expert and cut there:
-    each expert multiplies its own, and one without any multiplies none. What takes rows one by one,
-    as the gate does, takes all at once.
+    """Rows of tokens, one for each expert that a token goes to, sorted by expert and cut there: each
+    expert multiplies its own, and one without any multiplies none. What takes rows one by one, as
+    the gate does, takes all at once.
+
+    The place of a row is the number of rows of the experts before plus that of the same expert's
+    before it. NonZero would sort them too, but TensorRT-RTX has no such op.
     """
     from onnx import TensorProto
 
     node, router = writer.node, flow.block.name(step.router.name)
     prefix, hidden = f"{router.rpartition('.')[0]}.experts", writer.quant.decoder.hidden
+    zero, one = writer.constant("zero", 0), writer.constant("one", 1)
     chosen, weights = _routes(writer, flow, step, router)  # [B, S, top] each
-    taken = writer.reshape(chosen, [1, -1, step.top], f"{prefix}.of_tokens")
-    numbers = writer.ints(f"{prefix}.number", list(range(len(step.members))))
-    numbers = node("Unsqueeze", [numbers, writer.ints("axes", [1, 2])], f"{prefix}.numbers")
-    taken = node("Equal", [taken, numbers], f"{prefix}.taken")  # [experts, tokens, top]
-    counts = node("Cast", [taken], f"{prefix}.taken_int64", to=TensorProto.INT64)
-    axes = writer.ints("axes", [1, 2])
-    counts = node("ReduceSum", [counts, axes], f"{prefix}.counts", keepdims=0)
-    places = node("Transpose", [node("NonZero", [taken], f"{prefix}.sorted")], f"{prefix}.places")
-    _, token, place = writer.split(
-        places, [1, 1, 1], 1, [f"{prefix}.{part}" for part in ("expert", "token", "place")]
-    )
-    tokens = writer.reshape(flow.value, [1, -1, hidden], f"{prefix}.tokens")
-    token_of_row = node("Squeeze", [token, writer.ints("axes", [1])], f"{prefix}.token_of_row")
-    inner = Flow(flow.block, "", node("Gather", [tokens, token_of_row], f"{prefix}.rows", axis=1))
+    flat = writer.reshape(chosen, [1, -1], f"{prefix}.of_rows")  # [1, rows]
+    numbers = writer.ints("experts", list(range(len(step.members))))
+    numbers = node("Unsqueeze", [numbers, writer.ints("axes", [1])], f"{prefix}.numbers")
+    taken = node("Equal", [flat, numbers], f"{prefix}.taken")  # [experts, rows]
+    taken = node("Cast", [taken], f"{prefix}.taken_int64", to=TensorProto.INT64)
+    counts = node("ReduceSum", [taken, writer.ints("axes", [1])], f"{prefix}.counts", keepdims=0)
+    firsts = node("CumSum", [counts, zero], f"{prefix}.firsts", exclusive=1)
+    firsts = node("Unsqueeze", [firsts, writer.ints("axes", [1])], f"{prefix}.first_of_each")
+    before = node("CumSum", [taken, one], f"{prefix}.before", exclusive=1)
+    places = node("Add", [before, firsts], f"{prefix}.place_in_each")
+    places = node("Mul", [places, taken], f"{prefix}.place_where_taken")
+    places = node("ReduceSum", [places, writer.ints("axes", [0])], f"{prefix}.places", keepdims=0)
+    rows = node("Squeeze", [node("Shape", [places], f"{prefix}.rows")], f"{prefix}.rows_scalar")
+    tokens = node("Range", [zero, rows, one], f"{prefix}.numbers_of_rows")
+    tokens = node("Div", [tokens, writer.constant("top", step.top)], f"{prefix}.token_of_row")
+    tokens = node("ScatterElements", [tokens, places, tokens], f"{prefix}.token_of_sorted", axis=0)
+    values = writer.reshape(flow.value, [1, -1, hidden], f"{prefix}.tokens")
+    inner = Flow(flow.block, "", node("Gather", [values, tokens], f"{prefix}.sorted", axis=1))
     for steps in zip(*step.members, strict=True):
         if isinstance(steps[0], Linears):
             inner.value = _each_expert(writer, inner, prefix, counts, steps)
         else:  # the same of every expert
             inner.value = WRITERS[type(steps[0])](writer, inner, steps[0])
-    made = writer.reshape(inner.value, [-1, hidden], f"{prefix}.made")
-    made = writer.cast(made, TensorProto.FLOAT, f"{prefix}.made_float32")
+    made = node("Gather", [inner.value, places], f"{prefix}.by_row", axis=1)
+    made = writer.reshape(made, [-1, step.top, hidden], f"{prefix}.by_token")
+    made = writer.cast(made, TensorProto.FLOAT, f"{prefix}.by_token_float32")
     weights = writer.reshape(weights, [-1, step.top, 1], f"{prefix}.weights")
-    sizes = [node("Shape", [weights], f"{prefix}.of_all", end=2), writer.ints("size", [hidden])]
-    shape = node("Concat", sizes, f"{prefix}.shape", axis=0)
-    nothing = node("Expand", [writer.number(0.0, TensorProto.FLOAT), shape], f"{prefix}.nothing")
-    where = node("Concat", [token, place], f"{prefix}.where", axis=1)
-    made = node("ScatterND", [nothing, where, made], f"{prefix}.by_token")
     made = node("Mul", [made, weights], f"{prefix}.weighted")
     made = node("ReduceSum", [made, writer.ints("axes", [1])], f"{prefix}.sum", keepdims=0)
     made = writer.cast(made, writer.dtype, f"{prefix}.sum_rounded")
-    shape = node("Shape", [flow.value], f"{prefix}.of_stream")
+    shape = node("Shape", [flow.value], f"{prefix}.shape")
     return node("Reshape", [made, shape], f"{prefix}.output")
 
 
@@ -223,9 +227,9 @@ def _routes(writer: GraphWriter, flow: Flow, step: Experts, router: str) -> tupl
     writer.nodes.append(helper.make_node("TopK", [scores, top], [best, chosen], name=chosen))
     if step.normalized:
         return chosen, writer.node("Softmax", [best], f"{router}.weights", axis=-1)
-    shares = writer.node("Softmax", [scores], f"{router}.shares", axis=-1)
-    weights = writer.node("GatherElements", [shares, chosen], f"{router}.weights", axis=-1)
-    return chosen, weights
+    total = writer.node("ReduceLogSumExp", [scores, writer.ints("axes", [-1])], f"{router}.total")
+    below = writer.node("Sub", [best, total], f"{router}.log_weights")
+    return chosen, writer.node("Exp", [below], f"{router}.weights")
 
 
 def _each_expert(

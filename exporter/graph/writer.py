@@ -120,6 +120,11 @@ class GraphWriter:
 
         return self.weights.add_inline(name, np.array(value, np.int64))
 
+    def constant(self, prefix: str, value: int) -> str:
+        """A shared int64 scalar constant."""
+        name = f"{prefix}.scalar_{value}"
+        return name if name in self.weights else self.scalar(name, value)
+
     def number(self, value: float, dtype: int) -> str:
         """A shared float scalar constant of an onnx.TensorProto type."""
         import numpy as np

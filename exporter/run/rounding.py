@@ -33,6 +33,7 @@ _COMPUTES = {
     "Attention": _Work(3, precise=True),
     "Clip": _Work(1),
     "Div": _Work(2),
+    "Exp": _Work(1, precise=True),
     "Floor": _Work(1),
     "Gelu": _Work(1, precise=True),
     "MatMul": _Work(2, precise=True),  # but for the head, see _precise
@@ -41,6 +42,7 @@ _COMPUTES = {
     "Mul": _Work(2),
     "Neg": _Work(1),
     "RMSNormalization": _Work(2, precise=True),
+    "ReduceLogSumExp": _Work(1, precise=True),
     "ReduceMax": _Work(1),
     "ReduceMin": _Work(1),
     "ReduceSum": _Work(1),
@@ -55,13 +57,10 @@ _MOVES = {
     "Cast",
     "Concat",
     "Constant",
-    "Expand",
     "Gather",
-    "GatherElements",
     "GatherND",
-    "NonZero",
     "Reshape",
-    "ScatterND",
+    "ScatterElements",
     "Split",
     "Squeeze",
     "TensorScatter",
@@ -120,15 +119,19 @@ def _round_nodes(nodes: Any, half: int, constants: set[str], float32: set[str]) 
     from onnx import TensorProto
 
     counts: set[str] = set()
+    integers: set[str] = set()  # what is computed of numbers that a cast or Range made
     found: list[onnx.NodeProto] = []
     for node in nodes:
         if _gives_float32(node, float32):
             float32.update(node.output[:1] if node.op_type == "TopK" else node.output)
         if node.op_type == "Transpose" and node.input[0] in constants:
             constants.update(node.output)
-        counted = node.op_type in ("Add", "ReduceSum") and not counts.isdisjoint(node.input)
-        if counted or node.op_type in _COUNTS or _gives(node, TensorProto.INT64):
+        counted = node.op_type == "Add" and not counts.isdisjoint(node.input)
+        if counted or node.op_type in _COUNTS:
             counts.update(node.output)
+        if _gives_integers(node, integers):
+            integers.update(node.output)
+            counted = True
         if counted or node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
             found.append(node)
         elif node.op_type in _COMPUTES:
@@ -149,6 +152,15 @@ def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
         value = node.attribute[0]
         return bool(value.name == "value_float" or value.t.data_type == TensorProto.FLOAT)
     return not node.domain and any(name in float32 for name in node.input)
+
+
+def _gives_integers(node: onnx.NodeProto, integers: set[str]) -> bool:
+    from onnx import TensorProto
+
+    if node.op_type == "Cast":
+        return _gives(node, TensorProto.INT64)
+    first = node.input[0] if node.input else ""
+    return not node.domain and (node.op_type == "Range" or first in integers)
 
 
 def _gives(node: onnx.NodeProto, dtype: int) -> bool:
