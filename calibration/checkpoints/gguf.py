@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 
 from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
 from calibration.checkpoints.gguf_header import ANOTHER_TYPE, GgufPart, GgufTensor
+from calibration.checkpoints.huggingface import Place
 from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
 from plugins.errors import InputError

@@ -190,7 +190,10 @@ def _experts(writer: GraphWriter, flow: Flow, step: Experts) -> str:
     places = node("Add", [before, firsts], f"{prefix}.place_in_each")
     places = node("Mul", [places, taken], f"{prefix}.place_where_taken")
     places = node("ReduceSum", [places, writer.ints("axes", [0])], f"{prefix}.places", keepdims=0)
-    rows = node("Squeeze", [node("Shape", [places], f"{prefix}.rows")], f"{prefix}.rows_scalar")
+    rows = node("Shape", [places], f"{prefix}.rows")
+    # All rows at most, which TensorRT does not find out by itself.
+    counts = node("Min", [counts, rows], f"{prefix}.bounded_counts")
+    rows = node("Squeeze", [rows], f"{prefix}.rows_scalar")
     tokens = node("Range", [zero, rows, one], f"{prefix}.numbers_of_rows")
     tokens = node("Div", [tokens, writer.constant("top", step.top)], f"{prefix}.token_of_row")
     tokens = node("ScatterElements", [tokens, places, tokens], f"{prefix}.token_of_sorted", axis=0)
