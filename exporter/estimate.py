@@ -66,7 +66,7 @@ def estimate(
     """Of the stages that are to run; the proof has an estimate of its own.
 
     Whatever the depth, quantizing takes the largest tensor in fp32 twice. A calibration takes a block
-    in fp32 and half as much for its codes, fp64 moments of the widest input, and the residual streams
+    in fp32, its quantized self and the codes, fp64 moments of the widest input, and the residual streams
     of all windows, in the float model and in the quantized one, as far as --max-memory leaves them
     in memory. benchmarks/scale.py measures them.
     """
@@ -84,7 +84,7 @@ def estimate(
             streams = 2 * 4 * settings.nsamples * settings.seqlen * decoder.hidden
             held = min(streams, settings.max_memory or streams)
             spilled = streams - held
-            needed = max(needed, 6 * weights + moments) + held
+            needed = max(needed, 10 * weights + moments) + held
         memory[QUANT] = int(_PROGRAM + needed)
     if ENGINE in stages:
         memory[ENGINE] = int(_PROGRAM + _BUILDER_COPIES * one)
