@@ -13,7 +13,15 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from calibration.checkpoints import gguf_codes
-from calibration.checkpoints.gguf_codes import Codes, form_of, read_codes, types_with_codes
+from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.checkpoints.gguf import GgufFile, GgufWeights
+from calibration.checkpoints.gguf_codes import (
+    Codes,
+    CodesForm,
+    form_of,
+    read_codes,
+    types_with_codes,
+)
 from calibration.checkpoints.gguf_header import GgufPart, GgufTensor
 from plugins import op_spec
 from plugins.core.op_spec import GemmAttributes, QuantArrays
@@ -143,3 +151,15 @@ def test_the_demo_model(demo_gguf: Path) -> None:
     for tensor in quantized.values():
         rows = replace(tensor, data=tensor.data[:16])
         assert_exact(read_codes("tensor", rows), dequantize(rows.data, rows.type))
+
+
+def test_rows_are_in_the_order_of_the_hugging_face_model(demo_gguf: Path) -> None:
+    """Those that RoPE rotates too, as a whole and in part."""
+    decoder = open_checkpoint(str(demo_gguf), offline=True).decoder
+    weights = GgufWeights(GgufFile(demo_gguf), decoder)
+    for linear in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.3.self_attn.{linear}.weight"
+        assert weights.codes_form(name) == CodesForm(4, 32, None)
+        whole = weights.array(name)
+        for rows in (None, slice(100, 131)):
+            assert_exact(weights.codes(name, rows), whole if rows is None else whole[rows])
