@@ -103,6 +103,9 @@ def test_commands_are_ones_we_have(
             elif words[2] == "deploy":
                 wanted = commands()[arguments.command].out_help  # else it takes no OUT
                 assert not wanted or arguments.out in made, f"{words}: no command makes this OUT"
+                made |= {getattr(arguments, name, None) for name in ("to", "output")}
+        elif Path(words[0]).parent in made:
+            assert Path(words[0]).name == "serve.sh", words  # of deploy triton
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
         elif words[:3] == ["python", "-m", "pytest"]:

@@ -160,7 +160,6 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
 
 
 @needs_rtx
-<<<<<<< HEAD
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_ends_the_build(tmp_path: Path) -> None:
     two_gemms(tmp_path)
@@ -169,9 +168,6 @@ def test_a_full_disk_ends_the_build(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
-    model = two_gemms(tmp_path, second=("ABQGemm", GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1)))
-=======
 @pytest.mark.parametrize(
     "attrs",
     [
@@ -182,7 +178,6 @@ def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
 )
 def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path, attrs: GemmAttributes) -> None:
     model = two_gemms(tmp_path, second=("ABQGemm", attrs))
->>>>>>> main
     assert [node.domain for node in model.graph.node] == [DOMAIN, f"{DOMAIN}.v1"]
     record, _ = build(tmp_path)
     assert record["layers"]["PLUGIN_V3"] == 2
