@@ -371,7 +371,7 @@ def test_onnx_page_names_every_attribute_and_node(
     from exporter.graph.decoder import IR_VERSION, OPSET, export_onnx
     from plugins.core.op_spec import GemmAttributes, is_custom
 
-    export_onnx(read_quant(tiny_quant() / "quant"), tmp_path)
+    export_onnx(read_quant(tiny_quant(has_minimum=True) / "quant"), tmp_path)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     text = (DOCS / "onnx.md").read_text()
     custom = [node for node in model.graph.node if is_custom(node.domain)]
