@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.tokenizer import check_named
+from calibration.methods import KEPT
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
@@ -58,6 +59,7 @@ class Pipeline:
         from calibration.checkpoints.checkpoint import open_checkpoint
         from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
+        from calibration.quant.keep import check_quantized
         from exporter.proof.perplexity import read_text, text_windows, window_length
 
         self.request = request
@@ -80,6 +82,9 @@ class Pipeline:
         if text is not None and REPORT in self.wanted:
             seqlen, vocab = window_length(self.request.max_seq), self.checkpoint.decoder.vocab
             text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
+        keep = request.schemes.base.method == KEPT
+        if note := check_quantized(self.checkpoint, keep, request.requantize):
+            progress.message(note)
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
         self.budget = self._budget()

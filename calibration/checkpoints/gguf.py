@@ -12,6 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.checkpoints.gguf_codes import Codes, CodesForm, form_of, read_codes
 from calibration.checkpoints.gguf_header import ANOTHER_TYPE, GgufPart, GgufTensor
 from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
@@ -285,6 +286,23 @@ class GgufWeights:
             values = values - np.float32(info.offset)
         values = self._rows_in_order(values) if info.rotary else values
         return values if rows is None else values[rows]
+
+    def codes_form(self, name: str) -> CodesForm:
+        """How the codes of a tensor are said; see gguf_codes.form_of."""
+        info = self._names[name]
+        return form_of(f"{self._file.path}, tensor {info.gguf}", self._file.tensors[info.gguf])
+
+    def codes(self, name: str, rows: slice | None = None) -> Codes:
+        """The codes of a tensor, or of some of its rows, in the order of array(); see
+        gguf_codes.read_codes.
+        """
+        info = self._names[name]
+        tensor = self._file.tensors[info.gguf]
+        data = tensor.data
+        if info.rotary:
+            data = data[self._rows_in_order(np.arange(len(data)))]
+        tensor = replace(tensor, data=data if rows is None else data[rows])
+        return read_codes(f"{self._file.path}, tensor {info.gguf}", tensor)
 
     def rope_factors(self) -> np.ndarray | None:
         """Divisors of the rotary frequencies, as LLaMA 3.1 files carry them; see GgufFile.factors."""
