@@ -127,7 +127,7 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
         raise InputError(
             where,
             f"got tensors the config does not ask for: {some(extra)}",
-            f"The export would drop them: correct {_counts(decoder)} in the config, or save the "
+            f"The export would drop them: correct {_counts(extra)} in the config, or save the "
             "model without them",
         )
     stored |= {ours: stored[theirs] for ours, theirs in packed.items()}
@@ -152,9 +152,9 @@ def _as_found(
     return wanted, packed
 
 
-def _counts(decoder: Decoder) -> str:
-    """Fields of a config of which a wrong one leaves tensors over."""
-    if decoder.routers:
+def _counts(extra: Iterable[str]) -> str:
+    """Fields of a config of which a wrong one leaves these tensors over."""
+    if any(map(_EXPERT.search, extra)):
         return "num_hidden_layers or num_experts"
     return "num_hidden_layers, attention_bias or mlp_bias"
 
