@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_MODEL",
+    "GGUF",
     "Form",
     "Stored",
     "StoredLinear",
@@ -35,6 +36,7 @@ __all__ = [
     "unpack_words",
 ]
 
+GGUF = "gguf"  # the format of such files
 FLOAT_MODEL = "Give the float model it was made from"
 _CHUNK = 1 << 22  # weights held as fp32 together
 _SCALES = ("float16", "bfloat16", "float32")
@@ -110,15 +112,15 @@ def affine_weights(arrays: QuantArrays, form: Form) -> np.ndarray:
         return op_spec(form.op).dequantize(replace(arrays, bias=None), attrs)
     weight = np.empty((rows, columns), np.float32)
     step = max(1, _CHUNK // columns)
-    more = arrays.named()
     for start in range(0, rows, step):
         part = slice(start, start + step)
         scale = arrays.scale[part, :, None]
         groups = arrays.codes[part].reshape(*scale.shape[:2], -1).astype(np.float32)
-        if form.minimum:
-            groups = groups * scale + more["minimum"][part, :, None]
+        if arrays.minimum is not None:
+            groups = groups * scale + arrays.minimum[part, :, None]
         else:
-            groups = (groups - more["zero"][part, :, None].astype(np.float32)) * scale
+            assert arrays.zero is not None
+            groups = (groups - arrays.zero[part, :, None].astype(np.float32)) * scale
         weight[part] = groups.reshape(-1, columns)
     return weight
 

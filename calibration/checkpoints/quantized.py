@@ -22,9 +22,8 @@ from plugins.text import shown, some
 if TYPE_CHECKING:
     from calibration.checkpoints.huggingface import WeightSource
 
-__all__ = ["GGUF", "IN_CONFIG", "accepted_formats", "open_stored", "stored_config"]
+__all__ = ["IN_CONFIG", "accepted_formats", "open_stored", "stored_config"]
 
-GGUF = "gguf"
 _PACKAGE = "calibration.formats"
 _FOLDER = Path(__file__).parent.parent / "formats"
 IN_CONFIG = ("quantization_config", "compression_config")  # fields of config.json

@@ -5,6 +5,7 @@ of its op.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.checkpoints.codes import Form, StoredLinear, regrouped
-from calibration.checkpoints.quantized import GGUF, accepted_formats
+from calibration.checkpoints.codes import GGUF, Form, StoredLinear, affine_weights, regrouped
+from calibration.checkpoints.quantized import accepted_formats
 from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.quant.bits import SchemeMap, head_scheme
 from calibration.quant.scheme import FLOAT_BITS, QuantScheme
@@ -71,6 +72,8 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
     if keep or requantize:
         return ""
     if format == GGUF:
+        if not _all_coded(checkpoint):
+            return ""
         return (
             "The model's weights are quantized already, and are rounded once more here. --keep "
             "instead of --wbits exports its own codes as they are, which is faster and nearer to it."
@@ -81,6 +84,12 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
         f"--keep exports its own codes as they are, which is the better of the two for 4 to 8 bits; "
         f"{_REQUANTIZE}",
     )
+
+
+def _all_coded(checkpoint: Checkpoint) -> bool:
+    with suppress(InputError):  # a type that no op says
+        return all(map(checkpoint.coded, checkpoint.decoder.linears))
+    return False
 
 
 def kept_schemes(checkpoint: Checkpoint, keeping: Keeping) -> SchemeMap:
@@ -167,6 +176,7 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
             (op.act_symmetric if symmetric is None else symmetric) and abits < FLOAT_BITS,
             keeping.dtype,
             keeping.kv_bits,
+            form.minimum,
         )
         objection = op.objection(scheme.gemm)
         if objection is None and _says(op, scheme, form) and _fits(form):
@@ -189,6 +199,8 @@ def _says(op: OpSpec, scheme: QuantScheme, form: Form) -> bool:
     """Whether an op's weights in this scheme are those of the form, to the bit."""
     if form.op:
         return op.name == form.op
+    if form.minimum:  # which an op that takes the scheme has
+        return True
     affine = op.affine(scheme.gemm)
     return (
         affine is not None
@@ -203,7 +215,10 @@ def _head(checkpoint: Checkpoint, base: QuantScheme, keeping: Keeping) -> QuantS
     if keeping.head_bits is not None:
         wanted = head_scheme(keeping.head_bits, base)
         return wanted and replace(wanted, method=PLAIN_METHOD)
-    found = checkpoint.coded(decoder.head_table())
+    try:
+        found = checkpoint.coded(decoder.head_table())
+    except InputError:  # of a type that no op says: the table is floats as well
+        return None
     if found is None or found.order is not None:  # no step in front of the head reorders
         return None
     abits = 8 if base.abits < FLOAT_BITS else FLOAT_BITS  # as of every other head
@@ -257,4 +272,25 @@ def kept_arrays(stored: StoredLinear, scheme: QuantScheme) -> QuantArrays:
             if name != "codes"
         }
         arrays = QuantArrays.of({"codes": arrays.codes, **more})
+    if scheme.has_minimum and not form.minimum:
+        arrays = _with_minimum(arrays, form, stored.where)
     return op.from_affine(arrays, scheme.gemm, stored.where)
+
+
+def _with_minimum(arrays: QuantArrays, form: Form, where: str) -> QuantArrays:
+    """Zero points as the minimums that stand beside those of another linear of the node.
+
+    Raises:
+        InputError: a weight would be another number in fp32.
+    """
+    assert arrays.zero is not None
+    minimum = -(arrays.scale * arrays.zero.astype(np.float32))
+    found = replace(arrays, zero=None, minimum=minimum)
+    if not np.array_equal(affine_weights(found, form), affine_weights(arrays, form)):
+        raise InputError(
+            where,
+            "got zero points beside minimums of other linears of one GEMM node, and scales that are "
+            "too fine to say them as minimums, expected one of the two",
+            _REQUANTIZE,
+        )
+    return found
