@@ -19,6 +19,7 @@ from calibration.quant.keep import Keeping, kept_schemes
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE, export_onnx
+from exporter.proof.swaps import Swap, Swapped
 from exporter.proof.weights import compare_weights
 from tests.calibration.formats import written
 from tests.exporter.graph_cases import Decoder, feeds
@@ -74,6 +75,26 @@ def test_eight_bit_activations_in_an_order_of_their_own(
     logits, _ = decoder(feeds(IDS, decoder.empty()))
     want = quantised_model(read_quant(tmp_path / "quant"))(torch.from_numpy(IDS)).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
+def test_nodes_in_an_order_of_their_own_go_back_to_floats(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Attribution puts the checkpoint's weights into the codes' order."""
+    source = tiny_llama(dtype="float16", num_hidden_layers=1)
+    made = written.gptq(source, tmp_path / "model", ordered=True)
+    kept(made.folder, tmp_path, abits=4)
+    checkpoint, quant = (
+        open_checkpoint(str(made.folder), offline=True),
+        read_quant(tmp_path / "quant"),
+    )
+    nodes = frozenset(quant.decoder.nodes)
+    model = Swapped(quant, checkpoint, IDS, 256, NullProgress())
+    swaps = [Swap(), Swap(weights=nodes), Swap(weights=nodes, activations=nodes)]
+    as_is, weights, everything = (
+        found.means("it")["kl"] for found in model.measure(swaps, NullProgress())
+    )
+    assert as_is == pytest.approx(weights) and as_is > 1e-4 and everything < 1e-9
 
 
 def test_the_proof_of_kept_weights_allows_no_difference(
