@@ -90,6 +90,7 @@ class Pipeline:
         self.budget = self._budget()
         if self.budget is not None:
             bits_within(self.checkpoint, self.budget)
+        self._check_room()
         self._check_memory()
 
     def _open_manifest(self) -> dict[str, Any]:
@@ -132,6 +133,25 @@ class Pipeline:
             head_bits=request.schemes.head_bits,
             head_limit=request.schemes.head_limit,
         )
+
+    def _check_room(self) -> None:
+        """Say what the stages that are to be made will take, and refuse what does not fit."""
+        from calibration.methods import find_method
+        from exporter.estimate import check_room, estimate
+
+        request, finished = self.request, self.manifest["stages"] if self.request.resume else {}
+        skipped = set() if self.edition is not None else {ENGINE}
+        asked = estimate(
+            self.checkpoint,
+            self.schemes,
+            request.settings,
+            [stage for stage in self.wanted if stage not in skipped and stage not in finished],
+            find_method(self.schemes.base.method, request.settings.method_file),
+            request.format,
+        )
+        if asked.memory:
+            self.progress.message(str(asked))
+        check_room(request.out, asked)
 
     def _check_memory(self) -> None:
         from exporter.proof.memory import check_memory

@@ -115,7 +115,7 @@ try:
         options = EngineOptions("tensorrt-rtx", 2, 16)
         record = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(sys.stderr))
     print(json.dumps(record))
-except UserError as error:
+except (UserError, OSError) as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
 
@@ -157,6 +157,14 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
         :: len(events) - 1
     ] == ["start", "finish"]
     assert check_engine(tmp_path) == record
+
+
+@needs_rtx
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_build(tmp_path: Path) -> None:
+    two_gemms(tmp_path)
+    (tmp_path / "model.engine").symlink_to("/dev/full")
+    assert build(tmp_path)[0] == ["OSError", "[Errno 28] No space left on device"]
 
 
 @needs_rtx
