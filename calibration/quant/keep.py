@@ -130,7 +130,7 @@ def _common(node: str, parts: Sequence[StoredLinear]) -> Form:
     Raises:
         InputError: there is none.
     """
-    forms = {part.form for part in parts}
+    forms = list(dict.fromkeys(part.form for part in parts))
     first = parts[0].form
     if len(forms) == 1:
         return first
@@ -164,6 +164,13 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
     symmetric = keeping.act_symmetric
     if symmetric is None and keeping.abits in (None, form.abits):
         symmetric = form.act_symmetric
+    if 0 < form.group_size < _LEAST_GROUP:
+        raise InputError(
+            node,
+            f"got codes in groups of {form.group_size} input channels, expected groups of at least "
+            f"{_LEAST_GROUP}",
+            _REQUANTIZE,
+        )
     refused = None
     for op in ranked_ops():
         scheme = QuantScheme(
@@ -179,7 +186,7 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
             form.minimum,
         )
         objection = op.objection(scheme.gemm)
-        if objection is None and _says(op, scheme, form) and _fits(form):
+        if objection is None and _says(op, scheme, form):
             return scheme
         refused = refused or objection
     raise InputError(
@@ -189,10 +196,6 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
         + (f": {form.op} {refused[0]}" if form.op and refused else ""),
         f"Choose other --abits, or {_REQUANTIZE}",
     )
-
-
-def _fits(form: Form) -> bool:
-    return not form.group_size or form.group_size >= _LEAST_GROUP
 
 
 def _says(op: OpSpec, scheme: QuantScheme, form: Form) -> bool:

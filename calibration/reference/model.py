@@ -39,6 +39,7 @@ __all__ = [
     "QuantReference",
     "Reference",
     "Tap",
+    "channel_orders",
     "float_model",
     "quantised_model",
 ]
@@ -346,6 +347,16 @@ class CacheQuantizer:
         )
 
 
+def channel_orders(quant: QuantModel, block: Block) -> dict[str, Tensor]:
+    """The orders of a block's channels, int64, by their names below its prefix."""
+    found = {step.name: quant.order(block.name(node)) for node, step in block.orders.items()}
+    return {
+        name: torch.from_numpy(order.astype(np.int64))
+        for name, order in found.items()
+        if order is not None
+    }
+
+
 def quantised_model(
     quant: QuantModel, round_activations: bool = True, max_context: int | None = None
 ) -> QuantReference:
@@ -408,14 +419,7 @@ class QuantReference:
             self._head = lambda x: self._arithmetic.round(F.linear(x, table))
         self._gain = tensor(head.norm.gain)
         self._gains = [
-            {name: tensor(block.name(name)) for name in block.floats}
-            for block in self.decoder.blocks
-        ]
-        self._orders = [
-            {
-                step.name: torch.from_numpy(quant.tensor(block.name(step.name)).astype(np.int64))
-                for step in block.orders.values()
-            }
+            {name: tensor(block.name(name)) for name in block.floats} | channel_orders(quant, block)
             for block in self.decoder.blocks
         ]
         self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}
@@ -484,7 +488,6 @@ class QuantReference:
                 self._arithmetic,
                 masks,
                 None if tap is None else _below(tap, block),
-                self._orders[block.index],
             )
             x = run(block.steps, x, context).x
             layers.append(x)

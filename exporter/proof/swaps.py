@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,7 @@ from calibration.families.steps import Norm
 from calibration.methods.rtn import quantize
 from calibration.quant.scheme import FLOAT_BITS, QuantLinear, QuantScheme
 from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear, fake_quantize
+from calibration.reference.model import channel_orders
 from calibration.reference.steps import PLAIN, Rope, cached_heads
 from calibration.transforms.smoothing import fold_scales
 from exporter.proof.basis import recorded_rotation
@@ -108,11 +110,16 @@ class Swapped:
         length = self._tokens.shape[1] - 1
         return Rope.of(self._checkpoint, length, "cpu", block.rope, self._max_context)
 
+    def _embedded(self, table: ndarray, decoder: Decoder) -> Tensor:
+        """What the first layer reads; of a large table only the rows of the text are made fp32."""
+        rows, places = np.unique(self._tokens[:, :-1].numpy(), return_inverse=True)
+        found = torch.from_numpy(table[rows].astype(np.float32))
+        return embedded(found, torch.from_numpy(places.reshape(len(self._tokens), -1)), decoder)
+
     def _float_stream(self, progress: Progress) -> Tensor:
         """What the float model's final norm reads, [n, L-1, hidden]."""
         decoder = self._checkpoint.decoder
-        table = self._checkpoint.tensor(f"{decoder.embedding.name}.weight")
-        x = embedded(table, self._tokens[:, :-1], decoder)
+        x = self._embedded(self._checkpoint.array(f"{decoder.embedding.name}.weight"), decoder)
         for block in decoder.blocks:
             weights = load_block(self._checkpoint, block.index)
             multiply = float_linear(weights, block)
@@ -130,8 +137,7 @@ class Swapped:
             progress: advanced once a decoder layer.
         """
         quant, decoder = self._quant, self._quant.decoder
-        table = _tensor(quant, f"{decoder.embedding.name}.weight")
-        start = embedded(table, self._tokens[:, :-1], decoder)
+        start = self._embedded(quant.tensor(f"{decoder.embedding.name}.weight"), decoder)
         streams = [(start, [*range(len(swaps))])]
         for block in decoder.blocks:
             layer, rope = _Layer(quant, self._checkpoint, self._basis, block), self._rope(block)
@@ -146,16 +152,12 @@ class Swapped:
             note = f"layer {block.index + 1} of {decoder.layers}, {len(streams)} streams"
             progress.advance(1, note)
         head = frozenset([decoder.head.name])
-        parts = [
-            (x, self._head(swap), alike)
-            for x, places in streams
-            for swap, alike in _alike([(place, swaps[place].within(head)) for place in places])
-        ]
-        found: dict[int, Quality] = {}
-        totals = self._compare([(x, multiply) for x, multiply, _ in parts])
-        for (_, _, places), total in zip(parts, totals, strict=True):
-            found |= dict.fromkeys(places, total)
-        return [found[place] for place in range(len(swaps))]
+        states = {place: x for x, places in streams for place in places}
+        models: dict[int, tuple[Tensor, Function]] = {}
+        for swap, alike in _alike([(place, swap.within(head)) for place, swap in enumerate(swaps)]):
+            multiply = self._head(swap)
+            models |= {place: (states[place], multiply) for place in alike}
+        return self._compare([models[place] for place in range(len(swaps))])
 
     def _head(self, swap: Swap) -> Function:
         quant, decoder = self._quant, self._quant.decoder
@@ -195,7 +197,7 @@ def _alike(parts: Sequence[tuple[int, Swap]]) -> Iterator[tuple[Swap, list[int]]
 
 
 def _tensor(quant: QuantModel, name: str) -> Tensor:
-    return torch.from_numpy(quant.tensor(name).astype("float32"))
+    return torch.from_numpy(quant.tensor(name).astype(np.float32))
 
 
 def _head(decoder: Decoder, gain: Tensor, multiply: Function) -> Function:
@@ -217,6 +219,7 @@ class _Layer:
     ) -> None:
         self._quant, self._checkpoint, self._basis, self._block = quant, checkpoint, basis, block
         self._gains = {norm.gain: _tensor(quant, block.name(norm.gain)) for norm in block.norms}
+        self._gains |= channel_orders(quant, block)
         self._kept: dict[str, Function] = {}  # nodes as they are
         self._floats: BlockWeights = {}
 
@@ -301,6 +304,10 @@ def float_block(
         elif site.source is not None and quant.calibration:
             scale = _paired_scale(quant, weights, block, site)
             weights = fold_scales(weights, {node: scale}, block)
+    orders = channel_orders(quant, block)
+    for node, step in block.orders.items():
+        for name in block.sites[node].linears.names:
+            weights[f"{name}.weight"] = weights[f"{name}.weight"][:, orders[step.name]]
     return weights
 
 

@@ -405,6 +405,38 @@ def test_codes_that_no_op_takes(wide: Path, tmp_path: Path) -> None:
     )
 
 
+def test_groups_that_are_too_small(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", group=8)
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        "model.layers.0.self_attn.qkv_proj: got codes in groups of 8 input channels, expected groups "
+        "of at least 16. --requantize rounds its weights again, with --wbits and --abits."
+    )
+
+
+def test_linears_of_one_node_in_other_bits(source: Path, tmp_path: Path) -> None:
+    """compressed-tensors may have v in 8 bits beside q and k in 4: all are said in 8."""
+    made = written.packed(source, tmp_path / "model", 4, 32, True)
+    other = written.packed(source, tmp_path / "other", 8, None, False)
+    v = "model.layers.0.self_attn.v_proj"
+    tensors = load_file(made.folder / "model.safetensors")
+    more = load_file(other.folder / "model.safetensors")
+    tensors |= {name: array for name, array in more.items() if name.startswith(f"{v}.")}
+    save_file(tensors, made.folder / "model.safetensors")
+    groups = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"][
+            "group_0"
+        ]
+        for folder in (made.folder, other.folder)
+    ]
+    change(
+        made.folder, config_groups={"a": groups[0], "b": groups[1] | {"targets": ["re:.*v_proj"]}}
+    )
+    _, quant = keep(made.folder, tmp_path / "quant")
+    assert quant.scheme_of(v).label == "w8a16-g32" and quant.scheme.label == "w4a16-g32"
+    for layer, weight in {**made.weights, v: other.weights[v]}.items():
+        np.testing.assert_array_equal(quant.linear(layer).dequantize(), weight, layer)
+
+
 def test_weights_that_were_not_rounded_on_these_scales(source: Path, tmp_path: Path) -> None:
     made = written.abq_llm(source, tmp_path / "model", 16)
     damage(made.folder, f"{K}.weight", put((3, 4), 0.0173))
