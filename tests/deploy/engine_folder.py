@@ -24,7 +24,7 @@ def add_engine(
     out: Path,
     *,
     engine: dict[str, Any] | None = None,
-    plugins: str = "no library",
+    plugins: bytes = b"no library",
     max_batch: int = 2,
     max_seq: int = 64,
     **changes: Any,
@@ -48,7 +48,7 @@ def add_engine(
     profiles = profile_shapes(dims, EngineOptions(max_batch=max_batch, max_seq=max_seq))
     text = "no engine" if engine is None else json.dumps(engine | {"profiles": profiles})
     (folder / "model.engine").write_text(text)
-    (folder / "libanybit_plugins.so").write_text(plugins)
+    (folder / "libanybit_plugins.so").write_bytes(plugins)
     record = ENGINE | {"profiles": profiles, "max_context": max_seq}
     description, records = read_description(out / "onnx" / "model.json", "")
     chat = [name for name in records if name == "chat.json"]

@@ -5,7 +5,6 @@ makes both plugins.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from plugins.core.op_spec import GemmAttributes
 from plugins.errors import InputError
 from plugins.tools.build import build_library
 from plugins.tools.kernels import GemmShape, KernelLibrary
+from tests.real_tensorrt import REAL, RealTensorrt
 
 REGISTRY = Path(__file__).parent / "trt" / "registry.py"
 ABQ = GemmAttributes(
@@ -133,12 +133,13 @@ def library() -> Path:
     return build_library()
 
 
-@pytest.fixture(scope="module")
-def answer(library: Path) -> dict[str, Any]:
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        pytest.skip("needs tensorrt-rtx-cu13")
+@pytest.fixture(scope="module", params=REAL)
+def answer(request: pytest.FixtureRequest, library: Path) -> dict[str, Any]:
+    """What each TensorRT at hand makes of REQUESTS."""
+    real: RealTensorrt = request.param
     result = subprocess.run(
-        [sys.executable, str(REGISTRY), str(library)],
+        [sys.executable, str(REGISTRY), str(library), real.module],
+        env=real.environment,
         input=json.dumps(REQUESTS),
         capture_output=True,
         text=True,

@@ -161,7 +161,11 @@ void* Api::create_runtime() const {
   using Create = void* (*)(void*, int32_t);
   const auto create = reinterpret_cast<Create>(library_.symbol("createInferRuntime_INTERNAL"));
   const auto version = reinterpret_cast<int32_t (*)()>(library_.symbol("getInferLibVersion"))();
-  return create(logger(layout_->logger), version);
+  void* const made = create(logger(layout_->logger), version);
+  // The lean runtimes of TensorRT 10 and 11 return, where CUDA does not start, a small number: null
+  // as the address of a member.
+  constexpr uintptr_t kFirstPage = 4096;
+  return reinterpret_cast<uintptr_t>(made) < kFirstPage ? nullptr : made;
 }
 
 Shell::~Shell() {

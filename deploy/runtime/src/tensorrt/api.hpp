@@ -41,6 +41,7 @@ class Api {
   void load_plugins(const std::filesystem::path& library,
                     const std::vector<std::string>& ops) const;
 
+  // Null where TensorRT makes none.
   void* create_runtime() const;
 
  private:

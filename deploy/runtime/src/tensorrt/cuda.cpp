@@ -55,7 +55,8 @@ std::string Driver::lost() const {
   const int status = Call<>(*this, "cuCtxSynchronize").quietly();
   if (status == kSuccess) return "";
   return "got \"" + reason(status) +
-         "\" from every call of the GPU since one failed, expected success; the system's log may say "
+         "\" from every call of the GPU since one failed, expected success; the system's log may "
+         "say "
          "why, and this process cannot use the GPU any more";
 }
 

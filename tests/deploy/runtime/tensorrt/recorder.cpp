@@ -2,7 +2,6 @@
 // they call: the bindings were compiled with NVIDIA's headers.
 #include <array>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <string>
 #include <typeinfo>
@@ -74,6 +73,33 @@ ENTRY void will_return(const char* what) {
   answer = std::strcmp(what, "engine") == 0    ? static_cast<void*>(&objects[5])
            : std::strcmp(what, "context") == 0 ? static_cast<void*>(&objects[6])
                                                : const_cast<char*>(what);
+}
+
+// Our own numbers, lines "name object slot", of a layout.
+ENTRY const char* expected(int major) {
+  static std::string told;
+  const auto& layout = major == 10 ? anybit::trt::kLayout10 : anybit::trt::kLayout11;
+  const auto add = [](const char* name, const char* kind, int slot) {
+    told += std::string(name) + " " + kind + " " + std::to_string(slot) + "\n";
+  };
+  told = "";
+  add("load_library", "registry", layout.registry.load_library);
+  add("deserialize_engine", "runtime", layout.runtime.deserialize_engine);
+  add("create_context", "engine", layout.engine.create_context);
+  add("profiles", "engine", layout.engine.profiles);
+  add("tensor_shape", "engine", layout.engine.tensor_shape);
+  add("tensor_type", "engine", layout.engine.tensor_type);
+  add("tensor_mode", "engine", layout.engine.tensor_mode);
+  add("profile_shape", "engine", layout.engine.profile_shape);
+  add("tensors", "engine", layout.engine.tensors);
+  add("tensor_name", "engine", layout.engine.tensor_name);
+  add("profile_memory", "engine", layout.engine.profile_memory);
+  add("set_profile", "context", layout.context.set_profile);
+  add("set_shape", "context", layout.context.set_shape);
+  add("set_address", "context", layout.context.set_address);
+  add("enqueue", "context", layout.context.enqueue);
+  add("set_memory", "context", layout.context.set_memory);
+  return told.c_str();
 }
 
 // Lines "object slot" since the last call.

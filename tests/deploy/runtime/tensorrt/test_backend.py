@@ -49,7 +49,7 @@ def built(
     engine = {"onnx": str(out / "onnx" / "model.onnx"), **libraries}
     edition = "tensorrt-rtx" if version.startswith("1.") else "tensorrt"
     found = {"edition": edition, "version": version, "max_batch": 4, "max_seq": 128, **more}
-    return add_engine(out, engine=engine, plugins="ABQGemm QQQGemm", **found)
+    return add_engine(out, engine=engine, plugins=b"ABQGemm QQQGemm", **found)
 
 
 @pytest.fixture(scope="module")
