@@ -23,6 +23,7 @@ from calibration.families.steps import Norm
 from calibration.methods.rtn import quantize
 from calibration.quant.scheme import FLOAT_BITS, QuantLinear, QuantScheme
 from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear, fake_quantize
+from calibration.reference.model import channel_orders
 from calibration.reference.steps import PLAIN, Rope, cached_heads
 from calibration.transforms.smoothing import fold_scales
 from exporter.proof.basis import recorded_rotation
@@ -217,6 +218,7 @@ class _Layer:
     ) -> None:
         self._quant, self._checkpoint, self._basis, self._block = quant, checkpoint, basis, block
         self._gains = {norm.gain: _tensor(quant, block.name(norm.gain)) for norm in block.norms}
+        self._gains |= channel_orders(quant, block)
         self._kept: dict[str, Function] = {}  # nodes as they are
         self._floats: BlockWeights = {}
 
@@ -301,6 +303,10 @@ def float_block(
         elif site.source is not None and quant.calibration:
             scale = _paired_scale(quant, weights, block, site)
             weights = fold_scales(weights, {node: scale}, block)
+    orders = channel_orders(quant, block)
+    for node, step in block.orders.items():
+        for name in block.sites[node].linears.names:
+            weights[f"{name}.weight"] = weights[f"{name}.weight"][:, orders[step.name]]
     return weights
 
 

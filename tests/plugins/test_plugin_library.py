@@ -120,12 +120,13 @@ REQUESTS = [
     request("QQQGemm", in_features=128, group_size=64),
     request("ABQGemm", norm_epsilon=1e-5),
     request("QQQGemm", norm_epsilon=None),
+    request("ABQGemm", has_minimum=1),
     request("ABQGemm", abits=None),
     request("ABQGemm", "float32"),
     request("ABQGemm", wbits=[4, 4]),
     *(request(op, **changes) for op, changes, _ in BAD),
 ]
-GOOD = 9
+GOOD = 10
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ Result call(void* object, int slot, Arguments... arguments) {
 
 struct Case {
   const char* op;
-  std::vector<int32_t> values;  // wbits, levels, abits, act_symmetric, group_size, K, N, has_bias
+  // wbits, levels, abits, act_symmetric, group_size, K, N, has_bias, has_minimum
+  std::vector<int32_t> values;
   float epsilon;
   int32_t inputs;
 };
@@ -31,6 +32,7 @@ const Case kCases[] = {
     {"ABQGemm", {4, 16, 8, 0, 32, 64, 48, 1}, 0, 5},
     {"ABQGemm", {2, 5, 4, 1, 0, 64, 48, 0}, 1e-5f, 5},
     {"ABQGemm", {8, 256, 16, 0, 0, 64, 48, 0}, 0, 4},
+    {"ABQGemm", {4, 16, 8, 0, 32, 64, 48, 0, 1}, 0, 4},
     {"QQQGemm", {4, 16, 8, 1, 0, 64, 48, 1}, 0, 4},
     {"QQQGemm", {4, 16, 8, 1, 64, 128, 70, 0}, 1e-5f, 5},
 };

@@ -59,7 +59,7 @@ def test_plugins_are_made_cloned_and_read_back(
     words = [program, real.library, build_library(), str(real.layout)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     one = "{} clone equal, read back equal, x 1 1 1 0, shapes 0 of 1 2 4"
-    lines = [*[one.format("ABQGemm")] * 3, *[one.format("QQQGemm")] * 2]
+    lines = [*[one.format("ABQGemm")] * 4, *[one.format("QQQGemm")] * 2]
     assert done.stdout.splitlines() == [*lines, "of another namespace: none"], done.stderr
     assert done.returncode == 0
 
