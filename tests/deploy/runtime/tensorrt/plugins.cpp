@@ -22,17 +22,17 @@ Result call(void* object, int slot, Arguments... arguments) {
 
 struct Case {
   const char* op;
-  // wbits, levels, abits, act_symmetric, group_size, K, N, has_bias, has_minimum
-  std::vector<int32_t> values;
+  std::vector<int32_t> values;  // wbits, levels, abits, act_symmetric, group_size, K, N, has_bias
   float epsilon;
   int32_t inputs;
+  int32_t minimum = 0;
 };
 
 const Case kCases[] = {
     {"ABQGemm", {4, 16, 8, 0, 32, 64, 48, 1}, 0, 5},
     {"ABQGemm", {2, 5, 4, 1, 0, 64, 48, 0}, 1e-5f, 5},
     {"ABQGemm", {8, 256, 16, 0, 0, 64, 48, 0}, 0, 4},
-    {"ABQGemm", {4, 16, 8, 0, 32, 64, 48, 0, 1}, 0, 4},
+    {"ABQGemm", {4, 16, 8, 0, 32, 64, 48, 0}, 0, 4, 1},
     {"QQQGemm", {4, 16, 8, 1, 0, 64, 48, 1}, 0, 4},
     {"QQQGemm", {4, 16, 8, 1, 64, 128, 70, 0}, 1e-5f, 5},
 };
@@ -64,6 +64,9 @@ void show(IPluginCreatorV3One* creator, const Case& one) {
   }
   if (one.epsilon != 0) {
     fields.push_back({"norm_epsilon", &one.epsilon, PluginFieldType::kFLOAT32, 1});
+  }
+  if (one.minimum != 0) {
+    fields.push_back({"has_minimum", &one.minimum, PluginFieldType::kINT32, 1});
   }
   const PluginFieldCollection given{static_cast<int32_t>(fields.size()), fields.data()};
   IPluginV3* made = creator->createPlugin("layer0", &given, TensorRTPhase::kBUILD);
