@@ -246,6 +246,7 @@ class Bench(Command):
     """Prints a table, and writes JSON where it is told to."""
 
     name = "bench"
+    takes_packs = True
     help = "time of a prefill and of decode steps"
     description = (
         "Time prefill and decode: min, median, p90 and p99 of 20 times or more, tokens a second, and, "
