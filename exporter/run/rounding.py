@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.graph.names import is_cache, is_layer_output
-from plugins.cached_attention import is_attention
+from plugins.core.function import is_inlined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +93,7 @@ def round_every_op(model: onnx.ModelProto) -> None:
         _carry_ends_in_float32(model.graph)
     _round_nodes(model.graph.node, half, {tensor.name for tensor in model.graph.initializer})
     for function in model.functions:
-        if is_attention(function.domain):  # the others round by themselves
+        if is_inlined(function.domain):  # the others round by themselves
             _round_nodes(function.node, half, set())
 
 

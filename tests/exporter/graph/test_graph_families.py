@@ -156,7 +156,9 @@ def test_structure(exported: Exported, name: str, fuse_norms: bool, tmp_path: Pa
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     outputs = [output for node in graph.node for output in node.output]
     assert len(outputs) == len(set(outputs))
-    norms = [node.input[1] for node in graph.node if node.op_type == "RMSNormalization"]
+    norms = [node.input[1] for node in graph.node if node.op_type == "RMSNorm"]
+    heads = [node for node in graph.node if node.op_type == "RotatedHeads"]
+    norms += [name for node in heads for name in node.input if name.endswith("norm.weight")]
     fused = {
         block.name(site.norm.gain)
         for block in quant.decoder.blocks

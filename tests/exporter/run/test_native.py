@@ -19,7 +19,7 @@ from exporter.run import native, onnxruntime
 from exporter.run.model import choose_runner, find_model, open_session
 from exporter.run.native import NativeSession
 from exporter.run.onnxruntime import OnnxSession
-from plugins.cached_attention import is_attention
+from plugins.core.function import is_inlined
 from plugins.core.op_spec import is_custom
 from plugins.errors import InputError, UserError
 from tests.exporter.graph_cases import feeds
@@ -143,7 +143,7 @@ def test_a_node_that_would_run_its_body_is_refused(
     folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     nodes = [node for node in model.graph.node if is_custom(node.domain)]
-    all_nodes = [*nodes, *(node for node in model.graph.node if is_attention(node.domain))]
+    all_nodes = [*nodes, *(node for node in model.graph.node if is_inlined(node.domain))]
     for changed in (model.functions[0], nodes[0], model.opset_import.add(version=1)):
         changed.domain = "anybit.v256"
     model.functions.extend(onnx.load(folder / "model.onnx", load_external_data=False).functions[:1])
