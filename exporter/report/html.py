@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from calibration.quant.scheme import FLOAT_BITS
+from exporter.report.attribution import attribution_section
 from exporter.report.calibration import calibration_section
 from exporter.report.chart import Chart, Series, bar, escape, line_chart, table
 from exporter.report.quality import quality_section, verdicts
@@ -39,6 +40,7 @@ def page(data: Data) -> str:
         verdicts(data, _export_facts(data)),
         _tiles(data),
         quality_section(data),
+        attribution_section(data.get("attribution")),
         _operators(data),
         _accumulated(data),
         _costs(data),
