@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = [
+    "ACTIVATIONS",
     "ALL_HEADS",
     "EACH_HEAD",
     "NO_NORM",
@@ -120,10 +121,10 @@ class Activation(_Form):
     def body(self, body: NodeBuilder) -> None:
         """Write the nodes."""
         if not self.gated:
-            _ACTIVATIONS[self.activation](body, "x", "y")
+            ACTIVATIONS[self.activation](body, "x", "y")
             return
         body.nodes.append(helper.make_node("Split", ["x"], ["gate", "up"], axis=-1, num_outputs=2))
-        body.node("Mul", _ACTIVATIONS[self.activation](body, "gate", ""), "up", output="y")
+        body.node("Mul", ACTIVATIONS[self.activation](body, "gate", ""), "up", output="y")
 
 
 def _silu(body: NodeBuilder, x: str, output: str) -> str:
@@ -139,7 +140,8 @@ def _relu2(body: NodeBuilder, x: str, output: str) -> str:
     return body.node("Mul", positive, positive, output=output)
 
 
-_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
+# As cpu/pointwise.h lists them.
+ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
 
 
 @dataclass(frozen=True)

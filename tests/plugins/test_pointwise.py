@@ -278,9 +278,9 @@ def rotated_heads(s: Heads, inputs: Arrays) -> Arrays:
             flat = part.reshape(s.batch, s.tokens, -1, len(gain))
             part = rms_norm(flat, gain, epsilon).reshape(part.shape)
         if name != "value" and s.rotary:
-            half, wide = s.rotary // 2, part.astype(np.float32)
+            half, wide = s.rotary // 2, part.astype(np.float64)
             cos, sin = (
-                inputs[wave][inputs["position_ids"]][:, :, None].astype(np.float32)
+                inputs[wave][inputs["position_ids"]][:, :, None].astype(np.float64)
                 for wave in ("cos", "sin")
             )
             low, high = wide[..., :half], wide[..., half : s.rotary]

@@ -2,6 +2,8 @@
 // nodes of forms.py round. Compiled once for each instruction set, all of which give the same bits:
 // loops of plain C++ over blocks that the compiler makes vectors of.
 #pragma once
+#include <type_traits>
+
 #include "core/cpu/tokens.h"
 #include "pointwise/cpu/pointwise.h"
 
@@ -235,7 +237,10 @@ struct HeadsOfToken {
     return static_cast<T*>(to) + ((sequence * count + head) * s.tokens + place) * s.head_dim;
   }
 
+  // Products of two 16-bit numbers are exact in fp32, those of two fp32 numbers in fp64: a sum that
+  // fuses one with its addition gives the same bits.
   ANYBIT_INLINE void rotate(float* v) const {
+    using Wide = std::conditional_t<sizeof(T) == sizeof(float), double, float>;
     const int half = s.rotary / 2;
     alignas(64) float c[kElements], sn[kElements];
     for_blocks(half, [&](int64_t first, int count) {
@@ -243,9 +248,9 @@ struct HeadsOfToken {
       load_floats(sin + first, count, sn);
       float *low = v + first, *high = v + half + first;
       for (int i = 0; i < count; ++i) {
-        const float a = low[i], other = high[i];
-        low[i] = c[i] * a - sn[i] * other;
-        high[i] = sn[i] * a + c[i] * other;
+        const Wide a = low[i], other = high[i], along = c[i], across = sn[i];
+        low[i] = float(along * a - across * other);
+        high[i] = float(across * a + along * other);
       }
     });
   }

@@ -23,9 +23,11 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE, export_onnx
-from exporter.graph.steps import ACTIVATIONS, WRITERS
+from exporter.graph.steps import WRITERS
+from exporter.run.native import NativeSession, native_library
 from exporter.run.onnxruntime import OnnxSession, onnx_runner
 from plugins.cached_attention import OP as ATTENTION
+from plugins.pointwise.forms import ACTIVATIONS
 from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import Decoder, export, feeds
 
@@ -144,6 +146,27 @@ def test_these_tests_would_notice(exported: Exported, name: str, changes: dict[s
     model, folder = exported(name)
     right, wrong = (logits_of(reference(model, folder, **which), IDS) for which in ({}, changes))
     assert np.abs(right - wrong).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_16_bit_file_as_it_is_gives_the_bits_of_the_rounded_graph(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """With native kernels on both sides. A float head's scores are not rounded to the model's type, and
+    softcaps would show it.
+    """
+    uncapped = {"final_logit_softcapping": None} if name == "Gemma2" else {}
+    model = tiny_llama(architecture=name, **FAMILIES[name], **uncapped)
+    folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float16"), tmp_path)
+    library = native_library()
+    assert isinstance(library, Path)
+    with (
+        NativeSession(folder, 256, "float16") as plain,
+        OnnxSession(folder, 256, (), "float16", library) as rounded,
+    ):
+        for ids in (IDS, IDS[:, :1], IDS[:, 3:7]):
+            got, want = plain.run(ids), rounded.run(ids)
+            np.testing.assert_array_equal(got.astype(np.float16), want)
 
 
 @pytest.mark.parametrize("fuse_norms", [True, False])

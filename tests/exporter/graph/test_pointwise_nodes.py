@@ -114,15 +114,15 @@ def session_of(model: onnx.ModelProto, native: bool) -> onnxruntime.InferenceSes
 def test_native_kernels_give_the_bits_of_the_bodies(
     form: FunctionForm, dtype: np.dtype[Any]
 ) -> None:
-    """Also of rows with huge numbers, inf and NaN. In fp32 ONNX Runtime may turn heads with fused
-    products, and exponentials may differ in the last bit of fp64.
+    """Also of rows with huge numbers, inf and NaN. In fp32 an exponential that differs in the last bits
+    of fp64 may be seen.
     """
     body, native = (session_of(model_of(form, dtype), which) for which in (False, True))
     for loud in (1.0, 2e4, np.inf, np.nan):
         inputs = inputs_of(form, loud)
         feeds = {name if name == "position_ids" else f"{name}32": x for name, x in inputs.items()}
         for got, want in zip(native.run(None, feeds), body.run(None, feeds), strict=True):
-            if dtype == F32:
+            if dtype == F32 and isinstance(form, Activation):
                 np.testing.assert_allclose(got, want, rtol=2.0**-22, atol=2.0**-20)
             else:
                 np.testing.assert_array_equal(got, want)

@@ -93,6 +93,25 @@ def test_the_kernels_run_and_not_the_bodies(tiny_export: Callable[..., Path]) ->
     assert "ABQGemm" in ran and "BitwiseAnd" not in ran
 
 
+@pytest.mark.parametrize("fields", [{}, {"static": 32}, {"kv_bits": 4}], ids=str)
+def test_no_cast_is_left_but_that_of_the_logits(
+    tiny_export: Callable[..., Path], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """ONNX Runtime casts around 16-bit nodes that it has no kernels for."""
+    import onnxruntime as ort
+
+    folder = tiny_export(head=8, **fields) / "onnx"
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(native.native_library()))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    casts = [list(node.output) for node in nodes if node.op_type == "Cast"]
+    masks = [] if "static" in fields else [["mask.valid"]]
+    assert sorted(casts) == [["logits"], *masks]
+
+
 def test_kernels_need_no_bodies(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
     """Of a file without its function bodies, only a session with kernels can be made: those of the
     proof's native level run kernels indeed.
