@@ -120,8 +120,10 @@ def _rotated_heads(writer: GraphWriter, flow: Flow) -> list[str]:
     tensors, steps = {"qkv": flow.value}, flow.heads[1:]
     flow.heads = []
     if steps and isinstance(norms := steps[0], HeadNorm) and (kind := _normed_over(norms, cut)):
-        epsilons = {"query_epsilon": norms.query.epsilon, "key_epsilon": norms.key.epsilon}
-        form, steps = replace(form, norm=kind, **epsilons), steps[1:]
+        form = replace(
+            form, norm=kind, query_epsilon=norms.query.epsilon, key_epsilon=norms.key.epsilon
+        )
+        steps = steps[1:]
         for name, norm in (("query_gain", norms.query), ("key_gain", norms.key)):
             tensors[name] = writer.tensor(f"{block.name(norm.name)}.weight")
     if steps and isinstance(rope := steps[0], Rope):

@@ -221,7 +221,9 @@ class RotatedHeads(_Form):
             if not self.rotary:
                 return
             both = body.node("Concat", query, key, axis=1)
-        partly = {} if self.rotary == self.head_dim else {"rotary_embedding_dim": self.rotary}
+        partly: dict[str, Any] = (
+            {} if self.rotary == self.head_dim else {"rotary_embedding_dim": self.rotary}
+        )
         turned = body.node(
             "RotaryEmbedding", both, "cos", "sin", "position_ids", interleaved=0, **partly
         )

@@ -5,6 +5,7 @@ the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -229,6 +230,31 @@ def test_a_window_without_a_softcap_is_an_attention_node(
     np.testing.assert_allclose(np.concatenate([logits, more], 1), want, atol=TOLERANCE, rtol=0)
     other = logits_of(reference(model, folder, sliding_window=6), IDS)
     assert np.abs(want - other).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Olmo2"])
+def test_heads_that_are_turned_before_they_are_normed(
+    exported: Exported, tmp_path: Path, name: str
+) -> None:
+    """One node makes and turns the heads, others norm them: per head, and over all heads."""
+    quant = read_quant(exported(name)[1].parent / "quant")
+    blocks = []
+    for block in quant.decoder.blocks:
+        order = list(block.steps)
+        place = next(i for i, step in enumerate(order) if isinstance(step, steps.HeadNorm))
+        order[place : place + 2] = order[place + 1], order[place]
+        blocks.append(replace(block, steps=tuple(order)))
+    quant.decoder = replace(quant.decoder, blocks=tuple(blocks))
+    export_onnx(quant, tmp_path)
+    onnx.checker.check_model(str(tmp_path / MODEL_FILE), full_check=True)
+    decoder = Decoder(tmp_path)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    with torch.no_grad():
+        want = quantised_model(quant)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=TOLERANCE, rtol=0)
+    graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
+    keys = {output for node in graph.node for output in node.output if output.endswith("attn.key")}
+    assert len(keys) == len(blocks)
 
 
 LONG = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 12}
