@@ -29,8 +29,10 @@ __all__ = [
     "CompareRequest",
     "Compared",
     "Row",
+    "check_model",
     "compare",
     "contexts",
+    "float_name",
     "markdown",
     "open_compared",
     "plot",
@@ -136,9 +138,9 @@ def open_compared(request: CompareRequest) -> Compared:
     from calibration.quant.folder import read_quant
 
     quants = [read_quant(out / QUANT) for out in request.outs]
-    checkpoint = open_checkpoint(request.model or _model(request.outs[0]), offline=True)
+    checkpoint = open_checkpoint(request.model or float_name(request.outs[0]), offline=True)
     for out, quant in zip(request.outs, quants, strict=True):
-        _check(out, quant, checkpoint)
+        check_model(out, quant, checkpoint)
     longest = contexts(request.outs, quants)
     return Compared(quants, checkpoint, longest, _windows(request, checkpoint, min(longest)))
 
@@ -149,7 +151,12 @@ def _row(
     return Row(name, scheme, method, size, bits, found["ppl"], found["top1"], found["kl"])
 
 
-def _model(out: Path) -> str:
+def float_name(out: Path) -> str:
+    """The float model that an artifact names.
+
+    Raises:
+        InputError: it names none.
+    """
     from calibration.out.manifest import read_manifest
 
     path = out / MANIFEST
@@ -160,7 +167,12 @@ def _model(out: Path) -> str:
     )
 
 
-def _check(out: Path, quant: QuantModel, checkpoint: Any) -> None:
+def check_model(out: Path, quant: QuantModel, checkpoint: Checkpoint) -> None:
+    """Look whether an artifact was made of a float model.
+
+    Raises:
+        InputError: it was made of another.
+    """
     made, given = quant.source["fingerprint"], checkpoint.fingerprint
     if made != given:
         raise InputError(

@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibration.out.layout import ENGINE, MANIFEST, ONNX, QUANT, REPORT, STAGES
-from deploy.command import Command, check_file
+from deploy.command import Command, add_progress, check_file
 from plugins.errors import InputError
 from plugins.text import printable
+
+if TYPE_CHECKING:
+    from calibration.progress import Progress
 
 __all__ = ["COMMAND", "pack_artifact"]
 
 _DEFAULT = (ONNX, ENGINE, REPORT)  # what running needs, and what was proven
 
 
-def pack_artifact(out: Path, to: Path, stages: Collection[str] = ()) -> list[str]:
+def pack_artifact(
+    out: Path, to: Path, stages: Collection[str] = (), progress: Progress | None = None
+) -> list[str]:
     """Write stages of an artifact into one file; every file is held against its checksum first.
 
     Args:
@@ -24,6 +30,7 @@ def pack_artifact(out: Path, to: Path, stages: Collection[str] = ()) -> list[str
         to: the file.
         stages: which; none: all that are there but quant/, or quant/ where there is nothing else to
             run.
+        progress: advanced twice a file: it is whole, and it is written.
 
     Returns:
         The names of the files in it.
@@ -33,6 +40,7 @@ def pack_artifact(out: Path, to: Path, stages: Collection[str] = ()) -> list[str
     """
     from calibration.out.folder import open_stage, stages_in
     from calibration.out.pack import write_pack
+    from calibration.progress import NullProgress
 
     there = stages_in(out)
     wanted = [stage for stage in STAGES if stage in (stages or (set(there) & set(_DEFAULT)))]
@@ -44,14 +52,21 @@ def pack_artifact(out: Path, to: Path, stages: Collection[str] = ()) -> list[str
             f"got no stage, expected some of {', '.join(STAGES)}",
             "Choose an artifact folder of python -m exporter",
         )
+    progress = progress or NullProgress()
+    folders = {stage: open_stage(out, stage, "the pack") for stage in wanted}
+    steps = 2 * sum(len(folder.names) for folder in folders.values())
+    progress.start("pack", steps + (out / MANIFEST).is_file())
     files: dict[str, Path] = {}
-    for stage in wanted:
-        folder = open_stage(out, stage, "the pack")
-        files |= {f"{stage}/{name}": folder.file(name) for name in folder.names}
+    for stage, folder in folders.items():
+        for name in folder.names:
+            files[f"{stage}/{name}"] = folder.file(name)
+            progress.advance(1, name)
     if (out / MANIFEST).is_file():
         files[MANIFEST] = out / MANIFEST
     _check_outside(to, files)
-    return [member.name for member in write_pack(to, files)]
+    members = write_pack(to, files, lambda name: progress.advance(1, name))
+    progress.finish()
+    return [member.name for member in members]
 
 
 def _check_outside(to: Path, files: dict[str, Path]) -> None:
@@ -93,11 +108,18 @@ class PackCommand(Command):
             metavar="NAME,...",
             help=f"of {', '.join(STAGES)} (default: those that are there but {QUANT})",
         )
+        add_progress(parser)
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Write, and say what."""
+        from calibration.progress import make_progress
+
         check_file("-o", args.output)
-        names = pack_artifact(out, args.output, args.stages)
+        progress = make_progress(args.progress)
+        try:
+            names = pack_artifact(out, args.output, args.stages, progress)
+        finally:
+            progress.close()
         size = args.output.stat().st_size
         print(printable(f"{args.output}: {len(names)} files, {size / 1e6:.1f} MB"))
 

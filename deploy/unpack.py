@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, DESCRIPTION, ENGINE, MANIFEST, ONNX
-from deploy.command import Command
+from deploy.command import Command, add_progress
 from plugins.errors import InputError
 from plugins.text import printable
 
 if TYPE_CHECKING:
     from calibration.out.pack import Pack
+    from calibration.progress import Progress
 
 __all__ = ["COMMAND", "unpack"]
 
 
-def unpack(path: Path, to: Path, link: bool = False) -> list[str]:
+def unpack(path: Path, to: Path, link: bool = False, progress: Progress | None = None) -> list[str]:
     """Make a folder of a pack, or none at all where something is wrong with it.
 
     Args:
@@ -25,6 +26,7 @@ def unpack(path: Path, to: Path, link: bool = False) -> list[str]:
         to: a new folder.
         link: the ONNX model's weights are not copied: their file is a second name of the pack, which
             holds them at its beginning.
+        progress: advanced once a file.
 
     Returns:
         The names of the files.
@@ -35,6 +37,7 @@ def unpack(path: Path, to: Path, link: bool = False) -> list[str]:
     """
     from calibration.out.files import StageWriter
     from calibration.out.pack import LINKED, Pack
+    from calibration.progress import NullProgress
 
     if to.exists() or not to.parent.is_dir():
         got = "something that is there" if to.exists() else "a place in no folder"
@@ -45,6 +48,8 @@ def unpack(path: Path, to: Path, link: bool = False) -> list[str]:
         raise InputError(
             "--link", f"got {path} without {LINKED}, expected one with it", "Leave out --link"
         )
+    progress = progress or NullProgress()
+    progress.start("unpack", len(pack.members))
     needed = sum(item.bytes for name, item in pack.members.items() if not linked or name != LINKED)
     with StageWriter(to.parent, to.name, needed) as writer:
         for name in pack.members:
@@ -54,7 +59,9 @@ def unpack(path: Path, to: Path, link: bool = False) -> list[str]:
                 pack.link(name, writer.path)
             else:
                 pack.extract(name, writer.path)
+            progress.advance(1, name)
         _keep_what_is_there(pack, writer.path, linked)
+    progress.finish()
     return [*pack.members]
 
 
@@ -101,12 +108,19 @@ class Unpack(Command):
             action="store_true",
             help="weights stay in the pack: their file becomes a second name (hard link) of it",
         )
+        add_progress(parser)
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Unpack, and say how to run it."""
         import shlex
 
-        names = unpack(out, args.to, args.link)
+        from calibration.progress import make_progress
+
+        progress = make_progress(args.progress)
+        try:
+            names = unpack(out, args.to, args.link, progress)
+        finally:
+            progress.close()
         print(printable(f"{args.to}: {len(names)} files"))
         if any(name.startswith((f"{ONNX}/", f"{ENGINE}/")) for name in names):
             print(printable(f"python -m deploy generate {shlex.quote(str(args.to))} --prompt ..."))

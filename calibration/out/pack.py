@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +84,15 @@ def is_pack(path: Path) -> bool:
     return False
 
 
-def write_pack(path: Path, files: Mapping[str, Path]) -> list[Member]:
+def write_pack(
+    path: Path, files: Mapping[str, Path], each: Callable[[str], None] = lambda name: None
+) -> list[Member]:
     """Write a pack; an earlier one stays whole until the new one is on the disk.
 
     Args:
         path: of the pack.
         files: by their names in it.
+        each: told every name when its file is written.
 
     Raises:
         InputError: it cannot be written.
@@ -101,6 +104,7 @@ def write_pack(path: Path, files: Mapping[str, Path]) -> list[Member]:
             for name in sorted(files, key=lambda name: (name != LINKED, name)):
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 members.append(_copied(name, files[name], file))
+                each(name)
             index = json.dumps({"format": FORMAT, "members": [vars(item) for item in members]})
             place, data = file.tell(), index.encode()
             file.write(data)

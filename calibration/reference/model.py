@@ -101,7 +101,8 @@ class Reference(Protocol):
 
 def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
     """The transformers model in fp32, eval mode: of a Hugging Face folder as transformers itself
-    reads it, so that it shares no mistake of ours; of a GGUF file with the checkpoint's tensors.
+    reads it, so that it shares no mistake of ours; of a GGUF file, or of one that is quantized
+    already, with the checkpoint's tensors.
 
     Args:
         max_context: most tokens of a sequence of an export that it is compared with, whose rotary
@@ -111,7 +112,8 @@ def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
         InputError: transformers does not load the folder, or would leave tensors of it out or make
             some up. CheckError: it reads other numbers than the checkpoint gave.
     """
-    model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    made = checkpoint.source.kind == "gguf" or checkpoint.format
+    model = _from_tensors(checkpoint) if made else _own(checkpoint)
     if max_context is not None:
         _fix_frequencies(model, checkpoint, max_context)
     model.config.return_dict = True  # results are read by name, whatever a config says
@@ -409,6 +411,13 @@ class QuantReference:
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
             for block in self.decoder.blocks
         ]
+        self._orders = [
+            {
+                step.name: torch.from_numpy(quant.tensor(block.name(step.name)).astype(np.int64))
+                for step in block.orders.values()
+            }
+            for block in self.decoder.blocks
+        ]
         self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -475,6 +484,7 @@ class QuantReference:
                 self._arithmetic,
                 masks,
                 None if tap is None else _below(tap, block),
+                self._orders[block.index],
             )
             x = run(block.steps, x, context).x
             layers.append(x)

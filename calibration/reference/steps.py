@@ -9,7 +9,7 @@ the arithmetic: plain fp32, or wide with a rounding wherever the exported graph 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from calibration.families.steps import (
     Heads,
     Linears,
     Norm,
+    Reorder,
     Step,
 )
 from calibration.families.steps import Rope as RopeStep
@@ -279,6 +280,7 @@ class Context:
             None: causal from the first token on.
         tap: sees every value that the exported graph names by "norm" (what the norm in front of a
             node reads), "input" or "output" of a node, and gives what to go on with.
+        orders: of channels, by their names below the block's prefix.
     """
 
     gains: Mapping[str, Tensor]
@@ -288,6 +290,7 @@ class Context:
     arithmetic: Plain = PLAIN
     mask: Callable[[int | None], Tensor | None] | None = None
     tap: Callable[[str, str, Tensor], Tensor] | None = None
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,10 @@ def _linears(step: Linears, state: State, context: Context) -> State:
     x = state.x if context.tap is None else context.tap("input", step.node, state.x)
     y = context.node(step.node, x)
     return replace(state, x=y if context.tap is None else context.tap("output", step.node, y))
+
+
+def _reorder(step: Reorder, state: State, context: Context) -> State:
+    return replace(state, x=state.x[..., context.orders[step.name]])
 
 
 def _norm(step: Norm, state: State, context: Context) -> State:
@@ -375,6 +382,7 @@ def _made(state: State) -> Triple:
 STEPS: Mapping[type, Callable[[Any, State, Context], State]] = {
     Norm: _norm,
     Linears: _linears,
+    Reorder: _reorder,
     Heads: _heads,
     HeadNorm: _head_norm,
     RopeStep: _rope,

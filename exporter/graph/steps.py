@@ -21,6 +21,7 @@ from calibration.families.steps import (
     Heads,
     Linears,
     Norm,
+    Reorder,
     Rope,
     Step,
 )
@@ -85,6 +86,11 @@ def _linears(writer: GraphWriter, flow: Flow, step: Linears) -> str:
     flow.linears, norm = step, flow.block.sites[step.node].norm
     norm_name = flow.block.name(norm.name) if norm else ""
     return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name)
+
+
+def _reorder(writer: GraphWriter, flow: Flow, step: Reorder) -> str:
+    name = flow.block.name(step.name)
+    return writer.node("Gather", [flow.value, writer.tensor(name)], f"{name}.rows", axis=-1)
 
 
 def _of_heads(writer: GraphWriter, flow: Flow, step: Step) -> str:
@@ -218,6 +224,7 @@ def _add(writer: GraphWriter, flow: Flow, step: Add) -> str:
 WRITERS: dict[type, Callable[[GraphWriter, Flow, Any], str]] = {
     Norm: _norm,
     Linears: _linears,
+    Reorder: _reorder,
     Heads: _of_heads,
     HeadNorm: _of_heads,
     Rope: _of_heads,

@@ -49,6 +49,7 @@ _NEEDS_ACTIVATIONS = (
     0.01  # of the divergence: least gain of a node's floats that asks for 8 bits of them
 )
 _MORE_BITS, _FINE = (1, 2, 4), 8
+_OTHER_BITS = "other bits: "
 
 
 @dataclass(frozen=True)
@@ -279,22 +280,21 @@ class _Search:
         self._record.measured |= {
             name: _means(total, name) for name, total in zip(swaps, found, strict=True)
         }
-        self._progress.finish()
         write_json(job.record, asdict(self._record))
+        self._progress.finish()
         self._longest = max(self._longest, self._now() - began)
         for name in swaps:
-            kl = self._record.measured[name].kl
-            self._progress.message(
-                f"  KL {kl:.5f} with {name}{'' if name == AS_IS else ' in float'}"
-            )
+            self._progress.message(f"  KL {self._record.measured[name].kl:.5f} {_said(name)}")
 
     def _descend(self, ranges: Sequence[tuple[int, int]]) -> bool:
-        """Look into the ranges that bring the most, the best first; False where time ran out."""
+        """Look into the ranges that bring enough, those that bring the most for each of their layers
+        first; False where time ran out.
+        """
         least = _WORTH * max(self._gain(ALL), 0.0)
         open_ranges = list(ranges)
         while True:
             open_ranges = [part for part in open_ranges if self._gain(_range_name(*part)) > least]
-            open_ranges.sort(key=lambda part: -self._gain(_range_name(*part)))
+            open_ranges.sort(key=lambda part: self._gain(_range_name(*part)) / (part[0] - part[1]))
             if not open_ranges:
                 return True
             swaps: dict[str, Swap] = {}
@@ -338,7 +338,7 @@ class _Search:
         ]
         if not rules:
             return None
-        name = "other bits: " + ", ".join(f"{node} {label}" for node, label in rules)
+        name = _OTHER_BITS + ", ".join(f"{node} {label}" for node, label in rules)
         schemes = {node: Rule(node, label).scheme(quant.scheme) for node, label in rules}
         self._measure({name: Swap(schemes=schemes)}, True)
         added = sum(cost[at][0] - cost[0][0] for cost, at in zip(costs, chosen, strict=True))
@@ -419,6 +419,13 @@ class _Search:
 
 def _whole(node: str) -> Swap:
     return Swap(frozenset([node]), frozenset([node]))
+
+
+def _said(name: str) -> str:
+    """A measured change in a sentence."""
+    if name == AS_IS:
+        return name
+    return f"with {name}" if name.startswith(_OTHER_BITS) else f"with {name} in float"
 
 
 def _halves(first: int, end: int) -> Iterator[tuple[int, int]]:

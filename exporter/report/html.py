@@ -376,6 +376,13 @@ def _head(data: Data) -> str:
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
 
 
+def _calibration(data: Data) -> str:
+    kept = data.get("calibration", {}).get("kept")
+    if kept:
+        return f"none: the codes are those of the {kept} checkpoint"
+    return str(data["request"].get("calib", "default"))
+
+
 def _made(data: Data) -> str:
     scheme, request, shape, engine = data["scheme"], data["request"], data["shape"], data["engine"]
     others = (
@@ -406,7 +413,7 @@ def _made(data: Data) -> str:
             f"{shape['num_attention_heads']} heads "
             f"({shape['num_key_value_heads']} key-value), vocabulary {shape['vocab_size']}",
         ),
-        ("calibration", request.get("calib", "default")),
+        ("calibration", _calibration(data)),
     ]
     left = f"<section><h2>Settings</h2>{_list(settings)}</section>"
     if engine is None:
