@@ -86,8 +86,7 @@ class AttentionKernel {
     b.mask = static_cast<const uint8_t*>(input(kMask, {s.masks, 1, s.tokens, total}));
     if (s.low_bits()) {
       b.past_key_scale = static_cast<const float*>(input(kPastKeyScale, cache(s.past, 2)));
-      b.past_value_scale =
-          static_cast<const float*>(input(kPastKeyScale + 1, cache(s.past, 2)));
+      b.past_value_scale = static_cast<const float*>(input(kPastKeyScale + 1, cache(s.past, 2)));
     }
     if (s.static_cache) {
       b.write_indices = static_cast<const int64_t*>(input(op_.write_indices(), {s.batch}));

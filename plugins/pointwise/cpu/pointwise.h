@@ -60,11 +60,11 @@ struct HeadsShape {
 };
 
 struct HeadsBuffers {
-  const void* qkv;                       // [batch, tokens, heads + 2 kv_heads, head_dim]
-  const int64_t* position_ids;           // [batch, tokens], below `positions`
-  const void *cos, *sin;                 // [positions, rotary / 2]
-  const void *query_gain, *key_gain;     // [head_dim], or of all heads
-  void *query, *key, *value;             // [batch, heads or kv_heads, tokens, head_dim]
+  const void* qkv;                    // [batch, tokens, heads + 2 kv_heads, head_dim]
+  const int64_t* position_ids;        // [batch, tokens], below `positions`
+  const void *cos, *sin;              // [positions, rotary / 2]
+  const void *query_gain, *key_gain;  // [head_dim], or of all heads
+  void *query, *key, *value;          // [batch, heads or kv_heads, tokens, head_dim]
 };
 ANYBIT_API int anybit_rotated_heads(const HeadsShape* shape, const HeadsBuffers* buffers,
                                     int32_t isa, const void* parallel);

@@ -4,6 +4,7 @@
 
 namespace anybit::cpu {
 
-const Pointwise pointwise_portable{portable::sum, portable::activation, portable::norm, portable::heads};
+const Pointwise pointwise_portable{portable::sum, portable::activation, portable::norm,
+                                   portable::heads};
 
 }  // namespace anybit::cpu
