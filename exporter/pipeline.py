@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.tokenizer import check_named
-from calibration.methods import KEPT
+from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
@@ -140,13 +140,15 @@ class Pipeline:
         from exporter.estimate import check_room, estimate
 
         request, finished = self.request, self.manifest["stages"] if self.request.resume else {}
+        name = self.schemes.base.method
+        method = PLAIN_METHOD if name == KEPT else name  # neither looks at data
         skipped = set() if self.edition is not None else {ENGINE}
         asked = estimate(
             self.checkpoint,
             self.schemes,
             request.settings,
             [stage for stage in self.wanted if stage not in skipped and stage not in finished],
-            find_method(self.schemes.base.method, request.settings.method_file),
+            find_method(method, request.settings.method_file),
             request.format,
         )
         if asked.memory:

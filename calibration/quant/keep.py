@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.checkpoints.codes import GGUF, Form, StoredLinear, affine_weights, regrouped
-from calibration.checkpoints.quantized import accepted_formats
 from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.quant.bits import SchemeMap, head_scheme
 from calibration.quant.scheme import FLOAT_BITS, QuantScheme
@@ -64,8 +63,7 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
         if keep or requantize:
             raise InputError(
                 "--keep" if keep else "--requantize",
-                f"got a model of floats, {where}, expected a checkpoint with codes of "
-                f"{accepted_formats()}",
+                f"got a model of floats, {where}, expected a checkpoint that is quantized already",
                 "Leave it out and give --wbits and --abits",
             )
         return ""
@@ -77,6 +75,13 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
         return (
             "The model's weights are quantized already, and are rounded once more here. --keep "
             "instead of --wbits exports its own codes as they are, which is faster and nearer to it."
+        )
+    if not _all_coded(checkpoint):
+        raise InputError(
+            where,
+            f"got a checkpoint that is quantized already ({format}), with weights that no op takes as "
+            f"they are, expected --requantize",
+            _REQUANTIZE,
         )
     raise InputError(
         where,
@@ -117,7 +122,7 @@ def _coded(checkpoint: Checkpoint, linear: str) -> StoredLinear:
     if found is None:
         raise InputError(
             f"{checkpoint.source.path}, {linear}",
-            "got weights that are floats among others with codes, expected codes for --keep",
+            "got weights without codes that an op takes, expected such for --keep",
             _REQUANTIZE,
         )
     return found
@@ -130,7 +135,7 @@ def _common(node: str, parts: Sequence[StoredLinear]) -> Form:
     Raises:
         InputError: there is none.
     """
-    forms = {part.form for part in parts}
+    forms = list(dict.fromkeys(part.form for part in parts))
     first = parts[0].form
     if len(forms) == 1:
         return first
@@ -164,6 +169,13 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
     symmetric = keeping.act_symmetric
     if symmetric is None and keeping.abits in (None, form.abits):
         symmetric = form.act_symmetric
+    if 0 < form.group_size < _LEAST_GROUP:
+        raise InputError(
+            node,
+            f"got codes in groups of {form.group_size} input channels, expected groups of at least "
+            f"{_LEAST_GROUP}",
+            _REQUANTIZE,
+        )
     refused = None
     for op in ranked_ops():
         scheme = QuantScheme(
@@ -179,7 +191,7 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
             form.minimum,
         )
         objection = op.objection(scheme.gemm)
-        if objection is None and _says(op, scheme, form) and _fits(form):
+        if objection is None and _says(op, scheme, form):
             return scheme
         refused = refused or objection
     raise InputError(
@@ -189,10 +201,6 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
         + (f": {form.op} {refused[0]}" if form.op and refused else ""),
         f"Choose other --abits, or {_REQUANTIZE}",
     )
-
-
-def _fits(form: Form) -> bool:
-    return not form.group_size or form.group_size >= _LEAST_GROUP
 
 
 def _says(op: OpSpec, scheme: QuantScheme, form: Form) -> bool:

@@ -39,6 +39,7 @@ __all__ = [
     "QuantReference",
     "Reference",
     "Tap",
+    "channel_orders",
     "float_model",
     "quantised_model",
 ]
@@ -346,6 +347,16 @@ class CacheQuantizer:
         )
 
 
+def channel_orders(quant: QuantModel, block: Block) -> dict[str, Tensor]:
+    """The orders of a block's channels, int64, by their names below its prefix."""
+    found = {step.name: quant.order(block.name(node)) for node, step in block.orders.items()}
+    return {
+        name: torch.from_numpy(order.astype(np.int64))
+        for name, order in found.items()
+        if order is not None
+    }
+
+
 def quantised_model(
     quant: QuantModel, round_activations: bool = True, max_context: int | None = None
 ) -> QuantReference:
@@ -409,13 +420,7 @@ class QuantReference:
         self._gain = tensor(head.norm.gain)
         self._gains = [
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
-            for block in self.decoder.blocks
-        ]
-        self._orders = [
-            {
-                step.name: torch.from_numpy(quant.tensor(block.name(step.name)).astype(np.int64))
-                for step in block.orders.values()
-            }
+            | channel_orders(quant, block)
             for block in self.decoder.blocks
         ]
         self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}
@@ -484,7 +489,6 @@ class QuantReference:
                 self._arithmetic,
                 masks,
                 None if tap is None else _below(tap, block),
-                self._orders[block.index],
             )
             x = run(block.steps, x, context).x
             layers.append(x)

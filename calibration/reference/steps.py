@@ -9,7 +9,7 @@ the arithmetic: plain fp32, or wide with a rounding wherever the exported graph 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -271,7 +271,7 @@ class Context:
     """What steps compute with.
 
     Attributes:
-        gains: of norms, by their names below the block's prefix.
+        gains: of norms, by their names below the block's prefix; and the orders, int64, of channels.
         rope: positions.
         node: how a GEMM node multiplies.
         heads: what becomes of rotated heads before attention.
@@ -280,7 +280,6 @@ class Context:
             None: causal from the first token on.
         tap: sees every value that the exported graph names by "norm" (what the norm in front of a
             node reads), "input" or "output" of a node, and gives what to go on with.
-        orders: of channels, by their names below the block's prefix.
     """
 
     gains: Mapping[str, Tensor]
@@ -290,7 +289,6 @@ class Context:
     arithmetic: Plain = PLAIN
     mask: Callable[[int | None], Tensor | None] | None = None
     tap: Callable[[str, str, Tensor], Tensor] | None = None
-    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,7 @@ def _linears(step: Linears, state: State, context: Context) -> State:
 
 
 def _reorder(step: Reorder, state: State, context: Context) -> State:
-    return replace(state, x=state.x[..., context.orders[step.name]])
+    return replace(state, x=state.x[..., context.gains[step.name]])
 
 
 def _norm(step: Norm, state: State, context: Context) -> State:

@@ -7,6 +7,7 @@ for those between casts to fp32 and back.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,17 +34,17 @@ __all__ = [
 NO_NORM, EACH_HEAD, ALL_HEADS = range(3)  # HeadNormKind of cpu/pointwise.h
 
 
-class _Form:
-    """What the forms here share: a subclass adds its fields, `op`, `inputs`, `outputs` and body()."""
+class _Form(ABC):
+    """What the forms here share: a subclass adds its fields and `op`."""
 
     domain: ClassVar[str] = DOMAIN
     opset: ClassVar[int] = OPSET
     op: ClassVar[str]
 
     @property
+    @abstractmethod
     def inputs(self) -> list[str]:
         """Names of the function's inputs."""
-        raise NotImplementedError
 
     @property
     def outputs(self) -> list[str]:
@@ -55,9 +56,9 @@ class _Form:
         """All of the form."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
+    @abstractmethod
     def body(self, body: NodeBuilder) -> None:
         """Write the nodes."""
-        raise NotImplementedError
 
     def function(self, dtype: int, domain: str = DOMAIN) -> onnx.FunctionProto:
         """The local function.

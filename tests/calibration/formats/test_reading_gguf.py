@@ -13,15 +13,12 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from calibration.progress import NullProgress
 from calibration.quant.folder import read_quant
 from calibration.quant.keep import Keeping, check_quantized, kept_schemes
-from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.reference.model import float_model
-from exporter.graph.decoder import export_onnx
 from plugins.errors import InputError
 from tests.calibration.checkpoints.gguf_files import write_gguf
-from tests.exporter.graph_cases import Decoder, feeds
+from tests.exporter.graph_cases import Decoder, export, feeds
 
 # Bytes of a block where its fp16 scale is, and its minimum, or the scale of the groups' minimums.
 HALVES = {
@@ -73,10 +70,8 @@ def test_codes_stay(
     original: Checkpoint, tmp_path: Path, types: dict[str, str], schemes: list[str]
 ) -> None:
     checkpoint = open_checkpoint(str(file_of(original, types, tmp_path / "m.gguf")), offline=True)
-    for name in ("quant", "onnx"):
-        (tmp_path / name).mkdir()
     found = kept_schemes(checkpoint, Keeping(dtype="float32"))
-    quantize_model(checkpoint, found, QuantizeOptions(), tmp_path / "quant")
+    folder = export(tmp_path / "m.gguf", found, tmp_path)
     quant = read_quant(tmp_path / "quant")
     said = [quant.scheme_of(node) for node in quant.decoder.nodes[:-1]]
     assert [one.label + one.has_minimum * " min" for one in said] == schemes
@@ -85,8 +80,7 @@ def test_codes_stay(
         table = checkpoint.decoder.head_table() if layer == "lm_head" else layer
         want, got = checkpoint.array(f"{table}.weight"), quant.linear(layer).dequantize()
         np.testing.assert_array_equal(got, want, layer)
-    export_onnx(quant, tmp_path / "onnx", NullProgress())
-    decoder = Decoder(tmp_path / "onnx")
+    decoder = Decoder(folder)
     logits, _ = decoder(feeds(IDS, decoder.empty()))
     with torch.no_grad():
         want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
