@@ -214,6 +214,7 @@ QUICK = [
     ("Gemma2", "bfloat16"),
     ("Gemma2", "float32"),
     ("Granite", "bfloat16"),
+    ("Mixtral", "float16"),
     ("Olmo2", "float32"),
     ("Phi3", "float16"),
 ]
@@ -257,7 +258,9 @@ def test_every_step_is_built(
     capped = sum(block.attend.softcap is not None for block in decoder.blocks)
     assert record["decomposable_attention"] == (dtype == "float32" and not capped)
     assert record["layers"].get("ATTENTION_INPUT", 0) == decoder.layers - capped
-    assert record["layers"].get("SOFTMAX", 0) == capped
+    weighted = sum(experts.normalized for _, experts in decoder.routers.values())
+    assert record["layers"].get("SOFTMAX", 0) == capped + weighted
+    assert record["layers"].get("TOPK", 0) == len(decoder.routers)
     turning = sum(block.rope is not None for block in decoder.blocks)
     assert record["layers"].get("ROTARY_EMBEDDING", 0) == turning
 
