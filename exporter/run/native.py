@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
-from exporter.run.forms import cache_form
+from exporter.run.forms import cache_bits, cache_form, with_numbers
 from exporter.run.onnxruntime import inference_session, load_model, whole_graph
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
@@ -36,7 +37,7 @@ def native_library() -> Path | UserError:
         return error
 
 
-def native_session(folder: Path, dtype: str) -> Any:
+def native_session(folder: Path, dtype: str, marked: Sequence[str] = ()) -> Any:
     """An onnxruntime.InferenceSession on the ONNX file in `folder`, as it is.
 
     The weights stay where the system maps the data file; nothing is copied or repacked. ONNX
@@ -44,6 +45,7 @@ def native_session(folder: Path, dtype: str) -> Any:
 
     Args:
         dtype: of the model's floats.
+        marked: inner tensors that are outputs too, behind the model's own.
 
     Raises:
         InputError: ONNX Runtime refuses the file or the library.
@@ -52,10 +54,11 @@ def native_session(folder: Path, dtype: str) -> Any:
     if isinstance(library, UserError):
         raise library
     graph: str | bytes = str(folder / MODEL_FILE)
-    if dtype == "bfloat16":
-        model = load_model(folder)
-        with whole_graph(folder):
-            round_every_op(model)
+    if dtype == "bfloat16" or marked:
+        model = load_model(folder, marked)
+        if dtype == "bfloat16":
+            with whole_graph(folder):
+                round_every_op(model)
         graph = model.SerializeToString()
     return inference_session(graph, folder, library)
 
@@ -94,18 +97,27 @@ class NativeSession(DecoderSession):
         folder: OUT/onnx.
         max_context: most tokens a sequence may have.
         dtype: of the model's floats.
+        marked: inner tensors that step() returns besides the logits, and with them the cache; None:
+            neither.
     """
 
-    def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_context: int,
+        dtype: str = "float32",
+        marked: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(max_context, dtype=dtype)
-        self._folder = folder
+        self._folder, self._marked = folder, marked
         self._data = _MappedFile(folder / DATA_FILE)
-        self._session: Any = native_session(folder, dtype)
+        self._session: Any = native_session(folder, dtype, marked or ())
         with whole_graph(folder):
             inputs = {value.name: value for value in self._session.get_inputs()}
             self._names = cache_names(inputs)
             self._form = cache_form({name: value.shape for name, value in inputs.items()})
             self._past = {name: inputs[f"past_key_values.{name}"] for name in self._names}
+            self._bits = 0 if marked is None else cache_bits(load_model(folder).graph)
         self._clear()
 
     @property
@@ -133,7 +145,9 @@ class NativeSession(DecoderSession):
         values |= {f"past_key_values.{name}": cache[name] for name in self._names}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits")
+        shown = ("logits", *(self._marked or ()))
+        for name in shown:
+            binding.bind_output(name)
         for name in self._names:
             if self._form.rows():
                 binding.bind_ortvalue_output(f"present.{name}", cache[name])
@@ -141,11 +155,16 @@ class NativeSession(DecoderSession):
                 binding.bind_output(f"present.{name}")
         with whole_graph(self._folder):
             self._session.run_with_iobinding(binding)
-            logits, *present = binding.get_outputs()
+            outputs = binding.get_outputs()
+            found = {name: value.numpy() for name, value in zip(shown, outputs, strict=False)}
             # A static cache is that of the numpy arrays that these values hold on to.
-            grown = dict(zip(self._names, present, strict=True))
+            grown = dict(zip(self._names, outputs[len(shown) :], strict=True))
             self._cache = cache if self._form.rows() else grown
-            return self._form.restored({"logits": logits.numpy()}, attention_mask)
+            if self._marked is None:
+                return self._form.restored(found, attention_mask)
+            found |= {f"present.{name}": self._cache[name].numpy() for name in self._names}
+            restored = self._form.restored(found, attention_mask)
+            return with_numbers(restored, self._bits, self.dtype)
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         """Zeros: function bodies multiply rows that nobody sees by 0, and 0 times NaN is NaN."""
