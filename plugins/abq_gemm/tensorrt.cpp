@@ -1,4 +1,4 @@
-// ABQGemm as a TensorRT plugin: weights as bit planes, a scale and a zero point per
+// ABQGemm as a TensorRT plugin: weights as bit planes, a scale and a zero point or minimum per
 // output channel and group.
 #include "abq_gemm/rules.h"
 #include "core/tensorrt/plugin_base.h"

@@ -14,8 +14,6 @@ void abq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
 
 namespace {
 
-bool has_inputs(const GemmShape&, const GemmBuffers& b) { return b.weight && b.scale && b.zero; }
-
 size_t workspace(const GemmShape& s) {
   using namespace portable;
   float* rows;
@@ -25,7 +23,7 @@ size_t workspace(const GemmShape& s) {
 
 constexpr Op kOp = {"ABQGemm",
                     abq_scheme_ok,
-                    has_inputs,
+                    abq_has_inputs,
                     workspace,
 #if defined(__x86_64__)
                     {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512}

@@ -35,7 +35,7 @@ enum class Slot { kWeight, kScale, kZero, kScaleGroup, kBias, kGamma };
 struct InputSpec {
   const char* name;
   Slot slot;
-  nvinfer1::DataType type;  // kGamma has X's instead
+  nvinfer1::DataType type;  // kGamma has X's instead; of kZero, kFLOAT says minimums
   std::vector<int64_t> dims;
 };
 

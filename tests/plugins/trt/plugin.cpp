@@ -54,6 +54,7 @@ int print_run(const char* op, const GemmShape* s, const GemmBuffers* b, void* st
       id(b->x), id(b->weight), id(b->scale), id(b->zero), id(b->scale_group), id(b->bias),
       id(b->gamma), id(b->y), id(b->workspace), id(stream));
   if (s->norm_epsilon != 0) std::printf(" norm_epsilon %g", s->norm_epsilon);
+  if (s->has_minimum != 0) std::printf(" minimum %d", id(b->minimum));
   std::printf(s->tactic ? " tactic %d\n" : "\n", s->tactic);
   return s->m == 13 ? 999 : 0;
 }
@@ -106,10 +107,13 @@ Interface* part(IPluginV3* plugin, PluginCapabilityType kind) {
 
 void* address(int number) { return reinterpret_cast<void*>(static_cast<intptr_t>(number)); }
 
-void enqueue(IPluginV3* plugin, PluginTensorDesc x, size_t inputs) {
+// `fourth`: type of the input that is zero points or minimums, or of another op's input there.
+void enqueue(IPluginV3* plugin, PluginTensorDesc x, size_t inputs,
+             DataType fourth = DataType::kINT32) {
   const void* in[] = {address(1), address(2), address(3), address(4), address(5)};
   void* out[] = {address(6)};
   std::vector<PluginTensorDesc> descs(inputs, x);
+  descs[3].type = fourth;
   auto* runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
   std::printf("shape %d\n",
               runtime->onShapeChange(descs.data(), static_cast<int32_t>(inputs), &x, 1));
@@ -157,6 +161,32 @@ void abq() {
         tensor(DataType::kHALF, {7, 119})}) {
     enqueue(copy, x, 5);
   }
+}
+
+// ABQGemm w4 a8 in groups of 16, K 64, N 8, made again from the fields it serialises: a fourth input
+// of floats is minimums, whatever it was before.
+void minimum() {
+  IPluginV3* built = make("ABQGemm", {4, 16, 8, 0, 16, 64, 8, 0}, 0);
+  const PluginFieldCollection* fields =
+      part<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+  IPluginV3* plugin = creator("ABQGemm")->createPlugin("layer0", fields, TensorRTPhase::kRUNTIME);
+  auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+  std::vector<DynamicPluginTensorDesc> io{
+      dynamic(DataType::kHALF, {-1, 64}, {1, 64}, {9, 64}), fixed(DataType::kINT32, {4, 8, 4}),
+      fixed(DataType::kFLOAT, {8, 4}), fixed(DataType::kFLOAT, {8, 4}),
+      dynamic(DataType::kHALF, {-1, 8}, {1, 8}, {9, 8})};
+  for (int32_t i = 0; i < 5; ++i)
+    std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 4, 1));
+  for (const DataType type : {DataType::kINT32, DataType::kHALF, DataType::kFLOAT}) {
+    io[3].desc.type = type;
+    std::printf("fourth input of type %d %d\n", static_cast<int>(type),
+                build->supportsFormatCombination(3, io.data(), 4, 1));
+  }
+  std::printf("configure %d\n", build->configurePlugin(io.data(), 4, &io[4], 1));
+  auto* runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+  IPluginV3* copy = runtime->attachToContext(nullptr);
+  for (const DataType type : {DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT})
+    enqueue(copy, tensor(DataType::kHALF, {5, 64}), 4, type);
 }
 
 // QQQGemm in groups of 64, K 128, N 70, with a norm, made again from the fields it
@@ -247,5 +277,6 @@ int anybit_ops(const AnybitOp** ops) {
 int main(int argc, char** argv) {
   setLoggerFinder(nullptr);  // errors go to stderr
   if (argc != 2) return 1;
-  std::string(argv[1]) == "abq" ? abq() : qqq();
+  const std::string which = argv[1];
+  which == "abq" ? abq() : which == "qqq" ? qqq() : minimum();
 }
