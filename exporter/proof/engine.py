@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from calibration.out.layout import ENGINE_RECORD, MODEL_FILE
+from calibration.out.layout import ENGINE_FILE, ENGINE_RECORD, MODEL_FILE
 from calibration.progress import NullProgress
 from exporter.engine.build import (
     EngineBuilder,
@@ -80,8 +81,8 @@ class ProofEngines:
         self._path, self._options = onnx / MODEL_FILE, options
         self.built = Built()
 
-    def build(self, piece: Piece) -> tuple[Any, list[dict[str, Any]]]:
-        """TensorRT's buffer with a piece's engine, and its profiles.
+    def build(self, piece: Piece, path: Path) -> list[dict[str, Any]]:
+        """Write a piece's engine; returns its profiles.
 
         Raises:
             CheckError: TensorRT refuses the piece, leaves a custom node to its body, or gives a marked
@@ -99,8 +100,8 @@ class ProofEngines:
             builder.check_outputs({name: kind for name, kind in types.items() if kind})
             builder.allow_fp32_attention()
             plugins = builder.layer_counts()["PLUGIN_V3"]
-            engine = builder.serialize(profiles, NullProgress())
-        if engine is None:
+            written = builder.write(profiles, path, NullProgress())
+        if not written:
             raise CheckError(
                 f"{self._path}, decoder layers {piece.first} to {piece.end - 1}",
                 f"got no engine from {self._edition}: {'; '.join(log.errors)}; expected one",
@@ -110,11 +111,17 @@ class ProofEngines:
         self.built.layers += piece.end - piece.first
         self.built.tensors += len(graph.output)
         self.built.plugins += plugins
-        return engine, profiles
+        return profiles
+
+    def check(self, piece: Piece) -> None:
+        """Build a piece's engine, and let it go. Raises as build does."""
+        with TemporaryDirectory() as folder:
+            self.build(piece, Path(folder) / ENGINE_FILE)
 
     @contextmanager
     def runner(self, piece: Piece) -> Iterator[PieceRunner]:
         """A piece's engine on the GPU."""
-        engine, profiles = self.build(piece)
-        with PieceEngine(engine, profiles) as runner:
-            yield runner
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / ENGINE_FILE
+            with PieceEngine(path, self.build(piece, path)) as runner:
+                yield runner

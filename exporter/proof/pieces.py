@@ -137,15 +137,15 @@ def cut(
 
     ends = [value.name for value in graph.output if mine(value.name)]
     wanted = dict.fromkeys([*ends, *filter(mine, marked), result])
-    read, nodes, todo = set[str](), set[str](), list(wanted)
-    while todo:
-        name = todo.pop()
+    read, nodes, pending = set[str](), set[str](), list(wanted)
+    while pending:
+        name = pending.pop()
         if name in read:
             continue
         read.add(name)
         if name != stream and name in makers:
             nodes.add(makers[name].output[0])
-            todo += [one for one in makers[name].input if one]
+            pending += [one for one in makers[name].input if one]
     known = {value.name: value for value in (*graph.value_info, *graph.output)}
     inputs = [value for value in graph.input if value.name in read]
     info, float_type = (

@@ -633,7 +633,7 @@ class _Validator:
     def build_proof_engines(self, engines: ProofEngines, found: list[Piece]) -> None:
         """Build them all, and say what was seen: nothing is run in them."""
         for piece in found:
-            engines.build(piece)
+            engines.check(piece)
             self.progress.advance(note=f"{PROOF_ENGINE}, layer {piece.first}")
         self.notes.append(
             f"TensorRT was half done: {engines.built} were built, and give what the graph says in its "

@@ -199,20 +199,21 @@ class PieceEngine:
     """An engine of a part of the graph on a GPU, through Polygraphy; a with statement opens it.
 
     Args:
-        engine: TensorRT's buffer with it.
+        engine: its file.
         profiles: the two that it was built with, see exporter.engine.build.profile_shapes.
     """
 
-    def __init__(self, engine: Any, profiles: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, engine: Path, profiles: Sequence[Mapping[str, Any]]) -> None:
         self._engine, self._profiles = engine, profiles
 
     def __enter__(self) -> PieceEngine:
         _offer_cuda_runtime()
         from polygraphy import cuda
+        from polygraphy.backend.common import BytesFromPath
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
         from polygraphy.datatype import DataType
 
-        self._runner = TrtRunner(EngineFromBytes(lambda: self._engine), name="tensorrt")
+        self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(self._engine))), name="tensorrt")
         self._runner.activate()
         self._inputs = self._runner.get_input_metadata(use_numpy_dtypes=False)
         self._anchor = cuda.DeviceArray(shape=(256,), dtype=DataType.UINT8)

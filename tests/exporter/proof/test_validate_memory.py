@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.families import Decoder
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
@@ -25,7 +26,7 @@ QQQ, W8A8, W4A16 = (
     for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16))
 )
 BASE = 500_000_000
-WEIGHTS = 2 * 40960  # of the linears of the tiny model
+WEIGHTS = 2 * 36864  # of the linears of the tiny model
 REST = 512 * 64 + 5 * 64  # its embedding and norms
 
 
@@ -71,9 +72,16 @@ def test_what_does_not_fit_is_done_otherwise(
     ):
         free(monkeypatch, size)
         assert check_memory(decoder, {W8A8: WEIGHTS}) == expected
-    need = memory_needed(decoder, {QQQ: WEIGHTS})
-    free(monkeypatch, need.floats - 1)
-    assert check_memory(decoder, {QQQ: WEIGHTS}) == (True, False)
+
+
+def test_a_float_model_may_be_what_does_not_fit(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six layers, one of which is unpacked at a time."""
+    model = tiny_llama(num_hidden_layers=6)
+    decoder, schemes = open_checkpoint(str(model), offline=True).decoder, {QQQ: 3 * WEIGHTS}
+    free(monkeypatch, memory_needed(decoder, schemes).floats - 1)
+    assert check_memory(decoder, schemes) == (True, False)
 
 
 def test_the_message_is_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
