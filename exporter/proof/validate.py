@@ -351,7 +351,7 @@ class _Validator:
                 layers = self.quant.layers
                 return FoldedSession(folder, self.context, self.marked, dtype, layers)
             kernels = library if self.folded else None
-            return OnnxSession(folder, self.context, self.marked, dtype, kernels)
+            return OnnxSession(folder, self.context, self.marked, dtype, kernels=kernels)
 
         leader = SessionRunner(ONNX_RUNTIME, open_session)
         record: list[Outputs] = []
