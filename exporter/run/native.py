@@ -127,6 +127,7 @@ class NativeSession(DecoderSession):
 
     def _clear(self) -> None:
         self._cache: dict[str, Any] = {}
+        self._binding: Any = None
 
     def _forward(
         self,
@@ -135,36 +136,51 @@ class NativeSession(DecoderSession):
         positions: np.ndarray,
         wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
+        import numpy as np
         from onnxruntime import OrtValue
 
         self._data.check()
-        binding = self._session.io_binding()
-        cache = self._cache or self._empty_cache(len(input_ids))
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
+        # A binding does not hold on to arrays.
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        values |= {f"past_key_values.{name}": cache[name] for name in self._names}
+        cache = self._cache or self._empty_cache(len(input_ids))
+        binding = self._binding or self._bound(cache)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        shown = ("logits", *(self._marked or ()))
-        for name in shown:
-            binding.bind_output(name)
+        with whole_graph(self._folder):
+            shape = [*wanted.shape, self._session.get_outputs()[0].shape[-1]]
+            logits = OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+            binding.bind_ortvalue_output("logits", logits)
+            for name in self._marked or ():
+                binding.bind_output(name)
+            self._session.run_with_iobinding(binding)
+            self._cache = cache
+            outputs = binding.get_outputs()  # as they were bound
+            if self._form.rows():
+                self._binding = binding
+            else:
+                self._cache = dict(zip(self._names, outputs, strict=False))
+            found = {"logits": logits.numpy()}
+            if self._marked is None:
+                return self._form.restored(found, attention_mask)
+            inner = outputs[len(self._names) + 1 :]
+            found |= {name: one.numpy() for name, one in zip(self._marked, inner, strict=True)}
+            found |= {f"present.{name}": self._cache[name].numpy() for name in self._names}
+            restored = self._form.restored(found, attention_mask)
+            return with_numbers(restored, self._bits, self.dtype)
+
+    def _bound(self, cache: dict[str, Any]) -> Any:
+        """A binding with the cache in it; of a static one, which is that of the numpy arrays that its
+        values hold on to, for all calls.
+        """
+        binding = self._session.io_binding()
         for name in self._names:
+            binding.bind_ortvalue_input(f"past_key_values.{name}", cache[name])
             if self._form.rows():
                 binding.bind_ortvalue_output(f"present.{name}", cache[name])
             else:
                 binding.bind_output(f"present.{name}")
-        with whole_graph(self._folder):
-            self._session.run_with_iobinding(binding)
-            outputs = binding.get_outputs()
-            found = {name: value.numpy() for name, value in zip(shown, outputs, strict=False)}
-            # A static cache is that of the numpy arrays that these values hold on to.
-            grown = dict(zip(self._names, outputs[len(shown) :], strict=True))
-            self._cache = cache if self._form.rows() else grown
-            if self._marked is None:
-                return self._form.restored(found, attention_mask)
-            found |= {f"present.{name}": self._cache[name].numpy() for name in self._names}
-            restored = self._form.restored(found, attention_mask)
-            return with_numbers(restored, self._bits, self.dtype)
+        return binding
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         """Zeros: function bodies multiply rows that nobody sees by 0, and 0 times NaN is NaN."""

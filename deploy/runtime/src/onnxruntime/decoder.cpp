@@ -199,25 +199,39 @@ class StaticDecoder : public Decoder {
     std::vector<int64_t> filled;
     for (const Row& row : rows) filled.push_back(row.filled);
     integers(call, "write_indices", std::move(filled), batch, -1);
+    see(rows[0].slot, rows.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const size_t bytes = tensors_[i].bytes(capacity_);
-      const std::vector<int64_t> shape = tensors_[i].shape(batch, capacity_);
-      char* rows_of = buffers_[i].data() + bytes * static_cast<size_t>(rows[0].slot);
-      const auto view = [&] {
-        return session_->tensor(tensors_[i].type, shape, rows_of, bytes * rows.size());
-      };
-      call.owned.push_back(view());
-      call.input(tensors_[i].past.c_str(), call.owned.back().get());
-      call.output(tensors_[i].present.c_str(), view());
+      call.input(tensors_[i].past.c_str(), views_[i].get());
+      call.output(tensors_[i].present.c_str(), std::move(views_[i]));
     }
+    seen_ = 0;  // of no rows while the call has them
     run(call);
+    for (size_t i = 0; i < tensors_.size(); ++i) views_[i] = std::move(call.outputs[i + 1]);
+    seen_ = rows.size();
     return logits ? finish(call, rows) : nullptr;
   }
 
  private:
+  // Makes views_ of so many slots from one on, which are the same from call to call in most.
+  void see(int slot, size_t rows) {
+    if (slot == slot_ && rows == seen_) return;
+    views_.clear();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const size_t bytes = tensors_[i].bytes(capacity_);
+      const auto batch = static_cast<int64_t>(rows);
+      views_.push_back(session_->tensor(tensors_[i].type, tensors_[i].shape(batch, capacity_),
+                                        buffers_[i].data() + bytes * static_cast<size_t>(slot),
+                                        bytes * rows));
+    }
+    slot_ = slot, seen_ = rows;
+  }
+
   const int slots_;
   const int64_t capacity_;
   std::vector<Buffer> buffers_;  // [tensors][slots, heads, capacity, width]
+  std::vector<Value> views_;     // [tensors][seen_, heads, capacity, width], from slot_ on
+  int slot_ = 0;
+  size_t seen_ = 0;
 };
 
 }  // namespace
