@@ -138,7 +138,10 @@ def text(out: Path, found: Attribution) -> str:
         lines.append(f"{found.nodes_left} nodes were not measured by themselves, {why}")
     lines.append("")
     if found.plan is None:
-        lines.append("No node was found whose bits would buy much: more bits everywhere would.")
+        lines.append(
+            "No lines: nothing that was measured and gains fits into --add-bits. Give more of them, or "
+            "more --minutes, so that smaller parts are measured."
+        )
         return "\n".join(lines)
     plan = found.plan
     there = out / QUANT / BITS_FILE

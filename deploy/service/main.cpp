@@ -43,8 +43,8 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.add_option("--onnxruntime", o.load.onnxruntime, "libonnxruntime.so, or its folder");
   app.add_option("--tensorrt", o.load.tensorrt,
                  "libnvinfer.so.10, libnvinfer.so.11 or libtensorrt_rtx.so.1, or its folder");
-  app.add_option("--cuda-graphs", o.load.cuda_graphs,
-                 "replay the steps of a static cache on the GPU");
+  app.add_flag("!--no-cuda-graphs", o.load.cuda_graphs,
+               "do not replay the steps of a static cache on the GPU as CUDA graphs");
   app.add_option("--kernels", o.load.kernels, "libanybit_onnxruntime.so, or its folder");
   app.add_option("--name", o.name, "what clients call the model; empty: its own name");
   app.add_option("--api-key", words.api_key,

@@ -373,12 +373,12 @@ def outcomes(
     gpu: Callable[..., None],
     simulation: Path,
     prompts: list[list[int]],
-) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+) -> Callable[..., list[dict[str, Any]]]:
     """What failures.cpp makes of faults, each {"function", "nth", "status", "sticky"}."""
     gpu()
     out = built(static, tmp_path, libraries)
 
-    def run(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def run(steps: list[dict[str, Any]], variant: str = "") -> list[dict[str, Any]]:
         task = {
             "folder": str(out),
             "library": str(simulation),
@@ -386,7 +386,7 @@ def outcomes(
             "steps": steps,
         }
         done = subprocess.run(
-            [compiled("tensorrt/failures")],
+            [compiled("tensorrt/failures", variant)],
             input=json.dumps(task),
             capture_output=True,
             text=True,
@@ -405,7 +405,7 @@ def fault(function: str, nth: int = 1, status: int = NOT_PERMITTED, sticky: int 
 
 
 def test_every_call_that_fails_is_told(
-    outcomes: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    outcomes: Callable[..., list[dict[str, Any]]],
 ) -> None:
     """In loading an error; in a step the end of its requests, after which the next ones get their
     tokens; in recording nothing. Nothing is left behind.
@@ -441,8 +441,18 @@ def test_every_call_that_fails_is_told(
                 assert one["tokens"] == tokens, where
 
 
+@pytest.mark.slow
+def test_sanitizers(outcomes: Callable[..., list[dict[str, Any]]]) -> None:
+    """Two failures of loading, steps and recording each, and a lost GPU."""
+    steps = [fault("", 0), fault("cuMemAlloc_v2", 9), fault("createExecutionContext", 3)]
+    steps += [fault(name, nth) for name in ("enqueueV3", "cuStreamEndCapture") for nth in (3, 5)]
+    steps.append(fault("cuStreamSynchronize", 6, ILLEGAL_ADDRESS, sticky=1))
+    found = outcomes(steps, "address,undefined")
+    assert len(found) == len(steps)
+
+
 def test_a_gpu_that_is_lost(
-    outcomes: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    outcomes: Callable[..., list[dict[str, Any]]],
 ) -> None:
     """After an illegal access every call fails: running requests end, and no more are taken."""
     gone = (
