@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploy.command import Command
-from plugins.cores import allowed_memory, free_memory, usable_cores
+from plugins.cores import allowed_memory, free_memory, usable_cores, usable_memory
 
 __all__ = ["COMMAND", "Finding", "findings"]
 
@@ -138,11 +138,11 @@ def _cpu() -> str:
 
 
 def _memory() -> str:
-    free, room = free_memory(), allowed_memory()
-    if free is None:
+    usable, free, room = usable_memory(), free_memory(), allowed_memory()
+    if usable is None:
         return "unknown"
-    limit = ", as a control group allows" if room is not None and room < free else ""
-    return f"{min(free, free if room is None else room) / 1e9:.1f} GB free{limit}"
+    limited = room is not None and (free is None or room < free)
+    return f"{usable / 1e9:.1f} GB free{', as a control group allows' if limited else ''}"
 
 
 def _abilities(parts: dict[str, Finding]) -> Iterator[Finding]:

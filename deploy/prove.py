@@ -211,6 +211,8 @@ class Prove(Command):
         print(printable(table(result), keep="\n"))
         for note in result.notes:
             print(f"Note: {printable(note)}")
+        for warning in result.warnings:
+            print(f"Warning: {printable(warning)}")
         for cause in result.facts.get("causes", ()):
             print(f"Not what quant/ gives: {printable(cause)}")
         if args.to is not None:

@@ -159,10 +159,8 @@ class Pipeline:
         from exporter.proof.memory import check_memory
 
         if self.request.until == REPORT:
-            check_memory(
-                self.checkpoint.parameter_count,
-                self.schemes.weights(self.checkpoint.decoder),
-            )
+            decoder = self.checkpoint.decoder
+            check_memory(decoder, self.schemes.weights(decoder))
 
     def run(self) -> dict[str, Any]:
         """Run every stage up to request.until; returns the manifest.

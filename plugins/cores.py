@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-__all__ = ["allowed_memory", "free_memory", "usable_cores"]
+__all__ = ["allowed_memory", "free_memory", "usable_cores", "usable_memory"]
 
 
 def usable_cores(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int:
@@ -42,6 +42,19 @@ def free_memory(proc: Path = Path("/proc")) -> int | None:
         return None
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return None if found is None else int(found[1]) * 1024
+
+
+def usable_memory(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the process may still take: of the machine's free memory as much as its control groups
+    allow; None where the system does not tell.
+
+    Args:
+        proc, control: as of usable_cores.
+    """
+    known = [
+        room for room in (free_memory(proc), allowed_memory(proc, control)) if room is not None
+    ]
+    return min(known, default=None)
 
 
 def allowed_memory(

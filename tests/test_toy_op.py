@@ -29,7 +29,7 @@ from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.quant.sizes import linear_specs, stored_bits
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import search_grid
-from exporter.proof.memory import check_memory
+from exporter.proof.memory import memory_needed
 from plugins import extension_files, library_ops, op_names, op_spec, ranked_ops
 from plugins.core.op_spec import OpSpec, QuantArrays, is_custom
 from plugins.errors import InputError
@@ -149,11 +149,12 @@ def test_sizes_come_from_its_arrays(toy: OpSpec) -> None:
     assert stored_bits((24, 64), True, TOY) == 24 * (64 * 3 + 32 + 4 * 8 + 32)
 
 
-def test_memory_and_formats_ask_it(toy: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: 24 * 1024)
-    check_memory(1024, {TOY: 1})
-    with pytest.raises(InputError):
-        check_memory(1025, {TOY: 1})
+def test_memory_and_formats_ask_it(
+    toy: OpSpec, tiny_quant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = read_quant(tiny_quant() / "quant").decoder
+    needed = [memory_needed(decoder, {TOY: weights}).whole for weights in (10**6, 2 * 10**6)]
+    assert needed[1] - needed[0] == 24 * 10**6
     monkeypatch.setattr(type(toy), "objection", lambda *_: None)
     with pytest.raises(InputError) as caught:
         formats.check("compressed-tensors", replace(TOY, wbits=4))

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = [
+    "EngineBuilder",
     "EngineOptions",
     "build_engine",
     "check_engine",
     "custom_nodes",
+    "input_dims",
     "load_plugins",
     "profile_shapes",
     "select_edition",
@@ -149,7 +151,8 @@ def profile_shapes(
     ]
 
 
-def _input_dims(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+def input_dims(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Dimensions of each model input: integers, or names."""
     shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input}
     return {
         name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
@@ -172,13 +175,19 @@ def _parser_errors(parser: Any) -> str:
 
 
 class EngineBuilder:
-    """One build: network, parser and configuration, which must live until the engine is written."""
+    """One build: network, parser and configuration, which must live until the engine is written.
 
-    def __init__(self, trt: Any, onnx_path: Path) -> None:
+    Args:
+        trt: the tensorrt module.
+        onnx_path: the ONNX file, beside its weights.
+        graph: what is parsed in its place, with the same weights.
+    """
+
+    def __init__(self, trt: Any, onnx_path: Path, graph: bytes | None = None) -> None:
         from polygraphy.backend.trt import create_network, get_trt_logger
 
         self.trt = trt
-        self.where = str(onnx_path)
+        self.where, self._graph = str(onnx_path), graph
         # TensorRT 11 knows nothing but strongly typed networks and may drop the flag.
         strongly_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         self.builder, self.network = create_network(strongly_typed=strongly_typed)
@@ -195,7 +204,12 @@ class EngineBuilder:
         Raises:
             CheckError: the parser refused the file, or left a custom node to its function body.
         """
-        if not self.parser.parse_from_file(self.where):
+        whole = self._graph is None
+        if not (
+            self.parser.parse_from_file(self.where)
+            if whole
+            else self.parser.parse(self._graph, self.where)
+        ):
             errors = _parser_errors(self.parser)
             raise CheckError(
                 self.where,
@@ -215,6 +229,30 @@ class EngineBuilder:
             "Without attribute plugin_namespace on a node TensorRT takes its function body: "
             "export the model again with this version",
         )
+
+    def check_outputs(self, types: Mapping[str, int]) -> None:
+        """Check that the network gives these tensors in these types of onnx.TensorProto.
+
+        Raises:
+            CheckError: one is not there, or of another type; names the first.
+        """
+        from onnx import TensorProto
+
+        kinds = {
+            TensorProto.FLOAT: self.trt.float32,
+            TensorProto.FLOAT16: self.trt.float16,
+            TensorProto.BFLOAT16: self.trt.bfloat16,
+            TensorProto.INT8: self.trt.int8,
+        }
+        outputs = (self.network.get_output(index) for index in range(self.network.num_outputs))
+        found = {tensor.name: tensor.dtype for tensor in outputs}
+        for name, kind in types.items():
+            if name not in found or found[name] != kinds[kind]:
+                raise CheckError(
+                    f"{self.where}, tensor {name}",
+                    f"got {found.get(name, 'no output')}, expected an output of {kinds[kind]}",
+                    "TensorRT read the graph otherwise than it is: report this",
+                )
 
     def allow_fp32_attention(self) -> list[str]:
         """Let TensorRT compute attention from parts where it is fp32: no fused kernel exists for
@@ -354,7 +392,7 @@ def build_engine(
     progress = progress or NullProgress()
     edition = select_edition(options.edition)
     model = onnx.load(str(onnx_path), load_external_data=False)
-    nodes, profiles = custom_nodes(model), profile_shapes(_input_dims(model), options)
+    nodes, profiles = custom_nodes(model), profile_shapes(input_dims(model), options)
     trt = edition.activate()
     with captured_log() as log:
         load_plugins(edition, plugin_library)

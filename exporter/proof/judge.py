@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
-from exporter.graph.names import is_routed, layer_of, layer_output, new_key
+from exporter.graph.names import is_cache, is_routed, layer_of, layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
 from exporter.run.finite import WIDER
@@ -20,22 +20,45 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
     from exporter.proof.runners import GemmNode
 
-__all__ = ["LEVELS", "WEIGHTS", "LayerReport", "Stack", "first_failure", "judge"]
+__all__ = [
+    "AS_RUN",
+    "INNER",
+    "LEVELS",
+    "PROOF_ENGINE",
+    "WEIGHTS",
+    "LayerReport",
+    "LeftOut",
+    "Stack",
+    "first_failure",
+    "judge",
+    "left_out",
+]
 
 # the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
+AS_RUN, PROOF_ENGINE = "as run", "engine"
 LEVELS = (
     "export",
     "native",
+    AS_RUN,
     "kernel",
+    PROOF_ENGINE,
     "against",
     "quantisation",
 )  # a failure is named in this order
+# The comparison of each operator given its inputs, of the levels that have one.
+INNER = {
+    "export": "operator",
+    AS_RUN: "operator as run",
+    PROOF_ENGINE: "operator in the engine",
+}
 _BETWEEN = {
     WEIGHTS: "the tensors in quant/ against the float model's",
     "export": "ONNX Runtime against the fake-quantised torch reference",
     "native": "the native CPU kernels against the function bodies, both in ONNX Runtime",
+    AS_RUN: "the ONNX file as users run it against the rounded graph",
     "kernel": "the TensorRT engine against ONNX Runtime",
+    PROOF_ENGINE: "TensorRT's engines with inner tensors as outputs against the rounded graph",
     "against": "this artifact against the other one, both in ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
@@ -48,7 +71,7 @@ class LayerReport:
     or of one tensor in quant/.
 
     Attributes:
-        level: "weights", "export", "native", "kernel", "against" or "quantisation": what was compared.
+        level: "weights" or one of LEVELS: what was compared.
         phase: "prefill", "decode" or "padded batch"; "" for weights.
         tensor: its ONNX name, or its name in quant/.
         cosine, snr_db, max_abs, relative: accumulated error up to here; relative and SNR treat
@@ -171,6 +194,15 @@ class Stack:
             return limits.pointwise()  # an exponential's last bits in fp64 may show
         return 0.0
 
+    def inside(self, level: str, operator: Operator) -> float:
+        """Limit of an operator given its inputs, at a level of INNER."""
+        node = next((node for node in self.nodes if node.result == operator.tensor), None)
+        scheme = self.exceptions.get(node.name, self.scheme) if node else self.scheme
+        limits = Limits(scheme)
+        if level == AS_RUN:
+            return limits.unrounded(operator.kind)
+        return limits.operator(operator.kind)
+
     def _floating(self, node: GemmNode) -> bool:
         return self.exceptions.get(node.name, self.scheme).abits == FLOAT_BITS
 
@@ -195,7 +227,8 @@ class Stack:
         count = sum(node.name in self.decoder.path for node in so_far)
         if level == "quantisation":
             return limits.quantisation(count)
-        return limits.accumulated(depth, count)
+        small = level == AS_RUN and is_cache(tensor)
+        return limits.accumulated(depth, count, small)
 
 
 def _gemm(node: GemmNode) -> Operator:
@@ -203,31 +236,64 @@ def _gemm(node: GemmNode) -> Operator:
     return Operator(node.name + norm, node.result, "gemm")
 
 
-def _measured(operator: Operator, error: TensorError, limits: Limits) -> tuple[float, float]:
-    """(error, limit) of an operator."""
-    if operator.kind == "gemm":
-        return error.worst_channel[1], limits.gemm()
-    return error.relative, {
-        "attention": limits.attention,
-        "cache": limits.cache,
-        "pointwise": limits.pointwise,
-    }[operator.kind]()
+def _size(operator: Operator, error: TensorError) -> float:
+    """What of an operator's error is held against its limit."""
+    return error.worst_channel[1] if operator.kind == "gemm" else error.relative
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Where a session leaves roundings out.
+
+    Attributes:
+        operators, of: how many, of how many, are further from the rounded graph than a last rounding.
+        operator: the one that is furthest beyond it, or "".
+        error, rounding: its error, and what a last rounding is.
+    """
+
+    operators: int
+    of: int
+    operator: str = ""
+    error: float = 0.0
+    rounding: float = 0.0
+
+
+def left_out(errors: Errors, stack: Stack) -> LeftOut:
+    """Of the session that users run; none where its operators were not judged."""
+    sizes: dict[str, tuple[float, float]] = {}
+    for phase in _phases(errors, INNER[AS_RUN]):
+        operators = [one for index in stack.judged for one in stack.operators(index)]
+        for operator, error in _found(errors, INNER[AS_RUN], phase, operators):
+            largest = max(_size(operator, error), sizes.get(operator.name, (0.0, 0.0))[0])
+            sizes[operator.name] = largest, Limits(stack.scheme).operator(operator.kind)
+    beyond = {name: size for name, size in sizes.items() if not size[0] <= size[1]}
+    if not beyond:
+        return LeftOut(0, len(sizes))
+    worst = max(beyond, key=lambda name: beyond[name][0] / beyond[name][1])
+    return LeftOut(len(beyond), len(sizes), worst, *beyond[worst])
+
+
+def _phases(errors: Errors, comparison: str) -> list[str]:
+    """The phases in which something was compared."""
+    return list(dict.fromkeys(phase for compared, phase, _ in errors if compared == comparison))
 
 
 def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
     """The table, by level and phase, then from the first layer to the logits."""
     rows = []
     for level in LEVELS:
-        phases = dict.fromkeys(phase for comparison, phase, _ in errors if comparison == level)
-        for phase in phases:
+        for phase in _phases(errors, level):
             for index in stack.judged:
                 tensors = [layer_output(index) if index < stack.layers else "logits"]
-                if level == "kernel" and index < stack.layers:
+                if level in ("kernel", AS_RUN) and index < stack.layers:
                     tensors = [
                         f"present.{index}.key",
                         f"present.{index}.value",
-                    ]  # the engine shows no inner tensors
-                rows += [_row(errors, stack, (level, phase, tensor), index) for tensor in tensors]
+                    ]  # what runs as it is shows no inner tensors
+                rows += [
+                    _row(errors, stack, (level, phase, tensor), index, tensor is tensors[-1])
+                    for tensor in tensors
+                ]
     return rows
 
 
@@ -242,16 +308,18 @@ def _found(
     ]
 
 
-def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) -> LayerReport:
+def _row(
+    errors: Errors, stack: Stack, key: tuple[str, str, str], index: int, last: bool
+) -> LayerReport:
+    """Of a tensor; with the `last` one of a layer go its operators."""
     level, phase, tensor = key
     total = total_error(errors[key])
     worst, overflow = ("", 0.0, 0.0), ""
-    if level == "export":
-        found = _found(errors, "operator", phase, stack.operators(index))
+    if last and phase in _phases(errors, INNER.get(level, "")):
+        found = _found(errors, INNER[level], phase, stack.operators(index))
         overflow = next((one.name for one, error in found if _overflows(error, stack)), "")
-        limits = Limits(stack.scheme)
         worst = max(
-            ((one.name, *_measured(one, error, limits)) for one, error in found),
+            ((one.name, _size(one, error), stack.inside(level, one)) for one, error in found),
             key=lambda item: item[1] / item[2],
         )
     if level == "native":
@@ -282,8 +350,7 @@ def _worst_native(errors: Errors, stack: Stack, phase: str, index: int) -> tuple
     """
     shown = ("", 0.0, 0.0)
     for one, total in _found(errors, "native", phase, stack.operators(index)):
-        limit = stack.native(one.tensor)
-        error = total.worst_channel[1] if one.kind == "gemm" else total.relative
+        limit, error = stack.native(one.tensor), _size(one, total)
         if not error <= limit:
             return one.name, error, limit
         if limit and (not shown[0] or error / limit > shown[1] / shown[2]):
@@ -305,9 +372,11 @@ def first_failure(errors: Errors, rows: list[LayerReport], stack: Stack) -> str:
     if failed[0].level == WEIGHTS:
         return _bad_weights(failed[0])
     for row in failed:
-        if row.level == "export" and (found := _first_operator(errors, row.phase, stack, failed)):
+        if row.level == "export" and (found := _first_operator(errors, row, stack, failed)):
             return found
     row = failed[0]
+    if row.level in INNER and (found := _first_operator(errors, row, stack, failed)):
+        return found
     if row.level == "native" and row.operator:
         where = f"at {row.operator} (native, {row.phase}: {_BETWEEN['native']})"
         if not row.operator_limit:
@@ -337,13 +406,18 @@ def _bad_weights(row: LayerReport) -> str:
     )
 
 
-def _first_operator(errors: Errors, phase: str, stack: Stack, failed: list[LayerReport]) -> str:
-    overflows = {row.overflow for row in failed if row.phase == phase}
+def _first_operator(
+    errors: Errors, row: LayerReport, stack: Stack, failed: list[LayerReport]
+) -> str:
+    level, phase = row.level, row.phase
+    if phase not in _phases(errors, INNER[level]):
+        return ""
+    overflows = {row.overflow for row in failed if (row.level, row.phase) == (level, phase)}
     for index in stack.judged:
-        for operator, error in _found(errors, "operator", phase, stack.operators(index)):
-            got, limit = _measured(operator, error, Limits(stack.scheme))
+        for operator, error in _found(errors, INNER[level], phase, stack.operators(index)):
+            got, limit = _size(operator, error), stack.inside(level, operator)
             if operator.name in overflows:
-                return _too_large(errors, phase, operator, index, stack)
+                return _too_large(errors, row, operator, index, stack)
             if not got <= limit:
                 channel = (
                     f" in output channel {error.worst_channel[0]}"
@@ -352,8 +426,8 @@ def _first_operator(errors: Errors, phase: str, stack: Stack, failed: list[Layer
                 )
                 return (
                     f"got a relative error of {got:.2g}{channel} at {operator.name} given its "
-                    f"inputs (export, {phase}: "
-                    f"{_BETWEEN['export']}), expected at most {limit:.2g}"
+                    f"inputs ({level}, {phase}: "
+                    f"{_BETWEEN[level]}), expected at most {limit:.2g}"
                 )
     return ""
 
@@ -365,12 +439,14 @@ def _overflows(error: TensorError, stack: Stack) -> bool:
     return stack.scheme.dtype == "float16" and error.peak >= LARGEST_FLOAT16
 
 
-def _too_large(errors: Errors, phase: str, operator: Operator, index: int, stack: Stack) -> str:
+def _too_large(
+    errors: Errors, row: LayerReport, operator: Operator, index: int, stack: Stack
+) -> str:
     tensor = layer_output(index) if index < stack.layers else "logits"
-    real = errors.get(("quantisation", phase, tensor), [])
+    real = errors.get(("quantisation", row.phase, tensor), [])
     peak = max((error.peak for error in real), default=0.0)
     known = f", {peak:.3g} at {tensor} of the float model" if peak > LARGEST_FLOAT16 else ""
     return (
-        f"got numbers beyond float16 at {operator.name} (export, {phase}){known}, expected at most "
+        f"got numbers beyond float16 at {operator.name} ({row.level}, {row.phase}){known}, expected at most "
         f"{LARGEST_FLOAT16:g}: export with {WIDER}"
     )

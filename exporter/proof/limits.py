@@ -54,6 +54,7 @@ _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 _FP32_SUMS = 2.0**-16  # sums of some thousand fp32 terms in different orders, with cancellation
 _GEMM, _POINTWISE, _ATTENTION = 2, 8, 16  # in u
 _MARGIN, _QUANTISATION_MARGIN = 8.0, 4.0
+_SMALL = 4.0  # errors of keys and values, in those of the residual stream: it has loud channels
 _DAMPED = 0.2  # quantisation noise per linear up to which differences do not grow by themselves
 _WEIGHT_RANGE, _ACTIVATION_RANGE, _CACHE_RANGE = 8.0, 20.0, 8.0  # in sigma
 
@@ -104,6 +105,25 @@ class Limits:
         """
         return _FP32_SUMS
 
+    def unrounded(self, kind: str) -> float:
+        """As operator(), of a session that may leave roundings to 16 bits out: what an operator reads
+        then differs from the tensor that is seen by u, so that codes of it flip.
+        """
+        exact = self.operator(kind)
+        if self.scheme.dtype != "float16":  # the only 16-bit type that such sessions have
+            return exact
+        bits = {"gemm": self.scheme.abits, "cache": self.scheme.kv_bits}.get(kind)
+        if bits is None:
+            return exact
+        return max(exact, self.pointwise()) + _MARGIN * self._flips(bits)
+
+    def operator(self, kind: str) -> float:
+        """Of an operator of a kind, given its inputs: one of "gemm", "attention", "cache" and
+        "pointwise".
+        """
+        kinds = {"gemm": self.gemm, "attention": self.attention, "cache": self.cache}
+        return kinds.get(kind, self.pointwise)()
+
     def noise(self) -> float:
         """Relative quantisation noise of one linear, from both widths, and of the cache."""
         spans = [(_WEIGHT_RANGE, self.scheme.levels - 1)]
@@ -126,16 +146,19 @@ class Limits:
             else math.sqrt(3 * max(self.roundoff, _UNIT_ROUNDOFF["float16"]) / steps)
         )
 
-    def accumulated(self, layers: int, nodes: int) -> float | None:
+    def accumulated(self, layers: int, nodes: int, small: bool = False) -> float | None:
         """Residual stream after `layers` decoder layers with so many GEMM nodes in all, each side
         on its own; None where any error may be honest.
+
+        Args:
+            small: of keys and values, which a node makes of little of the residual stream.
         """
         growth = (1 + max(self.noise() - _DAMPED, 0)) ** layers
         layer = math.hypot(
             math.sqrt(nodes / layers) * (self._flips(self.scheme.abits) + 2 * self.roundoff),
             self._flips(self.scheme.kv_bits),
         )
-        limit = _MARGIN * growth * math.sqrt(layers) * layer + _FP32_SUMS
+        limit = _MARGIN * (_SMALL if small else 1) * growth * math.sqrt(layers) * layer + _FP32_SUMS
         return limit if limit < 1 else None
 
     def quantisation(self, nodes: int) -> float | None:

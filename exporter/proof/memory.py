@@ -1,47 +1,92 @@
-"""Refuses a validation that would not fit into the free memory, before hours of other work."""
+"""What a proof takes of the memory, and how it is done where that is less than all at once would take."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from calibration.quant.scheme import FLOAT_BITS
+from exporter.graph.names import layer_of
 from plugins import op_spec
-from plugins.cores import free_memory
+from plugins.cores import usable_memory
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.families import Decoder
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["check_memory"]
+__all__ = ["Need", "check_memory", "memory_needed"]
 
-_REFERENCE = 4  # bytes per weight: the torch references hold fp32, one of them at a time
+_BASE = (
+    500_000_000  # Python with torch, transformers and ONNX Runtime, and what is recorded of calls
+)
+_FLOAT = 4  # bytes per number of the float model, and of what is not quantized in the reference
+_CODE = 1  # bytes per weight of the reference that multiplies integers
 
 
-def check_memory(weights: int, schemes: Mapping[QuantScheme, int]) -> None:
-    """Compare what validation needs at its peak with the free memory, where the system tells it
-    (Linux).
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a proof holds at its peak; one model is in memory at a time.
 
-    Args:
-        weights: of the whole model, such as Checkpoint.parameter_count.
-        schemes: how many of them are (to be) quantised how; the others are counted like their
-            average.
+    Attributes:
+        whole: with the function bodies of the whole graph unpacked.
+        folded: with those of one decoder layer, or of the head, at a time.
+        floats: with the float model.
+    """
+
+    whole: int
+    folded: int
+    floats: int
+
+
+def memory_needed(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> Need:
+    """Of a model, by how many of its weights are quantized how."""
+    weights = sum(schemes.values())
+    unpacked = sum(
+        op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count for scheme, count in schemes.items()
+    )
+    parameters = sum(math.prod(shape) for shape in decoder.shapes().values())
+    head = decoder.head
+    rest = parameters - weights
+    if head.quantized and head.tied:
+        rest += math.prod(decoder.shapes()[f"{decoder.embedding.name}.weight"])
+    codes = sum(
+        count * (_CODE if scheme.abits < FLOAT_BITS else _FLOAT)
+        for scheme, count in schemes.items()
+    )
+    reference = codes + _FLOAT * rest
+    units: Counter[int | None] = Counter()
+    for node, site in decoder.sites.items():
+        units[layer_of(node)] += site.linears.out_features * site.linears.in_features
+    largest = max(units.values()) / sum(units.values())
+    return Need(
+        whole=_BASE + max(unpacked, reference),
+        folded=_BASE + max(int(unpacked * largest), reference),
+        floats=_BASE + _FLOAT * parameters,
+    )
+
+
+def check_memory(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> tuple[bool, bool]:
+    """Compare what the proof needs with the memory that may be used, before hours of other work.
+
+    Returns:
+        Whether the function bodies have to be unpacked layer by layer, and whether the float model
+        fits. Where the system does not tell of its memory (it is not Linux) all fits.
 
     Raises:
-        InputError: it does not fit.
+        InputError: not even one layer after the other fits.
     """
-    free = free_memory()
+    free, need = usable_memory(), memory_needed(decoder, schemes)
     if free is None:
-        return
-    unpacked = sum(_bytes_per_weight(scheme) * count for scheme, count in schemes.items())
-    needed = unpacked * weights // sum(schemes.values())
-    if needed > free:
+        return False, True
+    if need.folded > free:
         raise InputError(
             "validation",
-            f"got {free / 1e9:.2f} GB of free memory, expected {needed / 1e9:.2f} GB to unpack "
-            f"{weights / 1e6:.0f} M weights",
+            f"got {free / 1e9:.2f} GB of free memory, expected {need.folded / 1e9:.2f} GB for "
+            f"{sum(schemes.values()) / 1e6:.0f} M weights",
             "Use --until engine here, and validate on a machine with more memory",
         )
-
-
-def _bytes_per_weight(scheme: QuantScheme) -> int:
-    return max(_REFERENCE, op_spec(scheme.op).unpacked_bytes(scheme.gemm))
+    return need.whole > free, need.floats <= free

@@ -26,6 +26,7 @@ __all__ = [
     "text_windows",
     "whole_windows",
     "window_length",
+    "window_losses",
     "window_nll",
 ]
 
@@ -148,23 +149,26 @@ def select_windows(count: int, windows: int, first: int) -> list[int]:
 
 
 def window_nll(session: DecoderSession, window: np.ndarray) -> float:
-    """Sum of -log p(token t | tokens before it) over tokens 1..L-1 of one window [L], in fp64.
+    """Sum of window_losses, in nats."""
+    return float(window_losses(session, window).sum())
+
+
+def window_losses(session: DecoderSession, window: np.ndarray) -> np.ndarray:
+    """-log p(token t | tokens before it) of tokens 1..L-1 of one window [L], in nats, fp64 [L-1].
 
     The window goes through the decoder in pieces with the KV cache, so that memory holds one
     piece's logits.
     """
     import numpy as np
 
-    total = 0.0
+    losses: list[np.ndarray] = []
     for start in range(0, len(window) - 1, session.max_tokens):
         end = min(start + session.max_tokens, len(window) - 1)
         logits = session.run(window[None, start:end], reset=start == 0)[0]  # [S, V] fp32
         largest = logits.max(-1)
         log_sum = largest + np.log(np.exp(logits - largest[:, None]).sum(-1, dtype=np.float64))
-        total += float(
-            (log_sum - logits[np.arange(end - start), window[start + 1 : end + 1]]).sum()
-        )
-    return total
+        losses.append(log_sum - logits[np.arange(end - start), window[start + 1 : end + 1]])
+    return np.concatenate(losses)
 
 
 def score(

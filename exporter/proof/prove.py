@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.out.layout import QUANT, REPORT
 from calibration.progress import Progress
 from exporter.proof.validate import (
+    NO_FLOATS,
     REFERENCE,
     ValidateOptions,
     ValidationResult,
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["prove"]
 
-_ROWS, _LENGTH = 4, 64  # windows of the proof's text for the quality, and tokens of each
+# Windows of the proof's text, and tokens of each, by which quality and the loss of the file as it is
+# run are told. As many as cost about the same for every size of model, within bounds.
+_LENGTH, _ROWS, _MOST_ROWS, _WORK = 64, 4, 16, 3_000_000_000
 
 
 def prove(
@@ -58,6 +61,7 @@ def prove(
     from exporter.report.report import report_data
 
     result = validate(out, options, progress)
+    result = _loss(out, result, options, progress)
     result, perplexity = _perplexity(out, result, scored, progress)
     result, quality = _quality(out, result, options, scored, progress)
     if quality is not None:
@@ -75,6 +79,40 @@ def _calibrated_on(out: Path, manifest: Mapping[str, Any], options: ValidateOpti
         "windows" in read_quant(out / QUANT, verify=False).calibration
         and (options.calib or "default") == text
     )
+
+
+def _text_windows(out: Path, quant: QuantModel, options: ValidateOptions) -> np.ndarray:
+    """Tokens [n, L] of the proof's text."""
+    length = min(options.tokens or _LENGTH, max_context(out, quant))
+    rows = min(max(_WORK // int(quant.sizes["linear_weights"]), _ROWS), _MOST_ROWS)
+    return text_rows(quant, options, rows, max(length, 2))
+
+
+def _loss(
+    out: Path, result: ValidationResult, options: ValidateOptions, progress: Progress
+) -> ValidationResult:
+    """With the loss of the file as users run it against the rounded graph's, where that level was run
+    on a whole model.
+    """
+    from calibration.quant.folder import read_quant
+    from exporter.proof.judge import AS_RUN
+    from exporter.proof.loss import loss_as_run
+
+    if not result.ok or options.layers or not any(row.level == AS_RUN for row in result.rows):
+        return result
+    quant = read_quant(out / QUANT, verify=False)  # verified a moment ago
+    windows = _text_windows(out, quant, options)
+    progress.start(REPORT, 2 * len(windows))
+    context = max_context(out, quant)
+    found = loss_as_run(out, quant.scheme.dtype, context, windows, progress)
+    progress.finish()
+    warnings = result.warnings
+    if found.shows:
+        warnings += (
+            f"As users run it, the file's loss differs from the rounded graph's: {found}.",
+        )
+    facts = result.facts | {"loss_as_run": found.as_dict()}
+    return replace(result, first_failure=found.failure, warnings=warnings, facts=facts)
 
 
 def _perplexity(
@@ -115,6 +153,8 @@ def _quality(
 
     if not result.ok or options.layers or not options.wants(REFERENCE):
         return result, None
+    if any(note.startswith(NO_FLOATS) for note in result.notes):
+        return result, None
     quant = read_quant(out / QUANT, verify=False)  # verified a moment ago
     checkpoint = float_checkpoint(quant, options)
     if isinstance(checkpoint, str):
@@ -138,7 +178,6 @@ def _windows(
     from exporter.run.model import find_model
 
     if scored is None:
-        length = min(options.tokens or _LENGTH, max_context(out, quant))
-        return text_rows(quant, options, _ROWS, max(length, 2)), options.text_name
+        return _text_windows(out, quant, options), options.text_name
     windows = whole_windows(find_model(out, scored.runner), scored)
     return windows[select_windows(len(windows), scored.windows, scored.first)], scored.text.name

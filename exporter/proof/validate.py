@@ -11,11 +11,18 @@ What runs where:
 - native: the same graph with the native CPU kernels in place of the function bodies. Each operator is
   given the tensors that the bodies made, and must give the same bits (A16 and attention: within
   rounding).
-- kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. An
+- as run: the session that users open, on the file as it is, against the graph with every rounding in
+  its place: each operator of it in lockstep with the torch reference, and as a whole.
+- kernel: the TensorRT engine, which is built from the file as it is, against ONNX Runtime. That
   engine shows no inner tensors, so only logits and the new tokens of the present KV cache are
   compared, with the limits for accumulated errors.
+- engine: where TensorRT was asked for, engines of pieces of the graph with inner tensors as outputs,
+  each operator in lockstep with the torch reference; without a GPU they are built and looked at.
 - against: another artifact's ONNX model on the same tokens, where one is given.
 - quantisation: the fake-quantised reference against the float model.
+
+Where the function bodies of all nodes do not fit into the memory, the native kernels lead, and the bodies
+are unpacked one decoder layer at a time and held against them.
 
 One model is in memory at a time: ONNX Runtime's outputs are recorded and replayed beside the torch
 reference.
@@ -28,7 +35,7 @@ import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,13 +47,34 @@ from calibration.out.folder import open_stage, stages_in
 from calibration.out.layout import DESCRIPTION, ENGINE, ENGINE_FILE, ONNX, QUANT, REPORT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
+from exporter.engine.build import EngineOptions
 from exporter.engine.edition import captured_log
 from exporter.graph.names import WRITE_INDICES, layer_of, layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation, turned
 from exporter.proof.diagnose import causes
-from exporter.proof.judge import LayerReport, Stack, first_failure, judge
+from exporter.proof.engine import ProofEngines
+from exporter.proof.judge import (
+    AS_RUN,
+    INNER,
+    PROOF_ENGINE,
+    LayerReport,
+    LeftOut,
+    Stack,
+    first_failure,
+    judge,
+    left_out,
+)
 from exporter.proof.memory import check_memory
-from exporter.proof.metrics import CompareTensors, TensorError
+from exporter.proof.metrics import CompareTensors, TensorError, total_error
+from exporter.proof.pieces import (
+    FoldedSession,
+    OnnxPiece,
+    Piece,
+    PieceSession,
+    cut,
+    pieces,
+    run_pieces,
+)
 from exporter.proof.runners import (
     LedRunner,
     LockstepRunner,
@@ -56,7 +84,7 @@ from exporter.proof.runners import (
 )
 from exporter.proof.weights import compare_weights, compared_tensors
 from exporter.run import find_runner
-from exporter.run.native import native_library
+from exporter.run.native import NativeSession, native_library
 from exporter.run.onnxruntime import OnnxSession, load_model
 from exporter.run.reference import TorchSession
 from plugins.errors import CheckError, InputError
@@ -83,12 +111,18 @@ T = TypeVar("T")
 
 # Names of the runners that are compared, as a report shows them.
 ONNX_RUNTIME, NATIVE, TENSORRT = "onnxruntime", "native", "tensorrt"
+USERS, SHOWN = "native, as users run it", "native, with inner tensors"
 TORCH, LOCKSTEP, FLOAT = "torch-fake-quant", "torch-lockstep", "torch-float"
+LOCKSTEP_USERS = "torch-lockstep, as users run it"
+PROOF_ENGINES, LOCKSTEP_ENGINES = "tensorrt, with inner tensors", "torch-lockstep, TensorRT"
+FUSED = "engine with inner tensors"  # against the one without
 AGAINST = "against"
+NO_FLOATS = "The float model does not fit into the memory"
 REFERENCE = "torch"  # the runner whose model TORCH and LOCKSTEP are
 _GIVEN = re.compile(r" at (\S+)(?: \(with \S+\))? given its inputs ")  # first_failure's words
 # Tokens of a prefill whose length nobody gave, and at most; how many cross a window.
 _PREFILL, _LONGEST, _BEYOND = 64, 1024, 8
+_PIECE = 1 << 30  # bytes of weights in a proof engine
 _PADDED = 16  # tokens of the padded batch
 _TOKENIZED = 100_000  # characters on which two tokenizers are compared
 _SIZES = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
@@ -150,12 +184,14 @@ class ValidationResult:
         rows: one per level, phase and layer, then the logits.
         first_failure: where the first error above its limit is, or "".
         notes: what could not be run, and why.
+        warnings: what a user ought to know of an export that is within tolerance.
         facts: text, tokens, seconds, and what of a failed layer differs from quant/ in the ONNX file.
     """
 
     rows: tuple[LayerReport, ...]
     first_failure: str
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -170,6 +206,7 @@ class ValidationResult:
             "ok": self.ok,
             "first_failure": self.first_failure,
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
             **self.facts,
             "rows": rows,
         }
@@ -215,6 +252,7 @@ class _Validator:
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
+        self.warnings: list[str] = []
 
     def _spans(self) -> list[int]:
         """The windows of the attentions that do not see every token of the context."""
@@ -318,13 +356,20 @@ class _Validator:
                     self.errors.setdefault((comparison, call.phase, tensor), []).append(error)
             self.progress.advance(note=call.phase)
 
-    def run_onnx(self) -> list[Outputs]:
-        """What ONNX Runtime computes at each call; its own next tokens lead the decode steps."""
+    def run_onnx(self, library: Path | None) -> list[Outputs]:
+        """What ONNX Runtime computes at each call, by the function bodies; where they do not all fit into
+        the memory by native kernels, or without them layer by layer. Its own next tokens lead the
+        decode steps.
+        """
         from polygraphy.comparator import Comparator
 
         def open_session() -> DecoderSession:
-            dtype = self.quant.scheme.dtype
-            return OnnxSession(self.out / ONNX, self.context, self.marked, dtype)
+            folder, dtype = self.out / ONNX, self.quant.scheme.dtype
+            if self.folded and library is None:
+                layers = self.quant.layers
+                return FoldedSession(folder, self.context, self.marked, dtype, layers)
+            kernels = library if self.folded else None
+            return OnnxSession(folder, self.context, self.marked, dtype, kernels=kernels)
 
         leader = SessionRunner(ONNX_RUNTIME, open_session)
         record: list[Outputs] = []
@@ -353,6 +398,62 @@ class _Validator:
         runners = [bodies, LedRunner(NATIVE, open_session, bodies)]
         self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
 
+    def run_folded(self, record: list[Outputs], library: Path) -> None:
+        """The function bodies, one decoder layer after the other, against the native kernels that made
+        the record, each operator on the kernels' tensors.
+        """
+        folder, dtype = self.out / ONNX, self.quant.scheme.dtype
+        given = [name for name in self.marked if name in self.typed]
+        model, layers = load_model(folder), self.quant.layers
+        last = self.layers.stop == layers
+        found = [
+            cut(model, index, index + 1, layers, self.marked, given)
+            for index in range(self.layers.start, layers + 1 if last else self.layers.stop)
+        ]
+
+        @contextmanager
+        def opened(piece: Piece) -> Iterator[PieceSession]:
+            yield PieceSession(piece, OnnxPiece(piece, folder), self.context, dtype)
+
+        calls = [(call.feed["input_ids"], call.feed["attention_mask"]) for call in self.calls]
+        bodies = run_pieces(found, calls, opened, record, led=True)
+        runners = [ReplayRunner(ONNX_RUNTIME, bodies), ReplayRunner(NATIVE, record)]
+        self.compare(runners, {NATIVE: (0, 1)}, each=lambda: None)
+
+    def run_users(self) -> tuple[list[Outputs], list[Outputs]]:
+        """Logits and cache of the session that users open at each call; and all that runs through it
+        where that is shown, with a warning where showing changes what ONNX Runtime computes.
+        """
+        folder, dtype = self.out / ONNX, self.quant.scheme.dtype
+        with NativeSession(folder, self.context, dtype, ()) as session:
+            plain = list(self.stepped(session))
+        if not self.options.wants(REFERENCE):
+            return plain, []
+        with NativeSession(folder, self.context, dtype, self.marked) as session:
+            shown = list(self.stepped(session))
+        changed = sum(
+            not np.array_equal(one["logits"], other["logits"])
+            for one, other in zip(plain, shown, strict=True)
+        )
+        if changed:
+            self.warnings.append(
+                f"Where inner tensors are outputs too, ONNX Runtime computes other logits of the file "
+                f"in {changed} of {len(plain)} calls. Judged as run are the logits and the cache of the "
+                "file as users run it, and the operators of the file whose inner tensors are shown."
+            )
+        return plain, shown
+
+    def stepped(
+        self, session: DecoderSession, calls: Sequence[_Call] | None = None
+    ) -> Iterator[Outputs]:
+        """What a session gives at each of the recorded calls, or some of them."""
+        for call in self.calls if calls is None else calls:
+            ids, mask = call.feed["input_ids"], call.feed["attention_mask"]
+            if ids.shape == mask.shape:
+                session.reset()
+            yield session.step(ids, mask)
+            self.progress.advance(note=call.phase)
+
     def native_kernels(self) -> Path | None:
         """The library of native kernels; None, with a note, where there is none.
 
@@ -372,28 +473,50 @@ class _Validator:
         return None
 
     def run_export(
-        self, record: list[Outputs], engine: Callable[[], DecoderSession] | None
+        self,
+        record: list[Outputs],
+        users: tuple[list[Outputs], list[Outputs]],
+        engine: list[Outputs],
+        proven: list[Outputs],
     ) -> list[Outputs]:
-        """ONNX Runtime against the fake-quantised torch model, and the engine, if there is one,
-        against ONNX Runtime; returns the torch model's logits and layers' outputs.
+        """ONNX Runtime against the fake-quantised torch model; what the session of users, the engine
+        and the proof engines gave, where they were run, against ONNX Runtime. Returns the torch model's
+        logits and layers' outputs.
         """
         onnx = ReplayRunner(ONNX_RUNTIME, record)
         runners: list[Any] = [onnx]
         pairs: Pairs = {}
         torch: SessionRunner | LockstepRunner | None = None
-        if self.options.wants(REFERENCE):
+        if self.options.wants(REFERENCE) or proven:
             from calibration.reference.model import quantised_model
 
             model = quantised_model(self.quant, max_context=self.context)
+        if self.options.wants(REFERENCE):
             torch = SessionRunner(TORCH, lambda: TorchSession(model))
             if self.quant.decoder.routers:
                 torch = LockstepRunner(TORCH, model, onnx, self.nodes, routes=True)
             # the leader of the lockstep runs before it
             runners += [torch, LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)]
-            pairs |= {"export": (1, 0), "operator": (2, 0)}
-        if engine is not None:
+            pairs |= {"export": (1, 0), INNER["export"]: (2, 0)}
+        plain, shown = users
+        if plain:
+            pairs[AS_RUN] = (0, len(runners))
+            runners.append(ReplayRunner(USERS, plain))
+        if shown:
+            leader = ReplayRunner(SHOWN, shown)
+            pairs[INNER[AS_RUN]] = (len(runners) + 1, len(runners))
+            runners += [leader, LockstepRunner(LOCKSTEP_USERS, model, leader, self.nodes)]
+        if engine:
             pairs["kernel"] = (0, len(runners))
-            runners.append(SessionRunner(TENSORRT, engine))
+            runners.append(ReplayRunner(TENSORRT, engine))
+        if proven:
+            leader = ReplayRunner(PROOF_ENGINES, proven)
+            lockstep = LockstepRunner(LOCKSTEP_ENGINES, model, leader, self.nodes)
+            pairs[PROOF_ENGINE] = (0, len(runners))
+            pairs[INNER[PROOF_ENGINE]] = (len(runners) + 1, len(runners))
+            if engine:
+                pairs[FUSED] = (len(runners) - 1, len(runners))
+            runners += [leader, lockstep]
         wanted = ("logits", *map(layer_output, self.layers))
         kept: list[Outputs] = []
 
@@ -472,38 +595,30 @@ class _Validator:
         return [call.feed for call in self.calls]
 
     def engine(self) -> Callable[[], DecoderSession] | None:
-        """Opens the engine; None, with a note, where this export has no engine or there is no GPU.
+        """Opens the engine; None, with a note, where this export has no engine or it cannot run here.
 
         Raises:
-            InputError: so it is, and the runner was asked for.
+            InputError: there is no engine, and the runner was asked for.
         """
         if not self.options.wants(TENSORRT):
             return None
         folder, tensorrt = self.out / ENGINE, find_runner(TENSORRT)
-        error = tensorrt.unavailable()
-        if self.options.asks_for(TENSORRT):
-            if error:
-                raise error
-            stage = open_stage(self.out, ENGINE, f"--runner {TENSORRT}")
-            if stage.description().cache.capacity:
-                raise InputError(
-                    f"--runner {TENSORRT}",
-                    "got an engine with a static cache, expected one whose cache grows",
-                    f"Leave {TENSORRT} out, or prove an export with --kv concat",
-                )
-        elif ENGINE not in stages_in(self.out):
+        asked = self.options.asks_for(TENSORRT)
+        if not asked and ENGINE not in stages_in(self.out):
             stale = (
                 f"; {folder} holds an earlier export's" if (folder / ENGINE_FILE).is_file() else ""
             )
             self.notes.append(f"No engine was built, so the CUDA kernels were not run{stale}.")
             return None
-        elif error:
+        why = f"--runner {TENSORRT}" if asked else "the validation"
+        static = open_stage(self.out, ENGINE, why).description().cache.capacity is not None
+        if tensorrt.unavailable():
             self.notes.append(
                 "No GPU here: the engine was built but not run, so the CUDA kernels were not "
                 "executed in this validation."
             )
             return None
-        elif open_stage(self.out, ENGINE, "the validation").description().cache.capacity:
+        if static:
             self.notes.append(
                 "The engine has a static cache, which the validation cannot run, so the CUDA kernels "
                 "were not executed in it."
@@ -515,6 +630,81 @@ class _Validator:
             return tensorrt.open(stage, tensorrt.describe(stage))
 
         return open_session
+
+    def proof_engines(self) -> ProofEngines | None:
+        """What builds engines with inner tensors as outputs, where TensorRT was asked for.
+
+        Raises:
+            InputError: the TensorRT that built the engine is not here.
+        """
+        if not self.options.asks_for(TENSORRT):
+            return None
+        stage = open_stage(self.out, ENGINE, f"--runner {TENSORRT}")
+        longest = EngineOptions(max_batch=2, max_seq=self.tokens + self.steps)
+        return ProofEngines(stage, self.out / ONNX, longest)
+
+    def pieces(self) -> list[Piece]:
+        """The judged layers of the graph, with the head behind the last one, in pieces."""
+        last = self.layers.stop == self.quant.layers
+        judged = range(self.layers.start, self.layers.stop + last)
+        model = load_model(self.out / ONNX)
+        return pieces(model, self.quant.layers, self.marked, _PIECE, judged)
+
+    def build_proof_engines(self, engines: ProofEngines, found: list[Piece]) -> None:
+        """Build them all, and say what was seen: nothing is run in them."""
+        for piece in found:
+            engines.check(piece)
+            self.progress.advance(note=f"{PROOF_ENGINE}, layer {piece.first}")
+        self.notes.append(
+            f"TensorRT was half done: {engines.built} were built, and give what the graph says in its "
+            "types; they were not run."
+        )
+
+    def run_proof_engines(
+        self, engines: ProofEngines, found: list[Piece], record: list[Outputs]
+    ) -> list[Outputs]:
+        """What they compute at each call, all their tensors."""
+
+        @contextmanager
+        def opened(piece: Piece) -> Iterator[PieceSession]:
+            with engines.runner(piece) as runner:
+                yield PieceSession(piece, runner, self.context, self.quant.scheme.dtype)
+            self.progress.advance(note=f"{PROOF_ENGINE}, layer {piece.first}")
+
+        calls = [(call.feed["input_ids"], call.feed["attention_mask"]) for call in self.calls]
+        outputs = run_pieces(found, calls, opened, record)
+        self.notes.append(f"{engines.built} were built and run.")
+        return outputs
+
+    def run_engine(self, engine: Callable[[], DecoderSession]) -> list[Outputs]:
+        """What the engine computes at each call; nothing at those of more sequences than it takes."""
+        with engine() as session:
+            most = getattr(session, "max_batch", None)
+            record = [
+                next(self.stepped(session, [call]))
+                if most is None or len(call.feed["input_ids"]) <= most
+                else {}
+                for call in self.calls
+            ]
+        if not all(record):
+            self.notes.append(
+                f"The engine takes {most} sequence{'s' * (most != 1)} at once, so the padded batch was "
+                "not run in it."
+            )
+        return record
+
+    def compare_engines(self) -> None:
+        """Say how near the logits of the proof engines are to those of the engine."""
+        errors = [
+            total_error(parts).relative
+            for (comparison, _, tensor), parts in self.errors.items()
+            if (comparison, tensor) == (FUSED, "logits")
+        ]
+        if largest := max(errors, default=0.0):
+            self.warnings.append(
+                f"With inner tensors as outputs TensorRT computes other logits, by {largest:.2g}: it "
+                "fuses otherwise. The operators judged are those of engines that show them."
+            )
 
     def checkpoint(self) -> Checkpoint | None:
         """The float model; None, with a note, where it cannot be had."""
@@ -561,37 +751,63 @@ class _Validator:
         began = time.monotonic()
         self.note_windows()
         self.note_experts()
-        sizes = self.quant.sizes
-        check_memory(int(sizes["linear_weights"]), self.quant.weights())
+        self.folded, fits = check_memory(self.quant.decoder, self.quant.weights())
         checkpoint = self.checkpoint()
+        floats = checkpoint if fits else None
+        if checkpoint and not fits:
+            self.notes.append(f"{NO_FLOATS}, so what quantizing cost was not measured.")
         calls = self.steps + 3
         library, engine, other = self.native_kernels(), self.engine(), self.other()
         exported = self.options.wants(REFERENCE)
-        runs = [library, other, exported or engine, exported and checkpoint]
-        if not any(runs):
+        engines = self.proof_engines()
+        found = self.pieces() if engines else []
+        runs = [
+            library,
+            library,
+            library and exported,
+            other,
+            engine,
+            library or exported or engine,
+            exported and floats,
+        ]
+        if not any(runs) and engines is None:
             raise InputError(
                 "--runner",
                 f"got {ONNX_RUNTIME} alone, expected another one to compare it with",
                 f"Add {NATIVE}, {TENSORRT} or {REFERENCE}, separated by commas",
             )
         weights = compared_tensors(checkpoint, self.quant, self.layers) if checkpoint else 0
-        self.progress.start(REPORT, weights + calls * (1 + sum(map(bool, runs))))
+        runs = [True, *runs] if any(runs) else runs  # ONNX Runtime leads
+        self.progress.start(REPORT, weights + len(found) + calls * sum(map(bool, runs)))
         rows = (
             compare_weights(checkpoint, self.quant, self.progress, self.layers)
             if checkpoint
             else []
         )
         with captured_log():
-            record = _freed(self.run_onnx)
+            record, users = list[Outputs](), (list[Outputs](), list[Outputs]())
+            played, proven = list[Outputs](), list[Outputs]()
+            if any(runs):
+                record = _freed(self.run_onnx, library)
             if library is not None:
-                _freed(self.run_native, record, library)
+                _freed(self.run_folded if self.folded else self.run_native, record, library)
+                users = _freed(self.run_users)
             if other is not None:
                 _freed(self.run_against, record, other)
-            references = _freed(self.run_export, record, engine) if exported or engine else []
-            del record
-            if exported and checkpoint:
-                self.run_float(checkpoint, references)
+            if engine is not None:
+                played = _freed(self.run_engine, engine)
+            if engines is not None and engine is not None:
+                proven = _freed(self.run_proof_engines, engines, found, record)
+            elif engines is not None:
+                self.build_proof_engines(engines, found)
+            references = list[Outputs]()
+            if exported or engine or library:
+                references = _freed(self.run_export, record, users, played, proven)
+            del record, users, played, proven
+            if exported and floats:
+                self.run_float(floats, references)
         self.progress.finish()
+        self.compare_engines()
         only = self.layers if self.options.layers else None
         stack = decoder_stack(self.quant, self.nodes, only)
         rows += judge(self.errors, stack)
@@ -603,11 +819,25 @@ class _Validator:
             "text": self.options.text_name,
             "seconds": round(time.monotonic() - began, 2),
         }
+        if (lost := left_out(self.errors, stack)).operators:
+            facts["left_out"] = asdict(lost)
+            self.warnings.append(_unrounded(lost))
         failure = first_failure(self.errors, rows, stack)
         if operator := _GIVEN.search(failure):
             layer = next(layer_of(row.tensor) for row in rows if not row.ok)
             facts["causes"] = causes(self.quant, self.out / ONNX, layer, operator[1])
-        return ValidationResult(tuple(rows), failure, tuple(self.notes), facts)
+        return ValidationResult(
+            tuple(rows), failure, tuple(self.notes), tuple(self.warnings), facts
+        )
+
+
+def _unrounded(lost: LeftOut) -> str:
+    """A warning of roundings that the session of users leaves out."""
+    return (
+        "ONNX Runtime leaves out roundings of the file as users run it: "
+        f"{lost.operators} of {lost.of} operators differ from the rounded graph by more than a last "
+        f"rounding, most of all {lost.operator}, by {lost.error:.2g} (a rounding: {lost.rounding:.2g})."
+    )
 
 
 def decoder_stack(quant: QuantModel, nodes: list[GemmNode], only: range | None = None) -> Stack:

@@ -20,7 +20,9 @@ _LEVELS = {
     "weights": "Weights: the tensors in quant/ against the float model's",
     "export": "Export: ONNX Runtime against the fake-quantised torch reference",
     "native": "Native: the CPU kernels against the function bodies",
+    "as run": "As run: the ONNX file as users run it against the rounded graph",
     "kernel": "Kernel: the TensorRT engine against ONNX Runtime",
+    "engine": "Engine: TensorRT with inner tensors as outputs, layer by layer",
     "against": "Against: another artifact against this one, both in ONNX Runtime",
     "quantisation": "Quantisation: the fake-quantised torch reference against the float model",
 }
@@ -460,6 +462,8 @@ def _value(value: float | None, form: str) -> str:
 _WORST = {
     "export": ["worst operator", "its error", "its limit"],
     "native": ["worst operator", "its error", "its limit"],
+    "as run": ["worst operator", "its error", "its limit"],
+    "engine": ["worst operator", "its error", "its limit"],
     "weights": ["worst row", "its error", "its limit"],
 }
 

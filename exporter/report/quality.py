@@ -47,6 +47,9 @@ def verdicts(data: Data, export_facts: Iterable[tuple[str, str]]) -> str:
         f'<p class="alert">In the ONNX file, not what quant/ gives: {escape(cause)}.</p>'
         for cause in validation.get("causes", ())
     )
+    alert += "".join(
+        f'<p class="alert warn">{escape(warning)}</p>' for warning in validation.get("warnings", ())
+    )
     if quality is None:
         facts = []
         note = "It is measured of a whole export that is proven, where the float model is there."

@@ -28,6 +28,7 @@ p{margin:4px 0 10px;max-width:75ch}
 .facts b{display:block;font-size:21px;line-height:1.25;font-variant-numeric:tabular-nums}.facts small{color:var(--soft)}
 blockquote{margin:4px 0 0;padding:8px 12px;border-left:3px solid var(--rule);background:var(--bg);border-radius:0 8px 8px 0;overflow-wrap:anywhere}
 .alert{background:var(--bad-bg);color:var(--bad);border-radius:10px;padding:12px 16px;margin:0 0 18px;overflow-wrap:anywhere}
+.alert.warn{background:var(--warn-bg);color:var(--warn)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin:0 0 16px}
 .tile,section{background:var(--card);border:1px solid var(--rule);border-radius:12px}
 .tile{padding:13px 16px}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
-from exporter.run.forms import cache_form
+from exporter.run.forms import cache_bits, cache_form, with_numbers
 from exporter.run.onnxruntime import inference_session, load_model, whole_graph
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
@@ -36,7 +37,7 @@ def native_library() -> Path | UserError:
         return error
 
 
-def native_session(folder: Path, dtype: str) -> Any:
+def native_session(folder: Path, dtype: str, marked: Sequence[str] = ()) -> Any:
     """An onnxruntime.InferenceSession on the ONNX file in `folder`, as it is.
 
     The weights stay where the system maps the data file; nothing is copied or repacked. ONNX
@@ -44,6 +45,7 @@ def native_session(folder: Path, dtype: str) -> Any:
 
     Args:
         dtype: of the model's floats.
+        marked: inner tensors that are outputs too, behind the model's own.
 
     Raises:
         InputError: ONNX Runtime refuses the file or the library.
@@ -52,10 +54,11 @@ def native_session(folder: Path, dtype: str) -> Any:
     if isinstance(library, UserError):
         raise library
     graph: str | bytes = str(folder / MODEL_FILE)
-    if dtype == "bfloat16":
-        model = load_model(folder)
-        with whole_graph(folder):
-            round_every_op(model)
+    if dtype == "bfloat16" or marked:
+        model = load_model(folder, marked)
+        if dtype == "bfloat16":
+            with whole_graph(folder):
+                round_every_op(model)
         graph = model.SerializeToString()
     return inference_session(graph, folder, library)
 
@@ -94,18 +97,27 @@ class NativeSession(DecoderSession):
         folder: OUT/onnx.
         max_context: most tokens a sequence may have.
         dtype: of the model's floats.
+        marked: inner tensors that step() returns besides the logits, and with them the cache; None:
+            neither.
     """
 
-    def __init__(self, folder: Path, max_context: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_context: int,
+        dtype: str = "float32",
+        marked: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(max_context, dtype=dtype)
-        self._folder = folder
+        self._folder, self._marked = folder, marked
         self._data = _MappedFile(folder / DATA_FILE)
-        self._session: Any = native_session(folder, dtype)
+        self._session: Any = native_session(folder, dtype, marked or ())
         with whole_graph(folder):
             inputs = {value.name: value for value in self._session.get_inputs()}
             self._names = cache_names(inputs)
             self._form = cache_form({name: value.shape for name, value in inputs.items()})
             self._past = {name: inputs[f"past_key_values.{name}"] for name in self._names}
+            self._bits = 0 if marked is None else cache_bits(load_model(folder).graph)
         self._clear()
 
     @property
@@ -139,14 +151,23 @@ class NativeSession(DecoderSession):
             shape = [*wanted.shape, self._session.get_outputs()[0].shape[-1]]
             logits = OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
             binding.bind_ortvalue_output("logits", logits)
+            for name in self._marked or ():
+                binding.bind_output(name)
             self._session.run_with_iobinding(binding)
             self._cache = cache
+            outputs = binding.get_outputs()  # as they were bound
             if self._form.rows():
                 self._binding = binding
             else:
-                grown = binding.get_outputs()[: len(self._names)]
-                self._cache = dict(zip(self._names, grown, strict=True))
-            return self._form.restored({"logits": logits.numpy()}, attention_mask)
+                self._cache = dict(zip(self._names, outputs, strict=False))
+            found = {"logits": logits.numpy()}
+            if self._marked is None:
+                return self._form.restored(found, attention_mask)
+            inner = outputs[len(self._names) + 1 :]
+            found |= {name: one.numpy() for name, one in zip(self._marked, inner, strict=True)}
+            found |= {f"present.{name}": self._cache[name].numpy() for name in self._names}
+            restored = self._form.restored(found, attention_mask)
+            return with_numbers(restored, self._bits, self.dtype)
 
     def _bound(self, cache: dict[str, Any]) -> Any:
         """A binding with the cache in it; of a static one, which is that of the numpy arrays that its

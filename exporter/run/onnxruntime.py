@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from calibration.out.folder import StageFolder
     from plugins.tools.kernels import KernelLibrary
 
-__all__ = ["RUNNER", "OnnxSession", "inference_session", "load_model", "onnx_runner", "whole_graph"]
+__all__ = [
+    "RUNNER",
+    "OnnxSession",
+    "inference_session",
+    "load_model",
+    "onnx_runner",
+    "own_of",
+    "take_from_outside",
+    "whole_graph",
+]
 
 _LONGEST = 300  # characters of a reason that stands in a message
 _NO_MEMORY = ("Failed to allocate", "bad_alloc", "bad allocation")  # in ONNX Runtime's own words
@@ -152,7 +161,7 @@ def onnx_runner(
 
     model = load_model(folder, marked)
     with whole_graph(folder):
-        _take_from_outside(model.graph, given)
+        take_from_outside(model.graph, given)
         round_every_op(model)
     return OnnxrtRunner(
         lambda: inference_session(model.SerializeToString(), folder, kernels), name="onnxruntime"
@@ -164,7 +173,7 @@ def own_of(tensor: str) -> str:
     return f"{tensor}.own"
 
 
-def _take_from_outside(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+def take_from_outside(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
     """Make inner tensors inputs, and what their nodes make of them outputs."""
     known = {value.name: value for value in graph.value_info}
     outputs = {value.name: value for value in graph.output}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
 
-__all__ = ["RUNNER", "TensorrtSession"]
+__all__ = ["RUNNER", "PieceEngine", "TensorrtSession"]
 
 
 class TensorrtRunner(Runner):
@@ -87,6 +88,9 @@ class TensorrtSession(DecoderSession):
         dtype: of the model's floats.
         bits: of the KV cache.
 
+    Attributes:
+        max_batch: most sequences in one call.
+
     Raises:
         InputError: there is no engine, or it is another TensorRT's.
     """
@@ -102,6 +106,7 @@ class TensorrtSession(DecoderSession):
         limits = engine_limits(record)
         super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens), dtype)
         decode = record["profiles"][1]["inputs"]
+        self.max_batch = limits.max_batch
         self._names, self._bits = cache_names(decode), bits
         self._decode_past = decode["past_key_values.0.key"]["max"][2]
         self._cache_shapes = {
@@ -188,6 +193,79 @@ class TensorrtSession(DecoderSession):
         """Free the engine."""
         if self._runner.is_active:
             self._runner.deactivate()
+
+
+class PieceEngine:
+    """An engine of a part of the graph on a GPU, through Polygraphy; a with statement opens it.
+
+    Args:
+        engine: its file.
+        profiles: the two that it was built with, see exporter.engine.build.profile_shapes.
+    """
+
+    def __init__(self, engine: Path, profiles: Sequence[Mapping[str, Any]]) -> None:
+        self._engine, self._profiles = engine, profiles
+
+    def __enter__(self) -> PieceEngine:
+        _offer_cuda_runtime()
+        from polygraphy import cuda
+        from polygraphy.backend.common import BytesFromPath
+        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+        from polygraphy.datatype import DataType
+
+        self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(self._engine))), name="tensorrt")
+        self._runner.activate()
+        self._inputs = self._runner.get_input_metadata(use_numpy_dtypes=False)
+        self._anchor = cuda.DeviceArray(shape=(256,), dtype=DataType.UINT8)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._runner.deactivate()
+        del self._anchor
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs, bfloat16 as fp32; see exporter.proof.pieces.PieceRunner."""
+        self._runner.set_profile(self._profile(feeds))
+        found = self._runner.infer(
+            {name: self._given(name, array) for name, array in feeds.items()}, check_inputs=False
+        )
+        return {name: _as_numpy(tensor) for name, tensor in found.items()}
+
+    def _profile(self, feeds: Mapping[str, np.ndarray]) -> int:
+        """The last one whose largest shapes hold these."""
+        fits = [
+            place
+            for place, profile in enumerate(self._profiles)
+            if all(
+                size <= most
+                for name, array in feeds.items()
+                for size, most in zip(array.shape, profile["inputs"][name]["max"], strict=True)
+            )
+        ]
+        return fits[-1]
+
+    def _given(self, name: str, array: np.ndarray) -> Any:
+        """An input as Polygraphy takes it; of one without elements TensorRT wants an address all the
+        same.
+        """
+        import numpy as np
+        import torch
+        from polygraphy import cuda
+
+        kind = self._inputs[name].dtype
+        if not array.size:
+            return cuda.DeviceView(self._anchor.ptr, array.shape, kind)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(torch.bfloat16) if str(kind.name) == "bfloat16" else tensor
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    """A copy of a torch tensor; bfloat16, which numpy lacks, as fp32."""
+    import numpy as np
+    import torch
+
+    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return np.array(wide.cpu().numpy())
 
 
 def _offer_cuda_runtime() -> None:

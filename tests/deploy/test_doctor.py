@@ -11,6 +11,7 @@ import pytest
 from deploy import doctor
 from deploy.__main__ import main
 from deploy.doctor import Finding, findings
+from plugins import cores
 from plugins.cores import usable_cores
 
 EVERYTHING = {
@@ -82,10 +83,12 @@ def test_a_package_whose_import_fails_in_its_own_way(
 def test_what_a_container_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "usable_cores", lambda: 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(doctor, "allowed_memory", lambda: 10**6)
+    for module in (doctor, cores):
+        monkeypatch.setattr(module, "allowed_memory", lambda *_: 10**6)
     assert ", 3 of 64 threads to be used; " in doctor._cpu()
     assert doctor._memory() == "0.0 GB free, as a control group allows"
-    monkeypatch.setattr(doctor, "allowed_memory", lambda: 10**18)
+    for module in (doctor, cores):
+        monkeypatch.setattr(module, "allowed_memory", lambda *_: 10**18)
     assert not doctor._memory().endswith("allows")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.cores import allowed_memory, free_memory, usable_cores
+from plugins.cores import allowed_memory, free_memory, usable_cores, usable_memory
 
 EIGHT = set(range(8))
 
@@ -81,6 +81,20 @@ def test_memory_of_version_1(tmp_path: Path) -> None:
     }
     machine(tmp_path, "3:memory:/a\n2:cpu:/b\n", files)
     assert allowed_memory(tmp_path / "proc", tmp_path / "cgroup") == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "room", "expected"), [(24, None, 24), (24, 16, 16), (8, 16, 8), (None, 16, 16)]
+)
+def test_what_may_be_used_is_the_least_of_both(
+    tmp_path: Path, free: int | None, room: int | None, expected: int
+) -> None:
+    limit = "max" if room is None else room * 1024
+    files = {"a/memory.max": f"{limit}\n", "a/memory.current": "0\n", "a/memory.stat": ""}
+    machine(tmp_path, "0::/a\n", files)
+    if free is not None:
+        (tmp_path / "proc/meminfo").write_text(f"MemAvailable:   {free} kB\n")
+    assert usable_memory(tmp_path / "proc", tmp_path / "cgroup") == expected * 1024
 
 
 def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:

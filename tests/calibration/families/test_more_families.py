@@ -185,7 +185,7 @@ def test_the_whole_way_is_proven(
     report = json.loads((out / "report" / "report.json").read_text())["validation"]
     assert report["ok"] and not report["first_failure"]
     levels = {row["level"] for row in report["rows"]}
-    assert levels == {"weights", "export", "native", "quantisation"}
+    assert levels == {"weights", "export", "native", "as run", "quantisation"}
     worst = {
         row["tensor"]: row["snr_db"]
         for row in report["rows"]

@@ -68,11 +68,12 @@ def test_honest_exports_pass(
     weights = [row for row in result.rows if row.level == "weights"]
     assert result.rows[: len(weights)] == tuple(weights) and len(weights) == 21
     rows = result.rows[len(weights) :]
+    shown = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
     assert [(row.level, row.phase, row.tensor) for row in rows] == [
         (level, phase, tensor)
-        for level in ("export", "native", "quantisation")
+        for level in ("export", "native", "as run", "quantisation")
         for phase in phases
-        for tensor in tensors
+        for tensor in ([*shown, "logits"] if level == "as run" else tensors)
     ]
     for row in rows:
         assert (
@@ -82,7 +83,11 @@ def test_honest_exports_pass(
             and row.relative >= 0
         )
         assert (row.agreement is not None) is (row.tensor == "logits")
-        inside = row.level == "export" or (row.level == "native" and row.tensor != "logits")
+        inside = (
+            row.level == "export"
+            or (row.level == "native" and row.tensor != "logits")
+            or (row.level == "as run" and not row.tensor.endswith("key"))
+        )
         assert bool(row.operator) is inside
     assert result.notes == ("No engine was built, so the CUDA kernels were not run.",)
     json.dumps(result.as_dict(), allow_nan=False)
@@ -99,7 +104,7 @@ def test_missing_float_model_is_a_note(tiny_export: Callable[..., Path]) -> None
         result = validate(tiny_export(), ValidateOptions(tokens=8, steps=0, model=model))
         assert (
             result.ok
-            and {row.level for row in result.rows} == {"export", "native"}
+            and {row.level for row in result.rows} == {"export", "native", "as run"}
             and result.notes[0].startswith(note)
         )
 
@@ -152,7 +157,7 @@ def test_an_earlier_exports_engine_is_not_run(
         f"No engine was built, so the CUDA kernels were not run; {out / 'engine'} holds an "
         f"earlier export's."
     )
-    assert {row.level for row in result.rows} == {"export", "native"}
+    assert {row.level for row in result.rows} == {"export", "native", "as run"}
 
 
 def flip_a_norm(folder: Path, factor: float = -1) -> None:
@@ -222,16 +227,16 @@ def test_a_text_that_calibration_takes_is_repeated(
 def test_too_little_memory(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: 100 * 1024)
+    monkeypatch.setattr("exporter.proof.memory.usable_memory", lambda: 100 * 1024)
     with pytest.raises(InputError) as caught:
         validate(tiny_export())
     assert str(caught.value) == (
-        "validation: got 0.00 GB of free memory, expected 0.00 GB to unpack 0 M weights. "
+        "validation: got 0.00 GB of free memory, expected 0.50 GB for 0 M weights. "
         "Use --until engine here, and validate on a machine with more memory."
     )
 
 
-@pytest.mark.parametrize("with_float, total", [(True, 21 + 4 * 4), (False, 3 * 4)])
+@pytest.mark.parametrize("with_float, total", [(True, 21 + 4 * 6), (False, 4 * 5)])
 def test_progress_reaches_its_total(
     tiny_export: Callable[..., Path], tiny_model_dir: Path, with_float: bool, total: int
 ) -> None:

@@ -28,7 +28,7 @@ def test_every_level_has_the_head(tiny_export: Callable[..., Path], tiny_model_d
     assert len(weights) == 1 and weights[0].limit is not None and weights[0].relative is not None
     assert 0.001 < weights[0].relative < weights[0].limit < 0.02
     ends = [row for row in result.rows if row.tensor == "logits"]
-    assert {row.level for row in ends} == {"export", "native", "quantisation"}
+    assert {row.level for row in ends} == {"export", "native", "as run", "quantisation"}
     operators = {row.operator for row in ends if row.level == "export"}
     assert operators <= {HEAD, "logits"}
 

@@ -1,56 +1,158 @@
-"""The memory check: what each op needs, and a refusal before the work."""
+"""The memory of a proof: what is needed, what is done where it does not suffice, a refusal before the work."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.families import Decoder
+from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
-from exporter.proof.memory import check_memory
-from plugins.errors import InputError
+from exporter.proof import validate as proof
+from exporter.proof.memory import Need, check_memory, memory_needed
+from exporter.proof.pieces import FoldedSession
+from exporter.proof.validate import ValidateOptions, validate
+from exporter.run.onnxruntime import OnnxSession
+from plugins.errors import InputError, UserError
 
 QQQ, W8A8, W4A16 = (
     QuantScheme(op, "rtn", wbits, abits)
     for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16))
 )
+BASE = 500_000_000
+WEIGHTS = 2 * 36864  # of the linears of the tiny model
+REST = 512 * 64 + 5 * 64  # its embedding and norms
 
 
-def free(monkeypatch: pytest.MonkeyPatch, kilobytes: int) -> None:
-    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: kilobytes * 1024)
+@pytest.fixture
+def decoder(tiny_quant: Callable[..., Path]) -> Decoder:
+    return read_quant(tiny_quant() / "quant").decoder
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    monkeypatch.setattr("exporter.proof.memory.usable_memory", lambda: size)
 
 
 @pytest.mark.parametrize(
     "scheme, per_weight", [(QQQ, 18), (replace(QQQ, group_size=64), 47), (W8A8, 55), (W4A16, 46)]
 )
 def test_the_need_follows_from_the_op(
-    monkeypatch: pytest.MonkeyPatch, scheme: QuantScheme, per_weight: int
+    decoder: Decoder, scheme: QuantScheme, per_weight: int
 ) -> None:
-    weights = 1024**2
-    free(monkeypatch, per_weight * 1024)
-    check_memory(weights, {scheme: 99})
-    with pytest.raises(InputError):
-        check_memory(weights + 1, {scheme: 99})
+    bytes_of_code = 4 if scheme.abits == 16 else 1
+    reference = bytes_of_code * WEIGHTS + 4 * REST
+    assert memory_needed(decoder, {scheme: WEIGHTS}) == Need(
+        whole=BASE + per_weight * WEIGHTS,
+        folded=BASE + max(per_weight * WEIGHTS // 2, reference),
+        floats=BASE + 4 * (WEIGHTS + REST),
+    )
 
 
-def test_mixed_bits_need_their_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    schemes = {QQQ: 300, W8A8: 100}
-    free(monkeypatch, (18 * 3 + 55) * 1024)
-    check_memory(4 * 1024**2, schemes)
-    with pytest.raises(InputError):
-        check_memory(4 * 1024**2 + 1, schemes)
+def test_mixed_bits_need_their_average(decoder: Decoder) -> None:
+    need = memory_needed(decoder, {QQQ: WEIGHTS * 3 // 4, W8A8: WEIGHTS // 4})
+    assert need.whole == BASE + (18 * 3 + 55) * WEIGHTS // 4
 
 
-def test_the_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    free(monkeypatch, 1_000_000)
+def test_what_does_not_fit_is_done_otherwise(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = memory_needed(decoder, {W8A8: WEIGHTS})
+    assert need.floats < need.folded < need.whole
+    for size, expected in (
+        (need.whole, (False, True)),
+        (need.whole - 1, (True, True)),
+        (need.folded, (True, True)),
+        (None, (False, True)),
+    ):
+        free(monkeypatch, size)
+        assert check_memory(decoder, {W8A8: WEIGHTS}) == expected
+
+
+def test_a_float_model_may_be_what_does_not_fit(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six layers, one of which is unpacked at a time."""
+    model = tiny_llama(num_hidden_layers=6)
+    decoder, schemes = open_checkpoint(str(model), offline=True).decoder, {QQQ: 3 * WEIGHTS}
+    free(monkeypatch, memory_needed(decoder, schemes).floats - 1)
+    assert check_memory(decoder, schemes) == (True, False)
+
+
+def test_the_message_is_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 400_000_000)
     with pytest.raises(InputError) as caught:
-        check_memory(7 * 10**9, {QQQ: 1})
+        check_memory(decoder, {QQQ: WEIGHTS})
     assert str(caught.value) == (
-        "validation: got 1.02 GB of free memory, expected 126.00 GB to unpack 7000 M weights. "
+        "validation: got 0.40 GB of free memory, expected 0.50 GB for 0 M weights. "
         "Use --until engine here, and validate on a machine with more memory."
     )
 
 
-def test_a_system_that_does_not_tell_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.proof.memory.free_memory", lambda: None)
-    check_memory(10**15, {QQQ: 1})
+FOLDED = ValidateOptions(tokens=12, steps=1)
+
+
+@pytest.mark.parametrize("scheme", [{"head": 8}, {"kv_bits": 4, "static": 32}], ids=str)
+def test_a_folded_proof_judges_all_the_same(
+    tiny_export: Callable[..., Path],
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: dict[str, Any],
+) -> None:
+    out, options = tiny_export(**scheme), replace(FOLDED, model=str(tiny_model_dir))
+    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, False))
+    result = validate(out, options)
+    assert result.ok, result.first_failure
+    levels = dict.fromkeys(row.level for row in result.rows)
+    assert list(levels) == ["weights", "export", "native", "as run"]
+    native = [row for row in result.rows if row.level == "native"]
+    assert {row.phase for row in native} == {"prefill", "decode", "padded batch"}
+    assert {row.relative for row in native if row.tensor != "logits"} == {0.0}
+    assert (
+        "The float model does not fit into the memory, so what quantizing cost was not measured."
+        in result.notes
+    )
+
+
+def test_a_body_that_differs_is_named(
+    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.proof.pieces import OnnxPiece
+
+    class Wrong(OnnxPiece):
+        def infer(self, feeds: Any) -> dict[str, np.ndarray]:
+            outputs = super().infer(feeds)
+            name = "model.layers.1.mlp.down_proj.output.own"
+            if name in outputs:
+                outputs[name] = np.nextafter(outputs[name], np.float16(9))
+            return outputs
+
+    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
+    monkeypatch.setattr(proof, "OnnxPiece", Wrong)
+    assert validate(tiny_export(), FOLDED).first_failure == (
+        "got other numbers at model.layers.1.mlp.down_proj (native, prefill: the native CPU kernels "
+        "against the function bodies, both in ONNX Runtime), expected the same bits"
+    )
+
+
+def test_without_kernels_bodies_lead_layer_by_layer(
+    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tiny_export()
+    missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
+    monkeypatch.setattr(proof, "native_library", lambda: missing)
+    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
+    result = validate(out, FOLDED)
+    assert result.ok and {row.level for row in result.rows} == {"export"}
+    ids = np.arange(12)[None]
+    with (
+        FoldedSession(out / "onnx", 64, ["model.layers.0.output"], "float16", 2) as folded,
+        OnnxSession(out / "onnx", 64, ["model.layers.0.output"], "float16") as whole,
+    ):
+        for piece in (ids, ids[:, :1]):
+            np.testing.assert_array_equal(folded.run(piece), whole.run(piece))
