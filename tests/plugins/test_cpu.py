@@ -32,15 +32,22 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import INSTRUCTION_SETS, KernelRunner, cpu_missing, cpu_tactic
+from tests.plugins.kernel_runner import (
+    CPU_KINDS,
+    INSTRUCTION_SETS,
+    KernelRunner,
+    cpu_missing,
+    cpu_tactic,
+)
 
 
-@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+@pytest.fixture(scope="module", params=CPU_KINDS)
 def runner(request: pytest.FixtureRequest) -> KernelRunner:
     """The kernels of one instruction set."""
-    if reason := cpu_missing(request.param):
+    kind, _, isa = request.param.partition("-")
+    if reason := cpu_missing(isa, kind == "emulated"):
         pytest.skip(reason)
-    return KernelRunner(f"cpu-{request.param}")
+    return KernelRunner(request.param)
 
 
 def check(runner: KernelRunner, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray) -> None:

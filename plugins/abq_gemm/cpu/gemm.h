@@ -2,7 +2,10 @@
 // each instruction set.
 #pragma once
 #include "abq_gemm/cpu/weights.h"
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+#include "abq_gemm/cpu/planes_avx512.h"
+#endif
+#if defined(__AVX2__) && !defined(ANYBIT_TILES)
 #include "abq_gemm/cpu/few.h"
 #endif
 
@@ -10,6 +13,19 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 // A panel of 4 * steps elements from word `word` of a row on; channels beyond the last repeat it.
+#if defined(__AVX512VNNI__)
+inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps, uint8_t* panel) {
+  for (int half = 0; half < 2; ++half, n0 += 16, panel += 64) {
+    if (w.planes <= 2) {
+      abq_unpack_planes<2>(w, n0, word, steps, panel);
+    } else if (w.planes <= 4) {
+      abq_unpack_planes<4>(w, n0, word, steps, panel);
+    } else {
+      abq_unpack_planes<8>(w, n0, word, steps, panel);
+    }
+  }
+}
+#else
 inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps, uint8_t* panel) {
   constexpr int kNibbles = kAbqWord / kStep;
   const uint8_t* rows[kPanelRows];
@@ -24,30 +40,16 @@ inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps,
     for (int nibble = 0; nibble < kNibbles; ++nibble) {
       alignas(64) uint32_t codes[kPanelRows] = {};
       for (int plane = 0; plane < w.planes; ++plane) {
-#if defined(__AVX512F__)
-        // a nibble's four bits in the low bits of four bytes, by its value
-        const __m512i spread =
-            _mm512_slli_epi32(_mm512_setr_epi32(0, 0x1, 0x100, 0x101, 0x10000, 0x10001, 0x10100,
-                                                0x10101, 0x1000000, 0x1000001, 0x1000100, 0x1000101,
-                                                0x1010000, 0x1010001, 0x1010100, 0x1010101),
-                              unsigned(plane));
-        for (int half = 0; half < kPanelRows; half += 16) {
-          const __m512i bits =
-              _mm512_srli_epi32(_mm512_load_si512(plane_words[plane] + half), unsigned(4 * nibble));
-          _mm512_store_si512(codes + half, _mm512_or_si512(_mm512_load_si512(codes + half),
-                                                           _mm512_permutexvar_epi32(bits, spread)));
-        }
-#else
         // the product has bit b of the nibble at bit 8 b
         for (int i = 0; i < kPanelRows; ++i)
           codes[i] |= ((plane_words[plane][i] >> 4 * nibble & 15) * 0x00204081 & 0x01010101)
                       << plane;
-#endif
       }
       std::memcpy(panel + nibble * kPanelRows * kStep, codes, sizeof codes);
     }
   }
 }
+#endif
 
 struct AbqKernel {
   TokenLayout layout;
@@ -105,7 +107,7 @@ struct AbqKernel {
   }
 
   static constexpr int kMoreRows = kAbqMoreRows;
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(ANYBIT_TILES)
   static constexpr int kFewTokens = kAbqFewTokens;
   ANYBIT_INLINE bool takes_few(int64_t m) const { return abq_takes_few(*this, m); }
   template <class T>
@@ -170,13 +172,15 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
   });
 }
 
-inline void abq_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
+inline void abq_integer_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
   const AbqKernel kernel(s, b);
-  with_dtype(s.dtype, [&](auto t) {
-    using T = decltype(t);
-    if (s.abits == kAbqWeightOnly) return abq_float_gemm<T>(kernel, s, b, parallel);
-    integer_gemm<T>(kernel, s, b, parallel);
-  });
+  with_dtype(s.dtype, [&](auto t) { integer_gemm<decltype(t)>(kernel, s, b, parallel); });
+}
+
+inline void abq_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
+  if (s.abits != kAbqWeightOnly) return abq_integer_gemm(s, b, parallel);
+  const AbqKernel kernel(s, b);
+  with_dtype(s.dtype, [&](auto t) { abq_float_gemm<decltype(t)>(kernel, s, b, parallel); });
 }
 
 }  // namespace ANYBIT_SET

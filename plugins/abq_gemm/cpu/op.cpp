@@ -6,11 +6,10 @@
 
 namespace anybit::cpu {
 
-void abq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
-#if defined(__x86_64__)
-void abq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
-void abq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
-#endif
+ANYBIT_IF_MADE void abq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void abq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void abq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void abq_gemm_amx(const GemmShape&, const GemmBuffers&, const Parallel&);
 
 namespace {
 
@@ -27,12 +26,7 @@ constexpr Op kOp = {"ABQGemm",
                     abq_scheme_ok,
                     has_inputs,
                     workspace,
-#if defined(__x86_64__)
-                    {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512}
-#else
-                    {abq_gemm_portable}
-#endif
-};
+                    {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512, abq_gemm_amx}};
 const OpRegistration registration(row_of<kOp>());
 
 }  // namespace

@@ -3,7 +3,7 @@
 // A panel holds kPanelRows output channels: of every 4 input channels ("step") the codes u8
 // [kPanelRows][4], so that a vector of int32 sums has one output channel in each lane.
 #pragma once
-#include "core/cpu/floats.h"
+#include "core/cpu/tokens.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
@@ -29,11 +29,11 @@ constexpr int kDotTokens = 12;  // 24 accumulators
 
 template <int kTokens>
 ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                              Sums* sums) {
+                              bool fresh, Sums* sums) {
   __m512i low[kTokens], high[kTokens];
   for (int m = 0; m < kTokens; ++m) {
-    low[m] = _mm512_loadu_si512(sums[m]);
-    high[m] = _mm512_loadu_si512(sums[m] + 16);
+    low[m] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(sums[m]);
+    high[m] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(sums[m] + 16);
   }
   for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
     const __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);
@@ -45,8 +45,8 @@ ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* cod
     }
   }
   for (int m = 0; m < kTokens; ++m) {
-    _mm512_storeu_si512(sums[m], low[m]);
-    _mm512_storeu_si512(sums[m] + 16, high[m]);
+    _mm512_store_si512(sums[m], low[m]);
+    _mm512_store_si512(sums[m] + 16, high[m]);
   }
 }
 
@@ -58,7 +58,7 @@ constexpr int kDotTokens = 2;  // 8 accumulators
 // pairs as the 16 bits hold are widened together.
 template <int kTokens>
 ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                              Sums* sums, int largest) {
+                              bool fresh, Sums* sums, int largest) {
   const int together = 32767 / (2 * 128 * largest);
   const __m256i ones = _mm256_set1_epi16(1);
   for (int first = 0; first < steps; first += together) {
@@ -80,7 +80,8 @@ ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* cod
       for (int part = 0; part < 4; ++part) {
         __m256i* to = reinterpret_cast<__m256i*>(sums[m] + 8 * part);
         const __m256i wide = _mm256_madd_epi16(pairs[m][part], ones);
-        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), wide));
+        const bool first_sums = fresh && first == 0;
+        _mm256_store_si256(to, first_sums ? wide : _mm256_add_epi32(_mm256_load_si256(to), wide));
       }
     }
   }
@@ -89,12 +90,14 @@ ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* cod
 // Codes of 8 bits: even and odd bytes apart, as 16-bit numbers.
 template <int kTokens>
 ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                            Sums* sums) {
+                            bool fresh, Sums* sums) {
   const __m256i even_bytes = _mm256_set1_epi16(0xff);
   __m256i totals[kTokens][4];
   for (int m = 0; m < kTokens; ++m) {
-    for (int part = 0; part < 4; ++part)
-      totals[m][part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums[m] + 8 * part));
+    for (int part = 0; part < 4; ++part) {
+      const auto* from = reinterpret_cast<const __m256i*>(sums[m] + 8 * part);
+      totals[m][part] = fresh ? _mm256_setzero_si256() : _mm256_load_si256(from);
+    }
   }
   for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
 #pragma GCC unroll 4
@@ -116,7 +119,7 @@ ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes
   }
   for (int m = 0; m < kTokens; ++m) {
     for (int part = 0; part < 4; ++part)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[m] + 8 * part), totals[m][part]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(sums[m] + 8 * part), totals[m][part]);
   }
 }
 
@@ -125,9 +128,10 @@ ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes
 constexpr int kDotTokens = 1;
 
 template <int kTokens>
-inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t, Sums* sums) {
-  uint32_t totals[kPanelRows];  // modulo 2^32, as the other sets add
-  std::memcpy(totals, sums[0], sizeof totals);
+inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t, bool fresh,
+                       Sums* sums) {
+  uint32_t totals[kPanelRows] = {};  // modulo 2^32, as the other sets add
+  if (!fresh) std::memcpy(totals, sums[0], sizeof totals);
   for (int step = 0; step < steps; ++step, codes += kStep, panel += kPanelRows * kStep) {
     for (int n = 0; n < kPanelRows; ++n) {
       const uint8_t* weights = panel + kStep * n;
@@ -142,12 +146,12 @@ inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int
 
 template <int kTokens>
 ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                            Sums* sums, [[maybe_unused]] int largest) {
+                            bool fresh, Sums* sums, [[maybe_unused]] int largest) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, stride, sums);
-  dot_narrow<kTokens>(panel, steps, codes, stride, sums, largest);
+  if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, stride, fresh, sums);
+  dot_narrow<kTokens>(panel, steps, codes, stride, fresh, sums, largest);
 #else
-  dot_tokens<kTokens>(panel, steps, codes, stride, sums);
+  dot_tokens<kTokens>(panel, steps, codes, stride, fresh, sums);
 #endif
 }
 
@@ -160,7 +164,8 @@ ANYBIT_INLINE void with_count(int count, const F& f) {
   f.template operator()<kMost>();
 }
 
-// sums[m][n] += sum over k of panel[k][n] * codes[m][k], for `count` tokens.
+// sums[m][n] = sum over k of panel[k][n] * codes[m][k], for `count` tokens; unless `fresh`, added to
+// what is there.
 //
 // largest: of the panel's codes. Sums are modulo 2^32.
 struct DotCall {
@@ -168,21 +173,83 @@ struct DotCall {
   int steps;
   const int8_t* codes;
   int64_t stride;
+  bool fresh;
   Sums* sums;
   int largest;
   template <int kTokens>
   ANYBIT_INLINE void operator()() const {
-    dot_some<kTokens>(panel, steps, codes, stride, sums, largest);
+    dot_some<kTokens>(panel, steps, codes, stride, fresh, sums, largest);
   }
 };
 
-inline void dot(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride, int count,
-                Sums* sums, int largest) {
+inline void dot_rows(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
+                     int count, bool fresh, Sums* sums, int largest) {
   for (int m = 0; m < count; m += kDotTokens) {
-    const DotCall call{panel, steps, codes + m * stride, stride, sums + m, largest};
+    const DotCall call{panel, steps, codes + m * stride, stride, fresh, sums + m, largest};
     with_count<kDotTokens>(smaller(kDotTokens, count - m), call);
   }
 }
+
+#if defined(ANYBIT_TILES)
+
+// The same of kTiles tiles of 16 tokens, `stride` bytes apart, and as many rows of sums.
+template <int kTiles>
+inline void dot_tiles(const uint8_t* panel, int tile_steps, int tiles, const int8_t* codes,
+                      int64_t stride, bool fresh, Sums* sums) {
+  constexpr int64_t kSumsStride = sizeof(Sums), kStepBytes = kPanelRows * kStep;
+  Sums* second = sums + kTileRows;
+  if (fresh) {
+    tile_zero<0>(), tile_zero<1>();
+    if constexpr (kTiles == 2) tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(sums[0], kSumsStride), tile_load<1>(sums[0] + 16, kSumsStride);
+    if constexpr (kTiles == 2)
+      tile_load<2>(second[0], kSumsStride), tile_load<3>(second[0] + 16, kSumsStride);
+  }
+  const int64_t token_bytes = kTileRows * kStep * tile_steps;
+  for (int i = 0; i < tiles; ++i, panel += tile_steps * kStepBytes, codes += token_bytes) {
+    tile_load<4>(codes, kStep * tile_steps);
+    tile_load<6>(panel, kStepBytes);
+    tile_multiply_add<0, 4, 6>();
+    tile_load<7>(panel + kTileBytes, kStepBytes);
+    tile_multiply_add<1, 4, 7>();
+    if constexpr (kTiles == 2) {
+      tile_load<5>(codes + stride, kStep * tile_steps);
+      tile_multiply_add<2, 5, 6>();
+      tile_multiply_add<3, 5, 7>();
+    }
+  }
+  tile_store<0>(sums[0], kSumsStride), tile_store<1>(sums[0] + 16, kSumsStride);
+  if constexpr (kTiles == 2)
+    tile_store<2>(second[0], kSumsStride), tile_store<3>(second[0] + 16, kSumsStride);
+}
+
+// The same of tokens m0 on and of elements `position` on; m0 begins a tile, and there are sums for
+// whole tiles.
+inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m0, int64_t position,
+                int count, bool fresh, Sums* sums, int) {
+  const TokenLayout& layout = tokens.layout;
+  const int tile_steps = int(layout.tile_bytes / kStep);
+  const int tiles = (steps + tile_steps - 1) / tile_steps;
+  const int8_t* codes = tokens.at(m0, position);
+  const int64_t stride = kTileRows * layout.row_bytes;
+  int m = 0;
+  for (; count - m > kTileRows; m += 2 * kTileRows)
+    dot_tiles<2>(panel, tile_steps, tiles, codes + m * layout.row_bytes, stride, fresh, sums + m);
+  if (m < count)
+    dot_tiles<1>(panel, tile_steps, tiles, codes + m * layout.row_bytes, stride, fresh, sums + m);
+}
+
+#else
+
+// The same of tokens m0 on and of elements `position` on.
+inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m0, int64_t position,
+                int count, bool fresh, Sums* sums, int largest) {
+  dot_rows(panel, steps, tokens.at(m0, position), tokens.layout.row_bytes, count, fresh, sums,
+           largest);
+}
+
+#endif
 
 // The same with weights fp32 [k][kPanelRows] and tokens fp32, in no fixed order of rounding.
 #if defined(__AVX512F__)

@@ -24,7 +24,9 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int64_t kSlab = 512;  // most tokens whose codes are in the workspace at a time
-constexpr int kBlock = 96;      // most tokens that a panel meets before it is unpacked anew
+constexpr int kBlock = 512;     // most tokens that a panel meets before it is unpacked anew
+constexpr int kTogether = 96;   // of them, whose sums stay in the nearest cache: whole tiles
+constexpr int kTokensOfTiles = 32;  // codes have room for a multiple, from half of it on
 constexpr int64_t kInlineBytes = 128 << 10;  // of packed weights: below, one thread is faster
 
 // Cuts the workspace into arrays; with none it only counts their bytes.
@@ -49,12 +51,14 @@ struct SlabMemory {
 ANYBIT_INLINE SlabMemory slab_memory(const TokenLayout& layout, int64_t m, int more, void* memory) {
   Carver carver{static_cast<char*>(memory)};
   const int64_t rows = smaller(m > 1 ? m : 1, kSlab);
+  const int64_t of_tiles = (rows + kTokensOfTiles - 1) / kTokensOfTiles * kTokensOfTiles;
   SlabMemory slab;
   slab.tokens.layout = layout;
   slab.tokens.scale = carver.take<float>(rows);
   slab.tokens.zero = carver.take<int32_t>(rows);
   slab.tokens.sums = carver.take<int32_t>(rows * layout.n_groups);
-  slab.tokens.codes = carver.take<int8_t>(rows * layout.row_bytes);
+  slab.tokens.codes =
+      carver.take<int8_t>((2 * rows < kTokensOfTiles ? rows : of_tiles) * layout.row_bytes);
   slab.ordered = carver.take<int8_t>(more * layout.row_bytes);
   slab.bytes = carver.used;
   return slab;
@@ -115,22 +119,27 @@ inline void panel_block(const Kernel& kernel, const Tokens& tokens, int64_t m0, 
   alignas(64) Sums sums[kBlock], code_sums;
   alignas(64) Outputs outputs[kBlock];
   constexpr int kElementsOfPanel = kStep * kPanelSteps;
+#if defined(ANYBIT_TILES)
+  const TileScope tiles(int(layout.tile_bytes / kStep));
+#endif
   for (int64_t group = 0; group < layout.n_groups; ++group) {
-    std::memset(sums, 0, sizeof(Sums) * size_t(count));
-    std::memset(code_sums, 0, sizeof code_sums);
     for (int64_t first = 0; first < layout.group_bytes; first += kElementsOfPanel) {
       const int64_t position = group * layout.group_bytes + first;
-      const int steps = int(smaller<int64_t>(kElementsOfPanel, layout.group_bytes - first)) / kStep;
+      const int64_t left = layout.group_bytes - first;
+      const int steps = int(smaller<int64_t>(kElementsOfPanel, left)) / kStep;
       kernel.unpack(n0, position, steps, panel);
-      dot(panel, steps, tokens.codes + m0 * layout.row_bytes + position, layout.row_bytes, count,
-          sums, kernel.largest);
       if (kernel.needs_code_sums) {
         alignas(64) int8_t ones[kElementsOfPanel];
         std::memset(ones, 1, sizeof ones);
-        dot(panel, steps, ones, 0, 1, &code_sums, kernel.largest);
+        dot_rows(panel, steps, ones, 0, 1, first == 0, &code_sums, kernel.largest);
+      }
+      for (int m = 0; m < count; m += kTogether) {
+        const int some = smaller(kTogether, count - m);
+        dot(panel, steps, tokens, m0 + m, position, some, first == 0, sums + m, kernel.largest);
+        if (left <= kElementsOfPanel)
+          kernel.add_group(group, n0, tokens, m0 + m, some, sums + m, code_sums, outputs + m);
       }
     }
-    kernel.add_group(group, n0, tokens, m0, count, sums, code_sums, outputs);
   }
   to.write(outputs, m0, count, n0);
 }
@@ -142,8 +151,13 @@ ANYBIT_INLINE void for_blocks(int64_t m, int64_t n, int64_t bytes, const Paralle
                               const F& body) {
   const int64_t blocks = (n + kPanelRows - 1) / kPanelRows;
   const Shares shares = shares_of(blocks, bytes, m);
-  const int64_t token_blocks = (m + kBlock - 1) / kBlock;
-  const int64_t per_block = (m + token_blocks - 1) / token_blocks;
+  // as many tokens at a time as leave every thread two tasks
+  const int64_t most = (m + kTogether - 1) / kTogether;
+  const int64_t wanted = (2 * parallel.threads + shares.count - 1) / shares.count;
+  const int64_t least = (m + kBlock - 1) / kBlock, parts = smaller(wanted, most);
+  const int64_t token_blocks = parts > least ? parts : least;
+  const int64_t even = (m + token_blocks - 1) / token_blocks;
+  const int64_t per_block = (even + kTokensOfTiles - 1) / kTokensOfTiles * kTokensOfTiles;
   parallel(size_t(shares.count * token_blocks), [&](size_t task) {
     const int64_t m0 = int64_t(task) / shares.count * per_block;
     const int64_t count = smaller(per_block, m - m0);

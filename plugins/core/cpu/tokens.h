@@ -4,16 +4,23 @@
 #include <cmath>
 
 #include "core/cpu/floats.h"
+#if defined(ANYBIT_TILES)
+#include "core/cpu/tiles.h"
+#endif
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 // Where the elements of a token lie: every group begins at a multiple of `group_bytes`, and what is
 // between groups and behind the last is 0.
+//
+// With AMX the codes of 16 tokens lie in tiles one behind the other, [16][tile_bytes] each: in rows,
+// a tile would be spread over 16 pages.
 struct TokenLayout {
   int64_t k, n_groups, group_len;
   int64_t group_bytes;
   int64_t row_bytes;  // an odd number of cache lines, so that rows do not share cache sets
+  int64_t tile_bytes;
 };
 
 ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alignment) {
@@ -22,6 +29,8 @@ ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alig
   layout.group_bytes = (layout.group_len + alignment - 1) / alignment * alignment;
   const int64_t lines = (n_groups * layout.group_bytes + 511) / 512 * 8;
   layout.row_bytes = (lines | 1) * 64;
+  // a tile that is not full costs as much time; whole rows are filled up with zeros
+  layout.tile_bytes = n_groups == 1 || layout.group_bytes % 64 == 0 ? 64 : 32;
   return layout;
 }
 
@@ -32,9 +41,21 @@ struct Tokens {
   float* scale;   // [m]
   int32_t* zero;  // [m]
   int32_t* sums;  // [m, n_groups] of the codes
+
+  // Code `position` of token m; with AMX codes of a tile lie together, else all of the token.
+  ANYBIT_INLINE int8_t* at(int64_t m, int64_t position) const {
+#if defined(ANYBIT_TILES)
+    const int64_t width = layout.tile_bytes, in_tile = position % width;
+    return codes + m / kTileRows * kTileRows * layout.row_bytes +
+           (position - in_tile) * kTileRows + m % kTileRows * width + in_tile;
+#else
+    return codes + m * layout.row_bytes + position;
+#endif
+  }
 };
 
 constexpr int kElements = 64;  // of a token, in registers or on the stack, at a time
+constexpr int64_t kKept = 8192;  // most elements of a token whose norm is kept on the stack
 
 // A token after its norm, or as it is without one.
 template <class T>
@@ -83,11 +104,14 @@ struct TokenQuant {
   bool finite;
 };
 
+// kept: takes the elements after the norm, and zeros behind them to a whole kElements; or null.
 template <class T>
-ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bits, bool symmetric) {
+ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bits, bool symmetric,
+                                     float* kept = nullptr) {
   constexpr int kLanes = 16;
-  alignas(64) float v[kElements], low[kLanes] = {}, high[kLanes] = {}, bad[kLanes] = {};
+  alignas(64) float one[kElements], low[kLanes] = {}, high[kLanes] = {}, bad[kLanes] = {};
   for (int64_t first = 0; first < k; first += kElements) {
+    float* v = kept ? kept + first : one;
     x.read(first, int(smaller<int64_t>(kElements, k - first)), v);
     for (int i = 0; i < kElements; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) {
@@ -124,25 +148,38 @@ template <class T>
 ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmetric,
                                   const Tokens& tokens, int64_t m) {
   const TokenLayout& layout = tokens.layout;
-  const TokenQuant q = token_quant(x, layout.k, bits, symmetric);
-  int8_t* codes = tokens.codes + m * layout.row_bytes;
-  std::memset(codes, 0, size_t(layout.row_bytes));
+  // a norm costs more than its result in the cache; without one X is read twice
+  alignas(64) float all[kKept + kElements], some[kElements];
+  float* kept = x.gamma != nullptr && layout.k <= kKept ? all : nullptr;
+  const TokenQuant q = token_quant(x, layout.k, bits, symmetric, kept);
+  // a group's last elements are read together with what is behind them
+  if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
   tokens.scale[m] = q.scale;
   tokens.zero[m] = int32_t(q.zero);
-  alignas(64) float v[kElements];
-  alignas(64) int8_t rounded_codes[kElements];
+#if !defined(ANYBIT_TILES)
+  std::memset(tokens.at(m, 0), 0, size_t(layout.row_bytes));
+#endif
+  alignas(64) int8_t codes[kElements];
   for (int64_t group = 0; group < layout.n_groups; ++group) {
     int32_t sum = 0;
-    for (int64_t first = 0; q.finite && first < layout.group_len; first += kElements) {
+    for (int64_t first = 0; first < layout.group_len; first += kElements) {
       const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
-      x.read(group * layout.group_len + first, count, v);
-      for (int i = 0; i < kElements; ++i) {
+      const int64_t element = group * layout.group_len + first;
+      const float* v = kept ? kept + element : some;
+      if (!kept && q.finite) x.read(element, count, some);
+      for (int i = 0; i < kElements && q.finite; ++i) {
         const float code = rounded(v[i] * q.inverse) + q.zero;
-        rounded_codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+        codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
       }
-      for (int i = count; i < kElements; ++i) rounded_codes[i] = 0;
-      for (int i = 0; i < kElements; ++i) sum += rounded_codes[i];
-      std::memcpy(codes + group * layout.group_bytes + first, rounded_codes, size_t(count));
+      for (int i = q.finite ? count : 0; i < kElements; ++i) codes[i] = 0;
+      for (int i = 0; i < kElements; ++i) sum += codes[i];
+      const int64_t position = group * layout.group_bytes + first;
+#if defined(ANYBIT_TILES)
+      for (int part = 0; part < count; part += int(layout.tile_bytes))
+        std::memcpy(tokens.at(m, position + part), codes + part, size_t(layout.tile_bytes));
+#else
+      std::memcpy(tokens.at(m, position), codes, size_t(count));
+#endif
     }
     tokens.sums[m * layout.n_groups + group] = sum;
   }

@@ -186,7 +186,7 @@ struct QqqKernel {
   }
 
   static constexpr int kMoreRows = 0;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(ANYBIT_TILES)
   static constexpr int kFewTokens = kQqqFewTokens;
   ANYBIT_INLINE bool takes_few(int64_t) const { return true; }
   template <class T>
