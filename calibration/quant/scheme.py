@@ -81,6 +81,8 @@ class QuantScheme:
         dtype: "float16", "bfloat16" or "float32": everything that is not integer.
         kv_bits: of keys (after RoPE) and values, asymmetric per token and head; 16 leaves them. One
             number for the whole model.
+        has_minimum: weights are scale * code + minimum, as some checkpoints that are already
+            quantized say them; see GemmScheme.
     """
 
     op: str
@@ -92,6 +94,7 @@ class QuantScheme:
     act_symmetric: bool = False
     dtype: Dtype = "float16"
     kv_bits: int = FLOAT_BITS
+    has_minimum: bool = False
 
     @property
     def levels(self) -> int:
@@ -107,7 +110,12 @@ class QuantScheme:
     def gemm(self) -> GemmScheme:
         """What of it concerns the op."""
         return GemmScheme(
-            self.wbits, self.levels, self.abits, int(self.act_symmetric), self.group_size
+            self.wbits,
+            self.levels,
+            self.abits,
+            int(self.act_symmetric),
+            self.group_size,
+            has_minimum=int(self.has_minimum),
         )
 
     @property
@@ -133,8 +141,13 @@ class QuantScheme:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        return asdict(self)
+        """Plain JSON form; has_minimum only where it is true, so that folders without look as they
+        did before there was any.
+        """
+        fields = asdict(self)
+        if not self.has_minimum:
+            del fields["has_minimum"]
+        return fields
 
 
 def scheme_for(
@@ -200,6 +213,6 @@ class QuantLinear:
 
     def integers(self) -> tuple[np.ndarray, np.ndarray]:
         """Integer weights as fp32 [N, K] and their scales fp32 [N, G]: dequantize() is one times
-        the other, group by group.
+        the other, group by group, plus arrays.minimum if there is one.
         """
         return op_spec(self.scheme.op).integers(self.arrays, self.attributes)

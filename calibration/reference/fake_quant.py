@@ -169,7 +169,8 @@ def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
 
 class FakeQuantLinear(nn.Module):  # type: ignore[misc]
     """y = scale_x * sum_g scale_w[g] * ((codes_x - zero_x) (codes_w - zero_w)^T)[g] + b, in the
-    kernels' order; A16 multiplies x itself.
+    kernels' order; A16 multiplies x itself. With minimums in the place of zero_w, a group adds
+    minimum[g] * sum (codes_x - zero_x).
 
     The products are whole numbers, equal to the kernels' bit for bit.
 
@@ -184,6 +185,7 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
     weight: Tensor  # int8 around `offset`, or fp32 for A16 and for ranges beyond int8
     offset: Tensor | None  # [N, G] int32, of asymmetric weights that do not fit int8 as they are
     scale: Tensor
+    minimum: Tensor | None  # [N, G]
     bias: Tensor | None
 
     def __init__(
@@ -194,7 +196,7 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         exact: bool = True,
     ) -> None:
         super().__init__()
-        bias = linear.arrays.bias
+        bias, minimum = linear.arrays.bias, linear.arrays.minimum
         integers, scale = linear.integers()
         self._floats = quantizer is None or not (exact or scale.shape[1] == 1)
         weight, offset = torch.from_numpy(linear.dequantize() if self._floats else integers), None
@@ -203,6 +205,7 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         self.register_buffer("weight", weight)
         self.register_buffer("offset", offset)
         self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("minimum", None if minimum is None else torch.tensor(minimum))
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
         self.out_features, self.in_features = self.weight.shape
         self._quantizer, self._dtype = quantizer, dtype
@@ -224,7 +227,10 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         )
         y = torch.zeros((), dtype=torch.float32)
         for group, (codes, weight, weight_scale) in enumerate(parts):
-            y = y + self._integers(codes, weight, x.zero, group) * weight_scale
+            term = self._integers(codes, weight, x.zero, group) * weight_scale
+            if self.minimum is not None:
+                term = term + _code_sums(codes, x.zero).float() * self.minimum[:, group]
+            y = y + term
         return y
 
     def _integers(self, codes: Tensor, weight: Tensor, zero: Tensor | None, group: int) -> Tensor:
@@ -235,11 +241,14 @@ class FakeQuantLinear(nn.Module):  # type: ignore[misc]
         if zeros is not None:
             product -= zeros * weight.sum(-1, dtype=torch.int32)
         if self.offset is not None:
-            total = codes.sum(-1, keepdim=True, dtype=torch.int32) - (
-                0 if zeros is None else zeros * codes.shape[-1]
-            )
-            product += total * self.offset[:, group]
+            product += _code_sums(codes, zero) * self.offset[:, group]
         return product.float()
+
+
+def _code_sums(codes: Tensor, zero: Tensor | None) -> Tensor:
+    """sum (codes - zero) over the last axis, int32 [..., 1]."""
+    total = codes.sum(-1, keepdim=True, dtype=torch.int32)
+    return total if zero is None else total - zero.to(torch.int32) * codes.shape[-1]
 
 
 def _int8_and_offset(integers: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NodeFactory"]
 
-Variant = tuple[str, int, int, int, int, bool, int, bool]
+Variant = tuple[str, int, int, int, int, bool, int, bool, int]
 
 
 class NodeFactory:
@@ -141,6 +141,7 @@ class NodeFactory:
             attrs.group_size > 0,
             attrs.has_bias,
             attrs.has_norm,
+            attrs.has_minimum,
         )
         if variant not in self._functions:
             number = sum(other[0] == op for other in self._functions)

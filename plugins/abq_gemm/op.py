@@ -36,8 +36,8 @@ _FP32_WHOLE = 1 << 23  # half the range in which fp32 holds every whole number
 
 
 class AbqGemm(OpSpec):
-    """Y = X W^T + b with W = scale * (q - zero) and X quantised per token; see README.md for
-    formula and layout.
+    """Y = X W^T + b with W = scale * (q - zero) or scale * q + minimum, and X quantised per token;
+    see README.md for formula and layout.
     """
 
     name = "ABQGemm"
@@ -74,25 +74,26 @@ class AbqGemm(OpSpec):
             )
 
     def input_names(self, attrs: GemmAttributes) -> list[str]:
-        """X, weight, scale, zero and, if there are, bias and the norm's gamma."""
-        return ["X", "weight", "scale", "zero", *attrs.optional_inputs]
+        """X, weight, scale, zero or minimum and, if there are, bias and the norm's gamma."""
+        return ["X", "weight", "scale", _offset(attrs), *attrs.optional_inputs]
 
     def arrays(self, attrs: GemmAttributes) -> tuple[ArraySpec, ...]:
-        """Codes, scales and zero points of each group, bias."""
+        """Codes, scales and zero points or minimums of each group, bias."""
         rows, groups = attrs.out_features, attrs.n_groups
         return (
             ArraySpec("codes", "uint8", (rows, attrs.in_features), attrs.planes),
             ArraySpec("scale", "float32", (rows, groups)),
-            ArraySpec("zero", "int32", (rows, groups)),
+            ArraySpec(_offset(attrs), "float32" if attrs.has_minimum else "int32", (rows, groups)),
             *([ArraySpec("bias", "float32", (rows,))] if attrs.has_bias else []),
         )
 
     def pack(self, arrays: QuantArrays, attrs: GemmAttributes, where: str) -> dict[str, np.ndarray]:
         """Bit planes [planes, N, row_words] INT32, least significant bit first, and the scales,
-        zeros and bias as they are.
+        zeros or minimums and bias as they are.
 
         Raises:
-            InputError: codes outside 0..levels-1, wrong shapes, scales that are not finite.
+            InputError: codes outside 0..levels-1, wrong shapes, scales or minimums that are not
+                finite.
         """
         self.check(attrs, where)
         check_shapes(arrays, attrs, where, scale_columns=attrs.n_groups)
@@ -103,7 +104,7 @@ class AbqGemm(OpSpec):
                 f"got codes {codes.dtype} up to {codes.max()}, expected uint8 0 to {largest}",
                 "Quantise the layer again; codes are packed as they are, never re-derived",
             )
-        zero = _checked_zero(arrays, attrs, where)
+        offset = (_checked_minimum if attrs.has_minimum else _checked_zero)(arrays, attrs, where)
         rows, group_bits = attrs.out_features, padded_group(attrs)
         padded = np.zeros((rows, row_words(attrs) * WORD), np.uint8)
         used = padded[:, : attrs.n_groups * group_bits].reshape(rows, attrs.n_groups, group_bits)
@@ -112,7 +113,11 @@ class AbqGemm(OpSpec):
         for plane in range(attrs.planes):
             bits = np.bitwise_and(padded, 1 << plane)  # packbits counts any non-zero byte as 1
             words[plane] = np.packbits(bits, axis=1, bitorder="little").view("<i4")
-        packed = {"weight": words, "scale": arrays.scale.astype(np.float32), "zero": zero}
+        packed = {
+            "weight": words,
+            "scale": arrays.scale.astype(np.float32),
+            _offset(attrs): offset,
+        }
         return packed | (
             {"bias": arrays.bias.astype(np.float32)} if arrays.bias is not None else {}
         )
@@ -128,15 +133,18 @@ class AbqGemm(OpSpec):
                 :, :, : attrs.group_len
             ]
             codes |= bits.reshape(rows, -1) << plane
-        return QuantArrays(codes, tensors["scale"], tensors["zero"], None, tensors.get("bias"))
+        offset = tensors[_offset(attrs)]
+        zero, minimum = (None, offset) if attrs.has_minimum else (offset, None)
+        return QuantArrays(codes, tensors["scale"], zero, bias=tensors.get("bias"), minimum=minimum)
 
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
-        """q - zero as fp32 [N, K], and scale fp32 [N, n_groups]."""
-        assert arrays.zero is not None
+        """q - zero, or q where there is a minimum, as fp32 [N, K], and scale fp32 [N, n_groups]."""
         groups = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(
             np.float32
         )
-        if np.abs(arrays.zero).max() < _FP32_WHOLE:  # both numbers and their difference are exact
+        if arrays.zero is None:
+            pass
+        elif np.abs(arrays.zero).max() < _FP32_WHOLE:  # both numbers and their difference are exact
             groups -= arrays.zero[..., None].astype(np.float32)
         else:
             groups = (groups - arrays.zero[..., None].astype(np.float64)).astype(np.float32)
@@ -144,9 +152,9 @@ class AbqGemm(OpSpec):
             np.float32
         )
 
-    def affine(self, scheme: GemmScheme) -> AffineForm:
-        """The op's own formula."""
-        return AffineForm(scheme.planes, False, scheme.group_size)
+    def affine(self, scheme: GemmScheme) -> AffineForm | None:
+        """The op's own formula, with zero points."""
+        return None if scheme.has_minimum else AffineForm(scheme.planes, False, scheme.group_size)
 
     def reference(
         self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
@@ -168,17 +176,19 @@ class AbqGemm(OpSpec):
 
     def _weight_only(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
         """fp64 inside: the kernel's fp32 sum is compared with a tolerance."""
-        assert arrays.zero is not None
         codes = arrays.codes.reshape(attrs.out_features, attrs.n_groups, attrs.group_len).astype(
             np.float64
         )
-        weight = (
-            (codes - arrays.zero[..., None]) * arrays.scale[..., None].astype(np.float64)
-        ).reshape(attrs.out_features, -1)
-        return np.asarray(x.astype(np.float64) @ weight.T, np.float32)
+        if arrays.zero is not None:
+            codes -= arrays.zero[..., None]
+        weight = codes * arrays.scale[..., None].astype(np.float64)
+        if arrays.minimum is not None:
+            weight += arrays.minimum[..., None].astype(np.float64)
+        return np.asarray(
+            x.astype(np.float64) @ weight.reshape(attrs.out_features, -1).T, np.float32
+        )
 
     def _integer(self, x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
-        assert arrays.zero is not None
         codes, scale, zero = quantize_activation(x, attrs.abits, bool(attrs.act_symmetric))
         y: np.ndarray = np.zeros((len(x), attrs.out_features), np.float32)
         for group in range(attrs.n_groups):
@@ -189,9 +199,15 @@ class AbqGemm(OpSpec):
                 a.sum(1).astype(np.int64)[:, None],
                 q.sum(1).astype(np.int64)[None, :],
             )
-            zx, zw = zero.astype(np.int64), arrays.zero[:, group].astype(np.int64)[None, :]
-            integer = product - zw * row_sum - zx * column_sum + attrs.group_len * zx * zw
-            y = y + integer.astype(np.float32) * arrays.scale[:, group].astype(np.float32)[None, :]
+            zx = zero.astype(np.int64)
+            token_sum = row_sum - attrs.group_len * zx  # of a - z
+            integer = product - zx * column_sum
+            if arrays.zero is not None:
+                integer -= token_sum * arrays.zero[:, group].astype(np.int64)[None, :]
+            term = integer.astype(np.float32) * arrays.scale[:, group].astype(np.float32)[None, :]
+            if arrays.minimum is not None:
+                term = term + token_sum.astype(np.float32) * arrays.minimum[:, group][None, :]
+            y = y + term
         y *= scale
         return y
 
@@ -199,7 +215,7 @@ class AbqGemm(OpSpec):
         """Local function of standard ops; see plugins/abq_gemm/body.py."""
         from plugins.abq_gemm.body import function_body
 
-        return function_body(attrs, dtype, domain)
+        return function_body(attrs, self.input_names(attrs), dtype, domain)
 
     def unpacked_bytes(self, scheme: GemmScheme) -> int:
         """By the number of planes; see plugins/abq_gemm/body.py."""
@@ -218,7 +234,7 @@ class AbqGemm(OpSpec):
     def grid_from_arrays(
         self, arrays: QuantArrays, scheme: GemmScheme, device: str = "cpu"
     ) -> Grid:
-        """Their scales and zero points."""
+        """Their scales and zero points; there is no search for minimums."""
         from plugins.abq_gemm.grid import grid_from_arrays
 
         return grid_from_arrays(arrays, scheme.levels, device)
@@ -230,6 +246,29 @@ class AbqGemm(OpSpec):
     def rounding_bound(self, weight: np.ndarray, scheme: GemmScheme) -> np.ndarray:
         """See plugins/abq_gemm/rounding.py."""
         return rounding.rounding_bound(weight, scheme)
+
+
+def _offset(attrs: GemmAttributes) -> str:
+    """Where code 0 lies: the name of the array that says it."""
+    return "minimum" if attrs.has_minimum else "zero"
+
+
+def _checked_minimum(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> np.ndarray:
+    """Minimums as they are; check_shapes has seen that they are finite."""
+    minimum, shape = arrays.minimum, arrays.scale.shape
+    if minimum is None or minimum.shape != shape or minimum.dtype != np.float32:
+        got = (
+            "no minimums"
+            if minimum is None
+            else f"minimums {minimum.dtype} of shape {minimum.shape}"
+        )
+    elif arrays.zero is not None:
+        got = "zero points beside the minimums"
+    else:
+        return minimum
+    raise InputError(
+        where, f"got {got}, expected fp32 minimums of shape {shape}", "Quantise the layer again"
+    )
 
 
 def _checked_zero(arrays: QuantArrays, attrs: GemmAttributes, where: str) -> np.ndarray:

@@ -20,6 +20,11 @@ _MAGNITUDE = 1.5
 def round_plain(weight: np.ndarray, scheme: GemmScheme) -> QuantArrays:
     """Codes of fp32 [n, K], every group by itself."""
     groups = grouped(weight, scheme.group_size)
+    if scheme.has_minimum:
+        low, scale = groups.min(-1), _range(groups, scheme.levels)
+        codes = np.rint(groups / scale[..., None] - (low / scale)[..., None])
+        codes = np.clip(codes, 0, scheme.levels - 1).astype(np.uint8).reshape(weight.shape)
+        return QuantArrays(codes, scale, minimum=low)
     find = _few_levels if scheme.levels <= _FEW_LEVELS else _min_max
     scale, zero = find(groups, scheme.levels)
     codes = np.rint(groups / scale[..., None]) + zero[..., None]
@@ -31,11 +36,16 @@ def _min_max(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point, both [n, G] fp32, that put the smallest weight on code 0 and the
     largest on the last.
     """
+    scale = _range(groups, levels)
+    return scale, np.rint(-groups.min(-1) / scale)
+
+
+def _range(groups: np.ndarray, levels: int) -> np.ndarray:
+    """The scale [n, G] fp32 with which the codes reach from the smallest weight to the largest."""
     low, high = groups.min(-1), groups.max(-1)
     absmax = np.maximum(np.abs(low), np.abs(high))
     width = high / (levels - 1) - low / (levels - 1)  # divided first: high - low may overflow
-    scale = np.maximum(np.maximum(width, absmax * np.float32(FLAT)), np.float32(SMALLEST_SCALE))
-    return scale, np.rint(-low / scale)
+    return np.maximum(np.maximum(width, absmax * np.float32(FLAT)), np.float32(SMALLEST_SCALE))
 
 
 def _few_levels(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +63,14 @@ def _few_levels(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray
 
 def rounding_bound(weight: np.ndarray, scheme: GemmScheme) -> np.ndarray:
     """Half a step of the group's range, and never further than to 0, which is on the grid; W1 and
-    W1* have a magnitude instead of a step.
+    W1* have a magnitude instead of a step. With a minimum, 0 is on no grid, and the sum of product and
+    minimum is rounded.
     """
     groups = grouped(weight, scheme.group_size)
-    if scheme.levels <= _FEW_LEVELS:
+    if scheme.has_minimum:
+        rounding = np.abs(groups).max(-1, keepdims=True) * np.float32(2.0**-22)
+        bound = (_range(groups, scheme.levels)[..., None] / 2 + rounding) * np.ones_like(groups)
+    elif scheme.levels <= _FEW_LEVELS:
         bound = _one_magnitude(groups, scheme.levels)
     else:
         size, steps = np.abs(groups), scheme.levels - 1

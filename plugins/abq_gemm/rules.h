@@ -31,4 +31,9 @@ inline bool abq_scheme_ok(const GemmShape& s) {
   return s.abits == kAbqWeightOnly || abq_largest_sum(s.levels, group_len) < int64_t{1} << 31;
 }
 
+// Whether the weights are there, in the form that the shape says.
+inline bool abq_has_inputs(const GemmShape& s, const GemmBuffers& b) {
+  return b.weight && b.scale && (s.has_minimum ? b.minimum != nullptr : b.zero != nullptr);
+}
+
 }  // namespace anybit

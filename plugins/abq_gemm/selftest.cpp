@@ -39,6 +39,10 @@ class AbqOracle final : public selftest::Oracle {
       weights.codes.push_back(random.whole(0, c.levels - 1));
     for (size_t i = 0; i < size_t(c.n) * c.n_groups(); ++i) {
       weights.scale.push_back(float(random.uniform(1e-3, 2e-2)));
+      if (c.special == Special::kMinimum) {
+        weights.minimum.push_back(float(random.uniform(-2e-2, 1e-3) * c.levels));
+        continue;
+      }
       const bool far = c.special == Special::kExtremes && i % 3 == 0;
       weights.zero.push_back(far ? random.whole(-100000, 100000)
                                  : random.whole(-c.levels, 2 * c.levels));
@@ -52,16 +56,19 @@ class AbqOracle final : public selftest::Oracle {
     double exact = 0, size = 3;
     for (int g = 0; g < c.n_groups(); ++g) {
       const float scale = weights.scale[size_t(n) * c.n_groups() + g];
-      const int64_t zero = weights.zero[size_t(n) * c.n_groups() + g];
-      int64_t d = 0;
+      const bool has_minimum = c.special == Special::kMinimum;
+      const int64_t zero = has_minimum ? 0 : weights.zero[size_t(n) * c.n_groups() + g];
+      const float minimum = has_minimum ? weights.minimum[size_t(n) * c.n_groups() + g] : 0;
+      int64_t d = 0, sum = 0;
       for (int k = g * c.group_len(); k < (g + 1) * c.group_len(); ++k) {
         const int64_t w = weights.codes[size_t(n) * c.k + k] - zero;
-        const double term = double(token.values[k]) * (double(w) * double(scale));
+        const double value = token.values[k], scaled = double(w) * double(scale);
         d += (token.codes[k] - token.zero) * w;
-        exact += term;
-        size += std::fabs(term);
+        sum += token.codes[k] - token.zero;
+        exact += value * (scaled + double(minimum));
+        size += std::fabs(value) * (std::fabs(scaled) + std::fabs(double(minimum)));
       }
-      y = y + float(d) * scale;
+      y = y + (float(d) * scale + float(sum) * minimum);
     }
     return {c.abits == kWeightOnly ? float(exact) : y * token.step, float(size)};
   }
@@ -101,6 +108,11 @@ class AbqOracle final : public selftest::Oracle {
       add(4, 16, 8, 0, group, 3, 33, 2 * group, kFloat16);
       add(2, 4, kWeightOnly, 0, group, 3, 33, 2 * group, kFloat16);
     }
+    for (const int abits : {2, 8, kWeightOnly})
+      for (const int group : {0, 16, 32, 128}) {
+        add(4, 16, abits, 0, group, 3, 33, 256, kFloat16, Special::kMinimum);
+        add(6, 64, abits, abits == 8, group, 9, 70, 256, kBFloat16, Special::kMinimum);
+      }
     for (const Special special : {Special::kExtremes, Special::kNotFinite, Special::kNorm})
       for (const int32_t dtype : {kFloat16, kBFloat16, kFloat32}) {
         add(4, 16, 8, 0, 0, 3, 40, 256, dtype, special);

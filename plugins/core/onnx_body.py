@@ -65,6 +65,10 @@ class NodeBuilder:
         """Concatenate int64 vectors into a shape."""
         return self.node("Concat", *parts, axis=0)
 
+    def beside(self, parts: Sequence[str], axis: int) -> str:
+        """Tensors joined along an axis; "" if there are none."""
+        return self.node("Concat", *parts, axis=axis) if len(parts) > 1 else "".join(parts)
+
     def first(self, x: str, count: str, axis: int) -> str:
         """The first `count` (int64 [1]) entries of x along an axis."""
         return self.node("Slice", x, self.ints(0), count, self.ints(axis))

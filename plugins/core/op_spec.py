@@ -49,6 +49,8 @@ class GemmScheme:
         abits: activation bits, 2..8, or 16 for weight-only.
         act_symmetric: 1 for symmetric per-token activation codes, 0 for asymmetric ones.
         group_size: input channels that share a weight scale; 0 means the whole row (per channel).
+        has_minimum: 1 if a group has an fp32 minimum, the weight of code 0, in the place of a zero
+            point: w = scale * code + minimum.
     """
 
     wbits: int
@@ -56,6 +58,7 @@ class GemmScheme:
     abits: int
     act_symmetric: int
     group_size: int
+    has_minimum: int = field(default=0, kw_only=True)
 
     @property
     def planes(self) -> int:
@@ -107,8 +110,13 @@ class GemmAttributes(GemmScheme):
         return [*(["bias"] if self.has_bias else []), *(["gamma"] if self.has_norm else [])]
 
     def as_dict(self) -> dict[str, int | float]:
-        """The attributes by name, as written into the ONNX node."""
-        return asdict(self)
+        """The attributes by name, as written into the ONNX node; has_minimum only where it is 1, so
+        that files without look as they did before there was any.
+        """
+        fields = asdict(self)
+        if not self.has_minimum:
+            del fields["has_minimum"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,7 @@ class QuantArrays:
         zero: integer [N, G], in code units, or None.
         scale_group: second-level scale [N, G], or None.
         bias: fp32 [N] or None.
+        minimum: fp32 [N, G] in the place of zero, or None.
         more: what else an op has, by name.
     """
 
@@ -158,6 +167,7 @@ class QuantArrays:
     zero: np.ndarray | None = None
     scale_group: np.ndarray | None = None
     bias: np.ndarray | None = None
+    minimum: np.ndarray | None = None
     more: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def named(self) -> dict[str, np.ndarray]:
@@ -289,13 +299,19 @@ class OpSpec(ABC):
     @abstractmethod
     def integers(self, arrays: QuantArrays, attrs: GemmAttributes) -> tuple[np.ndarray, np.ndarray]:
         """What the kernel multiplies activation codes with: whole numbers as fp32 [N, K], a new
-        array, and the scale fp32 [N, G] of each of G groups.
+        array, and the scale fp32 [N, G] of each of G groups. Where there is a minimum, it is not in
+        them.
         """
 
     def dequantize(self, arrays: QuantArrays, attrs: GemmAttributes) -> np.ndarray:
-        """The real numbers that the codes stand for, fp32 [N, K]: integers() times their scale."""
+        """The real numbers that the codes stand for, fp32 [N, K]: integers() times their scale, plus
+        the minimum if there is one, each rounded on its own.
+        """
         weight, scale = self.integers(arrays, attrs)
-        weight.reshape(*scale.shape, -1)[:] *= scale[..., None]
+        groups = weight.reshape(*scale.shape, -1)
+        groups *= scale[..., None]
+        if arrays.minimum is not None:
+            groups += arrays.minimum[..., None]
         return weight
 
     def affine(self, scheme: GemmScheme) -> AffineForm | None:

@@ -68,7 +68,7 @@ def check_norm(attrs: GemmAttributes, where: str) -> None:
 def check_shapes(
     arrays: QuantArrays, attrs: GemmAttributes, where: str, scale_columns: int
 ) -> None:
-    """Codes, scales and bias must fit the attributes and be finite.
+    """Codes, scales, minimums and bias must fit the attributes and be finite.
 
     Raises:
         InputError: which one does not.
@@ -94,7 +94,12 @@ def check_shapes(
             f"got a bias of shape {arrays.bias.shape}, expected {(attrs.out_features,)}",
             _AGAIN,
         )
-    for name, dtype in (("scale", np.float32), ("scale_group", np.float16), ("bias", np.float32)):
+    for name, dtype in (
+        ("scale", np.float32),
+        ("scale_group", np.float16),
+        ("bias", np.float32),
+        ("minimum", np.float32),
+    ):
         values = getattr(arrays, name)
         if values is not None:
             with np.errstate(over="ignore"):

@@ -54,6 +54,8 @@ class QqqGemm(OpSpec):
 
     def objection(self, scheme: GemmScheme) -> tuple[str, str] | None:
         """W4A8 with symmetric activations, in groups of GROUP_SIZES."""
+        if scheme.has_minimum:
+            return "got weights with minimums, expected symmetric ones", "Use --method abq"
         if (scheme.wbits, scheme.levels, scheme.abits, scheme.act_symmetric) != (4, 16, 8, 1):
             codes = "" if scheme.act_symmetric else " with asymmetric activations"
             return (

@@ -17,7 +17,7 @@ inline bool qqq_sum_ok(int k) { return 127 * 127 * int64_t{k} < int64_t{1} << 31
 
 inline bool qqq_scheme_ok(const GemmShape& s) {
   return qqq_bits_ok(s.wbits, s.levels, s.abits, s.act_symmetric) && qqq_group_ok(s.group_size) &&
-         qqq_sum_ok(s.k);
+         qqq_sum_ok(s.k) && !s.has_minimum;
 }
 
 }  // namespace anybit

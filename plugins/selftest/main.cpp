@@ -135,6 +135,9 @@ class Inputs {
     if (!layer.weights.zero.empty())
       buffers_.zero = static_cast<const int32_t*>(
           put(device, layer.weights.zero.data(), layer.weights.zero.size() * 4));
+    if (!layer.weights.minimum.empty())
+      buffers_.minimum = static_cast<const float*>(
+          put(device, layer.weights.minimum.data(), layer.weights.minimum.size() * 4));
     if (!layer.weights.scale_group.empty())
       buffers_.scale_group =
           put(device, layer.weights.scale_group.data(), layer.weights.scale_group.size() * 2);

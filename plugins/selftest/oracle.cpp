@@ -39,6 +39,7 @@ GemmShape shape_of(const Case& c) {
   shape.act_symmetric = c.act_symmetric;
   shape.dtype = c.dtype;
   shape.norm_epsilon = c.special == Special::kNorm ? kNormEpsilon : 0.0f;
+  shape.has_minimum = c.special == Special::kMinimum;
   return shape;
 }
 
@@ -48,7 +49,8 @@ std::string text_of(const Case& c) {
   return "W" + std::to_string(c.wbits) + (balanced ? "*" : "") + "A" + std::to_string(c.abits) +
          (c.act_symmetric ? " sym" : "") + " g" + std::to_string(c.group_size) + " " +
          std::to_string(c.m) + "x" + std::to_string(c.n) + "x" + std::to_string(c.k) + " " +
-         types[c.dtype] + (c.bias ? " bias" : "") + (c.special == Special::kNorm ? " norm" : "");
+         types[c.dtype] + (c.bias ? " bias" : "") + (c.special == Special::kNorm ? " norm" : "") +
+         (c.special == Special::kMinimum ? " minimum" : "");
 }
 
 std::vector<int> edge_m(bool quick) {

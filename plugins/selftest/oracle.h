@@ -17,6 +17,7 @@ enum class Special {
   // RMSNorm, of rows of +-1 and one of zeros, with an epsilon of 3. The root is exactly 2 then, in
   // whatever order the squares add up, so that nothing is a near tie.
   kNorm,
+  kMinimum,  // a minimum in the place of the zero points
 };
 
 struct Case {
@@ -59,6 +60,7 @@ struct Weights {
   std::vector<int32_t> packed;
   std::vector<float> scale;
   std::vector<int32_t> zero;
+  std::vector<float> minimum;
   std::vector<uint16_t> scale_group;
 };
 

@@ -49,6 +49,7 @@ class GemmShape(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("tactic", ctypes.c_int32),
         ("norm_epsilon", ctypes.c_float),
+        ("has_minimum", ctypes.c_int32),
     ]
 
 
@@ -65,6 +66,7 @@ class GemmBuffers(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("gamma", ctypes.c_void_p),
+        ("minimum", ctypes.c_void_p),
     ]
 
 
@@ -105,6 +107,7 @@ def gemm_shape(
         dtype=DTYPES[np.dtype(dtype)],
         tactic=tactic,
         norm_epsilon=attrs.norm_epsilon,
+        has_minimum=attrs.has_minimum,
     )
 
 

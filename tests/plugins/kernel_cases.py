@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -43,8 +44,9 @@ def abq(
     sym: int = 0,
     g: int = 0,
     bias: int = 0,
+    minimum: int = 0,
 ) -> GemmAttributes:
-    return GemmAttributes(w[0], w[1], a, sym, g, k, n, bias)
+    return GemmAttributes(w[0], w[1], a, sym, g, k, n, bias, has_minimum=minimum)
 
 
 def qqq(n: int, k: int, *, g: int = 0, bias: int = 0) -> GemmAttributes:
@@ -52,19 +54,25 @@ def qqq(n: int, k: int, *, g: int = 0, bias: int = 0) -> GemmAttributes:
 
 
 def op_of(arrays: QuantArrays) -> str:
-    return "QQQGemm" if arrays.zero is None else "ABQGemm"
+    return "QQQGemm" if arrays.codes.dtype == np.int8 else "ABQGemm"
 
 
 def abq_arrays(attrs: GemmAttributes, seed: int = 0) -> QuantArrays:
-    """Random weights; a third of the zero points lie outside the code range."""
+    """Random weights; a third of the zero points lie outside the code range, and so does 0 for a
+    third of the groups with a minimum.
+    """
     rng = np.random.default_rng(seed)
     n, groups = attrs.out_features, attrs.n_groups
-    return QuantArrays(
+    arrays = QuantArrays(
         codes=rng.integers(0, attrs.levels, (n, attrs.in_features), dtype=np.uint8),
         scale=rng.uniform(0.001, 0.02, (n, groups)).astype(np.float32),
         zero=rng.integers(-attrs.levels, 2 * attrs.levels, (n, groups), dtype=np.int32),
         bias=rng.normal(0, 3, n).astype(np.float32) if attrs.has_bias else None,
     )
+    if not attrs.has_minimum:
+        return arrays
+    code = rng.uniform(-attrs.levels, 2 * attrs.levels, (n, groups))
+    return replace(arrays, zero=None, minimum=(-code * arrays.scale).astype(np.float32))
 
 
 def qqq_arrays(attrs: GemmAttributes, seed: int = 0) -> QuantArrays:
@@ -121,7 +129,10 @@ def assert_close(
     np.testing.assert_array_equal(
         np.isnan(got.astype(np.float32)), np.isnan(want.astype(np.float32))
     )
-    weight = op_spec(op_of(arrays)).dequantize(arrays, attrs).astype(np.float64)
+    spec, minimum = op_spec(op_of(arrays)), arrays.minimum
+    if minimum is not None:  # a term of its own
+        arrays = replace(arrays, minimum=np.abs(minimum))
+    weight = spec.dequantize(arrays, attrs).astype(np.float64)
     # [M, N] sum of |terms|, to which the rounding error is proportional
     size = np.abs(x.astype(np.float64)) @ np.abs(weight).T + 3
     error = np.abs(got.astype(np.float64) - want.astype(np.float64))

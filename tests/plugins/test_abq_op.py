@@ -124,18 +124,22 @@ def reference_by_loops(x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes
     """The formula with Python integers, then fp32 step by step."""
     codes, scale, zero = quantize_activation(x, attrs.abits, bool(attrs.act_symmetric))
     y = np.zeros((len(x), attrs.out_features), np.float32)
-    assert arrays.zero is not None
     for m in range(len(x)):
         for n in range(attrs.out_features):
             acc = np.float32(0)
             for g in range(attrs.n_groups):
                 part = range(g * attrs.group_len, (g + 1) * attrs.group_len)
-                zq = int(arrays.zero[n, g])
+                zq = 0 if arrays.zero is None else int(arrays.zero[n, g])
                 exact = sum(
                     (int(codes[m, k]) - int(zero[m, 0])) * (int(arrays.codes[n, k]) - zq)
                     for k in part
                 )
-                acc = np.float32(acc + np.float32(np.float32(exact) * arrays.scale[n, g]))
+                term = np.float32(np.float32(exact) * arrays.scale[n, g])
+                if arrays.minimum is not None:
+                    tokens_sum = sum(int(codes[m, k]) - int(zero[m, 0]) for k in part)
+                    shift = np.float32(np.float32(tokens_sum) * arrays.minimum[n, g])
+                    term = np.float32(term + shift)
+                acc = np.float32(acc + term)
             y[m, n] = np.float32(acc * scale[m, 0])
             if arrays.bias is not None:
                 y[m, n] = np.float32(y[m, n] + arrays.bias[n])
@@ -144,8 +148,11 @@ def reference_by_loops(x: np.ndarray, arrays: QuantArrays, attrs: GemmAttributes
 
 @pytest.mark.parametrize(("abits", "sym"), [(8, 0), (8, 1), (5, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize(("w", "g"), [((4, 16), 0), ((8, 256), 12), ((2, 5), 9)])
-def test_reference_is_the_formula(w: tuple[int, int], g: int, abits: int, sym: int) -> None:
-    attrs = abq(4, 36, w=w, a=abits, sym=sym, g=g, bias=1)
+@pytest.mark.parametrize("minimum", [0, 1])
+def test_reference_is_the_formula(
+    w: tuple[int, int], g: int, abits: int, sym: int, minimum: int
+) -> None:
+    attrs = abq(4, 36, w=w, a=abits, sym=sym, g=g, bias=1, minimum=minimum)
     arrays, x = abq_arrays(attrs), tokens(3, 36, F32)
     np.testing.assert_array_equal(
         SPEC.reference(x, SPEC.pack(arrays, attrs, "layer"), attrs),
@@ -164,9 +171,9 @@ def test_reference_with_far_zero_points_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
-@pytest.mark.parametrize("g", [0, 24])
-def test_weight_only_is_the_dequantised_product(dtype: np.dtype[Any], g: int) -> None:
-    attrs = abq(5, 72, a=16, g=g, bias=1)
+@pytest.mark.parametrize(("g", "minimum"), [(0, 0), (24, 0), (24, 1)])
+def test_weight_only_is_the_dequantised_product(dtype: np.dtype[Any], g: int, minimum: int) -> None:
+    attrs = abq(5, 72, a=16, g=g, bias=1, minimum=minimum)
     arrays, x = abq_arrays(attrs), tokens(6, 72, dtype).reshape(2, 3, 72)
     y = SPEC.reference(x, SPEC.pack(arrays, attrs, "layer"), attrs)
     assert y.shape == (2, 3, 5) and y.dtype == dtype
@@ -241,6 +248,66 @@ def test_dequantize_rounds_a_far_zero_point_once() -> None:
     assert SPEC.dequantize(arrays, attrs).tolist() == [
         [-float(2**24 + 1 - 1), -float(2**24 + 4 - 255)]
     ]
+
+
+def test_minimums_take_the_place_of_zero_points() -> None:
+    """In the node's inputs, in the arrays of the quant folder and in the packed tensors; nothing of
+    them is seen where there are none.
+    """
+    attrs = abq(3, 20, g=10, bias=1, minimum=1)
+    arrays = abq_arrays(attrs)
+    assert SPEC.input_names(attrs) == ["X", "weight", "scale", "minimum", "bias"]
+    stored = {array.name: (array.dtype, array.shape) for array in SPEC.arrays(attrs)}
+    assert stored["minimum"] == ("float32", (3, 2)) and "zero" not in stored
+    back = SPEC.unpack(SPEC.pack(arrays, attrs, "layer"), attrs)
+    assert back.named().keys() == arrays.named().keys()
+    for name, array in arrays.named().items():
+        np.testing.assert_array_equal(back.named()[name], array)
+    assert attrs.as_dict()["has_minimum"] == 1
+    assert "has_minimum" not in replace(attrs, has_minimum=0).as_dict()
+    assert SPEC.affine(attrs) is None and op_spec("QQQGemm").objection(attrs) == (
+        "got weights with minimums, expected symmetric ones",
+        "Use --method abq",
+    )
+
+
+def test_a_weight_with_a_minimum_is_rounded_twice() -> None:
+    attrs = abq(1, 2, w=(8, 256), minimum=1)
+    scale, minimum = np.float32(1 / 3), np.float32(-7.77)
+    arrays = QuantArrays(
+        np.array([[255, 3]], np.uint8), np.full((1, 1), scale), minimum=np.full((1, 1), minimum)
+    )
+    want = [np.float32(np.float32(code) * scale) + minimum for code in (255, 3)]
+    assert SPEC.dequantize(arrays, attrs).tolist() == [want]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"minimum": None}, "got no minimums, expected fp32 minimums of shape (2, 3)"),
+        (
+            {"minimum": np.zeros((2, 3))},
+            "got minimums float64 of shape (2, 3), expected fp32 minimums of shape (2, 3)",
+        ),
+        (
+            {"minimum": np.zeros((2, 1), np.float32)},
+            "got minimums float32 of shape (2, 1), expected fp32 minimums of shape (2, 3)",
+        ),
+        (
+            {"minimum": np.full((2, 3), np.inf, np.float32)},
+            "got a minimum that is NaN or inf in output channel 0, expected finite numbers",
+        ),
+        (
+            {"zero": np.zeros((2, 3), np.int32)},
+            "got zero points beside the minimums, expected fp32 minimums of shape (2, 3)",
+        ),
+    ],
+)
+def test_pack_refuses_minimums(fields: dict[str, Any], message: str) -> None:
+    attrs = abq(2, 24, g=8, minimum=1)
+    with pytest.raises(InputError) as error:
+        SPEC.pack(replace(abq_arrays(attrs), **fields), attrs, "layer q_proj")
+    assert str(error.value) == f"layer q_proj: {message}. Quantise the layer again."
 
 
 GOOD = abq(2, 24, g=8)

@@ -76,6 +76,14 @@ def test_groups_of_lanes_halves_and_others(runner: KernelRunner, k: int, g: int,
         check(runner, attrs, abq_arrays(attrs), tokens(m, k, F32))
 
 
+@pytest.mark.parametrize("m", [1, 4, 14])
+@pytest.mark.parametrize(("k", "g"), [(1152, 0), (1280, 64), (1280, 32), (1280, 16), (1152, 128)])
+def test_minimums_of_few_and_many_tokens(runner: KernelRunner, k: int, g: int, m: int) -> None:
+    for w, a, sym in (((4, 16), 8, 0), ((5, 32), 8, 1), ((8, 256), 4, 0), ((4, 16), 16, 0)):
+        attrs = abq(35, k, w=w, a=a, sym=sym, g=g, minimum=1)
+        check(runner, attrs, abq_arrays(attrs), tokens(m, k, F16))
+
+
 def test_more_groups_than_the_stack_has_room_for(runner: KernelRunner) -> None:
     attrs = abq(3, 64 * 200, w=(2, 4), g=64)
     check(runner, attrs, abq_arrays(attrs), tokens(2, 64 * 200, F32))
@@ -114,6 +122,7 @@ def test_blocks_and_slabs_of_tokens(runner: KernelRunner, m: int) -> None:
         (abq_arrays, abq(70, 1152, w=(2, 4), g=64, bias=1)),
         (abq_arrays, replace(abq(70, 1152, w=(8, 256), g=128, sym=1), norm_epsilon=1e-5)),
         (abq_arrays, abq(70, 1152, a=16, g=64)),
+        (abq_arrays, abq(70, 1152, g=32, minimum=1)),
         (abq_arrays, replace(abq(70, 1152, a=16, bias=1), norm_epsilon=1e-5)),
         (qqq_arrays, qqq(70, 1152, bias=1)),
         (qqq_arrays, replace(qqq(70, 1152, g=64), norm_epsilon=1e-5)),

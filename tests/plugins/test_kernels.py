@@ -76,6 +76,34 @@ def test_abq_groups(runner: KernelRunner, k: int, g: int, abits: int) -> None:
         check(runner, attrs, abq_arrays(attrs), tokens(3, k, F16), order=g)
 
 
+@pytest.mark.parametrize(("k", "g"), [(67, 0), (96, 16), (96, 32), (90, 45), (384, 128)])
+def test_abq_minimums(runner: KernelRunner, k: int, g: int) -> None:
+    for a, sym, w, dtype in (
+        (8, 0, (4, 16), F16),
+        (8, 1, (8, 256), F32),
+        (2, 0, (2, 4), BF16),
+        (16, 0, (6, 64), F16),
+        (16, 0, (4, 16), F32),
+    ):
+        attrs = abq(9, k, w=w, a=a, sym=sym, g=g, bias=1, minimum=1)
+        check(runner, attrs, abq_arrays(attrs), tokens(3, k, dtype), order=k)
+
+
+def test_which_op_takes_minimums(runner: KernelRunner) -> None:
+    """A shape with minimums needs them, whatever else there is; QQQGemm takes none."""
+    attrs = abq(4, 64, minimum=1)
+    arrays, x = abq_arrays(attrs), tokens(1, 64, F16)
+    tensors = op_spec("ABQGemm").pack(arrays, attrs, "test")
+    tensors["zero"] = np.zeros((4, 1), np.int32)
+    y = runner.gemm("ABQGemm", attrs, x, tensors)
+    assert_close(y, op_spec("ABQGemm").reference(x, tensors, attrs), attrs, arrays, x)
+    del tensors["minimum"]
+    with pytest.raises(KernelError, match="error 1"):
+        runner.gemm("ABQGemm", attrs, x, tensors)
+    shape = gemm_shape(replace(qqq(64, 64), has_minimum=1), 1, F16)
+    assert runner.kernels.workspace_bytes("QQQGemm", shape) == 0
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 @pytest.mark.parametrize("bias", [0, 1])
 def test_dtypes_and_bias(runner: KernelRunner, dtype: np.dtype[Any], bias: int) -> None:

@@ -59,6 +59,7 @@ CASES = [
     qqq_case(70, K, bias=1),
     qqq_case(70, K, g=64),
     qqq_case(70, K),
+    abq_case(70, K, g=32, minimum=1),
     abq_case(33, K, w=(2, 5), a=4, sym=1),
     abq_case(33, K, w=(8, 256), a=16, bias=1),
     normed(abq_case(33, K, bias=1)),
@@ -74,7 +75,7 @@ def test_native_kernels_run_and_give_the_bits_of_reference(
     """The graph that is left after loading has the nodes themselves, where stock ONNX Runtime has
     their bodies.
     """
-    cases, options = CASES[:7] if dtype == F16 else CASES[:6], options_of()
+    cases, options = CASES[:8] if dtype == F16 else CASES[:7], options_of()
     options.optimized_model_filepath = str(tmp_path / "model.onnx")
     session = ort.InferenceSession(
         model_of(cases, dtype).SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -85,11 +86,11 @@ def test_native_kernels_run_and_give_the_bits_of_reference(
     x = tokens(5, K, dtype)
     compare(cases, x, session.run(None, {"X32": x.astype(np.float32)}))
     x[2, 3], x[4] = np.nan, np.inf
-    compare(cases[:6], x, session.run(None, {"X32": x.astype(np.float32)})[:6])
+    compare(cases[:7], x, session.run(None, {"X32": x.astype(np.float32)})[:7])
 
 
 def test_fused_norms() -> None:
-    cases, x = CASES[7:], tokens(4, K, F16)
+    cases, x = CASES[8:], tokens(4, K, F16)
     outputs = native(model_of(cases, F16)).run(None, {"X32": x.astype(np.float32)})
     compare(cases, x, outputs)
 
@@ -167,6 +168,18 @@ def changed(case: Case, name: str, change: Any) -> onnx.ModelProto:
             "zero",
             lambda w: w[:, :2],
             "ABQGemm K 192 N 40 input zero: got int32 [40, 2], expected int32 [40, 3]",
+        ),
+        (
+            abq_case(40, K, g=64),
+            "zero",
+            lambda w: w.astype(np.float32),
+            "ABQGemm K 192 N 40 input zero: got fp32 [40, 3], expected int32 [40, 3]",
+        ),
+        (
+            abq_case(40, K, g=64, minimum=1),
+            "minimum",
+            lambda w: w.astype(np.int32),
+            "ABQGemm K 192 N 40 input minimum: got int32 [40, 3], expected fp32 [40, 3]",
         ),
         (
             qqq_case(40, K, g=64),

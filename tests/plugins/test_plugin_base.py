@@ -40,7 +40,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("op", ["abq", "qqq"])
+@pytest.mark.parametrize("op", ["abq", "qqq", "minimum"])
 def test_plugin_answers_as_recorded(program: Path, op: str) -> None:
     result = subprocess.run([str(program), op], capture_output=True, text=True, check=True)
     assert result.stdout == (PROBES / f"plugin_{op}.txt").read_text()

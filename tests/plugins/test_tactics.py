@@ -105,6 +105,20 @@ def test_abq_groups(runner: KernelRunner, g: int) -> None:
         assert names & WGMMA == (WGMMA - {"wgmma 256x128"} if whole_chunks else set())
 
 
+@pytest.mark.parametrize("g", [0, 16, 32, 64, 128])
+def test_abq_minimums(runner: KernelRunner, g: int) -> None:
+    names = set()
+    for w, a, sym, m in (((4, 16), 8, 0, 9), ((2, 4), 3, 1, 1), ((6, 64), 16, 0, 3)):
+        attrs = abq(67, 512, w=w, a=a, sym=sym, g=g, bias=1, minimum=1)
+        names |= check(runner, attrs, tokens(m, 512, F16), arrays=abq_arrays(attrs), order=g)
+    wanted = {"simple", *INT8, "a16 64x8", "a16 64x16", "a16 128x32"}
+    if g == 0:
+        wanted |= {"b1 64x8", "b1 64x16", "a16 128x64"}
+    if has_wgmma(runner) and g % 128 == 0:
+        wanted |= WGMMA - ({"wgmma 256x128"} if g else set())
+    assert names >= wanted - ({"int8 256x64"} if g else set())
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("w", LEVELS, ids=lambda w: f"w{w[0]}l{w[1]}")
 def test_abq_weight_only(runner: KernelRunner, w: tuple[int, int], dtype: np.dtype[Any]) -> None:

@@ -70,7 +70,7 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
   const int64_t row_bytes = 4 * kernel.weights.row_words;
   const AbqRows rows = {kernel.weights.words,
                         kernel.weights.scale,
-                        kernel.weights.zero,
+                        kernel.weights.offsets(),
                         to.n,
                         row_bytes,
                         to.n * row_bytes,

@@ -9,8 +9,8 @@ namespace ANYBIT_SET {
 // What the sums of a few tokens are made from.
 struct AbqRows {
   const uint8_t* words;
-  const float* scale;  // [n, n_groups], wanted soon, and zero too
-  const int32_t* zero;
+  const float* scale;   // [n, n_groups], wanted soon, and the zero points or minimums too
+  const char* offsets;  // 4 bytes each
   int64_t n, row_bytes, plane_bytes;  // bytes of a row and of a plane
   int planes;
   const int8_t* operands;  // codes [kOperands, operand_bytes]: tokens, and ones for Q

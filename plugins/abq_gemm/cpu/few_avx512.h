@@ -130,7 +130,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
       for (int64_t group = 0; first == 0 && group < w.n_groups; group += 16) {
         const int64_t term = channel * w.n_groups + group;
         _mm_prefetch(reinterpret_cast<const char*>(w.scale + term), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w.zero + term), _MM_HINT_T0);
+        _mm_prefetch(w.offsets + 4 * term, _MM_HINT_T0);
       }
       // behind the last of these rows come their next bytes, if there are any
       const bool turns = r + rows_ahead >= kAbqRowsTogether && last < w.row_bytes;
@@ -201,19 +201,21 @@ inline void abq_terms_of_four(const AbqWeights& w, int64_t n_groups, int64_t gro
                               AbqGroupTerms* terms) {
   __m512i largest = _mm512_setzero_si512();
   for (int first = 0; first < kPanelRows; first += 16) {
-    const void *scales[16], *zeros[16];
+    const void *scales[16], *offsets[16];
     for (int r = 0; r < 16; ++r) {
       const int64_t at = smaller(n0 + first + r, w.n - 1) * n_groups + group;
       scales[r] = w.scale + at;
-      zeros[r] = w.zero + at;
+      offsets[r] = w.offsets() + 4 * at;
     }
-    __m512i scale[kAbqGroupsTogether], zero[kAbqGroupsTogether];
+    __m512i scale[kAbqGroupsTogether], offset[kAbqGroupsTogether];
     abq_four_columns(scales, scale);
-    abq_four_columns(zeros, zero);
+    abq_four_columns(offsets, offset);
     for (int g = 0; g < kAbqGroupsTogether; ++g) {
       _mm512_store_si512(terms[g].scale + first, scale[g]);
-      _mm512_store_si512(terms[g].zero + first, zero[g]);
-      largest = _mm512_max_epu32(largest, _mm512_abs_epi32(zero[g]));
+      if (w.minimum) _mm512_store_si512(terms[g].minimum + first, offset[g]);
+      const __m512i zero = w.minimum ? _mm512_setzero_si512() : offset[g];
+      _mm512_store_si512(terms[g].zero + first, zero);
+      largest = _mm512_max_epu32(largest, _mm512_abs_epi32(zero));
     }
   }
   for (int g = 0; g < kAbqGroupsTogether; ++g)

@@ -65,7 +65,9 @@ struct AbqKernel {
     weights.group_words = layout.group_bytes / kAbqWord;
     weights.row_words = (layout.n_groups * weights.group_words + 3) / 4 * 4;
     weights.words = reinterpret_cast<const uint8_t*>(b.weight);
-    weights.scale = b.scale, weights.zero = b.zero;
+    weights.scale = b.scale;
+    weights.zero = s.has_minimum ? nullptr : b.zero;
+    weights.minimum = s.has_minimum ? b.minimum : nullptr;
     weight_bytes = 4 * s.planes * weights.n * weights.row_words;
     largest = s.levels - 1;
     needs_code_sums = !s.act_symmetric;
@@ -77,7 +79,8 @@ struct AbqKernel {
     abq_unpack(weights, n0, position / kAbqWord, steps, panel);
   }
 
-  // outputs += float(D) * scale, D = P - zero A - z Q + L z zero.
+  // outputs += float(D) * scale, D = P - zero A - z Q + L z zero; with a minimum, of which zero is 0,
+  // outputs += float(D) * scale + float(A - L z) * minimum.
   ANYBIT_INLINE void add_terms(const AbqGroupTerms& terms, int64_t group, const Tokens& tokens,
                                int64_t m0, int count, const Sums* sums, const Sums& code_sums,
                                Outputs* outputs) const {
@@ -93,8 +96,13 @@ struct AbqKernel {
         for (int i = 0; i < kPanelRows; ++i)
           d[i] = float(sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i]);
       }
+      for (int i = 0; i < kPanelRows; ++i) d[i] *= terms.scale[i];
+      if (weights.minimum) {
+        const float sum = float(a - layout.group_len * z);
+        for (int i = 0; i < kPanelRows; ++i) d[i] += sum * terms.minimum[i];
+      }
       for (int i = 0; i < kPanelRows; ++i)
-        outputs[m][i] = (group == 0 ? 0.0f : outputs[m][i]) + d[i] * terms.scale[i];
+        outputs[m][i] = (group == 0 ? 0.0f : outputs[m][i]) + d[i];
     }
   }
 
@@ -120,7 +128,7 @@ struct AbqKernel {
 #endif
 };
 
-// A16: panels of fp32 weights (q - zero) * scale.
+// A16: panels of fp32 weights (q - zero) * scale, or q * scale + minimum.
 template <class T>
 inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t m0, int count,
                             int64_t n0, const Destination<T>& to) {
@@ -141,6 +149,8 @@ inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t 
         const uint8_t* step = codes + k / kStep * kStep * kPanelRows + k % kStep;
         for (int i = 0; i < kPanelRows; ++i)
           panel[k][i] = (float(step[kStep * i]) - float(terms.zero[i])) * terms.scale[i];
+        if (!kernel.weights.minimum) continue;
+        for (int i = 0; i < kPanelRows; ++i) panel[k][i] += terms.minimum[i];
       }
       dot_floats(panel, length, rows + m0 * layout.k + group * layout.group_len + first, layout.k,
                  count, outputs);

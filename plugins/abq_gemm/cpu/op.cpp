@@ -13,8 +13,6 @@ ANYBIT_IF_MADE void abq_gemm_amx(const GemmShape&, const GemmBuffers&, const Par
 
 namespace {
 
-bool has_inputs(const GemmShape&, const GemmBuffers& b) { return b.weight && b.scale && b.zero; }
-
 size_t workspace(const GemmShape& s) {
   using namespace portable;
   float* rows;
@@ -24,7 +22,7 @@ size_t workspace(const GemmShape& s) {
 
 constexpr Op kOp = {"ABQGemm",
                     abq_scheme_ok,
-                    has_inputs,
+                    abq_has_inputs,
                     workspace,
                     {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512, abq_gemm_amx}};
 const OpRegistration registration(row_of<kOp>());

@@ -4,6 +4,7 @@
 // With P = sum a q, Q = sum q and S = sum (a - z) over a group, token zero point z
 // and weight zero point zero:
 //   D = sum (a - z)(q - zero) = (P - z * Q) - zero * S            exact
+// With a minimum instead, a group is float(P - z * Q) * scale + float(S) * minimum.
 // P comes from the tensor core, S from the token kernel, Q from the tensor core too, with a
 // fragment of ones as tokens.
 #pragma once
@@ -51,8 +52,19 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
       for (int half = 0; half < 2; ++half)
         far |= terms.zero[r][half] > p.zero_limit || terms.zero[r][half] < -p.zero_limit;
     }
-    if (ballot(far)) add_terms<int64_t>();
-    else add_terms<int32_t>();
+    if (p.minimum) {
+      add_terms([](int32_t centred, float scale, int32_t minimum, int32_t sum) {
+        return Base::term_with_minimum(centred, scale, sum, __uint_as_float(uint32_t(minimum)));
+      });
+    } else if (ballot(far)) {
+      add_terms([](int32_t centred, float scale, int32_t zero, int32_t sum) {
+        return __fmul_rn(__ll2float_rn(centred - int64_t{zero} * sum), scale);
+      });
+    } else {
+      add_terms([](int32_t centred, float scale, int32_t zero, int32_t sum) {
+        return __fmul_rn(__int2float_rn(centred - zero * sum), scale);
+      });
+    }
     ANYBIT_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
       ANYBIT_UNROLL
@@ -60,9 +72,9 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
     }
   }
 
-  // Int: wide enough for D.
-  template <class Int>
-  __device__ void add_terms() {
+  // term(P - z * Q, scale, zero, S): of a group.
+  template <class Term>
+  __device__ void add_terms(Term term) {
     ANYBIT_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
       int32_t sum[2], z[2];
@@ -75,10 +87,9 @@ struct AbqInt8 : AbqPlanes<kPlanes, kWords, kGrouped, Shape_> {
       for (int r = 0; r < kRowTiles; ++r) {
         ANYBIT_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const Int zero = terms.zero[r][i / 2];
-          const Int d = product[r][t][i] - z[i % 2] * code_sum[r][i] - zero * sum[i % 2];
-          const float term = sizeof(Int) == 4 ? __int2float_rn(int(d)) : __ll2float_rn(d);
-          acc[r][t][i] = __fadd_rn(acc[r][t][i], __fmul_rn(term, terms.scale[r][i / 2]));
+          const int32_t centred = product[r][t][i] - z[i % 2] * code_sum[r][i];
+          acc[r][t][i] = __fadd_rn(
+              acc[r][t][i], term(centred, terms.scale[r][i / 2], terms.zero[r][i / 2], sum[i % 2]));
           product[r][t][i] = 0;
         }
       }

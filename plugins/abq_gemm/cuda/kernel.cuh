@@ -1,7 +1,8 @@
 // ABQGemm kernels: y = x * w^T by counting bits, after "ABQ-LLM" (arXiv 2408.08554), with
 // scales and zero points exact.
 //
-// A weight is w[n,k] = scale[n,g] * (q[n,k] - zero[n,g]), g = k / group_len. Its codes q lie in
+// A weight is w[n,k] = scale[n,g] * (q[n,k] - zero[n,g]), g = k / group_len, or where there is a
+// minimum scale[n,g] * q[n,k] + minimum[n,g]. Its codes q lie in
 // `planes` bit planes, the activation codes a (two's complement, abits planes) in the same layout,
 // so that with plane weights +-2^i and 2^j
 //   sum_k a*q = sum_i sum_j (+-2^i)(2^j) popcount(a_i AND q_j).
@@ -26,7 +27,8 @@ struct AbqArgs {
   const void* x;           // [m, k]
   const uint32_t* weight;  // [planes, n, row_words]
   const float* scale;      // [n, n_groups]
-  const int32_t* zero;     // [n, n_groups]
+  const int32_t* zero;     // [n, n_groups] or null
+  const float* minimum;    // [n, n_groups] where there is no zero, or null
   const float* bias;       // [n] or null
   void* y;                 // [m, n]
   float* token_scale;      // [m]                     workspace, written by abq_quantize
@@ -106,10 +108,14 @@ __global__ void abq_gemm(AbqArgs p) {
     float acc = 0.0f;
     for (int g = 0; g < p.n_groups; ++g) {
       const GroupSums s = group_sums(p, m, n, g * p.group_words);
-      const int64_t q_zero = p.zero[size_t(n) * p.n_groups + g];
+      const size_t at = size_t(n) * p.n_groups + g;
+      const int64_t q_zero = p.zero ? p.zero[at] : 0;
+      const int64_t a_sum = s.a - p.group_len * a_zero;
       // sum (a - a_zero)(q - q_zero), exact
-      const int64_t d = s.aq - q_zero * s.a - a_zero * s.q + p.group_len * a_zero * q_zero;
-      acc = __fadd_rn(acc, __fmul_rn(__ll2float_rn(d), p.scale[size_t(n) * p.n_groups + g]));
+      const int64_t d = s.aq - a_zero * s.q - q_zero * a_sum;
+      float term = __fmul_rn(__ll2float_rn(d), p.scale[at]);
+      if (p.minimum) term = __fadd_rn(term, __fmul_rn(__ll2float_rn(a_sum), p.minimum[at]));
+      acc = __fadd_rn(acc, term);
     }
     store_output<T>(p, m, n, __fmul_rn(acc, p.token_scale[m]));
   }
@@ -125,15 +131,19 @@ __global__ void abq_gemm_float(AbqArgs p) {
     const T* x = static_cast<const T*>(p.x) + size_t(m) * p.k;
     float acc = 0.0f;
     for (int g = 0; g < p.n_groups; ++g) {
-      const int64_t zero = p.zero[size_t(n) * p.n_groups + g];
+      const size_t at = size_t(n) * p.n_groups + g;
+      const int64_t zero = p.zero ? p.zero[at] : 0;
       const uint32_t* q_rd = p.weight + size_t(n) * p.row_words + g * p.group_words;
-      float sum = 0.0f;
+      float sum = 0.0f, x_sum = 0.0f;
       for (int e = 0; e < p.group_len; ++e) {
         int q = 0;
         for (int j = 0; j < p.planes; ++j) q |= int(q_rd[j * q_plane + e / 32] >> e % 32 & 1) << j;
-        sum += float_from(x[g * p.group_len + e]) * __ll2float_rn(q - zero);
+        const float v = float_from(x[g * p.group_len + e]);
+        sum += v * __ll2float_rn(q - zero);
+        x_sum += v;
       }
-      acc += sum * p.scale[size_t(n) * p.n_groups + g];
+      acc += sum * p.scale[at];
+      if (p.minimum) acc += x_sum * p.minimum[at];
     }
     store_output<T>(p, m, n, acc);
   }

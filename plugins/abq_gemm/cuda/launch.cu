@@ -98,13 +98,21 @@ size_t workspace_of(int kernel, const GemmShape& s) {
   return carve_fast(p, kernel, s, nullptr);
 }
 
+template <class Args>
+void set_weights(Args& p, const GemmShape& s, const GemmBuffers& b) {
+  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  p.scale = b.scale;
+  p.zero = s.has_minimum ? nullptr : b.zero;
+  p.minimum = s.has_minimum ? b.minimum : nullptr;
+}
+
 const char* name_of(int kernel) { return kAbqKernels[kernel].name; }
 
 cudaError_t simple(const GemmShape& s, const GemmBuffers& b, cudaStream_t stream) {
   AbqArgs p = simple_args(s);
   carve_simple(p, s, b.workspace);
-  p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
-  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  set_weights(p, s, b);
+  p.bias = b.bias, p.y = b.y;
   const cudaError_t error = norm_input(s, b, p.normed, p.x, stream);
   if (error != cudaSuccess) return error;
   return with_dtype(s.dtype, [&](auto t) { return run_simple<decltype(t)>(p, stream); });
@@ -115,8 +123,8 @@ cudaError_t fast(Config config, const GemmShape& s, const GemmBuffers& b, const 
   const Plan plan = abq_plan(config.kernel, s, device);
   AbqGemmArgs p = fast_args(s);
   carve_fast(p, config.kernel, s, b.workspace);
-  p.scale = b.scale, p.zero = b.zero, p.bias = b.bias, p.y = b.y;
-  p.weight = reinterpret_cast<const uint32_t*>(b.weight);
+  set_weights(p, s, b);
+  p.bias = b.bias, p.y = b.y;
   p.stages = ceil_div(p.row_words, 4 * plan.tile.chunks);
   const AbqFamily family = kAbqKernels[config.kernel].family;
   const AbqForm form = abq_form(family, s);
@@ -137,13 +145,9 @@ cudaError_t run(Config config, const GemmShape& s, const GemmBuffers& b, const D
   return config.kernel == kSimple ? simple(s, b, stream) : fast(config, s, b, device, stream);
 }
 
-bool has_inputs(const GemmShape&, const GemmBuffers& buffers) {
-  return buffers.weight && buffers.scale && buffers.zero;
-}
-
 // clang-format off
 constexpr KernelTable kTable = {"ABQGemm", kAbqKernelCount, name_of, supported, abq_plan,
-                                abq_choose, workspace_of, has_inputs, run};
+                                abq_choose, workspace_of, abq_has_inputs, run};
 // clang-format on
 const OpRegistration registration(op_from_table<kTable>());
 

@@ -4,7 +4,8 @@
 // Two bytes of codes become two numbers of type T by putting them into the low bits of 1024 (fp16)
 // or 128 (bf16) and subtracting 1024 + zero or 128 + zero, which is exact as long as zero is near
 // the codes. A zero point that is not (it may be any int32) is left out, and sum(x) * zero
-// subtracted from the sum of the group in fp32; sum(x) comes from the tensor core as well.
+// subtracted from the sum of the group in fp32; sum(x) comes from the tensor core as well. A minimum
+// is added in the same way.
 #pragma once
 #include "abq_gemm/cuda/weights.cuh"
 
@@ -76,8 +77,9 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
   // of the current group: sum of x * (q - zero), or of x * q where zero is far
   float product[kRowTiles][kTokenTiles][4] = {};
   float total[kRowTiles][kTokenTiles][4] = {};
-  float x_sum[kTokenTiles][4] = {};  // sum of x, only kept while some zero point of the warp is far
-  bool any_far = false;
+  // sum of x, only kept while some zero point of the warp is far or there is a minimum
+  float x_sum[kTokenTiles][4] = {};
+  bool needs_x_sum = false;
 
   using Base::Base;
 
@@ -100,7 +102,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
     bool found = false;
     ANYBIT_UNROLL
     for (int r = 0; r < kRowTiles; ++r) found |= far(terms.zero[r][0]) || far(terms.zero[r][1]);
-    any_far = ballot(found) != 0;
+    needs_x_sum = p.minimum || ballot(found) != 0;
   }
 
   // Steps 2 * pair and 2 * pair + 1 of a unit: two of the registers that codes_from_planes makes.
@@ -112,7 +114,7 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
       ANYBIT_UNROLL
       for (int half = 0; half < 2; ++half) {  // rows g, g + 8
         const int32_t zero = terms.zero[r][half];
-        const Number number(far(zero) ? 0 : zero);
+        const Number number(p.minimum || far(zero) ? 0 : zero);
         ANYBIT_UNROLL
         for (int step = 0; step < 2; ++step) {
           ANYBIT_UNROLL
@@ -132,10 +134,10 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
         for (int r = 0; r < kRowTiles; ++r) mma_float<T>(product[r][t], a[r][step], b_step);
       }
     }
-    if (any_far) sum_x(tokens, token_pair);
+    if (needs_x_sum) sum_x(tokens, token_pair);
   }
 
-  // Rare, and therefore a second way over the tokens.
+  // Rare but with a minimum, and therefore a second way over the tokens.
   __device__ void sum_x(const char* tokens, int token_pair) {
     const uint32_t ones[4] = {Number::kOnes, Number::kOnes, Number::kOnes, Number::kOnes};
     ANYBIT_UNROLL
@@ -168,9 +170,10 @@ struct AbqWeightOnly : AbqPlanes<kPlanes, kWords, kGrouped, Shape_, kPlanes == 8
         ANYBIT_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int32_t zero = terms.zero[r][i / 2];
-          const float sum =
-              far(zero) ? product[r][t][i] - __int2float_rn(zero) * x_sum[t][i] : product[r][t][i];
+          float sum = product[r][t][i];
+          if (!p.minimum && far(zero)) sum -= __int2float_rn(zero) * x_sum[t][i];
           total[r][t][i] += sum * terms.scale[r][i / 2];
+          if (p.minimum) total[r][t][i] += __uint_as_float(uint32_t(zero)) * x_sum[t][i];
           product[r][t][i] = 0.0f;
         }
       }

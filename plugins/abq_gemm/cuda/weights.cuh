@@ -13,7 +13,8 @@ struct AbqGemmArgs : GemmArgs {
   int32_t zero_limit;      // up to this |zero|, D fits 32 bits
   const uint32_t* weight;  // [planes, n, row_words]
   const float* scale;      // [n, n_groups]
-  const int32_t* zero;     // [n, n_groups]
+  const int32_t* zero;     // [n, n_groups] or null
+  const float* minimum;    // [n, n_groups] where there is no zero, or null
 };
 
 constexpr int kChunkWords = 4;  // 32-bit words of a chunk's 128 k in one plane
@@ -22,7 +23,7 @@ constexpr int kChunkWords = 4;  // 32-bit words of a chunk's 128 k in one plane
 template <int kRowTiles>
 struct RowTerms {
   float scale[kRowTiles][2];
-  int32_t zero[kRowTiles][2];
+  int32_t zero[kRowTiles][2];  // the bits of the minimum where there is one
 };
 
 // A slot's bit planes: [plane][row][chunk][16 bytes], swizzled.
@@ -177,7 +178,7 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
       for (int half = 0; half < 2; ++half) {
         const size_t at = size_t(row_of(r, half)) * p.n_groups + of_group;
         terms.scale[r][half] = p.scale[at];
-        terms.zero[r][half] = p.zero[at];
+        terms.zero[r][half] = p.zero ? p.zero[at] : int32_t(__float_as_uint(p.minimum[at]));
       }
     }
   }
@@ -185,6 +186,13 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
   __device__ int token_of(int t, int i) const {
     const int m = m0 + 8 * t + 2 * q + i % 2;
     return m < p.m ? m : p.m - 1;
+  }
+
+  // Term of a group with a minimum, of centred = P - z * Q and sum = S (int8.cuh).
+  __device__ static float term_with_minimum(int32_t centred, float scale, int32_t sum,
+                                            float minimum) {
+    return __fadd_rn(__fmul_rn(__int2float_rn(centred), scale),
+                     __fmul_rn(__int2float_rn(sum), minimum));
   }
 
   // D = centred - zero * sum (int8.cuh) as a float, in 64 bits only where it may need them.
@@ -196,9 +204,12 @@ struct AbqPlanes : AbqSlot<kPlanes, Shape> {
 
   // Outputs of channel n, one scale per row: f(P - z * Q of the whole row, m), without the bias.
   __device__ auto outputs_of(int n) const {
-    return [this, zero = p.zero[n], scale = p.scale[n]](int32_t centred, int m) {
-      const float d = difference(centred, zero, p.tokens.sums[m]);
-      const float v = __fadd_rn(0.0f, __fmul_rn(d, scale));  // as the sum of one group: never -0
+    return [this, zero = p.zero ? p.zero[n] : 0, minimum = p.minimum ? p.minimum[n] : 0.0f,
+            scale = p.scale[n]](int32_t centred, int m) {
+      const int32_t sum = p.tokens.sums[m];
+      const float term = p.minimum ? term_with_minimum(centred, scale, sum, minimum)
+                                   : __fmul_rn(difference(centred, zero, sum), scale);
+      const float v = __fadd_rn(0.0f, term);  // as the sum of one group: never -0
       return __fmul_rn(v, p.tokens.scale[m]);
     };
   }

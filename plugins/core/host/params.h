@@ -25,6 +25,7 @@ struct GemmShape {
   // one that tactics() of the op lists; 0 = choose; for the workspace also kAnyTactic
   int32_t tactic;
   float norm_epsilon = 0.0f;  // of the RMSNorm of x; 0 = no norm
+  int32_t has_minimum = 0;    // 1 = a minimum in the place of the zero points
 };
 constexpr int32_t kAnyTactic = -1;  // as much workspace as the hungriest tactic needs
 
@@ -39,6 +40,7 @@ struct GemmBuffers {
   void* y;                  // [m, n] dtype
   void* workspace;          // workspace(shape) bytes, 16-byte aligned, any content; null if 0
   const void* gamma;        // [k] dtype, with norm_epsilon
+  const float* minimum;     // ABQGemm [n, n_groups], with has_minimum, and no zero
 };
 
 // One op of a kernel library: what the plugin, the self-test, the benchmarks and the tests call.

@@ -126,12 +126,13 @@ class GemmKernel {
  private:
   void read_attributes(const Declaration& declaration, const OrtKernelInfo* info) {
     const std::string where = declaration.op->name;
-    const auto integer = [&](const char* name, int64_t most) {
+    const auto integer = [&](const char* name, int64_t most, bool optional = false) {
       int64_t value = 0;
       OrtStatus* status =
           call<OrtStatus*>(Function::kKernelInfoGetAttributeInt64, info, name, &value);
       if (status != nullptr) {
         call<void>(Function::kReleaseStatus, status);
+        if (optional) return 0;
         fail(where, std::string("got no attribute ") + name + ", expected an integer",
              kExportAgain);
       }
@@ -152,6 +153,7 @@ class GemmKernel {
     shape_.abits = integer("abits", 16);
     shape_.act_symmetric = integer("act_symmetric", 1);
     has_bias_ = integer("has_bias", 1) != 0;
+    shape_.has_minimum = integer("has_minimum", 1, true);  // written only where it is 1
     while ((1 << shape_.planes) < shape_.levels) ++shape_.planes;
     shape_.dtype = dtype_of(declaration.x_type);
     // Files of earlier versions have none, and no norm.

@@ -48,7 +48,7 @@ struct Field {
 };
 
 constexpr double kMostInteger = std::numeric_limits<int32_t>::max();
-constexpr std::array<Field, 9> kFields{{
+constexpr std::array<Field, 10> kFields{{
     {"wbits", &GemmAttributes::wbits, 1, 8},
     {"levels", &GemmAttributes::levels, 2, 256},
     {"abits", &GemmAttributes::abits, 2, 16},
@@ -60,6 +60,8 @@ constexpr std::array<Field, 9> kFields{{
     // Files of earlier versions have none, and no norm.
     {"norm_epsilon", &GemmAttributes::norm_epsilon, 0, std::numeric_limits<float>::max(),
      Field::kOptional},
+    // Written only where it is 1.
+    {"has_minimum", &GemmAttributes::has_minimum, 0, 1, Field::kOptional},
 }};
 
 constexpr PluginFieldType field_type(const int32_t&) { return PluginFieldType::kINT32; }
@@ -136,9 +138,9 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       inputs_.push_back({"bias", Slot::kBias, DataType::kFLOAT, {a.out_features}});
     if (a.norm_epsilon > 0)
       inputs_.push_back({"gamma", Slot::kGamma, DataType::kFLOAT, {a.in_features}});
-    metadata_ =
-        format("%s W%d(%d levels)A%d group %d K %d N %d%s", op.name, a.wbits, a.levels, a.abits,
-               a.group_size, a.in_features, a.out_features, a.norm_epsilon > 0 ? " norm" : "");
+    metadata_ = format("%s W%d(%d levels)A%d group %d K %d N %d%s%s", op.name, a.wbits, a.levels,
+                       a.abits, a.group_size, a.in_features, a.out_features,
+                       a.norm_epsilon > 0 ? " norm" : "", a.has_minimum != 0 ? " minimum" : "");
   }
 
   // ---- IPluginV3 ----
@@ -356,6 +358,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     shape.dtype = dtype_of(type);
     shape.tactic = tactic;
     shape.norm_epsilon = attributes_.norm_epsilon;
+    shape.has_minimum = attributes_.has_minimum;
     return shape;
   }
 
@@ -364,6 +367,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       case Slot::kWeight: buffers.weight = static_cast<const int32_t*>(data); break;
       case Slot::kScale: buffers.scale = static_cast<const float*>(data); break;
       case Slot::kZero: buffers.zero = static_cast<const int32_t*>(data); break;
+      case Slot::kMinimum: buffers.minimum = static_cast<const float*>(data); break;
       case Slot::kScaleGroup: buffers.scale_group = data; break;
       case Slot::kBias: buffers.bias = static_cast<const float*>(data); break;
       case Slot::kGamma: buffers.gamma = data; break;

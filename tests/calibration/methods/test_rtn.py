@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,7 @@ def test_abq_zero_point_leaves_the_code_range_for_rows_of_one_sign() -> None:
         _abq(4, 64),
         _qqq(),
         _qqq(64),
+        replace(_abq(4, 64), has_minimum=True),
     ],
     ids=str,
 )

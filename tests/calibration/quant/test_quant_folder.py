@@ -44,7 +44,13 @@ def _change_meta(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"group_size": 16}, {"op": "QQQGemm"}, {"op": "QQQGemm", "group_size": 64}],
+    [
+        {},
+        {"group_size": 16},
+        {"group_size": 32, "has_minimum": True},
+        {"op": "QQQGemm"},
+        {"op": "QQQGemm", "group_size": 64},
+    ],
     ids=str,
 )
 def test_groups_are_the_linears_stacked(
@@ -67,6 +73,10 @@ def test_groups_are_the_linears_stacked(
         fields.get("group_size", 0),
     )
     assert (quant.layers, quant.scheme.op) == (2, fields.get("op", "ABQGemm"))
+    minimum = fields.get("has_minimum", False)
+    assert quant.has("model.layers.0.mlp.down_proj.minimum") is quant.scheme.has_minimum is minimum
+    stored = json.loads((quant.path / "quant.json").read_text())["scheme"]
+    assert stored.get("has_minimum", "absent") == (True if minimum else "absent")
 
 
 def test_fuse_gives_zeros_to_parts_without_a_bias() -> None:

@@ -19,6 +19,7 @@ from calibration.reference.fake_quant import (
 from plugins import op_spec
 from plugins.core.activation import quantize_activation as numpy_quantize_activation
 from plugins.core.activation import saturate_cast
+from tests.plugins.kernel_cases import F32, abq_arrays, tokens
 
 
 def _rows() -> np.ndarray:
@@ -102,6 +103,30 @@ def test_linear_equals_the_reference_of_the_op(scheme: QuantScheme, has_bias: bo
     module = FakeQuantLinear(linear, quantizer, "float32")
     np.testing.assert_allclose(module(torch.from_numpy(x)).numpy(), expected, rtol=2e-5, atol=2e-4)
     assert (module.in_features, module.out_features) == (128, 24)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantScheme("ABQGemm", "rtn", 4, 8, group_size=32, has_minimum=True),
+        QuantScheme("ABQGemm", "rtn", 8, 8, group_size=16, act_symmetric=True, has_minimum=True),
+        QuantScheme("ABQGemm", "rtn", 5, 3, has_minimum=True),
+        QuantScheme("ABQGemm", "rtn", 4, 16, group_size=32, has_minimum=True),
+    ],
+    ids=lambda scheme: scheme.label,
+)
+def test_minimums_are_those_of_the_op(scheme: QuantScheme) -> None:
+    attrs = scheme.attributes(24, 128, True)
+    arrays, x = abq_arrays(attrs), tokens(7, 128, F32)
+    spec = op_spec(scheme.op)
+    want = spec.reference(x, spec.pack(arrays, attrs, "test"), attrs)
+    bits = scheme.abits
+    quantizer = ActivationQuantizer(bits, scheme.act_symmetric) if bits < 16 else None
+    got = FakeQuantLinear(QuantLinear("test", scheme, arrays), quantizer)(torch.from_numpy(x))
+    if bits < 16:
+        np.testing.assert_array_equal(got.numpy(), want)
+    else:
+        np.testing.assert_allclose(got.numpy(), want, rtol=2e-5, atol=2e-4)
 
 
 def test_quantizer_does_not_reuse_codes_of_a_changed_tensor() -> None:

@@ -31,6 +31,9 @@ SCHEMES = {
     "w8a8": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32"),
     "w2ba8-g32": QuantScheme("ABQGemm", "rtn", 2, 8, balanced=True, group_size=32, dtype="float32"),
     "w3a16": QuantScheme("ABQGemm", "rtn", 3, 16, dtype="float32"),
+    "w4a8-g32-minimum": QuantScheme(
+        "ABQGemm", "rtn", 4, 8, group_size=32, dtype="float32", has_minimum=True
+    ),
     "w8a8-kv4": QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float32", kv_bits=4),
     "qqq-kv8": QuantScheme("QQQGemm", "rtn", 4, 8, act_symmetric=True, dtype="float32", kv_bits=8),
     "mixed": SchemeMap(

@@ -42,6 +42,17 @@ def test_types_ranks_groups_and_bias(rank: int, dtype: np.dtype[Any]) -> None:
     check([*cases, *(qqq_case(7, 384, g=g, bias=g != 64) for g in (0, 64, 128))], x)
 
 
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+def test_minimums(dtype: np.dtype[Any]) -> None:
+    """Beside nodes with zero points of the same bits, which have a function of their own."""
+    cases = [
+        abq_case(7, 384, a=a, g=g, sym=sym, bias=g > 0, minimum=minimum)
+        for a, sym, g in ((8, 0, 0), (8, 1, 0), (4, 0, 24), (8, 1, 128), (16, 0, 0), (16, 0, 32))
+        for minimum in (1, 0)
+    ]
+    check(cases, tokens(6, 384, dtype))
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 @pytest.mark.parametrize("rank", [2, 3])
 def test_norms(rank: int, dtype: np.dtype[Any]) -> None:

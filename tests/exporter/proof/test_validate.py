@@ -31,6 +31,7 @@ HONEST: dict[str, dict[str, Any]] = {
     "w3a8": {"wbits": 3},
     "w2ba8": {"wbits": 2, "balanced": True},
     "w4a16-g32": {"abits": 16, "group_size": 32},
+    "w4a8-g16 with minimums": {"group_size": 16, "has_minimum": True},
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"wbits": 8, "dtype": "float32"},
     "bfloat16-a16": {"abits": 16, "dtype": "bfloat16"},

@@ -54,6 +54,7 @@ int print_run(const char* op, const GemmShape* s, const GemmBuffers* b, void* st
       id(b->x), id(b->weight), id(b->scale), id(b->zero), id(b->scale_group), id(b->bias),
       id(b->gamma), id(b->y), id(b->workspace), id(stream));
   if (s->norm_epsilon != 0) std::printf(" norm_epsilon %g", s->norm_epsilon);
+  if (s->has_minimum != 0) std::printf(" minimum %d", id(b->minimum));
   std::printf(s->tactic ? " tactic %d\n" : "\n", s->tactic);
   return s->m == 13 ? 999 : 0;
 }
@@ -86,8 +87,9 @@ IPluginCreatorV3One* creator(const char* name) {
   return nullptr;
 }
 
-// From integers, and the norm's epsilon if that is not 0.
-IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsilon) {
+// From integers, and the norm's epsilon and has_minimum if these are not 0.
+IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsilon,
+                int32_t has_minimum = 0) {
   IPluginCreatorV3One* maker = creator(name);
   const PluginFieldCollection* names = maker->getFieldNames();
   std::vector<PluginField> fields;
@@ -95,6 +97,9 @@ IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsi
     fields.push_back({names->fields[i].name, &values[i], PluginFieldType::kINT32, 1});
   if (epsilon != 0)
     fields.push_back({names->fields[values.size()].name, &epsilon, PluginFieldType::kFLOAT32, 1});
+  if (has_minimum != 0)
+    fields.push_back(
+        {names->fields[values.size() + 1].name, &has_minimum, PluginFieldType::kINT32, 1});
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return maker->createPlugin("layer0", &collection, TensorRTPhase::kBUILD);
 }
@@ -157,6 +162,29 @@ void abq() {
         tensor(DataType::kHALF, {7, 119})}) {
     enqueue(copy, x, 5);
   }
+}
+
+// ABQGemm w4 a8 with minimums, in groups of 16, K 64, N 8, made again from the fields it serialises;
+// and QQQGemm, which has none.
+void minimum() {
+  IPluginV3* built = make("ABQGemm", {4, 16, 8, 0, 16, 64, 8, 0}, 0, 1);
+  const PluginFieldCollection* fields =
+      part<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+  IPluginV3* plugin = creator("ABQGemm")->createPlugin("layer0", fields, TensorRTPhase::kRUNTIME);
+  auto* build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+  std::vector<DynamicPluginTensorDesc> io{
+      dynamic(DataType::kHALF, {-1, 64}, {1, 64}, {9, 64}), fixed(DataType::kINT32, {4, 8, 4}),
+      fixed(DataType::kFLOAT, {8, 4}), fixed(DataType::kFLOAT, {8, 4}),
+      dynamic(DataType::kHALF, {-1, 8}, {1, 8}, {9, 8})};
+  for (int32_t i = 0; i < 5; ++i)
+    std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 4, 1));
+  io[3].desc.type = DataType::kINT32;
+  std::printf("zero points %d\n", build->supportsFormatCombination(3, io.data(), 4, 1));
+  io[3].desc.type = DataType::kFLOAT;
+  std::printf("configure %d\n", build->configurePlugin(io.data(), 4, &io[4], 1));
+  std::printf("metadata %s\n", build->getMetadataString());
+  enqueue(plugin, tensor(DataType::kHALF, {5, 64}), 4);
+  std::printf("QQQGemm %d\n", make("QQQGemm", {4, 16, 8, 1, 64, 128, 64, 0}, 0, 1) != nullptr);
 }
 
 // QQQGemm in groups of 64, K 128, N 70, with a norm, made again from the fields it
@@ -247,5 +275,6 @@ int anybit_ops(const AnybitOp** ops) {
 int main(int argc, char** argv) {
   setLoggerFinder(nullptr);  // errors go to stderr
   if (argc != 2) return 1;
-  std::string(argv[1]) == "abq" ? abq() : qqq();
+  const std::string which = argv[1];
+  which == "abq" ? abq() : which == "qqq" ? qqq() : minimum();
 }
