@@ -79,7 +79,7 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
                         layout.row_bytes,
                         layout.n_groups,
                         layout.group_bytes};
-  for_blocks(1, to.n, kernel.weight_bytes, parallel, [&](int64_t, int, int64_t n0) {
+  for_blocks(1, layout.row_bytes, to.n, kernel.weight_bytes, parallel, [&](int64_t, int, int64_t n0) {
     alignas(64) Sums sums[kAbqMostSums];
     alignas(64) Outputs outputs[kAbqTogether];
     const int columns = int(smaller<int64_t>(kPanelRows, to.n - n0));
@@ -101,7 +101,7 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
 #endif
         if (!four) abq_terms(kernel.weights, layout.n_groups, group, n0, terms[in_four]);
         const Sums* of_group = sums + group * operands;
-        kernel.add_terms(terms[in_four], group, tokens, m0, count, of_group, of_group[operands - 1],
+        kernel.add_group(terms[in_four], group, tokens, m0, count, of_group, of_group[operands - 1],
                          outputs);
       }
       to.write(outputs, m0, count, n0);

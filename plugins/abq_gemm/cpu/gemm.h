@@ -79,39 +79,43 @@ struct AbqKernel {
     abq_unpack(weights, n0, position / kAbqWord, steps, panel);
   }
 
-  // outputs += float(D) * scale, D = P - zero A - z Q + L z zero; with a minimum, of which zero is 0,
-  // outputs += float(D) * scale + float(A - L z) * minimum.
-  ANYBIT_INLINE void add_terms(const AbqGroupTerms& terms, int64_t group, const Tokens& tokens,
-                               int64_t m0, int count, const Sums* sums, const Sums& code_sums,
-                               Outputs* outputs) const {
-    for (int m = 0; m < count; ++m) {
-      const int32_t a = tokens.sums[(m0 + m) * layout.n_groups + group], z = tokens.zero[m0 + m];
-      alignas(64) float d[kPanelRows];
-      if (terms.largest_zero <= zero_limit) {
-        const int32_t by_zero = int32_t(layout.group_len) * z - a;
-        for (int i = 0; i < kPanelRows; ++i)
-          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - z * code_sums[i]);
-      } else {
-        const int64_t by_zero = layout.group_len * z - a;
-        for (int i = 0; i < kPanelRows; ++i)
-          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i]);
-      }
-      for (int i = 0; i < kPanelRows; ++i) d[i] *= terms.scale[i];
-      if (weights.minimum) {
-        const float sum = float(a - layout.group_len * z);
-        for (int i = 0; i < kPanelRows; ++i) d[i] += sum * terms.minimum[i];
-      }
-      for (int i = 0; i < kPanelRows; ++i)
-        outputs[m][i] = (group == 0 ? 0.0f : outputs[m][i]) + d[i];
-    }
+  using Terms = AbqGroupTerms;
+  ANYBIT_INLINE void read_terms(int64_t group, int64_t n0, Terms& terms) const {
+    abq_terms(weights, layout.n_groups, group, n0, terms);
   }
 
-  ANYBIT_INLINE void add_group(int64_t group, int64_t n0, const Tokens& tokens, int64_t m0,
+  // outputs += float(D) * scale, D = P - zero A - z Q + L z zero; with a minimum, of which zero is 0,
+  // outputs += float(D) * scale + float(A - L z) * minimum.
+  ANYBIT_INLINE void add_group(const Terms& terms, int64_t group, const Tokens& tokens, int64_t m0,
                                int count, const Sums* sums, const Sums& code_sums,
                                Outputs* outputs) const {
-    AbqGroupTerms terms;
-    abq_terms(weights, layout.n_groups, group, n0, terms);
-    add_terms(terms, group, tokens, m0, count, sums, code_sums, outputs);
+    const bool narrow = terms.largest_zero <= zero_limit;
+    for (int m = 0; m < count; ++m) {
+      const int32_t a = tokens.sums[(m0 + m) * layout.n_groups + group], z = tokens.zero[m0 + m];
+      const int64_t by_zero = layout.group_len * z - a;
+      float* to = outputs[m];
+      if (group == 0) std::memset(to, 0, sizeof(Outputs));
+      const auto add = [&](const auto& exact) {
+        if (weights.minimum) {
+          const float sum = float(-by_zero);
+          for (int i = 0; i < kPanelRows; ++i)
+            to[i] += float(exact(i)) * terms.scale[i] + sum * terms.minimum[i];
+        } else {
+          for (int i = 0; i < kPanelRows; ++i) to[i] += float(exact(i)) * terms.scale[i];
+        }
+      };
+      if (narrow && z == 0) {
+        add([&](int i) { return sums[m][i] + int32_t(by_zero) * terms.zero[i]; });
+      } else if (narrow) {
+        add([&](int i) {
+          return sums[m][i] + int32_t(by_zero) * terms.zero[i] - z * code_sums[i];
+        });
+      } else {
+        add([&](int i) {
+          return sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i];
+        });
+      }
+    }
   }
 
   static constexpr int kMoreRows = kAbqMoreRows;
@@ -176,9 +180,10 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
       }
     });
     const Destination<T> to{y, s.n, b.bias, nullptr};
-    for_blocks(m, s.n, kernel.weight_bytes, parallel, [&](int64_t m0, int count, int64_t n0) {
-      abq_float_block(kernel, rows, m0, count, n0, to);
-    });
+    for_blocks(m, 4 * s.k, s.n, kernel.weight_bytes, parallel,
+               [&](int64_t m0, int count, int64_t n0) {
+                 abq_float_block(kernel, rows, m0, count, n0, to);
+               });
   });
 }
 

@@ -11,16 +11,34 @@
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
+// Tokens of a tile, whose codes lie together: what a kernel multiplies with a panel at a time.
+#if defined(ANYBIT_TILES)
+constexpr int kTokensOfTile = kTileRows;
+#elif defined(__AVX512VNNI__)
+constexpr int kTokensOfTile = 12;
+#elif defined(__AVX2__)
+constexpr int kTokensOfTile = 2;
+#else
+constexpr int kTokensOfTile = 1;
+#endif
+constexpr int kRun = 32;  // codes of a token side by side in a tile, but for AMX
+
 // Where the elements of a token lie: every group begins at a multiple of `group_bytes`, and what is
 // between groups and behind the last is 0.
 //
-// With AMX the codes of 16 tokens lie in tiles one behind the other, [16][tile_bytes] each: in rows,
-// a tile would be spread over 16 pages.
+// Tokens lie in tiles, [row_bytes / run][tile_tokens][run]: a panel meets them in the order of memory.
+// In rows each would be in a page of its own. Kernels for few tokens want rows, tiles of one token.
 struct TokenLayout {
   int64_t k, n_groups, group_len;
   int64_t group_bytes;
   int64_t row_bytes;  // an odd number of cache lines, so that rows do not share cache sets
-  int64_t tile_bytes;
+  int64_t tile_tokens, run;
+
+  // Where element `position` of the padded row is behind the token's first.
+  ANYBIT_INLINE int64_t offset(int64_t position) const {
+    const int64_t in_run = position & (run - 1);
+    return (position - in_run) * tile_tokens + in_run;
+  }
 };
 
 ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alignment) {
@@ -29,28 +47,25 @@ ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alig
   layout.group_bytes = (layout.group_len + alignment - 1) / alignment * alignment;
   const int64_t lines = (n_groups * layout.group_bytes + 511) / 512 * 8;
   layout.row_bytes = (lines | 1) * 64;
-  // a tile that is not full costs as much time; whole rows are filled up with zeros
-  layout.tile_bytes = n_groups == 1 || layout.group_bytes % 64 == 0 ? 64 : 32;
+  layout.tile_tokens = kTokensOfTile, layout.run = kRun;
+#if defined(ANYBIT_TILES)
+  // a tile that is not full costs as much time
+  if (n_groups == 1 || layout.group_bytes % kTileBytes == 0) layout.run = kTileBytes;
+#endif
   return layout;
 }
 
 // The tokens of one slab, in the workspace.
 struct Tokens {
   TokenLayout layout;
-  int8_t* codes;  // [m, row_bytes]
+  int8_t* codes;  // [m / tile_tokens, tile_tokens * row_bytes]
   float* scale;   // [m]
   int32_t* zero;  // [m]
   int32_t* sums;  // [m, n_groups] of the codes
 
-  // Code `position` of token m; with AMX codes of a tile lie together, else all of the token.
-  ANYBIT_INLINE int8_t* at(int64_t m, int64_t position) const {
-#if defined(ANYBIT_TILES)
-    const int64_t width = layout.tile_bytes, in_tile = position % width;
-    return codes + m / kTileRows * kTileRows * layout.row_bytes +
-           (position - in_tile) * kTileRows + m % kTileRows * width + in_tile;
-#else
-    return codes + m * layout.row_bytes + position;
-#endif
+  ANYBIT_INLINE int8_t* first_code(int64_t m) const {
+    const int64_t in_tile = m % layout.tile_tokens;
+    return codes + (m - in_tile) * layout.row_bytes + in_tile * layout.run;
   }
 };
 
@@ -156,9 +171,9 @@ ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmet
   if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
   tokens.scale[m] = q.scale;
   tokens.zero[m] = int32_t(q.zero);
-#if !defined(ANYBIT_TILES)
-  std::memset(tokens.at(m, 0), 0, size_t(layout.row_bytes));
-#endif
+  int8_t* token = tokens.first_code(m);
+  // kernels that want rows read beyond the end
+  if (layout.tile_tokens == 1) std::memset(token, 0, size_t(layout.row_bytes));
   alignas(64) int8_t codes[kElements];
   for (int64_t group = 0; group < layout.n_groups; ++group) {
     int32_t sum = 0;
@@ -174,12 +189,11 @@ ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmet
       for (int i = q.finite ? count : 0; i < kElements; ++i) codes[i] = 0;
       for (int i = 0; i < kElements; ++i) sum += codes[i];
       const int64_t position = group * layout.group_bytes + first;
-#if defined(ANYBIT_TILES)
-      for (int part = 0; part < count; part += int(layout.tile_bytes))
-        std::memcpy(tokens.at(m, position + part), codes + part, size_t(layout.tile_bytes));
-#else
-      std::memcpy(tokens.at(m, position), codes, size_t(count));
-#endif
+      for (int part = 0; part < count; part += kRun)
+        std::memcpy(token + layout.offset(position + part), codes + part, kRun);
+      // what fills up the last tile
+      if (layout.run > kRun && count <= kRun)
+        std::memcpy(token + layout.offset(position + kRun), codes + kRun, kRun);
     }
     tokens.sums[m * layout.n_groups + group] = sum;
   }
