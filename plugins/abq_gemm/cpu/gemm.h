@@ -55,6 +55,7 @@ struct AbqKernel {
   TokenLayout layout;
   int largest;
   bool needs_code_sums;
+  int digits;  // of a token's element
   int64_t weight_bytes;
   AbqWeights weights;
   int64_t zero_limit;  // up to this magnitude every term of D and their sums fit 32 bits
@@ -70,7 +71,8 @@ struct AbqKernel {
     weights.minimum = s.has_minimum ? b.minimum : nullptr;
     weight_bytes = 4 * s.planes * weights.n * weights.row_words;
     largest = s.levels - 1;
-    needs_code_sums = !s.act_symmetric;
+    needs_code_sums = !s.act_symmetric && s.abits != kAbqWeightOnly;
+    digits = abq_digits(s);
     // |P| and |z Q| stay below 128 (levels - 1) L, |zero A| and |z L zero| below 128 L |zero|
     zero_limit = ((int64_t{1} << 31) - 1) / (256 * layout.group_len) - (s.levels - 1);
   }
@@ -132,7 +134,7 @@ struct AbqKernel {
 #endif
 };
 
-// A16: panels of fp32 weights (q - zero) * scale, or q * scale + minimum.
+// A16 where the sums of digits would not fit: panels of fp32 weights (q - zero) * scale, or q * scale + minimum.
 template <class T>
 inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t m0, int count,
                             int64_t n0, const Destination<T>& to) {
@@ -169,7 +171,7 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
   float* rows;
   abq_float_memory(s, b.workspace, &rows);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
-  for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
+  for_slabs<T>(s, b, kSlab, [&](const T* x, T* y, int64_t m) {
     for_tokens(m, s.k, parallel, [&](int64_t i) {
       const NormedToken<T> token(x + i * s.k, gamma, s.k, double(s.norm_epsilon));
       alignas(64) float v[kElements];
@@ -189,11 +191,13 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
 
 inline void abq_integer_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
   const AbqKernel kernel(s, b);
-  with_dtype(s.dtype, [&](auto t) { integer_gemm<decltype(t)>(kernel, s, b, parallel); });
+  with_dtype(s.dtype, [&](auto t) {
+    integer_gemm<decltype(t)>(kernel, s, b, parallel, kernel.digits);
+  });
 }
 
 inline void abq_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
-  if (s.abits != kAbqWeightOnly) return abq_integer_gemm(s, b, parallel);
+  if (abq_digits(s) > 0) return abq_integer_gemm(s, b, parallel);
   const AbqKernel kernel(s, b);
   with_dtype(s.dtype, [&](auto t) { abq_float_gemm<decltype(t)>(kernel, s, b, parallel); });
 }

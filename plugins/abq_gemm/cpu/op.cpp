@@ -16,8 +16,9 @@ namespace {
 size_t workspace(const GemmShape& s) {
   using namespace portable;
   float* rows;
-  if (s.abits == kAbqWeightOnly) return abq_float_memory(s, nullptr, &rows).used;
-  return slab_memory(abq_layout(s), s.m, kAbqMoreRows, nullptr).bytes;
+  const int digits = abq_digits(s);
+  if (digits == 0) return abq_float_memory(s, nullptr, &rows).used;
+  return slab_memory(abq_layout(s), int64_t{s.m} * digits, kAbqMoreRows, nullptr).bytes;
 }
 
 constexpr Op kOp = {"ABQGemm",

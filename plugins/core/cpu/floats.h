@@ -170,5 +170,11 @@ ANYBIT_INLINE float rounded(float v) {
   return (v + kNoFraction) - kNoFraction;
 }
 
+// v as a whole number, rounded so, for |v| < 2^31.
+ANYBIT_INLINE int32_t whole_from(float v) {
+  const int32_t high = int32_t(v * 0x1p-10f) * 1024;  // the rest is exact
+  return high + int32_t(rounded(v - float(high)));
+}
+
 }  // namespace ANYBIT_SET
 }  // namespace anybit::cpu

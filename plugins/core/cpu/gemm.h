@@ -25,7 +25,7 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int64_t kSlab = 512;  // most tokens whose codes are in the workspace at a time
-constexpr int kTogether = 96;   // tokens whose sums stay in the nearest cache: whole tiles
+constexpr int kTogether = 96;   // tokens whose sums stay in the nearest cache: whole tiles, all digits
 // Tokens that a panel meets before it is unpacked anew. AMX wants their codes in the second cache,
 // others read them from the third in time.
 constexpr int kBlock = 576;
@@ -79,20 +79,25 @@ struct Destination {
   int64_t n;
   const float* bias;   // [n], or null
   const float* scale;  // of the tokens, or null
+  int digits = 1;      // tokens one after the other of which the sum is one of y's
 
-  // Outputs of tokens m0 .. m0 + count and output channels n0 .. n0 + width.
+  // Outputs of tokens m0 .. m0 + count and output channels n0 .. n0 + width; whole sums.
   ANYBIT_INLINE void write(const Outputs* outputs, int64_t m0, int count, int64_t n0,
                            int width = kPanelRows) const {
     const int columns = int(smaller<int64_t>(width, n - n0));
     alignas(64) float added[kPanelRows] = {}, v[kPanelRows];
     if (bias) std::memcpy(added, bias + n0, sizeof(float) * size_t(columns));
-    for (int m = 0; m < count; ++m) {
-      const float by = scale ? scale[m0 + m] : 1.0f;
-      for (int i = 0; i < kPanelRows; ++i) v[i] = outputs[m][i] * by;
+    for (int m = 0; m < count; m += digits) {
+      const int last = m + digits - 1;
+      const float by = scale ? scale[m0 + last] : 1.0f;
+      for (int i = 0; i < kPanelRows; ++i) v[i] = outputs[last][i] * by;
+      for (int d = last - 1; d >= m; --d) {
+        for (int i = 0; i < kPanelRows; ++i) v[i] += outputs[d][i] * scale[m0 + d];
+      }
       if (bias) {
         for (int i = 0; i < kPanelRows; ++i) v[i] += added[i];
       }
-      store_saturated(v, columns, y + (m0 + m) * n + n0);
+      store_saturated(v, columns, y + (m0 + m) / digits * n + n0);
     }
   }
 };
@@ -195,12 +200,13 @@ inline void slab_gemm(const Kernel& kernel, const SlabMemory& slab, int64_t m,
              });
 }
 
-// Calls body(x, y, tokens) for each slab of the tokens of a call.
+// Calls body(x, y, tokens) for each slab, of up to `most` of the tokens of a call.
 template <class T, class F>
-ANYBIT_INLINE void for_slabs(const GemmShape& s, const GemmBuffers& b, const F& body) {
-  for (int64_t m0 = 0; m0 < s.m; m0 += kSlab)
+ANYBIT_INLINE void for_slabs(const GemmShape& s, const GemmBuffers& b, int64_t most,
+                             const F& body) {
+  for (int64_t m0 = 0; m0 < s.m; m0 += most)
     body(static_cast<const T*>(b.x) + m0 * s.k, static_cast<T*>(b.y) + m0 * s.n,
-         smaller<int64_t>(kSlab, s.m - m0));
+         smaller<int64_t>(most, s.m - m0));
 }
 
 // Calls body(m) for each of m tokens of k elements, shared among threads where there are many.
@@ -214,18 +220,22 @@ ANYBIT_INLINE void for_tokens(int64_t m, int64_t k, const Parallel& parallel, co
   });
 }
 
+// digits: codes of a token's element; 1, or 3 or 4 where tokens are not quantized.
 template <class T, class Kernel>
 inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuffers& b,
-                         const Parallel& parallel) {
-  SlabMemory slab = slab_memory(kernel.layout, s.m, Kernel::kMoreRows, b.workspace);
+                         const Parallel& parallel, int digits = 1) {
+  SlabMemory slab =
+      slab_memory(kernel.layout, int64_t{s.m} * digits, Kernel::kMoreRows, b.workspace);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
-  for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
-    slab.tokens.layout.tile_tokens = are_few(kernel, m) ? 1 : kTokensOfTile;
+  for_slabs<T>(s, b, kSlab / digits, [&](const T* x, T* y, int64_t m) {
+    slab.tokens.layout.tile_tokens = are_few(kernel, m * digits) ? 1 : kTokensOfTile;
     for_tokens(m, s.k, parallel, [&](int64_t i) {
       const NormedToken<T> token(x + i * s.k, gamma, s.k, double(s.norm_epsilon));
+      if (digits > 1) return split_token(token, digits, slab.tokens, i * digits);
       quantize_token(token, s.abits, s.act_symmetric != 0, slab.tokens, i);
     });
-    slab_gemm(kernel, slab, m, Destination<T>{y, s.n, b.bias, slab.tokens.scale}, parallel);
+    const Destination<T> to{y, s.n, b.bias, slab.tokens.scale, digits};
+    slab_gemm(kernel, slab, m * digits, to, parallel);
   });
 }
 

@@ -55,6 +55,9 @@ ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alig
   return layout;
 }
 
+constexpr int kElements = 64;  // of a token, in registers or on the stack, at a time
+constexpr int64_t kKept = 8192;  // most elements of a token whose norm is kept on the stack
+
 // The tokens of one slab, in the workspace.
 struct Tokens {
   TokenLayout layout;
@@ -67,10 +70,24 @@ struct Tokens {
     const int64_t in_tile = m % layout.tile_tokens;
     return codes + (m - in_tile) * layout.row_bytes + in_tile * layout.run;
   }
-};
 
-constexpr int kElements = 64;  // of a token, in registers or on the stack, at a time
-constexpr int64_t kKept = 8192;  // most elements of a token whose norm is kept on the stack
+  // Kernels that want rows read beyond the end.
+  ANYBIT_INLINE void clear(int64_t m) const {
+    if (layout.tile_tokens == 1) std::memset(first_code(m), 0, size_t(layout.row_bytes));
+  }
+
+  // Codes `first` on of a group of token m: `count` of them, and zeros up to kElements.
+  ANYBIT_INLINE void put(int64_t m, int64_t group, int64_t first, int count,
+                         const int8_t* from) const {
+    int8_t* token = first_code(m);
+    const int64_t position = group * layout.group_bytes + first;
+    for (int part = 0; part < count; part += kRun)
+      std::memcpy(token + layout.offset(position + part), from + part, kRun);
+    // what fills up the last tile
+    if (layout.run > kRun && count <= kRun)
+      std::memcpy(token + layout.offset(position + kRun), from + kRun, kRun);
+  }
+};
 
 // A token after its norm, or as it is without one.
 template <class T>
@@ -171,9 +188,7 @@ ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmet
   if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
   tokens.scale[m] = q.scale;
   tokens.zero[m] = int32_t(q.zero);
-  int8_t* token = tokens.first_code(m);
-  // kernels that want rows read beyond the end
-  if (layout.tile_tokens == 1) std::memset(token, 0, size_t(layout.row_bytes));
+  tokens.clear(m);
   alignas(64) int8_t codes[kElements];
   for (int64_t group = 0; group < layout.n_groups; ++group) {
     int32_t sum = 0;
@@ -188,14 +203,74 @@ ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmet
       }
       for (int i = q.finite ? count : 0; i < kElements; ++i) codes[i] = 0;
       for (int i = 0; i < kElements; ++i) sum += codes[i];
-      const int64_t position = group * layout.group_bytes + first;
-      for (int part = 0; part < count; part += kRun)
-        std::memcpy(token + layout.offset(position + part), codes + part, kRun);
-      // what fills up the last tile
-      if (layout.run > kRun && count <= kRun)
-        std::memcpy(token + layout.offset(position + kRun), codes + kRun, kRun);
+      tokens.put(m, group, first, count, codes);
     }
     tokens.sums[m * layout.n_groups + group] = sum;
+  }
+}
+
+// 2^exponent for exponents of normal numbers.
+ANYBIT_INLINE float power_of_two(int exponent) {
+  return float_of_bits(uint32_t(exponent + 127) << 23);
+}
+
+// A token that is not quantized, as whole numbers of 2^e, from the largest element on 22 bits or, with
+// four digits, 30: these are `digits` codes to the base 256 each, the highest first, and so many tokens
+// from m on. A row with a NaN or an infinity has NaN scales and codes 0.
+template <class T>
+ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens& tokens,
+                               int64_t m) {
+  constexpr int kLanes = 16;
+  const TokenLayout& layout = tokens.layout;
+  alignas(64) float all[kKept + kElements], some[kElements];
+  float* kept = layout.k <= kKept ? all : nullptr;
+  alignas(64) uint32_t largest[kLanes] = {};  // bits of magnitudes are in the order of the numbers
+  for (int64_t first = 0; first < layout.k; first += kElements) {
+    float* v = kept ? kept + first : some;
+    x.read(first, int(smaller<int64_t>(kElements, layout.k - first)), v);
+    for (int i = 0; i < kElements; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) {
+        const uint32_t magnitude = bits_of(v[i + j]) & 0x7fffffff;
+        largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+      }
+    }
+  }
+  if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
+  for (int j = 1; j < kLanes; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+  const bool finite = largest[0] < 0x7f800000;
+  // down to the last bit of the smallest number; a power beyond those of fp32 is made of two
+  int e = int(largest[0] >> 23) - 127 - (digits == 4 ? 29 : 21);
+  e = e < -149 ? -149 : e;
+  const float down = power_of_two(-e / 2), rest = power_of_two(-e - -e / 2);
+  for (int d = 0; d < digits; ++d) {
+    const int power = e + 8 * (digits - 1 - d);
+    const float scale = power_of_two(power / 2) * power_of_two(power - power / 2);
+    tokens.scale[m + d] = finite ? scale : float_of_bits(0x7fc00000);
+    tokens.zero[m + d] = 0;
+    tokens.clear(m + d);
+  }
+  alignas(64) int8_t codes[4][kElements];
+  for (int64_t group = 0; group < layout.n_groups; ++group) {
+    int32_t sums[4] = {};
+    for (int64_t first = 0; first < layout.group_len; first += kElements) {
+      const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
+      const int64_t element = group * layout.group_len + first;
+      const float* v = kept ? kept + element : some;
+      if (!kept) x.read(element, count, some);
+      alignas(64) int32_t whole[kElements];
+      for (int i = 0; i < kElements && finite; ++i) whole[i] = whole_from(v[i] * down * rest);
+      for (int i = finite ? count : 0; i < kElements; ++i) whole[i] = 0;
+      for (int d = digits - 1; d >= 0; --d) {
+        for (int i = 0; i < kElements; ++i) {
+          const int32_t digit = int32_t(uint32_t(whole[i]) << 24) >> 24;
+          codes[d][i] = int8_t(digit);
+          whole[i] = (whole[i] - digit) >> 8;
+          sums[d] += digit;
+        }
+        tokens.put(m + d, group, first, count, codes[d]);
+      }
+    }
+    for (int d = 0; d < digits; ++d) tokens.sums[(m + d) * layout.n_groups + group] = sums[d];
   }
 }
 
