@@ -11,8 +11,7 @@ void abq_gemm_avx512(const GemmShape& shape, const GemmBuffers& buffers, const P
 
 void abq_gemm_amx(const GemmShape& shape, const GemmBuffers& buffers, const Parallel& parallel) {
   const int64_t tokens = int64_t{shape.m} * amx::abq_digits(shape);
-  if (tokens < amx::kTileTokens)
-    return abq_gemm_avx512(shape, buffers, parallel);
+  if (tokens < amx::kTileTokens) return abq_gemm_avx512(shape, buffers, parallel);
   amx::abq_integer_gemm(shape, buffers, parallel);
 }
 

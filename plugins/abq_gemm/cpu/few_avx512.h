@@ -11,7 +11,7 @@
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
+constexpr int kAbqSpan = 512;  // codes of 64 bytes of each plane
 constexpr int kAbqRowsTogether = 16;
 constexpr int kAbqAhead = 8192;  // bytes of all planes, fetched before they are wanted
 constexpr int kAbqMostTotals =
@@ -64,9 +64,11 @@ ANYBIT_INLINE __m512i abq_span(const uint8_t* from, int64_t left) {
 // operand i go to sums[g * kOperands + i][column ...].
 //
 // kSets: 2 where groups are halves of a lane, else 1.
-template <int kPlanes, int kOperands, int kSets>
+// kChains: sums of each field side by side, so that products need not wait for each other where they
+// are of a whole row.
+template <int kPlanes, int kOperands, int kSets, int kChains = 1>
 inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
-  constexpr int kFields = 8 / kPlanes, kOfSpan = kOperands * kSets;
+  constexpr int kFields = 8 / kPlanes, kTotals = kFields * kChains, kOfSpan = kOperands * kSets;
   constexpr int kSpans = kOfSpan < kAbqMostTotals ? kAbqMostTotals / kOfSpan : 1;
   __m512i totals[kSpans][kOperands][kSets][kAbqRowsTogether];
   const bool whole_row = w.n_groups == 1;
@@ -90,7 +92,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
     }
   };
   const auto row_span = [&](const uint8_t* row, int64_t first, int64_t ahead,
-                            __m512i(&fields)[kOperands][kSets][kFields]) {
+                            __m512i(&fields)[kOperands][kSets][kTotals]) {
     const int64_t left = w.row_bytes - first;
     __m512i plane[kPlanes], codes[kAbqVectors];
     for (int j = 0; j < kPlanes; ++j)
@@ -104,17 +106,21 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
     for (int i = 0; i < kOperands; ++i) {
       const int8_t* operand = w.operands + i * w.operand_bytes + 8 * first;
       for (int v = 0; v < kAbqVectors; ++v) {
-        __m512i& field = fields[i][kSets == 2 ? v / 4 : 0][v % kFields];
+        __m512i& field = fields[i][kSets == 2 ? v / 4 : 0][v % kTotals];
         field = _mm512_dpbusd_epi32(field, codes[v], _mm512_loadu_si512(operand + 64 * v));
       }
     }
   };
-  const auto close = [&](int span, int r, const __m512i(&fields)[kOperands][kSets][kFields]) {
+  const auto close = [&](int span, int r, const __m512i(&fields)[kOperands][kSets][kTotals]) {
     for (int i = 0; i < kOperands; ++i) {
       for (int set = 0; set < kSets; ++set) {
-        __m512i total = fields[i][set][0];
-        for (int f = 1; f < kFields; ++f)
-          total = _mm512_add_epi32(total, _mm512_srai_epi32(fields[i][set][f], kPlanes * f));
+        __m512i total = _mm512_setzero_si512();
+        for (int f = 0; f < kFields; ++f) {
+          __m512i field = fields[i][set][f];
+          for (int chain = 1; chain < kChains; ++chain)
+            field = _mm512_add_epi32(field, fields[i][set][f + kFields * chain]);
+          total = f == 0 ? field : _mm512_add_epi32(total, _mm512_srai_epi32(field, kPlanes * f));
+        }
         totals[span][i][set][r] = total;
       }
     }
@@ -138,7 +144,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
           rows_ahead * w.row_bytes + (turns ? together - kAbqRowsTogether * w.row_bytes : 0);
       spans = 0;
       for (int64_t at = first; at < last; ++spans) {
-        __m512i fields[kOperands][kSets][kFields] = {};
+        __m512i fields[kOperands][kSets][kTotals] = {};
         do {
           row_span(row, at, ahead, fields);
           at += 64;
@@ -154,6 +160,9 @@ template <int kPlanes, int kOperands>
 ANYBIT_INLINE void abq_rows_of_groups(const AbqRows& w, int64_t n, Sums* sums, int column) {
   if (w.n_groups > 1 && w.group_bytes == 64)
     return abq_rows<kPlanes, kOperands, 2>(w, n, sums, column);
+  if constexpr (kOperands == 1) {
+    if (w.n_groups == 1) return abq_rows<kPlanes, kOperands, 1, 2>(w, n, sums, column);
+  }
   abq_rows<kPlanes, kOperands, 1>(w, n, sums, column);
 }
 

@@ -134,7 +134,8 @@ struct AbqKernel {
 #endif
 };
 
-// A16 where the sums of digits would not fit: panels of fp32 weights (q - zero) * scale, or q * scale + minimum.
+// A16 of tokens that are not finite, or where the sums of digits would not fit: panels of fp32 weights
+// (q - zero) * scale, or q * scale + minimum.
 template <class T>
 inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t m0, int count,
                             int64_t n0, const Destination<T>& to) {
@@ -192,7 +193,14 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
 inline void abq_integer_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
   const AbqKernel kernel(s, b);
   with_dtype(s.dtype, [&](auto t) {
-    integer_gemm<decltype(t)>(kernel, s, b, parallel, kernel.digits);
+    using T = decltype(t);
+    integer_gemm<T>(kernel, s, b, parallel, kernel.digits, [&](const T* x, T* y) {
+      GemmShape one = s;
+      GemmBuffers own = b;
+      one.m = 1, own.x = x, own.y = y;
+      own.workspace = static_cast<char*>(b.workspace) + abq_slab_bytes(s);
+      abq_float_gemm<T>(kernel, one, own, parallel);
+    });
   });
 }
 

@@ -25,6 +25,10 @@ ANYBIT_INLINE int abq_digits(const GemmShape& s) {
   return s.dtype == kFloat32 ? 4 : 3;
 }
 
+ANYBIT_INLINE size_t abq_slab_bytes(const GemmShape& s) {
+  return slab_memory(abq_layout(s), int64_t{s.m} * abq_digits(s), kAbqMoreRows, nullptr).bytes;
+}
+
 // fp32 tokens of a slab, of A16.
 ANYBIT_INLINE Carver abq_float_memory(const GemmShape& s, void* memory, float** rows) {
   Carver carver{static_cast<char*>(memory)};

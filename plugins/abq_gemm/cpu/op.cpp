@@ -16,9 +16,11 @@ namespace {
 size_t workspace(const GemmShape& s) {
   using namespace portable;
   float* rows;
-  const int digits = abq_digits(s);
-  if (digits == 0) return abq_float_memory(s, nullptr, &rows).used;
-  return slab_memory(abq_layout(s), int64_t{s.m} * digits, kAbqMoreRows, nullptr).bytes;
+  if (abq_digits(s) == 0) return abq_float_memory(s, nullptr, &rows).used;
+  if (s.abits != kAbqWeightOnly) return abq_slab_bytes(s);
+  GemmShape one = s;  // token that is not finite
+  one.m = 1;
+  return abq_slab_bytes(s) + abq_float_memory(one, nullptr, &rows).used;
 }
 
 constexpr Op kOp = {"ABQGemm",

@@ -103,8 +103,8 @@ ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* cod
 
 // Codes of 8 bits: even and odd bytes apart, as 16-bit numbers.
 template <int kTokens>
-ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes,
-                            int64_t next_run, bool fresh, Sums* sums) {
+ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes, int64_t next_run,
+                            bool fresh, Sums* sums) {
   const __m256i even_bytes = _mm256_set1_epi16(0xff);
   __m256i totals[kTokens][4];
   for (int m = 0; m < kTokens; ++m) {
@@ -263,7 +263,7 @@ inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m
   const TokenLayout& layout = tokens.layout;
   const int8_t* codes = tokens.first_code(m0) + layout.offset(position);
   for (int m = 0; m < count; m += kDotTokens) {
-    const DotCall call{panel, steps,    codes + m * layout.row_bytes, kDotTokens * kRun, fresh,
+    const DotCall call{panel,    steps,  codes + m * layout.row_bytes, kDotTokens * kRun, fresh,
                        sums + m, largest};
     with_count<kDotTokens>(smaller(kDotTokens, count - m), call);
   }
@@ -271,36 +271,15 @@ inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m
 
 #endif
 
-// The same with weights fp32 [k][kPanelRows] and tokens fp32, in no fixed order of rounding.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kFloatTokens = 12;
-using FloatVector = __m512;
-ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm512_loadu_ps(v); }
-ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm512_storeu_ps(to, v); }
-ANYBIT_INLINE FloatVector broadcast(float v) { return _mm512_set1_ps(v); }
-ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
-  return _mm512_fmadd_ps(a, b, sum);
-}
+constexpr int kFloatTokens = 12;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kFloatTokens = 2;
-using FloatVector = __m256;
-ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm256_loadu_ps(v); }
-ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm256_storeu_ps(to, v); }
-ANYBIT_INLINE FloatVector broadcast(float v) { return _mm256_set1_ps(v); }
-ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
-  return _mm256_fmadd_ps(a, b, sum);
-}
+constexpr int kFloatTokens = 2;
 #else
-constexpr int kLanes = 1, kFloatTokens = 1;
-using FloatVector = float;
-ANYBIT_INLINE FloatVector load_vector(const float* v) { return *v; }
-ANYBIT_INLINE void store_vector(float* to, FloatVector v) { *to = v; }
-ANYBIT_INLINE FloatVector broadcast(float v) { return v; }
-ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
-  return a * b + sum;
-}
+constexpr int kFloatTokens = 1;
 #endif
 
+// The same with weights fp32 [k][kPanelRows] and tokens fp32, in no fixed order of rounding.
 struct FloatDotCall {
   const Outputs* panel;
   int length;

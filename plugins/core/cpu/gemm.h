@@ -25,7 +25,8 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int64_t kSlab = 512;  // most tokens whose codes are in the workspace at a time
-constexpr int kTogether = 96;   // tokens whose sums stay in the nearest cache: whole tiles, all digits
+constexpr int kTogether =
+    96;  // tokens whose sums stay in the nearest cache: whole tiles, all digits
 // Tokens that a panel meets before it is unpacked anew. AMX wants their codes in the second cache,
 // others read them from the third in time.
 constexpr int kBlock = 576;
@@ -220,10 +221,16 @@ ANYBIT_INLINE void for_tokens(int64_t m, int64_t k, const Parallel& parallel, co
   });
 }
 
+struct NoSplitTokens {
+  template <class T>
+  void operator()(const T*, T*) const {}
+};
+
 // digits: codes of a token's element; 1, or 3 or 4 where tokens are not quantized.
-template <class T, class Kernel>
+// not_finite(x, y): of the latter, makes the row of y of a token with a NaN or an infinity.
+template <class T, class Kernel, class F = NoSplitTokens>
 inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuffers& b,
-                         const Parallel& parallel, int digits = 1) {
+                         const Parallel& parallel, int digits = 1, const F& not_finite = {}) {
   SlabMemory slab =
       slab_memory(kernel.layout, int64_t{s.m} * digits, Kernel::kMoreRows, b.workspace);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
@@ -236,6 +243,10 @@ inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuf
     });
     const Destination<T> to{y, s.n, b.bias, slab.tokens.scale, digits};
     slab_gemm(kernel, slab, m * digits, to, parallel);
+    for (int64_t i = 0; i < m && digits > 1; ++i) {
+      const float scale = slab.tokens.scale[i * digits];
+      if (scale != scale) not_finite(x + i * s.k, y + i * s.n);
+    }
   });
 }
 

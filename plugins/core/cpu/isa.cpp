@@ -35,7 +35,8 @@ bool takes_tiles() {
   unsigned low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & kState) != kState) return false;
-  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, Linux 5.16 and later
+  constexpr long kAskForState = 0x1023,
+                 kTileData = 18;  // ARCH_REQ_XCOMP_PERM, Linux 5.16 and later
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else
   return false;

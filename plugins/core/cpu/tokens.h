@@ -55,7 +55,7 @@ ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alig
   return layout;
 }
 
-constexpr int kElements = 64;  // of a token, in registers or on the stack, at a time
+constexpr int kElements = 64;    // of a token, in registers or on the stack, at a time
 constexpr int64_t kKept = 8192;  // most elements of a token whose norm is kept on the stack
 
 // The tokens of one slab, in the workspace.
@@ -140,20 +140,21 @@ struct TokenQuant {
 template <class T>
 ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bits, bool symmetric,
                                      float* kept = nullptr) {
-  constexpr int kLanes = 16;
-  alignas(64) float one[kElements], low[kLanes] = {}, high[kLanes] = {}, bad[kLanes] = {};
+  alignas(64) float one[kElements], low[kLanes], high[kLanes], bad[kLanes];
+  FloatVector lows = broadcast(0), highs = lows, bads = lows;
   for (int64_t first = 0; first < k; first += kElements) {
     float* v = kept ? kept + first : one;
     x.read(first, int(smaller<int64_t>(kElements, k - first)), v);
     for (int i = 0; i < kElements; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const float each = v[i + j];
-        low[j] = each < low[j] ? each : low[j];
-        high[j] = each > high[j] ? each : high[j];
-        bad[j] += each - each;  // NaN from a NaN or an infinity on
-      }
+      const FloatVector each = load_vector(v + i);
+      lows = least(each, lows);
+      highs = largest(each, highs);
+      bads = sum_of(bads, difference(each, each));  // NaN from a NaN or an infinity on
     }
   }
+  store_vector(low, lows);
+  store_vector(high, highs);
+  store_vector(bad, bads);
   for (int j = 1; j < kLanes; ++j) {
     low[0] = low[j] < low[0] ? low[j] : low[0];
     high[0] = high[j] > high[0] ? high[j] : high[0];
@@ -196,10 +197,12 @@ ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmet
       const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
       const int64_t element = group * layout.group_len + first;
       const float* v = kept ? kept + element : some;
-      if (!kept && q.finite) x.read(element, count, some);
-      for (int i = 0; i < kElements && q.finite; ++i) {
-        const float code = rounded(v[i] * q.inverse) + q.zero;
-        codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+      if (q.finite) {
+        if (!kept) x.read(element, count, some);
+        for (int i = 0; i < kElements; ++i) {
+          const float code = rounded(v[i] * q.inverse) + q.zero;
+          codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+        }
       }
       for (int i = q.finite ? count : 0; i < kElements; ++i) codes[i] = 0;
       for (int i = 0; i < kElements; ++i) sum += codes[i];
@@ -220,26 +223,26 @@ ANYBIT_INLINE float power_of_two(int exponent) {
 template <class T>
 ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens& tokens,
                                int64_t m) {
-  constexpr int kLanes = 16;
+  constexpr int kNumbers = 16;
   const TokenLayout& layout = tokens.layout;
   alignas(64) float all[kKept + kElements], some[kElements];
   float* kept = layout.k <= kKept ? all : nullptr;
-  alignas(64) uint32_t largest[kLanes] = {};  // bits of magnitudes are in the order of the numbers
+  alignas(64) uint32_t most[kNumbers] = {};  // bits of magnitudes are in the order of the numbers
   for (int64_t first = 0; first < layout.k; first += kElements) {
     float* v = kept ? kept + first : some;
     x.read(first, int(smaller<int64_t>(kElements, layout.k - first)), v);
-    for (int i = 0; i < kElements; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
+    for (int i = 0; i < kElements; i += kNumbers) {
+      for (int j = 0; j < kNumbers; ++j) {
         const uint32_t magnitude = bits_of(v[i + j]) & 0x7fffffff;
-        largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+        most[j] = magnitude > most[j] ? magnitude : most[j];
       }
     }
   }
   if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
-  for (int j = 1; j < kLanes; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
-  const bool finite = largest[0] < 0x7f800000;
+  for (int j = 1; j < kNumbers; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+  const bool finite = most[0] < 0x7f800000;
   // down to the last bit of the smallest number; a power beyond those of fp32 is made of two
-  int e = int(largest[0] >> 23) - 127 - (digits == 4 ? 29 : 21);
+  int e = int(most[0] >> 23) - 127 - (digits == 4 ? 29 : 21);
   e = e < -149 ? -149 : e;
   const float down = power_of_two(-e / 2), rest = power_of_two(-e - -e / 2);
   for (int d = 0; d < digits; ++d) {
@@ -258,7 +261,9 @@ ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens
       const float* v = kept ? kept + element : some;
       if (!kept) x.read(element, count, some);
       alignas(64) int32_t whole[kElements];
-      for (int i = 0; i < kElements && finite; ++i) whole[i] = whole_from(v[i] * down * rest);
+      if (finite) {
+        for (int i = 0; i < kElements; ++i) whole[i] = whole_from(v[i] * down * rest);
+      }
       for (int i = finite ? count : 0; i < kElements; ++i) whole[i] = 0;
       for (int d = digits - 1; d >= 0; --d) {
         for (int i = 0; i < kElements; ++i) {

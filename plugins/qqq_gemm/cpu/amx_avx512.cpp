@@ -10,8 +10,7 @@ namespace anybit::cpu {
 void qqq_gemm_avx512(const GemmShape& shape, const GemmBuffers& buffers, const Parallel& parallel);
 
 void qqq_gemm_amx(const GemmShape& shape, const GemmBuffers& buffers, const Parallel& parallel) {
-  if (shape.m < amx::kTileTokens)
-    return qqq_gemm_avx512(shape, buffers, parallel);
+  if (shape.m < amx::kTileTokens) return qqq_gemm_avx512(shape, buffers, parallel);
   amx::qqq_gemm(shape, buffers, parallel);
 }
 
