@@ -1,6 +1,6 @@
 """A model with random weights and a published model's shapes, as a Hugging Face folder.
 
-python benchmarks/random_model.py FOLDER --like llama-3.2-1b
+python benchmarks/random_model.py FOLDER --like llama-3.2-1b [--layers N]
 
 For what does not depend on the values: time, memory, sizes. Weights are fp16 and uniform,
 and are written layer by layer, so that a model of 7 B weights needs little memory.
@@ -23,6 +23,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256},
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
+    | {"vocab_size": 32000, "tie_word_embeddings": False},
+    "llama-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
+    | {"num_attention_heads": 40, "num_key_value_heads": 40, "head_dim": 128}
     | {"vocab_size": 32000, "tie_word_embeddings": False},
 }
 
@@ -83,18 +86,11 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     ).save_pretrained(folder)
 
 
-def main() -> None:
+def write_model(folder: Path, like: str, layers: int | None = None, seed: int = 0) -> None:
     """Write the folder."""
     from safetensors.numpy import save_file
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--like", choices=SHAPES, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True)
+    folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -108,21 +104,36 @@ def main() -> None:
         "mlp_bias": False,
         "bos_token_id": 0,
         "eos_token_id": 0,
-    } | SHAPES[args.like]
-    (args.folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    rng, weight_map, total = np.random.default_rng(args.seed), {}, 0
+    } | SHAPES[like]
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    rng, weight_map, total = np.random.default_rng(seed), {}, 0
     for name, shapes in tensor_shapes(config).items():
         tensors = {
             tensor: np.ones(shape, np.float16) if len(shape) == 1 else random_weights(rng, shape)
             for tensor, shape in shapes.items()
         }
-        save_file(tensors, args.folder / name, {"format": "pt"})
+        save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (args.folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    write_tokenizer(args.folder, config["vocab_size"])
-    print(f"{args.folder}: {total / 1e9:.2f} GB")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_tokenizer(folder, config["vocab_size"])
+    print(f"{folder}: {total / 1e9:.2f} GB")
+
+
+def main() -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--like", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, help="in place of the published model's number")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_model(args.folder, args.like, args.layers, args.seed)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
     from calibration.checkpoints.checkpoint import open_checkpoint
     from calibration.checkpoints.sources import check_name
     from calibration.quant.checks import check_scheme
+    from calibration.quant.keep import check_quantized
     from calibration.quant.quantize import QuantizeOptions, quant_bytes, quantize_model
 
     options = QuantizeOptions(
@@ -42,6 +43,8 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
     check_name(args.model)  # a mistyped name is not a wrong --out
     _refuse_exporters(out)
     checkpoint = open_checkpoint(args.model, args.offline)
+    if note := check_quantized(checkpoint, args.keep, args.requantize):
+        progress.message(note)
     check_scheme(checkpoint, schemes, args.format)
     budget = (
         None

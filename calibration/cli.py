@@ -76,16 +76,26 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--wbits",
-        required=True,
         metavar="W",
         help=f"weight bits: {set_choices()}; in a shell write b for *, such as 2b",
     )
     add(
         "--abits",
-        required=True,
         type=int,
         metavar="A",
-        help="activation bits 2 to 8, or 16 for weight-only",
+        help="activation bits 2 to 8, or 16 for weight-only; with --keep the checkpoint's, else 16",
+    )
+    quantized = parser.add_mutually_exclusive_group()
+    quantized.add_argument(
+        "--keep",
+        action="store_true",
+        help="export the codes of a checkpoint that is quantized already as they are, in the place "
+        "of --wbits; docs/checkpoints.md lists the formats",
+    )
+    quantized.add_argument(
+        "--requantize",
+        action="store_true",
+        help="round the weights of such a checkpoint again, as those of a float model",
     )
     add(
         "--method",
@@ -209,6 +219,7 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
         InputError: bits out of range, or a combination that does not exist; no such method.
     """
     method = _method(args)
+    _check_bits_given(args)
     bits = Bits(parse_code_set(args.wbits), check_abits(args.abits), args.group_size)
     if bits.group_size < 0:
         raise InputError(
@@ -228,6 +239,16 @@ def scheme_from_args(args: argparse.Namespace) -> QuantScheme:
     if method is not None:
         return scheme
     return replace(scheme, method=op_spec(scheme.op).method or PLAIN_METHOD)
+
+
+def _check_bits_given(args: argparse.Namespace) -> None:
+    for option, value, example in (("--wbits", args.wbits, 4), ("--abits", args.abits, 8)):
+        if value is None:
+            raise InputError(
+                option,
+                "got none, expected bits, or --keep for a checkpoint that is quantized already",
+                f"Give {option} {example}, for example",
+            )
 
 
 def _method(args: argparse.Namespace) -> Method | None:
@@ -274,14 +295,73 @@ def schemes_from_args(args: argparse.Namespace) -> SchemeMap:
 
     Raises:
         InputError: as scheme_from_args, the file is not a bits file, or bits that --format cannot
-            say or whose codes the method does not make.
+            say or whose codes the method does not make; of --keep an option that it leaves no room
+            for, or as kept_schemes.
     """
+    if args.keep:
+        return _kept_schemes(args)
     base = scheme_from_args(args)
     schemes = SchemeMap(base) if args.bits_file is None else read_bits_file(args.bits_file, base)
     for scheme in schemes.schemes():
         formats.check(args.format, scheme)
         _method_of(args, scheme).check(scheme)
     return _with_head(schemes, args)
+
+
+# Options that decide what --keep leaves as it is, and their values where nobody gave them.
+_NOT_KEPT: dict[str, Any] = {
+    "wbits": None,
+    "method": AUTO,
+    "group_size": 0,
+    "bits_file": None,
+    "budget": None,
+    "calib": None,
+    "nsamples": None,
+    "seqlen": None,
+    "effort": "default",
+    "seed": 0,
+    "switches": [],
+    "max_memory": None,
+}
+
+
+def _kept_schemes(args: argparse.Namespace) -> SchemeMap:
+    for name, unset in _NOT_KEPT.items():
+        if getattr(args, name) != unset:
+            option = "--set" if name == "switches" else f"--{name.replace('_', '-')}"
+            raise InputError(
+                option,
+                "got it beside --keep, which leaves the checkpoint's codes as they are, expected one "
+                "of the two",
+                f"Leave out {option}, or give --requantize in the place of --keep",
+            )
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.checkpoints.sources import check_name
+    from calibration.quant.keep import Keeping, check_quantized, kept_orders, kept_schemes
+
+    check_name(args.model)
+    keeping = Keeping(
+        abits=None if args.abits is None else check_abits(args.abits),
+        act_symmetric=None if args.act_quant is None else args.act_quant == "sym",
+        head_bits=None if args.head_bits == AUTO else check_head_bits(args.head_bits),
+        dtype=args.dtype,
+        kv_bits=check_kv_bits(args.kv_bits),
+    )
+    checkpoint = open_checkpoint(args.model, args.offline)
+    check_quantized(checkpoint, keep=True, requantize=False)
+    schemes = kept_schemes(checkpoint, keeping)
+    for scheme in schemes.schemes():
+        formats.check(args.format, scheme)
+    if schemes.head is not None:
+        formats.check_head(args.format, schemes.head)
+    if args.format != formats.OURS and (orders := kept_orders(checkpoint)):
+        raise InputError(
+            f"--format {args.format}",
+            f"got {next(iter(orders))} with its input channels in an order of their own, expected "
+            "them in order",
+            "Leave out --format",
+        )
+    return schemes
 
 
 def _with_head(schemes: SchemeMap, args: argparse.Namespace) -> SchemeMap:
@@ -301,6 +381,8 @@ def settings_from_args(args: argparse.Namespace, scheme: QuantScheme) -> Calibra
     Raises:
         InputError: a switch that the method does not have, or a value that does not fit.
     """
+    if args.keep:
+        return CalibrationSettings()
     method = _method_of(args, scheme)
     return calibration_settings(
         method.settings,
@@ -329,12 +411,12 @@ def _gigabytes(text: str) -> int:
 
 
 def default_out(args: argparse.Namespace, scheme: QuantScheme) -> Path:
-    """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -mixed or -b<B> where a
-    bits file or budget changes bits.
+    """--out, or out/<model>-w<W>a<A>, then -kv<B> of a low-bit cache, and -kept, -mixed or -b<B>
+    where codes are kept, or a bits file or budget changes bits.
     """
     if args.out is not None:
         return Path(args.out)
-    end = ""
+    end = "-kept" if args.keep else ""
     if args.bits_file is not None:
         end = "-mixed"
     elif args.budget is not None:

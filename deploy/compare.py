@@ -18,10 +18,27 @@ from plugins.errors import InputError
 from plugins.text import printable
 
 if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.progress import Progress
     from calibration.quant.folder import QuantModel
 
-__all__ = ["COMMAND", "CompareRequest", "Row", "compare", "contexts", "markdown", "plot", "table"]
+__all__ = [
+    "COMMAND",
+    "CompareRequest",
+    "Compared",
+    "Row",
+    "check_model",
+    "compare",
+    "contexts",
+    "float_name",
+    "markdown",
+    "open_compared",
+    "plot",
+    "table",
+    "text_of",
+]
 
 FLOAT = "float"
 _WIDTH, _HEIGHT, _EDGE = 720, 400, 60  # of the plot, in pixels
@@ -72,17 +89,12 @@ def compare(request: CompareRequest, progress: Progress) -> list[Row]:
         InputError: an artifact cannot be read or is another model's, or the text is too short.
         CheckError: a model computes NaN.
     """
-    from calibration.checkpoints.checkpoint import open_checkpoint
-    from calibration.quant.folder import read_quant
     from calibration.reference.model import FloatReference, float_model, quantised_model
     from exporter.proof.quality import FloatStates
 
-    quants = [read_quant(out / QUANT) for out in request.outs]
-    checkpoint = open_checkpoint(request.model or _model(request.outs[0]), offline=True)
-    for out, quant in zip(request.outs, quants, strict=True):
-        _check(out, quant, checkpoint)
-    longest = contexts(request.outs, quants)
-    windows = _windows(request, checkpoint, min(longest))
+    opened = open_compared(request)
+    quants, checkpoint, longest = opened.quants, opened.checkpoint, opened.contexts
+    windows = opened.windows
     progress.start("compare", len(windows) * (1 + len(quants)))
     states = FloatStates(FloatReference(float_model(checkpoint, longest[0])), windows, progress)
     sizes = quants[0].sizes
@@ -99,13 +111,52 @@ def compare(request: CompareRequest, progress: Progress) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a request names, read and found to belong together.
+
+    Attributes:
+        quants: of the artifacts.
+        checkpoint: their float model.
+        contexts: most tokens of a sequence of each.
+        windows: of the text, int64 [n, L].
+    """
+
+    quants: Sequence[QuantModel]
+    checkpoint: Checkpoint
+    contexts: Sequence[int]
+    windows: ndarray
+
+
+def open_compared(request: CompareRequest) -> Compared:
+    """Open artifacts, float model and text.
+
+    Raises:
+        InputError: an artifact cannot be read or is another model's, or the text is too short.
+    """
+    from calibration.checkpoints.checkpoint import open_checkpoint
+    from calibration.quant.folder import read_quant
+
+    quants = [read_quant(out / QUANT) for out in request.outs]
+    checkpoint = open_checkpoint(request.model or float_name(request.outs[0]), offline=True)
+    for out, quant in zip(request.outs, quants, strict=True):
+        check_model(out, quant, checkpoint)
+    longest = contexts(request.outs, quants)
+    return Compared(quants, checkpoint, longest, _windows(request, checkpoint, min(longest)))
+
+
 def _row(
     name: str, scheme: str, method: str, size: int, bits: float, found: dict[str, float]
 ) -> Row:
     return Row(name, scheme, method, size, bits, found["ppl"], found["top1"], found["kl"])
 
 
-def _model(out: Path) -> str:
+def float_name(out: Path) -> str:
+    """The float model that an artifact names.
+
+    Raises:
+        InputError: it names none.
+    """
     from calibration.out.manifest import read_manifest
 
     path = out / MANIFEST
@@ -116,7 +167,12 @@ def _model(out: Path) -> str:
     )
 
 
-def _check(out: Path, quant: QuantModel, checkpoint: Any) -> None:
+def check_model(out: Path, quant: QuantModel, checkpoint: Checkpoint) -> None:
+    """Look whether an artifact was made of a float model.
+
+    Raises:
+        InputError: it was made of another.
+    """
     made, given = quant.source["fingerprint"], checkpoint.fingerprint
     if made != given:
         raise InputError(
@@ -173,7 +229,7 @@ def _windows(request: CompareRequest, checkpoint: Any, longest: int) -> Any:
     return windows[select_windows(len(windows), 0, min(request.first, len(windows)))]
 
 
-def _text_of(request: CompareRequest) -> str:
+def text_of(request: CompareRequest) -> str:
     """What the numbers are of."""
     if request.text is not None:
         return printable(str(request.text))
@@ -339,7 +395,7 @@ class Compare(Command):
         finally:
             progress.close()
         print(printable(table(rows), keep="\n"))
-        print(f"on {_text_of(request)}")
+        print(f"on {text_of(request)}")
         for _, path, write in files:
             if path is not None:
                 path.write_text(write(rows), encoding="utf-8")

@@ -49,7 +49,10 @@ def inspect(path: Path) -> dict[str, Any]:
         InputError: there is nothing, or nothing that is known.
     """
     from calibration.out.folder import stages_in
+    from calibration.out.pack import is_pack
 
+    if is_pack(path):
+        return _of_pack(path)
     if path.is_file():
         if path.name in _OURS and (path.parent / _OURS[path.name]).is_file():
             return inspect(path.parent)
@@ -60,13 +63,18 @@ def inspect(path: Path) -> dict[str, Any]:
         raise InputError(
             str(path),
             "got neither an artifact nor an ONNX file, expected an OUT folder, its quant, onnx or "
-            "engine folder, or FILE.onnx",
+            "engine folder, a pack, or FILE.onnx",
             "Check the path",
         )
     folders = {stage: path / stage if (path / stage).is_dir() else path for stage in stages}
     whole = path not in folders.values()
-    found: dict[str, Any] = {"kind": "artifact" if whole else f"{stages[0]} folder"}
-    found |= _model(folders)
+    kind = "artifact" if whole else f"{stages[0]} folder"
+    return {"kind": kind, **_of_folders(folders), "run": [*_commands(path, folders, whole)]}
+
+
+def _of_folders(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """What the folders of the stages say."""
+    found = _model(folders)
     if ONNX in folders:
         graph = _graph(folders[ONNX] / MODEL_FILE)
         found |= {"nodes": graph["nodes"], "opset": graph["opset"]}
@@ -76,8 +84,34 @@ def inspect(path: Path) -> dict[str, Any]:
         found["engine"] = _engine(folders[ENGINE])
     found["bytes"] = {stage: _bytes(folder) for stage, folder in folders.items()}
     found["proof"] = _proof(folders.get(REPORT))
-    found["run"] = list(_commands(path, folders, whole))
     return found
+
+
+def _of_pack(path: Path) -> dict[str, Any]:
+    """By its small files: the index is checked, and of members what is read."""
+    from tempfile import TemporaryDirectory
+
+    from calibration.out.pack import LINKED, Pack
+
+    pack = Pack(path)
+    sizes = Counter[str]()
+    for name, member in pack.members.items():
+        sizes[name.partition("/")[0]] += member.bytes
+    del sizes[MANIFEST]
+    exported = ONNX in sizes or ENGINE in sizes
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in pack.members:
+            passed = name in (MANIFEST, LINKED, f"{ENGINE}/{ENGINE_FILE}")
+            if not passed and not (exported and name.startswith(f"{QUANT}/")):
+                pack.extract(name, folder)
+        folders = {stage: folder / stage for stage in sizes if (folder / stage).is_dir()}
+        found = _of_folders(folders)
+    found["bytes"] = dict(sizes)
+    if found["proof"] is not None:
+        found["proof"]["page"] = f"{REPORT}/{HTML_FILE}"
+    unpack = ["python", "-m", "deploy", "unpack", str(path), "--to", path.stem or "FOLDER"]
+    return {"kind": "pack", **found, "run": [shlex.join(unpack)]}
 
 
 def _bytes(folder: Path) -> int:
@@ -263,12 +297,14 @@ class Inspect(Command):
     """Prints what it is."""
 
     name = "inspect"
-    help = "what an artifact, a folder of it, an engine or an ONNX file is"
+    help = "what an artifact, a folder of it, a pack, an engine or an ONNX file is"
     description = (
         "Show architecture, bits of the nodes, sizes, tokenizer, proof and how to run it. Nothing is "
         "verified: prove does that."
     )
-    out_help = "artifact folder, its quant, onnx or engine folder, a file in these, or FILE.onnx"
+    out_help = (
+        "artifact folder, its quant, onnx or engine folder, a file in these, a pack, or FILE.onnx"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """How much, and how."""

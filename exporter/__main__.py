@@ -168,6 +168,7 @@ def _main(argv: list[str] | None) -> int:
         command=("python", "-m", "exporter", *(sys.argv[1:] if argv is None else argv)),
         format=args.format,
         budget=args.budget,
+        requantize=args.requantize,
     )
     with offline(args.offline):
         manifest = run_pipeline(request, progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.tokenizer import check_named
+from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
@@ -58,6 +59,7 @@ class Pipeline:
         from calibration.checkpoints.checkpoint import open_checkpoint
         from calibration.checkpoints.sources import check_name
         from calibration.quant.checks import check_scheme
+        from calibration.quant.keep import check_quantized
         from exporter.proof.perplexity import read_text, text_windows, window_length
 
         self.request = request
@@ -80,11 +82,15 @@ class Pipeline:
         if text is not None and REPORT in self.wanted:
             seqlen, vocab = window_length(self.request.max_seq), self.checkpoint.decoder.vocab
             text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
+        keep = request.schemes.base.method == KEPT
+        if note := check_quantized(self.checkpoint, keep, request.requantize):
+            progress.message(note)
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
         self.budget = self._budget()
         if self.budget is not None:
             bits_within(self.checkpoint, self.budget)
+        self._check_room()
         self._check_memory()
 
     def _open_manifest(self) -> dict[str, Any]:
@@ -127,6 +133,27 @@ class Pipeline:
             head_bits=request.schemes.head_bits,
             head_limit=request.schemes.head_limit,
         )
+
+    def _check_room(self) -> None:
+        """Say what the stages that are to be made will take, and refuse what does not fit."""
+        from calibration.methods import find_method
+        from exporter.estimate import check_room, estimate
+
+        request, finished = self.request, self.manifest["stages"] if self.request.resume else {}
+        name = self.schemes.base.method
+        method = PLAIN_METHOD if name == KEPT else name  # neither looks at data
+        skipped = set() if self.edition is not None else {ENGINE}
+        asked = estimate(
+            self.checkpoint,
+            self.schemes,
+            request.settings,
+            [stage for stage in self.wanted if stage not in skipped and stage not in finished],
+            find_method(method, request.settings.method_file),
+            request.format,
+        )
+        if asked.memory:
+            self.progress.message(str(asked))
+        check_room(request.out, asked)
 
     def _check_memory(self) -> None:
         from exporter.proof.memory import check_memory

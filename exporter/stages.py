@@ -78,6 +78,8 @@ class ExportRequest:
         format: one of calibration.formats, in which the quant folder is written too.
         budget: average weight bits within which each node's are picked by its sensitivity; None
             leaves the schemes.
+        requantize: a checkpoint that is quantized already is taken as the floats that its codes
+            stand for.
     """
 
     model: str
@@ -96,6 +98,7 @@ class ExportRequest:
     command: tuple[str, ...] = ()
     format: str = "anybit"
     budget: float | None = None
+    requantize: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What makes an OUT folder belong to this request, as it was asked for: another model or

@@ -1,5 +1,5 @@
-"""Opens a float model (Hugging Face folder, hub id, alias or GGUF) and checks it as a whole before
-any work.
+"""Opens a model (Hugging Face folder, hub id, alias or GGUF), quantized already or not, and checks it
+as a whole before any work.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from calibration.checkpoints.foreign import (
     without_negatives,
 )
 from calibration.checkpoints.huggingface import WeightSource, open_hf_weights
+from calibration.checkpoints.quantized import IN_CONFIG, open_stored, stored_config
 from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
 from calibration.checkpoints.tensor_checks import check_finite, match_tensors, same_numbers
@@ -42,6 +43,8 @@ from plugins.text import shown
 
 if TYPE_CHECKING:
     import torch
+
+    from calibration.checkpoints.codes import StoredLinear
 
 __all__ = ["Checkpoint", "open_checkpoint", "plain_config"]
 
@@ -96,7 +99,8 @@ class _Fields:
 
 
 class Checkpoint:
-    """A float model whose config, tensor names and shapes are known to be right.
+    """A model whose config, tensor names and shapes are known to be right. Of one that is quantized
+    already, array() gives the floats that its codes stand for, and coded() these.
 
     Attributes:
         source: what the user asked for and where it lies.
@@ -120,7 +124,7 @@ class Checkpoint:
             self.decoder = family.decoder(plain_config(config))
         for name in self.decoder.frequencies:
             self.rope(name)  # settings without frequencies are refused before any work
-        self.warnings = self._odd_frequencies()
+        self.warnings = [*getattr(weights, "warnings", ()), *self._odd_frequencies()]
 
     @property
     def _where(self) -> str:
@@ -172,6 +176,18 @@ class Checkpoint:
         return self._names.renaming
 
     @property
+    def format(self) -> str:
+        """In which its codes are stored, as calibration/formats calls it; "" of a float model."""
+        return str(getattr(self._weights, "format", ""))
+
+    def coded(self, name: str) -> StoredLinear | None:
+        """A linear's codes, by its name without ".weight"; None of one that is stored as floats."""
+        find = getattr(self._weights, "coded", None)
+        info = self.decoder.infos[f"{name}.weight"]
+        found = find and find(self._names.stored[info.stored])
+        return found and (found.rows(info.rows) if info.whole else found)
+
+    @property
     def inert(self) -> Collection[str]:
         """Names of buffers in the files that nobody reads."""
         return self._names.inert.keys()
@@ -191,7 +207,9 @@ class Checkpoint:
         """Hash of the config and of the weight files' sizes and sampled pieces, in order; the same
         on every machine and whatever they are called.
         """
-        digest = hashlib.sha256(json.dumps(self.hf_config(), sort_keys=True).encode())
+        settings = getattr(self._weights, "settings", {})
+        told = self.hf_config() | ({"quantization_config": settings} if settings else {})
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for path in self._weights.files:
             size = path.stat().st_size
             digest.update(f" {size}".encode())
@@ -291,19 +309,19 @@ def open_checkpoint(model: str, offline: bool = False) -> Checkpoint:
     """Open a model by alias, hub id, folder or .gguf file; weights are not read yet.
 
     Raises:
-        InputError: it is not there, damaged, incomplete, already quantised or of an unknown
-            architecture.
+        InputError: it is not there, damaged, incomplete, quantized in a format that is not read, or
+            of an unknown architecture.
     """
     source = resolve_source(model, offline)
     if source.kind == "gguf":
         return _open_gguf(source)
-    family, config = _open_config(source.path)
+    family, config, stored = _open_config(source.path)
     folder = fetch_weights(source, offline)
     return Checkpoint(
         Source(source.name, source.kind, folder, source.hub_id),
         family,
         config,
-        open_hf_weights(folder),
+        open_stored(folder, open_hf_weights(folder), stored),
     )
 
 
@@ -321,7 +339,8 @@ def _open_gguf(source: Source) -> Checkpoint:
     )
 
 
-def _open_config(folder: Path) -> tuple[Family, Any]:
+def _open_config(folder: Path) -> tuple[Family, Any, dict[str, Any] | None]:
+    """Family, transformers config, and what it says of its quantization."""
     path = folder / "config.json"
     if (adapter := folder / ADAPTER).exists():
         raise InputError(
@@ -340,19 +359,9 @@ def _open_config(folder: Path) -> tuple[Family, Any]:
     raw = read_json(path, DOWNLOAD_AGAIN)
     ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw}
     raw |= {name: without_negatives(value) for name, value in ids.items()}
-    quantised = raw.get("quantization_config") or raw.get("compression_config")
-    if quantised:
-        method = (
-            quantised.get("quant_method", "of unknown name")
-            if isinstance(quantised, dict)
-            else "of unknown name"
-        )
-        raise InputError(
-            str(path),
-            f"got an already quantized checkpoint (quant_method {shown(method)}), "
-            "expected float32, float16 or bfloat16 weights, or a .gguf file",
-            "Give the float model it was made from",
-        )
+    stored = stored_config(folder, raw)
+    for key in IN_CONFIG:  # transformers would look for the codes' kernels
+        raw.pop(key, None)
     fields = checked(raw, _Fields, str(path), "Correct config.json")
     if not fields.architectures:
         raise InputError(
@@ -375,7 +384,7 @@ def _open_config(folder: Path) -> tuple[Family, Any]:
             "got a field that makes transformers read or compute something else, expected none",
             "Choose a model without it; this export would compute something else",
         )
-    return family, _make_config(str(path), raw, family)
+    return family, _make_config(str(path), raw, family), stored
 
 
 def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:

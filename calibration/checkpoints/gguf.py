@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from calibration.checkpoints.codes import GGUF, Form, StoredLinear
 from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.checkpoints.gguf_codes import Codes, CodesForm, form_of, read_codes
 from calibration.checkpoints.gguf_header import ANOTHER_TYPE, GgufPart, GgufTensor
 from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
+from plugins.core.code_sets import code_set
+from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 from plugins.text import some
 
@@ -25,6 +30,7 @@ _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _LARGEST = 1e12
+_FLOATS = {GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "F64")}
 
 
 class GgufFile:
@@ -285,6 +291,49 @@ class GgufWeights:
             values = values - np.float32(info.offset)
         values = self._rows_in_order(values) if info.rotary else values
         return values if rows is None else values[rows]
+
+    @property
+    def format(self) -> str:
+        """The name of the format where some weights are codes; "" where all are floats."""
+        kinds = {self._file.tensors[info.gguf].type for info in self._names.values()}
+        return "" if kinds <= _FLOATS else GGUF
+
+    def coded(self, name: str) -> StoredLinear | None:
+        """The codes of a weight; None of one that is stored as floats. Raises as codes_form."""
+        info = self._names[name]
+        tensor = self._file.tensors[info.gguf]
+        if tensor.type in _FLOATS:
+            return None
+        found, (rows, columns) = self.codes_form(name), tensor.shape
+        group = 0 if found.group == columns else found.group
+        symmetric = found.zero == 1 << found.bits - 1
+        form = Form(code_set(found.bits, False), group, symmetric, found.zero is None)
+        where = f"{self._file.path}, tensor {info.gguf}"
+        return StoredLinear(where, (rows, columns), form, lambda: self._arrays(name))
+
+    def _arrays(self, name: str) -> QuantArrays:
+        found = self.codes(name)
+        if found.zero is None:
+            return QuantArrays(found.codes, found.scale, minimum=found.minimum)
+        zero = np.full(found.scale.shape, found.zero, np.int32)
+        return QuantArrays(found.codes, found.scale, zero)
+
+    def codes_form(self, name: str) -> CodesForm:
+        """How the codes of a tensor are said; see gguf_codes.form_of."""
+        info = self._names[name]
+        return form_of(f"{self._file.path}, tensor {info.gguf}", self._file.tensors[info.gguf])
+
+    def codes(self, name: str, rows: slice | None = None) -> Codes:
+        """The codes of a tensor, or of some of its rows, in the order of array(); see
+        gguf_codes.read_codes.
+        """
+        info = self._names[name]
+        tensor = self._file.tensors[info.gguf]
+        data = tensor.data
+        if info.rotary:
+            data = data[self._rows_in_order(np.arange(len(data)))]
+        tensor = replace(tensor, data=data if rows is None else data[rows])
+        return read_codes(f"{self._file.path}, tensor {info.gguf}", tensor)
 
     def rope_factors(self) -> np.ndarray | None:
         """Divisors of the rotary frequencies, as LLaMA 3.1 files carry them; see GgufFile.factors."""

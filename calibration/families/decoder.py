@@ -6,7 +6,7 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -23,6 +23,7 @@ from calibration.families.steps import (
     Linear,
     Linears,
     Norm,
+    Reorder,
     Rope,
     Step,
     TensorInfo,
@@ -393,6 +394,21 @@ class Block:
                     return second.lead
         return ()
 
+    @cached_property
+    def orders(self) -> dict[str, Reorder]:
+        """{GEMM node below the prefix: the order of its input channels}, where it is not theirs."""
+        lasts = ((node, site.lead[-1]) for node, site in self.sites.items() if site.lead)
+        return {node: step for node, step in lasts if isinstance(step, Reorder)}
+
+    def reordered(self, nodes: Collection[str]) -> Block:
+        """The same block with a Reorder in front of these nodes, by their full names."""
+        steps: list[Step] = []
+        for step in self.steps:
+            if isinstance(step, Linears) and self.name(step.node) in nodes:
+                steps.append(Reorder(f"{step.node}.order", step.in_features))
+            steps.append(step)
+        return replace(self, steps=tuple(steps))
+
     def name(self, name: str) -> str:
         """The full name of a tensor or node."""
         return f"{self.prefix}.{name}"
@@ -460,6 +476,20 @@ class Decoder:
     def with_quantized_head(self) -> Decoder:
         """The same decoder with a head that is a GEMM node; the embedding keeps its own table."""
         return replace(self, head=replace(self.head, tied=False, quantized=True))
+
+    def reordered(self, nodes: Collection[str]) -> Decoder:
+        """The same decoder with input channels of these GEMM nodes in orders of their own."""
+        blocks = tuple(block.reordered(nodes) for block in self.blocks)
+        return replace(self, blocks=blocks) if nodes else self
+
+    @cached_property
+    def orders(self) -> dict[str, tuple[str, int]]:
+        """{GEMM node with such an order: its tensor, and how long that is}."""
+        return {
+            block.name(node): (block.name(step.name), step.width)
+            for block in self.blocks
+            for node, step in block.orders.items()
+        }
 
     @property
     def head_site(self) -> Site:

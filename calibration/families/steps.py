@@ -22,6 +22,7 @@ __all__ = [
     "Linear",
     "Linears",
     "Norm",
+    "Reorder",
     "Rope",
     "Step",
     "TensorInfo",
@@ -186,6 +187,22 @@ class Linears:
 
 
 @dataclass(frozen=True)
+class Reorder:
+    """Puts the channels of the next GEMM node's input into an order in which its groups lie together.
+
+    No family has it: the codes of a checkpoint may ask for it (GPTQ's desc_act).
+
+    Attributes:
+        name: of the tensor below the block's prefix, whole numbers [width]: the channel that comes
+            to each place.
+        width: channels.
+    """
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
 class Heads:
     """Cuts the stacked projections of queries, keys and values into heads.
 
@@ -292,4 +309,4 @@ class Add:
     multiplier: float = 1.0
 
 
-Step = Norm | Linears | Heads | HeadNorm | Rope | Attend | Gate | Activate | Add
+Step = Norm | Linears | Reorder | Heads | HeadNorm | Rope | Attend | Gate | Activate | Add

@@ -1,5 +1,8 @@
-"""The formats a finished quant folder is also written in, one file each; the file name, with
-hyphens, is the key.
+"""The formats that quantized models are also written in, or read from, one file each; the file name,
+with hyphens, is the key.
+
+What is written is here: check(scheme, checkpoint) and write(quant, folder). What is read,
+read(config, tensors), calibration/checkpoints/quantized.py asks for.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["OURS", "Format", "check", "check_head", "format_names", "write"]
 
+_WRITES = "\ndef write("
 OURS = "anybit"  # the quant folder itself: nothing more to write
 
 
 class Format(Protocol):
-    """What a format's file defines at its top level."""
+    """What the file of a format that is written defines at its top level."""
 
     def check(self, scheme: QuantScheme, checkpoint: Checkpoint | None = None) -> None:
         """Raise InputError if the format cannot say this scheme or, where it is given, this model."""
@@ -35,11 +39,12 @@ class Format(Protocol):
 
 @cache
 def format_names() -> tuple[str, ...]:
-    """Our own format, then every other, sorted."""
+    """Our own format, then every other that is written, sorted."""
     others = (
         path.stem.replace("_", "-")
         for path in Path(__file__).parent.glob("*.py")
-        if path.stem != "__init__"
+        # the text, since importing what reads and writes would slow every --help
+        if path.stem != "__init__" and _WRITES in path.read_text(encoding="utf-8")
     )
     return OURS, *sorted(others)
 

@@ -1,5 +1,5 @@
 """Writes a quantised model as a Hugging Face folder in the compressed-tensors format, which
-transformers and others open.
+transformers and others open, and reads such folders.
 
 The layout is that of the Python package compressed-tensors (0.15 to 0.20 read the same from it):
 weights with integer activations are "int-quantized" (one int8 per weight), weights alone
@@ -9,28 +9,45 @@ package has changed how it packs the others.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.checkpoints.codes import (
+    FLOAT_MODEL,
+    Form,
+    Stored,
+    StoredLinear,
+    regrouped,
+    sorted_by_group,
+    unpack_words,
+)
 from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, read_header
 from calibration.out.files import write_json
+from calibration.out.json_file import checked
 from calibration.quant.folder import QuantModel
 from calibration.quant.scheme import FLOAT_BITS
 from plugins import op_spec
+from plugins.core.code_sets import code_set
+from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
+from plugins.text import shown, some
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.checkpoints.codes import Tensors
     from calibration.families import Decoder
     from calibration.quant.scheme import QuantLinear, QuantScheme
     from plugins.core.op_spec import AffineForm
 
-__all__ = ["NAME", "check", "pack_words", "write"]
+__all__ = ["NAME", "check", "pack_words", "read", "write"]
 
 _Tensor = tuple[TensorSpec, Callable[[], np.ndarray]]  # made when its turn comes
 
@@ -344,3 +361,191 @@ def write(quant: QuantModel, folder: Path) -> None:
     for name in quant.files.keys() - names.keys():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)  # chat templates may lie deeper
         shutil.copyfile(quant.path / name, folder / name)
+
+
+# ---------------------------------------------------------------- reading
+
+_PACKED, _INT = "pack-quantized", "int-quantized"
+_PACKED_BITS = (2, 4, 8)
+_STRATEGIES = ("tensor", "channel", "group")
+_ENDS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """How weights or activations are rounded."""
+
+    num_bits: int
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str | None = None
+    group_size: int | None = None
+    dynamic: bool | str = False
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The settings of some layers."""
+
+    targets: list[str]
+    weights: _Numbers
+    input_activations: _Numbers | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is read of a quantization_config."""
+
+    config_groups: dict[str, _Group]
+    format: str
+
+
+def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
+    """The layers of a checkpoint.
+
+    Raises:
+        InputError: settings that are none or that cannot be read, and tensors that do not fit them.
+    """
+    where = f"{tensors.where}, quantization_config"
+    settings = checked(dict(config), _Config, where, "Correct the config")
+    if config.get("sparsity_config"):
+        raise InputError(where, "got a sparsity_config, expected none", FLOAT_MODEL)
+    linears, used = {}, set()
+    for layer in tensors.layers("weight_scale"):
+        name, group = _group_of(layer, settings, where)
+        place, form = f"{where}, {name}", group.format or settings.format
+        _check_group(group, form, place)
+        linears[layer] = _stored(layer, group, form == _PACKED, tensors)
+        ends = _ENDS if form == _PACKED else ("weight", *_ENDS)
+        used |= {f"{layer}.{end}" for end in ends}
+    return Stored(linears, used)
+
+
+def _group_of(layer: str, settings: _Config, where: str) -> tuple[str, _Group]:
+    """A layer's settings: of those that name it, else of a pattern, else of all linears."""
+    fits: list[Callable[[str], bool]] = [
+        lambda target: target == layer,
+        lambda target: target.startswith("re:") and re.match(target[3:], layer) is not None,
+        lambda target: target == "Linear",
+    ]
+    for fit in fits:
+        for name, group in settings.config_groups.items():
+            if any(map(fit, group.targets)):
+                return name, group
+    raise InputError(
+        where,
+        f"got no group for {shown(layer)} among {some(list(settings.config_groups)) or 'none'}, "
+        f"expected one that has it among its targets",
+        "Correct the config",
+    )
+
+
+def _check_group(group: _Group, form: str, where: str) -> None:
+    weights, activations = group.weights, group.input_activations
+    bits = _PACKED_BITS if form == _PACKED else range(2, 9)
+    problems = {
+        f"format {shown(form)}, expected {_PACKED} or {_INT}": form in (_PACKED, _INT),
+        f"weights of type {shown(weights.type)}, expected int": weights.type == "int",
+        f"weights of {weights.num_bits} bits, expected {', '.join(map(str, bits))}": weights.num_bits
+        in bits,
+        f"weights by strategy {shown(weights.strategy)}, expected one of "
+        f"{', '.join(_STRATEGIES)}": weights.strategy in _STRATEGIES,
+        f"group_size {weights.group_size}, expected a number above 0": weights.strategy != "group"
+        or (weights.group_size or 0) > 0,
+    }
+    if activations is not None:
+        problems[f"activations of type {shown(activations.type)}, expected int"] = (
+            activations.type == "int"
+        )
+        problems[f"activations of {activations.num_bits} bits, expected 2 to 8"] = (
+            2 <= activations.num_bits <= 8
+        )
+        problems["activations that are not rounded per token (dynamic), expected such"] = (
+            activations.dynamic is True and activations.strategy == "token"
+        )
+    for problem, fine in problems.items():
+        if not fine:
+            raise InputError(where, f"got {problem}", FLOAT_MODEL)
+
+
+def _stored(layer: str, group: _Group, packed: bool, tensors: Tensors) -> StoredLinear:
+    weights, place = group.weights, tensors.place(layer)
+    if packed:
+        tensors.shape(layer, "weight_shape", (2,))
+        rows, columns = (int(size) for size in tensors.weights.array(f"{layer}.weight_shape"))
+        tensors.shape(layer, "weight_packed", (rows, -(-columns * weights.num_bits // 32)))
+    else:
+        rows, columns = tensors.shape(layer, "weight", (None, None))
+    size = min(weights.group_size or columns, columns)
+    if weights.strategy == "tensor":
+        tensors.shape(layer, "weight_scale", (1,))
+    else:
+        tensors.shape(layer, "weight_scale", (rows, -(-columns // size)))
+    order = None
+    if f"{layer}.weight_g_idx" in tensors.shapes:
+        tensors.shape(layer, "weight_g_idx", (columns,))
+        index = tensors.integers(layer, "weight_g_idx")
+        if not (index == -1).all():  # as the package writes it where channels are in order
+            order = sorted_by_group(index, size, f"{place}.weight_g_idx")
+    smaller = gcd(size, columns)  # of a last group that is cut short
+    seen = group.input_activations
+    form = Form(
+        code_set(weights.num_bits, False),
+        0 if smaller == columns else smaller,
+        weights.symmetric,
+        abits=None if seen is None else seen.num_bits,
+        act_symmetric=None if seen is None else seen.symmetric,
+    )
+    arrays = partial(_stored_arrays, tensors, layer, weights, packed, order, (rows, columns, size))
+    return StoredLinear(place, (rows, columns), form, arrays, order)
+
+
+def _stored_arrays(
+    tensors: Tensors,
+    layer: str,
+    weights: _Numbers,
+    packed: bool,
+    order: np.ndarray | None,
+    sizes: tuple[int, int, int],
+) -> QuantArrays:
+    rows, columns, size = sizes
+    bits, half = weights.num_bits, 1 << weights.num_bits - 1
+    if packed:
+        codes = unpack_words(tensors.integers(layer, "weight_packed").T, bits, columns).T
+    else:
+        signed = tensors.integers(layer, "weight", "int8")
+        low, high = int(signed.min()), int(signed.max())
+        if low < -half or high >= half:
+            raise InputError(
+                f"{tensors.place(layer)}.weight",
+                f"got codes {low} to {high}, expected {-half} to {half - 1} of {bits} bits",
+                "The config and the weights do not belong together",
+            )
+        codes = signed.view(np.uint8) + np.uint8(half)
+    if order is not None:
+        codes = codes[:, order]
+    stored = tensors.scales(layer, "weight_scale").reshape(-1, -(-columns // size))
+    scale = np.broadcast_to(stored, (rows, stored.shape[1]))  # one of all channels, too
+    zero = np.full(scale.shape, half, np.int32)
+    if not weights.symmetric:
+        zero = _stored_zero(tensors, layer, bits, packed, scale.shape)
+    groups = (size, gcd(size, columns), columns)
+    return QuantArrays(
+        np.ascontiguousarray(codes),
+        np.ascontiguousarray(regrouped(scale, *groups)),
+        np.ascontiguousarray(regrouped(zero, *groups)),
+    )
+
+
+def _stored_zero(
+    tensors: Tensors, layer: str, bits: int, packed: bool, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Zero points [N, G] of codes from 0; packed along the output, or int8 around 0."""
+    rows, groups = shape
+    name = "weight_zero_point"
+    if packed:
+        tensors.shape(layer, name, (-(-rows * bits // 32), groups))
+        return unpack_words(tensors.integers(layer, name), bits, rows).astype(np.int32)
+    tensors.shape(layer, name, (rows, groups))
+    return tensors.integers(layer, name, "int8").astype(np.int32) + (1 << bits - 1)

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
     Quantize = Callable[[np.ndarray, np.ndarray | None, QuantScheme], QuantArrays]
 
-__all__ = ["PLAIN_METHOD", "Declaration", "Method", "find_method", "method_names"]
+__all__ = ["KEPT", "PLAIN_METHOD", "Declaration", "Method", "find_method", "method_names"]
 
 PLAIN_METHOD = "rtn"  # keeps the weights what they are, for every op
+KEPT = "kept"  # in a method's place: the checkpoint's own codes
 _SUFFIX = ".py"
 
 
@@ -293,7 +294,7 @@ def find_method(name: str, file: Path | None = None) -> Method:
             f"unknown, expected one of {', '.join(method_names())}, or the path of a .py file",
             "Check the spelling",
         )
-    if file is not None and name in (*method_names(), "auto"):
+    if file is not None and name in (*method_names(), "auto", KEPT):
         raise InputError(
             f"--method {file}",
             f"got a file with the name of the method {name!r}, expected one of its own",

@@ -25,6 +25,7 @@ from plugins.lock import locked as lock_file
 __all__ = [
     "StageWriter",
     "file_records",
+    "free_bytes",
     "locked",
     "remove",
     "sha256_file",
@@ -160,7 +161,8 @@ def verify_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None
             )
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Of the disk on which a folder is, or is to be."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -186,7 +188,7 @@ class StageWriter:
         out: Path,
         stage: str,
         needed_bytes: int = 0,
-        free_bytes: Callable[[Path], int] = _free_bytes,
+        free_bytes: Callable[[Path], int] = free_bytes,
     ) -> None:
         self.final = out / stage
         self.path = out / partial(stage)

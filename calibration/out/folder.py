@@ -24,6 +24,7 @@ from calibration.out.layout import (
     QUANT_JSON,
 )
 from calibration.out.manifest import read_manifest
+from calibration.out.pack import is_pack
 from calibration.out.records import FileName, Sha256
 from plugins.errors import InputError
 
@@ -202,11 +203,11 @@ def _alone(path: Path) -> str:
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
         kind = "a file" if path.exists() else "no such folder"
-        raise InputError(
-            str(path),
-            f"got {kind}, expected an artifact folder",
-            f"Make one with: {_MAKE} --out DIR",
-        )
+        fix = f"Make one with: {_MAKE} --out DIR"
+        if is_pack(path):
+            kind = "a pack"
+            fix = f"Make one with: python -m deploy unpack {shlex.quote(str(path))} --to DIR --link"
+        raise InputError(str(path), f"got {kind}, expected an artifact folder", fix)
 
 
 def _needs(out: Path, stage: str, why: str) -> InputError:

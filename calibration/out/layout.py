@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ATTRIBUTION",
     "BITS_FILE",
     "CHAT_FILE",
     "DATA_FILE",
@@ -50,6 +51,7 @@ ENGINE_RECORD = "engine.json"
 # OUT/report
 JSON_FILE = "report.json"
 HTML_FILE = "index.html"
+ATTRIBUTION = "attribution.json"  # what python -m deploy attribute measured
 
 
 def partial(stage: str) -> str:

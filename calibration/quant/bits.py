@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,25 @@ class SchemeMap:
         head_limit: the largest part by which a quantized head may raise perplexity, as
             calibration.blocks.head measures it; one that costs more stays in floating point. None:
             it is quantized whatever it costs.
+        own: (node, scheme) of nodes whose codes are there already; before all rules.
+        own_head: the same of the head, in the place of head_bits.
     """
 
     base: QuantScheme
     rules: tuple[Rule, ...] = ()
     head_bits: int = FLOAT_BITS
     head_limit: float | None = None
+    own: tuple[tuple[str, QuantScheme], ...] = ()
+    own_head: QuantScheme | None = None
 
     @property
     def head(self) -> QuantScheme | None:
         """The head's scheme; None leaves it in floating point. Raises as head_scheme."""
-        return head_scheme(self.head_bits, self.base)
+        return self.own_head or head_scheme(self.head_bits, self.base)
+
+    @cached_property
+    def _own(self) -> Mapping[str, QuantScheme]:
+        return dict(self.own)
 
     def decoder(self, decoder: Decoder) -> Decoder:
         """A float decoder as it is to become, its head quantized even where a limit may forbid it."""
@@ -129,6 +137,8 @@ class SchemeMap:
         if decoder.head.quantized and node == decoder.head.name:
             assert self.head is not None
             return self.head
+        if node in self._own:
+            return self._own[node]
         members = {member: self._last(node, member) for member in decoder.members(node)}
         schemes = {
             member: rule.scheme(self.base) if rule else self.base
@@ -200,25 +210,36 @@ class SchemeMap:
         }
 
     def schemes(self) -> tuple[QuantScheme, ...]:
-        """Every scheme it can give, once: the base, then the rules' in order, then the head's."""
+        """Every scheme it can give, once: the base, then the rules' in order, the nodes' own, then
+        the head's.
+        """
         heads = () if self.head is None else (self.head,)
         rules = (rule.scheme(self.base) for rule in self.rules)
-        return tuple(dict.fromkeys((self.base, *rules, *heads)))
+        return tuple(dict.fromkeys((self.base, *rules, *self._own.values(), *heads)))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form; of a map without rules and without a head it is the base's."""
         rules = {"rules": [[rule.pattern, rule.bits] for rule in self.rules]} if self.rules else {}
         head = {} if self.head_bits == FLOAT_BITS else {"head_bits": self.head_bits}
         limit = {} if self.head_limit is None else {"head_limit": self.head_limit}
-        return self.base.as_dict() | rules | head | limit
+        own = {"own": {name: one.as_dict() for name, one in self.own}} if self.own else {}
+        own_head = {} if self.own_head is None else {"own_head": self.own_head.as_dict()}
+        return self.base.as_dict() | rules | head | limit | own | own_head
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchemeMap:
         """Inverse of as_dict."""
-        own = {"rules", "head_bits", "head_limit"}
-        base = QuantScheme(**{key: value for key, value in values.items() if key not in own})
-        rules = tuple(Rule(pattern, bits) for pattern, bits in values.get("rules", []))
-        return cls(base, rules, values.get("head_bits", FLOAT_BITS), values.get("head_limit"))
+        extra = {"rules", "head_bits", "head_limit", "own", "own_head"}
+        base = QuantScheme(**{key: value for key, value in values.items() if key not in extra})
+        head = values.get("own_head")
+        return cls(
+            base,
+            tuple(Rule(pattern, bits) for pattern, bits in values.get("rules", [])),
+            values.get("head_bits", FLOAT_BITS),
+            values.get("head_limit"),
+            tuple((node, QuantScheme(**own)) for node, own in values.get("own", {}).items()),
+            None if head is None else QuantScheme(**head),
+        )
 
     def as_text(self) -> str:
         """The rules as a bits file."""

@@ -95,6 +95,7 @@ class _Calibration(TypedDict, total=False):
     blocks: list[_Block]
     head: _HeadCost
     rotation: str
+    kept: str
 
 
 class _Meta(TypedDict):
@@ -106,6 +107,7 @@ class _Meta(TypedDict):
     scheme: Any
     layers: NotRequired[dict[str, Any]]  # absent where all nodes have one scheme
     head: NotRequired[Any]  # absent where the head is a float table
+    reordered: NotRequired[list[str]]  # nodes whose input channels have an order of their own
     files: dict[FileName, Sha256]
     sizes: _Sizes
     calibration: NotRequired[_Calibration]
@@ -150,6 +152,9 @@ class QuantModel:
         self.head = self._exception("head", meta["head"]) if "head" in meta else None
         if self.head is not None:
             self.decoder = self.decoder.with_quantized_head()
+        reordered = meta.get("reordered", [])
+        self._known_nodes(dict.fromkeys(reordered), "reordered")
+        self.decoder = self.decoder.reordered(reordered)
         self._check_tensors()
 
     def _decoder(self) -> Decoder:
@@ -172,12 +177,12 @@ class QuantModel:
                 _AGAIN,
             ) from None
 
-    def _known_nodes(self, layers: dict[str, Any]) -> dict[str, Any]:
+    def _known_nodes(self, layers: dict[str, Any], field: str = "layers") -> dict[str, Any]:
         nodes = self.decoder.nodes
         for node in layers:
             if node not in nodes:
                 raise InputError(
-                    f"{self.path / QUANT_JSON}, layers",
+                    f"{self.path / QUANT_JSON}, {field}",
                     f"got {node}, expected GEMM nodes such as {nodes[0]}",
                     _AGAIN,
                 )
@@ -297,6 +302,25 @@ class QuantModel:
             for array in op_spec(scheme.op).arrays(attrs)
         }
         return QuantLinear(name, scheme, QuantArrays.of(found))
+
+    def order(self, name: str) -> np.ndarray | None:
+        """The channel that comes to each place of the input of a linear, or GEMM node, by its full
+        name: int32 [in_features]; None where they are in order.
+
+        Raises:
+            InputError: they are not each channel once.
+        """
+        found = self.decoder.orders.get(self.decoder.node(name))
+        if found is None:
+            return None
+        order = np.array(self.tensor(found[0]))
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise InputError(
+                f"{self.path}, tensor {found[0]}",
+                f"got other numbers than 0 to {len(order) - 1}, each once",
+                _AGAIN,
+            )
+        return order
 
     def fused(self, names: Sequence[str], name: str = "") -> QuantLinear:
         """Several linears that read the same tensor, stacked along the output in the order given."""

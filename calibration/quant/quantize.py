@@ -167,6 +167,8 @@ def _arrays(checkpoint: Checkpoint, source: QuantSource, item: StoredItem) -> It
         )
     elif item.kind == "rope":
         yield checkpoint.rope(item.name)[0]
+    elif item.kind == "order":
+        yield source.order(item.name)
     else:
         arrays = source.linear(item.name, item.scheme).named()
         for spec in item.specs:
@@ -223,6 +225,8 @@ def _meta(
     if quantised.decoder.head.quantized:
         assert schemes.head is not None
         head = {"head": schemes.head.as_dict()}
+    reordered = list(quantised.decoder.orders)
+    ordered = {"reordered": reordered} if reordered else {}
     return {
         "format": FORMAT,
         "family": checkpoint.family.name,
@@ -236,6 +240,7 @@ def _meta(
         "scheme": schemes.base.as_dict(),
         **layers,
         **head,
+        **ordered,
         "files": files,
         "sizes": _sizes(items),
         "calibration": quantised.facts,

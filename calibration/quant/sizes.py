@@ -27,9 +27,9 @@ class StoredItem:
     """What lies together in the quant folder, with its tensors in order.
 
     Attributes:
-        kind: "float" for a tensor that stays, "linear" for a quantized one, or "rope" for the
-            rotary frequencies.
-        name: of the tensor or linear.
+        kind: "float" for a tensor that stays, "linear" for a quantized one, "order" for that of a
+            GEMM node's input channels, or "rope" for the rotary frequencies.
+        name: of the tensor or linear; of an order the node.
         specs: its tensors.
         scheme: of the linear; the base's otherwise.
         bits: of a linear, its codes packed to their bits.
@@ -66,6 +66,9 @@ def stored_items(
             yield StoredItem(
                 "linear", owner, tuple(linear_specs(owner, *layer)), scheme, stored_bits(*layer)
             )
+    for node, (name, width) in decoder.orders.items():
+        order = TensorSpec(name, np.dtype(np.int32), (width,))
+        yield StoredItem("order", node, (order,), base)
     for name, (step, _) in decoder.frequencies.items():
         rope = TensorSpec(name, np.dtype(np.float32), (decoder.rotated(step) // 2,))
         yield StoredItem("rope", name, (rope,), base)

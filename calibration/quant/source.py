@@ -1,5 +1,5 @@
-"""Where the tensors of a quant folder come from: a method that looks at weights alone, or a
-block-wise calibration.
+"""Where the tensors of a quant folder come from: a method that looks at weights alone, a block-wise
+calibration, or a checkpoint that has codes already.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from calibration import formats
 from calibration.data import calibration_windows, load_text, text_tokens
-from calibration.methods import Method, find_method
+from calibration.methods import KEPT, PLAIN_METHOD, Method, find_method
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     code_digest,
@@ -20,6 +20,7 @@ from calibration.out.fingerprint import (
     method_digest,
     package_versions,
 )
+from calibration.quant.keep import kept_arrays, kept_orders
 from calibration.quant.options import QuantizeOptions
 from calibration.quant.scheme import FLOAT_BITS
 from calibration.quant.sizes import linear_specs
@@ -60,6 +61,9 @@ class QuantSource(Protocol):
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
         """A quantised linear by its Hugging Face name."""
 
+    def order(self, node: str) -> np.ndarray:
+        """Of a GEMM node's input channels, int32 [in_features], where its decoder has one."""
+
     def close(self) -> None:
         """The folder is written: away with what was kept for it."""
 
@@ -79,8 +83,7 @@ class _PlainSource:
         return self._checkpoint.array(name)
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
-        has_bias = self.decoder.linears[name].bias
-        bias = self._checkpoint.array(f"{name}.bias") if has_bias else None
+        has_bias, bias = self.decoder.linears[name].bias, self._bias(name)
         float_decoder = self._checkpoint.decoder
         table = float_decoder.head_table() if name == float_decoder.head.name else name
         weight = self._checkpoint.array(f"{table}.weight")
@@ -89,8 +92,37 @@ class _PlainSource:
             _check_array(self._method, spec, arrays.named().get(spec.name.rpartition(".")[2]))
         return arrays
 
+    def order(self, node: str) -> np.ndarray:
+        raise KeyError(node)  # no order but that of a checkpoint's codes
+
+    def _bias(self, name: str) -> np.ndarray | None:
+        return self._checkpoint.array(f"{name}.bias") if self.decoder.linears[name].bias else None
+
     def close(self) -> None:
         pass
+
+
+class _KeptSource(_PlainSource):
+    """The checkpoint's own codes, and a head that it has as floats rounded to nearest."""
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, writes: bool) -> None:
+        self._orders = kept_orders(checkpoint)
+        reordered = decoder.reordered(self._orders)
+        super().__init__(checkpoint, reordered, find_method(PLAIN_METHOD), writes)
+        self.facts = {"kept": checkpoint.format}
+
+    def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
+        if scheme.method != KEPT:
+            return super().linear(name, scheme)
+        head = self._checkpoint.decoder.head.name
+        table = self._checkpoint.decoder.head_table() if name == head else name
+        stored, bias = self._checkpoint.coded(table), self._bias(name)
+        assert stored is not None  # see kept_schemes
+        found = kept_arrays(stored, scheme)
+        return found if bias is None else replace(found, bias=np.asarray(bias, np.float32))
+
+    def order(self, node: str) -> np.ndarray:
+        return self._orders[node]
 
 
 def _check_array(method: Method, spec: TensorSpec, array: Any) -> None:
@@ -168,6 +200,9 @@ class _CalibratedSource:
                 start = rows.stop
         raise KeyError(name)
 
+    def order(self, node: str) -> np.ndarray:
+        raise KeyError(node)  # no order but that of a checkpoint's codes
+
     def close(self) -> None:
         self._store.remove()
 
@@ -193,6 +228,9 @@ def open_source(
             not fit.
     """
     settings = options.settings
+    if schemes.base.method == KEPT:
+        decoder = schemes.decoder(checkpoint.decoder)
+        return _KeptSource(checkpoint, decoder, options.ranks.first)
     method = find_method(schemes.base.method, settings.method_file)
     method.check_settings(settings)
     schemes = _with_possible_head(schemes, method, options, progress)

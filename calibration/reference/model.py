@@ -39,6 +39,7 @@ __all__ = [
     "QuantReference",
     "Reference",
     "Tap",
+    "channel_orders",
     "float_model",
     "quantised_model",
 ]
@@ -101,7 +102,8 @@ class Reference(Protocol):
 
 def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
     """The transformers model in fp32, eval mode: of a Hugging Face folder as transformers itself
-    reads it, so that it shares no mistake of ours; of a GGUF file with the checkpoint's tensors.
+    reads it, so that it shares no mistake of ours; of a GGUF file, or of one that is quantized
+    already, with the checkpoint's tensors.
 
     Args:
         max_context: most tokens of a sequence of an export that it is compared with, whose rotary
@@ -111,7 +113,8 @@ def float_model(checkpoint: Checkpoint, max_context: int | None = None) -> Any:
         InputError: transformers does not load the folder, or would leave tensors of it out or make
             some up. CheckError: it reads other numbers than the checkpoint gave.
     """
-    model = _from_tensors(checkpoint) if checkpoint.source.kind == "gguf" else _own(checkpoint)
+    made = checkpoint.source.kind == "gguf" or checkpoint.format
+    model = _from_tensors(checkpoint) if made else _own(checkpoint)
     if max_context is not None:
         _fix_frequencies(model, checkpoint, max_context)
     model.config.return_dict = True  # results are read by name, whatever a config says
@@ -344,6 +347,16 @@ class CacheQuantizer:
         )
 
 
+def channel_orders(quant: QuantModel, block: Block) -> dict[str, Tensor]:
+    """The orders of a block's channels, int64, by their names below its prefix."""
+    found = {step.name: quant.order(block.name(node)) for node, step in block.orders.items()}
+    return {
+        name: torch.from_numpy(order.astype(np.int64))
+        for name, order in found.items()
+        if order is not None
+    }
+
+
 def quantised_model(
     quant: QuantModel, round_activations: bool = True, max_context: int | None = None
 ) -> QuantReference:
@@ -407,6 +420,7 @@ class QuantReference:
         self._gain = tensor(head.norm.gain)
         self._gains = [
             {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
+            | channel_orders(quant, block)
             for block in self.decoder.blocks
         ]
         self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}

@@ -26,6 +26,7 @@ from calibration.families.steps import (
     Heads,
     Linears,
     Norm,
+    Reorder,
     Step,
 )
 from calibration.families.steps import Rope as RopeStep
@@ -270,7 +271,7 @@ class Context:
     """What steps compute with.
 
     Attributes:
-        gains: of norms, by their names below the block's prefix.
+        gains: of norms, by their names below the block's prefix; and the orders, int64, of channels.
         rope: positions.
         node: how a GEMM node multiplies.
         heads: what becomes of rotated heads before attention.
@@ -304,6 +305,10 @@ def _linears(step: Linears, state: State, context: Context) -> State:
     x = state.x if context.tap is None else context.tap("input", step.node, state.x)
     y = context.node(step.node, x)
     return replace(state, x=y if context.tap is None else context.tap("output", step.node, y))
+
+
+def _reorder(step: Reorder, state: State, context: Context) -> State:
+    return replace(state, x=state.x[..., context.gains[step.name]])
 
 
 def _norm(step: Norm, state: State, context: Context) -> State:
@@ -375,6 +380,7 @@ def _made(state: State) -> Triple:
 STEPS: Mapping[type, Callable[[Any, State, Context], State]] = {
     Norm: _norm,
     Linears: _linears,
+    Reorder: _reorder,
     Heads: _heads,
     HeadNorm: _head_norm,
     RopeStep: _rope,

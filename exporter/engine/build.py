@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from calibration.out.files import sha256_file, write_json
 from calibration.out.layout import DATA_FILE, ENGINE, ENGINE_FILE, ENGINE_RECORD
@@ -231,29 +231,50 @@ class EngineBuilder:
         SetDecomposableAttentions((self.builder, self.network, self.parser))()
         return names
 
-    def serialize(self, profiles: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
-        """Build; returns TensorRT's buffer with the engine."""
-        from polygraphy.backend.trt import (
-            CreateConfig,
-            PostprocessConfig,
-            Profile,
-            engine_bytes_from_network,
-        )
-        from polygraphy.exception import PolygraphyException
+    def write(self, profiles: Sequence[Mapping[str, Any]], path: Path, progress: Progress) -> bool:
+        """Build, and write the engine piece by piece, so that it is never whole in memory beside the
+        builder's copy; says whether there is one.
+        """
+        from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 
         made = []
         for profile in profiles:
             made.append(Profile())
             for name, shapes in profile["inputs"].items():
                 made[-1].add(name, shapes["min"], shapes["opt"], shapes["max"])
-        with _monitored(self.trt, progress) as monitor:
-            config = PostprocessConfig(
+        with _monitored(self.trt, progress) as monitor, path.open("wb") as file:
+            load = PostprocessConfig(
                 CreateConfig(profiles=made, progress_monitor=monitor), _without_tf32(self.trt)
             )
+            config = load(self.builder, self.network)
+            if not hasattr(self.trt, "IStreamWriter"):  # an early TensorRT 10
+                engine = self.builder.build_serialized_network(self.network, config)
+                return engine is not None and file.write(memoryview(engine)) > 0
+            writer = _stream_writer(self.trt, file)
+            done = self.builder.build_serialized_network_to_stream(self.network, config, writer)
+            if writer.error is not None:
+                raise writer.error
+            return bool(done)
+
+
+def _stream_writer(trt: Any, file: BinaryIO) -> Any:
+    """What TensorRT hands the pieces of an engine to. An exception inside its callback would be lost:
+    it is kept as `error`.
+    """
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
             try:
-                return engine_bytes_from_network((self.builder, self.network), config=config)
-            except PolygraphyException:
-                return None
+                return file.write(data)
+            except OSError as error:  # a full disk
+                self.error = error
+                return 0
+
+    return Writer()
 
 
 def _without_tf32(trt: Any) -> Callable[..., None]:
@@ -322,7 +343,7 @@ def build_engine(
     """Write model.engine, the plugin library and engine.json into `folder`; returns what
     engine.json holds.
 
-    Memory: the weights are held once by the parser and once in the finished engine.
+    Memory: the parser maps the weights, the builder has about two copies of its own.
 
     Raises:
         InputError: no TensorRT, or an unfit library. CheckError: the model does not parse or build,
@@ -343,17 +364,14 @@ def build_engine(
         build.parse(nodes)
         attentions = build.allow_fp32_attention()
         parsed, layers = time.monotonic(), build.layer_counts()
-        engine = build.serialize(profiles, progress)
-        if engine is None:
+        if not build.write(profiles, folder / ENGINE_FILE, progress):
             raise CheckError(
                 str(onnx_path),
                 f"got no engine from {edition}: {_shorten(log.errors)}; expected one",
                 "Lower --max-batch or --max-seq if memory is named; else report this",
             )
         built = time.monotonic()
-        with (folder / ENGINE_FILE).open("wb") as file:
-            file.write(memoryview(engine))
-        del engine, build
+        del build
     for text in log.warnings:
         if _EVERY_CALL not in text:
             progress.message(f"{edition.name}: {text}")

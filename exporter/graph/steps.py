@@ -21,6 +21,7 @@ from calibration.families.steps import (
     Heads,
     Linears,
     Norm,
+    Reorder,
     Rope,
 )
 from exporter.graph.names import WRITE_INDICES, layer_output, new_key, past, present
@@ -75,6 +76,11 @@ def _linears(writer: GraphWriter, flow: Flow, step: Linears) -> str:
     flow.linears, norm = step, flow.block.sites[step.node].norm
     norm_name = flow.block.name(norm.name) if norm else ""
     return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name)
+
+
+def _reorder(writer: GraphWriter, flow: Flow, step: Reorder) -> str:
+    name = flow.block.name(step.name)
+    return writer.node("Gather", [flow.value, writer.tensor(name)], f"{name}.rows", axis=-1)
 
 
 def _heads(writer: GraphWriter, flow: Flow, step: Heads) -> str:
@@ -197,6 +203,7 @@ ACTIVATIONS: dict[str, Callable[[GraphWriter, str, str], str]] = {
 WRITERS: dict[type, Callable[[GraphWriter, Flow, Any], str]] = {
     Norm: _norm,
     Linears: _linears,
+    Reorder: _reorder,
     Heads: _heads,
     HeadNorm: _head_norm,
     Rope: _rope,

@@ -72,7 +72,7 @@ def _calibrated_on(out: Path, manifest: Mapping[str, Any], options: ValidateOpti
 
     text = manifest.get("request", {}).get("calib") or "default"
     return (
-        bool(read_quant(out / QUANT, verify=False).calibration)
+        "windows" in read_quant(out / QUANT, verify=False).calibration
         and (options.calib or "default") == text
     )
 
@@ -127,7 +127,7 @@ def _quality(
     except CheckError as error:
         return replace(result, first_failure=f"quality of {error.where}: {error.problem}"), None
     progress.finish()
-    return result, found.as_dict()
+    return result, {**found.as_dict(), "codes": checkpoint.format}
 
 
 def _windows(

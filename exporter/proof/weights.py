@@ -6,7 +6,9 @@ step, which follows from the number of levels and the float weights' own range i
 from the scales in quant/, so a wrong scale shows as well as a wrong code. An honest error is about
 0.6 of that limit. Tensors that are not quantised may differ by their rounding to the model's type.
 
-Methods other than "rtn" may transform the weights (scale channels, rotate, correct errors), so that
+Codes that were kept from a checkpoint stand for its very weights: nothing may differ.
+
+Other methods than "rtn" may transform the weights (scale channels, rotate, correct errors), so that
 single weights need not be close to the float model's. Their errors are shown without a limit; only
 NaN, Inf and missing tensors fail.
 """
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.methods import PLAIN_METHOD
+from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.graph.names import layer_of
@@ -38,6 +40,9 @@ __all__ = ["compare_weights", "compared_tensors"]
 _CHUNK = 1 << 22  # weights held as fp32 at once
 _MARGIN = 1.01  # fp32 rounding of weights that lie between two codes
 _SMALLEST_HALF = 2.0**-24  # spacing of fp16 subnormals
+_SAME = 2.0**-24  # of a weight: what is not the same in fp32 differs by more
+_SMALLEST = 2.0**-126  # normal number of fp32
+_WITH_LIMITS = (PLAIN_METHOD, KEPT)
 
 
 @dataclass
@@ -121,11 +126,18 @@ def _pieces(linear: QuantLinear) -> Iterator[tuple[slice, QuantLinear]]:
         yield part, QuantLinear(linear.name, linear.scheme, linear.arrays.rows(part))
 
 
-def _linear_sums(weight: np.ndarray, linear: QuantLinear) -> _Sums:
+def _linear_sums(weight: np.ndarray, linear: QuantLinear, order: np.ndarray | None) -> _Sums:
     sums, op = _Sums(), op_spec(linear.scheme.op)
     for part, piece in _pieces(linear):
         rows = np.asarray(weight[part], np.float32)
-        sums.add(rows, piece.dequantize(), op.rounding_bound(rows, linear.scheme.gemm))
+        if order is not None:
+            rows = rows[:, order]
+        bound = (
+            np.abs(rows) * np.float32(_SAME) + np.float32(_SMALLEST)
+            if linear.scheme.method == KEPT
+            else op.rounding_bound(rows, linear.scheme.gemm)
+        )
+        sums.add(rows, piece.dequantize(), bound)
     return sums
 
 
@@ -182,7 +194,7 @@ def compare_weights(
     """
     progress, reports = progress or NullProgress(), []
     # A method that transforms some weights may do so by changing the norms before them.
-    plain = all(scheme.method == PLAIN_METHOD for scheme in quant.schemes)
+    plain = all(scheme.method in _WITH_LIMITS for scheme in quant.schemes)
     linears = quant.decoder.linears
     for name, shape in _shapes(checkpoint, quant, layers).items():
         base = name.removesuffix(".weight")
@@ -195,7 +207,7 @@ def compare_weights(
             table = checkpoint.decoder.head_table() if base == head else base
             weight = checkpoint.array(name if table == base else f"{table}.weight")
             sums = (
-                _linear_sums(weight, quant.linear(base))
+                _linear_sums(weight, quant.linear(base), quant.order(base))
                 if quantised
                 else _float_sums(weight, quant.tensor(name), quant.scheme)
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from calibration.quant.scheme import FLOAT_BITS
+from exporter.report.attribution import attribution_section
 from exporter.report.calibration import calibration_section
 from exporter.report.chart import Chart, Series, bar, escape, line_chart, table
 from exporter.report.quality import quality_section, verdicts
@@ -39,6 +40,7 @@ def page(data: Data) -> str:
         verdicts(data, _export_facts(data)),
         _tiles(data),
         quality_section(data),
+        attribution_section(data.get("attribution")),
         _operators(data),
         _accumulated(data),
         _costs(data),
@@ -374,6 +376,13 @@ def _head(data: Data) -> str:
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"
 
 
+def _calibration(data: Data) -> str:
+    kept = data.get("calibration", {}).get("kept")
+    if kept:
+        return f"none: the codes are those of the {kept} checkpoint"
+    return str(data["request"].get("calib", "default"))
+
+
 def _made(data: Data) -> str:
     scheme, request, shape, engine = data["scheme"], data["request"], data["shape"], data["engine"]
     others = (
@@ -404,7 +413,7 @@ def _made(data: Data) -> str:
             f"{shape['num_attention_heads']} heads "
             f"({shape['num_key_value_heads']} key-value), vocabulary {shape['vocab_size']}",
         ),
-        ("calibration", request.get("calib", "default")),
+        ("calibration", _calibration(data)),
     ]
     left = f"<section><h2>Settings</h2>{_list(settings)}</section>"
     if engine is None:

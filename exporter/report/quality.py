@@ -58,6 +58,10 @@ def verdicts(data: Data, export_facts: Iterable[tuple[str, str]]) -> str:
             (f"{quality['top1']:.0%}", "same next token as float"),
         ]
         seen = " It is text that calibration has seen." if quality.get("seen") else ""
+        if codes := quality.get("codes"):
+            seen += (
+                f" The float model is the {escape(codes)} checkpoint with its codes dequantized."
+            )
         note = (
             f"{quality['tokens']} tokens of {escape(quality['text'])}, {quality['windows']} windows "
             f"of {quality['seqlen']}, each scored alone.{seen}"

@@ -45,7 +45,8 @@ def _range(groups: np.ndarray, levels: int) -> np.ndarray:
     low, high = groups.min(-1), groups.max(-1)
     absmax = np.maximum(np.abs(low), np.abs(high))
     width = high / (levels - 1) - low / (levels - 1)  # divided first: high - low may overflow
-    return np.maximum(np.maximum(width, absmax * np.float32(FLAT)), np.float32(SMALLEST_SCALE))
+    scale = np.maximum(np.maximum(width, absmax * np.float32(FLAT)), np.float32(SMALLEST_SCALE))
+    return np.asarray(scale)
 
 
 def _few_levels(groups: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -318,6 +318,13 @@ class OpSpec(ABC):
         """How other formats read the weights; None if they cannot."""
         return None
 
+    def from_affine(self, arrays: QuantArrays, scheme: GemmScheme, where: str) -> QuantArrays:
+        """The arrays of this op from the codes 0..2^bits-1, scales and zero points that its
+        AffineForm speaks of: here they are these. Raises InputError on zero points that it cannot
+        say.
+        """
+        return arrays
+
     # ---------------------------------------------------------------- what it computes
 
     @abstractmethod

@@ -207,6 +207,17 @@ class QqqGemm(OpSpec):
         """Per group int8 weights with one scale per channel: the second level has no other name."""
         return AffineForm(8 if scheme.group_size else scheme.wbits, True, 0)
 
+    def from_affine(self, arrays: QuantArrays, scheme: GemmScheme, where: str) -> QuantArrays:
+        """Codes per output channel, less the zero point of symmetric ones."""
+        if arrays.zero is None or (arrays.zero != OFFSET).any():
+            raise InputError(
+                where,
+                f"got zero points other than {OFFSET}, expected those of symmetric codes",
+                "Use --method abq, or --abits 16 to keep such codes",
+            )
+        signed = (arrays.codes - np.uint8(OFFSET)).view(np.int8)
+        return QuantArrays(signed, arrays.scale, bias=arrays.bias)
+
     def reference(
         self, x: np.ndarray, tensors: Mapping[str, np.ndarray], attrs: GemmAttributes
     ) -> np.ndarray:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deploy.evaluate import evaluate
+from calibration.quant.folder import read_quant
+from deploy.__main__ import main
+from deploy.evaluate import FloatModel, evaluate
 from exporter.proof.perplexity import EvalRequest, select_windows, text_windows, window_nll
 from plugins.errors import CheckError, InputError
 
@@ -49,7 +53,6 @@ def test_window_nll_scores_every_token_but_the_first(length: int) -> None:
 def test_perplexity_is_that_of_whole_windows(artifact: Path) -> None:
     import torch
 
-    from calibration.quant.folder import read_quant
     from calibration.reference.model import quantised_model
 
     quant = read_quant(artifact / "quant")
@@ -74,9 +77,48 @@ def test_perplexity_is_that_of_whole_windows(artifact: Path) -> None:
     }
 
 
-def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
-    from calibration.quant.folder import read_quant
+def test_the_float_model_beside_it(
+    artifact: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
 
+    request = EvalRequest(TEXT, first=2, seqlen=48)
+    found = evaluate(artifact, request, beside=FloatModel())
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    windows = text_windows(read_quant(artifact / "quant").tokenizer(), TEXT, 48, 512)[:2]
+    with torch.no_grad():
+        losses = [float(model(ids[None], labels=ids[None]).loss) for ids in torch.tensor(windows)]
+    assert found["float_ppl"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+    assert found["ppl"] == evaluate(artifact, request)["ppl"] != found["float_ppl"]
+    # The onnx folder alone names no float model, but takes one.
+    assert evaluate(artifact / "onnx", request, beside=FloatModel(str(tiny_model_dir)))[
+        "float_ppl"
+    ] == pytest.approx(found["float_ppl"], rel=1e-6)
+    words = ["--text", str(TEXT), "--first", "2", "--seqlen", "48", "--progress", "none"]
+    assert main(["eval", str(artifact), *words, "--float"]) == 0
+    assert json.loads(capsys.readouterr().out)["float_ppl"] == found["float_ppl"]
+    assert main(["eval", str(artifact / "onnx"), *words, "--float"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"{artifact / 'onnx'}: got an artifact that names no float model, expected one. Give it with "
+        "--model."
+    )
+    assert main(["eval", str(artifact), *words, "--model", "a"]) == 2
+    assert capsys.readouterr().err == (
+        "--model: got a float model that nothing is asked of. Add --float.\n"
+    )
+
+
+def test_another_float_model_is_refused(artifact: Path, tiny_llama: Callable[..., Path]) -> None:
+    other = str(tiny_llama(rms_norm_eps=1e-6))
+    with pytest.raises(InputError) as error:
+        evaluate(artifact, EvalRequest(TEXT, first=1, seqlen=48), beside=FloatModel(other))
+    assert str(error.value).startswith(
+        f"{artifact}: got an artifact of another model (fingerprint "
+    )
+
+
+def test_windows_are_whole_and_have_no_special_token(artifact: Path) -> None:
     tokenizer = read_quant(artifact / "quant").tokenizer()
     windows = text_windows(tokenizer, TEXT, 100, 512)
     tokens = tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"]
@@ -142,8 +184,6 @@ def test_the_default_window_is_the_models_context_where_that_is_short(artifact: 
 def test_bad_texts(
     artifact: Path, tmp_path: Path, content: str | bytes | None, message: str | None
 ) -> None:
-    from calibration.quant.folder import read_quant
-
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -123,7 +123,7 @@ def test_what_it_does_not_know(tmp_path: Path) -> None:
             inspect(path)
         assert str(error.value) == (
             f"{path}: got neither an artifact nor an ONNX file, expected an OUT folder, its quant, "
-            "onnx or engine folder, or FILE.onnx. Check the path."
+            "onnx or engine folder, a pack, or FILE.onnx. Check the path."
         )
     with pytest.raises(InputError) as error:
         inspect(tmp_path / "none")

@@ -31,10 +31,10 @@ def test_a_full_disk_is_refused_before_writing(
     code, _, err = run(tmp_path / "out")
     assert code == EXIT_INPUT
     assert err.splitlines()[-1].startswith(
-        f"{tmp_path / 'out' / 'quant'}: got 1 MB of free space, expected at least "
+        f"{tmp_path / 'out'}: got 1 MB of free space, expected at least "
     )
-    assert err.endswith("Free some space or choose another --out.\n")
-    assert not (tmp_path / "out" / "quant").exists()
+    assert err.endswith("Free some space, choose another --out, or stop earlier with --until.\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_setting_is_refused_and_kept(

@@ -21,6 +21,7 @@ def write_gguf(
     checkpoint: Checkpoint,
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    blocks: Mapping[str, tuple[str, np.ndarray]] | None = None,
     **options: Any,
 ) -> Path:
     """Write a checkpoint as GGUF in fp32, with RoPE as llama.cpp's converter would.
@@ -30,6 +31,7 @@ def write_gguf(
         checkpoint: of a family that such files are read of.
         metadata: more keys, or other values of those that there are.
         extra: more tensors.
+        blocks: {name: (type, bytes [rows, bytes of a row])} of tensors that are quantized.
         options: of GGUFWriter, such as split_max_tensors.
     """
     config, family = checkpoint.config, checkpoint.family
@@ -59,7 +61,9 @@ def write_gguf(
         add_value(writer, key, value)
     tensors = {**_tensors(checkpoint), **_rope_factors(checkpoint), **(extra or {})}
     for name, array in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(array))
+        kind, data = (blocks or {}).get(name, (None, array))
+        raw = None if kind is None else gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=raw)
     finish(writer)
     return path
 

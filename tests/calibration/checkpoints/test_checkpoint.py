@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.checkpoints.quantized import accepted_formats
 from calibration.families import accepted_architectures
 from plugins.errors import InputError
 from tests.conftest import FAMILIES
@@ -273,12 +274,18 @@ def test_configs_that_the_graph_cannot_express(
 
 
 def test_already_quantised_checkpoint(model: Path) -> None:
-    _change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    _change_config(model, quantization_config={"quant_method": "hqq", "nbits": 4})
     assert _refusal(model) == (
-        f"{model / 'config.json'}: got an already quantized checkpoint (quant_method gptq), "
-        f"expected float32, float16 or "
-        "bfloat16 "
-        "weights, or a .gguf file. Give the float model it was made from."
+        f"{model / 'config.json'}, quantization_config: got an already quantized checkpoint "
+        f"(quant_method hqq), expected float32, float16 or bfloat16 weights, or codes of "
+        f"{accepted_formats()}. Give the float model it was made from."
+    )
+    _change_config(model, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    assert _refusal(model) == (
+        f"{model}: got a config of gptq and tensors such as model.embed_tokens.weight, "
+        "model.layers.0.input_layernorm.weight, model.layers.0.mlp.down_proj.weight and 17 more, expected "
+        "layers with codes. The config and the weights do not belong together: take the quantization "
+        "config away, or give the weights that it is for."
     )
 
 

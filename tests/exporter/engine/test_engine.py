@@ -19,7 +19,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.quant.folder import read_quant
+from calibration.quant.keep import Keeping, kept_schemes
 from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, custom_nodes, profile_shapes
 from exporter.engine.edition import check_engine, select_edition
@@ -29,6 +31,7 @@ from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, GemmAttributes, QuantArrays
 from plugins.errors import InputError, UserError
 from plugins.tools.build import build_library
+from tests.calibration.formats import written
 from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import export
 
@@ -52,13 +55,15 @@ def arrays(op: str, attrs: GemmAttributes) -> QuantArrays:
         (attrs.out_features, attrs.in_features),
         np.full((attrs.out_features, attrs.n_groups), 0.01, np.float32),
     )
+    minimum = np.full(scale.shape, -0.08, np.float32)
     zero = np.full(scale.shape, 8, np.int32)
     bias = rng.standard_normal(attrs.out_features).astype(np.float32) if attrs.has_bias else None
     if op == "QQQGemm":
         return QuantArrays(rng.integers(-7, 8, shape).astype(np.int8), scale, bias=bias)
-    return QuantArrays(
-        rng.integers(0, attrs.levels, shape).astype(np.uint8), scale, zero, bias=bias
-    )
+    codes = rng.integers(0, attrs.levels, shape).astype(np.uint8)
+    if attrs.has_minimum:
+        return QuantArrays(codes, scale, bias=bias, minimum=minimum)
+    return QuantArrays(codes, scale, zero, bias=bias)
 
 
 def two_gemms(
@@ -113,7 +118,7 @@ try:
         options = EngineOptions("tensorrt-rtx", 2, 16)
         record = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(sys.stderr))
     print(json.dumps(record))
-except UserError as error:
+except (UserError, OSError) as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
 
@@ -158,8 +163,24 @@ def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
 
 
 @needs_rtx
-def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path) -> None:
-    model = two_gemms(tmp_path, second=("ABQGemm", GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1)))
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_build(tmp_path: Path) -> None:
+    two_gemms(tmp_path)
+    (tmp_path / "model.engine").symlink_to("/dev/full")
+    assert build(tmp_path)[0] == ["OSError", "[Errno 28] No space left on device"]
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        GemmAttributes(4, 16, 8, 1, 0, 48, 64, 1),
+        GemmAttributes(4, 16, 8, 0, 16, 48, 64, 1, has_minimum=1),
+    ],
+    ids=["symmetric", "minimums"],
+)
+def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path, attrs: GemmAttributes) -> None:
+    model = two_gemms(tmp_path, second=("ABQGemm", attrs))
     assert [node.domain for node in model.graph.node] == [DOMAIN, f"{DOMAIN}.v1"]
     record, _ = build(tmp_path)
     assert record["layers"]["PLUGIN_V3"] == 2
@@ -238,6 +259,19 @@ def test_every_step_is_built(
     assert record["layers"].get("SOFTMAX", 0) == capped
     turning = sum(block.rope is not None for block in decoder.blocks)
     assert record["layers"].get("ROTARY_EMBEDDING", 0) == turning
+
+
+@needs_rtx
+def test_input_channels_in_an_order_of_their_own_are_built(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The codes of a GPTQ checkpoint with desc_act: a Gather in front of each node."""
+    source = tiny_llama(dtype="float16", num_hidden_layers=1)
+    model = written.gptq(source, tmp_path / "model", ordered=True).folder
+    checkpoint = open_checkpoint(str(model), offline=True)
+    folder = export(model, kept_schemes(checkpoint, Keeping(abits=8)), tmp_path)
+    record, _ = build(folder)
+    assert record["layers"]["PLUGIN_V3"] == 4 and record["custom_nodes"] == {"ABQGemm": 4}
 
 
 @needs_rtx

@@ -31,6 +31,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w1b": {"wbits": 1, "balanced": True},
     "w2b": {"wbits": 2, "balanced": True},
     "w4-g32": {"group_size": 32},
+    "w4-g32-minimum": {"group_size": 32, "has_minimum": True},
     "qqq": {"op": "QQQGemm"},
     "qqq-g64": {"op": "QQQGemm", "group_size": 64},
     "bf16": {"dtype": "bfloat16"},

@@ -1,0 +1,129 @@
+"""python -m deploy unpack: a folder again of a pack."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.out.layout import DATA_FILE, DESCRIPTION, ENGINE, MANIFEST, ONNX
+from deploy.command import Command, add_progress
+from plugins.errors import InputError
+from plugins.text import printable
+
+if TYPE_CHECKING:
+    from calibration.out.pack import Pack
+    from calibration.progress import Progress
+
+__all__ = ["COMMAND", "unpack"]
+
+
+def unpack(path: Path, to: Path, link: bool = False, progress: Progress | None = None) -> list[str]:
+    """Make a folder of a pack, or none at all where something is wrong with it.
+
+    Args:
+        path: the pack.
+        to: a new folder.
+        link: the ONNX model's weights are not copied: their file is a second name of the pack, which
+            holds them at its beginning.
+        progress: advanced once a file.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        InputError: the pack is cut, damaged, or leads out of the folder; the folder is there; or it
+            cannot be written or linked.
+    """
+    from calibration.out.files import StageWriter
+    from calibration.out.pack import LINKED, Pack
+    from calibration.progress import NullProgress
+
+    if to.exists() or not to.parent.is_dir():
+        got = "something that is there" if to.exists() else "a place in no folder"
+        raise InputError(f"--to {to}", f"got {got}, expected a new folder", "Choose another --to")
+    pack = Pack(path)
+    linked = link and LINKED in pack.members
+    if link and not linked:
+        raise InputError(
+            "--link", f"got {path} without {LINKED}, expected one with it", "Leave out --link"
+        )
+    progress = progress or NullProgress()
+    progress.start("unpack", len(pack.members))
+    needed = sum(item.bytes for name, item in pack.members.items() if not linked or name != LINKED)
+    with StageWriter(to.parent, to.name, needed) as writer:
+        for name in pack.members:
+            if linked and name == LINKED:
+                for _ in pack.pieces(name):  # holds it against its checksum
+                    pass
+                pack.link(name, writer.path)
+            else:
+                pack.extract(name, writer.path)
+            progress.advance(1, name)
+        _keep_what_is_there(pack, writer.path, linked)
+    progress.finish()
+    return [*pack.members]
+
+
+def _keep_what_is_there(pack: Pack, folder: Path, linked: bool) -> None:
+    """Let the records of OUT name the stages that were packed, and a linked file as it is now."""
+    from calibration.out.files import file_records, write_json
+    from calibration.out.manifest import read_manifest
+
+    record: dict[str, Any] = {}
+    if linked:
+        record = {"bytes": pack.path.stat().st_size, "sha256": pack.sha256()}
+        description = pack.json(f"{ONNX}/{DESCRIPTION}")
+        description["files"][DATA_FILE] = record
+        write_json(folder / ONNX / DESCRIPTION, description)
+    if MANIFEST not in pack.members:
+        return
+    manifest = read_manifest(folder / MANIFEST)
+    stages = {name: found for name, found in manifest["stages"].items() if (folder / name).is_dir()}
+    if linked and ONNX in stages:
+        stages[ONNX]["files"] |= {
+            DATA_FILE: record,
+            **file_records(folder / ONNX, only=DESCRIPTION),
+        }
+    write_json(folder / MANIFEST, manifest | {"stages": stages})
+
+
+class Unpack(Command):
+    """Writes the folder."""
+
+    name = "unpack"
+    help = "a folder again of a pack"
+    description = (
+        "Make a folder of a pack, every file held against its checksum. With --link the ONNX model's "
+        "weights are not copied: ONNX Runtime maps them from the pack."
+    )
+    out_help = "file that pack wrote"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Where to, and how."""
+        add = parser.add_argument
+        add("--to", required=True, type=Path, metavar="FOLDER", help="a new folder")
+        add(
+            "--link",
+            action="store_true",
+            help="weights stay in the pack: their file becomes a second name (hard link) of it",
+        )
+        add_progress(parser)
+
+    def run(self, out: Path, args: argparse.Namespace) -> None:
+        """Unpack, and say how to run it."""
+        import shlex
+
+        from calibration.progress import make_progress
+
+        progress = make_progress(args.progress)
+        try:
+            names = unpack(out, args.to, args.link, progress)
+        finally:
+            progress.close()
+        print(printable(f"{args.to}: {len(names)} files"))
+        if any(name.startswith((f"{ONNX}/", f"{ENGINE}/")) for name in names):
+            print(printable(f"python -m deploy generate {shlex.quote(str(args.to))} --prompt ..."))
+
+
+COMMAND = Unpack()

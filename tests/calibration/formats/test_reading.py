@@ -1,0 +1,466 @@
+"""Checkpoints of other tools, written here bit by bit: their codes reach quant/ untouched, and stand
+for the weights that the formats' documents say, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.quant.folder import QuantModel, read_quant
+from calibration.quant.keep import Keeping, check_quantized, kept_schemes
+from calibration.quant.quantize import QuantizeOptions, quantize_model
+from calibration.quant.scheme import QuantScheme
+from plugins.errors import InputError
+from tests.calibration.formats import written
+from tests.calibration.formats.written import Written
+
+CASES: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
+    "gptq": (written.gptq, {}, "ABQGemm w4a16-g32"),
+    "gptq asymmetric": (written.gptq, {"symmetric": False}, "ABQGemm w4a16-g32"),
+    "gptq 2 bits": (written.gptq, {"bits": 2, "group": -1}, "ABQGemm w2a16"),
+    "gptq 3 bits": (written.gptq, {"bits": 3, "symmetric": False}, "ABQGemm w3a16-g32"),
+    "gptq 8 bits": (written.gptq, {"bits": 8, "version": 2}, "ABQGemm w8a16-g32"),
+    "gptq v2": (written.gptq, {"version": 2, "symmetric": False}, "ABQGemm w4a16-g32"),
+    "gptq cut groups": (written.gptq, {"group": 48}, "ABQGemm w4a16-g16"),
+    "gptq desc_act": (written.gptq, {"ordered": True, "symmetric": False}, "ABQGemm w4a16-g32"),
+    "awq": (written.awq, {}, "ABQGemm w4a16-g32"),
+    "awq of rows": (written.awq, {"group": -1}, "ABQGemm w4a16"),
+    "packed 4": (written.packed, {"bits": 4, "group": 32, "symmetric": False}, "ABQGemm w4a16-g32"),
+    "packed 8": (written.packed, {"bits": 8, "group": None, "symmetric": True}, "ABQGemm w8a16"),
+    "packed actorder": (
+        written.packed,
+        {"bits": 4, "group": 16, "symmetric": True, "actorder": True},
+        "ABQGemm w4a16-g16",
+    ),
+    "int 8": (written.integers, {"bits": 8}, "ABQGemm w8a8"),
+    "int 8 zero": (written.integers, {"bits": 8, "symmetric": False}, "ABQGemm w8a8"),
+    "int 4": (written.integers, {"bits": 4}, "QQQGemm w4a8"),
+    "int 4 groups": (written.integers, {"bits": 4, "group": 32}, "ABQGemm w4a8-g32"),
+    "qqq": (written.qqq, {"group": -1}, "QQQGemm w4a8"),
+    "qqq groups": (written.qqq, {"group": 128}, "QQQGemm w4a8"),
+    "abq 2*": (written.abq_llm, {"levels": 5}, "ABQGemm w2ba16"),
+    "abq 4": (written.abq_llm, {"levels": 16, "group": 32}, "ABQGemm w4a16-g32"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama(dtype="float16", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_llama: Callable[..., Path]) -> Path:
+    """QQQ's tiles ask for more."""
+    return tiny_llama(
+        dtype="float16",
+        num_hidden_layers=1,
+        hidden_size=128,
+        intermediate_size=256,
+        num_key_value_heads=4,
+    )
+
+
+def keep(folder: Path, to: Path, **asked: Any) -> tuple[Checkpoint, QuantModel]:
+    checkpoint = open_checkpoint(str(folder), offline=True)
+    to.mkdir()
+    quantize_model(checkpoint, kept_schemes(checkpoint, Keeping(**asked)), QuantizeOptions(), to)
+    return checkpoint, read_quant(to)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_stay_and_stand_for_the_documents_weights(
+    source: Path, wide: Path, tmp_path: Path, name: str
+) -> None:
+    make, options, expected = CASES[name]
+    made = make(wide if make is written.qqq else source, tmp_path / "model", **options)
+    checkpoint, quant = keep(made.folder, tmp_path / "quant")
+    assert f"{quant.scheme.op} {quant.scheme.label}" == expected
+    assert quant.calibration == {"kept": checkpoint.format} and not checkpoint.warnings
+    for layer, weight in made.weights.items():
+        np.testing.assert_array_equal(checkpoint.array(f"{layer}.weight"), weight, layer)
+        linear, order = quant.linear(layer), quant.order(layer)
+        codes = linear.arrays.codes
+        if codes.dtype == np.int8 and made.codes[layer].min() >= 0:
+            codes = codes.astype(int) + 8
+        order = slice(None) if order is None else order
+        np.testing.assert_array_equal(codes, made.codes[layer][:, order], layer)
+        np.testing.assert_array_equal(linear.dequantize(), weight[:, order], layer)
+    rest = load_file(made.folder / "model.safetensors")
+    for tensor in ("model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
+        np.testing.assert_array_equal(quant.tensor(tensor), rest[tensor])
+    assert len(quant.decoder.orders) == (4 if options.get("ordered", "actorder" in name) else 0)
+
+
+def test_what_is_asked_for_beside_the_codes(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", group=-1)
+    _, quant = keep(made.folder, tmp_path / "a8", abits=8, kv_bits=8, head_bits=8, dtype="float32")
+    assert [quant.scheme.op, quant.scheme.label, quant.scheme.kv_bits, quant.scheme.dtype] == [
+        "QQQGemm",
+        "w4a8",
+        8,
+        "float32",
+    ]  # symmetric codes of whole rows are that op's too
+    assert quant.head is not None
+    assert (quant.head.op, quant.head.label, quant.head.method) == ("ABQGemm", "w8a8", "rtn")
+    assert quant.scheme.method == "kept"
+    _, quant = keep(made.folder, tmp_path / "a6", abits=6)
+    assert (quant.scheme.op, quant.scheme.label, quant.head) == ("ABQGemm", "w4a6", None)
+
+
+def test_a_quantized_head_is_kept(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    own = tiny_llama(dtype="float16", num_hidden_layers=1, tie_word_embeddings=False)
+    made = written.gptq(own, tmp_path / "model", head=True)
+    _, quant = keep(made.folder, tmp_path / "quant", abits=8)
+    assert quant.head is not None
+    assert (quant.head.label, quant.head.method) == ("w4a8-g32", "kept")
+    weight = made.weights["lm_head"]
+    np.testing.assert_array_equal(quant.linear("lm_head").dequantize(), weight)
+
+
+def test_our_own_folder_comes_back(tiny_quant: Callable[..., Path], tmp_path: Path) -> None:
+    from calibration.formats.compressed_tensors import write
+
+    for number, fields in enumerate(
+        [{"wbits": 4, "abits": 16, "group_size": 32}, {"op": "QQQGemm"}, {"wbits": 8, "abits": 8}]
+    ):
+        quant = read_quant(tiny_quant(**fields) / "quant")
+        folder = tmp_path / f"written{number}"
+        folder.mkdir()
+        write(quant, folder)
+        _, kept = keep(folder, tmp_path / f"kept{number}")
+        same = {"method": "kept"}
+        assert kept.scheme.as_dict() == quant.scheme.as_dict() | same
+        for name in quant.decoder.linears:
+            one, other = quant.linear(name).arrays.named(), kept.linear(name).arrays.named()
+            assert one.keys() == other.keys()
+            for array in one:
+                np.testing.assert_array_equal(one[array], other[array], f"{name}.{array}")
+
+
+def test_requantizing_takes_the_floats(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model")
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    (tmp_path / "quant").mkdir()
+    scheme = QuantScheme("ABQGemm", "rtn", 8, 8)
+    quantize_model(checkpoint, scheme, QuantizeOptions(), tmp_path / "quant")
+    name = "model.layers.0.mlp.down_proj"
+    found = read_quant(tmp_path / "quant").linear(name).dequantize()
+    np.testing.assert_allclose(found, made.weights[name], atol=0.01)
+
+
+def test_zero_points_of_the_other_version_are_doubted(source: Path, tmp_path: Path) -> None:
+    """Of asymmetric codes only the mean of the weights tells."""
+    made = written.gptq(source, tmp_path / "model", symmetric=False)
+    tensors = load_file(made.folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".qzeros")]:
+        # a zero point of 8 each, among codes of 8 on the average
+        tensors[name] = np.full_like(tensors[name], 0x77777777)
+        size = tensors[name.replace("qzeros", "qweight")].size
+        words = np.random.default_rng(size).integers(0, 1 << 31, size)
+        pairs = (words & 0x0F0F0F0F) | ((0x10101010 - (words & 0x0F0F0F0F)) & 0x0F0F0F0F) << 4
+        tensors[name.replace("qzeros", "qweight")] = (
+            pairs.astype(np.uint32)
+            .view(np.int32)
+            .reshape(tensors[name.replace("qzeros", "qweight")].shape)
+        )
+    save_file(tensors, made.folder / "model.safetensors")
+    assert not open_checkpoint(str(made.folder), offline=True).warnings
+    change(made.folder, checkpoint_format="gptq_v2")
+    (warning,) = open_checkpoint(str(made.folder), offline=True).warnings
+    assert warning.endswith(
+        "steps off zero on the average: checkpoint_format gptq_v2 may be wrong. If the model writes "
+        "nonsense, try gptq."
+    )
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def change(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= settings
+    path.write_text(json.dumps(config))
+
+
+def damage(folder: Path, name: str, make: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    found = make(tensors.pop(name).copy())
+    save_file(tensors if found is None else tensors | {name: found}, path)
+
+
+def refusal(work: Callable[[], Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        work()
+    return str(caught.value)
+
+
+def put(place: Any, value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array[place] = value
+        return array
+
+    return change
+
+
+AGAIN = "The checkpoint is damaged: download it again."
+FLOAT = "Give the float model it was made from."
+K = "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "problem"),
+    [
+        (
+            written.gptq,
+            {"bits": 5},
+            f"quantization config: got bits 5, expected 2, 3, 4, 8. {FLOAT}",
+        ),
+        (
+            written.gptq,
+            {"bits": "4"},
+            'quantization config, bits: got "4", expected a whole number. Correct the config.',
+        ),
+        (
+            written.gptq,
+            {"group_size": 0},
+            f"quantization config: got group_size 0, expected -1 or a number above 0. {FLOAT}",
+        ),
+        (
+            written.gptq,
+            {"checkpoint_format": "marlin"},
+            f"quantization config: got checkpoint_format marlin, expected gptq or gptq_v2. {FLOAT}",
+        ),
+        (
+            written.gptq,
+            {"dynamic": {"-:.*": {}}},
+            f"quantization config: got other settings for some layers (dynamic), expected one for all. {FLOAT}",
+        ),
+        (
+            written.awq,
+            {"version": "gemv"},
+            f"quantization config: got version gemv, expected gemm. {FLOAT}",
+        ),
+        (
+            written.awq,
+            {"zero_point": 1},
+            "quantization config, zero_point: got 1, expected true or false. Correct the config.",
+        ),
+        (
+            partial(written.qqq, group=-1),
+            {"wbits": 8},
+            f"quantization config: got bits 8, expected 4. {FLOAT}",
+        ),
+        (
+            partial(written.integers, bits=8),
+            {"format": "float-quantized"},
+            f"quantization_config, group_0: got format float-quantized, expected pack-quantized or int-quantized. {FLOAT}",
+        ),
+        (
+            partial(written.integers, bits=8),
+            {"config_groups": {}},
+            "quantization_config: got no group for model.layers.0.mlp.down_proj among none, expected one "
+            "that has it among its targets. Correct the config.",
+        ),
+        (
+            partial(written.integers, bits=8),
+            {"sparsity_config": {"format": "sparse-24"}},
+            f"quantization_config: got a sparsity_config, expected none. {FLOAT}",
+        ),
+    ],
+)
+def test_settings_that_are_not_read(
+    source: Path,
+    wide: Path,
+    tmp_path: Path,
+    make: Callable[..., Written],
+    settings: dict[str, Any],
+    problem: str,
+) -> None:
+    tiles = getattr(make, "func", make) is written.qqq
+    made = make(wide if tiles else source, tmp_path / "model")
+    change(made.folder, **settings)
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert found == f"{made.folder}, {problem}"
+
+
+def test_formats_that_are_not_read(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model")
+    change(made.folder, quant_method="bitsandbytes")
+    assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
+        f"{made.folder / 'config.json'}, quantization_config: got an already quantized checkpoint "
+        "(quant_method bitsandbytes), expected float32, float16 or bfloat16 weights, or codes of "
+        f"abq-llm, awq, compressed-tensors, gptq, qqq or a .gguf file. {FLOAT}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "make", "problem"),
+    [
+        ("scales", put((0, 3), np.nan), "got the scale nan at [0, 3] and 1 such in all"),
+        ("scales", put((0, 3), 0), "got the scale 0.0 at [0, 3] and 1 such in all"),
+        ("scales", put((1, 0), np.inf), "got the scale inf at [1, 0] and 1 such in all"),
+    ],
+)
+def test_scales_that_are_none(
+    source: Path, tmp_path: Path, tensor: str, make: Callable[..., Any], problem: str
+) -> None:
+    made = written.gptq(source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", make)
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, {K}.{tensor}: {problem}, expected finite numbers other than 0. {AGAIN}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "make", "problem"),
+    [
+        (
+            "g_idx",
+            put(5, 2),
+            f".g_idx: got groups 0 to 2, expected 0 to 1 for 64 input channels in groups of 32. {AGAIN}",
+        ),
+        ("g_idx", put(5, 1), f".g_idx: got 31 input channels in group 0, expected 32. {AGAIN}"),
+        (
+            "scales",
+            lambda array: array[:1],
+            ".scales: got shape [1, 32], expected [2, 32] by the config's bits and group size. The "
+            "config and the weights do not belong together, or groups differ between layers: give "
+            "the checkpoint as its makers' tool wrote it.",
+        ),
+        (
+            "qweight",
+            lambda array: array[:-1],
+            ".g_idx: got shape [64], expected [56] by the config's bits and group size. The config and "
+            "the weights do not belong together, or groups differ between layers: give the checkpoint "
+            "as its makers' tool wrote it.",
+        ),
+        (
+            "qzeros",
+            lambda array: None,
+            ": got no qzeros, expected it beside the layer's other tensors. The download is "
+            "incomplete or damaged: download it again.",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    source: Path, tmp_path: Path, tensor: str, make: Callable[..., Any], problem: str
+) -> None:
+    made = written.gptq(source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", make)
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert found == f"{made.folder}, {K}{problem}"
+
+
+def test_zero_points_that_are_not_the_configs(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", version=2)
+    change(made.folder, checkpoint_format="gptq")
+    q = "model.layers.0.self_attn.q_proj"
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, {q}.qzeros: got zero points from 9 to 9 by checkpoint_format gptq, expected 8 "
+        "of symmetric codes, which version 2 has in these tensors: the config's checkpoint_format is "
+        "wrong. Correct checkpoint_format (gptq is version 1, gptq_v2 is version 2) or sym in the "
+        "config."
+    )
+
+
+def test_linears_of_one_node_in_different_orders(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", ordered=True)
+    damage(made.folder, f"{K}.g_idx", lambda array: array[::-1].copy())
+    found = refusal(lambda: keep(made.folder, tmp_path / "quant"))
+    node = "model.layers.0.self_attn.qkv_proj"
+    assert found == (
+        f"{made.folder}, {node.replace('qkv', 'q')}, {node}: got linears with their input channels in "
+        "different orders, expected one, because these linears are one GEMM node. --requantize "
+        "rounds its weights again, with --wbits and --abits."
+    )
+
+
+def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", left_out=("down_proj",))
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, model.layers.0.mlp.down_proj: got weights that are floats among others with "
+        "codes, expected codes for --keep. --requantize rounds its weights again, with --wbits and "
+        "--abits."
+    )
+
+
+def test_codes_that_no_op_takes(wide: Path, tmp_path: Path) -> None:
+    made = written.qqq(wide, tmp_path / "model", group=-1)
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant", abits=16)) == (
+        "model.layers.0.self_attn.qkv_proj: got codes of w4a8 of QQQGemm, expected such as an op takes "
+        "with 16 activation bits: QQQGemm got W4A16 with asymmetric activations, expected W4A8 with "
+        "symmetric activations. Choose other --abits, or --requantize rounds its weights again, with "
+        "--wbits and --abits."
+    )
+
+
+def test_groups_that_are_too_small(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", group=8)
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        "model.layers.0.self_attn.qkv_proj: got codes in groups of 8 input channels, expected groups "
+        "of at least 16. --requantize rounds its weights again, with --wbits and --abits."
+    )
+
+
+def test_linears_of_one_node_in_other_bits(source: Path, tmp_path: Path) -> None:
+    """compressed-tensors may have v in 8 bits beside q and k in 4: all are said in 8."""
+    made = written.packed(source, tmp_path / "model", 4, 32, True)
+    other = written.packed(source, tmp_path / "other", 8, None, False)
+    v = "model.layers.0.self_attn.v_proj"
+    tensors = load_file(made.folder / "model.safetensors")
+    more = load_file(other.folder / "model.safetensors")
+    tensors |= {name: array for name, array in more.items() if name.startswith(f"{v}.")}
+    save_file(tensors, made.folder / "model.safetensors")
+    groups = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"][
+            "group_0"
+        ]
+        for folder in (made.folder, other.folder)
+    ]
+    change(
+        made.folder, config_groups={"a": groups[0], "b": groups[1] | {"targets": ["re:.*v_proj"]}}
+    )
+    _, quant = keep(made.folder, tmp_path / "quant")
+    assert quant.scheme_of(v).label == "w8a16-g32" and quant.scheme.label == "w4a16-g32"
+    for layer, weight in {**made.weights, v: other.weights[v]}.items():
+        np.testing.assert_array_equal(quant.linear(layer).dequantize(), weight, layer)
+
+
+def test_weights_that_were_not_rounded_on_these_scales(source: Path, tmp_path: Path) -> None:
+    made = written.abq_llm(source, tmp_path / "model", 16)
+    damage(made.folder, f"{K}.weight", put((3, 4), 0.0173))
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert found.startswith(f"{made.folder}, {K}: got weights 0.") and found.endswith(
+        "of a scale away from its multiples, and codes from 0, expected weights that were rounded on "
+        f"these scales and zero points. {FLOAT}"
+    )
+
+
+def test_what_a_quantized_checkpoint_is_asked_for(
+    source: Path, tmp_path: Path, demo_gguf: Path
+) -> None:
+    made = written.gptq(source, tmp_path / "model")
+    coded = open_checkpoint(str(made.folder), offline=True)
+    assert check_quantized(coded, True, False) == check_quantized(coded, False, True) == ""
+    assert refusal(lambda: check_quantized(coded, False, False)) == (
+        f"{made.folder}: got a checkpoint that is quantized already (gptq), expected --keep or "
+        "--requantize. --keep exports its own codes as they are, which is the better of the two for "
+        "4 to 8 bits; --requantize rounds its weights again, with --wbits and --abits."
+    )
+    floats = open_checkpoint(str(source), offline=True)
+    assert check_quantized(floats, False, False) == ""
+    assert refusal(lambda: check_quantized(floats, True, False)) == (
+        f"--keep: got a model of floats, {source}, expected a checkpoint with codes of abq-llm, awq, "
+        "compressed-tensors, gptq, qqq or a .gguf file. Leave it out and give --wbits and --abits."
+    )

@@ -1,0 +1,108 @@
+"""GGUF files whose codes are kept: what the package gguf dequantizes, to the bit, also where the
+linears of a GEMM node have different types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.quant.folder import read_quant
+from calibration.quant.keep import Keeping, check_quantized, kept_schemes
+from calibration.reference.model import float_model
+from plugins.errors import InputError
+from tests.calibration.checkpoints.gguf_files import write_gguf
+from tests.exporter.graph_cases import Decoder, export, feeds
+
+# Bytes of a block where its fp16 scale is, and its minimum, or the scale of the groups' minimums.
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+}  # fmt: skip
+MIXED = {
+    "attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q2_K",
+    "ffn_gate": "Q5_K", "ffn_up": "Q3_K", "ffn_down": "Q8_0", "token_embd": "Q6_K",
+}  # fmt: skip
+IDS = np.array([[5, 300, 17, 42, 99, 7, 256, 3, 444, 12, 13]], np.int64)
+
+
+@pytest.fixture(scope="module")
+def original(tiny_llama: Callable[..., Path]) -> Checkpoint:
+    """Super-blocks have 256 weights."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    return open_checkpoint(str(tiny_llama(**sizes)), offline=True)
+
+
+def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
+    """The model with blocks of random bytes in the place of these tensors."""
+    rng, blocks = np.random.default_rng(3), {}
+    for info in original.decoder.tensors():
+        name = info.gguf.removesuffix(".weight").rpartition(".")[2]
+        if name not in types:
+            continue
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[types[name]]]
+        rows, columns = info.shape
+        data = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+        for byte in HALVES[types[name]]:
+            coarse = 4e-3 if types[name] in ("Q4_0", "Q4_1", "Q8_0") else 1e-4
+            half = rng.uniform(coarse / 2, coarse, (*data.shape[:2], 1)).astype(np.float16)
+            data[..., byte : byte + 2] = half.view(np.uint8)
+        blocks[info.gguf] = types[name], data.reshape(rows, -1)
+    return write_gguf(path, original, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("types", "schemes"),
+    [
+        (dict.fromkeys(MIXED, "Q4_0"), ["w4a16-g32", "w4a16-g32", "w4a16-g32", "w4a16-g32"]),
+        (dict.fromkeys(MIXED, "Q4_1"), ["w4a16-g32 min", *3 * ["w4a16-g32 min"]]),
+        (MIXED, ["w6a16-g16 min", "w2a16-g16 min", "w5a16-g16 min", "w8a16-g32"]),
+    ],
+    ids=["Q4_0", "Q4_1", "mixed"],
+)
+def test_codes_stay(
+    original: Checkpoint, tmp_path: Path, types: dict[str, str], schemes: list[str]
+) -> None:
+    checkpoint = open_checkpoint(str(file_of(original, types, tmp_path / "m.gguf")), offline=True)
+    found = kept_schemes(checkpoint, Keeping(dtype="float32"))
+    folder = export(tmp_path / "m.gguf", found, tmp_path)
+    quant = read_quant(tmp_path / "quant")
+    said = [quant.scheme_of(node) for node in quant.decoder.nodes[:-1]]
+    assert [one.label + one.has_minimum * " min" for one in said] == schemes
+    assert quant.head is not None and quant.head.method == "kept"  # the table's own codes
+    for layer in quant.decoder.linears:
+        table = checkpoint.decoder.head_table() if layer == "lm_head" else layer
+        want, got = checkpoint.array(f"{table}.weight"), quant.linear(layer).dequantize()
+        np.testing.assert_array_equal(got, want, layer)
+    decoder = Decoder(folder)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    with torch.no_grad():
+        want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
+def test_a_file_without_codes_and_one_with_others(original: Checkpoint, tmp_path: Path) -> None:
+    floats = open_checkpoint(str(write_gguf(tmp_path / "f.gguf", original)), offline=True)
+    assert floats.format == check_quantized(floats, False, False) == ""
+    types = dict.fromkeys(MIXED, "IQ4_NL")
+    path = file_of(original, types, tmp_path / "i.gguf")
+    coded = file_of(original, MIXED, tmp_path / "m.gguf")
+    assert check_quantized(open_checkpoint(str(coded), offline=True), False, False) == (
+        "The model's weights are quantized already, and are rounded once more here. --keep instead "
+        "of --wbits exports its own codes as they are, which is faster and nearer to it."
+    )
+    others = open_checkpoint(str(path), offline=True)
+    assert check_quantized(others, False, False) == ""
+    with pytest.raises(InputError) as caught:
+        kept_schemes(others, Keeping())
+    assert str(caught.value) == (
+        f"{path}, tensor blk.0.attn_q.weight: got type IQ4_NL, whose numbers are no scale * code + "
+        "minimum, expected one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. "
+        "Quantize its float numbers anew: --requantize."
+    )

@@ -1,0 +1,71 @@
+"""What an export takes: the estimate against what is there, and against what a run took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import exporter.estimate
+from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.methods import find_method
+from calibration.out.layout import ENGINE, ONNX, QUANT
+from calibration.quant.bits import as_map
+from calibration.quant.scheme import QuantScheme
+from calibration.settings import CalibrationSettings
+from exporter.estimate import Estimate, check_room, estimate
+from plugins.errors import InputError
+
+SETTINGS = CalibrationSettings(nsamples=100, seqlen=1000)
+
+
+def asked(
+    folder: Path, *stages: str, method: str = "qqq", settings: CalibrationSettings = SETTINGS
+) -> Estimate:
+    """Of a W4A8 model."""
+    schemes = as_map(QuantScheme("QQQGemm", method, 4, 8, act_symmetric=True))
+    return estimate(open_checkpoint(str(folder)), schemes, settings, stages, find_method(method))
+
+
+def test_the_way_to_an_engine_needs_each_copy(tiny_llama: Callable[..., Path]) -> None:
+    quant, onnx, engine = (
+        asked(tiny_llama(), *stages) for stages in ((QUANT,), (QUANT, ONNX), (QUANT, ONNX, ENGINE))
+    )
+    assert (onnx.kept, engine.kept) == (2 * quant.kept, 3 * quant.kept)
+    assert quant.disk == 2 * quant.kept and engine.disk == 4 * quant.kept
+    assert list(quant.memory) == list(onnx.memory) == [QUANT]
+    assert engine.memory[ENGINE] == int(0.4e9 + 2.05 * quant.kept)
+    assert str(engine).startswith("estimate: ") and str(engine).endswith(" for engine")
+
+
+def test_streams_count_in_memory_or_on_the_disk(tiny_llama: Callable[..., Path]) -> None:
+    hidden = open_checkpoint(str(tiny_llama())).decoder.hidden
+    streams = 8 * 100 * 1000 * hidden
+    free = asked(tiny_llama(), QUANT)
+    bound = CalibrationSettings(nsamples=100, seqlen=1000, max_memory=1000)
+    spilled = asked(tiny_llama(), QUANT, settings=bound)
+    assert free.memory[QUANT] - spilled.memory[QUANT] == streams - 1000
+    assert spilled.disk == max(free.disk, free.kept + streams - 1000)
+    plain = asked(tiny_llama(), QUANT, method="rtn")
+    assert plain.memory[QUANT] < free.memory[QUANT] - streams
+
+
+@pytest.mark.parametrize(
+    ("stage", "fix"),
+    [
+        (QUANT, "Give --max-memory, fewer --nsamples, or --effort fast"),
+        (ENGINE, "Give --until onnx, and build the engine on a machine with more memory"),
+    ],
+)
+@pytest.mark.parametrize("who", ["free_memory", "allowed_memory"])
+def test_too_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, stage: str, fix: str
+) -> None:
+    monkeypatch.setattr(exporter.estimate, "free_memory", lambda: 10**12)
+    monkeypatch.setattr(exporter.estimate, "allowed_memory", lambda: None)
+    check_room(tmp_path, Estimate(0, 0, {stage: 7_800_000_000}))
+    monkeypatch.setattr(exporter.estimate, who, lambda: 5_000_000_000)
+    with pytest.raises(InputError) as caught:
+        check_room(tmp_path, Estimate(0, 0, {stage: 7_800_000_000}))
+    assert str(caught.value) == (f"{stage}: got 5.0 GB of free memory, expected 7.8 GB. {fix}.")
