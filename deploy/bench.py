@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,8 +80,18 @@ class Timed:
     decode: list[float] = field(default_factory=list)
 
 
-def bench(request: BenchRequest, clock: Callable[[], float] = time.perf_counter) -> list[Timed]:
+def bench(
+    request: BenchRequest,
+    clock: Callable[[], float] = time.perf_counter,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Timed]:
     """Time each artifact; they take turns, so that whatever else the machine does meets all.
+
+    Args:
+        request: what is timed.
+        clock: seconds.
+        say: told of each round before it begins; nothing else runs beside what is timed, no bar
+            either.
 
     Raises:
         InputError: an artifact cannot be run here, or its context is too short. CheckError: a model
@@ -101,6 +112,7 @@ def bench(request: BenchRequest, clock: Callable[[], float] = time.perf_counter)
             timed = Timed(str(out), model.runner.name, size, step, tokens)
             work.append((session, _prompt(model.tokenizer(), vocab, request), timed))
         for count in range(request.rounds + 1):
+            say(f"round {count} of {request.rounds}" if count else "a round that does not count")
             for session, ids, timed in work:
                 prefill, decode = _round(session, ids, request.new, clock)
                 if count:  # the first is for caches, threads and pages
@@ -276,7 +288,8 @@ class Bench(Command):
         )
         if args.json:
             check_file("--json", args.json)
-        results, peak = bench(request), peak_rss()
+        results = bench(request, say=lambda text: print(text, file=sys.stderr, flush=True))
+        peak = peak_rss()
         speed = bandwidth()  # whose memory is none of the models'
         print(printable(table(results, speed), keep="\n"))
         print(

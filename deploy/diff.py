@@ -19,7 +19,7 @@ from calibration.out.layout import (
     QUANT,
     REPORT,
 )
-from deploy.command import Command
+from deploy.command import Command, add_progress
 from plugins.cli import whole_number
 from plugins.errors import CheckError, InputError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from calibration.progress import Progress
     from calibration.quant.folder import QuantModel
 
 __all__ = ["COMMAND", "SECTIONS", "Difference", "differences", "text"]
@@ -277,14 +278,19 @@ SECTIONS: dict[str, Callable[[Path, Path], Iterator[Difference]]] = {
 # ---------------------------------------------------------------- command
 
 
-def differences(first: Path, second: Path) -> dict[str, list[Difference] | None]:
-    """{section: what differs}, for every section; None where neither has what it compares.
+def differences(
+    first: Path, second: Path, progress: Progress | None = None
+) -> dict[str, list[Difference] | None]:
+    """{section: what differs}, for every section; None where neither has what it compares. The
+    progress is advanced once a section.
 
     Raises:
         InputError: one of them is no artifact with quant/ and onnx/, or is damaged.
     """
     from calibration.out.folder import stages_in
+    from calibration.progress import NullProgress
 
+    progress = progress or NullProgress()
     for out in (first, second):
         if not {QUANT, ONNX} <= set(stages_in(out)):
             raise InputError(
@@ -294,11 +300,14 @@ def differences(first: Path, second: Path) -> dict[str, list[Difference] | None]
                 "Give the whole OUT folder",
             )
     found: dict[str, list[Difference] | None] = {}
+    progress.start("diff", len(SECTIONS))
     for name, section in SECTIONS.items():
         try:
             found[name] = list(section(first, second))
         except _NothingThereError:
             found[name] = None
+        progress.advance(1, name)
+    progress.finish()
     return found
 
 
@@ -363,12 +372,19 @@ class Diff(Command):
             help="of each section; 0: all (default 10)",
         )
         add("--json", action="store_true", help="print all of it as one line of JSON")
+        add_progress(parser)
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Compare and print; an InputError where what --same names is in neither, a CheckError where
         they differ in it.
         """
-        found = differences(out, args.other)
+        from calibration.progress import make_progress
+
+        progress = make_progress(args.progress)
+        try:
+            found = differences(out, args.other, progress)
+        finally:
+            progress.close()
         if args.json:
             plain = {
                 name: None if items is None else [asdict(item) for item in items]

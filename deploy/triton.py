@@ -19,7 +19,7 @@ from calibration.out.layout import (
     MODEL_FILE,
     ONNX,
 )
-from deploy.command import Command
+from deploy.command import Command, add_progress
 from deploy.target import check_target
 from plugins.cli import whole_number
 from plugins.errors import InputError
@@ -28,6 +28,7 @@ from plugins.text import printable
 if TYPE_CHECKING:
     from calibration.out.description import Description
     from calibration.out.folder import StageFolder
+    from calibration.progress import Progress
 
 __all__ = ["COMMAND", "BACKENDS", "Deployment", "config", "write_repository"]
 
@@ -220,7 +221,11 @@ def _cache(description: Description, out: bool) -> Iterator[_Tensor]:
 
 
 def write_repository(
-    out: Path, to: Path, backends: Sequence[str] = (), deployment: Deployment | None = None
+    out: Path,
+    to: Path,
+    backends: Sequence[str] = (),
+    deployment: Deployment | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Write a model repository, whole or not at all.
 
@@ -229,6 +234,7 @@ def write_repository(
         to: a new folder, or one that this wrote before.
         backends: keys of BACKENDS; none: those whose stage is there and can be served.
         deployment: how it is served.
+        progress: advanced once a model.
 
     Returns:
         The models in it.
@@ -240,6 +246,7 @@ def write_repository(
     from calibration.checkpoints.sources import model_slug
     from calibration.out.files import StageWriter
     from calibration.out.folder import open_stage, stages_in
+    from calibration.progress import NullProgress
 
     deployment = deployment or Deployment()
     chosen = [BACKENDS[name] for name in backends]
@@ -261,6 +268,8 @@ def write_repository(
     folders = [open_stage(out, backend.stage, f"--backend {backend.name}") for backend in chosen]
     names: list[str] = []
     plugins: list[Path] = []
+    progress = progress or NullProgress()
+    progress.start("triton", len(chosen))
     with StageWriter(to.parent, to.name, 2 * sum(map(_size, folders))) as writer:
         for backend, folder in zip(chosen, folders, strict=True):
             about = folder.description()
@@ -273,9 +282,11 @@ def write_repository(
             own = "" if backend.stage == ENGINE else str(library)
             text = config(names[-1], backend.name, about, _within(deployment, about), own)
             (model / "config.pbtxt").write_text(text, encoding="utf-8")
+            progress.advance(1, names[-1])
         script = writer.path / _SCRIPT
         script.write_text(_script(at, plugins), encoding="utf-8")
         script.chmod(0o755)
+    progress.finish()
     return names
 
 
@@ -433,9 +444,12 @@ class Triton(Command):
             metavar="PATH",
             help="where the repository lies on the machines (default: where it is written)",
         )
+        add_progress(parser)
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Write, and say how to start it."""
+        from calibration.progress import make_progress
+
         deployment = Deployment(
             sequences=args.sequences,
             instances=args.instances,
@@ -443,7 +457,12 @@ class Triton(Command):
             threads=args.threads,
             at=args.at,
         )
-        for name in write_repository(out, args.to, args.backend, deployment):
+        progress = make_progress(args.progress)
+        try:
+            names = write_repository(out, args.to, args.backend, deployment, progress)
+        finally:
+            progress.close()
+        for name in names:
             print(printable(str(args.to / name)))
         print(printable(shlex.quote(str(args.to / _SCRIPT))))
 

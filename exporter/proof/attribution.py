@@ -44,7 +44,6 @@ AS_IS, ALL, WEIGHTS, ACTIVATIONS, CACHE = (
 )
 _TOGETHER = 8  # changes of one walk through the layers
 _WORTH = 0.02  # of all that can be gained: a range that brings less is not looked into
-_LISTED = 16  # nodes whose weights alone are measured too, and that may get other bits
 _NEEDS_ACTIVATIONS = (
     0.01  # of the divergence: least gain of a node's floats that asks for 8 bits of them
 )
@@ -118,10 +117,9 @@ class Attribution:
             floating point}; of what the model has.
         layers: [first, last, Means] of ranges of layers, that of a single one if both are the same.
         nodes: {GEMM node, or "layer 3, KV cache": with it in floating point}.
-        node_weights: {GEMM node: with its weights alone in floating point}.
         nodes_left: GEMM nodes that were not measured by themselves.
         finished: whether no range that is worth it was left for want of time.
-        plan: None where no node was measured, or nothing fits.
+        plan: None where nothing that fits would gain.
     """
 
     text: str
@@ -132,7 +130,6 @@ class Attribution:
     parts: Mapping[str, Means]
     layers: Sequence[tuple[int, int, Means]]
     nodes: Mapping[str, Means]
-    node_weights: Mapping[str, Means]
     nodes_left: int
     finished: bool
     plan: Plan | None
@@ -158,6 +155,29 @@ class _Record:
     fingerprint: str
     float_ppl: float
     measured: dict[str, Means]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What may get other bits: a GEMM node, or a range of layers that was not looked into."""
+
+    name: str  # of its measurement
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """Bits for a unit.
+
+    Attributes:
+        labels: {GEMM node: its bits as a bits file has them}; none where it stays as it is.
+        bits: of the nodes together.
+        left: of what the unit costs, in nats per token, expected.
+    """
+
+    labels: Mapping[str, str]
+    bits: int
+    left: float
 
 
 def attribute(
@@ -210,14 +230,8 @@ class _Search:
         halves = [(0, layers)] if layers == 1 else [*_halves(0, layers)]
         self._measure(parts | {_range_name(*part): self._range(*part) for part in halves}, True)
         finished = self._descend(halves)
-        nodes = self._ranked_nodes()
-        alone = {
-            f"{node}, {WEIGHTS}": Swap(weights=frozenset([node]))
-            for node in nodes[:_LISTED]
-            if self._quant.scheme_of(node).abits < FLOAT_BITS
-        }
-        finished = self._measure(alone) and finished
-        return self._result(finished, self._plan(nodes[:_LISTED]))
+        units = [unit for part in halves for unit in self._units(*part)]
+        return self._result(finished, self._plan(units))
 
     # ---------------------------------------------------------------- what there is
 
@@ -236,18 +250,21 @@ class _Search:
         if self._decoder.head.quantized:
             yield self._decoder.head.name, _whole(self._decoder.head.name)
 
+    def _nodes(self, first: int, end: int) -> tuple[str, ...]:
+        """GEMM nodes of layers first..end-1."""
+        blocks = self._decoder.blocks[first:end]
+        return tuple(block.name(node) for block in blocks for node in block.sites)
+
     def _range(self, first: int, end: int) -> Swap:
         """Layers first..end-1 in floating point."""
-        blocks = self._decoder.blocks[first:end]
-        nodes = frozenset(block.name(node) for block in blocks for node in block.sites)
+        nodes = frozenset(self._nodes(first, end))
         return Swap(nodes, nodes, frozenset(range(first, end)))
 
     def _children(self, first: int, end: int) -> dict[str, Swap]:
         """The halves of a range, or a layer's nodes and its cache."""
         if end - first > 1:
             return {_range_name(*half): self._range(*half) for half in _halves(first, end)}
-        block = self._decoder.blocks[first]
-        found = {name: _whole(name) for name in map(block.name, block.sites)}
+        found = {name: _whole(name) for name in self._nodes(first, end)}
         if self._quant.scheme.kv_bits < FLOAT_BITS:
             found[_cache_name(first)] = Swap(caches=frozenset([first]))
         return found
@@ -311,82 +328,104 @@ class _Search:
                 half for part in taken if part[1] - part[0] > 1 for half in _halves(*part)
             ]
 
-    def _ranked_nodes(self) -> list[str]:
-        """GEMM nodes that were measured by themselves, by their gains."""
-        nodes = [node for node in self._decoder.nodes if node in self._record.measured]
-        return sorted(
-            (node for node in nodes if self._gain(node) > 0), key=lambda n: -self._gain(n)
-        )
+    def _units(self, first: int, end: int) -> Iterator[_Unit]:
+        """The smallest parts of a range that were measured, of GEMM nodes."""
+        children = self._children(first, end)
+        if not children.keys() <= self._record.measured.keys():
+            yield _Unit(_range_name(first, end), self._nodes(first, end))
+        elif end - first > 1:
+            for half in _halves(first, end):
+                yield from self._units(*half)
+        else:
+            yield from (_Unit(node, (node,)) for node in self._nodes(first, end))
 
     # ---------------------------------------------------------------- what would buy the most
 
-    def _plan(self, nodes: Sequence[str]) -> Plan | None:
+    def _plan(self, units: Sequence[_Unit]) -> Plan | None:
         """Bits for some nodes within the room, checked by a walk of its own."""
-        quant, head = self._quant, self._decoder.head.name
-        nodes = [node for node in nodes if node != head]  # --head-bits says it, no rule
-        if not nodes:
+        quant, sites = self._quant, self._decoder.sites
+        units = [unit for unit in units if self._gain(unit.name) > 0]
+        options = [self._options(unit) for unit in units]
+        costs = [[(option.bits, option.left) for option in choices] for choices in options]
+        weights = sum(node_weights(site.linears) for site in sites.values())
+        room = sum(choices[0][0] for choices in costs) + int(self._job.add_bits * weights)
+        chosen = allocate(costs, room)
+        labels = {
+            node: label
+            for choices, at in zip(options, chosen, strict=True)
+            for node, label in choices[at].labels.items()
+        }
+        if not labels:
             return None
-        weights = sum(node_weights(site.linears) for site in self._decoder.sites.values())
-        options = [self._options(node) for node in nodes]
-        costs = [[(bits, cost) for _, bits, cost in choices] for choices in options]
-        now = sum(choices[0][1] for choices in options)
-        chosen = allocate(costs, now + int(self._job.add_bits * weights))
-        rules = [
-            (node, choices[at][0])
-            for node, choices, at in zip(nodes, options, chosen, strict=True)
-            if at
-        ]
-        if not rules:
-            return None
-        name = _OTHER_BITS + ", ".join(f"{node} {label}" for node, label in rules)
-        schemes = {node: Rule(node, label).scheme(quant.scheme) for node, label in rules}
+        lines = list(self._lines(labels))
+        name = _OTHER_BITS + ", ".join(" ".join(line) for line in lines)
+        schemes = {node: Rule(node, label).scheme(quant.scheme) for node, label in labels.items()}
         self._measure({name: Swap(schemes=schemes)}, True)
-        added = sum(cost[at][0] - cost[0][0] for cost, at in zip(costs, chosen, strict=True))
-        saved = sum(cost[0][1] - cost[at][1] for cost, at in zip(costs, chosen, strict=True))
+        pairs = [(cost[0], cost[at]) for cost, at in zip(costs, chosen, strict=True)]
         before = float(quant.sizes["linear_quant_bits"]) / weights
-        width = max(len(node) for node, _ in rules)
+        width = max(len(pattern) for pattern, _ in lines)
         return Plan(
-            tuple(f"{node:{width}} {label}" for node, label in rules),
+            tuple(f"{pattern:{width}} {label}" for pattern, label in lines),
             before,
-            before + added / weights,
-            max(self._record.measured[AS_IS].kl - saved, 0.0),
+            before + sum(new[0] - old[0] for old, new in pairs) / weights,
+            max(self._record.measured[AS_IS].kl - sum(old[1] - new[1] for old, new in pairs), 0.0),
             self._record.measured[name],
         )
 
-    def _options(self, node: str) -> list[tuple[str, int, float]]:
-        """(bits as a bits file has them, size in bits, what of the node's cost is expected to stay) of
-        a node as it is, then of what it could have.
+    def _options(self, unit: _Unit) -> list[_Option]:
+        """A unit as it is, then with what it could have.
 
-        A bit more halves the steps of a grid, and what a small error costs grows with its square.
+        A bit more halves the steps of a grid, and what a small error costs grows with its square. How
+        much of a gain is that of weights is taken to be as in the whole model.
         """
-        scheme, linears = self._quant.scheme_of(node), self._decoder.sites[node].linears
-        whole = max(self._gain(node), 0.0)
-        alone = self._record.measured.get(f"{node}, {WEIGHTS}")
-        part = whole if alone is None else self._record.measured[AS_IS].kl - alone.kl
-        weights = min(max(part, 0.0), whole)
-        activations = whole - weights
-        found = [(scheme.label, node_bits(linears, scheme), whole)]
-        fine = scheme.abits
-        if scheme.abits < _FINE and activations > _NEEDS_ACTIVATIONS * self._gain(ALL):
-            fine = _FINE
-        for more in (0, *_MORE_BITS):
-            if scheme.wbits + more > _FINE or (not more and fine == scheme.abits):
-                continue
-            label = self._label(scheme, scheme.wbits + more, fine)
+        sites, whole = self._decoder.sites, self._gain(unit.name)
+        kinds = {kind: max(self._gain(kind), 0.0) for kind in self._kinds(unit)}
+        total = sum(kinds.values()) or 1.0
+        weights, activations = (
+            whole * kinds.get(kind, 0.0) / total for kind in (WEIGHTS, ACTIVATIONS)
+        )
+        schemes = {node: self._quant.scheme_of(node) for node in unit.nodes}
+        size = sum(node_bits(sites[node].linears, scheme) for node, scheme in schemes.items())
+        found = [_Option({}, size, whole)]
+        coarse = min(scheme.abits for scheme in schemes.values())
+        asks = activations > _NEEDS_ACTIVATIONS * self._gain(ALL) and coarse < _FINE
+        for more in (*([0] if asks else []), *_MORE_BITS):
+            fine = _FINE if asks else 0
+            labels = {node: self._label(scheme, more, fine) for node, scheme in schemes.items()}
             try:
-                other = Rule(node, label).scheme(self._quant.scheme)
+                bits = sum(
+                    node_bits(sites[node].linears, Rule(node, label).scheme(self._quant.scheme))
+                    for node, label in labels.items()
+                )
             except InputError:
-                continue  # no op takes them
-            left = weights / 4**more + activations / 4 ** (fine - scheme.abits)
-            found.append((label, node_bits(linears, other), left))
+                continue  # too many, or no op takes them
+            saved = weights * (1 - 4.0**-more)
+            saved += activations * (1 - 4.0 ** (coarse - _FINE)) if asks else 0.0
+            found.append(_Option(labels, bits, whole - saved))
         return found
 
-    def _label(self, scheme: QuantScheme, wbits: int, abits: int) -> str:
-        group = (
-            f"-g{scheme.group_size}" if scheme.group_size != self._quant.scheme.group_size else ""
-        )
-        codes = scheme.codes.label if wbits == scheme.wbits else str(wbits)
-        return f"w{codes}a{abits}{group}"
+    def _kinds(self, unit: _Unit) -> list[str]:
+        """What of the whole model a unit has a part in."""
+        kinds = [WEIGHTS, ACTIVATIONS, *([] if unit.nodes == (unit.name,) else [CACHE])]
+        return [kind for kind in kinds if kind in self._record.measured]
+
+    def _label(self, scheme: QuantScheme, more: int, fine: int) -> str:
+        """More weight bits, and as many for activations as `fine` at least, as a bits file has them."""
+        group = ""
+        if scheme.group_size != self._quant.scheme.group_size:
+            group = f"-g{scheme.group_size}"
+        codes = str(scheme.wbits + more) if more else scheme.codes.label
+        return f"w{codes}a{max(scheme.abits, fine)}{group}"
+
+    def _lines(self, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """(pattern, bits) of a bits file; a layer whose nodes all get the same is one."""
+        for block in self._decoder.blocks:
+            nodes = [node for node in map(block.name, block.sites) if node in labels]
+            kinds = {labels[node] for node in nodes}
+            if len(nodes) == len(block.sites) and len(kinds) == 1:
+                yield f"{block.prefix}.*", kinds.pop()
+            else:
+                yield from ((node, labels[node]) for node in nodes)
 
     # ---------------------------------------------------------------- the result
 
@@ -408,9 +447,6 @@ class _Search:
                 if (name := _range_name(first, end)) in measured
             ],
             nodes={name: measured[name] for name in (*nodes, *caches)},
-            node_weights={
-                node: measured[name] for node in nodes if (name := f"{node}, {WEIGHTS}") in measured
-            },
             nodes_left=len(decoder.nodes) - len(nodes),
             finished=finished,
             plan=plan,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -109,11 +110,16 @@ class Swapped:
         length = self._tokens.shape[1] - 1
         return Rope.of(self._checkpoint, length, "cpu", block.rope, self._max_context)
 
+    def _embedded(self, table: ndarray, decoder: Decoder) -> Tensor:
+        """What the first layer reads; of a large table only the rows of the text are made fp32."""
+        rows, places = np.unique(self._tokens[:, :-1].numpy(), return_inverse=True)
+        found = torch.from_numpy(table[rows].astype(np.float32))
+        return embedded(found, torch.from_numpy(places.reshape(len(self._tokens), -1)), decoder)
+
     def _float_stream(self, progress: Progress) -> Tensor:
         """What the float model's final norm reads, [n, L-1, hidden]."""
         decoder = self._checkpoint.decoder
-        table = self._checkpoint.tensor(f"{decoder.embedding.name}.weight")
-        x = embedded(table, self._tokens[:, :-1], decoder)
+        x = self._embedded(self._checkpoint.array(f"{decoder.embedding.name}.weight"), decoder)
         for block in decoder.blocks:
             weights = load_block(self._checkpoint, block.index)
             multiply = float_linear(weights, block)
@@ -131,8 +137,7 @@ class Swapped:
             progress: advanced once a decoder layer.
         """
         quant, decoder = self._quant, self._quant.decoder
-        table = _tensor(quant, f"{decoder.embedding.name}.weight")
-        start = embedded(table, self._tokens[:, :-1], decoder)
+        start = self._embedded(quant.tensor(f"{decoder.embedding.name}.weight"), decoder)
         streams = [(start, [*range(len(swaps))])]
         for block in decoder.blocks:
             layer, rope = _Layer(quant, self._checkpoint, self._basis, block), self._rope(block)
@@ -147,16 +152,12 @@ class Swapped:
             note = f"layer {block.index + 1} of {decoder.layers}, {len(streams)} streams"
             progress.advance(1, note)
         head = frozenset([decoder.head.name])
-        parts = [
-            (x, self._head(swap), alike)
-            for x, places in streams
-            for swap, alike in _alike([(place, swaps[place].within(head)) for place in places])
-        ]
-        found: dict[int, Quality] = {}
-        totals = self._compare([(x, multiply) for x, multiply, _ in parts])
-        for (_, _, places), total in zip(parts, totals, strict=True):
-            found |= dict.fromkeys(places, total)
-        return [found[place] for place in range(len(swaps))]
+        states = {place: x for x, places in streams for place in places}
+        models: dict[int, tuple[Tensor, Function]] = {}
+        for swap, alike in _alike([(place, swap.within(head)) for place, swap in enumerate(swaps)]):
+            multiply = self._head(swap)
+            models |= {place: (states[place], multiply) for place in alike}
+        return self._compare([models[place] for place in range(len(swaps))])
 
     def _head(self, swap: Swap) -> Function:
         quant, decoder = self._quant, self._quant.decoder
@@ -196,7 +197,7 @@ def _alike(parts: Sequence[tuple[int, Swap]]) -> Iterator[tuple[Swap, list[int]]
 
 
 def _tensor(quant: QuantModel, name: str) -> Tensor:
-    return torch.from_numpy(quant.tensor(name).astype("float32"))
+    return torch.from_numpy(quant.tensor(name).astype(np.float32))
 
 
 def _head(decoder: Decoder, gain: Tensor, multiply: Function) -> Function:

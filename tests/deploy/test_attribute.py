@@ -26,7 +26,6 @@ FOUND = Attribution(
     parts={"everything": Means(0.0, 10.0, 1.0)},
     layers=[(0, 0, Means(0.1, 11.0, 0.9)), (1, 1, Means(0.45, 15.0, 0.7))],
     nodes={"model.layers.0.mlp.down_proj": Means(0.2, 12.0, 0.8)},
-    node_weights={},
     nodes_left=7,
     finished=True,
     plan=None,

@@ -34,7 +34,20 @@ def test_what_was_not_compared_is_not_the_same(
     artifact: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither has a report."""
-    assert main(["diff", str(artifact), str(copy), "--same", "graph,layers,quality"]) == 2
+    assert (
+        main(
+            [
+                "diff",
+                str(artifact),
+                str(copy),
+                "--same",
+                "graph,layers,quality",
+                "--progress",
+                "none",
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith(
         "--same graph,layers,quality: got no layers and no quality in either artifact, expected a "
@@ -55,7 +68,10 @@ def test_weights_of_the_onnx_file_alone(
 
     change_tensor(copy, name, change)
     assert differing(artifact, copy) == ["weights"]
-    assert main(["diff", str(artifact), str(copy), "--same", "graph,weights"]) == 3
+    assert (
+        main(["diff", str(artifact), str(copy), "--same", "graph,weights", "--progress", "none"])
+        == 3
+    )
     out, err = capsys.readouterr()
     assert f"weights: 1 difference\n  onnx {name}: float32[64, 1] | differs by at most 0.5\n" in out
     assert err == (

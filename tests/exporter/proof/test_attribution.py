@@ -195,8 +195,11 @@ def test_it_goes_on_where_it_stopped(job: AttributionJob, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Swapped, "measure", counted)
     clock: Iterator[float] = count(0.0, 60.0)
-    short = attribute(replace(job, minutes=0.5), QUIET, lambda: next(clock))
-    assert not short.finished and not short.nodes and short.plan is None and len(walks) == 1
+    hurried = replace(job, minutes=0.5, add_bits=0.6)
+    short = attribute(hurried, QUIET, lambda: next(clock))
+    assert not short.finished and not short.nodes and short.plan is not None
+    assert all(line.startswith("model.layers.1.") for line in short.plan.lines)
+    assert walks == [6, 1]  # what always runs, and the check of the lines
     whole = attribute(job, QUIET)
     made = len(walks)
     assert whole.finished and made > 2
@@ -205,6 +208,17 @@ def test_it_goes_on_where_it_stopped(job: AttributionJob, monkeypatch: pytest.Mo
     assert attribute(other, QUIET).found != whole.found and len(walks) > made
     job.record.write_text("{", encoding="utf-8")
     assert attribute(job, QUIET) == whole
+
+
+def test_a_layer_of_equal_bits_is_one_line(
+    job: AttributionJob, tiny_quant: Callable[..., Path]
+) -> None:
+    clock: Iterator[float] = count(0.0, 60.0)
+    plain = replace(job, quant=read_quant(tiny_quant(4, 8) / "quant"), minutes=0.5, add_bits=1.1)
+    plan = attribute(plain, QUIET, lambda: next(clock)).plan
+    assert plan is not None
+    assert plan.lines == ("model.layers.0.* w5a8", "model.layers.1.* w5a8")
+    assert plan.found.kl < attribute(plain, QUIET).found.kl / 2
 
 
 def test_ctrl_c_keeps_what_was_measured(
