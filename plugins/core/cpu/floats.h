@@ -175,8 +175,8 @@ ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector
 }
 ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return _mm512_add_ps(a, b); }
 ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return _mm512_sub_ps(a, b); }
-ANYBIT_INLINE FloatVector least(FloatVector a, FloatVector b) { return _mm512_min_ps(a, b); }
-ANYBIT_INLINE FloatVector largest(FloatVector a, FloatVector b) { return _mm512_max_ps(a, b); }
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return _mm512_min_ps(a, b); }
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return _mm512_max_ps(a, b); }
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 using FloatVector = __m256;
@@ -188,8 +188,8 @@ ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector
 }
 ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return _mm256_add_ps(a, b); }
 ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return _mm256_sub_ps(a, b); }
-ANYBIT_INLINE FloatVector least(FloatVector a, FloatVector b) { return _mm256_min_ps(a, b); }
-ANYBIT_INLINE FloatVector largest(FloatVector a, FloatVector b) { return _mm256_max_ps(a, b); }
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return _mm256_min_ps(a, b); }
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return _mm256_max_ps(a, b); }
 #else
 constexpr int kLanes = 1;
 using FloatVector = float;
@@ -202,8 +202,8 @@ ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector
 ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return a + b; }
 ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return a - b; }
 // b where one of them is NaN
-ANYBIT_INLINE FloatVector least(FloatVector a, FloatVector b) { return a < b ? a : b; }
-ANYBIT_INLINE FloatVector largest(FloatVector a, FloatVector b) { return a > b ? a : b; }
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return a < b ? a : b; }
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return a > b ? a : b; }
 #endif
 
 // v rounded to a whole number, half to even, for |v| < 2^22: the sum with 1.5 * 2^23 has no bits

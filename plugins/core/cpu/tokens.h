@@ -147,8 +147,8 @@ ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bit
     x.read(first, int(smaller<int64_t>(kElements, k - first)), v);
     for (int i = 0; i < kElements; i += kLanes) {
       const FloatVector each = load_vector(v + i);
-      lows = least(each, lows);
-      highs = largest(each, highs);
+      lows = lesser(each, lows);
+      highs = greater(each, highs);
       bads = sum_of(bads, difference(each, each));  // NaN from a NaN or an infinity on
     }
   }
