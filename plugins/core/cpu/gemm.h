@@ -93,7 +93,9 @@ struct Destination {
       const float by = scale ? scale[m0 + last] : 1.0f;
       for (int i = 0; i < kPanelRows; ++i) v[i] = outputs[last][i] * by;
       for (int d = last - 1; d >= m; --d) {
-        for (int i = 0; i < kPanelRows; ++i) v[i] += outputs[d][i] * scale[m0 + d];
+        // the product alone may be beyond the largest number
+        for (int i = 0; i < kPanelRows; ++i)
+          v[i] = __builtin_fmaf(outputs[d][i], scale[m0 + d], v[i]);
       }
       if (bias) {
         for (int i = 0; i < kPanelRows; ++i) v[i] += added[i];
