@@ -1,7 +1,8 @@
-"""The C++ runtime on a CPU: how soon the first token comes, what the engine costs beside the model,
+"""The C++ runtime: how soon the first token comes, what the engine costs beside the model,
 and how many requests at once pay.
 
 python benchmarks/runtime.py OUT [--streams 1 4 16] [--tokens 64] [--rounds 3] [--threads 0] [--label NAME]
+                                [--backend auto] [--like onnxruntime]
 
 OUT is an artifact up to its ONNX file; one with --kv static:1024 or more computes many requests in
 one call. Each round is a process of its own for each number of streams, in turn, through the C
@@ -10,7 +11,9 @@ first     seconds from before the library is opened to the first token of a shor
 tokens    a second, of all streams together, greedy, after prompts of 32 tokens; the prompts' time is
           left out
 overhead  the engine's own time as a part of the model's
-Before that the tokens of all streams are compared with those of each prompt alone. Writes
+Before that the tokens of all streams are compared with those of each prompt alone. With --like BACKEND
+those of another backend are counted that are the same, up to the first of each text that is not.
+Writes
 benchmarks/results/<processor>-<date>-<label>.json, medians with the least and the largest, and prints
 a table.
 """
@@ -90,13 +93,14 @@ class Request(ctypes.Structure):
 class Runtime:
     """An engine on OUT, through libanybit.so."""
 
-    def __init__(self, library: str, out: Path, slots: int, threads: int) -> None:
+    def __init__(self, library: str, out: Path, slots: int, threads: int, backend: str) -> None:
         self._library = ctypes.CDLL(library)
         for name in ("anybit_open", "anybit_submit", "anybit_stats"):
             getattr(self._library, name).restype = ctypes.c_void_p
         self._error = ctypes.c_char_p()
         options = Options(
             size=ctypes.sizeof(Options),
+            backend=backend.encode(),
             slots=slots,
             threads=threads,
             chunk=256,
@@ -163,12 +167,14 @@ def prompts_of(count: int, vocab: int) -> list[list[int]]:
     ]
 
 
-def measure(library: str, out: Path, streams: int, tokens: int, threads: int) -> dict[str, Any]:
+def measure(
+    library: str, out: Path, streams: int, tokens: int, threads: int, backend: str
+) -> dict[str, Any]:
     """In a process of its own."""
     vocab = json.loads((out / "onnx" / "model.json").read_text())["sizes"]["vocab_size"]
     prompts = prompts_of(streams, vocab)
     began = time.perf_counter()
-    runtime = Runtime(library, out, streams, threads)
+    runtime = Runtime(library, out, streams, threads, backend)
     _, ((first,),) = runtime.run([prompts[0][:5]], 1)
     found: dict[str, Any] = {"first_token_seconds": first - began}
     before = runtime.stats()
@@ -185,7 +191,18 @@ def measure(library: str, out: Path, streams: int, tokens: int, threads: int) ->
     return found
 
 
-def child(library: str, out: Path, streams: int, args: argparse.Namespace) -> dict[str, Any]:
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """How many tokens are the same, up to the first of each text that is not."""
+    same = sum(
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0]))
+        for pair in zip(ours, theirs, strict=True)
+    )
+    return f"{same} of {sum(map(len, ours))} tokens"
+
+
+def child(
+    library: str, out: Path, streams: int, args: argparse.Namespace, backend: str
+) -> dict[str, Any]:
     """Measure in a new process."""
     import onnxruntime
 
@@ -197,7 +214,8 @@ def child(library: str, out: Path, streams: int, args: argparse.Namespace) -> di
         "ANYBIT_ONNXRUNTIME": str(runtime),
         "ANYBIT_KERNELS": str(build_onnxruntime()),
     }
-    options = ["--tokens", args.tokens, "--threads", args.threads, "--one", streams, library]
+    options = ["--tokens", args.tokens, "--threads", args.threads, "--backend", backend]
+    options += ["--one", streams, library]
     result = subprocess.run(
         [sys.executable, __file__, str(out), *map(str, options)],
         capture_output=True,
@@ -219,11 +237,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--label", default="runtime")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--like", metavar="BACKEND", help="count the tokens that are another's too")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         streams, library = args.one
-        found = measure(library, args.out, int(streams), args.tokens, args.threads)
+        found = measure(library, args.out, int(streams), args.tokens, args.threads, args.backend)
         print(json.dumps(found))
         return
     sys.path.insert(0, str(HERE.parent))
@@ -233,12 +253,15 @@ def main() -> None:
     runs: dict[int, list[dict[str, Any]]] = {streams: [] for streams in args.streams}
     for _ in range(args.rounds):
         for streams in args.streams:
-            runs[streams].append(child(library, args.out, streams, args))
+            runs[streams].append(child(library, args.out, streams, args, args.backend))
     most = max(runs[max(runs)], key=lambda run: len(run["answers"]))["answers"]
     for found in (run for several in runs.values() for run in several):
         answers = found.pop("answers")
         if answers != most[: len(answers)]:
             sys.exit(f"{len(answers)} streams give other tokens than {len(most)}")
+    if args.like:
+        other = child(library, args.out, len(most), args, args.like)["answers"]
+        print(f"as {args.like}: {agreement(most, other)}", flush=True)
     rows = []
     for streams, several in runs.items():
         row: dict[str, Any] = {"streams": streams}

@@ -31,7 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    commands()[args.command].run(args.out, args)
+    command = commands()[args.command]
+    if not command.takes_packs:
+        command.run(args.out, args)
+        return 0
+    from deploy.unpack import opened
+
+    with opened(args.out) as out:
+        command.run(out, args)
     return 0
 
 

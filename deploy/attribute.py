@@ -23,6 +23,9 @@ from plugins.cli import number, whole_number
 from plugins.text import printable
 
 if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.progress import Progress
     from deploy.compare import CompareRequest
     from exporter.proof.attribution import Attribution
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMAND", "attribute_artifact", "show_in_report", "text"]
 
 _WINDOWS, _SEQLEN, _ADD_BITS = 8, 128, 0.25
+_CALIBRATION = 32  # windows, at most
 _SHOWN = 12  # nodes
 
 
@@ -62,6 +66,7 @@ def attribute_artifact(
             checkpoint=opened.checkpoint,
             windows=opened.windows,
             text=text_of(request),
+            calibration=_calibration(opened.checkpoint, opened.windows.shape[1]),
             max_context=opened.contexts[0],
             record=out / REPORT / ATTRIBUTION,
             minutes=minutes,
@@ -70,6 +75,18 @@ def attribute_artifact(
         found = attribute(job, progress)
         show_in_report(out, found)
     return found
+
+
+def _calibration(checkpoint: Checkpoint, length: int) -> ndarray:
+    """Windows [m, length] from the end of the project's own text; what is scored begins it."""
+    import numpy as np
+
+    from calibration.data import default_text, text_tokens, windows_from_tokens
+
+    vocab = checkpoint.decoder.vocab
+    tokens = text_tokens(checkpoint.tokenizer(), default_text(), vocab, "the default text")
+    tokens = np.resize(tokens, max(len(tokens), length))
+    return windows_from_tokens(tokens[len(tokens) % length :], length)[-_CALIBRATION:]
 
 
 def show_in_report(out: Path, found: Attribution) -> bool:
@@ -121,7 +138,10 @@ def text(out: Path, found: Attribution) -> str:
         lines.append(f"{found.nodes_left} nodes were not measured by themselves, {why}")
     lines.append("")
     if found.plan is None:
-        lines.append("No node was found whose bits would buy much: more bits everywhere would.")
+        lines.append(
+            "No lines: nothing that was measured and gains fits into --add-bits. Give more of them, or "
+            "more --minutes, so that smaller parts are measured."
+        )
         return "\n".join(lines)
     plan = found.plan
     there = out / QUANT / BITS_FILE
@@ -133,7 +153,7 @@ def text(out: Path, found: Attribution) -> str:
             "weight:",
             *plan.lines,
             f"KL {as_is.kl:.4f} -> {plan.found.kl:.4f} (expected {plan.expected:.4f}), perplexity "
-            f"{as_is.ppl:.3f} -> {plan.found.ppl:.3f}: measured with these nodes rounded to nearest",
+            f"{as_is.ppl:.3f} -> {plan.found.ppl:.3f}: measured with these nodes quantized anew",
         ]
     )
 

@@ -33,7 +33,11 @@ __all__ = ["COMMAND", "BenchRequest", "Timed", "bench", "table"]
 
 _READ = 1 << 28  # bytes whose reading measures the memory's speed, more than caches hold
 _READS = 5
-_BY_ROWS = {("Gather", 0), ("RotaryEmbedding", 1), ("RotaryEmbedding", 2)}  # operators' inputs
+# Operators' inputs
+_BY_ROWS = {
+    ("Gather", 0),
+    *((op, place) for op in ("RotatedHeads", "RotaryEmbedding") for place in (1, 2)),
+}
 _MANY = 20  # times from which on percentiles say more than the maximum does
 
 
@@ -246,6 +250,7 @@ class Bench(Command):
     """Prints a table, and writes JSON where it is told to."""
 
     name = "bench"
+    takes_packs = True
     help = "time of a prefill and of decode steps"
     description = (
         "Time prefill and decode: min, median, p90 and p99 of 20 times or more, tokens a second, and, "

@@ -24,12 +24,14 @@ class Command(ABC):
         name: as the command line takes it.
         help: one line for the list of commands.
         description: what --help of the command says.
+        takes_packs: whether OUT may be a pack, of which it then gets a folder for the time being.
         out_help: what its first argument OUT is; "" where it takes none and gets the working folder.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     description: ClassVar[str]
+    takes_packs: ClassVar[bool] = False
     out_help: ClassVar[str] = (
         "artifact folder of python -m exporter, or its onnx or engine folder alone"
     )

@@ -80,6 +80,7 @@ class Evaluate(Command):
     """Prints one line of JSON."""
 
     name = "eval"
+    takes_packs = True
     help = "perplexity of a text"
     description = (
         "Perplexity over non-overlapping windows, each scored alone, no BOS. The last line of "

@@ -210,6 +210,7 @@ class Generate(Command):
     """Prints the text on stdout."""
 
     name = "generate"
+    takes_packs = True
     help = "continue a prompt"
     description = "Print a prompt and its continuation."
 

@@ -110,8 +110,11 @@ def _of_pack(path: Path) -> dict[str, Any]:
     found["bytes"] = dict(sizes)
     if found["proof"] is not None:
         found["proof"]["page"] = f"{REPORT}/{HTML_FILE}"
-    unpack = ["python", "-m", "deploy", "unpack", str(path), "--to", path.stem or "FOLDER"]
-    return {"kind": "pack", **found, "run": [shlex.join(unpack)]}
+    deploy = ["python", "-m", "deploy"]
+    run = [[*deploy, "unpack", str(path), "--to", path.stem]]
+    if exported:
+        run.insert(0, [*deploy, "generate", str(path), "--prompt", "Once upon a time"])
+    return {"kind": "pack", **found, "run": [*map(shlex.join, run)]}
 
 
 def _bytes(folder: Path) -> int:

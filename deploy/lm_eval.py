@@ -177,6 +177,7 @@ class LmEval(Command):
     """Prints the harness's table."""
 
     name = "lm-eval"
+    takes_packs = True
     help = "tasks of EleutherAI's lm-evaluation-harness, where it is installed"
     description = (
         "Run tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval) and print its table. "

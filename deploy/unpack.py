@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,37 @@ if TYPE_CHECKING:
     from calibration.out.pack import Pack
     from calibration.progress import Progress
 
-__all__ = ["COMMAND", "unpack"]
+__all__ = ["COMMAND", "opened", "unpack"]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """An artifact as a folder, for a with statement: itself, or of a pack a folder beside it for the
+    time being, in which the weights are the pack's.
+
+    Raises:
+        InputError: as unpack does, or nothing can be written beside the pack.
+    """
+    from tempfile import TemporaryDirectory
+
+    from calibration.out.pack import LINKED, Pack, is_pack
+
+    if not is_pack(path):
+        yield path
+        return
+    link = LINKED in Pack(path).members
+    try:
+        beside = TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise InputError(
+            str(path),
+            f"got {error.strerror} for a folder beside it, expected one that can be written",
+            f"Unpack it elsewhere: python -m deploy unpack {path} --to DIR",
+        ) from None
+    with beside as folder:
+        out = Path(folder) / path.stem
+        unpack(path, out, link)
+        yield out
 
 
 def unpack(path: Path, to: Path, link: bool = False, progress: Progress | None = None) -> list[str]:
@@ -54,8 +86,6 @@ def unpack(path: Path, to: Path, link: bool = False, progress: Progress | None =
     with StageWriter(to.parent, to.name, needed) as writer:
         for name in pack.members:
             if linked and name == LINKED:
-                for _ in pack.pieces(name):  # holds it against its checksum
-                    pass
                 pack.link(name, writer.path)
             else:
                 pack.extract(name, writer.path)

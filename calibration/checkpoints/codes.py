@@ -27,6 +27,7 @@ __all__ = [
     "GGUF",
     "Form",
     "Stored",
+    "StoredFloats",
     "StoredLinear",
     "StoredWeights",
     "Tensors",
@@ -100,6 +101,24 @@ class StoredLinear:
         placed = np.empty_like(weight)
         placed[:, self.order] = weight
         return placed
+
+
+@dataclass(frozen=True)
+class StoredFloats:
+    """A linear of a checkpoint that is stored in few bits but has no codes that an op takes.
+
+    Attributes:
+        shape: (out_features, in_features).
+        read: its weights, fp32 [N, K]; raises InputError where tensors are damaged.
+    """
+
+    shape: tuple[int, int]
+    read: Callable[[], np.ndarray]
+
+    def dequantized(self, rows: slice | None = None) -> np.ndarray:
+        """The weights, fp32 [N, K]."""
+        weight = self.read()
+        return weight if rows is None else weight[rows]
 
 
 def affine_weights(arrays: QuantArrays, form: Form) -> np.ndarray:
@@ -239,7 +258,7 @@ class Tensors:
         return found
 
     def integers(self, layer: str, end: str, dtype: str = "int32") -> np.ndarray:
-        """A tensor of whole numbers.
+        """A tensor of whole numbers, or of another type that is told.
 
         Raises:
             InputError: it has another type.
@@ -283,12 +302,12 @@ class Stored:
     """What a format reads of a checkpoint.
 
     Attributes:
-        linears: the layers with codes, by name.
+        linears: the layers that are quantized, by name.
         used: the names of all tensors that they are made of.
         warnings: what is odd about them, a line each.
     """
 
-    linears: Mapping[str, StoredLinear]
+    linears: Mapping[str, StoredLinear | StoredFloats]
     used: Collection[str]
     warnings: Sequence[str] = ()
 
@@ -321,12 +340,16 @@ class StoredWeights:
         """Shape of every tensor of the float model."""
         return self._shapes
 
-    def coded(self, name: str) -> StoredLinear | None:
-        """The codes of a weight; None of one that is stored as floats."""
+    def _stored(self, name: str) -> StoredLinear | StoredFloats | None:
         layer, _, end = name.rpartition(".")
         return self._linears.get(layer) if end == "weight" else None
 
+    def coded(self, name: str) -> StoredLinear | None:
+        """The codes of a weight; None of one that is stored as floats."""
+        found = self._stored(name)
+        return found if isinstance(found, StoredLinear) else None
+
     def array(self, name: str, rows: slice | None = None) -> np.ndarray:
         """One tensor, or some rows of it, in its stored type; of codes fp32."""
-        stored = self.coded(name)
+        stored = self._stored(name)
         return self._weights.array(name, rows) if stored is None else stored.dequantized(rows)

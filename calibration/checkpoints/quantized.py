@@ -81,7 +81,7 @@ def _named(where: str, found: Any) -> dict[str, Any]:
         raise InputError(
             where,
             f"got an already quantized checkpoint ({got}), expected float32, float16 or bfloat16 "
-            f"weights, or codes of {accepted_formats()}",
+            f"weights, or those of {accepted_formats()}",
             FLOAT_MODEL,
         )
     return dict(found)

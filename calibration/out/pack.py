@@ -235,9 +235,15 @@ class Pack:
         return value
 
     def sha256(self) -> str:
-        """Of the whole file, hex."""
+        """Of the whole file, hex; the member at its beginning is held against its checksum on the way.
+        Raises as pieces does.
+        """
+        first = next(iter(self.members.values()))
         digest = hashlib.sha256()
+        for piece in self.pieces(first.name):
+            digest.update(piece)
         with self.path.open("rb") as file:
+            file.seek(first.bytes)
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
         return digest.hexdigest()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.checkpoints.codes import GGUF, Form, StoredLinear, affine_weights, regrouped
-from calibration.checkpoints.quantized import accepted_formats
 from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.quant.bits import SchemeMap, head_scheme
 from calibration.quant.scheme import FLOAT_BITS, QuantScheme
@@ -64,8 +63,7 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
         if keep or requantize:
             raise InputError(
                 "--keep" if keep else "--requantize",
-                f"got a model of floats, {where}, expected a checkpoint with codes of "
-                f"{accepted_formats()}",
+                f"got a model of floats, {where}, expected a checkpoint that is quantized already",
                 "Leave it out and give --wbits and --abits",
             )
         return ""
@@ -77,6 +75,13 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
         return (
             "The model's weights are quantized already, and are rounded once more here. --keep "
             "instead of --wbits exports its own codes as they are, which is faster and nearer to it."
+        )
+    if not _all_coded(checkpoint):
+        raise InputError(
+            where,
+            f"got a checkpoint that is quantized already ({format}), with weights that no op takes as "
+            f"they are, expected --requantize",
+            _REQUANTIZE,
         )
     raise InputError(
         where,
@@ -117,7 +122,7 @@ def _coded(checkpoint: Checkpoint, linear: str) -> StoredLinear:
     if found is None:
         raise InputError(
             f"{checkpoint.source.path}, {linear}",
-            "got weights that are floats among others with codes, expected codes for --keep",
+            "got weights without codes that an op takes, expected such for --keep",
             _REQUANTIZE,
         )
     return found

@@ -20,7 +20,7 @@ _SYSTEM = (Path("/usr/local/include"), Path("/usr/include"))
 # -ffp-contract=off: the odds of a draw are the same on every machine.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
 _FLAGS += ["-Wall", "-Wextra", "-pthread"]
-_OWN = ["-Iinclude", "-Isrc", "-I../../plugins"]
+_INCLUDE = ["include", "src", "../../plugins", "../../plugins/core/tensorrt/abi"]
 
 
 def header_folder(library: str, header: str) -> Path:
@@ -53,14 +53,14 @@ def _recipe(
     compiler = find_program("g++", "g++")
     json = header_folder("nlohmann_json", "nlohmann/json.hpp")
     system = [] if json in _SYSTEM else ["-isystem", str(json)]
-    compiles = [compiler, *_FLAGS, *flags, *_OWN, *system]
+    compiles = [compiler, *_FLAGS, *flags, *(f"-I{folder}" for folder in _INCLUDE), *system]
     return Recipe(
         root=_SOURCES,
         name=name,
         folders=build_folders(),
         compiles=dict.fromkeys(sources, compiles),
         link=[compiler, *link],
-        include=["include", "src", "../../plugins"],
+        include=_INCLUDE,
         more=more,
     )
 
@@ -93,6 +93,7 @@ def build_program(
     flags: Sequence[str] = (),
     *,
     variant: str = "",
+    shared: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
     """A program of these sources, compiled if needed. The runtime is linked into it, so that it
@@ -103,6 +104,7 @@ def build_program(
         sources: its own .cpp files.
         flags: for the compiler, such as "-isystem", "FOLDER".
         variant: of the runtime, "" or a sanitizer of g++ such as "thread".
+        shared: make a shared library instead.
         say: told before it is compiled.
 
     Raises:
@@ -112,5 +114,6 @@ def build_program(
     special = [f"-fsanitize={variant}", "-g", "-O1"] if variant else []
     objects = str(_objects(say, f"_{variant}" if variant else "", special))
     own = [str(path.resolve()) for path in sources]
-    link = ["-pthread", *special, "{}", objects, "-ldl"]
+    kind = ["-shared"] if shared else []
+    link = ["-pthread", *kind, *special, "{}", objects, "-ldl"]
     return make(_recipe(name, own, [*special, *flags], link, objects), say)

@@ -22,12 +22,14 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.option_defaults()->always_capture_default()->multi_option_policy(
       CLI::MultiOptionPolicy::TakeLast);
   app.add_option("OUT", words.folder,
-                 "artifact folder of python -m exporter, or its onnx folder alone")
+                 "artifact folder of python -m exporter, or its onnx or engine folder alone")
       ->required();
   app.add_option("--host", o.host, "address to listen on; 0.0.0.0 is every one of this machine");
   app.add_option("--port", o.port, "0 takes a free one, which the log names");
-  app.add_option("--backend", o.load.backend, "auto, or onnxruntime")
-      ->check(CLI::IsMember({"auto", "onnxruntime"}));
+  app.add_option("--backend", o.load.backend,
+                 "tensorrt: the engine on a GPU; onnxruntime: the ONNX file on the CPU; auto: the "
+                 "engine where it fits this machine")
+      ->check(CLI::IsMember({"auto", "tensorrt", "onnxruntime"}));
   app.add_option("--slots", o.load.slots, "texts that run at once")->check(CLI::Range(1, 1024));
   app.add_option("--threads", o.load.threads, "that compute; 0: one for each core")
       ->check(CLI::Range(0, 4096));
@@ -39,6 +41,10 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.add_option("--memory", words.memory, "MB that caches and calls may take; 0: what is free");
   app.add_flag("--verify", o.load.verify, "compare the weights with their SHA-256 first");
   app.add_option("--onnxruntime", o.load.onnxruntime, "libonnxruntime.so, or its folder");
+  app.add_option("--tensorrt", o.load.tensorrt,
+                 "libnvinfer.so.10, libnvinfer.so.11 or libtensorrt_rtx.so.1, or its folder");
+  app.add_flag("!--no-cuda-graphs", o.load.cuda_graphs,
+               "do not replay the steps of a static cache on the GPU as CUDA graphs");
   app.add_option("--kernels", o.load.kernels, "libanybit_onnxruntime.so, or its folder");
   app.add_option("--name", o.name, "what clients call the model; empty: its own name");
   app.add_option("--api-key", words.api_key,

@@ -223,6 +223,7 @@ void Service::loaded(std::shared_ptr<Model> model) {
              {{"model", options_.name},
               {"bits", card.scheme},
               {"backend", card.backend},
+              {"choice", card.choice},
               {"slots", card.slots},
               {"context", card.max_context},
               {"memory", card.memory.text()}});

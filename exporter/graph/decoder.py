@@ -149,7 +149,7 @@ def _embedding(writer: GraphWriter) -> str:
     embedding = writer.quant.decoder.embedding
     table = writer.tensor(f"{embedding.name}.weight")
     rows = writer.node("Gather", [table, "input_ids"], embedding.name)
-    return rows if embedding.scale is None else writer.scaled(rows, embedding.scale, writer.dtype)
+    return rows if embedding.scale is None else writer.scaled(rows, embedding.scale)
 
 
 def _attention_masks(writer: GraphWriter) -> dict[int | None, str]:
@@ -255,7 +255,7 @@ def _head(writer: GraphWriter, stream: str) -> str:
     if head.quantized:
         scores = writer.gemm(head.name, rows, head.norm, head.norm.name, tokens="L")
     else:
-        normed = writer.norm(head.norm, head.norm.name, rows)
+        normed = writer.norm(head.norm, head.norm.name, rows, tokens="L")
         table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
         scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:

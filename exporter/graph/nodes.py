@@ -1,5 +1,5 @@
-"""Makes the nodes that have a local function of standard ops, the custom GEMMs and attention, and
-collects the functions.
+"""Makes the nodes that have a local function of standard ops, the custom GEMMs and those that are
+inlined, and collects the functions.
 """
 
 from __future__ import annotations
@@ -7,14 +7,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plugins import op_spec
-from plugins.cached_attention import DOMAIN as ATTENTION
-from plugins.cached_attention import FLOAT_BITS
 from plugins.core.op_spec import DOMAIN, PLUGIN_VERSION, GemmAttributes
 
 if TYPE_CHECKING:
     import onnx
 
-    from plugins.cached_attention.body import AttentionForm
+    from plugins.core.function import FunctionForm
 
 __all__ = ["NodeFactory"]
 
@@ -35,7 +33,7 @@ class NodeFactory:
     def __init__(self, dtype: int) -> None:
         self._dtype = dtype
         self._functions: dict[Variant, onnx.FunctionProto] = {}
-        self._attentions: dict[AttentionForm, onnx.FunctionProto] = {}
+        self._inlined: dict[FunctionForm, onnx.FunctionProto] = {}
 
     def gemm(
         self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str
@@ -68,48 +66,42 @@ class NodeFactory:
             **attrs.as_dict(),
         )
 
-    def attention(
+    def call(
         self,
-        form: AttentionForm,
+        form: FunctionForm,
         name: str,
         inputs: list[str],
         outputs: list[str],
-        *,
-        scale: float,
-        softcap: float,
+        **attributes: float,
     ) -> onnx.NodeProto:
-        """A node of attention with its cache.
+        """A node that runtimes inline, or run natively.
 
         Args:
+            form: of its function.
             inputs, outputs: in the order of the form's.
-            scale: of the scores.
-            softcap: of the scores; 0 is none.
+            attributes: of this node, besides the form's.
         """
         from onnx import helper
 
-        from plugins.cached_attention.body import function_body
-
-        if form not in self._attentions:
-            number = len(self._attentions)
-            domain = f"{ATTENTION}.v{number}" if number else ATTENTION
-            self._attentions[form] = function_body(form, self._dtype, domain)
-        low = {} if form.bits == FLOAT_BITS else {"bits": form.bits}
+        if form not in self._inlined:
+            number = sum(other.op == form.op for other in self._inlined)
+            domain = f"{form.domain}.v{number}" if number else form.domain
+            self._inlined[form] = form.function(self._dtype, domain)
         return helper.make_node(
             form.op,
             inputs,
             outputs,
             name=name,
-            domain=self._attentions[form].domain,
-            scale=float(scale),
-            softcap=float(softcap),
-            **low,
+            domain=self._inlined[form].domain,
+            **form.attributes,
+            **attributes,
         )
 
     def functions(self) -> list[onnx.FunctionProto]:
-        """The functions of the nodes made so far: the custom ones in order of first use, then the
-        attentions; all of the newest opset that one of them asks for, since a model has one.
+        """The functions of the nodes made so far: the custom ones in order of first use, then those
+        that are inlined; all of the newest opset that one of them asks for, since a model has one.
         """
-        found = [*self._functions.values(), *self._attentions.values()]
+        found = [*self._functions.values(), *self._inlined.values()]
         for function in found:
             function.opset_import[0].version = self.opset
         return found
@@ -119,7 +111,7 @@ class NodeFactory:
         """Of the model's standard ops."""
         from plugins.core.onnx_body import OPSET
 
-        return max([OPSET, *(form.opset for form in self._attentions)])
+        return max([OPSET, *(form.opset for form in self._inlined)])
 
     def opset_imports(self, opset: int) -> list[onnx.OperatorSetIdProto]:
         """What a model of these nodes and standard ones of this opset imports."""

@@ -8,7 +8,7 @@ is rounded once, but for the nodes between casts to fp32 and back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calibration.families.decoder import Block
@@ -23,9 +23,19 @@ from calibration.families.steps import (
     Norm,
     Reorder,
     Rope,
+    Step,
 )
 from exporter.graph.names import WRITE_INDICES, layer_output, new_key, past, present
 from exporter.graph.writer import GraphWriter
+from plugins.pointwise.forms import (
+    ALL_HEADS,
+    EACH_HEAD,
+    NO_NORM,
+    Activation,
+    ResidualSum,
+    RMSNorm,
+    RotatedHeads,
+)
 
 __all__ = ["WRITERS", "Flow", "write_block"]
 
@@ -37,9 +47,9 @@ class Flow:
     Attributes:
         block: the block.
         stream: the residual stream, [B, S, hidden].
-        value: what the last step made. Behind Heads the queries and keys of all heads,
-            [B, heads + kv_heads, S, head_dim].
-        values: the other part of what Heads made, [B, kv_heads, S, head_dim].
+        value: what the last step made.
+        heads: the steps since the last GEMM node that make heads of its output; attention's step
+            writes them.
         linears: the GEMM node last written.
         sums: Adds so far.
     """
@@ -47,7 +57,7 @@ class Flow:
     block: Block
     stream: str
     value: str
-    values: str = ""
+    heads: list[Step] = field(default_factory=list)
     linears: Linears | None = None
     sums: int = 0
 
@@ -63,7 +73,7 @@ def write_block(writer: GraphWriter, block: Block, stream: str) -> str:
     flow = Flow(block, stream, stream)
     for step in block.steps:
         flow.value = WRITERS[type(step)](writer, flow, step)
-    return writer.info(flow.stream, writer.quant.decoder.hidden)
+    return flow.stream
 
 
 def _norm(writer: GraphWriter, flow: Flow, step: Norm) -> str:
@@ -83,130 +93,141 @@ def _reorder(writer: GraphWriter, flow: Flow, step: Reorder) -> str:
     return writer.node("Gather", [flow.value, writer.tensor(name)], f"{name}.rows", axis=-1)
 
 
-def _heads(writer: GraphWriter, flow: Flow, step: Heads) -> str:
-    rows = writer.reshape(
-        flow.value,
-        [0, 0, step.heads + 2 * step.kv_heads, step.head_dim],
-        f"{flow.module}.qkv_heads",
-    )
-    heads = writer.node("Transpose", [rows], f"{flow.module}.qkv", perm=[0, 2, 1, 3])
-    both, flow.values = writer.split(
-        heads,
-        [step.heads + step.kv_heads, step.kv_heads],
-        1,
-        [f"{flow.module}.qk", f"{flow.module}.value"],
-    )
-    return both
-
-
-def _head_norm(writer: GraphWriter, flow: Flow, step: HeadNorm) -> str:
-    counts = [flow.block.heads.heads, flow.block.heads.kv_heads]
-    parts = writer.split(
-        flow.value, counts, 1, [f"{flow.module}.query_heads", f"{flow.module}.key_heads"]
-    )
-    normed = [
-        _normed_heads(writer, flow, norm, part, count)
-        for norm, part, count in zip((step.query, step.key), parts, counts, strict=True)
-    ]
-    return writer.node("Concat", normed, f"{flow.module}.qk_normed", axis=1)
-
-
-def _normed_heads(writer: GraphWriter, flow: Flow, norm: Norm, part: str, count: int) -> str:
-    """Norm of [B, count, S, head_dim] per head, or over all heads of a token together."""
-    name, head_dim = flow.block.name(norm.name), flow.block.heads.head_dim
-    if norm.width == head_dim:
-        return writer.norm(norm, name, part)
-    turned = {"perm": [0, 2, 1, 3]}
-    rows = writer.node("Transpose", [part], f"{part}.rows", **turned)
-    rows = writer.norm(norm, name, writer.reshape(rows, [0, 0, norm.width], f"{part}.joined"))
-    rows = writer.reshape(rows, [0, 0, count, head_dim], f"{name}.rows")
-    return writer.node("Transpose", [rows], f"{name}.heads", **turned)
-
-
-def _rope(writer: GraphWriter, flow: Flow, step: Rope) -> str:
-    return writer.node(
-        "RotaryEmbedding",
-        [flow.value, *writer.rope[step], writer.positions],
-        f"{flow.module}.qk_rotated",
-        interleaved=0,
-        **({} if step.width is None else {"rotary_embedding_dim": step.width}),
-    )
+def _of_heads(writer: GraphWriter, flow: Flow, step: Step) -> str:
+    flow.heads.append(step)
+    return flow.value
 
 
 def _attend(writer: GraphWriter, flow: Flow, step: Attend) -> str:
     heads, module, index = flow.block.heads, flow.module, flow.block.index
-    query, key = writer.split(
-        flow.value, [heads.heads, heads.kv_heads], 1, [f"{module}.query", new_key(index)]
-    )
-    parts, context = writer.form().parts, f"{module}.context"
+    query, key, value = _rotated_heads(writer, flow)
+    form, context = writer.form(step.softcap is not None), f"{module}.context"
     tensors = {
         "query": query,
         "key": key,
-        "value": flow.values,
+        "value": value,
         "mask": writer.masks[step.window],
         "write_indices": WRITE_INDICES,
         "context": context,
-        **{f"past_{part}": past(index, part) for part in parts},
-        **{f"present_{part}": present(index, part) for part in parts},
+        **{f"past_{part}": past(index, part) for part in form.parts},
+        **{f"present_{part}": present(index, part) for part in form.parts},
     }
-    writer.attention(f"{module}.attention", tensors, step.scale, step.softcap)
+    limits = {"scale": float(step.scale), "softcap": float(step.softcap or 0)}
+    writer.call(form, f"{module}.attention", tensors, **limits)
     return writer.info(context, heads.heads * heads.head_dim)
 
 
+def _rotated_heads(writer: GraphWriter, flow: Flow) -> list[str]:
+    """Names of queries, keys and values: one node cuts the heads, then norms and turns them; steps in
+    another order follow it as nodes of their own.
+    """
+    cut, module, block = flow.block.heads, flow.module, flow.block
+    form = RotatedHeads(heads=cut.heads, kv_heads=cut.kv_heads, head_dim=cut.head_dim)
+    tensors, steps = {"qkv": flow.value}, flow.heads[1:]
+    flow.heads = []
+    if steps and isinstance(norms := steps[0], HeadNorm) and (kind := _normed_over(norms, cut)):
+        form = replace(
+            form, norm=kind, query_epsilon=norms.query.epsilon, key_epsilon=norms.key.epsilon
+        )
+        steps = steps[1:]
+        for name, norm in (("query_gain", norms.query), ("key_gain", norms.key)):
+            tensors[name] = writer.tensor(f"{block.name(norm.name)}.weight")
+    if steps and isinstance(rope := steps[0], Rope):
+        form, steps = replace(form, rotary=rope.width or cut.head_dim), steps[1:]
+        tensors |= dict(zip(form.inputs[1:4], _positions(writer, rope), strict=True))
+    made = [f"{module}.query", new_key(block.index)]
+    names = [f"{name}.{len(steps)}" for name in made] if steps else made
+    value = f"{module}.value"
+    outputs = dict(zip(form.outputs, [*names, value], strict=True))
+    writer.call(form, f"{module}.heads", tensors | outputs)
+    for left, step in reversed([*enumerate(reversed(steps))]):
+        targets = [f"{name}.{left}" for name in made] if left else made
+        names = _apart(writer, flow, step, names, targets)
+    return [*names, value]
+
+
+def _normed_over(norms: HeadNorm, heads: Heads) -> int:
+    """What a node's norm runs over; NO_NORM where queries and keys are not normed alike."""
+    widths = norms.query.width, norms.key.width
+    counts = heads.heads, heads.kv_heads
+    if widths == (heads.head_dim, heads.head_dim):
+        return EACH_HEAD
+    return ALL_HEADS if widths == tuple(count * heads.head_dim for count in counts) else NO_NORM
+
+
+def _positions(writer: GraphWriter, step: Rope) -> list[str]:
+    """cos, sin, and the positions of the new tokens."""
+    return [*writer.rope[step], writer.positions]
+
+
+def _apart(
+    writer: GraphWriter, flow: Flow, step: Step, sources: list[str], targets: list[str]
+) -> list[str]:
+    """A step on queries and keys [B, heads, S, head_dim], each by itself."""
+    heads = flow.block.heads
+    counts = heads.heads, heads.kv_heads
+    for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if isinstance(step, HeadNorm):
+            norm = (step.query, step.key)[place]
+            _normed_heads(writer, flow, norm, source, target, counts[place])
+        else:
+            assert isinstance(step, Rope)
+            turned = {} if step.width is None else {"rotary_embedding_dim": step.width}
+            inputs = [source, *_positions(writer, step)]
+            writer.node("RotaryEmbedding", inputs, target, interleaved=0, **turned)
+    return targets
+
+
+def _normed_heads(
+    writer: GraphWriter, flow: Flow, norm: Norm, source: str, target: str, count: int
+) -> None:
+    """Norm of [B, count, S, head_dim] per head, or over all heads of a token together."""
+    head_dim, turned = flow.block.heads.head_dim, {"perm": [0, 2, 1, 3]}
+    form, tensors = RMSNorm(norm.epsilon), {"x": source, "y": target}
+    tensors["gain"] = writer.tensor(f"{flow.block.name(norm.name)}.weight")
+    if norm.width == head_dim:
+        writer.call(form, f"{target}.norm", tensors)
+        return
+    rows = writer.node("Transpose", [source], f"{target}.rows", **turned)
+    tensors |= {"x": writer.reshape(rows, [0, 0, norm.width], f"{target}.joined")}
+    writer.call(form, f"{target}.norm", tensors | {"y": f"{target}.normed"})
+    rows = writer.reshape(f"{target}.normed", [0, 0, count, head_dim], f"{target}.heads")
+    writer.node("Transpose", [rows], target, **turned)
+
+
 def _gate(writer: GraphWriter, flow: Flow, step: Gate) -> str:
-    assert flow.linears is not None
-    width = flow.linears.out_features // 2
-    gate, up = writer.split(
-        flow.value, [width, width], -1, [f"{flow.module}.gate", f"{flow.module}.up"]
-    )
-    gate = ACTIVATIONS[step.activation](writer, gate, flow.module)
-    return writer.node("Mul", [gate, up], f"{flow.module}.product")
+    return _activated(writer, flow, Activation(step.activation, gated=1), "product")
 
 
 def _activate(writer: GraphWriter, flow: Flow, step: Activate) -> str:
-    return ACTIVATIONS[step.activation](writer, flow.value, flow.module)
+    return _activated(writer, flow, Activation(step.activation, gated=0), "activation")
+
+
+def _activated(writer: GraphWriter, flow: Flow, form: Activation, name: str) -> str:
+    assert flow.linears is not None
+    output = f"{flow.module}.{name}"
+    writer.call(form, output, {"x": flow.value, "y": output})
+    return writer.info(output, flow.linears.out_features // (1 + form.gated))
 
 
 def _add(writer: GraphWriter, flow: Flow, step: Add) -> str:
-    from onnx import TensorProto
-
     flow.sums += 1
     number = "" if flow.sums == 1 else f"{flow.sums}"
     last = flow.sums == len(flow.block.branches)
     output = layer_output(flow.block.index) if last else flow.block.name(f"residual{number}")
-    value = writer.scaled(flow.value, step.multiplier, TensorProto.FLOAT)
-    flow.stream = writer.node("Add", [flow.stream, value], output)
+    tensors = {"stream": flow.stream, "value": flow.value, "y": output}
+    writer.call(ResidualSum(step.multiplier), output, tensors)
+    flow.stream = writer.info(output, writer.quant.decoder.hidden)
     return flow.stream
 
-
-def _silu(writer: GraphWriter, x: str, module: str) -> str:
-    return writer.node(
-        "Mul", [x, writer.node("Sigmoid", [x], f"{module}.sigmoid")], f"{module}.silu"
-    )
-
-
-def _gelu_tanh(writer: GraphWriter, x: str, module: str) -> str:
-    return writer.node("Gelu", [x], f"{module}.gelu", approximate="tanh")
-
-
-def _relu2(writer: GraphWriter, x: str, module: str) -> str:
-    positive = writer.node("Relu", [x], f"{module}.relu")
-    return writer.node("Mul", [positive, positive], f"{module}.relu2")
-
-
-ACTIVATIONS: dict[str, Callable[[GraphWriter, str, str], str]] = {
-    "silu": _silu,
-    "gelu_tanh": _gelu_tanh,
-    "relu2": _relu2,
-}
 
 WRITERS: dict[type, Callable[[GraphWriter, Flow, Any], str]] = {
     Norm: _norm,
     Linears: _linears,
     Reorder: _reorder,
-    Heads: _heads,
-    HeadNorm: _head_norm,
-    Rope: _rope,
+    Heads: _of_heads,
+    HeadNorm: _of_heads,
+    Rope: _of_heads,
     Attend: _attend,
     Gate: _gate,
     Activate: _activate,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from exporter.graph.nodes import NodeFactory
     from exporter.graph.weights import ExternalWeights
     from plugins.cached_attention.body import AttentionForm
+    from plugins.core.function import FunctionForm
 
 __all__ = ["GraphWriter"]
 
@@ -84,18 +85,11 @@ class GraphWriter:
             return source
         return self.node("Cast", [source], output, to=to)
 
-    def scaled(self, source: str, factor: float, dtype: int) -> str:
-        """`source` times a number of a type, the model's or fp32, in which they are multiplied; no
-        node where the number is 1.
-        """
+    def scaled(self, source: str, factor: float) -> str:
+        """`source` times a number of the model's type; no node where the number is 1."""
         if factor == 1:
             return source
-        output = f"{source}.scaled"
-        if dtype == self.dtype:
-            return self.node("Mul", [source, self.number(factor, dtype)], output)
-        wide = self.cast(source, dtype, f"{source}.float32")
-        product = self.node("Mul", [wide, self.number(factor, dtype)], f"{source}.product")
-        return self.cast(product, self.dtype, output)
+        return self.node("Mul", [source, self.number(factor, self.dtype)], f"{source}.scaled")
 
     def capped(self, source: str, scale: float, cap: float, prefix: str, output: str) -> str:
         """cap tanh(scale source / cap) of an fp32 tensor."""
@@ -143,17 +137,15 @@ class GraphWriter:
         self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", tokens, width]))
         return name
 
-    def norm(self, norm: Norm, name: str, source: str) -> str:
-        """RMSNorm over the last axis, computed in fp32, named `name` as the tensor of its gain is
+    def norm(self, norm: Norm, name: str, source: str, tokens: str = "S") -> str:
+        """RMSNorm of [B, S, width] over the last axis, named `name` as the tensor of its gain is
         (without ".weight").
         """
-        return self.node(
-            "RMSNormalization",
-            [source, self.tensor(f"{name}.weight")],
-            name,
-            axis=-1,
-            epsilon=norm.epsilon,
-        )
+        from plugins.pointwise.forms import RMSNorm
+
+        gain = self.tensor(f"{name}.weight")
+        self.call(RMSNorm(norm.epsilon), name, {"x": source, "gain": gain, "y": name})
+        return self.info(name, norm.width, tokens)
 
     def gemm(
         self, name: str, source: str, norm: Norm | None, norm_name: str, tokens: str = "S"
@@ -171,31 +163,23 @@ class GraphWriter:
             attrs = replace(attrs, norm_epsilon=norm.epsilon)
             names.append(self.tensor(f"{norm_name}.weight"))  # gamma is the last input
         elif norm:
-            source = self.norm(norm, norm_name, source)
+            source = self.norm(norm, norm_name, source, tokens)
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
         return self.info(output, attrs.out_features, tokens)
 
-    def attention(
-        self, name: str, inputs: Mapping[str, str], scale: float, softcap: float | None
+    def call(
+        self, form: FunctionForm, name: str, tensors: Mapping[str, str], **attributes: float
     ) -> None:
-        """The node of attention with its cache, which plugins/cached_attention/body.py describes.
+        """A node that runtimes inline, or run natively.
 
         Args:
-            inputs: by their names there; outputs too.
-            scale, softcap: of the scores.
+            form: of its function.
+            tensors: inputs and outputs, by their names there; more are left out.
+            attributes: of this node, besides the form's.
         """
-        form = self.form(softcap is not None)
-        self.nodes.append(
-            self.factory.attention(
-                form,
-                name,
-                [inputs[one] for one in form.inputs],
-                [inputs[one] for one in form.outputs],
-                scale=scale,
-                softcap=softcap or 0.0,
-            )
-        )
+        inputs, outputs = ([tensors[one] for one in names] for names in (form.inputs, form.outputs))
+        self.nodes.append(self.factory.call(form, name, inputs, outputs, **attributes))
 
     def form(self, capped: bool = False) -> AttentionForm:
         """Of the model's attention."""

@@ -60,6 +60,8 @@ class AttributionJob:
         checkpoint: its float model.
         windows: tokens int64 [n, L].
         text: the name of what they are of.
+        calibration: others [m, L], by which nodes of other bits are quantized where the model's method
+            looks at data.
         max_context: most tokens of a sequence of the export.
         record: a JSON file that keeps what was measured.
         minutes: no walk begins that would end later; 0 is no bound. The first one always runs.
@@ -70,6 +72,7 @@ class AttributionJob:
     checkpoint: Checkpoint
     windows: ndarray
     text: str
+    calibration: ndarray
     max_context: int
     record: Path
     minutes: float = 0.0
@@ -95,7 +98,7 @@ class Plan:
         lines: of a bits file, behind those that the artifact has.
         bits_before, bits_after: per weight of the linears, scales and zero points included.
         expected: KL that the measured gains promise.
-        found: the model with these nodes rounded to nearest in their new bits.
+        found: the model with these nodes quantized anew, see Swap.
     """
 
     lines: tuple[str, ...]
@@ -212,8 +215,11 @@ class _Search:
         stamp = digest(
             job.quant.files,
             job.quant.source["fingerprint"],
-            hashlib.sha256(job.windows.tobytes()).hexdigest(),
-            list(job.windows.shape),
+            *(
+                hashlib.sha256(rows.tobytes()).hexdigest()
+                for rows in (job.windows, job.calibration)
+            ),
+            [list(rows.shape) for rows in (job.windows, job.calibration)],
             job.max_context,
             code_digest(*CALIBRATION_CODE, "exporter/proof/swaps.py"),
         )
@@ -290,7 +296,12 @@ class _Search:
         self._progress.start("attribute", layers * (1 + fresh))
         if self._model is None:
             self._model = Swapped(
-                job.quant, job.checkpoint, job.windows, job.max_context, self._progress
+                job.quant,
+                job.checkpoint,
+                job.windows,
+                job.calibration,
+                job.max_context,
+                self._progress,
             )
             self._record.float_ppl = _means(self._model.baseline, "the float model").ppl
         found = self._model.measure([*swaps.values()], self._progress)

@@ -167,6 +167,8 @@ class Stack:
             return limits.gemm()
         if any(node.source == tensor and node.site.attention for node in self.nodes):
             return limits.attention()
+        if self.scheme.dtype == "float32" and any(node.source == tensor for node in self.nodes):
+            return limits.pointwise()  # an exponential's last bits in fp64 may show
         return 0.0
 
     def _floating(self, node: GemmNode) -> bool:

@@ -18,14 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calibration.blocks.forward import block_output, embedded, float_linear, load_block
-from calibration.blocks.rounding import Plain
+from calibration.blocks.rounding import Plain, WeightSolver
 from calibration.blocks.walk import site_weight
 from calibration.families.steps import Norm
+from calibration.methods.qqq.method import round as gptq_rule
+from calibration.methods.qqq.settings import QqqSettings
 from calibration.methods.rtn import quantize
 from calibration.quant.scheme import FLOAT_BITS, QuantLinear, QuantScheme
 from calibration.reference.fake_quant import ActivationQuantizer, FakeQuantLinear, fake_quantize
 from calibration.reference.model import channel_orders
 from calibration.reference.steps import PLAIN, Rope, cached_heads
+from calibration.settings import CalibrationSettings
+from calibration.solvers.hessian import Moments
 from calibration.transforms.smoothing import fold_scales
 from exporter.proof.basis import recorded_rotation
 from exporter.proof.quality import CHUNK, Quality
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from calibration.families.decoder import Block, Decoder, Site
     from calibration.progress import Progress
     from calibration.quant.folder import QuantModel
+    from plugins.core.op_spec import QuantArrays
 
 __all__ = ["Swap", "Swapped", "float_block"]
 
@@ -55,7 +60,8 @@ class Swap:
         weights: GEMM nodes that multiply with the float model's weights.
         activations: GEMM nodes that read their inputs as they are, without codes.
         caches: decoder layers whose keys and values stay in floating point.
-        schemes: {GEMM node: a scheme in which its float weights are rounded to nearest instead}.
+        schemes: {GEMM node: a scheme in which its float weights are quantized instead}: to nearest
+            where the model's method looks at weights alone, else by GPTQ on what it reads.
     """
 
     weights: Names = frozenset()
@@ -80,6 +86,7 @@ class Swapped:
         quant: the quantized model.
         checkpoint: its float model.
         windows: tokens int64 [n, L], of which 1..L-1 are predicted.
+        calibration: others [m, L], by which nodes of other schemes are quantized.
         max_context: most tokens of a sequence of the export, as Rope.of's.
         progress: advanced once a decoder layer of the float model.
 
@@ -92,11 +99,12 @@ class Swapped:
         quant: QuantModel,
         checkpoint: Checkpoint,
         windows: ndarray,
+        calibration: ndarray,
         max_context: int,
         progress: Progress,
     ) -> None:
         self._quant, self._checkpoint, self._max_context = quant, checkpoint, max_context
-        self._tokens = torch.from_numpy(windows)
+        self._tokens, self._calibration = torch.from_numpy(windows), torch.from_numpy(calibration)
         self._basis: Basis = recorded_rotation(quant) or Plain()
         with torch.no_grad():
             self._truth = self._float_stream(progress)
@@ -110,16 +118,18 @@ class Swapped:
         length = self._tokens.shape[1] - 1
         return Rope.of(self._checkpoint, length, "cpu", block.rope, self._max_context)
 
-    def _embedded(self, table: ndarray, decoder: Decoder) -> Tensor:
+    @staticmethod
+    def _embedded(table: ndarray, decoder: Decoder, tokens: Tensor) -> Tensor:
         """What the first layer reads; of a large table only the rows of the text are made fp32."""
-        rows, places = np.unique(self._tokens[:, :-1].numpy(), return_inverse=True)
+        rows, places = np.unique(tokens[:, :-1].numpy(), return_inverse=True)
         found = torch.from_numpy(table[rows].astype(np.float32))
-        return embedded(found, torch.from_numpy(places.reshape(len(self._tokens), -1)), decoder)
+        return embedded(found, torch.from_numpy(places.reshape(len(tokens), -1)), decoder)
 
     def _float_stream(self, progress: Progress) -> Tensor:
         """What the float model's final norm reads, [n, L-1, hidden]."""
         decoder = self._checkpoint.decoder
-        x = self._embedded(self._checkpoint.array(f"{decoder.embedding.name}.weight"), decoder)
+        table = self._checkpoint.array(f"{decoder.embedding.name}.weight")
+        x = self._embedded(table, decoder, self._tokens)
         for block in decoder.blocks:
             weights = load_block(self._checkpoint, block.index)
             multiply = float_linear(weights, block)
@@ -137,10 +147,14 @@ class Swapped:
             progress: advanced once a decoder layer.
         """
         quant, decoder = self._quant, self._quant.decoder
-        start = self._embedded(quant.tensor(f"{decoder.embedding.name}.weight"), decoder)
+        tokens = self._tokens
+        if quant.calibration and any(swap.schemes for swap in swaps):
+            tokens = torch.cat([tokens, self._calibration])
+        start = self._embedded(quant.tensor(f"{decoder.embedding.name}.weight"), decoder, tokens)
         streams = [(start, [*range(len(swaps))])]
         for block in decoder.blocks:
-            layer, rope = _Layer(quant, self._checkpoint, self._basis, block), self._rope(block)
+            layer = _Layer(quant, self._checkpoint, self._basis, block, len(self._tokens))
+            rope = self._rope(block)
             nodes = frozenset(map(block.name, block.sites))
             streams = [
                 (layer.output(x, swap, rope), alike)
@@ -152,7 +166,7 @@ class Swapped:
             note = f"layer {block.index + 1} of {decoder.layers}, {len(streams)} streams"
             progress.advance(1, note)
         head = frozenset([decoder.head.name])
-        states = {place: x for x, places in streams for place in places}
+        states = {place: x[: len(self._tokens)] for x, places in streams for place in places}
         models: dict[int, tuple[Tensor, Function]] = {}
         for swap, alike in _alike([(place, swap.within(head)) for place, swap in enumerate(swaps)]):
             multiply = self._head(swap)
@@ -212,12 +226,17 @@ def _head(decoder: Decoder, gain: Tensor, multiply: Function) -> Function:
 
 
 class _Layer:
-    """A decoder layer of the quantized model; its parts are made when a change asks for them."""
+    """A decoder layer of the quantized model; its parts are made when a change asks for them.
+
+    Args:
+        judged: windows that are scored; those behind them are for calibration.
+    """
 
     def __init__(
-        self, quant: QuantModel, checkpoint: Checkpoint, basis: Basis, block: Block
+        self, quant: QuantModel, checkpoint: Checkpoint, basis: Basis, block: Block, judged: int
     ) -> None:
         self._quant, self._checkpoint, self._basis, self._block = quant, checkpoint, basis, block
+        self._judged = judged
         self._gains = {norm.gain: _tensor(quant, block.name(norm.gain)) for norm in block.norms}
         self._gains |= channel_orders(quant, block)
         self._kept: dict[str, Function] = {}  # nodes as they are
@@ -229,14 +248,14 @@ class _Layer:
 
         def node(name: str, value: Tensor) -> Tensor:
             if name not in made:
-                made[name] = self._multiply(name, swap)
+                made[name] = self._multiply(name, swap, value[self._judged :])
             return made[name](value)
 
         kept = self._block.index in swap.caches
         heads = cached_heads(FLOAT_BITS if kept else self._quant.scheme.kv_bits)
         return block_output(x, self._gains, node, self._block, rope, heads)
 
-    def _multiply(self, name: str, swap: Swap) -> Function:
+    def _multiply(self, name: str, swap: Swap, inputs: Tensor) -> Function:
         full, linears = self._block.name(name), self._block.sites[name].linears
 
         def floats() -> Weight:
@@ -247,24 +266,29 @@ class _Layer:
 
         own = swap.within(frozenset([full]))
         if own != Swap():
-            return _node(self._quant, full, own, floats)
+            return _node(self._quant, full, own, floats, inputs)
         if name not in self._kept:
             self._kept[name] = _node(self._quant, full, own, floats)
         return self._kept[name]
 
 
-def _node(quant: QuantModel, node: str, swap: Swap, floats: Callable[[], Weight]) -> Function:
+def _node(
+    quant: QuantModel,
+    node: str,
+    swap: Swap,
+    floats: Callable[[], Weight],
+    inputs: Tensor | None = None,
+) -> Function:
     """How a GEMM node multiplies after a change, [..., K] -> [..., N].
 
     Args:
         floats: gives its float weights, where they are asked for.
+        inputs: what it reads of the calibration's windows [m, L, K], if there are any.
     """
     scheme = swap.schemes.get(node, quant.scheme_of(node))
     whole = quant.fused(quant.decoder.members(node), node)
     if node in swap.schemes:
-        weight, bias = floats()
-        arrays = quantize(weight.numpy(), None if bias is None else bias.numpy(), scheme)
-        whole = QuantLinear(node, scheme, arrays)
+        whole = QuantLinear(node, scheme, _quantized(node, floats(), scheme, inputs))
     elif node in swap.weights | swap.activations:
         weight, bias = floats() if node in swap.weights else _values(whole)
         bits = FLOAT_BITS if node in swap.activations else scheme.abits
@@ -273,6 +297,20 @@ def _node(quant: QuantModel, node: str, swap: Swap, floats: Callable[[], Weight]
     if scheme.abits < FLOAT_BITS:
         quantizer = ActivationQuantizer(scheme.abits, scheme.act_symmetric)
     return FakeQuantLinear(whole, quantizer, exact=False)
+
+
+def _quantized(
+    node: str, floats: Weight, scheme: QuantScheme, inputs: Tensor | None
+) -> QuantArrays:
+    """Float weights in a scheme: by GPTQ for these inputs, or to nearest without any."""
+    weight, bias = floats
+    if inputs is None or not inputs.numel():
+        return quantize(weight.numpy(), None if bias is None else bias.numpy(), scheme)
+    moments = Moments(weight.shape[1], cross=False)
+    for window in fake_quantize(inputs, scheme.abits, scheme.act_symmetric):
+        moments.add(window)
+    solver = WeightSolver(CalibrationSettings(method=QqqSettings()), 0, gptq_rule)
+    return solver.solve(node, weight, bias, scheme, moments)
 
 
 def _values(linear: QuantLinear) -> Weight:

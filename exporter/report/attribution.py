@@ -72,6 +72,6 @@ def attribution_section(found: Mapping[str, Any] | None) -> str:
             f"<h3>Bits that would buy the most</h3><p>{plan['bits_before']:.2f} bits per weight become "
             f"{plan['bits_after']:.2f}; expected KL {plan['expected']:.4f}, found "
             f"<b>{plan['found']['kl']:.4f}</b>, perplexity {plan['found']['ppl']:.3f}, with these nodes "
-            f"rounded to nearest. Lines for --bits-file, behind those there are:</p><pre>{rules}</pre>"
+            f"quantized anew. Lines for --bits-file, behind those there are:</p><pre>{rules}</pre>"
         )
     return "".join([*parts, "</section>"])

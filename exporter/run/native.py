@@ -115,6 +115,7 @@ class NativeSession(DecoderSession):
 
     def _clear(self) -> None:
         self._cache: dict[str, Any] = {}
+        self._binding: Any = None
 
     def _forward(
         self,
@@ -123,29 +124,42 @@ class NativeSession(DecoderSession):
         positions: np.ndarray,
         wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
+        import numpy as np
         from onnxruntime import OrtValue
 
         self._data.check()
-        binding = self._session.io_binding()
-        cache = self._cache or self._empty_cache(len(input_ids))
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
+        # A binding does not hold on to arrays.
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        values |= {f"past_key_values.{name}": cache[name] for name in self._names}
+        cache = self._cache or self._empty_cache(len(input_ids))
+        binding = self._binding or self._bound(cache)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits")
+        with whole_graph(self._folder):
+            shape = [*wanted.shape, self._session.get_outputs()[0].shape[-1]]
+            logits = OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+            binding.bind_ortvalue_output("logits", logits)
+            self._session.run_with_iobinding(binding)
+            self._cache = cache
+            if self._form.rows():
+                self._binding = binding
+            else:
+                grown = binding.get_outputs()[: len(self._names)]
+                self._cache = dict(zip(self._names, grown, strict=True))
+            return self._form.restored({"logits": logits.numpy()}, attention_mask)
+
+    def _bound(self, cache: dict[str, Any]) -> Any:
+        """A binding with the cache in it; of a static one, which is that of the numpy arrays that its
+        values hold on to, for all calls.
+        """
+        binding = self._session.io_binding()
         for name in self._names:
+            binding.bind_ortvalue_input(f"past_key_values.{name}", cache[name])
             if self._form.rows():
                 binding.bind_ortvalue_output(f"present.{name}", cache[name])
             else:
                 binding.bind_output(f"present.{name}")
-        with whole_graph(self._folder):
-            self._session.run_with_iobinding(binding)
-            logits, *present = binding.get_outputs()
-            # A static cache is that of the numpy arrays that these values hold on to.
-            grown = dict(zip(self._names, present, strict=True))
-            self._cache = cache if self._form.rows() else grown
-            return self._form.restored({"logits": logits.numpy()}, attention_mask)
+        return binding
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         """Zeros: function bodies multiply rows that nobody sees by 0, and 0 times NaN is NaN."""

@@ -17,7 +17,7 @@ from exporter.run.forms import cache_bits, cache_form, with_numbers
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
 from exporter.run.sessions import DecoderSession, cache_names
-from plugins.cached_attention import is_attention
+from plugins.core.function import is_inlined
 from plugins.core.op_spec import is_custom
 from plugins.cores import usable_cores
 from plugins.errors import InputError, UserError
@@ -232,7 +232,7 @@ def _nodes_with(library: KernelLibrary, graph: str | bytes) -> int:
         else onnx.load(graph, load_external_data=False)
     )
     return sum(
-        (is_custom(node.domain) and node.op_type in library.ops) or is_attention(node.domain)
+        (is_custom(node.domain) and node.op_type in library.ops) or is_inlined(node.domain)
         for node in model.graph.node
     )
 

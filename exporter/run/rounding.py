@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.graph.names import is_cache, is_layer_output
-from plugins.cached_attention import is_attention
+from plugins.core.function import is_inlined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +93,7 @@ def round_every_op(model: onnx.ModelProto) -> None:
         _carry_ends_in_float32(model.graph)
     _round_nodes(model.graph.node, half, {tensor.name for tensor in model.graph.initializer})
     for function in model.functions:
-        if is_attention(function.domain):  # the others round by themselves
+        if is_inlined(function.domain):  # the others round by themselves
             _round_nodes(function.node, half, set())
 
 
@@ -172,11 +172,13 @@ def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:
 
 
 def _computed_wide(node: onnx.NodeProto, dtype: int, precise: bool) -> list[onnx.NodeProto]:
-    """The node between casts to a wide type and back to its own; attention in its parts, since ONNX
-    Runtime has no fp64 kernel for it.
+    """The node between casts to a wide type and back to its own; attention and rotation in their
+    parts, since ONNX Runtime has no fp64 kernels for them.
     """
     from onnx import TensorProto
 
+    if dtype == TensorProto.FLOAT and node.op_type == "RotaryEmbedding":
+        precise = True  # products of 16-bit numbers are exact in fp32, those of fp32 in fp64
     if dtype == TensorProto.FLOAT and not precise:
         return [node]
     casts, output = [], node.output[0]
@@ -187,11 +189,53 @@ def _computed_wide(node: onnx.NodeProto, dtype: int, precise: bool) -> list[onnx
         )
         node.input[index] = wide
     node.output[0] = f"{output}.wide"
+    parts = {"Attention": _attention_parts, "RotaryEmbedding": _rotation_parts}
+    split = precise and node.op_type in parts
     return [
         *casts,
-        *(_attention_parts(node) if node.op_type == "Attention" else [node]),
+        *(parts[node.op_type](node) if split else [node]),
         _cast(node.output[0], output, dtype),
     ]
+
+
+def _rotation_parts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """RotaryEmbedding of X [B, H, S, D] by tables [P, width / 2] at positions [B, S]: (a, b) at places
+    i and i + width / 2 becomes (a cos - b sin, a sin + b cos); places behind the width stay.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    x, cos, sin, positions = node.input
+    prefix, nodes = node.output[0], []
+
+    def add(op: str, *inputs: str, name: str, **attributes: Any) -> str:
+        output = f"{prefix}.{name}" if name else prefix
+        nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def const(name: str, value: int) -> str:
+        return add("Constant", name=name, value=numpy_helper.from_array(np.array([value])))
+
+    waves = []
+    for name, table in (("cos", cos), ("sin", sin)):
+        rows = add("Gather", table, positions, name=f"{name}_rows", axis=0)
+        waves.append(add("Unsqueeze", rows, const(f"{name}_axis", 1), name=f"{name}_wave"))
+    half = add("Shape", cos, name="half", start=1, end=2)
+    width = add("Add", half, half, name="width")
+    ends = [const("zero", 0), half, width, const("end", np.iinfo(np.int64).max)]
+    low, high, still = (
+        add("Slice", x, *ends[part : part + 2], const(f"axis{part}", 3), name=f"part{part}")
+        for part in range(3)
+    )
+    products = {
+        f"{part}{wave}": add("Mul", rows, waves[wave], name=f"product{part}{wave}")
+        for part, rows in enumerate((low, high))
+        for wave in range(2)
+    }
+    turned = add("Sub", products["00"], products["11"], name="turned_low")
+    other = add("Add", products["01"], products["10"], name="turned_high")
+    add("Concat", turned, other, still, name="", axis=3)
+    return nodes
 
 
 def _attention_parts(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -38,13 +38,10 @@ std::vector<anybit::InputSpec> inputs(const GemmAttributes& a) {
   const int64_t group_words = (int64_t{a.group_len()} + kWordBits - 1) / kWordBits;
   const int64_t row_words =
       (a.n_groups() * group_words + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-  const std::vector<int64_t> of_groups = {a.out_features, a.n_groups()};
   return {
       {"weight", anybit::Slot::kWeight, DataType::kINT32, {a.planes(), a.out_features, row_words}},
-      {"scale", anybit::Slot::kScale, DataType::kFLOAT, of_groups},
-      a.has_minimum != 0
-          ? anybit::InputSpec{"minimum", anybit::Slot::kMinimum, DataType::kFLOAT, of_groups}
-          : anybit::InputSpec{"zero", anybit::Slot::kZero, DataType::kINT32, of_groups},
+      {"scale", anybit::Slot::kScale, DataType::kFLOAT, {a.out_features, a.n_groups()}},
+      {"zero", anybit::Slot::kZero, DataType::kINT32, {a.out_features, a.n_groups()}},
   };
 }
 

@@ -5,6 +5,7 @@ it. TensorRT inlines the function and fuses what is in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from plugins.cached_attention import DOMAIN, FLOAT_BITS, LOW_BIT_OP, OP
 from plugins.cached_attention.codes import BYTE_OFFSET, SCALES
 from plugins.core.onnx_body import OPSET, NodeBuilder
 
-__all__ = ["STATIC_OPSET", "AttentionForm", "function_body"]
+__all__ = ["STATIC_OPSET", "AttentionForm"]
 
 STATIC_OPSET = 24  # TensorScatter is a standard op from here on
 KINDS = ("key", "value")
@@ -39,6 +40,16 @@ class AttentionForm:
     def op(self) -> str:
         """The op's name."""
         return OP if self.bits == FLOAT_BITS else LOW_BIT_OP
+
+    @property
+    def domain(self) -> str:
+        """Of the ops; further forms in one model have domains below it."""
+        return DOMAIN
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Beside those that each node has of its own, the floats scale and softcap."""
+        return {} if self.bits == FLOAT_BITS else {"bits": self.bits}
 
     @property
     def parts(self) -> list[str]:
@@ -79,33 +90,33 @@ class AttentionForm:
         """
         return ["context", *(f"present_{part}" for part in self.parts)]
 
+    def function(self, dtype: int, domain: str = DOMAIN) -> onnx.FunctionProto:
+        """The local function.
 
-def function_body(form: AttentionForm, dtype: int, domain: str = DOMAIN) -> onnx.FunctionProto:
-    """The local function; nodes that call it have the attributes scale and softcap, floats, and of
-    a cache of few bits those.
-
-    Args:
-        dtype: onnx.TensorProto type of queries, keys and values.
-    """
-    body = NodeBuilder(dtype)
-    low = form.bits != FLOAT_BITS
-    for kind in KINDS:
-        new = _stored(body, kind, form.bits) if low else (kind,)
-        for part, rows in zip((kind, f"{kind}_scale"), new, strict=False):
-            _take_in(body, form, part, rows)
-    key, value = (_values(body, kind, form.bits) if low else f"present_{kind}" for kind in KINDS)
-    heads = (_capped if form.capped else _attention)(body, key, value)
-    rows = body.node("Transpose", heads, perm=[0, 2, 1, 3])
-    body.node("Reshape", rows, body.ints(0, 0, -1), output="context")
-    return helper.make_function(
-        domain,
-        form.op,
-        form.inputs,
-        form.outputs,
-        body.nodes,
-        [helper.make_opsetid("", form.opset)],
-        ["scale", "softcap", *(["bits"] if low else [])],
-    )
+        Args:
+            dtype: onnx.TensorProto type of queries, keys and values.
+        """
+        body = NodeBuilder(dtype)
+        low = self.bits != FLOAT_BITS
+        for kind in KINDS:
+            new = _stored(body, kind, self.bits) if low else (kind,)
+            for part, rows in zip((kind, f"{kind}_scale"), new, strict=False):
+                _take_in(body, self, part, rows)
+        key, value = (
+            _values(body, kind, self.bits) if low else f"present_{kind}" for kind in KINDS
+        )
+        heads = (_capped if self.capped else _attention)(body, key, value)
+        rows = body.node("Transpose", heads, perm=[0, 2, 1, 3])
+        body.node("Reshape", rows, body.ints(0, 0, -1), output="context")
+        return helper.make_function(
+            domain,
+            self.op,
+            self.inputs,
+            self.outputs,
+            body.nodes,
+            [helper.make_opsetid("", self.opset)],
+            ["scale", "softcap", *self.attributes],
+        )
 
 
 def _take_in(body: NodeBuilder, form: AttentionForm, part: str, rows: str) -> None:

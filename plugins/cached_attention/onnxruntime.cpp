@@ -1,15 +1,11 @@
 // CachedAttention and LowBitAttention as ONNX Runtime custom ops: shapes are checked at each run, since
 // all of them are the sequences'.
-#include <limits>
-
 #include "cached_attention/cpu/attention.h"
-#include "core/onnxruntime/context.h"
+#include "core/onnxruntime/call.h"
 #include "core/onnxruntime/custom_op.h"
 
 namespace anybit::ort {
 namespace {
-
-using Dims = std::vector<int64_t>;
 
 // The last input is of a static cache only.
 constexpr const char* kInputs[] = {"query",      "key",  "value",        "past_key",
@@ -28,7 +24,7 @@ struct AttentionOp : CustomOp {
   const char* name() const { return low_bits ? "LowBitAttention" : "CachedAttention"; }
   size_t inputs() const { return low_bits ? std::size(kLowBitInputs) : std::size(kInputs); }
   size_t write_indices() const { return inputs() - 1; }
-  const char* input_name(size_t i) const { return low_bits ? kLowBitInputs[i] : kInputs[i]; }
+  const char* const* input_names() const { return low_bits ? kLowBitInputs : kInputs; }
   int input_type(size_t i) const {
     if (i == write_indices()) return kInt64;
     if (i == kMask) return kBool;
@@ -59,13 +55,15 @@ class AttentionKernel {
   }
 
   void compute(OrtKernelContext* context) const {
-    Call call{op_, context};
+    const Call call{op_.name(), op_.input_names(), context};
+    const auto input = [&](size_t i, const Dims& dims) {
+      return call.input(i, op_.input_type(i), dims);
+    };
     AttentionShape s = shape_;
-    size_t count = 0;
-    const OrtKernelContext* inputs = context;
-    ask(Function::kKernelContextGetInputCount, inputs, &count);
-    s.static_cache = count > op_.write_indices() && call.value(op_.write_indices()) != nullptr;
-    const Tensor query = call.read(kQuery), past = call.read(kPastKey);
+    s.static_cache =
+        call.inputs() > op_.write_indices() && call.value(op_.write_indices()) != nullptr;
+    const Tensor query = call.read(kQuery, op_.input_type(kQuery));
+    const Tensor past = call.read(kPastKey, op_.input_type(kPastKey));
     if (query.rank != 4) call.refuse(kQuery, query, "[batch, heads, tokens, head_dim]");
     if (past.rank != 4) call.refuse(kPastKey, past, "[batch, kv_heads, tokens, row]");
     s.batch = call.size(query.dims[0]), s.heads = call.size(query.dims[1]);
@@ -73,27 +71,26 @@ class AttentionKernel {
     s.kv_heads = call.size(past.dims[1]), s.past = call.size(past.dims[2]);
     const int64_t total = s.static_cache ? s.past : int64_t{s.past} + s.tokens;
     const int64_t row = s.low_bits() ? int64_t{s.bits} * s.head_dim / 8 : s.head_dim;
-    const Tensor mask = call.read(kMask);
+    const Tensor mask = call.read(kMask, kBool);
     s.masks = mask.rank > 0 && mask.dims[0] == 1 ? 1 : s.batch;
 
     AttentionBuffers b{};
     const auto cache = [&](int64_t rows, int64_t width) {
       return Dims{s.batch, s.kv_heads, rows, width};
     };
-    b.query = call.input(kQuery, {s.batch, s.heads, s.tokens, s.head_dim});
-    b.key = call.input(kKey, cache(s.tokens, s.head_dim));
-    b.value = call.input(kValue, cache(s.tokens, s.head_dim));
-    b.past_key = call.input(kPastKey, cache(s.past, row));
-    b.past_value = call.input(kPastValue, cache(s.past, row));
-    b.mask = static_cast<const uint8_t*>(call.input(kMask, {s.masks, 1, s.tokens, total}));
+    b.query = input(kQuery, {s.batch, s.heads, s.tokens, s.head_dim});
+    b.key = input(kKey, cache(s.tokens, s.head_dim));
+    b.value = input(kValue, cache(s.tokens, s.head_dim));
+    b.past_key = input(kPastKey, cache(s.past, row));
+    b.past_value = input(kPastValue, cache(s.past, row));
+    b.mask = static_cast<const uint8_t*>(input(kMask, {s.masks, 1, s.tokens, total}));
     if (s.low_bits()) {
-      b.past_key_scale = static_cast<const float*>(call.input(kPastKeyScale, cache(s.past, 2)));
-      b.past_value_scale =
-          static_cast<const float*>(call.input(kPastKeyScale + 1, cache(s.past, 2)));
+      b.past_key_scale = static_cast<const float*>(input(kPastKeyScale, cache(s.past, 2)));
+      b.past_value_scale = static_cast<const float*>(input(kPastKeyScale + 1, cache(s.past, 2)));
     }
     if (s.static_cache) {
-      b.write_indices = static_cast<const int64_t*>(call.input(op_.write_indices(), {s.batch}));
-      check_places(s, b.write_indices, call);
+      b.write_indices = static_cast<const int64_t*>(input(op_.write_indices(), {s.batch}));
+      check_places(s, b.write_indices, call, op_.write_indices());
     }
     b.context = call.output(kContext, {s.batch, s.tokens, int64_t{s.heads} * s.head_dim});
     b.present_key = call.output(kPresentKey, cache(total, row));
@@ -117,62 +114,11 @@ class AttentionKernel {
   }
 
  private:
-  // The tensors of one run.
-  struct Call {
-    const AttentionOp& op;
-    OrtKernelContext* context;
-
-    std::string where(size_t i) const {
-      return std::string(op.name()) + " input " + op.input_name(i);
-    }
-
-    [[noreturn]] void refuse(size_t i, const Tensor& got, const std::string& expected) const {
-      fail(where(i),
-           std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " + expected,
-           "Feed tensors that fit each other");
-    }
-
-    int32_t size(int64_t dim) const {
-      if (dim > std::numeric_limits<int32_t>::max() / 2)
-        fail(op.name(), "got a dimension of " + std::to_string(dim) + ", expected fewer than 2^30",
-             "Lower the batch or the sequence length");
-      return static_cast<int32_t>(dim);
-    }
-
-    const OrtValue* value(size_t i) const {
-      const OrtKernelContext* inputs = context;
-      const OrtValue* found = nullptr;
-      ask(Function::kKernelContextGetInput, inputs, i, &found);
-      return found;
-    }
-
-    Tensor read(size_t i) const {
-      const OrtValue* found = value(i);
-      if (found == nullptr) fail(where(i), "got nothing, expected a tensor", kExportAgain);
-      const Tensor tensor = describe(found, where(i));
-      if (tensor.type != op.input_type(i)) refuse(i, tensor, name_of(op.input_type(i)));
-      return tensor;
-    }
-
-    const void* input(size_t i, const Dims& dims) const {
-      const Tensor tensor = read(i);
-      bool same = tensor.rank == dims.size();
-      for (size_t d = 0; same && d < dims.size(); ++d) same = tensor.dims[d] == dims[d];
-      if (!same) refuse(i, tensor, name_of(op.input_type(i)) + (" " + text_of(dims)));
-      return data_of(value(i));
-    }
-
-    void* output(size_t i, const Dims& dims) const {
-      OrtValue* made = nullptr;
-      ask(Function::kKernelContextGetOutput, context, i, dims.data(), dims.size(), &made);
-      return data_of(made);
-    }
-  };
-
-  static void check_places(const AttentionShape& s, const int64_t* places, const Call& call) {
+  static void check_places(const AttentionShape& s, const int64_t* places, const Call& call,
+                           size_t input) {
     for (int32_t i = 0; i < s.batch; ++i) {
       if (places[i] < 0 || places[i] > s.past - s.tokens)
-        fail(call.where(call.op.write_indices()),
+        fail(call.where(input),
              "got " + std::to_string(places[i]) + " for sequence " + std::to_string(i) + " and " +
                  std::to_string(s.tokens) + " new tokens, expected 0 to " +
                  std::to_string(s.past - s.tokens) + " in a cache of " + std::to_string(s.past),

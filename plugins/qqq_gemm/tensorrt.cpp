@@ -19,9 +19,6 @@ bool check(const GemmAttributes& a, const std::string& where) {
                        a.wbits, a.levels, a.abits, a.act_symmetric),
         "Use ABQGemm for other bit widths");
   }
-  if (a.has_minimum != 0) {
-    return anybit::fail(where, "got has_minimum 1, expected 0", "Use ABQGemm for such weights");
-  }
   if (!anybit::qqq_group_ok(a.group_size)) {
     return anybit::fail(
         where,

@@ -132,6 +132,7 @@ def test_floats_have_nothing_to_keep(
 ) -> None:
     for options in (("--keep",), ("--requantize", "--wbits", "4", "--abits", "8")):
         assert run(source, tmp_path / "out", *options) == 2
-        assert capfd.readouterr().err.startswith(
-            f"{options[0]}: got a model of floats, {source}, expected a checkpoint with codes of "
+        assert capfd.readouterr().err.strip() == (
+            f"{options[0]}: got a model of floats, {source}, expected a checkpoint that is quantized "
+            "already. Leave it out and give --wbits and --abits."
         )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from calibration.out.files import file_records, write_json
-from tests.exporter.engine_cases import ENGINE
+from tests.deploy.engine_folder import add_engine
 
 
 @pytest.fixture(scope="session")
@@ -80,40 +77,4 @@ def engine_record(copy: Path) -> Callable[..., Path]:
     """make(**changes) -> OUT with an engine folder whose record fits the model; its engine file is
     no engine.
     """
-
-    def make(**changes: object) -> Path:
-        import onnx
-
-        from calibration.out.description import read_description, write_description
-        from exporter.engine.build import EngineOptions, profile_shapes
-        from exporter.engine.limits import engine_limits
-        from exporter.engine.record import EngineRecord
-        from exporter.stages import copy_files
-
-        model = onnx.load(copy / "onnx" / "model.onnx", load_external_data=False)
-        dims = {
-            value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            for value in model.graph.input
-        }
-        folder = copy / "engine"
-        folder.mkdir()
-        (folder / "model.engine").write_bytes(b"no engine")
-        (folder / "libanybit_plugins.so").write_bytes(b"no library")
-        profiles = profile_shapes(dims, EngineOptions(max_batch=2, max_seq=64))
-        record = ENGINE | {"profiles": profiles, "max_context": 64}
-        description, _ = read_description(copy / "onnx" / "model.json", "")
-        copy_files(copy / "onnx", description.tokenizer, folder)
-        limits = asdict(engine_limits(cast(EngineRecord, record)))
-        write_json(folder / "engine.json", record | changes)
-        write_description(folder, description.within(**limits), file_records(folder))
-        manifest = json.loads((copy / "manifest.json").read_text())
-        manifest["stages"]["engine"] = {
-            "fingerprint": "",
-            "seconds": 1,
-            "peak_rss": 1,
-            "files": file_records(folder),
-        }
-        write_json(copy / "manifest.json", manifest)
-        return copy
-
-    return make
+    return lambda **changes: add_engine(copy, **changes)

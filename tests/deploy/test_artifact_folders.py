@@ -386,7 +386,7 @@ def test_each_file_that_is_read_is_hashed_once_and_no_other(
         return sorted(f"{stage}/{name}" for name in (*names, *tokenizer))
 
     onnx = ("model.onnx", "model.onnx.data", "chat.json")
-    engine = ("model.engine", "libanybit_plugins.so", "engine.json")
+    engine = ("model.engine", "libanybit_plugins.so", "engine.json", "chat.json")
     for runner in ("onnxruntime", "native"):
         assert read(runner, out) == files("onnx", "model.json", *onnx)
     assert read("onnxruntime", out / "onnx") == files("onnx", *onnx)

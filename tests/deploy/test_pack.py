@@ -68,6 +68,24 @@ def test_weights_are_mapped_from_the_pack(copy: Path, packed: Path, tmp_path: Pa
     assert all(np.array_equal(logits[1], other) for other in logits[1::2])
 
 
+def test_a_pack_runs_as_it_is(
+    copy: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "The river", "--max-new-tokens", "4", "--temperature", "0"]
+    texts = []
+    for out in (copy, packed):
+        assert main(["generate", str(out), *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", packed.name}
+    damaged = bytearray(packed.read_bytes())
+    damaged[3] ^= 1
+    packed.write_bytes(damaged)
+    assert main(["generate", str(packed), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"{packed}, onnx/model.onnx.data: got SHA-256 ")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", packed.name}
+
+
 def test_other_stages(copy: Path, tmp_path: Path) -> None:
     path, to = tmp_path / "all.anybit", tmp_path / "back"
     pack_artifact(copy, path, ("quant", "onnx"))
@@ -83,7 +101,10 @@ def test_other_stages(copy: Path, tmp_path: Path) -> None:
 def test_inspect_says_the_same_of_both(copy: Path, packed: Path, tmp_path: Path) -> None:
     found, folder = inspect(packed), inspect(copy)
     assert found["kind"] == "pack" and found["bytes"].keys() == {"onnx"}
-    assert found["run"] == [f"python -m deploy unpack {packed} --to model"]
+    assert found["run"] == [
+        f"python -m deploy generate {packed} --prompt 'Once upon a time'",
+        f"python -m deploy unpack {packed} --to model",
+    ]
     same = folder.keys() - {"kind", "bytes", "run"}
     assert {key: found[key] for key in same} == {key: folder[key] for key in same}
     quant = tmp_path / "quant.anybit"
@@ -204,7 +225,7 @@ def test_what_the_commands_refuse(
     assert said("unpack", str(tmp_path / "none"), "--to", str(tmp_path / "x")) == (
         f"{tmp_path / 'none'}: got no such file, expected a pack. {AGAIN}\n"
     )
-    assert said("generate", str(packed), "--prompt", "a") == (
+    assert said("prove", str(packed)) == (
         f"{packed}: got a pack, expected an artifact folder. Make one with: python -m deploy unpack "
         f"{packed} --to DIR --link.\n"
     )

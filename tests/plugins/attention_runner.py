@@ -24,6 +24,7 @@ __all__ = [
     "chunk_of",
     "error",
     "make_case",
+    "parallel_of",
     "reference",
     "same_bits",
     "tolerance",
@@ -282,7 +283,9 @@ class Parallel(ctypes.Structure):
     ]
 
 
-def _parallel(threads: int) -> Parallel:
+def parallel_of(threads: int) -> Parallel:
+    """Threads that take the tasks from the last to the first."""
+
     def run(_: int | None, task: Callable[..., None], data: int, count: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda index: task(data, index), reversed(range(count))))
@@ -316,7 +319,7 @@ def attend(case: Case, isa: str, in_place: bool = False, code: int = 0, threads:
             memory[name] = memory[f"past{name.removeprefix('present')}"]
     buffers = Buffers(**{name: part.pointer for name, part in memory.items()})
     number = INSTRUCTION_SETS.index(isa)
-    parallel = ctypes.byref(_parallel(threads)) if threads > 1 else None
+    parallel = ctypes.byref(parallel_of(threads)) if threads > 1 else None
     got = library.anybit_attention(ctypes.byref(shape), ctypes.byref(buffers), number, parallel)
     assert got == code
     for name, part in memory.items():

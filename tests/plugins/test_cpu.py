@@ -200,7 +200,11 @@ def test_the_library_shows_its_own_functions_only() -> None:
     ).stdout.split("\n")
     assert sorted(line.split()[-1] for line in shown if line) == [
         "RegisterCustomOps",
+        "anybit_activation",
         "anybit_attention",
         "anybit_kernels_made",
         "anybit_ops",
+        "anybit_residual_sum",
+        "anybit_rms_norm",
+        "anybit_rotated_heads",
     ]

@@ -5,7 +5,6 @@ makes both plugins.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from plugins.core.op_spec import GemmAttributes
 from plugins.errors import InputError
 from plugins.tools.build import build_library
 from plugins.tools.kernels import GemmShape, KernelLibrary
+from tests.real_tensorrt import REAL, RealTensorrt
 
 REGISTRY = Path(__file__).parent / "trt" / "registry.py"
 ABQ = GemmAttributes(
@@ -120,12 +120,13 @@ REQUESTS = [
     request("QQQGemm", in_features=128, group_size=64),
     request("ABQGemm", norm_epsilon=1e-5),
     request("QQQGemm", norm_epsilon=None),
+    request("ABQGemm", has_minimum=1),
     request("ABQGemm", abits=None),
     request("ABQGemm", "float32"),
     request("ABQGemm", wbits=[4, 4]),
     *(request(op, **changes) for op, changes, _ in BAD),
 ]
-GOOD = 9
+GOOD = 10
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +134,13 @@ def library() -> Path:
     return build_library()
 
 
-@pytest.fixture(scope="module")
-def answer(library: Path) -> dict[str, Any]:
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        pytest.skip("needs tensorrt-rtx-cu13")
+@pytest.fixture(scope="module", params=REAL)
+def answer(request: pytest.FixtureRequest, library: Path) -> dict[str, Any]:
+    """What each TensorRT at hand makes of REQUESTS."""
+    real: RealTensorrt = request.param
     result = subprocess.run(
-        [sys.executable, str(REGISTRY), str(library)],
+        [sys.executable, str(REGISTRY), str(library), real.module],
+        env=real.environment,
         input=json.dumps(REQUESTS),
         capture_output=True,
         text=True,
@@ -205,8 +207,9 @@ def test_loads_without_any_environment(library: Path) -> None:
 
 
 def test_tensorrt_lists_both_creators(answer: dict[str, Any]) -> None:
-    fields = [field.name for field in dataclasses.fields(GemmAttributes)]
-    assert sorted(answer["creators"]) == [["ABQGemm", "1", fields], ["QQQGemm", "1", fields]]
+    fields = sorted(field.name for field in dataclasses.fields(GemmAttributes))
+    listed = sorted([name, version, sorted(names)] for name, version, names in answer["creators"])
+    assert listed == [["ABQGemm", "1", fields], ["QQQGemm", "1", fields]]
 
 
 def test_tensorrt_makes_both_plugins(answer: dict[str, Any]) -> None:

@@ -149,9 +149,20 @@ std::string read_proof(const fs::path& path) {
   }
 }
 
+// Of a stage: its folder, a file that tells it, what runs it, and how to make it.
+struct StageFacts {
+  const char *name, *file, *backend, *make;
+};
+
+StageFacts facts_of(Stage stage) {
+  if (stage == Stage::engine) return {"engine", "model.engine", "TensorRT", "--engine auto"};
+  return {"onnx", "model.onnx", "ONNX Runtime", "--until onnx"};
+}
+
 }  // namespace
 
-Artifact::Artifact(const fs::path& folder) {
+Artifact::Artifact(const fs::path& folder, Stage which) {
+  const StageFacts facts = facts_of(which);
   std::error_code ignored;
   if (!fs::is_directory(folder, ignored)) {
     throw Error(folder.string(),
@@ -161,29 +172,33 @@ Artifact::Artifact(const fs::path& folder) {
   }
   const fs::path manifest_path = folder / "manifest.json";
   const bool whole = fs::exists(manifest_path, ignored);
-  path_ = whole ? folder / "onnx" : folder;
-  renew_ = std::string("Renew it with: ") + kMake + " --until onnx --out " +
+  path_ = whole ? folder / facts.name : folder;
+  renew_ = std::string("Renew it with: ") + kMake + " " + facts.make + " --out " +
            (whole ? folder.string() : "OUT") + " --resume";
   const auto missing = [&] {
-    return Error(folder.string(), "got no onnx folder, expected it for the ONNX Runtime backend",
-                 std::string("Make it with: ") + kMake + " --until onnx --out " + folder.string());
+    return NoStage(
+        folder.string(),
+        std::string("got no ") + facts.name + " folder, expected it for the " + facts.backend +
+            " backend",
+        std::string("Make it with: ") + kMake + " " + facts.make + " --out " + folder.string());
   };
   Json manifest;
   if (whole) {
     manifest = read_record(manifest_path, "it", renew_);
     check_format(manifest, manifest_path, renew_);
-    if (!manifest.contains("/stages/onnx"_json_pointer) || !fs::is_directory(path_, ignored)) {
+    const Json::json_pointer place = "/stages"_json_pointer / facts.name;
+    if (!manifest.contains(place) || !fs::is_directory(path_, ignored)) {
       throw missing();
     }
-  } else if (!fs::is_regular_file(path_ / "model.onnx", ignored)) {
+  } else if (!fs::is_regular_file(path_ / facts.file, ignored)) {
     throw missing();
   }
   const fs::path description_path = path_ / "model.json";
   const Json json = read_record(description_path, "it in a folder made by this version", renew_);
   check_format(json, description_path, renew_);
   const Field file(json, description_path.string(), kUnreadable);
-  const Field stage = whole ? Field(manifest["stages"]["onnx"],
-                                    manifest_path.string() + ", stages, onnx", kUnreadable)
+  const Field stage = whole ? Field(manifest["stages"][facts.name],
+                                    manifest_path.string() + ", stages, " + facts.name, kUnreadable)
                             : file;
   const Field files = need(stage, "files");
   if (!files.value().is_object()) files.refuse("an object");
@@ -201,6 +216,12 @@ Artifact::Artifact(const fs::path& folder) {
   if (whole) this->file("model.json", true);
   description_ = describe(file);
   if (whole) proof_ = read_proof(folder / "report" / "report.json");
+}
+
+bool Artifact::has(const fs::path& folder, Stage stage) {
+  const StageFacts facts = facts_of(stage);
+  std::error_code ignored;
+  return fs::is_directory(folder / facts.name, ignored) || fs::exists(folder / facts.file, ignored);
 }
 
 fs::path Artifact::file(const std::string& name, bool hash) const {
@@ -226,6 +247,10 @@ fs::path Artifact::file(const std::string& name, bool hash) const {
     }
   }
   return path;
+}
+
+Json Artifact::record(const std::string& name) const {
+  return read_record(file(name, true), "it", renew_);
 }
 
 }  // namespace anybit

@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
+#include "anybit/error.hpp"
 #include "anybit/sampling.hpp"
 
 namespace anybit {
@@ -24,15 +26,28 @@ struct Description {
   } cache;
 };
 
+// A folder of an artifact that can be run alone.
+enum class Stage { onnx, engine };
+
+// The artifact lacks the stage's folder.
+class NoStage : public Error {
+ public:
+  using Error::Error;
+};
+
 class Artifact {
  public:
-  // folder: OUT of python -m exporter, or its onnx folder alone.
+  // folder: OUT of python -m exporter, or the stage's folder alone.
   //
-  // Throws Error: there is no exported model, or its records are missing, damaged or of another
-  // format.
-  explicit Artifact(const std::filesystem::path& folder);
+  // Throws NoStage: there is no such folder. Throws Error: there is no artifact, or its records are
+  // missing, damaged or of another format.
+  explicit Artifact(const std::filesystem::path& folder, Stage stage = Stage::onnx);
 
-  const std::filesystem::path& path() const { return path_; }  // of the onnx folder
+  // Whether there is something that such a folder has; it may be damaged.
+  static bool has(const std::filesystem::path& folder, Stage stage);
+
+  const std::filesystem::path& path() const { return path_; }  // of the stage's folder
+  const std::string& renew() const { return renew_; }          // how to make it again
   const Description& description() const { return description_; }
   const std::string& proof() const { return proof_; }  // as Card::proof
 
@@ -40,6 +55,10 @@ class Artifact {
   //
   // Throws Error: it is missing, truncated or changed, or has no record.
   std::filesystem::path file(const std::string& name, bool hash) const;
+
+  // The object in a JSON file of the folder, which is hashed; `where` is the file.
+  // Throws Error: as file(), or it is no JSON.
+  nlohmann::json record(const std::string& name) const;
 
   // The recorded size of a file that file() has found.
   uint64_t size_of(const std::string& name) const { return records_.at(name).bytes; }

@@ -105,6 +105,7 @@ anybit_options option_defaults() {
   made.chunk = load.chunk;
   made.queue = engine.queue;
   made.reuse_prefixes = engine.reuse_prefixes;
+  made.cuda_graphs = load.cuda_graphs;
   return made;
 }
 
@@ -178,6 +179,7 @@ std::string json_of(const anybit::Card& card) {
                             {"max_context", card.max_context},
                             {"end_tokens", card.end_tokens},
                             {"backend", card.backend},
+                            {"choice", card.choice},
                             {"cache_form", card.cache_form},
                             {"slots", card.slots},
                             {"threads", card.threads},
@@ -233,6 +235,8 @@ anybit_engine* anybit_open(const char* folder, const anybit_options* options, ch
     load.verify = given.verify != 0;
     load.onnxruntime = text(given.onnxruntime);
     load.kernels = text(given.kernels);
+    load.tensorrt = text(given.tensorrt);
+    load.cuda_graphs = given.cuda_graphs != 0;
     anybit::EngineOptions engine;
     engine.queue = given.queue;
     engine.reuse_prefixes = given.reuse_prefixes != 0;

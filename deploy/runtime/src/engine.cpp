@@ -476,15 +476,18 @@ const float* Engine::Impl::forward(const std::vector<Row>& rows, bool logits) {
   ++round.steps;
   if (why.empty()) return result;
 
+  const std::string gone = parts.backend->lost();
+  if (!gone.empty()) {  // first, so that whoever hears of the end is not let in again
+    const std::lock_guard lock(mutex);
+    lost = gone;
+  }
   for (const Row& row : rows) {
     Slot& slot = slots[row.slot];
     slot.tokens.clear();
     if (slot.job && (slot.job->started || rows.size() == 1)) end(*slot.job, Reason::error, why);
   }
-  if (std::string gone = parts.backend->lost(); !gone.empty()) {
+  if (!gone.empty()) {
     for (const auto& job : jobs) end(*job, Reason::error, gone);
-    const std::lock_guard lock(mutex);
-    lost = gone;
   }
   return nullptr;
 }

@@ -67,6 +67,24 @@ fs::path own_folder() {
   return (error ? fs::canonical("/proc/self/exe", error) : path).parent_path();
 }
 
+std::vector<fs::path> package_folders(const fs::path& inside) {
+  std::vector<fs::path> folders{own_folder()};
+  std::vector<fs::path> prefixes;
+  for (const char* variable : {"VIRTUAL_ENV", "CONDA_PREFIX"}) {
+    if (const char* value = std::getenv(variable); value && *value) prefixes.emplace_back(value);
+  }
+  prefixes.insert(prefixes.end(), {own_folder().parent_path() / ".venv", "/usr/local", "/usr"});
+  if (const char* home = std::getenv("HOME")) prefixes.push_back(fs::path(home) / ".local");
+  for (const fs::path& prefix : prefixes) {
+    for (const fs::path& python : entries(prefix / "lib")) {
+      for (const char* packages : {"site-packages", "dist-packages"}) {
+        folders.push_back(python / packages / inside);
+      }
+    }
+  }
+  return folders;
+}
+
 fs::path find_library(const fs::path& given, const char* option, const char* variable,
                       const std::string& name, const std::vector<fs::path>& folders) {
   const char* value = std::getenv(variable);

@@ -32,6 +32,10 @@ std::filesystem::path own_folder();
 // What is in a folder; nothing where it cannot be read.
 std::vector<std::filesystem::path> entries(const std::filesystem::path& folder);
 
+// Where pip puts the folder `inside` of a package, that of this library or program first, then those
+// of VIRTUAL_ENV, CONDA_PREFIX, .venv beside it, /usr/local, /usr and ~/.local.
+std::vector<std::filesystem::path> package_folders(const std::filesystem::path& inside);
+
 // Where a library is: `given` or the environment variable, which name it or a folder with it; else
 // in one of `folders`; else empty. A file matches that is called `name`, or so with a version behind
 // it (.1.23.0); the highest is taken.

@@ -71,7 +71,9 @@ struct Tensor {
   }
 };
 
-inline Tensor describe(const OrtValue* value, const std::string& where) {
+// where() is called where there is an error to report.
+template <class F>
+Tensor describe(const OrtValue* value, const F& where) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ask(Function::kGetTensorTypeAndShape, value, &info);
   const auto release = [](OrtTensorTypeAndShapeInfo* p) {
@@ -83,7 +85,7 @@ inline Tensor describe(const OrtValue* value, const std::string& where) {
   ask(Function::kGetTensorElementType, known, &tensor.type);
   ask(Function::kGetDimensionsCount, known, &tensor.rank);
   if (tensor.rank > kMostDims)
-    fail(where, "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
+    fail(where(), "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
          "Reshape it");
   ask(Function::kGetDimensions, known, tensor.dims.data(), tensor.rank);
   return tensor;

@@ -109,7 +109,7 @@ class GemmKernel {
       inputs_[i].bind(buffers, halves_[i].empty() ? data_of(value) : halves_[i].data());
     }
     const OrtValue* x = input(inputs, kX, "X");
-    Tensor dims = describe(x, where_ + " input X");
+    Tensor dims = describe(x, [this] { return where_ + " input X"; });
     GemmShape shape = shape_;
     shape.m = tokens_of(dims);
     buffers.x = data_of(x);
@@ -187,12 +187,12 @@ class GemmKernel {
   }
 
   void check_input(const InputSpec& spec, const OrtValue* value) const {
-    const std::string where = where_ + " input " + spec.name;
+    const auto where = [&] { return where_ + " input " + spec.name; };
     const Tensor got = describe(value, where);
     bool same = got.type == spec.type && got.rank == spec.dims.size();
     for (size_t i = 0; same && i < got.rank; ++i) same = got.dims[i] == spec.dims[i];
     if (!same)
-      fail(where,
+      fail(where(),
            std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " +
                name_of(spec.type) + " " + text_of(spec.dims),
            "The weights do not fit the node's attributes: export the model again");
@@ -202,7 +202,7 @@ class GemmKernel {
   // and fp32 of all its fp16 constants.
   bool is_widened(const InputSpec& spec, const OrtValue* value) const {
     if (spec.type != kHalf || shape_.dtype != kFloat32) return false;
-    const Tensor got = describe(value, where_ + " input " + spec.name);
+    const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
     return got.type == kFloat && got.rank == spec.dims.size() &&
            std::equal(spec.dims.begin(), spec.dims.end(), got.dims.begin());
   }

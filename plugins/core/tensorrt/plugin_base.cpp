@@ -48,7 +48,7 @@ struct Field {
 };
 
 constexpr double kMostInteger = std::numeric_limits<int32_t>::max();
-constexpr std::array<Field, 10> kFields{{
+constexpr std::array<Field, 9> kFields{{
     {"wbits", &GemmAttributes::wbits, 1, 8},
     {"levels", &GemmAttributes::levels, 2, 256},
     {"abits", &GemmAttributes::abits, 2, 16},
@@ -60,8 +60,6 @@ constexpr std::array<Field, 10> kFields{{
     // Files of earlier versions have none, and no norm.
     {"norm_epsilon", &GemmAttributes::norm_epsilon, 0, std::numeric_limits<float>::max(),
      Field::kOptional},
-    // Written only where it is 1.
-    {"has_minimum", &GemmAttributes::has_minimum, 0, 1, Field::kOptional},
 }};
 
 constexpr PluginFieldType field_type(const int32_t&) { return PluginFieldType::kINT32; }
@@ -138,9 +136,9 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       inputs_.push_back({"bias", Slot::kBias, DataType::kFLOAT, {a.out_features}});
     if (a.norm_epsilon > 0)
       inputs_.push_back({"gamma", Slot::kGamma, DataType::kFLOAT, {a.in_features}});
-    metadata_ = format("%s W%d(%d levels)A%d group %d K %d N %d%s%s", op.name, a.wbits, a.levels,
-                       a.abits, a.group_size, a.in_features, a.out_features,
-                       a.norm_epsilon > 0 ? " norm" : "", a.has_minimum != 0 ? " minimum" : "");
+    metadata_ =
+        format("%s W%d(%d levels)A%d group %d K %d N %d%s", op.name, a.wbits, a.levels, a.abits,
+               a.group_size, a.in_features, a.out_features, a.norm_epsilon > 0 ? " norm" : "");
   }
 
   // ---- IPluginV3 ----
@@ -161,6 +159,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       auto* copy = new GemmPlugin(op_, kernels_, attributes_, where_);
       copy->tactics_ = tactics_;
       copy->tactic_ = tactic_;
+      copy->has_minimum_ = has_minimum_;
       return copy;
     } catch (const std::exception&) {
       return nullptr;
@@ -212,12 +211,14 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     if (position == given) return tensor.type == x_type;  // Y, listed after the inputs
     if (position >= input_count()) return false;
     const InputSpec& input = spec_of(position);
+    if (input.slot == Slot::kZero && tensor.type == DataType::kFLOAT) return true;
     return tensor.type == (input.slot == Slot::kGamma ? x_type : input.type);
   }
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t,
                           const DynamicPluginTensorDesc*, int32_t) noexcept override {
     if (!check_x(in[kX].desc.dims) || !check_x(in[kX].max)) return kError;
+    look_for_minimum([&](int32_t position) { return in[position].desc.type; });
     for (int32_t position = kX + 1; position < input_count(); ++position) {
       const InputSpec& input = spec_of(position);
       const Dims& got = in[position].desc.dims;
@@ -257,6 +258,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
 
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t, const PluginTensorDesc*,
                         int32_t) noexcept override {
+    look_for_minimum([&](int32_t position) { return in[position].type; });
     return check_x(in[kX].dims) ? kOk : kError;
   }
 
@@ -358,16 +360,28 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     shape.dtype = dtype_of(type);
     shape.tactic = tactic;
     shape.norm_epsilon = attributes_.norm_epsilon;
-    shape.has_minimum = attributes_.has_minimum;
+    shape.has_minimum = has_minimum_ ? 1 : 0;
     return shape;
   }
 
-  static void bind(GemmBuffers& buffers, Slot slot, const void* data) {
+  // The node's attribute has_minimum is not asked for: TensorRT's parser warns of every node that
+  // lacks a plugin's field, and the type of the input says the same.
+  template <class TypeOf>
+  void look_for_minimum(TypeOf type_of) {
+    for (int32_t position = kX + 1; position < input_count(); ++position) {
+      if (spec_of(position).slot == Slot::kZero)
+        has_minimum_ = type_of(position) == DataType::kFLOAT;
+    }
+  }
+
+  void bind(GemmBuffers& buffers, Slot slot, const void* data) const {
     switch (slot) {
       case Slot::kWeight: buffers.weight = static_cast<const int32_t*>(data); break;
       case Slot::kScale: buffers.scale = static_cast<const float*>(data); break;
-      case Slot::kZero: buffers.zero = static_cast<const int32_t*>(data); break;
-      case Slot::kMinimum: buffers.minimum = static_cast<const float*>(data); break;
+      case Slot::kZero:
+        if (has_minimum_) buffers.minimum = static_cast<const float*>(data);
+        else buffers.zero = static_cast<const int32_t*>(data);
+        break;
       case Slot::kScaleGroup: buffers.scale_group = data; break;
       case Slot::kBias: buffers.bias = static_cast<const float*>(data); break;
       case Slot::kGamma: buffers.gamma = data; break;
@@ -382,6 +396,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   std::string metadata_;
   std::vector<int32_t> tactics_;  // as of the last configurePlugin
   int32_t tactic_ = 0;            // 0: the kernel is chosen at run time
+  bool has_minimum_ = false;      // as of the last look_for_minimum
   std::array<PluginField, kFields.size()> serialized_;
   PluginFieldCollection collection_{};
 };

@@ -19,8 +19,7 @@ namespace anybit {
 // them over as plugin fields.
 struct GemmAttributes {
   int32_t wbits, levels, abits, act_symmetric, group_size, in_features, out_features, has_bias;
-  float norm_epsilon;   // of the RMSNorm of X; 0 = no norm
-  int32_t has_minimum;  // a minimum in the place of the zero points
+  float norm_epsilon;  // of the RMSNorm of X; 0 = no norm
 
   int32_t n_groups() const { return group_size != 0 ? in_features / group_size : 1; }
   int32_t group_len() const { return group_size != 0 ? group_size : in_features; }
@@ -32,11 +31,11 @@ struct GemmAttributes {
 };
 
 // An input behind X: where it goes in GemmBuffers, and the exact type and shape it must have.
-enum class Slot { kWeight, kScale, kZero, kMinimum, kScaleGroup, kBias, kGamma };
+enum class Slot { kWeight, kScale, kZero, kScaleGroup, kBias, kGamma };
 struct InputSpec {
   const char* name;
   Slot slot;
-  nvinfer1::DataType type;  // kGamma has X's instead
+  nvinfer1::DataType type;  // kGamma has X's instead; of kZero, kFLOAT says minimums
   std::vector<int64_t> dims;
 };
 

@@ -157,6 +157,46 @@ def test_requantizing_takes_the_floats(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, made.weights[name], atol=0.01)
 
 
+@pytest.mark.parametrize("block", [(48, 32), None], ids=str)
+def test_fp8_is_read_as_floats(source: Path, tmp_path: Path, block: tuple[int, int] | None) -> None:
+    made = written.fp8(source, tmp_path / "model", block)
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    for layer, weight in made.weights.items():
+        np.testing.assert_array_equal(checkpoint.array(f"{layer}.weight"), weight, layer)
+    assert check_quantized(checkpoint, False, True) == ""
+    assert refusal(lambda: check_quantized(checkpoint, False, False)) == (
+        f"{made.folder}: got a checkpoint that is quantized already (fp8), with weights that no op "
+        "takes as they are, expected --requantize. --requantize rounds its weights again, with "
+        "--wbits and --abits."
+    )
+    assert refusal(lambda: kept_schemes(checkpoint, Keeping())) == (
+        f"{made.folder}, model.layers.0.self_attn.q_proj: got weights without codes that an op takes, "
+        "expected such for --keep. --requantize rounds its weights again, with --wbits and --abits."
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "names"),
+    [
+        (written.gptq, "quantize_config.json", {}),
+        (written.awq, "quant_config.json", {"bits": "w_bit", "group_size": "q_group_size"}),
+    ],
+)
+def test_settings_in_a_file_of_their_own(
+    source: Path, tmp_path: Path, make: Callable[..., Written], file: str, names: dict[str, str]
+) -> None:
+    made = make(source, tmp_path / "model")
+    path = made.folder / "config.json"
+    config = json.loads(path.read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    path.write_text(json.dumps(config))
+    (made.folder / file).write_text(json.dumps({names.get(k, k): v for k, v in settings.items()}))
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    for layer, weight in made.weights.items():
+        np.testing.assert_array_equal(checkpoint.array(f"{layer}.weight"), weight, layer)
+
+
 def test_zero_points_of_the_other_version_are_doubted(source: Path, tmp_path: Path) -> None:
     """Of asymmetric codes only the mean of the weights tells."""
     made = written.gptq(source, tmp_path / "model", symmetric=False)
@@ -299,8 +339,8 @@ def test_formats_that_are_not_read(source: Path, tmp_path: Path) -> None:
     change(made.folder, quant_method="bitsandbytes")
     assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
         f"{made.folder / 'config.json'}, quantization_config: got an already quantized checkpoint "
-        "(quant_method bitsandbytes), expected float32, float16 or bfloat16 weights, or codes of "
-        f"abq-llm, awq, compressed-tensors, gptq, qqq or a .gguf file. {FLOAT}"
+        "(quant_method bitsandbytes), expected float32, float16 or bfloat16 weights, or those of "
+        f"abq-llm, awq, compressed-tensors, fp8, gptq, qqq or a .gguf file. {FLOAT}"
     )
 
 
@@ -389,8 +429,8 @@ def test_linears_of_one_node_in_different_orders(source: Path, tmp_path: Path) -
 def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
     made = written.gptq(source, tmp_path / "model", left_out=("down_proj",))
     assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
-        f"{made.folder}, model.layers.0.mlp.down_proj: got weights that are floats among others with "
-        "codes, expected codes for --keep. --requantize rounds its weights again, with --wbits and "
+        f"{made.folder}, model.layers.0.mlp.down_proj: got weights without codes that an op takes, "
+        "expected such for --keep. --requantize rounds its weights again, with --wbits and "
         "--abits."
     )
 
@@ -461,6 +501,6 @@ def test_what_a_quantized_checkpoint_is_asked_for(
     floats = open_checkpoint(str(source), offline=True)
     assert check_quantized(floats, False, False) == ""
     assert refusal(lambda: check_quantized(floats, True, False)) == (
-        f"--keep: got a model of floats, {source}, expected a checkpoint with codes of abq-llm, awq, "
-        "compressed-tensors, gptq, qqq or a .gguf file. Leave it out and give --wbits and --abits."
+        f"--keep: got a model of floats, {source}, expected a checkpoint that is quantized already. "
+        "Leave it out and give --wbits and --abits."
     )

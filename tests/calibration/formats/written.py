@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["Written", "gptq", "awq", "packed", "integers", "qqq", "abq_llm"]
+__all__ = ["Written", "gptq", "awq", "packed", "integers", "qqq", "abq_llm", "fp8"]
 
 Tensors = dict[str, np.ndarray]
 
@@ -317,3 +318,22 @@ def abq_llm(source: Path, folder: Path, levels: int, group: int | None = None) -
         )
 
     return _write(source, folder, None, layer)
+
+
+def fp8(source: Path, folder: Path, block: tuple[int, int] | None) -> Written:
+    """e4m3 with a scale for each block, or for the tensor."""
+
+    def layer(
+        name: str, random: np.random.Generator, shape: tuple[int, int]
+    ) -> tuple[Tensors, np.ndarray, np.ndarray]:
+        weight = random.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn)
+        height, width = block or shape
+        grid = -(-shape[0] // height), -(-shape[1] // width)
+        scale = random.uniform(0.01, 0.02, grid).astype(np.float32)
+        rows, columns = np.arange(shape[0]) // height, np.arange(shape[1]) // width
+        values = weight.astype(np.float32) * scale[rows][:, columns]
+        stored = scale if block else scale.reshape(())
+        return {"weight": weight, "weight_scale_inv": stored}, values, weight
+
+    settings = {"quant_method": "fp8", "weight_block_size": block and list(block)}
+    return _write(source, folder, settings, layer)

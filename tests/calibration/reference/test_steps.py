@@ -7,7 +7,8 @@ from typing import get_args
 from calibration.families import steps
 from calibration.families.steps import Step
 from calibration.reference.steps import _ACTIVATIONS, STEPS
-from exporter.graph.steps import ACTIVATIONS, WRITERS
+from exporter.graph.steps import WRITERS
+from plugins.pointwise.forms import ACTIVATIONS
 
 
 def test_every_step_is_defined_for_torch_and_for_onnx() -> None:

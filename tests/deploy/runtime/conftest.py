@@ -35,13 +35,14 @@ def model(
 
 @pytest.fixture(scope="session")
 def compiled() -> Callable[..., Path]:
-    """compiled("driver", variant="") -> a program of one of the sources here."""
+    """compiled("driver", variant="") -> a program of one of the sources here, or a library."""
 
-    def build(source: str, variant: str = "") -> Path:
+    def build(source: str, variant: str = "", shared: bool = False) -> Path:
         doctest = header_folder("doctest", "doctest/doctest.h")
-        name = "-".join(filter(None, ("anybit-test", source, variant)))
+        name = "-".join(filter(None, ("anybit-test", Path(source).name, variant)))
         flags = ["-isystem", str(doctest), "-O0"]
-        return build_program(name, [HERE / f"{source}.cpp"], flags, variant=variant)
+        sources = [HERE / f"{source}.cpp"]
+        return build_program(name, sources, flags, variant=variant, shared=shared)
 
     return build
 

@@ -37,6 +37,7 @@ Json card(const anybit::Card& card) {
           {"vocab", card.vocab},
           {"end_tokens", card.end_tokens},
           {"backend", card.backend},
+          {"choice", card.choice},
           {"cache_form", card.cache_form},
           {"proof", card.proof},
           {"verified", card.verified},
@@ -115,6 +116,8 @@ Json run(const Json& task) {
   load.verify = options.value("verify", load.verify);
   load.onnxruntime = options.value("onnxruntime", "");
   load.kernels = options.value("kernels", "");
+  load.tensorrt = options.value("tensorrt", "");
+  load.cuda_graphs = options.value("cuda_graphs", load.cuda_graphs);
   anybit::EngineOptions engine_options;
   engine_options.reuse_prefixes = task.value("reuse_prefixes", true);
   engine_options.queue = task.value("queue", engine_options.queue);

@@ -55,7 +55,7 @@ def test_every_function(
     assert said == {
         "no folder": "/no/such/folder: got no such folder, expected an artifact folder. Make one "
         "with: python -m exporter MODEL --wbits W --abits A --out DIR.",
-        "older options": 'backend: got "tpu", expected auto or onnxruntime. Choose one of these.',
+        "older options": 'backend: got "tpu", expected auto, tensorrt or onnxruntime. Choose one of these.',
         "encoded": str(answer["prompt_tokens"]),
         "decoded": said["decoded"],
         "no engine": "engine: got null, expected one. Pass what was opened.",

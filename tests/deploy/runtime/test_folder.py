@@ -347,12 +347,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "threads": ({"threads": -1}, "threads: got -1, expected 0 to 4096. Give such a number."),
     "backend": (
         {"backend": "tpu"},
-        'backend: got "tpu", expected auto or onnxruntime. Choose one of these.',
-    ),
-    "tensorrt": (
-        {"backend": "tensorrt"},
-        'backend: got "tensorrt", expected auto or onnxruntime. TensorRT engines run with python -m '
-        "deploy; this library runs the ONNX file.",
+        'backend: got "tpu", expected auto, tensorrt or onnxruntime. Choose one of these.',
     ),
 }
 

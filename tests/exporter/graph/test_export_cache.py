@@ -61,7 +61,7 @@ def cache_model(bits: int, dtype: str) -> onnx.ModelProto:
     factory = NodeFactory(kind)
     nodes = [helper.make_node("Cast", [f"{name}32"], [name], to=kind) for name in ("key", "value")]
     nodes.append(
-        factory.attention(
+        factory.call(
             form, "attention", ["key", *form.inputs[1:]], form.outputs, scale=0.2, softcap=0.0
         )
     )
@@ -160,7 +160,11 @@ def test_codes_and_scales_are_inputs_and_outputs(tiny_export: Export) -> None:
     assert [(item.domain, item.name) for item in model.functions] == [
         ("anybit", "ABQGemm"),
         ("anybit.v1", "ABQGemm"),
+        ("anybit_pointwise", "RotatedHeads"),
         ("anybit_attention", LOW_BIT),
+        ("anybit_pointwise", "ResidualSum"),
+        ("anybit_pointwise", "Activation"),
+        ("anybit_pointwise", "RMSNorm"),
     ]
     nodes = [node for node in model.graph.node if node.op_type == LOW_BIT]
     parts = ("key", "value", "key_scale", "value_scale")
@@ -224,7 +228,7 @@ def test_without_it_the_graph_is_as_it_was(tiny_export: Export) -> None:
     model = onnx.load(tiny_export() / "onnx" / "model.onnx", load_external_data=False)
     assert (
         {item.domain for item in model.opset_import}
-        == {"", "anybit", "anybit.v1", "anybit_attention"}
+        == {"", "anybit", "anybit.v1", "anybit_attention", "anybit_pointwise"}
         == {node.domain for node in model.graph.node}
     )
     node = next(node for node in model.graph.node if node.op_type == ATTENTION)
@@ -317,9 +321,7 @@ def test_wrong_keys_are_found_before_the_cache(tiny_export: Export, tmp_path: Pa
     out = shutil.copytree(tiny_export(kv_bits=4), tmp_path / "out")
     path = out / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    node = next(
-        node for node in model.graph.node if node.output[0] == "model.layers.1.self_attn.qk_rotated"
-    )
+    node = next(node for node in model.graph.node if node.name == "model.layers.1.self_attn.heads")
     node.input[1], node.input[2] = node.input[2], node.input[1]
     path.write_bytes(model.SerializeToString())
     result = validate(out, ValidateOptions(tokens=24, steps=0))

@@ -63,6 +63,10 @@ def test_every_node_has_its_own_op_and_attributes(
         ("anybit.v2", "ABQGemm"),
         ("anybit.v3", "ABQGemm"),
         ("anybit_attention", "CachedAttention"),
+        *(
+            ("anybit_pointwise", op)
+            for op in ("Activation", "RMSNorm", "ResidualSum", "RotatedHeads")
+        ),
     ]  # a scheme with a norm and without one has two
     assert {item.key: item.value for item in model.metadata_props} == {
         "anybit.scheme": "w4a8-mixed",

@@ -147,8 +147,18 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
         for i in range(2)
         for norm in ("input_layernorm", "post_attention_layernorm")
     ]
-    assert [node.name for node in model.graph.node if node.op_type == "RMSNormalization"] == [
-        "model.norm"
+    assert [node.name for node in model.graph.node if node.op_type == "RMSNorm"] == ["model.norm"]
+    ours = [node for node in model.graph.node if node.name.startswith("model.layers.1.")]
+    assert [node.name.removeprefix("model.layers.1.") for node in ours] == [
+        "self_attn.qkv_proj",
+        "self_attn.heads",
+        "self_attn.attention",
+        "self_attn.o_proj",
+        "residual",
+        "mlp.gate_up_proj",
+        "mlp.product",
+        "mlp.down_proj",
+        "output",
     ]
     for node in custom:
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
@@ -156,7 +166,11 @@ def test_structure(tiny_model_dir: Path, tmp_path: Path, dtype: str) -> None:
     assert [(item.domain, item.name) for item in model.functions] == [
         ("anybit", "ABQGemm"),
         ("anybit.v1", "ABQGemm"),
+        ("anybit_pointwise", "RotatedHeads"),
         ("anybit_attention", "CachedAttention"),
+        ("anybit_pointwise", "ResidualSum"),
+        ("anybit_pointwise", "Activation"),
+        ("anybit_pointwise", "RMSNorm"),
     ]
     assert {item.overload for item in model.functions} == {""}
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
@@ -199,8 +213,8 @@ def test_norms_apart_give_the_same_bits(
     apart.mkdir()
     assert export_onnx(quant, apart, fuse_norms=False)["custom_nodes"] == 8
     nodes = onnx.load(apart / MODEL_FILE, load_external_data=False).graph.node
-    assert [node.op_type for node in nodes].count("RMSNormalization") == 5
-    assert {node.domain for node in nodes} == {"", "anybit", "anybit_attention"}
+    assert [node.op_type for node in nodes].count("RMSNorm") == 5
+    assert {node.domain for node in nodes} == {"", "anybit", "anybit_attention", "anybit_pointwise"}
     outputs = []
     for path in (folder, apart):
         with OnnxSession(path, quant.config["max_position_embeddings"]) as session:
@@ -214,7 +228,7 @@ def test_a_norm_without_epsilon_stays_apart(
     """An epsilon of 0 means no norm to a node."""
     folder = export(tiny_llama(rms_norm_eps=0.0), SCHEMES["w8a8"], tmp_path)
     nodes = onnx.load(folder / MODEL_FILE, load_external_data=False).graph.node
-    assert [node.op_type for node in nodes].count("RMSNormalization") == 5
+    assert [node.op_type for node in nodes].count("RMSNorm") == 5
 
 
 def test_tied_weights_stay_tied(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,9 +24,11 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE, export_onnx
-from exporter.graph.steps import ACTIVATIONS, WRITERS
+from exporter.graph.steps import WRITERS
+from exporter.run.native import NativeSession, native_library
 from exporter.run.onnxruntime import OnnxSession, onnx_runner
 from plugins.cached_attention import OP as ATTENTION
+from plugins.pointwise.forms import ACTIVATIONS
 from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import Decoder, export, feeds
 
@@ -146,6 +149,27 @@ def test_these_tests_would_notice(exported: Exported, name: str, changes: dict[s
     assert np.abs(right - wrong).max() > 20 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_16_bit_file_as_it_is_gives_the_bits_of_the_rounded_graph(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """With native kernels on both sides. A float head's scores are not rounded to the model's type, and
+    softcaps would show it.
+    """
+    uncapped = {"final_logit_softcapping": None} if name.startswith("Gemma") else {}
+    model = tiny_llama(architecture=name, **FAMILIES[name] | uncapped)
+    folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 8, dtype="float16"), tmp_path)
+    library = native_library()
+    assert isinstance(library, Path)
+    with (
+        NativeSession(folder, 256, "float16") as plain,
+        OnnxSession(folder, 256, (), "float16", library) as rounded,
+    ):
+        for ids in (IDS, IDS[:, :1], IDS[:, 3:7]):
+            got, want = plain.run(ids), rounded.run(ids)
+            np.testing.assert_array_equal(got.astype(np.float16), want)
+
+
 @pytest.mark.parametrize("fuse_norms", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_structure(exported: Exported, name: str, fuse_norms: bool, tmp_path: Path) -> None:
@@ -156,7 +180,9 @@ def test_structure(exported: Exported, name: str, fuse_norms: bool, tmp_path: Pa
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     outputs = [output for node in graph.node for output in node.output]
     assert len(outputs) == len(set(outputs))
-    norms = [node.input[1] for node in graph.node if node.op_type == "RMSNormalization"]
+    norms = [node.input[1] for node in graph.node if node.op_type == "RMSNorm"]
+    heads = [node for node in graph.node if node.op_type == "RotatedHeads"]
+    norms += [name for node in heads for name in node.input if name.endswith("norm.weight")]
     fused = {
         block.name(site.norm.gain)
         for block in quant.decoder.blocks
@@ -204,6 +230,31 @@ def test_a_window_without_a_softcap_is_an_attention_node(
     np.testing.assert_allclose(np.concatenate([logits, more], 1), want, atol=TOLERANCE, rtol=0)
     other = logits_of(reference(model, folder, sliding_window=6), IDS)
     assert np.abs(want - other).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Olmo2"])
+def test_heads_that_are_turned_before_they_are_normed(
+    exported: Exported, tmp_path: Path, name: str
+) -> None:
+    """One node makes and turns the heads, others norm them: per head, and over all heads."""
+    quant = read_quant(exported(name)[1].parent / "quant")
+    blocks = []
+    for block in quant.decoder.blocks:
+        order = list(block.steps)
+        place = next(i for i, step in enumerate(order) if isinstance(step, steps.HeadNorm))
+        order[place : place + 2] = order[place + 1], order[place]
+        blocks.append(replace(block, steps=tuple(order)))
+    quant.decoder = replace(quant.decoder, blocks=tuple(blocks))
+    export_onnx(quant, tmp_path)
+    onnx.checker.check_model(str(tmp_path / MODEL_FILE), full_check=True)
+    decoder = Decoder(tmp_path)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    with torch.no_grad():
+        want = quantised_model(quant)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=TOLERANCE, rtol=0)
+    graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
+    keys = {output for node in graph.node for output in node.output if output.endswith("attn.key")}
+    assert len(keys) == len(blocks)
 
 
 LONG = {**FAMILIES["Phi3"], "sliding_window": None, "original_max_position_embeddings": 12}
@@ -315,26 +366,29 @@ def test_capped_attention_rounds_scores_weights_and_context(exported: Exported, 
 @SIXTEEN
 @pytest.mark.parametrize(
     ("name", "nodes"),
-    [("Gemma2", ("gate", "gelu")), ("Arcee", ("up_proj.output", "relu2"))],
+    [("Gemma2", ("gate_up_proj.output", "product")), ("Arcee", ("up_proj.output", "activation"))],
 )
 def test_activations_round_once(
     exported: Exported, name: str, nodes: tuple[str, str], dtype: str
 ) -> None:
     before, after = (f"model.layers.0.mlp.{node}" for node in nodes)
     found = watched(exported(name, dtype)[1], before, after)
-    x = found[before].double()
-    exact = F.gelu(x, approximate="tanh") if name == "Gemma2" else F.relu(x).square()
-    want = exact.float().to(getattr(torch, dtype))
-    assert torch.equal(found[after], want.float())
+    kind, x = getattr(torch, dtype), found[before].double()
+    if name == "Gemma2":
+        gate, up = x.chunk(2, -1)
+        want = F.gelu(gate, approximate="tanh").float().to(kind).double() * up
+    else:
+        want = F.relu(x).square()
+    assert torch.equal(found[after], want.float().to(kind).float())
 
 
 @SIXTEEN
 def test_a_multiplier_is_fp32_and_the_sum_rounds(exported: Exported, dtype: str) -> None:
     layer, kind = "model.layers.0", getattr(torch, dtype)
-    names = ("mlp.down_proj.output", "mlp.down_proj.output.scaled", "residual", "output")
+    names = ("mlp.down_proj.output", "residual", "output")
     found = watched(exported("Granite", dtype)[1], *(f"{layer}.{name}" for name in names))
-    value, scaled, before, after = (found[f"{layer}.{name}"] for name in names)
-    assert torch.equal(scaled, (value * 0.22).to(kind).float())
+    value, before, after = (found[f"{layer}.{name}"] for name in names)
+    scaled = (value * 0.22).to(kind).float()
     assert torch.equal(after, (before + scaled).to(kind).float())
 
 

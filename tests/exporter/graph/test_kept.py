@@ -85,7 +85,7 @@ def test_nodes_in_an_order_of_their_own_go_back_to_floats(
         read_quant(tmp_path / "quant"),
     )
     nodes = frozenset(quant.decoder.nodes)
-    model = Swapped(quant, checkpoint, IDS, 256, NullProgress())
+    model = Swapped(quant, checkpoint, IDS, IDS, 256, NullProgress())
     swaps = [Swap(), Swap(weights=nodes), Swap(weights=nodes, activations=nodes)]
     as_is, weights, everything = (
         found.means("it")["kl"] for found in model.measure(swaps, NullProgress())

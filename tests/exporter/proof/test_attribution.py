@@ -21,11 +21,13 @@ from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.data import default_text, text_tokens
 from calibration.methods import find_method
 from calibration.progress import NullProgress
+from calibration.quant.bits import Rule
 from calibration.quant.folder import QuantModel, read_quant
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import FloatReference, float_model, quantised_model
 from calibration.settings import calibration_settings
+from calibration.solvers.hessian import Moments
 from exporter.proof.attribution import AttributionJob, attribute
 from exporter.proof.basis import recorded_rotation
 from exporter.proof.quality import FloatStates
@@ -65,7 +67,8 @@ def calibrated(
 
 
 def kl(quant: QuantModel, checkpoint: Checkpoint, windows: np.ndarray, *swaps: Swap) -> list[float]:
-    model = Swapped(quant, checkpoint, windows, 256, QUIET)
+    calibration = windows[::-1, ::-1].copy()
+    model = Swapped(quant, checkpoint, windows, calibration, 256, QUIET)
     assert model.baseline.means("")["kl"] == 0
     return [total.means("")["kl"] for total in model.measure(swaps, QUIET)]
 
@@ -157,6 +160,27 @@ def test_float_weights_lie_where_the_codes_do(
     assert whole_kl < as_is / 20
 
 
+def test_other_bits_of_a_calibrated_model(
+    calibrated: Callable[..., QuantModel],
+    checkpoint: Checkpoint,
+    windows: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quant = calibrated("abq", wbits=3)
+    seen: list[tuple[int, ...]] = []
+    add = Moments.add
+
+    def watched(self: Moments, window: torch.Tensor) -> None:
+        seen.append(tuple(window.shape))
+        add(self, window)
+
+    monkeypatch.setattr(Moments, "add", watched)
+    fine = {node: Rule(node, "w7a8").scheme(quant.scheme) for node in quant.decoder.nodes}
+    as_is, changed = kl(quant, checkpoint, windows, Swap(), Swap(schemes=fine))
+    assert changed < as_is / 20
+    assert len(seen) == 2 * 8 and set(seen) == {(23, 64), (23, 128)}  # two windows of every node
+
+
 # ---------------------------------------------------------------- the search
 
 
@@ -165,7 +189,9 @@ def job(
     tiny_quant: Callable[..., Path], checkpoint: Checkpoint, windows: np.ndarray, tmp_path: Path
 ) -> AttributionJob:
     quant = read_quant(tiny_quant(6, 8, rules=("layers.1.mlp.down_proj w2a8",)) / "quant")
-    return AttributionJob(quant, checkpoint, windows, "a text", 256, tmp_path / "record.json")
+    return AttributionJob(
+        quant, checkpoint, windows, "a text", windows, 256, tmp_path / "record.json"
+    )
 
 
 def test_a_bad_node_is_found_and_bought_back(job: AttributionJob) -> None:

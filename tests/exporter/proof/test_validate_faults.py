@@ -86,12 +86,13 @@ def lost_residual(model: onnx.ModelProto, data: Path) -> None:
 
 
 def swapped_gate_and_up(model: onnx.ModelProto, data: Path) -> None:
-    node = next(
-        node
-        for node in model.graph.node
-        if node.name == "model.layers.1.mlp.gate_up_proj.output.split"
-    )
-    node.output[:] = list(node.output)[::-1]
+    """In a function of the node's own, since all layers share theirs."""
+    node = next(node for node in model.graph.node if node.name == "model.layers.1.mlp.product")
+    own = model.functions.add()
+    own.CopyFrom(next(function for function in model.functions if function.name == node.op_type))
+    own.node[0].output[:] = list(own.node[0].output)[::-1]
+    imported = model.opset_import.add(version=1)
+    own.domain = node.domain = imported.domain = f"{node.domain}.v1"
 
 
 def wrong_rotation(model: onnx.ModelProto, data: Path) -> None:

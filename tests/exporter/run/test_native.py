@@ -19,7 +19,7 @@ from exporter.run import native, onnxruntime
 from exporter.run.model import choose_runner, find_model, open_session
 from exporter.run.native import NativeSession
 from exporter.run.onnxruntime import OnnxSession
-from plugins.cached_attention import is_attention
+from plugins.core.function import is_inlined
 from plugins.core.op_spec import is_custom
 from plugins.errors import InputError, UserError
 from tests.exporter.graph_cases import feeds
@@ -93,6 +93,25 @@ def test_the_kernels_run_and_not_the_bodies(tiny_export: Callable[..., Path]) ->
     assert "ABQGemm" in ran and "BitwiseAnd" not in ran
 
 
+@pytest.mark.parametrize("fields", [{}, {"static": 32}, {"kv_bits": 4}], ids=str)
+def test_no_cast_is_left_but_that_of_the_logits(
+    tiny_export: Callable[..., Path], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """ONNX Runtime casts around 16-bit nodes that it has no kernels for."""
+    import onnxruntime as ort
+
+    folder = tiny_export(head=8, **fields) / "onnx"
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(native.native_library()))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    casts = [list(node.output) for node in nodes if node.op_type == "Cast"]
+    masks = [] if "static" in fields else [["mask.valid"]]
+    assert sorted(casts) == [["logits"], *masks]
+
+
 def test_kernels_need_no_bodies(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
     """Of a file without its function bodies, only a session with kernels can be made: those of the
     proof's native level run kernels indeed.
@@ -143,7 +162,7 @@ def test_a_node_that_would_run_its_body_is_refused(
     folder = Path(shutil.copytree(tiny_export(abits=8) / "onnx", tmp_path / "onnx"))
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     nodes = [node for node in model.graph.node if is_custom(node.domain)]
-    all_nodes = [*nodes, *(node for node in model.graph.node if is_attention(node.domain))]
+    all_nodes = [*nodes, *(node for node in model.graph.node if is_inlined(node.domain))]
     for changed in (model.functions[0], nodes[0], model.opset_import.add(version=1)):
         changed.domain = "anybit.v256"
     model.functions.extend(onnx.load(folder / "model.onnx", load_external_data=False).functions[:1])

@@ -87,9 +87,8 @@ IPluginCreatorV3One* creator(const char* name) {
   return nullptr;
 }
 
-// From integers, and the norm's epsilon and has_minimum if these are not 0.
-IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsilon,
-                int32_t has_minimum = 0) {
+// From integers, and the norm's epsilon if that is not 0.
+IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsilon) {
   IPluginCreatorV3One* maker = creator(name);
   const PluginFieldCollection* names = maker->getFieldNames();
   std::vector<PluginField> fields;
@@ -97,9 +96,6 @@ IPluginV3* make(const char* name, const std::vector<int32_t>& values, float epsi
     fields.push_back({names->fields[i].name, &values[i], PluginFieldType::kINT32, 1});
   if (epsilon != 0)
     fields.push_back({names->fields[values.size()].name, &epsilon, PluginFieldType::kFLOAT32, 1});
-  if (has_minimum != 0)
-    fields.push_back(
-        {names->fields[values.size() + 1].name, &has_minimum, PluginFieldType::kINT32, 1});
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return maker->createPlugin("layer0", &collection, TensorRTPhase::kBUILD);
 }
@@ -111,10 +107,13 @@ Interface* part(IPluginV3* plugin, PluginCapabilityType kind) {
 
 void* address(int number) { return reinterpret_cast<void*>(static_cast<intptr_t>(number)); }
 
-void enqueue(IPluginV3* plugin, PluginTensorDesc x, size_t inputs) {
+// `fourth`: type of the input that is zero points or minimums, or of another op's input there.
+void enqueue(IPluginV3* plugin, PluginTensorDesc x, size_t inputs,
+             DataType fourth = DataType::kINT32) {
   const void* in[] = {address(1), address(2), address(3), address(4), address(5)};
   void* out[] = {address(6)};
   std::vector<PluginTensorDesc> descs(inputs, x);
+  descs[3].type = fourth;
   auto* runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
   std::printf("shape %d\n",
               runtime->onShapeChange(descs.data(), static_cast<int32_t>(inputs), &x, 1));
@@ -164,10 +163,10 @@ void abq() {
   }
 }
 
-// ABQGemm w4 a8 with minimums, in groups of 16, K 64, N 8, made again from the fields it serialises;
-// and QQQGemm, which has none.
+// ABQGemm w4 a8 in groups of 16, K 64, N 8, made again from the fields it serialises: a fourth input
+// of floats is minimums, whatever it was before.
 void minimum() {
-  IPluginV3* built = make("ABQGemm", {4, 16, 8, 0, 16, 64, 8, 0}, 0, 1);
+  IPluginV3* built = make("ABQGemm", {4, 16, 8, 0, 16, 64, 8, 0}, 0);
   const PluginFieldCollection* fields =
       part<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
   IPluginV3* plugin = creator("ABQGemm")->createPlugin("layer0", fields, TensorRTPhase::kRUNTIME);
@@ -178,13 +177,16 @@ void minimum() {
       dynamic(DataType::kHALF, {-1, 8}, {1, 8}, {9, 8})};
   for (int32_t i = 0; i < 5; ++i)
     std::printf("format %d %d\n", i, build->supportsFormatCombination(i, io.data(), 4, 1));
-  io[3].desc.type = DataType::kINT32;
-  std::printf("zero points %d\n", build->supportsFormatCombination(3, io.data(), 4, 1));
-  io[3].desc.type = DataType::kFLOAT;
+  for (const DataType type : {DataType::kINT32, DataType::kHALF, DataType::kFLOAT}) {
+    io[3].desc.type = type;
+    std::printf("fourth input of type %d %d\n", static_cast<int>(type),
+                build->supportsFormatCombination(3, io.data(), 4, 1));
+  }
   std::printf("configure %d\n", build->configurePlugin(io.data(), 4, &io[4], 1));
-  std::printf("metadata %s\n", build->getMetadataString());
-  enqueue(plugin, tensor(DataType::kHALF, {5, 64}), 4);
-  std::printf("QQQGemm %d\n", make("QQQGemm", {4, 16, 8, 1, 64, 128, 64, 0}, 0, 1) != nullptr);
+  auto* runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+  IPluginV3* copy = runtime->attachToContext(nullptr);
+  for (const DataType type : {DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT})
+    enqueue(copy, tensor(DataType::kHALF, {5, 64}), 4, type);
 }
 
 // QQQGemm in groups of 64, K 128, N 70, with a norm, made again from the fields it

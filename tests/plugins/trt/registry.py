@@ -1,15 +1,20 @@
 """Loads the plugin library into a real TensorRT and makes the plugins that a JSON list on stdin
-asks for; prints JSON.
+asks for; prints JSON: registry.py LIBRARY MODULE, where the module is TensorRT's Python package.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
-import tensorrt_rtx as trt
+
+trt: Any = importlib.import_module(sys.argv[2])
+OURS = "[anybit] "  # in front of what the library says where TensorRT has told it of no logger
 
 
 class Recorder(trt.ILogger):  # type: ignore[misc]
@@ -52,7 +57,10 @@ def main() -> None:
     registry = trt.get_plugin_registry()
     assert registry.load_library(sys.argv[1]) is not None
     recorder = Recorder()
-    builder = trt.Builder(recorder)  # from here on the library finds this logger
+    # From here on the library finds this logger. A lean runtime has no builder.
+    builder = trt.Builder(recorder) if hasattr(trt, "Builder") else None
+    stream = os.fdopen(os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR), "r+")
+    os.dup2(stream.fileno(), 2)
     answer: dict[str, Any] = {"creators": [], "plugins": []}
     for creator in registry.all_creators:
         if creator.plugin_namespace == "anybit":
@@ -65,8 +73,12 @@ def main() -> None:
             )
     for request in json.load(sys.stdin):
         recorder.errors.clear()
+        stream.seek(0)
+        stream.truncate()
         plugin = make(registry, request)
-        answer["plugins"].append({"made": plugin is not None, "errors": list(recorder.errors)})
+        stream.seek(0)
+        said = [line[len(OURS) :].strip() for line in stream if line.startswith(OURS)]
+        answer["plugins"].append({"made": plugin is not None, "errors": recorder.errors + said})
         del plugin
     del builder
     print(json.dumps(answer))

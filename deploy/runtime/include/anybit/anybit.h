@@ -33,6 +33,8 @@ typedef struct anybit_options {
   const char* kernels;
   size_t queue;
   int reuse_prefixes;
+  const char* tensorrt;
+  int cuda_graphs;
 } anybit_options;
 
 /* Why a request ended. */
@@ -93,7 +95,7 @@ void anybit_options_init(anybit_options* options, size_t size);
 /* The same of a request; the sampling is the one that the model's makers want. */
 void anybit_request_init(const anybit_engine* engine, anybit_request* request, size_t size);
 
-/* Opens OUT of python -m exporter, or its onnx folder; options may be null. */
+/* Opens OUT of python -m exporter, or its onnx or engine folder; options may be null. */
 anybit_engine* anybit_open(const char* folder, const anybit_options* options, char** error);
 /* Cancels what runs. Handles stay good. Null is let pass. */
 void anybit_close(anybit_engine* engine);

@@ -17,7 +17,9 @@ namespace anybit {
 
 // How a model is opened.
 struct LoadOptions {
-  // "auto" or "onnxruntime".
+  // "tensorrt": the engine on a GPU; "onnxruntime": the ONNX file on the CPU; "auto": the engine
+  // where the folder has one and the machine a driver, a GPU and a TensorRT that fit it, else the ONNX
+  // file.
   std::string backend = "auto";
   // How many requests run at once, 1 to 1024.
   int slots = 4;
@@ -44,6 +46,13 @@ struct LoadOptions {
   // the environment, else beside this library or program. "none": the custom nodes run as their
   // bodies of standard ops, which is much slower and takes memory that is not planned.
   std::filesystem::path kernels;
+  // TensorRT's library (libnvinfer.so.10, libnvinfer.so.11 or libtensorrt_rtx.so.1), or a folder that
+  // has it; empty: ANYBIT_TENSORRT of the environment, else as with ONNX Runtime, of the Python package
+  // tensorrt or tensorrt-rtx. CUDA's driver library is the system's, or ANYBIT_CUDA of the environment.
+  std::filesystem::path tensorrt;
+  // Replay the steps of a static cache on the GPU as CUDA graphs; ANYBIT_CUDA_GRAPHS=0 in the
+  // environment turns it off too.
+  bool cuda_graphs = true;
 };
 
 // Bytes that a loaded model needs.
@@ -55,7 +64,9 @@ struct MemoryPlan {
   size_t activations = 0;   // of the largest call, estimated
   size_t copies = 0;   // ONNX Runtime's own of float matrices, in fp32: a 16-bit head above all
   size_t program = 0;  // ONNX Runtime itself, the graph and the tokenizer, estimated
-  size_t limit = 0;    // what all but the weights may take together
+  bool on_gpu =
+      false;         // all of it, and activations are what the engine says; else in the machine's
+  size_t limit = 0;  // what all but the weights may take together
   // All but the weights.
   size_t total() const { return cache + second_cache + logits + activations + copies + program; }
   // One line for a log.
@@ -74,9 +85,10 @@ struct Card {
   // How the model's makers want tokens to be chosen.
   Sampling sampling;
   std::string backend;     // such as "ONNX Runtime 1.31.1, native kernels"
+  std::string choice;      // why "auto" chose it; "" where it was named
   std::string cache_form;  // "static": one buffer, in place; "concat": copied in each call
   int slots = 0;
-  int threads = 0;        // that compute
+  int threads = 0;        // that compute; 0 where a GPU does
   bool verified = false;  // whether the weights' checksum was compared
   // Of report/report.json beside the model: "passed", "failed", or "unknown" where there is none.
   std::string proof = "unknown";
@@ -88,7 +100,7 @@ class Model {
  public:
   // Opens an artifact.
   //
-  // @param folder OUT of `python -m exporter`, or its onnx folder alone.
+  // @param folder OUT of `python -m exporter`, or its onnx or engine folder alone.
   // Throws Error: a file is missing, damaged or of another version; the backend's library is missing
   // or too old, or refuses the graph; there is too little memory for the slots.
   static std::shared_ptr<Model> load(const std::filesystem::path& folder,

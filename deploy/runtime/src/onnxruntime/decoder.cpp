@@ -12,48 +12,12 @@
 namespace anybit::ort {
 namespace {
 
-const std::string kPast = "past_key_values.", kPresent = "present.";
-constexpr size_t kTokens = 2;  // the dimension of a cache tensor, [batch, heads, tokens, width]
-
-// One cache tensor of the graph.
-struct CacheTensor {
-  std::string past, present;
-  ElementType type;
-  std::vector<int64_t> dims;
-
-  // Of one slot.
-  size_t bytes(int64_t tokens) const {
-    size_t count = bytes_of(type);
-    for (size_t i = 1; i < dims.size(); ++i) {
-      count *= static_cast<size_t>(i == kTokens ? tokens : dims[i]);
-    }
-    return count;
-  }
-
-  std::vector<int64_t> shape(int64_t rows, int64_t tokens) const {
-    std::vector<int64_t> shape = dims;
-    shape[0] = rows;
-    shape[kTokens] = tokens;
-    return shape;
-  }
-};
-
-std::vector<CacheTensor> cache_tensors(const Graph& graph) {
-  std::vector<CacheTensor> found;
-  for (const auto& [name, input] : graph.inputs) {
-    if (name.compare(0, kPast.size(), kPast) == 0) {
-      found.push_back({name, kPresent + name.substr(kPast.size()), input.type, input.dims});
-    }
-  }
-  return found;
-}
-
 // What both forms share: the inputs of a call that are small, and the logits.
 class Decoder : public Backend {
  public:
-  Decoder(std::unique_ptr<Session> session, const Graph& graph, const CacheForm& form, int vocab)
+  Decoder(std::unique_ptr<Session> session, const CacheForm& form, int vocab)
       : session_(std::move(session)),
-        tensors_(cache_tensors(graph)),
+        tensors_(form.tensors),
         picks_logits_(form.picks_logits),
         vocab_(vocab) {}
 
@@ -142,9 +106,8 @@ class Decoder : public Backend {
 // call computes one slot, and no row depends on others.
 class ConcatDecoder : public Decoder {
  public:
-  ConcatDecoder(std::unique_ptr<Session> session, const Graph& graph, const CacheForm& form,
-                int slots, int vocab)
-      : Decoder(std::move(session), graph, form, vocab), caches_(static_cast<size_t>(slots)) {}
+  ConcatDecoder(std::unique_ptr<Session> session, const CacheForm& form, int slots, int vocab)
+      : Decoder(std::move(session), form, vocab), caches_(static_cast<size_t>(slots)) {}
 
   int most_rows() const override { return 1; }
 
@@ -171,7 +134,7 @@ class ConcatDecoder : public Decoder {
  private:
   // Leaves the first `filled` tokens of a slot's tensor.
   void cut(Value& value, const CacheTensor& tensor, int64_t filled) const {
-    const int64_t had = value ? session_->dims(value.get())[kTokens] : 0;
+    const int64_t had = value ? session_->dims(value.get())[CacheTensor::kTokens] : 0;
     if (value && had == filled) return;
     Value shorter = session_->tensor(tensor.type, tensor.shape(1, filled));
     if (filled > 0) {
@@ -221,9 +184,8 @@ class Buffer {
 // any range of slots.
 class StaticDecoder : public Decoder {
  public:
-  StaticDecoder(std::unique_ptr<Session> session, const Graph& graph, const CacheForm& form,
-                int slots, int vocab)
-      : Decoder(std::move(session), graph, form, vocab), slots_(slots), capacity_(form.capacity) {
+  StaticDecoder(std::unique_ptr<Session> session, const CacheForm& form, int slots, int vocab)
+      : Decoder(std::move(session), form, vocab), slots_(slots), capacity_(form.capacity) {
     for (const CacheTensor& tensor : tensors_) {
       buffers_.emplace_back(tensor.bytes(capacity_) * static_cast<size_t>(slots));
     }
@@ -237,85 +199,49 @@ class StaticDecoder : public Decoder {
     std::vector<int64_t> filled;
     for (const Row& row : rows) filled.push_back(row.filled);
     integers(call, "write_indices", std::move(filled), batch, -1);
+    see(rows[0].slot, rows.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const size_t bytes = tensors_[i].bytes(capacity_);
-      const std::vector<int64_t> shape = tensors_[i].shape(batch, capacity_);
-      char* rows_of = buffers_[i].data() + bytes * static_cast<size_t>(rows[0].slot);
-      const auto view = [&] {
-        return session_->tensor(tensors_[i].type, shape, rows_of, bytes * rows.size());
-      };
-      call.owned.push_back(view());
-      call.input(tensors_[i].past.c_str(), call.owned.back().get());
-      call.output(tensors_[i].present.c_str(), view());
+      call.input(tensors_[i].past.c_str(), views_[i].get());
+      call.output(tensors_[i].present.c_str(), std::move(views_[i]));
     }
+    seen_ = 0;  // of no rows while the call has them
     run(call);
+    for (size_t i = 0; i < tensors_.size(); ++i) views_[i] = std::move(call.outputs[i + 1]);
+    seen_ = rows.size();
     return logits ? finish(call, rows) : nullptr;
   }
 
  private:
+  // Makes views_ of so many slots from one on, which are the same from call to call in most.
+  void see(int slot, size_t rows) {
+    if (slot == slot_ && rows == seen_) return;
+    views_.clear();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const size_t bytes = tensors_[i].bytes(capacity_);
+      const auto batch = static_cast<int64_t>(rows);
+      views_.push_back(session_->tensor(tensors_[i].type, tensors_[i].shape(batch, capacity_),
+                                        buffers_[i].data() + bytes * static_cast<size_t>(slot),
+                                        bytes * rows));
+    }
+    slot_ = slot, seen_ = rows;
+  }
+
   const int slots_;
   const int64_t capacity_;
   std::vector<Buffer> buffers_;  // [tensors][slots, heads, capacity, width]
+  std::vector<Value> views_;     // [tensors][seen_, heads, capacity, width], from slot_ on
+  int slot_ = 0;
+  size_t seen_ = 0;
 };
 
 }  // namespace
 
-CacheForm cache_form(const Graph& graph, const Artifact& artifact) {
-  const auto refuse = [&](const std::string& got, const std::string& expected) {
-    return Error((artifact.path() / "model.onnx").string(), "got " + got + ", expected " + expected,
-                 "The file is damaged or changed: export the model again");
-  };
-  const Description& description = artifact.description();
-  CacheForm form;
-  form.is_static = graph.inputs.count("write_indices") > 0;
-  form.picks_logits = graph.inputs.count("logits_indices") > 0;
-  form.capacity = description.cache.capacity;
-  if (form.is_static != (description.cache.form == "static")) {
-    throw refuse(form.is_static ? "a static cache" : "a cache without write_indices",
-                 "the " + description.cache.form + " form of model.json");
-  }
-  std::map<std::string, ElementType> inputs{{"input_ids", kInt64}}, outputs{{"logits", kFloat}};
-  if (form.picks_logits) inputs["logits_indices"] = kInt64;
-  for (const char* name : {"attention_mask", "position_ids"}) {
-    if (!form.is_static) inputs[name] = kInt64;
-  }
-  if (form.is_static) inputs["write_indices"] = kInt64;
-  const std::vector<CacheTensor> tensors = cache_tensors(graph);
-  if (tensors.empty()) throw refuse("no input " + kPast + "0.key", "a decoder's");
-  for (const CacheTensor& tensor : tensors) {
-    bool known = tensor.dims.size() > kTokens;
-    for (size_t i = 1; i < tensor.dims.size(); ++i) {
-      known = known && (i == kTokens || tensor.dims[i] > 0);
-    }
-    if (!known) throw refuse("an input " + tensor.past + " of unknown size", "[B, H, tokens, D]");
-    form.token_bytes += tensor.bytes(1);
-    inputs[tensor.past] = outputs[tensor.present] = tensor.type;
-  }
-  const auto compare = [&](const std::map<std::string, TensorType>& has, const char* what,
-                           const std::map<std::string, ElementType>& wanted) {
-    for (const auto& [name, type] : wanted) {
-      const auto found = has.find(name);
-      if (found == has.end()) throw refuse(std::string("no ") + what + name, "a decoder's");
-      if (found->second.type != type) {
-        throw refuse(what + name + " of type " + std::to_string(found->second.type),
-                     "type " + std::to_string(type) + " of ONNX");
-      }
-    }
-    for (const auto& [name, type] : has) {
-      if (wanted.count(name) == 0) throw refuse(what + printable(name), "a decoder's");
-    }
-  };
-  compare(graph.inputs, "input ", inputs);
-  compare(graph.outputs, "output ", outputs);
-  return form;
-}
-
-std::unique_ptr<Backend> make_backend(std::unique_ptr<Session> session, const Graph& graph,
-                                      const CacheForm& form, int slots, int vocab) {
+std::unique_ptr<Backend> make_backend(std::unique_ptr<Session> session, const CacheForm& form,
+                                      int slots, int vocab) {
   if (form.is_static) {
-    return std::make_unique<StaticDecoder>(std::move(session), graph, form, slots, vocab);
+    return std::make_unique<StaticDecoder>(std::move(session), form, slots, vocab);
   }
-  return std::make_unique<ConcatDecoder>(std::move(session), graph, form, slots, vocab);
+  return std::make_unique<ConcatDecoder>(std::move(session), form, slots, vocab);
 }
 
 }  // namespace anybit::ort

@@ -31,17 +31,6 @@ std::string one_line(const std::string& text) {
 
 }  // namespace
 
-size_t bytes_of(ElementType type) {
-  switch (type) {
-    case kUint8:
-    case kInt8: return 1;
-    case kHalf:
-    case kBFloat16: return 2;
-    case kInt64: return 8;
-    default: return 4;
-  }
-}
-
 Api::Api(const std::filesystem::path& library) : library_(library, "ONNX Runtime", kInstall) {
   const auto base = reinterpret_cast<const OrtApiBase* (*)()>(library_.symbol("OrtGetApiBase"))();
   version_ = base->GetVersionString();

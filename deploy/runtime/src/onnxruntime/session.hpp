@@ -86,6 +86,4 @@ class Session {
   OrtAllocator* allocator_ = nullptr;  // ONNX Runtime's own
 };
 
-size_t bytes_of(ElementType type);
-
 }  // namespace anybit::ort
