@@ -170,6 +170,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 12.3,
         "logits_scaling": 0.7,
     },
+    "Mixtral": {
+        **_ODD,
+        "num_key_value_heads": 5,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     "Mistral": {**_WIDE, "sliding_window": 6, "tie_word_embeddings": False},
     "Olmo2": {},
     "Olmo3": {
@@ -207,6 +214,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "Qwen3": {"head_dim": 24, "tie_word_embeddings": False},
+    "Qwen3Moe": {
+        **_LAYERS,
+        "head_dim": 24,
+        "moe_intermediate_size": 48,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "mlp_only_layers": [1],
+        "tie_word_embeddings": False,
+    },
     "SmolLM3": {**_LAYERS, "no_rope_layers": [1, 0, 1]},
 }
 

@@ -316,4 +316,5 @@ def _embedded(
             windows[index] = embedded(table, torch.from_numpy(tokens), job.checkpoint.decoder)
         return windows
 
-    return Streams(stream(), stream() if job.method.wants_real(job.settings) else None, budget)
+    real = stream() if job.method.wants_real(job.settings) else None
+    return Streams(stream(), real, budget, ranks)

@@ -49,8 +49,8 @@ def embedded(table: Tensor, tokens: Tensor, decoder: Decoder) -> Tensor:
 
 
 def norm_gains(weights: Mapping[str, Tensor], block: Block) -> BlockWeights:
-    """The gains of a block's norms among its weights."""
-    return {norm.gain: weights[norm.gain] for norm in block.norms}
+    """The gains of a block's norms among its weights, and what else stays in floating point."""
+    return {name: weights[name] for name in block.floats}
 
 
 def float_linear(weights: Mapping[str, Tensor], block: Block) -> Linear:
@@ -76,7 +76,7 @@ def block_output(
 
     Args:
         x: residual stream before it.
-        gains: of the norms, by their names below the prefix.
+        gains: of the norms, and weights of routers, by their names below the prefix.
         linear: how each site multiplies, float or quantised.
         block: its steps.
         rope: positions 0..L-1.

@@ -322,6 +322,7 @@ class RoundingMethod:
             WalkBlock(task.block, task.weights, task.rope, task.schemes, gains, scales),
             task.streams,
             solver,
+            say=solver.notes.append,
         )
         return BlockResult(
             sites, {name: gain.cpu().numpy() for name, gain in gains.items()}, solver.report()

@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 
 from calibration.blocks.forward import BlockWeights, float_linear
+from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.streams import ActivationWindows, StreamBudget, Windows
-from calibration.families.decoder import Block, Branch
+from calibration.families.decoder import Block, Branch, Site
 from calibration.families.steps import Linears, Step
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.reference.fake_quant import Activation, ActivationQuantizer, FakeQuantLinear
-from calibration.reference.steps import Context, Rope, cached_heads, run
+from calibration.reference.steps import PLAIN, Context, Rope, cached_heads, routed, run
 from calibration.solvers.hessian import Moments
 from plugins.core.op_spec import QuantArrays
+from plugins.text import some
 
 __all__ = ["Streams", "WalkBlock", "site_weight", "walk"]
+
+# Of an expert's input channels: with fewer tokens than this part of them GPTQ goes by its damping
+# more than by what it saw.
+_FEWEST = 4
 
 Solve = Callable[[str, "Moments | None"], QuantArrays]
 
@@ -34,11 +40,13 @@ class Streams:
         quant, real: [n][L, hidden] fp32; real is None for methods that do not look at the float
             model's activations.
         budget: where scratch activations come from.
+        ranks: the processes that share the windows.
     """
 
     quant: Windows
     real: Windows | None
     budget: StreamBudget
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,10 @@ class _Stream:
         """A window [L, K] sent through steps of a branch."""
         return run(steps, x[None], self._context).x[0]
 
+    def rows(self, steps: Sequence[Step], index: int, tokens: Tensor) -> Tensor:
+        """Some tokens of a window, [n, K] behind steps that take each by itself."""
+        return self.through(steps, self.windows[index][tokens])
+
     def add(self, index: int, steps: Sequence[Step], x: Tensor) -> None:
         """Move the window's residual stream on by what the last steps of a branch make of x."""
         residual = self.windows[index]
@@ -114,10 +126,11 @@ class _Walk:
         heads = cached_heads(block.kv_bits)
         self.quant = _Stream(streams.quant, Context(block.gains, block.rope, heads=heads))
         self.real = None
-        if streams.real is not None:
-            self.real = _Stream(streams.real, Context(block.weights, block.rope))
         self.float_node = float_linear(block.weights, block.block)
+        if streams.real is not None:
+            self.real = _Stream(streams.real, Context(block.weights, block.rope, self.float_node))
         self.count = len(streams.quant)
+        self.ranks = streams.ranks
 
     @property
     def end(self) -> tuple[Step, ...]:
@@ -201,12 +214,17 @@ class _Walk:
             self.real.add(index, self.end, self.float_node(self.branch.sites[0].linears.node, x))
 
     def _moments(self, number: int) -> Moments:
-        size = self.branch.sites[number].linears.in_features
+        return self._moments_of(self.branch.sites[number])
+
+    def _moments_of(self, site: Site) -> Moments:
+        size = site.linears.in_features
         return Moments(size, self.real is not None, str(self.block.rope.cos.device))
 
     def _add(self, moments: Moments, number: int, seen: Activation, wanted: Tensor | None) -> None:
         """A window into the moments of a site."""
-        node = self.branch.sites[number].linears.node
+        self._add_to(moments, self.branch.sites[number].linears.node, seen, wanted)
+
+    def _add_to(self, moments: Moments, node: str, seen: Activation, wanted: Tensor | None) -> None:
         if wanted is not None and node in self.block.scales:
             wanted = wanted / self.block.scales[node]
         moments.add(seen.values(), wanted)
@@ -219,6 +237,99 @@ class _Walk:
         linear = FakeQuantLinear(QuantLinear(site, scheme, arrays), quantizer, exact=False)
         linear.to(self.block.rope.cos.device)
         return linear
+
+
+class _ExpertsWalk(_Walk):
+    """A branch of experts, one after the other, each on the tokens that the quantised model routes
+    to it.
+
+    What an expert's nodes read is made anew from the residual stream when it is needed; what is
+    kept is where the tokens go, and the sum of what the experts so far made.
+
+    Attributes:
+        few: experts that too few tokens reached, and which were therefore measured on all tokens of
+            the layer.
+    """
+
+    def __init__(self, block: WalkBlock, branch: Branch, streams: Streams) -> None:
+        super().__init__(block, branch, streams)
+        assert branch.experts is not None
+        self._experts = branch.experts
+        self._routes = list[tuple[Tensor, Tensor]]()  # [L, top] each, of every window
+        counts = torch.zeros(len(branch.chains), device=block.rope.cos.device)
+        for window in streams.quant:
+            x = self.quant.through(branch.lead, window)
+            scores = PLAIN.scores(x, block.gains[self._experts.weight])
+            chosen, weights = routed(scores, self._experts)
+            self._routes.append((chosen.to(torch.int16), weights))
+            counts += torch.bincount(chosen.flatten(), minlength=len(counts))
+        self.ranks.sum([counts])
+        fewest = -(-branch.sites[0].linears.in_features // _FEWEST)
+        self.few = [index for index, count in enumerate(counts.tolist()) if count < fewest]
+
+    def run(self, solve: Solve, measure: bool) -> dict[str, QuantArrays]:
+        """All experts, and both streams past them."""
+        found: dict[str, QuantArrays] = {}
+        total = self.budget.windows(self.count, self.quant.windows.shape[1:])
+        for window in range(self.count):
+            total[window] = torch.zeros(self.quant.windows.shape[1:])
+        for expert, chain in enumerate(self.branch.chains):
+            made = list[tuple[Site, FakeQuantLinear]]()
+            for site in chain:
+                node = site.linears.node
+                found[node] = solve(node, self._seen(expert, site, made) if measure else None)
+                made.append((site, self._linear(node, found[node])))
+            for window, (chosen, weights) in enumerate(self._routes):
+                tokens, places = (chosen == expert).nonzero(as_tuple=True)
+                if len(tokens):
+                    y = self._through(made, window, tokens) * weights[tokens, places, None]
+                    total[window] = total[window].index_add(0, tokens, y)
+        if self.real is not None:
+            steps = (*self.branch.lead, self._experts, *self.end)
+            for window in range(self.count):
+                self.real.add(window, steps, self.real.windows[window])
+        for window in range(self.count):
+            self.quant.add(window, self.end, total[window])
+        total.close()
+        return found
+
+    def _seen(
+        self, expert: int, site: Site, made: Sequence[tuple[Site, FakeQuantLinear]]
+    ) -> Moments:
+        """Of what a node of an expert reads behind its nodes so far."""
+        moments, scheme = self._moments_of(site), self.block.schemes[site.linears.node]
+        for window, (chosen, _) in enumerate(self._routes):
+            reached = (chosen == expert).any(-1) | (expert in self.few)
+            tokens = reached.nonzero()[:, 0]
+            if len(tokens):
+                x = self._through(made, window, tokens)
+                x = self.quant.through(site.lead, x)
+                activation = Activation.of(x, scheme.abits, scheme.act_symmetric)
+                wanted = self._wanted(site, [before for before, _ in made], window, tokens)
+                self._add_to(moments, site.linears.node, activation, wanted)
+        return moments
+
+    def _through(
+        self, made: Sequence[tuple[Site, FakeQuantLinear]], window: int, tokens: Tensor
+    ) -> Tensor:
+        """What the nodes so far make of some tokens of a window, [n, N]; without any the value
+        itself.
+        """
+        x = self.quant.rows(self.branch.lead, window, tokens)
+        for site, linear in made:
+            x = linear(self.quant.through(site.lead, x))
+        return x
+
+    def _wanted(
+        self, site: Site, before: Sequence[Site], window: int, tokens: Tensor
+    ) -> Tensor | None:
+        """What a node reads of these tokens in the float model."""
+        if self.real is None:
+            return None
+        x = self.real.rows(self.branch.lead, window, tokens)
+        for one in before:
+            x = self.float_node(one.linears.node, self.real.through(one.lead, x))
+        return self.real.through(site.lead, x)
 
 
 class _FirstInputs:
@@ -244,7 +355,11 @@ def _close(inputs: _Inputs) -> None:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(
-    block: WalkBlock, streams: Streams, solve: Solve, measure: bool = True
+    block: WalkBlock,
+    streams: Streams,
+    solve: Solve,
+    measure: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, QuantArrays]:
     """Quantise the sites in execution order and move both streams past the block, in place.
 
@@ -255,11 +370,21 @@ def walk(
             finished codes gives the very bits of the first run, which is how a killed calibration
             goes on.
         measure: sum up moments.
+        say: what to do with a note on experts that too few tokens reached.
 
     Returns:
         What `solve` gave, by site, members stacked along N.
     """
     found: dict[str, QuantArrays] = {}
     for branch in block.block.branches:
-        found |= _Walk(block, branch, streams).run(solve, measure)
+        if branch.experts is None:
+            found |= _Walk(block, branch, streams).run(solve, measure)
+            continue
+        experts = _ExpertsWalk(block, branch, streams)
+        if experts.few and say is not None:
+            say(
+                f"experts {some([str(index) for index in experts.few])} saw few tokens, and were "
+                "measured on all tokens of the layer"
+            )
+        found |= experts.run(solve, measure)
     return found

@@ -156,10 +156,11 @@ def site_gradients(
 
     x = x.detach()[None].requires_grad_()
     y = block_output(x, weights, linear, block, rope)
-    wanted = [x, *(seen[site][1] for site in block.sites)]
+    wanted = [x, *(output for _, output in seen.values())]  # none of an expert without tokens
     first, *others = torch.autograd.grad(y, wanted, gradient[None])
     return first[0], {
-        site: (seen[site][0][0], other[0]) for site, other in zip(block.sites, others, strict=True)
+        site: (value[0], other[0])
+        for (site, (value, _)), other in zip(seen.items(), others, strict=True)
     }
 
 

@@ -22,7 +22,7 @@ from calibration.checkpoints.foreign import (
     reason,
     without_negatives,
 )
-from calibration.checkpoints.huggingface import WeightSource, open_hf_weights
+from calibration.checkpoints.huggingface import Place, WeightSource, open_hf_weights
 from calibration.checkpoints.quantized import IN_CONFIG, open_stored, stored_config
 from calibration.checkpoints.side_files import Generation, read_generation
 from calibration.checkpoints.sources import Source, fetch_weights, model_slug, resolve_source
@@ -247,7 +247,9 @@ class Checkpoint:
     def stored(self, name: str) -> np.ndarray:
         """One tensor as the checkpoint has it. Raises as array()."""
         info = self.decoder.infos.get(name)
-        rows = info.rows if info and info.whole else None
+        rows: Place | None = info.rows if info and info.whole else None
+        if info and info.stored in self._names.packed:
+            rows = info.place
         array = self._weights.array(self._names.stored[info.stored if info else name], rows)
         check_finite(f"{self._where}, tensor {name}", array)
         return array

@@ -20,7 +20,7 @@ from plugins.text import shown
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from calibration.checkpoints.huggingface import WeightSource
+    from calibration.checkpoints.huggingface import Place, WeightSource
 
 __all__ = [
     "FLOAT_MODEL",
@@ -349,7 +349,10 @@ class StoredWeights:
         found = self._stored(name)
         return found if isinstance(found, StoredLinear) else None
 
-    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor, or some rows of it, in its stored type; of codes fp32."""
+    def array(self, name: str, rows: Place | None = None) -> np.ndarray:
+        """One tensor, or a part of it, in its stored type; of codes fp32."""
         stored = self._stored(name)
-        return self._weights.array(name, rows) if stored is None else stored.dequantized(rows)
+        if stored is None:
+            return self._weights.array(name, rows)
+        assert not isinstance(rows, tuple), "codes are those of matrices"
+        return stored.dequantized(rows)

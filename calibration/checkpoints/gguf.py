@@ -16,6 +16,7 @@ from calibration.checkpoints.codes import GGUF, Form, StoredLinear
 from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
 from calibration.checkpoints.gguf_codes import Codes, CodesForm, form_of, read_codes
 from calibration.checkpoints.gguf_header import ANOTHER_TYPE, GgufPart, GgufTensor
+from calibration.checkpoints.huggingface import Place
 from calibration.families import Decoder
 from calibration.families.steps import Linears, TensorInfo
 from plugins.core.code_sets import code_set
@@ -280,7 +281,7 @@ class GgufWeights:
         """Shape of every tensor."""
         return {hf: self._file.tensors[info.gguf].shape for hf, info in self._names.items()}
 
-    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """One tensor, or some rows of it alone, dequantized to fp32."""
         info = self._names[name]
         tensor = self._file.tensors[info.gguf]

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BinWeights",
+    "Place",
     "SafetensorsWeights",
     "WeightSource",
     "open_hf_weights",
 ]
+
+
+Place = slice | tuple[int, slice]  # some rows of a tensor, or of one of the matrices in it
 
 
 class WeightSource(Protocol):
@@ -37,8 +41,8 @@ class WeightSource(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
 
-    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor, or some rows of it alone, in the type it is stored in (GGUF: dequantised to
+    def array(self, name: str, rows: Place | None = None) -> np.ndarray:
+        """One tensor, or a part of it alone, in the type it is stored in (GGUF: dequantised to
         fp32).
         """
 
@@ -56,7 +60,7 @@ class SafetensorsWeights:
         """Shape of every tensor."""
         return {name: entry.shape for name, entry in self._entries.items()}
 
-    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """A view of the file."""
         whole = read_tensor(self._files[name], self._entries[name])
         return whole if rows is None else whole[rows]
@@ -74,7 +78,7 @@ class BinWeights:
         """Shape of every tensor."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def array(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """A view of the file."""
         import ml_dtypes
         import torch

@@ -5,7 +5,7 @@ of a wall of names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,7 @@ _TRIED = 3  # prefixes, each with every name
 _INERT = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$"
 )
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 _QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".SCB")
 
 
@@ -39,11 +40,13 @@ class Names:
         renaming: {pattern of the files' names: what stands for it in the decoder's}, for
             transformers' key_mapping; empty where they are the same.
         inert: the same of buffers that a decoder computes itself.
+        packed: the decoder's names of tensors that the files hold as transformers' modules do.
     """
 
     stored: Mapping[str, str]
     renaming: Mapping[str, str]
     inert: Mapping[str, str]
+    packed: Collection[str] = ()
 
 
 def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
@@ -73,6 +76,7 @@ def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, .
                     {ours: renamed[theirs] for ours, theirs in names.stored.items()},
                     {f"^{re.escape(prefix)}": replacement},
                     {ours: renamed[theirs] for ours, theirs in names.inert.items()},
+                    names.packed,
                 )
     return _matched(where, decoder, found)
 
@@ -92,7 +96,7 @@ def _prefixes(table: str, found: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
-    wanted = decoder.stored_shapes()
+    wanted, packed = _as_found(decoder, found)
     table, head = f"{decoder.embedding.name}.weight", f"{decoder.head.name}.weight"
     if decoder.tied and head in found:
         wanted |= {head: wanted[table]}
@@ -106,7 +110,7 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
         raise InputError(
             where,
             f"got {len(wanted) - len(missing)} of the {len(wanted)} tensors its config asks for, "
-            f"missing {some(missing)}{cause}",
+            f"missing {some(_summarized(missing, decoder))}{cause}",
             fix,
         )
     for name, shape in wanted.items():
@@ -123,10 +127,52 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
         raise InputError(
             where,
             f"got tensors the config does not ask for: {some(extra)}",
-            "The export would drop them: correct num_hidden_layers, attention_bias or mlp_bias "
-            "in the config, or save the model without them",
+            f"The export would drop them: correct {_counts(extra)} in the config, or save the "
+            "model without them",
         )
-    return Names(stored, {}, inert)
+    stored |= {ours: stored[theirs] for ours, theirs in packed.items()}
+    return Names(stored, {}, inert, frozenset(packed))
+
+
+def _as_found(
+    decoder: Decoder, found: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """{name: shape} that files of this form hold, and {the decoder's name: the packed tensor's} of
+    what they hold as transformers' modules do.
+    """
+    wanted, shapes = decoder.stored_shapes(), decoder.module_shapes()
+    packed = {
+        info.stored: info.module
+        for info in decoder.tensors()
+        if info.packed and info.module in found and info.stored not in found
+    }
+    for ours, theirs in packed.items():
+        del wanted[ours]
+        wanted[theirs] = shapes[theirs]
+    return wanted, packed
+
+
+def _counts(extra: Iterable[str]) -> str:
+    """Fields of a config of which a wrong one leaves these tensors over."""
+    if any(map(_EXPERT.search, extra)):
+        return "num_hidden_layers or num_experts"
+    return "num_hidden_layers, attention_bias or mlp_bias"
+
+
+def _summarized(missing: Iterable[str], decoder: Decoder) -> list[str]:
+    """Names, those of experts by layer: "experts 3, 7 of layer 12"."""
+    words, experts = list[str](), dict[int, dict[int, None]]()
+    layers = {info.name: block.index for block in decoder.blocks for info in block.tensors()}
+    for name in missing:
+        info = decoder.infos.get(name)
+        if info is None or info.packed is None or info.packed.expert is None:
+            words.append(name)
+        else:
+            experts.setdefault(layers[name], {})[info.packed.expert] = None
+    for layer, indices in experts.items():
+        expert = "expert" if len(indices) == 1 else "experts"
+        words.append(f"{expert} {some([str(index) for index in indices])} of layer {layer}")
+    return words
 
 
 def _missing_cause(
@@ -168,6 +214,12 @@ def _missing_cause(
     if have < decoder.layers:
         return (
             f" (layers in the file: {have}, in the config: {decoder.layers})",
+            "The file is incomplete or belongs to a smaller model: check the download",
+        )
+    experts = [int(match.group(1)) for name in found if (match := _EXPERT.search(name))]
+    if experts and decoder.routers and max(experts) + 1 < decoder.config.experts:
+        return (
+            f" (experts in the file: {max(experts) + 1}, in the config: {decoder.config.experts})",
             "The file is incomplete or belongs to a smaller model: check the download",
         )
     return "", "The download is incomplete or the file belongs to another model"

@@ -6,7 +6,7 @@ smoothing, training, sensitivity, the torch reference, the ONNX writer, the proo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +17,7 @@ from calibration.families.steps import (
     ROPE_TYPES,
     Add,
     Attend,
+    Experts,
     Gate,
     HeadNorm,
     Heads,
@@ -81,6 +82,26 @@ class Config:
     def intermediate(self) -> int:
         """Width of the MLP."""
         return self.size("intermediate_size")
+
+    @property
+    def experts(self) -> int:
+        """MLPs that a token is sent to some of, as transformers and as files call their number."""
+        return self.size("num_local_experts", self.get("num_experts"))
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many it is sent to.
+
+        Raises:
+            UnsupportedError: more than there are.
+        """
+        chosen = self.size("num_experts_per_tok")
+        if chosen > self.experts:
+            raise UnsupportedError(
+                f"got num_experts_per_tok {chosen}, expected at most the {self.experts} experts of a "
+                "layer"
+            )
+        return chosen
 
     @property
     def layers(self) -> int:
@@ -275,14 +296,42 @@ class Branch:
     """The steps from the residual stream back to it.
 
     Attributes:
-        sites: its GEMM nodes in execution order.
-        tail: steps between the last node and the sum.
+        chains: its GEMM nodes, each of which reads what the one before it makes: one chain, or one
+            of every expert.
+        tail: steps behind these up to the sum.
         add: the sum.
+        lead: the steps in front of experts.
+        experts: the step whose chains these are, or None.
     """
 
-    sites: tuple[Site, ...]
+    chains: tuple[tuple[Site, ...], ...]
     tail: tuple[Step, ...]
     add: Add
+    lead: tuple[Step, ...] = ()
+    experts: Experts | None = None
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Its GEMM nodes in execution order."""
+        return tuple(site for chain in self.chains for site in chain)
+
+    @cached_property
+    def norm(self) -> Norm | None:
+        """The only step between the residual stream and what reads it; None: there is another."""
+        lead = self.lead if self.experts else self.sites[0].lead
+        first = lead[0] if len(lead) == 1 else None
+        return first if isinstance(first, Norm) else None
+
+    @cached_property
+    def readers(self) -> tuple[Linear, ...]:
+        """The linears that read the residual stream, a router among them."""
+        router = (self.experts.router,) if self.experts else ()
+        return (*router, *(one for chain in self.chains for one in chain[0].linears.members))
+
+    @cached_property
+    def writers(self) -> tuple[Linear, ...]:
+        """The linears that make what is added to it."""
+        return tuple(one for chain in self.chains for one in chain[-1].linears.members)
 
 
 @dataclass(frozen=True)
@@ -304,8 +353,12 @@ class Block:
             for site in branch.sites:
                 self._check_widths(site)
             first, last = branch.sites[0].linears, branch.sites[-1].linears
-            if first.in_features != last.out_features:
+            others = {one.in_features for one in branch.readers}
+            others |= {one.out_features for one in branch.writers}
+            if others != {first.in_features}:
                 raise ValueError(f"{self.prefix}: {last.node} is not as wide as {first.node} reads")
+            if branch.experts and branch is not self.branches[-1]:
+                raise ValueError(f"{self.prefix}: expected experts in the last branch of the block")
 
     def _check_widths(self, site: Site) -> None:
         made = site.before.out_features if site.before is not None else 0
@@ -328,18 +381,14 @@ class Block:
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
         """The steps cut at the sums."""
-        found, sites, lead = [], list[Site](), list[Step]()
+        found, steps = list[Branch](), list[Step]()
         for step in self.steps:
-            if isinstance(step, Linears):
-                before = sites[-1].linears if sites else None
-                sites.append(Site(step, tuple(lead), before))
-                lead = []
-            elif isinstance(step, Add):
-                found.append(Branch(tuple(sites), tuple(lead), step))
-                sites, lead = [], []
+            if isinstance(step, Add):
+                found.append(_branch(steps, step))
+                steps = []
             else:
-                lead.append(step)
-        if sites or lead or not found or not all(branch.sites for branch in found):
+                steps.append(step)
+        if steps or not found or not all(branch.sites for branch in found):
             raise ValueError(f"{self.prefix}: expected branches of linears that each end in an Add")
         return tuple(found)
 
@@ -363,6 +412,12 @@ class Block:
             elif isinstance(step, HeadNorm):
                 found += (step.query, step.key)
         return tuple(found)
+
+    @cached_property
+    def floats(self) -> tuple[str, ...]:
+        """Names of what stays in floating point: gains of norms, and routers."""
+        routers = (branch.experts.weight for branch in self.branches if branch.experts)
+        return (*(norm.gain for norm in self.norms), *routers)
 
     @cached_property
     def heads(self) -> Heads:
@@ -389,9 +444,10 @@ class Block:
         a branch.
         """
         for branch in self.branches:
-            for first, second in pairwise(branch.sites):
-                if first.linears.node == node:
-                    return second.lead
+            for chain in branch.chains:
+                for first, second in pairwise(chain):
+                    if first.linears.node == node:
+                        return second.lead
         return ()
 
     @cached_property
@@ -414,14 +470,42 @@ class Block:
         return f"{self.prefix}.{name}"
 
     def tensors(self) -> Iterator[TensorInfo]:
-        """Its tensors by their full names: norms, then linears, each in execution order."""
+        """Its tensors by their full names: norms, routers, then linears, each in execution order."""
+        routers = (branch.experts.router for branch in self.branches if branch.experts)
         nodes = (site.linears for site in self.sites.values())
-        parts: list[Norm | Linears] = [*self.norms, *nodes]
+        parts: list[Norm | Linear | Linears] = [*self.norms, *routers, *nodes]
         for part in parts:
             for info in part.tensors():
                 gguf = f"blk.{self.index}.{info.gguf}" if info.gguf else ""
                 whole = self.name(info.whole) if info.whole else ""
-                yield replace(info, name=self.name(info.name), gguf=gguf, whole=whole)
+                packed = info.packed and replace(info.packed, name=self.name(info.packed.name))
+                yield replace(
+                    info, name=self.name(info.name), gguf=gguf, whole=whole, packed=packed
+                )
+
+
+def _chain(steps: Iterable[Step]) -> tuple[tuple[Site, ...], tuple[Step, ...]]:
+    """The GEMM nodes among steps, and the steps behind the last of them."""
+    sites, lead = list[Site](), list[Step]()
+    for step in steps:
+        if isinstance(step, Linears):
+            sites.append(Site(step, tuple(lead), sites[-1].linears if sites else None))
+            lead = []
+        else:
+            lead.append(step)
+    return tuple(sites), tuple(lead)
+
+
+def _branch(steps: Sequence[Step], add: Add) -> Branch:
+    """The branch of these steps, which a sum ends."""
+    place = next((place for place, step in enumerate(steps) if isinstance(step, Experts)), None)
+    if place is None:
+        sites, tail = _chain(steps)
+        return Branch((sites,), tail, add)
+    experts = steps[place]
+    assert isinstance(experts, Experts)
+    chains = tuple(_chain(member)[0] for member in experts.members)
+    return Branch(chains, tuple(steps[place + 1 :]), add, tuple(steps[:place]), experts)
 
 
 @dataclass(frozen=True)
@@ -511,8 +595,40 @@ class Decoder:
         return found | {self.head.name: self.head_site} if self.head.quantized else found
 
     @cached_property
+    def routers(self) -> dict[str, tuple[Block, Experts]]:
+        """Every router by its full name, with its block and the experts that it chooses from."""
+        return {
+            block.name(branch.experts.router.name): (block, branch.experts)
+            for block in self.blocks
+            for branch in block.branches
+            if branch.experts
+        }
+
+    @cached_property
+    def routed(self) -> frozenset[str]:
+        """The GEMM nodes of experts."""
+        return frozenset(
+            block.name(site.linears.node)
+            for block in self.blocks
+            for branch in block.branches
+            if branch.experts
+            for site in branch.sites
+        )
+
+    @cached_property
+    def path(self) -> frozenset[str]:
+        """The GEMM nodes that one token goes through, with one expert of each layer for all."""
+        found = {
+            block.name(site.linears.node)
+            for block in self.blocks
+            for branch in block.branches
+            for site in branch.chains[0]
+        }
+        return frozenset(found | ({self.head.name} if self.head.quantized else set()))
+
+    @cached_property
     def linears(self) -> dict[str, Linear]:
-        """Every linear by its full name."""
+        """Every linear by its full name, routers aside."""
         return {
             member: linear
             for node, site in self.sites.items()
@@ -564,6 +680,10 @@ class Decoder:
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of every tensor as checkpoints have them, in execution order."""
         return {info.stored: (info.rows.stop, *info.shape[1:]) for info in self.tensors()}
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor as transformers' own modules have them, in execution order."""
+        return {info.module: info.reach for info in self.tensors()}
 
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:

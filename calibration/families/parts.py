@@ -4,8 +4,10 @@ MLP, and what all of Gemma's decoders do.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from calibration.families.decoder import Config, Embedding, UnsupportedError
-from calibration.families.steps import Gate, HeadNorm, Linear, Linears, Norm
+from calibration.families.steps import Experts, Gate, HeadNorm, Linear, Linears, Norm, Packed
 
 __all__ = [
     "gated_mlp",
@@ -16,6 +18,7 @@ __all__ = [
     "projections",
     "refuse_bidirectional",
     "root_scaled_embedding",
+    "routed_mlp",
 ]
 
 
@@ -88,6 +91,42 @@ def gated_mlp(
         Gate(config.activation(activation)),
         Linears(down.name, (down,)),
     )
+
+
+def routed_mlp(
+    config: Config, prefix: str, names: tuple[str, str, str], width: int, normalized: bool
+) -> Experts:
+    """Experts that are gated MLPs without biases.
+
+    Args:
+        prefix: of the router and the experts in their makers' files, such as "mlp".
+        names: there, of an expert's gate, up and down projection; transformers stacks the experts'.
+        width: of each MLP.
+        normalized: as Experts'.
+    """
+    hidden, gate = config.hidden, Gate(config.activation())
+
+    def expert(index: int) -> tuple[Linears, Gate, Linears]:
+        own = f"{prefix}.experts.{index}"
+        inner = Packed("mlp.experts.gate_up_proj", index)
+        down = Linear(
+            f"{own}.{names[2]}", hidden, width, packed=Packed("mlp.experts.down_proj", index)
+        )
+        return (
+            Linears(
+                f"{own}.gate_up_proj",
+                (
+                    Linear(f"{own}.{names[0]}", width, hidden, packed=inner),
+                    Linear(f"{own}.{names[1]}", width, hidden, packed=replace(inner, start=width)),
+                ),
+            ),
+            gate,
+            Linears(down.name, (down,)),
+        )
+
+    router = Linear(f"{prefix}.gate", config.experts, hidden, packed=Packed("mlp.gate.weight"))
+    members = tuple(expert(index) for index in range(config.experts))
+    return Experts(router, members, config.experts_per_token, normalized)
 
 
 def gemma_norm(name: str, config: Config, gguf: str) -> Norm:

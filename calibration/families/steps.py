@@ -16,12 +16,14 @@ __all__ = [
     "Activate",
     "Add",
     "Attend",
+    "Experts",
     "Gate",
     "HeadNorm",
     "Heads",
     "Linear",
     "Linears",
     "Norm",
+    "Packed",
     "Reorder",
     "Rope",
     "Step",
@@ -41,6 +43,21 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Where transformers' own modules, and files that were saved as those are, hold a tensor.
+
+    Attributes:
+        name: of the tensor there.
+        expert: the tensor is 3-D, and this is the place along its first axis; None: it is a matrix.
+        start: the first row, of the matrix or of the expert's.
+    """
+
+    name: str
+    expert: int | None = None
+    start: int = 0
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor of a checkpoint.
 
@@ -52,6 +69,7 @@ class TensorInfo:
         offset, factor: a step computes with factor * tensor + offset.
         whole: of a tensor that checkpoints hold within another one, the name of that.
         start: its first row there.
+        packed: another place where checkpoints may hold it; None: there is none.
     """
 
     name: str
@@ -62,6 +80,7 @@ class TensorInfo:
     factor: float = 1.0
     whole: str = ""
     start: int = 0
+    packed: Packed | None = None
 
     @property
     def stored(self) -> str:
@@ -72,6 +91,26 @@ class TensorInfo:
     def rows(self) -> slice:
         """Where it is in that."""
         return slice(self.start, self.start + self.shape[0])
+
+    @property
+    def module(self) -> str:
+        """The name of the tensor that transformers' own modules hold it in."""
+        return self.packed.name if self.packed else self.stored
+
+    @property
+    def place(self) -> slice | tuple[int, slice]:
+        """Where it is in that."""
+        if self.packed is None:
+            return self.rows
+        rows = slice(self.packed.start, self.packed.start + self.shape[0])
+        return rows if self.packed.expert is None else (self.packed.expert, rows)
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """The shape of that tensor if this is its last part."""
+        place = self.place
+        before, rows = ((), place) if isinstance(place, slice) else ((place[0] + 1,), place[1])
+        return (*before, rows.stop, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -115,6 +154,7 @@ class Linear:
         bias: whether it has one.
         gguf: its name below "blk.{i}." in GGUF files.
         rotary: its rows are rotated by RoPE, which GGUF files store interleaved.
+        packed: as TensorInfo's, below the block's prefix.
     """
 
     name: str
@@ -123,6 +163,7 @@ class Linear:
     bias: bool = False
     gguf: str = ""
     rotary: bool = False
+    packed: Packed | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,7 +175,7 @@ class Linear:
         for end, shape in (("weight", self.shape), ("bias", self.shape[:1])):
             if end == "weight" or self.bias:
                 gguf = f"{self.gguf}.{end}" if self.gguf else ""
-                yield TensorInfo(f"{self.name}.{end}", shape, gguf, self.rotary)
+                yield TensorInfo(f"{self.name}.{end}", shape, gguf, self.rotary, packed=self.packed)
 
 
 @dataclass(frozen=True)
@@ -299,6 +340,30 @@ class Activate:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Sends each token through the few of many MLPs that a router gives the largest scores, and sums
+    up what they make of it, weighted by the softmax of these scores.
+
+    Attributes:
+        router: makes the scores; it stays in floating point.
+        members: the steps of each MLP, from the value that the router reads.
+        top: how many a token goes through.
+        normalized: the weights of a token sum to 1: the softmax is over its own scores, else over
+            those of all experts.
+    """
+
+    router: Linear
+    members: tuple[tuple[Linears, Gate, Linears], ...]
+    top: int
+    normalized: bool = True
+
+    @property
+    def weight(self) -> str:
+        """Name of the router's tensor below the block's prefix."""
+        return f"{self.router.name}.weight"
+
+
+@dataclass(frozen=True)
 class Add:
     """Adds the value to the residual stream.
 
@@ -309,4 +374,4 @@ class Add:
     multiplier: float = 1.0
 
 
-Step = Norm | Linears | Reorder | Heads | HeadNorm | Rope | Attend | Gate | Activate | Add
+Step = Norm | Linears | Reorder | Heads | HeadNorm | Rope | Attend | Gate | Activate | Experts | Add

@@ -175,8 +175,8 @@ def _check_same(model: Any, checkpoint: Checkpoint) -> None:
     for name in {**checkpoint.decoder.shapes(), head: ()}:
         ours = checkpoint.stored(table if name == head and checkpoint.decoder.tied else name)
         info = checkpoint.decoder.infos.get(name)
-        theirs = model.get_parameter(info.stored if info else name).detach().numpy()
-        if not same_numbers(theirs[info.rows] if info else theirs, ours):
+        theirs = model.get_parameter(info.module if info else name).detach().numpy()
+        if not same_numbers(theirs[info.place] if info else theirs, ours):
             raise _differs(checkpoint, f"tensor {name}")
     for name, (step, long) in checkpoint.decoder.frequencies.items():
         if not long:  # which transformers computes when it comes to them
@@ -249,9 +249,9 @@ class _Given(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, inputs_embeds: Tensor, **others: Any) -> Any:
         """The decoder's result, with `inputs_embeds` as its last hidden state."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class FloatReference:
@@ -419,8 +419,7 @@ class QuantReference:
             self._head = lambda x: self._arithmetic.round(F.linear(x, table))
         self._gain = tensor(head.norm.gain)
         self._gains = [
-            {norm.gain: tensor(block.name(norm.gain)) for norm in block.norms}
-            | channel_orders(quant, block)
+            {name: tensor(block.name(name)) for name in block.floats} | channel_orders(quant, block)
             for block in self.decoder.blocks
         ]
         self._ropes = {step: quant.rope(step, self.context) for step in self.decoder.ropes}

@@ -21,6 +21,7 @@ from calibration.families.steps import (
     Activate,
     Add,
     Attend,
+    Experts,
     Gate,
     HeadNorm,
     Heads,
@@ -52,6 +53,7 @@ __all__ = [
     "attention_rows",
     "cached_heads",
     "rms_norm",
+    "routed",
     "run",
     "visible",
 ]
@@ -194,6 +196,10 @@ class Plain:
         """cap tanh(scale x / cap)."""
         return _cap(x * scale, cap)
 
+    def scores(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Of experts [..., E], by a router's weight [E, K]."""
+        return F.linear(x, weight)
+
 
 class Rounded(Plain):
     """The arithmetic of the exported graph: every operator's result rounded to the model's type.
@@ -241,6 +247,10 @@ class Rounded(Plain):
         weights = self.round(_masked(scores.double(), step, mask).softmax(-1))
         return self.round(weights.double() @ value)
 
+    def scores(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rounded to fp32 whatever the model's type is: 16 bits would make ties."""
+        return (x.double() @ weight.double().T).float()
+
     def softcap(self, x: Tensor, cap: float, scale: float = 1.0) -> Tensor:
         """Mul, Tanh and Mul, each rounded to fp32 whatever the model's type is."""
         ratio = np.float32(scale) / np.float32(cap)
@@ -271,7 +281,8 @@ class Context:
     """What steps compute with.
 
     Attributes:
-        gains: of norms, by their names below the block's prefix; and the orders, int64, of channels.
+        gains: of norms, and weights of routers, by their names below the block's prefix; and the
+            orders, int64, of channels.
         rope: positions.
         node: how a GEMM node multiplies.
         heads: what becomes of rotated heads before attention.
@@ -364,6 +375,33 @@ def _activate(step: Activate, state: State, context: Context) -> State:
     return replace(state, x=context.arithmetic.activation(step.activation, state.x))
 
 
+def routed(scores: Tensor, step: Experts) -> tuple[Tensor, Tensor]:
+    """The experts of each token, int64 [..., top], and their weights, by scores fp32 [..., E]; of
+    equal scores the first.
+    """
+    order = scores.argsort(stable=True, dim=-1, descending=True)[..., : step.top]
+    best = scores.gather(-1, order)
+    if step.normalized:
+        return order, best.softmax(-1)
+    return order, (best - scores.logsumexp(-1, keepdim=True)).exp()
+
+
+def _experts(step: Experts, state: State, context: Context) -> State:
+    """Every expert on its own tokens, [1, n, hidden]; one without tokens does nothing."""
+    scores = context.arithmetic.scores(state.x, context.gains[step.weight])
+    if context.tap is not None:
+        scores = context.tap("output", step.router.name, scores)
+    chosen, weights = (part.flatten(0, -2) for part in routed(scores, step))
+    tokens = state.x.flatten(0, -2)
+    made = tokens.new_zeros(*chosen.shape, tokens.shape[-1])  # [tokens, top, hidden]
+    for index, member in enumerate(step.members):
+        places = (chosen == index).nonzero(as_tuple=True)
+        if len(places[0]):
+            made[places] = run(member, tokens[None, places[0]], context).x[0]
+    total = (made * weights[..., None]).sum(1)
+    return replace(state, x=context.arithmetic.round(total).view_as(state.x))
+
+
 def _add(step: Add, state: State, context: Context) -> State:
     x = state.x
     if step.multiplier != 1:
@@ -387,6 +425,7 @@ STEPS: Mapping[type, Callable[[Any, State, Context], State]] = {
     Attend: _attend,
     Gate: _gate,
     Activate: _activate,
+    Experts: _experts,
     Add: _add,
 }
 

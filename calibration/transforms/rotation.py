@@ -34,7 +34,7 @@ def obstacle(decoder: Decoder) -> str:
     for block in decoder.blocks:
         for branch in block.branches:
             first, last = branch.sites[0], branch.sites[-1]
-            if first.norm is None or len(first.lead) > 1:
+            if branch.norm is None:
                 return f"{block.name(first.linears.node)} reads the residual stream without a norm"
             if branch.tail:
                 step = branch.tail[0]
@@ -49,10 +49,10 @@ def obstacle(decoder: Decoder) -> str:
 def _readers(block: Block) -> dict[str, Norm]:
     """Linears that read the normed residual stream, with the norm."""
     return {
-        name: branch.sites[0].norm
+        linear.name: branch.norm
         for branch in block.branches
-        if branch.sites[0].norm is not None
-        for name in branch.sites[0].linears.names
+        if branch.norm is not None
+        for linear in branch.readers
     }
 
 
@@ -138,7 +138,7 @@ class Rotation:
         for name, norm in readers.items():
             rotated[f"{name}.weight"] = wide(name) * weights[norm.gain].double() @ residual
         for branch in block.branches:
-            for name in branch.sites[-1].linears.names:
+            for name in (linear.name for linear in branch.writers):
                 weight = rotated[f"{name}.weight"] if name in readers else wide(name)
                 rotated[f"{name}.weight"] = residual.T @ weight
                 if f"{name}.bias" in weights:

@@ -8,7 +8,7 @@ left to do at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from calibration.blocks.forward import BlockWeights, float_linear
 from calibration.blocks.walk import site_weight
 from calibration.families.decoder import Block, Branch, Site
-from calibration.families.steps import Gate, Heads, Norm
+from calibration.families.steps import Experts, Gate, Heads, Norm
 from calibration.reference.fake_quant import Activation
-from calibration.reference.steps import Context, HeadHook, cached_heads, run
+from calibration.reference.steps import PLAIN, Context, HeadHook, cached_heads, routed, run
 from calibration.solvers.grid import column_groups, search_grid
 
 if TYPE_CHECKING:
@@ -135,10 +135,36 @@ class _Search:
         self.found: dict[str, Tensor] = {}
 
     def past(self, branch: Branch) -> None:
-        """Find the scales of a branch's sites, and move the residual stream past it."""
-        first, *others = branch.sites
+        """Find the scales of a branch's sites, and move the residual stream past it; experts are
+        the end of a block.
+        """
+        if branch.experts is None:
+            outputs = self._through(branch.chains[0], self._state)
+        else:
+            self._into_experts(branch, branch.experts)
+        if branch is not self.task.block.branches[-1]:
+            end, context = (*branch.tail, branch.add), _context(self._weights, self.task)
+            self._state = [
+                run(end, outputs(index)[None], context, x[None]).x[0]
+                for index, x in enumerate(self._state)
+            ]
+
+    def _into_experts(self, branch: Branch, experts: Experts) -> None:
+        """Each expert with its own tokens."""
+        context, routes = _context(self._weights, self.task), list[tuple[Tensor, Tensor]]()
+        for window in self._state:
+            x = run(branch.lead, window[None], context).x[0]
+            scores = PLAIN.scores(x, self._weights[experts.weight])
+            routes.append((x, routed(scores, experts)[0]))
+        for expert, chain in enumerate(branch.chains):
+            rows = [x[(chosen == expert).any(-1)] for x, chosen in routes]
+            self._through(chain, [part for part in rows if len(part)])
+
+    def _through(self, chain: Sequence[Site], values: list[Tensor]) -> Callable[[int], Tensor]:
+        """Find the scales of sites behind each other; what the last one makes of a value."""
+        first, *others = chain
         context = _context(self._weights, self.task)
-        inputs = [run(first.lead, x[None], context).x[0] for x in self._state]
+        inputs = [run(first.lead, x[None], context).x[0] for x in values]
         outputs = self._take(first, inputs)
         for before, site in pairwise((first, *others)):
             node = before.linears.node
@@ -147,12 +173,7 @@ class _Search:
                 for index in range(len(inputs))
             ]
             outputs = self._take(site, inputs)
-        if branch is not self.task.block.branches[-1]:
-            end, context = (*branch.tail, branch.add), _context(self._weights, self.task)
-            self._state = [
-                run(end, outputs(index)[None], context, x[None]).x[0]
-                for index, x in enumerate(self._state)
-            ]
+        return outputs
 
     def _take(self, site: Site, inputs: list[Tensor]) -> Callable[[int], Tensor]:
         node = site.linears.node

@@ -253,9 +253,9 @@ def _head(writer: GraphWriter, stream: str) -> str:
         writer.tensor(table)
     rows = _wanted(writer, stream, f"{head.name}.rows")
     if head.quantized:
-        scores = writer.gemm(head.name, rows, head.norm, head.norm.name, tokens="L")
+        scores = writer.gemm(head.name, rows, head.norm, head.norm.name, ("B", "L"))
     else:
-        normed = writer.norm(head.norm, head.norm.name, rows, tokens="L")
+        normed = writer.norm(head.norm, head.norm.name, rows, ("B", "L"))
         table = writer.node("Transpose", [table], f"{head.name}.transposed", perm=[1, 0])
         scores = writer.node("MatMul", [normed, table], head.name)
     if head.softcap is None:

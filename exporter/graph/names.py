@@ -9,6 +9,7 @@ __all__ = [
     "WRITE_INDICES",
     "is_cache",
     "is_layer_output",
+    "is_routed",
     "layer_of",
     "layer_output",
     "new_key",
@@ -33,6 +34,11 @@ def is_layer_output(tensor: str) -> bool:
 def is_cache(tensor: str) -> bool:
     """Whether a tensor's name is one that past or present gives."""
     return tensor.startswith(("past_key_values.", "present."))
+
+
+def is_routed(tensor: str) -> bool:
+    """Whether a tensor holds the rows of one expert, [1, rows, width], by its name."""
+    return re.search(r"\.experts\.[0-9]+\.", tensor) is not None
 
 
 def layer_of(tensor: str) -> int | None:

@@ -16,6 +16,7 @@ from calibration.families.steps import (
     Activate,
     Add,
     Attend,
+    Experts,
     Gate,
     HeadNorm,
     Heads,
@@ -52,6 +53,7 @@ class Flow:
             writes them.
         linears: the GEMM node last written.
         sums: Adds so far.
+        rows: the value's axes in front of its width, for those who declare shapes.
     """
 
     block: Block
@@ -60,6 +62,7 @@ class Flow:
     heads: list[Step] = field(default_factory=list)
     linears: Linears | None = None
     sums: int = 0
+    rows: tuple[str | int, str] = ("B", "S")
 
     @property
     def module(self) -> str:
@@ -85,7 +88,7 @@ def _norm(writer: GraphWriter, flow: Flow, step: Norm) -> str:
 def _linears(writer: GraphWriter, flow: Flow, step: Linears) -> str:
     flow.linears, norm = step, flow.block.sites[step.node].norm
     norm_name = flow.block.name(norm.name) if norm else ""
-    return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name)
+    return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name, flow.rows)
 
 
 def _reorder(writer: GraphWriter, flow: Flow, step: Reorder) -> str:
@@ -207,7 +210,102 @@ def _activated(writer: GraphWriter, flow: Flow, form: Activation, name: str) -> 
     assert flow.linears is not None
     output = f"{flow.module}.{name}"
     writer.call(form, output, {"x": flow.value, "y": output})
-    return writer.info(output, flow.linears.out_features // (1 + form.gated))
+    return writer.info(output, flow.linears.out_features // (1 + form.gated), flow.rows)
+
+
+def _experts(writer: GraphWriter, flow: Flow, step: Experts) -> str:
+    """Rows of tokens, one for each expert that a token goes to, sorted by expert and cut there: each
+    expert multiplies its own, and one without any multiplies none. What takes rows one by one, as
+    the gate does, takes all at once.
+
+    The place of a row is the number of rows of the experts before plus that of the same expert's
+    before it. NonZero would sort them too, but TensorRT-RTX has no such op.
+    """
+    from onnx import TensorProto
+
+    node, router = writer.node, flow.block.name(step.router.name)
+    prefix, hidden = f"{router.rpartition('.')[0]}.experts", writer.quant.decoder.hidden
+    zero, one = writer.constant("zero", 0), writer.constant("one", 1)
+    chosen, weights = _routes(writer, flow, step, router)  # [B, S, top] each
+    flat = writer.reshape(chosen, [1, -1], f"{prefix}.of_rows")  # [1, rows]
+    numbers = writer.ints("experts", list(range(len(step.members))))
+    numbers = node("Unsqueeze", [numbers, writer.ints("axes", [1])], f"{prefix}.numbers")
+    taken = node("Equal", [flat, numbers], f"{prefix}.taken")  # [experts, rows]
+    taken = node("Cast", [taken], f"{prefix}.taken_int64", to=TensorProto.INT64)
+    counts = node("ReduceSum", [taken, writer.ints("axes", [1])], f"{prefix}.counts", keepdims=0)
+    firsts = node("CumSum", [counts, zero], f"{prefix}.firsts", exclusive=1)
+    firsts = node("Unsqueeze", [firsts, writer.ints("axes", [1])], f"{prefix}.first_of_each")
+    before = node("CumSum", [taken, one], f"{prefix}.before", exclusive=1)
+    places = node("Add", [before, firsts], f"{prefix}.place_in_each")
+    places = node("Mul", [places, taken], f"{prefix}.place_where_taken")
+    places = node("ReduceSum", [places, writer.ints("axes", [0])], f"{prefix}.places", keepdims=0)
+    rows = node("Shape", [places], f"{prefix}.rows")
+    # All rows at most, which TensorRT does not find out by itself.
+    counts = node("Min", [counts, rows], f"{prefix}.bounded_counts")
+    rows = node("Squeeze", [rows], f"{prefix}.rows_scalar")
+    tokens = node("Range", [zero, rows, one], f"{prefix}.numbers_of_rows")
+    tokens = node("Div", [tokens, writer.constant("top", step.top)], f"{prefix}.token_of_row")
+    tokens = node("ScatterElements", [tokens, places, tokens], f"{prefix}.token_of_sorted", axis=0)
+    values = writer.reshape(flow.value, [1, -1, hidden], f"{prefix}.tokens")
+    inner = Flow(flow.block, "", node("Gather", [values, tokens], f"{prefix}.sorted", axis=1))
+    for steps in zip(*step.members, strict=True):
+        if isinstance(steps[0], Linears):
+            inner.value = _each_expert(writer, inner, prefix, counts, steps)
+        else:  # the same of every expert
+            inner.value = WRITERS[type(steps[0])](writer, inner, steps[0])
+    made = node("Gather", [inner.value, places], f"{prefix}.by_row", axis=1)
+    made = writer.reshape(made, [-1, step.top, hidden], f"{prefix}.by_token")
+    made = writer.cast(made, TensorProto.FLOAT, f"{prefix}.by_token_float32")
+    weights = writer.reshape(weights, [-1, step.top, 1], f"{prefix}.weights")
+    made = node("Mul", [made, weights], f"{prefix}.weighted")
+    made = node("ReduceSum", [made, writer.ints("axes", [1])], f"{prefix}.sum", keepdims=0)
+    made = writer.cast(made, writer.dtype, f"{prefix}.sum_rounded")
+    shape = node("Shape", [flow.value], f"{prefix}.shape")
+    return node("Reshape", [made, shape], f"{prefix}.output")
+
+
+def _routes(writer: GraphWriter, flow: Flow, step: Experts, router: str) -> tuple[str, str]:
+    """The experts of each token and their weights, by scores in fp32: 16 bits would make ties."""
+    from onnx import TensorProto, helper
+
+    x = writer.cast(flow.value, TensorProto.FLOAT, f"{router}.input_float32")
+    table = writer.tensor(flow.block.name(step.weight))
+    table = writer.cast(table, TensorProto.FLOAT, f"{router}.weight_float32")
+    table = writer.node("Transpose", [table], f"{router}.transposed", perm=[1, 0])
+    scores = writer.node("MatMul", [x, table], f"{router}.output")
+    writer.info(scores, len(step.members), dtype=TensorProto.FLOAT)
+    best, chosen = f"{router}.best", f"{router}.chosen"
+    top = writer.ints("top", [step.top])
+    writer.nodes.append(helper.make_node("TopK", [scores, top], [best, chosen], name=chosen))
+    if step.normalized:
+        return chosen, writer.node("Softmax", [best], f"{router}.weights", axis=-1)
+    total = writer.node("ReduceLogSumExp", [scores, writer.ints("axes", [-1])], f"{router}.total")
+    below = writer.node("Sub", [best, total], f"{router}.log_weights")
+    return chosen, writer.node("Exp", [below], f"{router}.weights")
+
+
+def _each_expert(
+    writer: GraphWriter, flow: Flow, prefix: str, counts: str, nodes: tuple[Linears, ...]
+) -> str:
+    """The nodes of all experts, each on its part of the rows."""
+    from onnx import helper
+
+    names = [flow.block.name(one.node) for one in nodes]
+    inputs = [f"{name}.input" for name in names]
+    writer.nodes.append(
+        helper.make_node("Split", [flow.value, counts], inputs, name=f"{flow.value}.split", axis=1)
+    )
+    made = []
+    for index, (one, source) in enumerate(zip(nodes, inputs, strict=True)):
+        flow.value, flow.rows = source, (1, f"{prefix}.{index}.rows")
+        writer.info(source, one.in_features, flow.rows)
+        made.append(_linears(writer, flow, one))
+    flow.rows = (1, f"{prefix}.rows")
+    flow.linears = replace(
+        nodes[0],
+        node=f"{prefix.removeprefix(f'{flow.block.prefix}.')}." + nodes[0].node.rpartition(".")[2],
+    )
+    return writer.node("Concat", made, f"{flow.block.name(flow.linears.node)}.output", axis=1)
 
 
 def _add(writer: GraphWriter, flow: Flow, step: Add) -> str:
@@ -231,5 +329,6 @@ WRITERS: dict[type, Callable[[GraphWriter, Flow, Any], str]] = {
     Attend: _attend,
     Gate: _gate,
     Activate: _activate,
+    Experts: _experts,
     Add: _add,
 }

@@ -114,6 +114,11 @@ class GraphWriter:
 
         return self.weights.add_inline(name, np.array(value, np.int64))
 
+    def constant(self, prefix: str, value: int) -> str:
+        """A shared int64 scalar constant."""
+        name = f"{prefix}.scalar_{value}"
+        return name if name in self.weights else self.scalar(name, value)
+
     def number(self, value: float, dtype: int) -> str:
         """A shared float scalar constant of an onnx.TensorProto type."""
         import numpy as np
@@ -128,30 +133,42 @@ class GraphWriter:
         """A float tensor of the quantised folder, under its own name."""
         return self.weights.add(name, self.quant.tensor(name))
 
-    def info(self, name: str, width: int, tokens: str = "S") -> str:
-        """Declare the shape of a tensor [B, S, width] of the model's type, or with another number
-        of tokens.
-        """
+    def info(
+        self,
+        name: str,
+        width: int,
+        rows: tuple[str | int, str] = ("B", "S"),
+        dtype: int | None = None,
+    ) -> str:
+        """Declare the shape of a tensor [*rows, width] of a type, or the model's."""
         from onnx import helper
 
-        self.infos.append(helper.make_tensor_value_info(name, self.dtype, ["B", tokens, width]))
+        kind = self.dtype if dtype is None else dtype
+        self.infos.append(helper.make_tensor_value_info(name, kind, [*rows, width]))
         return name
 
-    def norm(self, norm: Norm, name: str, source: str, tokens: str = "S") -> str:
-        """RMSNorm of [B, S, width] over the last axis, named `name` as the tensor of its gain is
+    def norm(
+        self, norm: Norm, name: str, source: str, rows: tuple[str | int, str] = ("B", "S")
+    ) -> str:
+        """RMSNorm of [*rows, width] over the last axis, named `name` as the tensor of its gain is
         (without ".weight").
         """
         from plugins.pointwise.forms import RMSNorm
 
         gain = self.tensor(f"{name}.weight")
         self.call(RMSNorm(norm.epsilon), name, {"x": source, "gain": gain, "y": name})
-        return self.info(name, norm.width, tokens)
+        return self.info(name, norm.width, rows)
 
     def gemm(
-        self, name: str, source: str, norm: Norm | None, norm_name: str, tokens: str = "S"
+        self,
+        name: str,
+        source: str,
+        norm: Norm | None,
+        norm_name: str,
+        rows: tuple[str | int, str] = ("B", "S"),
     ) -> str:
         """The custom node `name` of linears stacked along the output, with the norm in front of it:
-        [B, S, K] -> [B, S, N], or with another number of tokens.
+        [*rows, K] -> [*rows, N].
         """
         linear = self.quant.fused(self.quant.decoder.members(name), name)
         spec, attrs = op_spec(linear.scheme.op), linear.attributes
@@ -163,10 +180,10 @@ class GraphWriter:
             attrs = replace(attrs, norm_epsilon=norm.epsilon)
             names.append(self.tensor(f"{norm_name}.weight"))  # gamma is the last input
         elif norm:
-            source = self.norm(norm, norm_name, source, tokens)
+            source = self.norm(norm, norm_name, source, rows)
         output = f"{name}.output"
         self.nodes.append(self.factory.gemm(spec.name, attrs, name, [source, *names], output))
-        return self.info(output, attrs.out_features, tokens)
+        return self.info(output, attrs.out_features, rows)
 
     def call(
         self, form: FunctionForm, name: str, tensors: Mapping[str, str], **attributes: float

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
-from exporter.graph.names import layer_of, layer_output, new_key
+from exporter.graph.names import is_routed, layer_of, layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
 from exporter.run.finite import WIDER
@@ -189,10 +189,13 @@ class Stack:
             for node in self.nodes
             if layer is None or ((place := layer_of(node.name)) is not None and place <= layer)
         ]
+        if self.decoder.routers and level != "export":
+            return None  # a token that goes to another expert is no error
         limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
+        count = sum(node.name in self.decoder.path for node in so_far)
         if level == "quantisation":
-            return limits.quantisation(len(so_far))
-        return limits.accumulated(depth, len(so_far))
+            return limits.quantisation(count)
+        return limits.accumulated(depth, count)
 
 
 def _gemm(node: GemmNode) -> Operator:
@@ -228,15 +231,23 @@ def judge(errors: Errors, stack: Stack) -> list[LayerReport]:
     return rows
 
 
+def _found(
+    errors: Errors, comparison: str, phase: str, operators: list[Operator]
+) -> list[tuple[Operator, TensorError]]:
+    """Operators with their errors, but for experts that no token reached."""
+    return [
+        (one, total_error(errors[comparison, phase, one.tensor]))
+        for one in operators
+        if (comparison, phase, one.tensor) in errors or not is_routed(one.tensor)
+    ]
+
+
 def _row(errors: Errors, stack: Stack, key: tuple[str, str, str], index: int) -> LayerReport:
     level, phase, tensor = key
     total = total_error(errors[key])
     worst, overflow = ("", 0.0, 0.0), ""
     if level == "export":
-        found = [
-            (operator, total_error(errors["operator", phase, operator.tensor]))
-            for operator in stack.operators(index)
-        ]
+        found = _found(errors, "operator", phase, stack.operators(index))
         overflow = next((one.name for one, error in found if _overflows(error, stack)), "")
         limits = Limits(stack.scheme)
         worst = max(
@@ -270,8 +281,8 @@ def _worst_native(errors: Errors, stack: Stack, phase: str, index: int) -> tuple
     is not 0, if there is any.
     """
     shown = ("", 0.0, 0.0)
-    for one in stack.operators(index):
-        total, limit = total_error(errors["native", phase, one.tensor]), stack.native(one.tensor)
+    for one, total in _found(errors, "native", phase, stack.operators(index)):
+        limit = stack.native(one.tensor)
         error = total.worst_channel[1] if one.kind == "gemm" else total.relative
         if not error <= limit:
             return one.name, error, limit
@@ -329,8 +340,7 @@ def _bad_weights(row: LayerReport) -> str:
 def _first_operator(errors: Errors, phase: str, stack: Stack, failed: list[LayerReport]) -> str:
     overflows = {row.overflow for row in failed if row.phase == phase}
     for index in stack.judged:
-        for operator in stack.operators(index):
-            error = total_error(errors["operator", phase, operator.tensor])
+        for operator, error in _found(errors, "operator", phase, stack.operators(index)):
             got, limit = _measured(operator, error, Limits(stack.scheme))
             if operator.name in overflows:
                 return _too_large(errors, phase, operator, index, stack)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from exporter.graph.names import is_routed
+
 __all__ = ["CompareTensors", "TensorError", "tensor_error", "total_error"]
 
 EXACT_DB = 200.0  # reported for equal tensors instead of infinity
@@ -169,11 +171,20 @@ class CompareTensors:
         self, reference: Mapping[str, Any], got: Mapping[str, Any]
     ) -> OrderedDict[str, TensorError]:
         """Compare two iteration results; the first is the reference."""
-        names = [name for name in reference if name in got]
+        names = [name for name in reference if name in got and got[name].size]
         return OrderedDict(
-            (name, tensor_error(self._rows(reference[name]), self._rows(got[name]), self._valid))
+            (
+                name,
+                tensor_error(
+                    self._rows(reference[name]), self._rows(got[name]), self._valid_of(name, got)
+                ),
+            )
             for name in names
         )
+
+    def _valid_of(self, name: str, got: Mapping[str, Any]) -> np.ndarray:
+        """An expert's rows all count: whatever a token is, it has to be computed alike."""
+        return np.ones(got[name].shape[:2], bool) if is_routed(name) else self._valid
 
     def _rows(self, array: np.ndarray) -> np.ndarray:
         """[B, S, C]; of a cache tensor [B, heads, P+S, width] the new tokens."""

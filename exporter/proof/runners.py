@@ -14,6 +14,8 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from calibration.families.decoder import Site
+from calibration.families.steps import Linears
 from calibration.out.layout import MODEL_FILE
 from exporter.graph.names import layer_output, new_key
 from exporter.run.reference import TorchSession
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calibration.families import Decoder
-    from calibration.families.decoder import Site
     from calibration.reference.model import Computed, QuantReference
     from exporter.run.onnxruntime import OnnxSession
     from exporter.run.sessions import DecoderSession
@@ -107,13 +108,14 @@ class LedRunner(SessionRunner):
 
 @dataclass(frozen=True)
 class GemmNode:
-    """A custom node of the exported graph.
+    """A custom node of the exported graph, or a router, which is standard ops.
 
     Attributes:
         name: of the node, such as model.layers.0.self_attn.qkv_proj.
         source, result: the tensors it reads and writes.
         site: what the family declares of it.
         norm: full name of the norm between source and node that is part of the node, or "".
+        router: whether it is one; its norm is a node in front of it.
     """
 
     name: str
@@ -121,18 +123,41 @@ class GemmNode:
     result: str
     site: Site
     norm: str = ""
+    router: bool = False
+
+
+def _routers(model: onnx.ModelProto, decoder: Decoder) -> dict[str, GemmNode]:
+    """{node of a layer's first expert: the layer's router, with the norm in front of both}."""
+    made = {output: node for node in model.graph.node for output in node.output}
+    found = {}
+    for name, (block, experts) in decoder.routers.items():
+        norm, result = block.branches[-1].norm, f"{name}.output"
+        own = "" if norm is None else block.name(norm.name)
+        for missing in {result, own or result} - made.keys():
+            raise CheckError(
+                MODEL_FILE,
+                f"got no tensor {missing}, expected it in front of the experts",
+                "The graph was changed after its export: export the model again",
+            )
+        site = Site(Linears(name, (experts.router,)), () if norm is None else (norm,))
+        source = made[own].input[0] if own else made[result].input[0]
+        first = block.name(experts.members[0][0].node)
+        found[first] = GemmNode(name, source, result, site, own, router=True)
+    return found
 
 
 def gemm_nodes(model: onnx.ModelProto, decoder: Decoder) -> list[GemmNode]:
-    """The custom nodes of a graph in the decoder's execution order.
+    """The custom nodes of a graph in the decoder's execution order, and routers between them.
 
     Raises:
         CheckError: one is missing, whose linear would run in no kernel of ours, so that nobody
             would compare it; or one reads the weight of another norm than the family's.
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
-    found = []
+    found, routers = [], _routers(model, decoder)
     for name, site in decoder.sites.items():
+        if name in routers:
+            found.append(routers[name])
         if name not in nodes:
             raise CheckError(
                 MODEL_FILE,
@@ -201,6 +226,11 @@ class LockstepRunner(BaseRunner):  # type: ignore[misc]
         leader: the runner to follow, run just before; its outputs must hold the layers' outputs,
             the nodes' tensors and, with a low-bit cache, the new keys.
         nodes: from gemm_nodes.
+        routes: follow the scores of experts alone. What tells two experts apart may be less than
+            rounding; a token that then goes another way is no error, but tells nothing either.
+
+    Attributes:
+        outputs: of the last call.
     """
 
     def __init__(
@@ -209,10 +239,14 @@ class LockstepRunner(BaseRunner):  # type: ignore[misc]
         reference: QuantReference,
         leader: SessionRunner | ReplayRunner,
         nodes: Sequence[GemmNode],
+        routes: bool = False,
     ) -> None:
         super().__init__(name=name)
         self._leader = leader
-        self._session = _LockstepSession(reference, _places(nodes, reference.decoder.layers))
+        places = {("output", node.name): node.result for node in nodes if node.router}
+        places |= {} if routes else _places(nodes, reference.decoder.layers)
+        self._session = _LockstepSession(reference, places)
+        self.outputs: Feed = {}
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """As SessionRunner's."""
@@ -230,11 +264,13 @@ class LockstepRunner(BaseRunner):  # type: ignore[misc]
         self._session.lead(self._leader.outputs)
         outputs = self._session.step(ids, mask)
         self.inference_time = time.monotonic() - began
-        return OrderedDict({**self._session.seen, **outputs})
+        self.outputs = {**self._session.seen, **outputs}
+        return OrderedDict(self.outputs)
 
     def deactivate_impl(self) -> None:
         """Forget the cache."""
         self._session.reset()
+        self.outputs = {}
 
 
 def _places(nodes: Sequence[GemmNode], layers: int) -> dict[tuple[str, str], str]:

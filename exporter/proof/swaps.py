@@ -237,7 +237,7 @@ class _Layer:
     ) -> None:
         self._quant, self._checkpoint, self._basis, self._block = quant, checkpoint, basis, block
         self._judged = judged
-        self._gains = {norm.gain: _tensor(quant, block.name(norm.gain)) for norm in block.norms}
+        self._gains = {name: _tensor(quant, block.name(name)) for name in block.floats}
         self._gains |= channel_orders(quant, block)
         self._kept: dict[str, Function] = {}  # nodes as they are
         self._floats: BlockWeights = {}

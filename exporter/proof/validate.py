@@ -41,7 +41,7 @@ from calibration.out.layout import DESCRIPTION, ENGINE, ENGINE_FILE, ONNX, QUANT
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.edition import captured_log
-from exporter.graph.names import layer_of, layer_output, new_key
+from exporter.graph.names import WRITE_INDICES, layer_of, layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation, turned
 from exporter.proof.diagnose import causes
 from exporter.proof.judge import LayerReport, Stack, first_failure, judge
@@ -209,6 +209,9 @@ class _Validator:
         self.marked = list(dict.fromkeys([*inner, *map(layer_output, before), *keys]))
         # An output of the graph, and what only standard ops made so far, are left to the runner.
         self.typed = {value.name for value in model.graph.value_info}
+        # In a static cache padding comes last, and an expert's rows stand in another order.
+        static = any(value.name == WRITE_INDICES for value in model.graph.input)
+        self.unpadded = static and bool(self.quant.decoder.routers)
         self.errors: Errors = {}
         self.calls: list[_Call] = []
         self.notes: list[str] = []
@@ -232,6 +235,20 @@ class _Validator:
             for span in self._spans()
             if span >= reached
         ]
+
+    def note_experts(self) -> None:
+        """Say how the choice of experts is judged, and what is left out."""
+        if self.quant.decoder.routers:
+            self.notes.append(
+                "The scores of experts are compared as every operator is, given its inputs. Accumulated "
+                "errors are those of the experts that ONNX Runtime chose; against the float model "
+                "and an engine, which choose their own, they are shown and not judged."
+            )
+        if self.unpadded:
+            self.notes.append(
+                "The padded batch was run without padding: a static cache puts it behind the tokens, "
+                "so that the rows of an expert stand in another order."
+            )
 
     def _layers(self) -> range:
         """The decoder layers to be judged."""
@@ -267,7 +284,8 @@ class _Validator:
         ]
         width = min(self.tokens, _PADDED, self.room - 1)
         mask = np.ones((2, width), np.int64)
-        mask[0, : width // 4] = 0
+        if not self.unpadded:
+            mask[0, : width // 4] = 0
         plans.append(("padded batch", "padded batch", windows[1:, :width], mask, 1))
         for first, then, ids, mask, steps in plans:
             for step in range(steps + 1):
@@ -362,12 +380,14 @@ class _Validator:
         onnx = ReplayRunner(ONNX_RUNTIME, record)
         runners: list[Any] = [onnx]
         pairs: Pairs = {}
-        torch: SessionRunner | None = None
+        torch: SessionRunner | LockstepRunner | None = None
         if self.options.wants(REFERENCE):
             from calibration.reference.model import quantised_model
 
             model = quantised_model(self.quant, max_context=self.context)
             torch = SessionRunner(TORCH, lambda: TorchSession(model))
+            if self.quant.decoder.routers:
+                torch = LockstepRunner(TORCH, model, onnx, self.nodes, routes=True)
             # the leader of the lockstep runs before it
             runners += [torch, LockstepRunner(LOCKSTEP, model, leader=onnx, nodes=self.nodes)]
             pairs |= {"export": (1, 0), "operator": (2, 0)}
@@ -540,6 +560,7 @@ class _Validator:
     def run(self) -> ValidationResult:
         began = time.monotonic()
         self.note_windows()
+        self.note_experts()
         sizes = self.quant.sizes
         check_memory(int(sizes["linear_weights"]), self.quant.weights())
         checkpoint = self.checkpoint()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from exporter.graph.names import WRITE_INDICES, is_cache
+from exporter.graph.names import WRITE_INDICES, is_cache, is_routed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,7 @@ class CacheForm(ABC):
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """Outputs with tokens in the places where `mask` has them: [B, S, width], split into heads
         [B, heads, S, width], of the cache [B, kv_heads, P+S, width]; what is at padding means nothing.
-        Logits are those that were wanted already.
+        Logits are those that were wanted already, and the rows of an expert stay as they are.
         """
 
 
@@ -123,7 +123,7 @@ class Static(CacheForm):
 
         found: Arrays = {}
         for name, array in outputs.items():
-            if name == "logits":
+            if name == "logits" or is_routed(name):
                 found[name] = array
                 continue
             axis = 2 if array.ndim == 4 else 1

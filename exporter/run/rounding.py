@@ -33,6 +33,7 @@ _COMPUTES = {
     "Attention": _Work(3, precise=True),
     "Clip": _Work(1),
     "Div": _Work(2),
+    "Exp": _Work(1, precise=True),
     "Floor": _Work(1),
     "Gelu": _Work(1, precise=True),
     "MatMul": _Work(2, precise=True),  # but for the head, see _precise
@@ -41,6 +42,7 @@ _COMPUTES = {
     "Mul": _Work(2),
     "Neg": _Work(1),
     "RMSNormalization": _Work(2, precise=True),
+    "ReduceLogSumExp": _Work(1, precise=True),
     "ReduceMax": _Work(1),
     "ReduceMin": _Work(1),
     "ReduceSum": _Work(1),
@@ -58,9 +60,11 @@ _MOVES = {
     "Gather",
     "GatherND",
     "Reshape",
+    "ScatterElements",
     "Split",
     "Squeeze",
     "TensorScatter",
+    "TopK",
     "Transpose",
     "Unsqueeze",
 }
@@ -91,33 +95,43 @@ def round_every_op(model: onnx.ModelProto) -> None:
     )
     if half == TensorProto.BFLOAT16:
         _carry_ends_in_float32(model.graph)
-    _round_nodes(model.graph.node, half, {tensor.name for tensor in model.graph.initializer})
+    constants = {tensor.name for tensor in model.graph.initializer}
+    wide = {
+        value.name
+        for value in model.graph.input
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+    _round_nodes(model.graph.node, half, constants, wide)
     for function in model.functions:
         if is_inlined(function.domain):  # the others round by themselves
-            _round_nodes(function.node, half, set())
+            _round_nodes(function.node, half, set(), set())
 
 
-def _round_nodes(nodes: Any, half: int, constants: set[str]) -> None:
+def _round_nodes(nodes: Any, half: int, constants: set[str], float32: set[str]) -> None:
     """Rewrite the nodes of a graph or function.
 
     Args:
         nodes: the repeated field.
         half: the model's type.
         constants: tensors that never change.
+        float32: tensors of this type; those behind a cast to it are added.
     """
     from onnx import TensorProto
 
-    float32: set[str] = set()  # tensors behind a cast to this type
     counts: set[str] = set()
+    integers: set[str] = set()  # what is computed of numbers that a cast or Range made
     found: list[onnx.NodeProto] = []
     for node in nodes:
         if _gives_float32(node, float32):
-            float32.update(node.output)
+            float32.update(node.output[:1] if node.op_type == "TopK" else node.output)
         if node.op_type == "Transpose" and node.input[0] in constants:
             constants.update(node.output)
         counted = node.op_type == "Add" and not counts.isdisjoint(node.input)
         if counted or node.op_type in _COUNTS:
             counts.update(node.output)
+        if _gives_integers(node, integers):
+            integers.update(node.output)
+            counted = True
         if counted or node.domain or node.op_type in _MOVES | _COUNTS | _COMPARES:
             found.append(node)
         elif node.op_type in _COMPUTES:
@@ -133,11 +147,26 @@ def _gives_float32(node: onnx.NodeProto, float32: set[str]) -> bool:
     from onnx import TensorProto
 
     if node.op_type == "Cast":
-        return any(item.i == TensorProto.FLOAT for item in node.attribute if item.name == "to")
+        return _gives(node, TensorProto.FLOAT)
     if node.op_type == "Constant":
         value = node.attribute[0]
         return bool(value.name == "value_float" or value.t.data_type == TensorProto.FLOAT)
     return not node.domain and any(name in float32 for name in node.input)
+
+
+def _gives_integers(node: onnx.NodeProto, integers: set[str]) -> bool:
+    from onnx import TensorProto
+
+    if node.op_type == "Cast":
+        return _gives(node, TensorProto.INT64)
+    first = node.input[0] if node.input else ""
+    return not node.domain and (node.op_type == "Range" or first in integers)
+
+
+def _gives(node: onnx.NodeProto, dtype: int) -> bool:
+    """Whether a node casts to a type."""
+    kinds = (item.i for item in node.attribute if item.name == "to")
+    return node.op_type == "Cast" and dtype in kinds
 
 
 def _precise(node: onnx.NodeProto, constants: set[str]) -> bool:

@@ -85,11 +85,13 @@ class Abq(RoundingMethod):
             not settings.tune
             or min(scheme.levels for scheme in task.schemes.values()) > _TUNED_LEVELS
         ):
-            result = BlockResult(walk(block, task.streams, solver), _numpy(gains), {})
+            result = BlockResult(
+                walk(block, task.streams, solver, say=solver.notes.append), _numpy(gains), {}
+            )
         else:
             copied = _copied(task.streams)
             try:
-                sites = walk(block, copied, solver)
+                sites = walk(block, copied, solver, say=solver.notes.append)
             finally:
                 for windows in (copied.quant, copied.real):
                     if windows is not None:
@@ -143,7 +145,10 @@ def _copied(streams: Streams) -> Streams:
         return fresh
 
     return Streams(
-        copy(streams.quant), None if streams.real is None else copy(streams.real), streams.budget
+        copy(streams.quant),
+        None if streams.real is None else copy(streams.real),
+        streams.budget,
+        streams.ranks,
     )
 
 
@@ -159,6 +164,7 @@ def _train_task(task: BlockTask) -> TrainTask:
 
     most = min(task.windows, max(settings.train_windows, ranks.world))
     ends = task.block.index < _FIRST or task.block.index >= task.count - _LAST
+    experts = task.block.branches[-1].experts is not None  # which have no down_proj that sees all
     real, quant = (_AllWindows(stream, ranks, most) for stream in (streams.real, streams.quant))
     return TrainTask(
         f"block {task.block.index + 1}",
@@ -169,7 +175,7 @@ def _train_task(task: BlockTask) -> TrainTask:
         real,
         quant,
         all_reduce=average,
-        compensation=settings.compensation and ends,
+        compensation=settings.compensation and ends and not experts,
         kv_bits=task.kv_bits,
         rank=ranks.rank,
         world=ranks.world,

@@ -90,7 +90,7 @@ class Teacher:
 
     def __init__(self, task: BlockTask, windows: Sequence[int], both: bool) -> None:
         self._task, self._linear = task, float_linear(task.weights, task.block)
-        self.statistics = Statistics({}, {})
+        self.statistics = Statistics(self._nothing(), self._nothing())
         self._targets = {index: self._outputs(index, both) for index in windows}
         self._share()
 
@@ -124,14 +124,17 @@ class Teacher:
             return [quantised, quantised] if both else [quantised]
         return [output(task.x_fp, self._linear), *([quantised] if both else [])]
 
+    def _nothing(self) -> dict[str, Tensor]:
+        """What is known of sites that saw nothing, as experts may."""
+        return {
+            node: torch.zeros(site.linears.in_features, device=self._task.device)
+            for node, site in self._task.block.sites.items()
+        }
+
     def _observed(self, site: str, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        absmax, square = rows.abs().amax(0), rows.square().mean(0)
-        known = self.statistics
-        known.absmax[site] = (
-            torch.maximum(known.absmax[site], absmax) if site in known.absmax else absmax
-        )
-        known.square[site] = known.square[site] + square if site in known.square else square
+        rows, known = x.flatten(0, -2), self.statistics
+        known.absmax[site] = torch.maximum(known.absmax[site], rows.abs().amax(0))
+        known.square[site] = known.square[site] + rows.square().mean(0)
         return self._linear(site, x)
 
     def _share(self) -> None:

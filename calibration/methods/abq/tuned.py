@@ -38,7 +38,7 @@ class TunedStudent(QuantizedBlock):
 
     Args:
         arrays: by site, as the walk gave them.
-        gains: norm gains by name.
+        gains: norm gains by name, and routers.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class TunedStudent(QuantizedBlock):
         self.scales = _Scales(
             {site: tuple(scale.shape) for site, scale in self._start.items()}, device
         )
-        self.norms = _Scales({name: tuple(gain.shape) for name, gain in gains.items()}, device)
+        norms = {norm.gain: (norm.width,) for norm in task.block.norms}
+        self.norms = _Scales(norms, device)
 
     def parts(self, settings: TrainSettings) -> list[tuple[nn.Module | None, float]]:
         """Scales and gains."""
@@ -82,8 +83,9 @@ class TunedStudent(QuantizedBlock):
         return weights
 
     def norm_gains(self) -> dict[str, Tensor]:
-        """Norm gains as they are now."""
-        return {name: self._gains[name] * factor for name, factor in self.norms.factors().items()}
+        """Norm gains as they are now, and routers as they came."""
+        learned = self.norms.factors()
+        return self._gains | {name: self._gains[name] * learned[name] for name in learned}
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def arrays(self) -> dict[str, QuantArrays]:

@@ -22,11 +22,13 @@ NAMES = {
     "granite": "GraniteForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
 SIZES: dict[str, Any] = {
@@ -68,7 +70,7 @@ def test_declared_tensors_are_those_of_transformers(
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if tied:
         del expected["lm_head.weight"]
-    assert found.decoder(config.to_dict()).stored_shapes() == expected
+    assert found.decoder(config.to_dict()).module_shapes() == expected
 
 
 def test_every_linear_is_in_one_group() -> None:

@@ -55,6 +55,14 @@ SOURCES = dict.fromkeys(FAMILIES, LIKE_LLAMA) | {
     "Arcee": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", None],
     "Gemma2": GEMMA,
     "Gemma3": GEMMA,
+    "Mixtral": [
+        *LIKE_LLAMA[:2],
+        *(
+            source
+            for expert in range(5)
+            for source in (None, f"block_sparse_moe.experts.{expert}.w3")
+        ),
+    ],
     "Olmo2": OLMO,
     "Olmo3": OLMO,
 }

@@ -64,7 +64,7 @@ def reference(model: Path, folder: Path, **changes: Any) -> Any:
     for name in quant.decoder.linears:
         info = quant.decoder.infos[f"{name}.weight"]
         weight = torch.from_numpy(quant.linear(name).dequantize())
-        state[info.stored][info.rows].copy_(weight)
+        state[info.module][info.place].copy_(weight)
     return found
 
 
