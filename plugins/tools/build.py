@@ -17,10 +17,12 @@ from plugins.tools.recipe import Command, Recipe, make, make_file, run
 from plugins.tools.toolkit import CudaToolkit, find_cuda, find_cuda_include, find_program
 
 __all__ = [
+    "EMULATED_LIBRARY",
     "ONNXRUNTIME_LIBRARY",
     "PLUGIN_LIBRARY",
     "SELFTEST",
     "SIM_LIBRARY",
+    "build_emulated",
     "build_folders",
     "build_library",
     "build_onnxruntime",
@@ -33,6 +35,7 @@ __all__ = [
 PLUGIN_LIBRARY = "libanybit_plugins.so"
 ONNXRUNTIME_LIBRARY = "libanybit_onnxruntime.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
+EMULATED_LIBRARY = "libanybit_kernels_emulated.so"
 SELFTEST = "anybit-selftest"
 
 # An op's folder is found by these; plugins/CMakeLists.txt has the same patterns.
@@ -41,6 +44,8 @@ PLUGIN_SOURCES = ("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.
 ONNXRUNTIME_SOURCES = ("*/onnxruntime.cpp", "core/onnxruntime/*.cpp", "*/cpu/*.cpp")
 TABLE_OF_OPS = "core/host/ops.cu"  # C++ like the simulation's
 INSTRUCTION_SETS = ("avx2", "avx512")  # of sources named *_avx2.cpp, *_avx512.cpp; x86-64 only
+# The GEMMs with AMX, and the kernels to which they leave few tokens.
+EMULATED_SOURCES = ("core/cpu/*.cpp", "*_gemm/cpu/op.cpp", "*_gemm/cpu/*_avx512.cpp")
 SELFTEST_SOURCES = ("selftest/*.cpp", "*/selftest.cpp")
 
 _SOURCES = Path(__file__).resolve().parent.parent
@@ -211,6 +216,21 @@ def build_onnxruntime(say: Callable[[str], None] | None = None) -> Path:
     compiles[TABLE_OF_OPS] = [*_onnxruntime(TABLE_OF_OPS), "-x", "c++"]
     link = ["g++", "-shared", *_flags()["link"], "{}"]
     return make(_recipe(ONNXRUNTIME_LIBRARY, compiles, link), say)
+
+
+def build_emulated() -> Path:
+    """The CPU kernels for AMX, with C++ in place of its instructions, for machines without it that
+    have AVX-512; needs g++ only. For tests.
+
+    Raises:
+        InputError: no g++.
+        UserError: the compiler failed; the message holds its output.
+    """
+    sources = [*_sources(*EMULATED_SOURCES), TABLE_OF_OPS]
+    more = ["-DANYBIT_EMULATED_TILES", "-x", "c++"]
+    compiles = {source: [*_onnxruntime(source), *more] for source in sources}
+    link = ["g++", "-shared", *_flags()["link"], "{}"]
+    return make(_recipe(EMULATED_LIBRARY, compiles, link))
 
 
 def build_selftest() -> Path:

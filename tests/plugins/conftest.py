@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.plugins.kernel_runner import (
-    INSTRUCTION_SETS,
+    CPU_KINDS,
     KernelRunner,
     cpu_missing,
     cuda_missing,
@@ -16,7 +16,8 @@ from tests.plugins.kernel_runner import (
 
 def _runner(kind: str) -> Iterator[KernelRunner]:
     kind_of_chip, _, isa = kind.partition("-")
-    reason = cuda_missing() if kind_of_chip == "cuda" else cpu_missing(isa) if isa else ""
+    emulated = kind_of_chip == "emulated"
+    reason = cuda_missing() if kind_of_chip == "cuda" else cpu_missing(isa, emulated) if isa else ""
     if reason:
         pytest.skip(reason)
     runner = KernelRunner(kind)
@@ -24,7 +25,7 @@ def _runner(kind: str) -> Iterator[KernelRunner]:
     runner.set_device(90, 4)
 
 
-@pytest.fixture(scope="module", params=["sim", "cuda", *(f"cpu-{isa}" for isa in INSTRUCTION_SETS)])
+@pytest.fixture(scope="module", params=["sim", "cuda", *CPU_KINDS])
 def runner(request: pytest.FixtureRequest) -> Iterator[KernelRunner]:
     """The kernels in the simulation, natively on this CPU with each of its instruction sets and,
     where there is one, on a GPU; a test may choose the simulated GPU.

@@ -14,16 +14,21 @@ from plugins.core.op_spec import GemmAttributes
 from plugins.tools.kernels import KERNEL_STEP, GemmShape, KernelLibrary, gemm_shape
 
 __all__ = [
+    "CPU_KINDS",
     "GUARD_BYTES",
+    "INSTRUCTION_SETS",
     "KernelError",
     "KernelRunner",
     "cpu_missing",
+    "cpu_tactic",
     "cuda_missing",
     "gpu_sm",
 ]
 
 GUARD_BYTES = 256
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+# What KernelRunner takes: AMX also with C++ in place of its instructions, where there is AVX-512.
+CPU_KINDS = (*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), "emulated-amx")
 POISON = 0xCB
 _ANY, _F32 = GemmAttributes(4, 16, 8, 1, 0, 16, 16, 0), np.dtype(np.float32)
 
@@ -52,11 +57,14 @@ def cpu_tactic(isa: str) -> int:
     return KERNEL_STEP * (INSTRUCTION_SETS.index(isa) + 1) + 1
 
 
-def cpu_missing(isa: str) -> str:
-    """Why native kernels of this instruction set cannot run here; empty if they can."""
-    from plugins.tools.build import build_onnxruntime
+def cpu_missing(isa: str, emulated: bool = False) -> str:
+    """Why kernels of this instruction set cannot run here, emulated or not; empty if they can."""
+    from plugins.tools.build import build_emulated, build_onnxruntime
 
-    listed = KernelLibrary(build_onnxruntime()).tactics("QQQGemm", gemm_shape(_ANY, 1, _F32))
+    if emulated and (reason := cpu_missing("avx512")):
+        return reason
+    library = KernelLibrary(build_emulated() if emulated else build_onnxruntime())
+    listed = library.tactics("QQQGemm", gemm_shape(_ANY, 1, _F32))
     return "" if cpu_tactic(isa) in listed else f"no {isa} on this machine"
 
 
@@ -115,15 +123,24 @@ class KernelRunner:
     """One loaded kernel library.
 
     Args:
-        kind: "sim", "cuda", or an instruction set of this CPU: "cpu-portable", "cpu-avx2",
-            "cpu-avx512".
+        kind: "sim", "cuda", or one of CPU_KINDS.
     """
 
     def __init__(self, kind: str) -> None:
-        from plugins.tools.build import build_library, build_onnxruntime, build_sim
+        from plugins.tools.build import (
+            build_emulated,
+            build_library,
+            build_onnxruntime,
+            build_sim,
+        )
 
         self.kind, _, self.isa = kind.partition("-")
-        build = {"sim": build_sim, "cuda": build_library, "cpu": build_onnxruntime}[self.kind]
+        build = {
+            "sim": build_sim,
+            "cuda": build_library,
+            "cpu": build_onnxruntime,
+            "emulated": build_emulated,
+        }[self.kind]
         self.workspace = np.empty(0, np.uint8)  # what the last gemm() left in the scratch memory
         self.kernels = KernelLibrary(build())
         self.library = self.kernels.library

@@ -32,15 +32,22 @@ from tests.plugins.kernel_cases import (
     qqq_arrays,
     tokens,
 )
-from tests.plugins.kernel_runner import INSTRUCTION_SETS, KernelRunner, cpu_missing, cpu_tactic
+from tests.plugins.kernel_runner import (
+    CPU_KINDS,
+    INSTRUCTION_SETS,
+    KernelRunner,
+    cpu_missing,
+    cpu_tactic,
+)
 
 
-@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+@pytest.fixture(scope="module", params=CPU_KINDS)
 def runner(request: pytest.FixtureRequest) -> KernelRunner:
     """The kernels of one instruction set."""
-    if reason := cpu_missing(request.param):
+    kind, _, isa = request.param.partition("-")
+    if reason := cpu_missing(isa, kind == "emulated"):
         pytest.skip(reason)
-    return KernelRunner(f"cpu-{request.param}")
+    return KernelRunner(request.param)
 
 
 def check(runner: KernelRunner, attrs: GemmAttributes, arrays: QuantArrays, x: np.ndarray) -> None:
@@ -139,14 +146,17 @@ def test_a_token_is_the_same_to_the_bit_whatever_else_a_call_computes(
         first += count
 
 
-def test_long_sums_of_few_tokens(runner: KernelRunner) -> None:
-    """Fields of codes that are not shifted down, and weights with their offset, near their limits."""
+@pytest.mark.parametrize("m", [2, 18])
+def test_long_sums(runner: KernelRunner, m: int) -> None:
+    """Fields of codes that are not shifted down, and weights with their offset, near their limits, of
+    few tokens and of more.
+    """
     k = 131_072
     for bits in (1, 2, 4):
         attrs = abq(2, k, w=(bits, 1 << bits), sym=0)
         codes = np.stack([np.full(k, (1 << bits) - 1, np.uint8), np.zeros(k, np.uint8)])
         one = np.ones((2, 1), np.float32)
-        x = np.concatenate([np.full((1, k), -3.0), np.full((1, k), 7.0)]).astype(F32)
+        x = np.tile(np.array([[-3.0], [7.0]], F32), (m // 2, k))
         check(runner, attrs, QuantArrays(codes, one, np.array([[0], [1]], np.int32)), x)
     attrs = qqq(2, k)
     codes = np.stack([np.full(k, 7, np.int8), np.full(k, -8, np.int8)])

@@ -1,20 +1,17 @@
 // ABQGemm for a few tokens with AVX-512: bit planes are read once, straight from memory, and turned
 // into codes in registers by transposing 8 x 8 bits.
 //
-// 64 bytes of each plane hold 512 codes. Bytes of the planes are interleaved, so that 8 bytes hold
-// all bits of 8 bit columns, and one GF(2) matrix product (gf2p8affineqb) turns every such square.
-// With 2 or 4 planes a byte then has 4 or 2 codes side by side ("fields"), which are not shifted
-// down: a field's sum is 4^f or 16^f times as large and is shifted once, at the end. Nothing crosses
-// a lane of 128 bits, so that lane L has codes 128 L to 128 L + 127, the first 64 in vectors 0 to 3
-// and the others in 4 to 7.
+// 64 bytes of each plane hold 512 codes. Fields of codes (planes_avx512.h) are not shifted down: a
+// field's sum is 4^f or 16^f times as large and is shifted once, at the end. Lane L has codes 128 L to
+// 128 L + 127, the first 64 in vectors 0 to 3 and the others in 4 to 7.
 #pragma once
 #include "abq_gemm/cpu/few_avx2.h"
+#include "abq_gemm/cpu/planes_avx512.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kAbqSpan = 512;   // codes of 64 bytes of each plane
-constexpr int kAbqVectors = 8;  // of codes, in a span
+constexpr int kAbqSpan = 512;  // codes of 64 bytes of each plane
 constexpr int kAbqRowsTogether = 16;
 constexpr int kAbqAhead = 8192;  // bytes of all planes, fetched before they are wanted
 constexpr int kAbqMostTotals =
@@ -22,62 +19,15 @@ constexpr int kAbqMostTotals =
 
 // A token's codes in the order in which the planes' codes come out.
 //
-// Vector v has field f = v % fields of the interleaved pair t = v / fields; its qword q of lane L
-// holds the codes of byte (2 t + q) * fields + (fields - 1 - f) of that lane of a plane.
 inline void abq_order(const int8_t* codes, int64_t bytes, int planes, int8_t* ordered) {
   const int fields = planes <= 2 ? 4 : planes <= 4 ? 2 : 1;
   for (int64_t span = 0; span < bytes; span += kAbqSpan) {
     for (int v = 0; v < kAbqVectors; ++v) {
-      const int t = v / fields, f = v % fields;
       for (int half_lane = 0; half_lane < 8; ++half_lane) {
-        const int lane = half_lane / 2, q = half_lane % 2;
-        const int byte = (2 * t + q) * fields + fields - 1 - f;
+        const int lane = half_lane / 2, byte = abq_byte_of(fields, v, half_lane % 2);
         std::memcpy(ordered + span + 64 * v + 8 * half_lane, codes + span + 128 * lane + 8 * byte,
                     8);
       }
-    }
-  }
-}
-
-// Codes of a span, times 4^f or 16^f. `planes` is 2, 4 or 8; planes that there are not are 0.
-template <int kPlanes>
-ANYBIT_INLINE void abq_codes(const __m512i* plane, __m512i* codes) {
-  const __m512i transpose = _mm512_set1_epi64(0x8040201008040201LL);
-  const auto turned = [&](__m512i squares) {
-    return _mm512_gf2p8affine_epi64_epi8(transpose, squares, 0);
-  };
-  if constexpr (kPlanes == 2) {
-    const __m512i c[2] = {turned(_mm512_unpacklo_epi8(plane[1], plane[0])),
-                          turned(_mm512_unpackhi_epi8(plane[1], plane[0]))};
-    for (int t = 0; t < 2; ++t) {
-      for (int f = 0; f < 4; ++f)
-        codes[4 * t + f] = _mm512_and_si512(c[t], _mm512_set1_epi8(char(3 << 2 * f)));
-    }
-  } else if constexpr (kPlanes == 4) {
-    const __m512i high[2] = {_mm512_unpacklo_epi8(plane[3], plane[2]),
-                             _mm512_unpackhi_epi8(plane[3], plane[2])};
-    const __m512i low[2] = {_mm512_unpacklo_epi8(plane[1], plane[0]),
-                            _mm512_unpackhi_epi8(plane[1], plane[0])};
-    for (int t = 0; t < 4; ++t) {
-      const __m512i c = turned(t % 2 ? _mm512_unpackhi_epi16(high[t / 2], low[t / 2])
-                                     : _mm512_unpacklo_epi16(high[t / 2], low[t / 2]));
-      codes[2 * t] = _mm512_and_si512(c, _mm512_set1_epi8(15));
-      codes[2 * t + 1] = _mm512_and_si512(c, _mm512_set1_epi8(char(0xf0)));
-    }
-  } else {
-    __m512i pairs[2][4];
-    for (int i = 0; i < 4; ++i) {
-      pairs[0][i] = _mm512_unpacklo_epi8(plane[7 - 2 * i], plane[6 - 2 * i]);
-      pairs[1][i] = _mm512_unpackhi_epi8(plane[7 - 2 * i], plane[6 - 2 * i]);
-    }
-    for (int i = 0; i < 4; ++i) {
-      const __m512i* pair = pairs[i / 2];
-      const __m512i high =
-          i % 2 ? _mm512_unpackhi_epi16(pair[0], pair[1]) : _mm512_unpacklo_epi16(pair[0], pair[1]);
-      const __m512i low =
-          i % 2 ? _mm512_unpackhi_epi16(pair[2], pair[3]) : _mm512_unpacklo_epi16(pair[2], pair[3]);
-      codes[2 * i] = turned(_mm512_unpacklo_epi32(high, low));
-      codes[2 * i + 1] = turned(_mm512_unpackhi_epi32(high, low));
     }
   }
 }
@@ -114,9 +64,11 @@ ANYBIT_INLINE __m512i abq_span(const uint8_t* from, int64_t left) {
 // operand i go to sums[g * kOperands + i][column ...].
 //
 // kSets: 2 where groups are halves of a lane, else 1.
-template <int kPlanes, int kOperands, int kSets>
+// kChains: sums of each field side by side, so that products need not wait for each other where they
+// are of a whole row.
+template <int kPlanes, int kOperands, int kSets, int kChains = 1>
 inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
-  constexpr int kFields = 8 / kPlanes, kOfSpan = kOperands * kSets;
+  constexpr int kFields = 8 / kPlanes, kTotals = kFields * kChains, kOfSpan = kOperands * kSets;
   constexpr int kSpans = kOfSpan < kAbqMostTotals ? kAbqMostTotals / kOfSpan : 1;
   __m512i totals[kSpans][kOperands][kSets][kAbqRowsTogether];
   const bool whole_row = w.n_groups == 1;
@@ -140,7 +92,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
     }
   };
   const auto row_span = [&](const uint8_t* row, int64_t first, int64_t ahead,
-                            __m512i(&fields)[kOperands][kSets][kFields]) {
+                            __m512i(&fields)[kOperands][kSets][kTotals]) {
     const int64_t left = w.row_bytes - first;
     __m512i plane[kPlanes], codes[kAbqVectors];
     for (int j = 0; j < kPlanes; ++j)
@@ -154,17 +106,21 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
     for (int i = 0; i < kOperands; ++i) {
       const int8_t* operand = w.operands + i * w.operand_bytes + 8 * first;
       for (int v = 0; v < kAbqVectors; ++v) {
-        __m512i& field = fields[i][kSets == 2 ? v / 4 : 0][v % kFields];
+        __m512i& field = fields[i][kSets == 2 ? v / 4 : 0][v % kTotals];
         field = _mm512_dpbusd_epi32(field, codes[v], _mm512_loadu_si512(operand + 64 * v));
       }
     }
   };
-  const auto close = [&](int span, int r, const __m512i(&fields)[kOperands][kSets][kFields]) {
+  const auto close = [&](int span, int r, const __m512i(&fields)[kOperands][kSets][kTotals]) {
     for (int i = 0; i < kOperands; ++i) {
       for (int set = 0; set < kSets; ++set) {
-        __m512i total = fields[i][set][0];
-        for (int f = 1; f < kFields; ++f)
-          total = _mm512_add_epi32(total, _mm512_srai_epi32(fields[i][set][f], kPlanes * f));
+        __m512i total = _mm512_setzero_si512();
+        for (int f = 0; f < kFields; ++f) {
+          __m512i field = fields[i][set][f];
+          for (int chain = 1; chain < kChains; ++chain)
+            field = _mm512_add_epi32(field, fields[i][set][f + kFields * chain]);
+          total = f == 0 ? field : _mm512_add_epi32(total, _mm512_srai_epi32(field, kPlanes * f));
+        }
         totals[span][i][set][r] = total;
       }
     }
@@ -188,7 +144,7 @@ inline void abq_rows(const AbqRows& w, int64_t n, Sums* sums, int column) {
           rows_ahead * w.row_bytes + (turns ? together - kAbqRowsTogether * w.row_bytes : 0);
       spans = 0;
       for (int64_t at = first; at < last; ++spans) {
-        __m512i fields[kOperands][kSets][kFields] = {};
+        __m512i fields[kOperands][kSets][kTotals] = {};
         do {
           row_span(row, at, ahead, fields);
           at += 64;
@@ -204,6 +160,9 @@ template <int kPlanes, int kOperands>
 ANYBIT_INLINE void abq_rows_of_groups(const AbqRows& w, int64_t n, Sums* sums, int column) {
   if (w.n_groups > 1 && w.group_bytes == 64)
     return abq_rows<kPlanes, kOperands, 2>(w, n, sums, column);
+  if constexpr (kOperands == 1) {
+    if (w.n_groups == 1) return abq_rows<kPlanes, kOperands, 1, 2>(w, n, sums, column);
+  }
   abq_rows<kPlanes, kOperands, 1>(w, n, sums, column);
 }
 

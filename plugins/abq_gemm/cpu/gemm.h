@@ -2,7 +2,10 @@
 // each instruction set.
 #pragma once
 #include "abq_gemm/cpu/weights.h"
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+#include "abq_gemm/cpu/planes_avx512.h"
+#endif
+#if defined(__AVX2__) && !defined(ANYBIT_TILES)
 #include "abq_gemm/cpu/few.h"
 #endif
 
@@ -10,6 +13,19 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 // A panel of 4 * steps elements from word `word` of a row on; channels beyond the last repeat it.
+#if defined(__AVX512VNNI__)
+inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps, uint8_t* panel) {
+  for (int half = 0; half < 2; ++half, n0 += 16, panel += 64) {
+    if (w.planes <= 2) {
+      abq_unpack_planes<2>(w, n0, word, steps, panel);
+    } else if (w.planes <= 4) {
+      abq_unpack_planes<4>(w, n0, word, steps, panel);
+    } else {
+      abq_unpack_planes<8>(w, n0, word, steps, panel);
+    }
+  }
+}
+#else
 inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps, uint8_t* panel) {
   constexpr int kNibbles = kAbqWord / kStep;
   const uint8_t* rows[kPanelRows];
@@ -24,35 +40,22 @@ inline void abq_unpack(const AbqWeights& w, int64_t n0, int64_t word, int steps,
     for (int nibble = 0; nibble < kNibbles; ++nibble) {
       alignas(64) uint32_t codes[kPanelRows] = {};
       for (int plane = 0; plane < w.planes; ++plane) {
-#if defined(__AVX512F__)
-        // a nibble's four bits in the low bits of four bytes, by its value
-        const __m512i spread =
-            _mm512_slli_epi32(_mm512_setr_epi32(0, 0x1, 0x100, 0x101, 0x10000, 0x10001, 0x10100,
-                                                0x10101, 0x1000000, 0x1000001, 0x1000100, 0x1000101,
-                                                0x1010000, 0x1010001, 0x1010100, 0x1010101),
-                              unsigned(plane));
-        for (int half = 0; half < kPanelRows; half += 16) {
-          const __m512i bits =
-              _mm512_srli_epi32(_mm512_load_si512(plane_words[plane] + half), unsigned(4 * nibble));
-          _mm512_store_si512(codes + half, _mm512_or_si512(_mm512_load_si512(codes + half),
-                                                           _mm512_permutexvar_epi32(bits, spread)));
-        }
-#else
         // the product has bit b of the nibble at bit 8 b
         for (int i = 0; i < kPanelRows; ++i)
           codes[i] |= ((plane_words[plane][i] >> 4 * nibble & 15) * 0x00204081 & 0x01010101)
                       << plane;
-#endif
       }
       std::memcpy(panel + nibble * kPanelRows * kStep, codes, sizeof codes);
     }
   }
 }
+#endif
 
 struct AbqKernel {
   TokenLayout layout;
   int largest;
   bool needs_code_sums;
+  int digits;  // of a token's element
   int64_t weight_bytes;
   AbqWeights weights;
   int64_t zero_limit;  // up to this magnitude every term of D and their sums fit 32 bits
@@ -68,7 +71,8 @@ struct AbqKernel {
     weights.minimum = s.has_minimum ? b.minimum : nullptr;
     weight_bytes = 4 * s.planes * weights.n * weights.row_words;
     largest = s.levels - 1;
-    needs_code_sums = !s.act_symmetric;
+    needs_code_sums = !s.act_symmetric && s.abits != kAbqWeightOnly;
+    digits = abq_digits(s);
     // |P| and |z Q| stay below 128 (levels - 1) L, |zero A| and |z L zero| below 128 L |zero|
     zero_limit = ((int64_t{1} << 31) - 1) / (256 * layout.group_len) - (s.levels - 1);
   }
@@ -77,43 +81,47 @@ struct AbqKernel {
     abq_unpack(weights, n0, position / kAbqWord, steps, panel);
   }
 
+  using Terms = AbqGroupTerms;
+  ANYBIT_INLINE void read_terms(int64_t group, int64_t n0, Terms& terms) const {
+    abq_terms(weights, layout.n_groups, group, n0, terms);
+  }
+
   // outputs += float(D) * scale, D = P - zero A - z Q + L z zero; with a minimum, of which zero is 0,
   // outputs += float(D) * scale + float(A - L z) * minimum.
-  ANYBIT_INLINE void add_terms(const AbqGroupTerms& terms, int64_t group, const Tokens& tokens,
-                               int64_t m0, int count, const Sums* sums, const Sums& code_sums,
+  ANYBIT_INLINE void add_group(const Terms& terms, int64_t group, const Tokens& tokens, int64_t m0,
+                               int count, const Sums* sums, const Sums& code_sums,
                                Outputs* outputs) const {
+    const bool narrow = terms.largest_zero <= zero_limit;
     for (int m = 0; m < count; ++m) {
       const int32_t a = tokens.sums[(m0 + m) * layout.n_groups + group], z = tokens.zero[m0 + m];
-      alignas(64) float d[kPanelRows];
-      if (terms.largest_zero <= zero_limit) {
-        const int32_t by_zero = int32_t(layout.group_len) * z - a;
-        for (int i = 0; i < kPanelRows; ++i)
-          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - z * code_sums[i]);
+      const int64_t by_zero = layout.group_len * z - a;
+      float* to = outputs[m];
+      if (group == 0) std::memset(to, 0, sizeof(Outputs));
+      const auto add = [&](const auto& exact) {
+        if (weights.minimum) {
+          const float sum = float(-by_zero);
+          for (int i = 0; i < kPanelRows; ++i)
+            to[i] += float(exact(i)) * terms.scale[i] + sum * terms.minimum[i];
+        } else {
+          for (int i = 0; i < kPanelRows; ++i) to[i] += float(exact(i)) * terms.scale[i];
+        }
+      };
+      if (narrow && z == 0) {
+        add([&](int i) { return sums[m][i] + int32_t(by_zero) * terms.zero[i]; });
+      } else if (narrow) {
+        add([&](int i) {
+          return sums[m][i] + int32_t(by_zero) * terms.zero[i] - z * code_sums[i];
+        });
       } else {
-        const int64_t by_zero = layout.group_len * z - a;
-        for (int i = 0; i < kPanelRows; ++i)
-          d[i] = float(sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i]);
+        add([&](int i) {
+          return sums[m][i] + by_zero * terms.zero[i] - int64_t{z} * code_sums[i];
+        });
       }
-      for (int i = 0; i < kPanelRows; ++i) d[i] *= terms.scale[i];
-      if (weights.minimum) {
-        const float sum = float(a - layout.group_len * z);
-        for (int i = 0; i < kPanelRows; ++i) d[i] += sum * terms.minimum[i];
-      }
-      for (int i = 0; i < kPanelRows; ++i)
-        outputs[m][i] = (group == 0 ? 0.0f : outputs[m][i]) + d[i];
     }
   }
 
-  ANYBIT_INLINE void add_group(int64_t group, int64_t n0, const Tokens& tokens, int64_t m0,
-                               int count, const Sums* sums, const Sums& code_sums,
-                               Outputs* outputs) const {
-    AbqGroupTerms terms;
-    abq_terms(weights, layout.n_groups, group, n0, terms);
-    add_terms(terms, group, tokens, m0, count, sums, code_sums, outputs);
-  }
-
   static constexpr int kMoreRows = kAbqMoreRows;
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(ANYBIT_TILES)
   static constexpr int kFewTokens = kAbqFewTokens;
   ANYBIT_INLINE bool takes_few(int64_t m) const { return abq_takes_few(*this, m); }
   template <class T>
@@ -126,7 +134,8 @@ struct AbqKernel {
 #endif
 };
 
-// A16: panels of fp32 weights (q - zero) * scale, or q * scale + minimum.
+// A16 of tokens that are not finite, or where the sums of digits would not fit: panels of fp32 weights
+// (q - zero) * scale, or q * scale + minimum.
 template <class T>
 inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t m0, int count,
                             int64_t n0, const Destination<T>& to) {
@@ -163,7 +172,7 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
   float* rows;
   abq_float_memory(s, b.workspace, &rows);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
-  for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
+  for_slabs<T>(s, b, kSlab, [&](const T* x, T* y, int64_t m) {
     for_tokens(m, s.k, parallel, [&](int64_t i) {
       const NormedToken<T> token(x + i * s.k, gamma, s.k, double(s.norm_epsilon));
       alignas(64) float v[kElements];
@@ -174,19 +183,31 @@ inline void abq_float_gemm(const AbqKernel& kernel, const GemmShape& s, const Ge
       }
     });
     const Destination<T> to{y, s.n, b.bias, nullptr};
-    for_blocks(m, s.n, kernel.weight_bytes, parallel, [&](int64_t m0, int count, int64_t n0) {
-      abq_float_block(kernel, rows, m0, count, n0, to);
+    for_blocks(m, 4 * s.k, s.n, kernel.weight_bytes, parallel,
+               [&](int64_t m0, int count, int64_t n0) {
+                 abq_float_block(kernel, rows, m0, count, n0, to);
+               });
+  });
+}
+
+inline void abq_integer_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
+  const AbqKernel kernel(s, b);
+  with_dtype(s.dtype, [&](auto t) {
+    using T = decltype(t);
+    integer_gemm<T>(kernel, s, b, parallel, kernel.digits, [&](const T* x, T* y) {
+      GemmShape one = s;
+      GemmBuffers own = b;
+      one.m = 1, own.x = x, own.y = y;
+      own.workspace = static_cast<char*>(b.workspace) + abq_slab_bytes(s);
+      abq_float_gemm<T>(kernel, one, own, parallel);
     });
   });
 }
 
 inline void abq_gemm(const GemmShape& s, const GemmBuffers& b, const Parallel& parallel) {
+  if (abq_digits(s) > 0) return abq_integer_gemm(s, b, parallel);
   const AbqKernel kernel(s, b);
-  with_dtype(s.dtype, [&](auto t) {
-    using T = decltype(t);
-    if (s.abits == kAbqWeightOnly) return abq_float_gemm<T>(kernel, s, b, parallel);
-    integer_gemm<T>(kernel, s, b, parallel);
-  });
+  with_dtype(s.dtype, [&](auto t) { abq_float_gemm<decltype(t)>(kernel, s, b, parallel); });
 }
 
 }  // namespace ANYBIT_SET

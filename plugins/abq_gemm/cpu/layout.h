@@ -16,6 +16,19 @@ ANYBIT_INLINE TokenLayout abq_layout(const GemmShape& s) {
   return token_layout(s.k, s.group_size ? s.k / s.group_size : 1, kAbqWord);
 }
 
+// Codes of an element of a token (core/cpu/tokens.h): several where A16 leaves activations as they are,
+// and 0 where so the integer sums of a group would leave 32 bits, and everything is done in fp32.
+ANYBIT_INLINE int abq_digits(const GemmShape& s) {
+  if (s.abits != kAbqWeightOnly) return 1;
+  const int64_t group_len = s.group_size ? s.group_size : s.k;
+  if (abq_largest_sum(s.levels, group_len) >= int64_t{1} << 31) return 0;
+  return s.dtype == kFloat32 ? 4 : 3;
+}
+
+ANYBIT_INLINE size_t abq_slab_bytes(const GemmShape& s) {
+  return slab_memory(abq_layout(s), int64_t{s.m} * abq_digits(s), kAbqMoreRows, nullptr).bytes;
+}
+
 // fp32 tokens of a slab, of A16.
 ANYBIT_INLINE Carver abq_float_memory(const GemmShape& s, void* memory, float** rows) {
   Carver carver{static_cast<char*>(memory)};

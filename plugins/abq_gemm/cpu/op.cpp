@@ -6,31 +6,28 @@
 
 namespace anybit::cpu {
 
-void abq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
-#if defined(__x86_64__)
-void abq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
-void abq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
-#endif
+ANYBIT_IF_MADE void abq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void abq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void abq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void abq_gemm_amx(const GemmShape&, const GemmBuffers&, const Parallel&);
 
 namespace {
 
 size_t workspace(const GemmShape& s) {
   using namespace portable;
   float* rows;
-  if (s.abits == kAbqWeightOnly) return abq_float_memory(s, nullptr, &rows).used;
-  return slab_memory(abq_layout(s), s.m, kAbqMoreRows, nullptr).bytes;
+  if (abq_digits(s) == 0) return abq_float_memory(s, nullptr, &rows).used;
+  if (s.abits != kAbqWeightOnly) return abq_slab_bytes(s);
+  GemmShape one = s;  // token that is not finite
+  one.m = 1;
+  return abq_slab_bytes(s) + abq_float_memory(one, nullptr, &rows).used;
 }
 
 constexpr Op kOp = {"ABQGemm",
                     abq_scheme_ok,
                     abq_has_inputs,
                     workspace,
-#if defined(__x86_64__)
-                    {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512}
-#else
-                    {abq_gemm_portable}
-#endif
-};
+                    {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512, abq_gemm_amx}};
 const OpRegistration registration(row_of<kOp>());
 
 }  // namespace

@@ -13,6 +13,7 @@ constexpr Attend kAttend[kIsaCount] = {
 #if defined(__x86_64__)
     attend_avx2,
     attend_avx512,
+    attend_avx512,  // with AMX as without
 #endif
 };
 

@@ -3,7 +3,7 @@
 // A panel holds kPanelRows output channels: of every 4 input channels ("step") the codes u8
 // [kPanelRows][4], so that a vector of int32 sums has one output channel in each lane.
 #pragma once
-#include "core/cpu/floats.h"
+#include "core/cpu/tokens.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
@@ -16,11 +16,19 @@ using Panel = uint8_t[kPanelSteps * kPanelRows * kStep];
 using Sums = int32_t[kPanelRows];
 using Outputs = float[kPanelRows];
 
-// One token's 4 codes of a step.
-ANYBIT_INLINE int32_t codes_at(const int8_t* codes, int step) {
+constexpr int kRunSteps = kRun / kStep;
+
+// Four codes.
+ANYBIT_INLINE int32_t codes_at(const int8_t* codes) {
   int32_t four;
-  std::memcpy(&four, codes + kStep * step, sizeof four);
+  std::memcpy(&four, codes, sizeof four);
   return four;
+}
+
+// The same of token m and a step; runs of all tokens are `next_run` bytes apart.
+[[maybe_unused]] ANYBIT_INLINE int32_t codes_of(const int8_t* codes, int64_t next_run, int m,
+                                                int step) {
+  return codes_at(codes + step / kRunSteps * next_run + kRun * m + kStep * (step % kRunSteps));
 }
 
 #if defined(__AVX512VNNI__)
@@ -28,25 +36,31 @@ ANYBIT_INLINE int32_t codes_at(const int8_t* codes, int step) {
 constexpr int kDotTokens = 12;  // 24 accumulators
 
 template <int kTokens>
-ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                              Sums* sums) {
+ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes,
+                              int64_t next_run, bool fresh, Sums* sums) {
   __m512i low[kTokens], high[kTokens];
   for (int m = 0; m < kTokens; ++m) {
-    low[m] = _mm512_loadu_si512(sums[m]);
-    high[m] = _mm512_loadu_si512(sums[m] + 16);
+    low[m] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(sums[m]);
+    high[m] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(sums[m] + 16);
   }
-  for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
+  const auto add_step = [&](const int8_t* at) __attribute__((always_inline)) {
     const __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);
+    panel += kPanelRows * kStep;
 #pragma GCC unroll 12
     for (int m = 0; m < kTokens; ++m) {
-      const __m512i four = _mm512_set1_epi32(codes_at(codes + m * stride, step));
+      const __m512i four = _mm512_set1_epi32(codes_at(at + kRun * m));
       low[m] = _mm512_dpbusd_epi32(low[m], left, four);
       high[m] = _mm512_dpbusd_epi32(high[m], right, four);
     }
+  };
+  for (; steps >= kRunSteps; steps -= kRunSteps, codes += next_run) {
+#pragma GCC unroll 8
+    for (int step = 0; step < kRunSteps; ++step) add_step(codes + kStep * step);
   }
+  for (int step = 0; step < steps; ++step) add_step(codes + kStep * step);
   for (int m = 0; m < kTokens; ++m) {
-    _mm512_storeu_si512(sums[m], low[m]);
-    _mm512_storeu_si512(sums[m] + 16, high[m]);
+    _mm512_store_si512(sums[m], low[m]);
+    _mm512_store_si512(sums[m] + 16, high[m]);
   }
 }
 
@@ -57,8 +71,8 @@ constexpr int kDotTokens = 2;  // 8 accumulators
 // Products of pairs in 16 bits do not saturate for codes up to `largest`, and the sums of as many
 // pairs as the 16 bits hold are widened together.
 template <int kTokens>
-ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                              Sums* sums, int largest) {
+ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* codes,
+                              int64_t next_run, bool fresh, Sums* sums, int largest) {
   const int together = 32767 / (2 * 128 * largest);
   const __m256i ones = _mm256_set1_epi16(1);
   for (int first = 0; first < steps; first += together) {
@@ -71,7 +85,7 @@ ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* cod
             _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32 * part));
 #pragma GCC unroll 2
         for (int m = 0; m < kTokens; ++m) {
-          const __m256i four = _mm256_set1_epi32(codes_at(codes + m * stride, step));
+          const __m256i four = _mm256_set1_epi32(codes_of(codes, next_run, m, step));
           pairs[m][part] = _mm256_add_epi16(pairs[m][part], _mm256_maddubs_epi16(weights, four));
         }
       }
@@ -80,7 +94,8 @@ ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* cod
       for (int part = 0; part < 4; ++part) {
         __m256i* to = reinterpret_cast<__m256i*>(sums[m] + 8 * part);
         const __m256i wide = _mm256_madd_epi16(pairs[m][part], ones);
-        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), wide));
+        const bool first_sums = fresh && first == 0;
+        _mm256_store_si256(to, first_sums ? wide : _mm256_add_epi32(_mm256_load_si256(to), wide));
       }
     }
   }
@@ -88,13 +103,15 @@ ANYBIT_INLINE void dot_narrow(const uint8_t* panel, int steps, const int8_t* cod
 
 // Codes of 8 bits: even and odd bytes apart, as 16-bit numbers.
 template <int kTokens>
-ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                            Sums* sums) {
+ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes, int64_t next_run,
+                            bool fresh, Sums* sums) {
   const __m256i even_bytes = _mm256_set1_epi16(0xff);
   __m256i totals[kTokens][4];
   for (int m = 0; m < kTokens; ++m) {
-    for (int part = 0; part < 4; ++part)
-      totals[m][part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums[m] + 8 * part));
+    for (int part = 0; part < 4; ++part) {
+      const auto* from = reinterpret_cast<const __m256i*>(sums[m] + 8 * part);
+      totals[m][part] = fresh ? _mm256_setzero_si256() : _mm256_load_si256(from);
+    }
   }
   for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
 #pragma GCC unroll 4
@@ -105,7 +122,7 @@ ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes
       const __m256i odd = _mm256_srli_epi16(weights, 8);
 #pragma GCC unroll 2
       for (int m = 0; m < kTokens; ++m) {
-        const __m256i four = _mm256_set1_epi32(codes_at(codes + m * stride, step));
+        const __m256i four = _mm256_set1_epi32(codes_of(codes, next_run, m, step));
         const __m256i even_codes = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
         const __m256i odd_codes = _mm256_srai_epi16(four, 8);
         totals[m][part] =
@@ -116,7 +133,7 @@ ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes
   }
   for (int m = 0; m < kTokens; ++m) {
     for (int part = 0; part < 4; ++part)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[m] + 8 * part), totals[m][part]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(sums[m] + 8 * part), totals[m][part]);
   }
 }
 
@@ -125,14 +142,16 @@ ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes
 constexpr int kDotTokens = 1;
 
 template <int kTokens>
-inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t, Sums* sums) {
-  uint32_t totals[kPanelRows];  // modulo 2^32, as the other sets add
-  std::memcpy(totals, sums[0], sizeof totals);
-  for (int step = 0; step < steps; ++step, codes += kStep, panel += kPanelRows * kStep) {
+inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t next_run,
+                       bool fresh, Sums* sums) {
+  uint32_t totals[kPanelRows] = {};  // modulo 2^32, as the other sets add
+  if (!fresh) std::memcpy(totals, sums[0], sizeof totals);
+  for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
+    const int8_t* four = codes + step / kRunSteps * next_run + kStep * (step % kRunSteps);
     for (int n = 0; n < kPanelRows; ++n) {
       const uint8_t* weights = panel + kStep * n;
-      totals[n] += uint32_t(weights[0] * codes[0] + weights[1] * codes[1] + weights[2] * codes[2] +
-                            weights[3] * codes[3]);
+      totals[n] += uint32_t(weights[0] * four[0] + weights[1] * four[1] + weights[2] * four[2] +
+                            weights[3] * four[3]);
     }
   }
   std::memcpy(sums[0], totals, sizeof totals);
@@ -141,13 +160,13 @@ inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int
 #endif
 
 template <int kTokens>
-ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride,
-                            Sums* sums, [[maybe_unused]] int largest) {
+ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes, int64_t next_run,
+                            bool fresh, Sums* sums, [[maybe_unused]] int largest) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, stride, sums);
-  dot_narrow<kTokens>(panel, steps, codes, stride, sums, largest);
+  if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, next_run, fresh, sums);
+  dot_narrow<kTokens>(panel, steps, codes, next_run, fresh, sums, largest);
 #else
-  dot_tokens<kTokens>(panel, steps, codes, stride, sums);
+  dot_tokens<kTokens>(panel, steps, codes, next_run, fresh, sums);
 #endif
 }
 
@@ -160,60 +179,107 @@ ANYBIT_INLINE void with_count(int count, const F& f) {
   f.template operator()<kMost>();
 }
 
-// sums[m][n] += sum over k of panel[k][n] * codes[m][k], for `count` tokens.
+// sums[m][n] = sum over k of panel[k][n] * codes[m][k], for the first `count` tokens of a tile; unless
+// `fresh`, added to what is there.
 //
 // largest: of the panel's codes. Sums are modulo 2^32.
 struct DotCall {
   const uint8_t* panel;
   int steps;
   const int8_t* codes;
-  int64_t stride;
+  int64_t next_run;
+  bool fresh;
   Sums* sums;
   int largest;
   template <int kTokens>
   ANYBIT_INLINE void operator()() const {
-    dot_some<kTokens>(panel, steps, codes, stride, sums, largest);
+    dot_some<kTokens>(panel, steps, codes, next_run, fresh, sums, largest);
   }
 };
 
-inline void dot(const uint8_t* panel, int steps, const int8_t* codes, int64_t stride, int count,
-                Sums* sums, int largest) {
+// The same with a token of ones.
+inline void dot_ones(const uint8_t* panel, int steps, bool fresh, Sums& sums, int largest) {
+  int8_t ones[kRun];
+  std::memset(ones, 1, sizeof ones);
+  dot_some<1>(panel, steps, ones, 0, fresh, &sums, largest);
+}
+
+#if defined(ANYBIT_TILES)
+
+// The same of kTiles tiles of 16 tokens, `next_tile` bytes apart, and as many rows of sums.
+template <int kTiles>
+inline void dot_tiles(const uint8_t* panel, int tile_steps, int runs, const int8_t* codes,
+                      int64_t next_tile, bool fresh, Sums* sums) {
+  constexpr int64_t kSumsStride = sizeof(Sums), kStepBytes = kPanelRows * kStep;
+  Sums* second = sums + kTileRows;
+  if (fresh) {
+    tile_zero<0>(), tile_zero<1>();
+    if constexpr (kTiles == 2) tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(sums[0], kSumsStride), tile_load<1>(sums[0] + 16, kSumsStride);
+    if constexpr (kTiles == 2)
+      tile_load<2>(second[0], kSumsStride), tile_load<3>(second[0] + 16, kSumsStride);
+  }
+  const int64_t token_bytes = kTileRows * kStep * tile_steps;
+  for (int i = 0; i < runs; ++i, panel += tile_steps * kStepBytes, codes += token_bytes) {
+    tile_load<4>(codes, kStep * tile_steps);
+    tile_load<6>(panel, kStepBytes);
+    tile_multiply_add<0, 4, 6>();
+    tile_load<7>(panel + kTileBytes, kStepBytes);
+    tile_multiply_add<1, 4, 7>();
+    if constexpr (kTiles == 2) {
+      tile_load<5>(codes + next_tile, kStep * tile_steps);
+      tile_multiply_add<2, 5, 6>();
+      tile_multiply_add<3, 5, 7>();
+    }
+  }
+  tile_store<0>(sums[0], kSumsStride), tile_store<1>(sums[0] + 16, kSumsStride);
+  if constexpr (kTiles == 2)
+    tile_store<2>(second[0], kSumsStride), tile_store<3>(second[0] + 16, kSumsStride);
+}
+
+// The same of tokens m0 on and of elements `position` on; m0 begins a tile, and there are sums for
+// whole tiles.
+inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m0, int64_t position,
+                int count, bool fresh, Sums* sums, int) {
+  const TokenLayout& layout = tokens.layout;
+  const int tile_steps = int(layout.run / kStep);
+  const int runs = (steps + tile_steps - 1) / tile_steps;  // zeros fill up the last one's tokens
+  const int8_t* codes = tokens.first_code(m0) + layout.offset(position);
+  const int64_t row = layout.row_bytes;
+  int m = 0;
+  for (; count - m > kTileRows; m += 2 * kTileRows)
+    dot_tiles<2>(panel, tile_steps, runs, codes + m * row, kTileRows * row, fresh, sums + m);
+  if (m < count)
+    dot_tiles<1>(panel, tile_steps, runs, codes + m * row, kTileRows * row, fresh, sums + m);
+}
+
+#else
+
+// The same of tokens m0 on and of elements `position` on; m0 begins a tile.
+inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m0, int64_t position,
+                int count, bool fresh, Sums* sums, int largest) {
+  static_assert(kDotTokens == kTokensOfTile);
+  const TokenLayout& layout = tokens.layout;
+  const int8_t* codes = tokens.first_code(m0) + layout.offset(position);
   for (int m = 0; m < count; m += kDotTokens) {
-    const DotCall call{panel, steps, codes + m * stride, stride, sums + m, largest};
+    const DotCall call{panel,    steps,  codes + m * layout.row_bytes, kDotTokens * kRun, fresh,
+                       sums + m, largest};
     with_count<kDotTokens>(smaller(kDotTokens, count - m), call);
   }
 }
 
-// The same with weights fp32 [k][kPanelRows] and tokens fp32, in no fixed order of rounding.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kFloatTokens = 12;
-using FloatVector = __m512;
-ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm512_loadu_ps(v); }
-ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm512_storeu_ps(to, v); }
-ANYBIT_INLINE FloatVector broadcast(float v) { return _mm512_set1_ps(v); }
-ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
-  return _mm512_fmadd_ps(a, b, sum);
-}
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kFloatTokens = 2;
-using FloatVector = __m256;
-ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm256_loadu_ps(v); }
-ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm256_storeu_ps(to, v); }
-ANYBIT_INLINE FloatVector broadcast(float v) { return _mm256_set1_ps(v); }
-ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
-  return _mm256_fmadd_ps(a, b, sum);
-}
-#else
-constexpr int kLanes = 1, kFloatTokens = 1;
-using FloatVector = float;
-ANYBIT_INLINE FloatVector load_vector(const float* v) { return *v; }
-ANYBIT_INLINE void store_vector(float* to, FloatVector v) { *to = v; }
-ANYBIT_INLINE FloatVector broadcast(float v) { return v; }
-ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
-  return a * b + sum;
-}
 #endif
 
+#if defined(__AVX512F__)
+constexpr int kFloatTokens = 12;
+#elif defined(__AVX2__)
+constexpr int kFloatTokens = 2;
+#else
+constexpr int kFloatTokens = 1;
+#endif
+
+// The same with weights fp32 [k][kPanelRows] and tokens fp32, in no fixed order of rounding.
 struct FloatDotCall {
   const Outputs* panel;
   int length;

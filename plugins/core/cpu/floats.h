@@ -163,11 +163,60 @@ ANYBIT_INLINE void store_saturated(const float* v, int count, Half* to) {
 }
 #endif
 
+// As many numbers as a register has.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+using FloatVector = __m512;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm512_loadu_ps(v); }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm512_storeu_ps(to, v); }
+ANYBIT_INLINE FloatVector broadcast(float v) { return _mm512_set1_ps(v); }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return _mm512_fmadd_ps(a, b, sum);
+}
+ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return _mm512_add_ps(a, b); }
+ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return _mm512_sub_ps(a, b); }
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return _mm512_min_ps(a, b); }
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+using FloatVector = __m256;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return _mm256_loadu_ps(v); }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { _mm256_storeu_ps(to, v); }
+ANYBIT_INLINE FloatVector broadcast(float v) { return _mm256_set1_ps(v); }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return _mm256_fmadd_ps(a, b, sum);
+}
+ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return _mm256_add_ps(a, b); }
+ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return _mm256_sub_ps(a, b); }
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return _mm256_min_ps(a, b); }
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return _mm256_max_ps(a, b); }
+#else
+constexpr int kLanes = 1;
+using FloatVector = float;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return *v; }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { *to = v; }
+ANYBIT_INLINE FloatVector broadcast(float v) { return v; }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return a * b + sum;
+}
+ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return a + b; }
+ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return a - b; }
+// b where one of them is NaN
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return a < b ? a : b; }
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return a > b ? a : b; }
+#endif
+
 // v rounded to a whole number, half to even, for |v| < 2^22: the sum with 1.5 * 2^23 has no bits
 // behind the point.
 ANYBIT_INLINE float rounded(float v) {
   constexpr float kNoFraction = 12582912.0f;
   return (v + kNoFraction) - kNoFraction;
+}
+
+// v as a whole number, rounded so, for |v| < 2^31.
+ANYBIT_INLINE int32_t whole_from(float v) {
+  const int32_t high = int32_t(v * 0x1p-10f) * 1024;  // the rest is exact
+  return high + int32_t(rounded(v - float(high)));
 }
 
 }  // namespace ANYBIT_SET

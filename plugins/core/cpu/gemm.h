@@ -8,7 +8,8 @@
 //   int64_t weight_bytes           packed, of the whole weight
 //   unpack(n0, position, steps, panel)       codes of kPanelRows output channels from n0 on and of
 //                                            4 * steps elements from `position` of a row on
-//   add_group(group, n0, tokens, m0, count, sums, code_sums, outputs)
+//   Terms, read_terms(group, n0, terms)      what add_group needs of a group and those channels
+//   add_group(terms, group, tokens, m0, count, sums, code_sums, outputs)
 //                                            outputs[m] = what the scale of token m0 + m multiplies,
 //                                            added up group by group
 //   kMoreRows                      of the workspace, for its own use
@@ -24,7 +25,18 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int64_t kSlab = 512;  // most tokens whose codes are in the workspace at a time
-constexpr int kBlock = 96;      // most tokens that a panel meets before it is unpacked anew
+constexpr int kTogether =
+    96;  // tokens whose sums stay in the nearest cache: whole tiles, all digits
+// Tokens that a panel meets before it is unpacked anew. AMX wants their codes in the second cache,
+// others read them from the third in time.
+constexpr int kBlock = 576;
+#if defined(ANYBIT_TILES)
+constexpr int64_t kBlockBytes = 1280 << 10;
+constexpr int kLeastBlock = 288;
+#else
+constexpr int64_t kBlockBytes = INT64_MAX;
+constexpr int kLeastBlock = kBlock;
+#endif
 constexpr int64_t kInlineBytes = 128 << 10;  // of packed weights: below, one thread is faster
 
 // Cuts the workspace into arrays; with none it only counts their bytes.
@@ -49,12 +61,13 @@ struct SlabMemory {
 ANYBIT_INLINE SlabMemory slab_memory(const TokenLayout& layout, int64_t m, int more, void* memory) {
   Carver carver{static_cast<char*>(memory)};
   const int64_t rows = smaller(m > 1 ? m : 1, kSlab);
+  constexpr int64_t kMostOfTile = 16;  // tokens, of any set
   SlabMemory slab;
   slab.tokens.layout = layout;
   slab.tokens.scale = carver.take<float>(rows);
   slab.tokens.zero = carver.take<int32_t>(rows);
   slab.tokens.sums = carver.take<int32_t>(rows * layout.n_groups);
-  slab.tokens.codes = carver.take<int8_t>(rows * layout.row_bytes);
+  slab.tokens.codes = carver.take<int8_t>((rows + kMostOfTile - 1) * layout.row_bytes);
   slab.ordered = carver.take<int8_t>(more * layout.row_bytes);
   slab.bytes = carver.used;
   return slab;
@@ -67,20 +80,27 @@ struct Destination {
   int64_t n;
   const float* bias;   // [n], or null
   const float* scale;  // of the tokens, or null
+  int digits = 1;      // tokens one after the other of which the sum is one of y's
 
-  // Outputs of tokens m0 .. m0 + count and output channels n0 .. n0 + width.
+  // Outputs of tokens m0 .. m0 + count and output channels n0 .. n0 + width; whole sums.
   ANYBIT_INLINE void write(const Outputs* outputs, int64_t m0, int count, int64_t n0,
                            int width = kPanelRows) const {
     const int columns = int(smaller<int64_t>(width, n - n0));
     alignas(64) float added[kPanelRows] = {}, v[kPanelRows];
     if (bias) std::memcpy(added, bias + n0, sizeof(float) * size_t(columns));
-    for (int m = 0; m < count; ++m) {
-      const float by = scale ? scale[m0 + m] : 1.0f;
-      for (int i = 0; i < kPanelRows; ++i) v[i] = outputs[m][i] * by;
+    for (int m = 0; m < count; m += digits) {
+      const int last = m + digits - 1;
+      const float by = scale ? scale[m0 + last] : 1.0f;
+      for (int i = 0; i < kPanelRows; ++i) v[i] = outputs[last][i] * by;
+      for (int d = last - 1; d >= m; --d) {
+        // the product alone may be beyond the largest number
+        for (int i = 0; i < kPanelRows; ++i)
+          v[i] = __builtin_fmaf(outputs[d][i], scale[m0 + d], v[i]);
+      }
       if (bias) {
         for (int i = 0; i < kPanelRows; ++i) v[i] += added[i];
       }
-      store_saturated(v, columns, y + (m0 + m) * n + n0);
+      store_saturated(v, columns, y + (m0 + m) / digits * n + n0);
     }
   }
 };
@@ -115,35 +135,45 @@ inline void panel_block(const Kernel& kernel, const Tokens& tokens, int64_t m0, 
   alignas(64) Sums sums[kBlock], code_sums;
   alignas(64) Outputs outputs[kBlock];
   constexpr int kElementsOfPanel = kStep * kPanelSteps;
+#if defined(ANYBIT_TILES)
+  const TileScope tiles(int(layout.run / kStep));
+#endif
+  typename Kernel::Terms terms;
   for (int64_t group = 0; group < layout.n_groups; ++group) {
-    std::memset(sums, 0, sizeof(Sums) * size_t(count));
-    std::memset(code_sums, 0, sizeof code_sums);
+    kernel.read_terms(group, n0, terms);
     for (int64_t first = 0; first < layout.group_bytes; first += kElementsOfPanel) {
       const int64_t position = group * layout.group_bytes + first;
-      const int steps = int(smaller<int64_t>(kElementsOfPanel, layout.group_bytes - first)) / kStep;
+      const int64_t left = layout.group_bytes - first;
+      const int steps = int(smaller<int64_t>(kElementsOfPanel, left)) / kStep;
       kernel.unpack(n0, position, steps, panel);
-      dot(panel, steps, tokens.codes + m0 * layout.row_bytes + position, layout.row_bytes, count,
-          sums, kernel.largest);
-      if (kernel.needs_code_sums) {
-        alignas(64) int8_t ones[kElementsOfPanel];
-        std::memset(ones, 1, sizeof ones);
-        dot(panel, steps, ones, 0, 1, &code_sums, kernel.largest);
+      if (kernel.needs_code_sums) dot_ones(panel, steps, first == 0, code_sums, kernel.largest);
+      for (int m = 0; m < count; m += kTogether) {
+        const int some = smaller(kTogether, count - m);
+        dot(panel, steps, tokens, m0 + m, position, some, first == 0, sums + m, kernel.largest);
+        if (left <= kElementsOfPanel)
+          kernel.add_group(terms, group, tokens, m0 + m, some, sums + m, code_sums, outputs + m);
       }
     }
-    kernel.add_group(group, n0, tokens, m0, count, sums, code_sums, outputs);
   }
   to.write(outputs, m0, count, n0);
 }
 
-// Calls body(m0, count, n0) for blocks of up to kBlock of m tokens and kPanelRows of n output
-// channels, whose packed weights have `bytes` bytes.
+// Calls body(m0, count, n0) for blocks of m tokens of `token_bytes` bytes each and kPanelRows of n
+// output channels, whose packed weights have `bytes` bytes.
 template <class F>
-ANYBIT_INLINE void for_blocks(int64_t m, int64_t n, int64_t bytes, const Parallel& parallel,
-                              const F& body) {
+ANYBIT_INLINE void for_blocks(int64_t m, int64_t token_bytes, int64_t n, int64_t bytes,
+                              const Parallel& parallel, const F& body) {
   const int64_t blocks = (n + kPanelRows - 1) / kPanelRows;
   const Shares shares = shares_of(blocks, bytes, m);
-  const int64_t token_blocks = (m + kBlock - 1) / kBlock;
-  const int64_t per_block = (m + token_blocks - 1) / token_blocks;
+  const int64_t near = kBlockBytes / token_bytes;
+  const int64_t most = near < kLeastBlock ? kLeastBlock : near < kBlock ? near : kBlock;
+  const int64_t least = (m + most - 1) / most;
+  // every thread gets two tasks
+  const int64_t wanted = (2 * parallel.threads + shares.count - 1) / shares.count;
+  const int64_t parts = smaller(wanted, (m + kTogether - 1) / kTogether);
+  const int64_t token_blocks = parts > least ? parts : least;
+  const int64_t even = (m + token_blocks - 1) / token_blocks;
+  const int64_t per_block = (even + kTogether - 1) / kTogether * kTogether;
   parallel(size_t(shares.count * token_blocks), [&](size_t task) {
     const int64_t m0 = int64_t(task) / shares.count * per_block;
     const int64_t count = smaller(per_block, m - m0);
@@ -154,24 +184,32 @@ ANYBIT_INLINE void for_blocks(int64_t m, int64_t n, int64_t bytes, const Paralle
   });
 }
 
+// Whether a kernel of the op's own takes m tokens.
+template <class Kernel>
+ANYBIT_INLINE bool are_few(const Kernel& kernel, int64_t m) {
+  if constexpr (Kernel::kFewTokens > 0) return m <= Kernel::kFewTokens && kernel.takes_few(m);
+  return false;
+}
+
 template <class Kernel, class T>
 inline void slab_gemm(const Kernel& kernel, const SlabMemory& slab, int64_t m,
                       const Destination<T>& to, const Parallel& parallel) {
   if constexpr (Kernel::kFewTokens > 0) {
-    if (m <= Kernel::kFewTokens && kernel.takes_few(m))
-      return kernel.few(slab, int(m), to, parallel);
+    if (are_few(kernel, m)) return kernel.few(slab, int(m), to, parallel);
   }
-  for_blocks(m, to.n, kernel.weight_bytes, parallel, [&](int64_t m0, int count, int64_t n0) {
-    panel_block(kernel, slab.tokens, m0, count, n0, to);
-  });
+  for_blocks(m, slab.tokens.layout.row_bytes, to.n, kernel.weight_bytes, parallel,
+             [&](int64_t m0, int count, int64_t n0) {
+               panel_block(kernel, slab.tokens, m0, count, n0, to);
+             });
 }
 
-// Calls body(x, y, tokens) for each slab of the tokens of a call.
+// Calls body(x, y, tokens) for each slab, of up to `most` of the tokens of a call.
 template <class T, class F>
-ANYBIT_INLINE void for_slabs(const GemmShape& s, const GemmBuffers& b, const F& body) {
-  for (int64_t m0 = 0; m0 < s.m; m0 += kSlab)
+ANYBIT_INLINE void for_slabs(const GemmShape& s, const GemmBuffers& b, int64_t most,
+                             const F& body) {
+  for (int64_t m0 = 0; m0 < s.m; m0 += most)
     body(static_cast<const T*>(b.x) + m0 * s.k, static_cast<T*>(b.y) + m0 * s.n,
-         smaller<int64_t>(kSlab, s.m - m0));
+         smaller<int64_t>(most, s.m - m0));
 }
 
 // Calls body(m) for each of m tokens of k elements, shared among threads where there are many.
@@ -185,17 +223,32 @@ ANYBIT_INLINE void for_tokens(int64_t m, int64_t k, const Parallel& parallel, co
   });
 }
 
-template <class T, class Kernel>
+struct NoSplitTokens {
+  template <class T>
+  void operator()(const T*, T*) const {}
+};
+
+// digits: codes of a token's element; 1, or 3 or 4 where tokens are not quantized.
+// not_finite(x, y): of the latter, makes the row of y of a token with a NaN or an infinity.
+template <class T, class Kernel, class F = NoSplitTokens>
 inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuffers& b,
-                         const Parallel& parallel) {
-  const SlabMemory slab = slab_memory(kernel.layout, s.m, Kernel::kMoreRows, b.workspace);
+                         const Parallel& parallel, int digits = 1, const F& not_finite = {}) {
+  SlabMemory slab =
+      slab_memory(kernel.layout, int64_t{s.m} * digits, Kernel::kMoreRows, b.workspace);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
-  for_slabs<T>(s, b, [&](const T* x, T* y, int64_t m) {
+  for_slabs<T>(s, b, kSlab / digits, [&](const T* x, T* y, int64_t m) {
+    slab.tokens.layout.tile_tokens = are_few(kernel, m * digits) ? 1 : kTokensOfTile;
     for_tokens(m, s.k, parallel, [&](int64_t i) {
       const NormedToken<T> token(x + i * s.k, gamma, s.k, double(s.norm_epsilon));
+      if (digits > 1) return split_token(token, digits, slab.tokens, i * digits);
       quantize_token(token, s.abits, s.act_symmetric != 0, slab.tokens, i);
     });
-    slab_gemm(kernel, slab, m, Destination<T>{y, s.n, b.bias, slab.tokens.scale}, parallel);
+    const Destination<T> to{y, s.n, b.bias, slab.tokens.scale, digits};
+    slab_gemm(kernel, slab, m * digits, to, parallel);
+    for (int64_t i = 0; i < m && digits > 1; ++i) {
+      const float scale = slab.tokens.scale[i * digits];
+      if (scale != scale) not_finite(x + i * s.k, y + i * s.n);
+    }
   });
 }
 

@@ -3,10 +3,18 @@
 
 #include <cstdlib>
 
+#include "core/cpu/has_tiles.h"
+
+#if defined(ANYBIT_HAS_TILES) && !defined(ANYBIT_EMULATED_TILES)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace anybit::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "amx"};
 
 std::string names_up_to(Isa best) {
   std::string names = kNames[kPortable];
@@ -14,11 +22,28 @@ std::string names_up_to(Isa best) {
   return names;
 }
 
-}  // namespace
+// Whether this process may use int8 tiles from now on; asked where there is AVX-512.
+bool takes_tiles() {
+#if defined(ANYBIT_EMULATED_TILES)
+  return true;
+#elif defined(ANYBIT_HAS_TILES)
+  unsigned a, b, c, d;
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // of leaf 7, EDX
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kInt8)) return false;
+  // both parts of the tiles' state, which the operating system must be ready to save
+  constexpr unsigned kState = 1u << 17 | 1u << 18;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kState) != kState) return false;
+  constexpr long kAskForState = 0x1023,
+                 kTileData = 18;  // ARCH_REQ_XCOMP_PERM, Linux 5.16 and later
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
-const char* name_of(Isa isa) { return kNames[isa]; }
-
-Isa best_isa() {
+Isa asked_isa() {
 #if defined(__x86_64__)
   // The compiler's run-time library asks cpuid for the instructions and xgetbv for whether the
   // operating system keeps their registers.
@@ -29,10 +54,20 @@ Isa best_isa() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
-  return avx2 && avx512 ? kAvx512 : avx2 ? kAvx2 : kPortable;
+  if (avx2 && avx512) return takes_tiles() ? kAmx : kAvx512;
+  return avx2 ? kAvx2 : kPortable;
 #else
   return kPortable;
 #endif
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) { return kNames[isa]; }
+
+Isa best_isa() {
+  static const Isa best = asked_isa();
+  return best;
 }
 
 IsaChoice choose_isa(const char* wanted, Isa best) {

@@ -10,12 +10,14 @@ enum Isa : int {
   kPortable,  // plain C++17
   kAvx2,      // AVX2, FMA, F16C
   kAvx512,    // AVX-512 F, BW, DQ, VL, VBMI and VNNI, and GFNI
+  kAmx,       // that, and AMX with int8 tiles
 };
-constexpr int kIsaCount = kAvx512 + 1;
+constexpr int kIsaCount = kAmx + 1;
 
 const char* name_of(Isa isa);
 
-// The best set that this processor and this operating system run and this library was built for.
+// The best set that this processor and this operating system run and this library was built for. The
+// first call asks Linux to let this process use AMX's tiles.
 Isa best_isa();
 
 // What calls use. `error` is not empty, in three parts, where ANYBIT_CPU names no set of this

@@ -9,12 +9,16 @@ namespace anybit::cpu {
 
 using Run = void (*)(const GemmShape& shape, const GemmBuffers& buffers, const Parallel& parallel);
 
+// Of a set's function: null in a library that was made without the set, since the compiler, the
+// machine or a test library lacks it.
+#define ANYBIT_IF_MADE __attribute__((weak))
+
 struct Op {
   const char* name;
   bool (*supported)(const GemmShape& shape);
   bool (*has_inputs)(const GemmShape& shape, const GemmBuffers& buffers);
   size_t (*workspace)(const GemmShape& shape);  // of a supported shape
-  Run run[kIsaCount];                           // null for sets that the compiler does not make
+  Run run[kIsaCount];                           // null for sets that are not made
 };
 
 // Tactic of a set, in the numbering of core/host/config.h: K is whole.

@@ -4,16 +4,41 @@
 #include <cmath>
 
 #include "core/cpu/floats.h"
+#if defined(ANYBIT_TILES)
+#include "core/cpu/tiles.h"
+#endif
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
+// Tokens of a tile, whose codes lie together: what a kernel multiplies with a panel at a time.
+#if defined(ANYBIT_TILES)
+constexpr int kTokensOfTile = kTileRows;
+#elif defined(__AVX512VNNI__)
+constexpr int kTokensOfTile = 12;
+#elif defined(__AVX2__)
+constexpr int kTokensOfTile = 2;
+#else
+constexpr int kTokensOfTile = 1;
+#endif
+constexpr int kRun = 32;  // codes of a token side by side in a tile, but for AMX
+
 // Where the elements of a token lie: every group begins at a multiple of `group_bytes`, and what is
 // between groups and behind the last is 0.
+//
+// Tokens lie in tiles, [row_bytes / run][tile_tokens][run]: a panel meets them in the order of memory.
+// In rows each would be in a page of its own. Kernels for few tokens want rows, tiles of one token.
 struct TokenLayout {
   int64_t k, n_groups, group_len;
   int64_t group_bytes;
   int64_t row_bytes;  // an odd number of cache lines, so that rows do not share cache sets
+  int64_t tile_tokens, run;
+
+  // Where element `position` of the padded row is behind the token's first.
+  ANYBIT_INLINE int64_t offset(int64_t position) const {
+    const int64_t in_run = position & (run - 1);
+    return (position - in_run) * tile_tokens + in_run;
+  }
 };
 
 ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alignment) {
@@ -22,19 +47,47 @@ ANYBIT_INLINE TokenLayout token_layout(int64_t k, int64_t n_groups, int64_t alig
   layout.group_bytes = (layout.group_len + alignment - 1) / alignment * alignment;
   const int64_t lines = (n_groups * layout.group_bytes + 511) / 512 * 8;
   layout.row_bytes = (lines | 1) * 64;
+  layout.tile_tokens = kTokensOfTile, layout.run = kRun;
+#if defined(ANYBIT_TILES)
+  // a tile that is not full costs as much time
+  if (n_groups == 1 || layout.group_bytes % kTileBytes == 0) layout.run = kTileBytes;
+#endif
   return layout;
 }
+
+constexpr int kElements = 64;    // of a token, in registers or on the stack, at a time
+constexpr int64_t kKept = 8192;  // most elements of a token whose norm is kept on the stack
 
 // The tokens of one slab, in the workspace.
 struct Tokens {
   TokenLayout layout;
-  int8_t* codes;  // [m, row_bytes]
+  int8_t* codes;  // [m / tile_tokens, tile_tokens * row_bytes]
   float* scale;   // [m]
   int32_t* zero;  // [m]
   int32_t* sums;  // [m, n_groups] of the codes
-};
 
-constexpr int kElements = 64;  // of a token, in registers or on the stack, at a time
+  ANYBIT_INLINE int8_t* first_code(int64_t m) const {
+    const int64_t in_tile = m % layout.tile_tokens;
+    return codes + (m - in_tile) * layout.row_bytes + in_tile * layout.run;
+  }
+
+  // Kernels that want rows read beyond the end.
+  ANYBIT_INLINE void clear(int64_t m) const {
+    if (layout.tile_tokens == 1) std::memset(first_code(m), 0, size_t(layout.row_bytes));
+  }
+
+  // Codes `first` on of a group of token m: `count` of them, and zeros up to kElements.
+  ANYBIT_INLINE void put(int64_t m, int64_t group, int64_t first, int count,
+                         const int8_t* from) const {
+    int8_t* token = first_code(m);
+    const int64_t position = group * layout.group_bytes + first;
+    for (int part = 0; part < count; part += kRun)
+      std::memcpy(token + layout.offset(position + part), from + part, kRun);
+    // what fills up the last tile
+    if (layout.run > kRun && count <= kRun)
+      std::memcpy(token + layout.offset(position + kRun), from + kRun, kRun);
+  }
+};
 
 // A token after its norm, or as it is without one.
 template <class T>
@@ -83,21 +136,25 @@ struct TokenQuant {
   bool finite;
 };
 
+// kept: takes the elements after the norm, and zeros behind them to a whole kElements; or null.
 template <class T>
-ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bits, bool symmetric) {
-  constexpr int kLanes = 16;
-  alignas(64) float v[kElements], low[kLanes] = {}, high[kLanes] = {}, bad[kLanes] = {};
+ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bits, bool symmetric,
+                                     float* kept = nullptr) {
+  alignas(64) float one[kElements], low[kLanes], high[kLanes], bad[kLanes];
+  FloatVector lows = broadcast(0), highs = lows, bads = lows;
   for (int64_t first = 0; first < k; first += kElements) {
+    float* v = kept ? kept + first : one;
     x.read(first, int(smaller<int64_t>(kElements, k - first)), v);
     for (int i = 0; i < kElements; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const float each = v[i + j];
-        low[j] = each < low[j] ? each : low[j];
-        high[j] = each > high[j] ? each : high[j];
-        bad[j] += each - each;  // NaN from a NaN or an infinity on
-      }
+      const FloatVector each = load_vector(v + i);
+      lows = lesser(each, lows);
+      highs = greater(each, highs);
+      bads = sum_of(bads, difference(each, each));  // NaN from a NaN or an infinity on
     }
   }
+  store_vector(low, lows);
+  store_vector(high, highs);
+  store_vector(bad, bads);
   for (int j = 1; j < kLanes; ++j) {
     low[0] = low[j] < low[0] ? low[j] : low[0];
     high[0] = high[j] > high[0] ? high[j] : high[0];
@@ -124,27 +181,101 @@ template <class T>
 ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmetric,
                                   const Tokens& tokens, int64_t m) {
   const TokenLayout& layout = tokens.layout;
-  const TokenQuant q = token_quant(x, layout.k, bits, symmetric);
-  int8_t* codes = tokens.codes + m * layout.row_bytes;
-  std::memset(codes, 0, size_t(layout.row_bytes));
+  // a norm costs more than its result in the cache; without one X is read twice
+  alignas(64) float all[kKept + kElements], some[kElements];
+  float* kept = x.gamma != nullptr && layout.k <= kKept ? all : nullptr;
+  const TokenQuant q = token_quant(x, layout.k, bits, symmetric, kept);
+  // a group's last elements are read together with what is behind them
+  if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
   tokens.scale[m] = q.scale;
   tokens.zero[m] = int32_t(q.zero);
-  alignas(64) float v[kElements];
-  alignas(64) int8_t rounded_codes[kElements];
+  tokens.clear(m);
+  alignas(64) int8_t codes[kElements];
   for (int64_t group = 0; group < layout.n_groups; ++group) {
     int32_t sum = 0;
-    for (int64_t first = 0; q.finite && first < layout.group_len; first += kElements) {
+    for (int64_t first = 0; first < layout.group_len; first += kElements) {
       const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
-      x.read(group * layout.group_len + first, count, v);
-      for (int i = 0; i < kElements; ++i) {
-        const float code = rounded(v[i] * q.inverse) + q.zero;
-        rounded_codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+      const int64_t element = group * layout.group_len + first;
+      const float* v = kept ? kept + element : some;
+      if (q.finite) {
+        if (!kept) x.read(element, count, some);
+        for (int i = 0; i < kElements; ++i) {
+          const float code = rounded(v[i] * q.inverse) + q.zero;
+          codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+        }
       }
-      for (int i = count; i < kElements; ++i) rounded_codes[i] = 0;
-      for (int i = 0; i < kElements; ++i) sum += rounded_codes[i];
-      std::memcpy(codes + group * layout.group_bytes + first, rounded_codes, size_t(count));
+      for (int i = q.finite ? count : 0; i < kElements; ++i) codes[i] = 0;
+      for (int i = 0; i < kElements; ++i) sum += codes[i];
+      tokens.put(m, group, first, count, codes);
     }
     tokens.sums[m * layout.n_groups + group] = sum;
+  }
+}
+
+// 2^exponent for exponents of normal numbers.
+ANYBIT_INLINE float power_of_two(int exponent) {
+  return float_of_bits(uint32_t(exponent + 127) << 23);
+}
+
+// A token that is not quantized, as whole numbers of 2^e, from the largest element on 22 bits or, with
+// four digits, 30: these are `digits` codes to the base 256 each, the highest first, and so many tokens
+// from m on. A row with a NaN or an infinity has NaN scales and codes 0.
+template <class T>
+ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens& tokens,
+                               int64_t m) {
+  constexpr int kNumbers = 16;
+  const TokenLayout& layout = tokens.layout;
+  alignas(64) float all[kKept + kElements], some[kElements];
+  float* kept = layout.k <= kKept ? all : nullptr;
+  alignas(64) uint32_t most[kNumbers] = {};  // bits of magnitudes are in the order of the numbers
+  for (int64_t first = 0; first < layout.k; first += kElements) {
+    float* v = kept ? kept + first : some;
+    x.read(first, int(smaller<int64_t>(kElements, layout.k - first)), v);
+    for (int i = 0; i < kElements; i += kNumbers) {
+      for (int j = 0; j < kNumbers; ++j) {
+        const uint32_t magnitude = bits_of(v[i + j]) & 0x7fffffff;
+        most[j] = magnitude > most[j] ? magnitude : most[j];
+      }
+    }
+  }
+  if (kept) std::memset(kept + (layout.k + kElements - 1) / kElements * kElements, 0, sizeof some);
+  for (int j = 1; j < kNumbers; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+  const bool finite = most[0] < 0x7f800000;
+  // down to the last bit of the smallest number; a power beyond those of fp32 is made of two
+  int e = int(most[0] >> 23) - 127 - (digits == 4 ? 29 : 21);
+  e = e < -149 ? -149 : e;
+  const float down = power_of_two(-e / 2), rest = power_of_two(-e - -e / 2);
+  for (int d = 0; d < digits; ++d) {
+    const int power = e + 8 * (digits - 1 - d);
+    const float scale = power_of_two(power / 2) * power_of_two(power - power / 2);
+    tokens.scale[m + d] = finite ? scale : float_of_bits(0x7fc00000);
+    tokens.zero[m + d] = 0;
+    tokens.clear(m + d);
+  }
+  alignas(64) int8_t codes[4][kElements];
+  for (int64_t group = 0; group < layout.n_groups; ++group) {
+    int32_t sums[4] = {};
+    for (int64_t first = 0; first < layout.group_len; first += kElements) {
+      const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
+      const int64_t element = group * layout.group_len + first;
+      const float* v = kept ? kept + element : some;
+      if (!kept) x.read(element, count, some);
+      alignas(64) int32_t whole[kElements];
+      if (finite) {
+        for (int i = 0; i < kElements; ++i) whole[i] = whole_from(v[i] * down * rest);
+      }
+      for (int i = finite ? count : 0; i < kElements; ++i) whole[i] = 0;
+      for (int d = digits - 1; d >= 0; --d) {
+        for (int i = 0; i < kElements; ++i) {
+          const int32_t digit = int32_t(uint32_t(whole[i]) << 24) >> 24;
+          codes[d][i] = int8_t(digit);
+          whole[i] = (whole[i] - digit) >> 8;
+          sums[d] += digit;
+        }
+        tokens.put(m + d, group, first, count, codes[d]);
+      }
+    }
+    for (int d = 0; d < digits; ++d) tokens.sums[(m + d) * layout.n_groups + group] = sums[d];
   }
 }
 

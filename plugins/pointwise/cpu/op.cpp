@@ -12,6 +12,7 @@ constexpr const Pointwise* kPointwise[kIsaCount] = {
 #if defined(__x86_64__)
     &pointwise_avx2,
     &pointwise_avx512,
+    &pointwise_avx512,  // with AMX as without
 #endif
 };
 

@@ -243,7 +243,9 @@ struct QqqFewCall {
         for (int half = 0; half < 2; ++half) {
           const int64_t n0 = (block0 + block) * kQqqBlock + half * kPanelRows;
           if (n0 >= w.n) break;
-          kernel.add_group(0, n0, tokens, m, 1, &halves[m][half], halves[m][half], &outputs);
+          typename Kernel::Terms terms;
+          kernel.read_terms(0, n0, terms);
+          kernel.add_group(terms, 0, tokens, m, 1, &halves[m][half], halves[m][half], &outputs);
           to.write(&outputs, m, 1, n0);
         }
       }

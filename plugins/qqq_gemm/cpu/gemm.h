@@ -170,23 +170,30 @@ struct QqqKernel {
     }
   }
 
-  // outputs = float(D) * scale.
-  ANYBIT_INLINE void add_group(int64_t, int64_t n0, const Tokens& tokens, int64_t m0, int count,
-                               const Sums* sums, const Sums&, Outputs* outputs) const {
-    alignas(64) float scale[kPanelRows] = {};
+  // Scales of a panel's output channels.
+  struct Terms {
+    alignas(64) float scale[kPanelRows];
+  };
+  ANYBIT_INLINE void read_terms(int64_t, int64_t n0, Terms& terms) const {
+    std::memset(terms.scale, 0, sizeof terms.scale);
     const int64_t columns = smaller<int64_t>(kPanelRows, weights.n - n0);
-    std::memcpy(scale, weights.scale + n0, sizeof(float) * size_t(columns));
+    std::memcpy(terms.scale, weights.scale + n0, sizeof(float) * size_t(columns));
+  }
+
+  // outputs = float(D) * scale.
+  ANYBIT_INLINE void add_group(const Terms& terms, int64_t, const Tokens& tokens, int64_t m0,
+                               int count, const Sums* sums, const Sums&, Outputs* outputs) const {
     const int32_t offset = weights.group_size ? kQqqGroupedOffset : kQqqOffset;
     for (int m = 0; m < count; ++m) {
       // modulo 2^32: with the offset the sums may leave the range, D does not
       const uint32_t bias = uint32_t(offset) * uint32_t(tokens.sums[m0 + m]);
       for (int i = 0; i < kPanelRows; ++i)
-        outputs[m][i] = float(int32_t(uint32_t(sums[m][i]) - bias)) * scale[i];
+        outputs[m][i] = float(int32_t(uint32_t(sums[m][i]) - bias)) * terms.scale[i];
     }
   }
 
   static constexpr int kMoreRows = 0;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(ANYBIT_TILES)
   static constexpr int kFewTokens = kQqqFewTokens;
   ANYBIT_INLINE bool takes_few(int64_t) const { return true; }
   template <class T>

@@ -6,11 +6,10 @@
 
 namespace anybit::cpu {
 
-void qqq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
-#if defined(__x86_64__)
-void qqq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
-void qqq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
-#endif
+ANYBIT_IF_MADE void qqq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void qqq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void qqq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_IF_MADE void qqq_gemm_amx(const GemmShape&, const GemmBuffers&, const Parallel&);
 
 namespace {
 
@@ -27,12 +26,7 @@ constexpr Op kOp = {"QQQGemm",
                     qqq_scheme_ok,
                     has_inputs,
                     workspace,
-#if defined(__x86_64__)
-                    {qqq_gemm_portable, qqq_gemm_avx2, qqq_gemm_avx512}
-#else
-                    {qqq_gemm_portable}
-#endif
-};
+                    {qqq_gemm_portable, qqq_gemm_avx2, qqq_gemm_avx512, qqq_gemm_amx}};
 const OpRegistration registration(row_of<kOp>());
 
 }  // namespace
