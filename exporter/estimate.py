@@ -14,7 +14,7 @@ from calibration import formats
 from calibration.out.files import free_bytes
 from calibration.out.layout import ENGINE, ONNX, QUANT
 from calibration.quant.quantize import quant_bytes
-from plugins.cores import allowed_memory, free_memory
+from plugins.cores import usable_memory
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ def check_room(out: Path, asked: Estimate) -> None:
             f"got {free / 1e6:.0f} MB of free space, expected at least {asked.disk / 1e6:.0f} MB",
             "Free some space, choose another --out, or stop earlier with --until",
         )
-    rooms = [room for room in (free_memory(), allowed_memory()) if room is not None]
+    usable = usable_memory()
     for stage, needed in asked.memory.items():
-        if rooms and min(rooms) < needed:
+        if usable is not None and usable < needed:
             raise InputError(
                 stage,
-                f"got {min(rooms) / 1e9:.1f} GB of free memory, expected {needed / 1e9:.1f} GB",
+                f"got {usable / 1e9:.1f} GB of free memory, expected {needed / 1e9:.1f} GB",
                 _FIXES[stage],
             )

@@ -58,14 +58,12 @@ def test_streams_count_in_memory_or_on_the_disk(tiny_llama: Callable[..., Path])
         (ENGINE, "Give --until onnx, and build the engine on a machine with more memory"),
     ],
 )
-@pytest.mark.parametrize("who", ["free_memory", "allowed_memory"])
 def test_too_little_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, stage: str, fix: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, fix: str
 ) -> None:
-    monkeypatch.setattr(exporter.estimate, "free_memory", lambda: 10**12)
-    monkeypatch.setattr(exporter.estimate, "allowed_memory", lambda: None)
+    monkeypatch.setattr(exporter.estimate, "usable_memory", lambda: 10**12)
     check_room(tmp_path, Estimate(0, 0, {stage: 7_800_000_000}))
-    monkeypatch.setattr(exporter.estimate, who, lambda: 5_000_000_000)
+    monkeypatch.setattr(exporter.estimate, "usable_memory", lambda: 5_000_000_000)
     with pytest.raises(InputError) as caught:
         check_room(tmp_path, Estimate(0, 0, {stage: 7_800_000_000}))
     assert str(caught.value) == (f"{stage}: got 5.0 GB of free memory, expected 7.8 GB. {fix}.")
