@@ -368,6 +368,7 @@ def write(quant: QuantModel, folder: Path) -> None:
 _PACKED, _INT = "pack-quantized", "int-quantized"
 _PACKED_BITS = (2, 4, 8)
 _STRATEGIES = ("tensor", "channel", "group")
+_DENSE = "dense"  # no zeros are left out
 _ENDS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 
 
@@ -390,6 +391,7 @@ class _Group:
     targets: list[str]
     weights: _Numbers
     input_activations: _Numbers | None = None
+    output_activations: dict[str, Any] | None = None
     format: str | None = None
 
 
@@ -409,8 +411,7 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
     """
     where = f"{tensors.where}, quantization_config"
     settings = checked(dict(config), _Config, where, "Correct the config")
-    if config.get("sparsity_config"):
-        raise InputError(where, "got a sparsity_config, expected none", FLOAT_MODEL)
+    _check_whole(config, where)
     linears, used = {}, set()
     for layer in tensors.layers("weight_scale"):
         name, group = _group_of(layer, settings, where)
@@ -422,11 +423,25 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
     return Stored(linears, used)
 
 
+def _check_whole(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that asks for more than codes."""
+    sparse, turned = config.get("sparsity_config"), config.get("transform_config")
+    dense = isinstance(sparse, Mapping) and sparse.get("format") == _DENSE
+    if sparse and not dense:
+        raise InputError(where, "got a sparsity_config, expected none", FLOAT_MODEL)
+    if turned and not (isinstance(turned, Mapping) and turned.get("config_groups") == {}):
+        raise InputError(
+            where,
+            "got a transform_config, whose rotations of activations no graph here has, expected none",
+            FLOAT_MODEL,
+        )
+
+
 def _group_of(layer: str, settings: _Config, where: str) -> tuple[str, _Group]:
     """A layer's settings: of those that name it, else of a pattern, else of all linears."""
     fits: list[Callable[[str], bool]] = [
         lambda target: target == layer,
-        lambda target: target.startswith("re:") and re.match(target[3:], layer) is not None,
+        lambda target: target.startswith("re:") and _matches(target[3:], layer, where),
         lambda target: target == "Linear",
     ]
     for fit in fits:
@@ -441,6 +456,17 @@ def _group_of(layer: str, settings: _Config, where: str) -> tuple[str, _Group]:
     )
 
 
+def _matches(pattern: str, layer: str, where: str) -> bool:
+    try:
+        return re.match(pattern, layer) is not None
+    except re.error as error:
+        raise InputError(
+            where,
+            f"got the target {shown(f're:{pattern}')}, which is no regular expression ({error})",
+            "Correct the config",
+        ) from None
+
+
 def _check_group(group: _Group, form: str, where: str) -> None:
     weights, activations = group.weights, group.input_activations
     bits = _PACKED_BITS if form == _PACKED else range(2, 9)
@@ -453,6 +479,7 @@ def _check_group(group: _Group, form: str, where: str) -> None:
         f"{', '.join(_STRATEGIES)}": weights.strategy in _STRATEGIES,
         f"group_size {weights.group_size}, expected a number above 0": weights.strategy != "group"
         or (weights.group_size or 0) > 0,
+        "output_activations, expected none": not group.output_activations,
     }
     if activations is not None:
         problems[f"activations of type {shown(activations.type)}, expected int"] = (
@@ -473,11 +500,18 @@ def _stored(layer: str, group: _Group, packed: bool, tensors: Tensors) -> Stored
     weights, place = group.weights, tensors.place(layer)
     if packed:
         tensors.shape(layer, "weight_shape", (2,))
-        rows, columns = (int(size) for size in tensors.weights.array(f"{layer}.weight_shape"))
+        shape = tensors.weights.array(f"{layer}.weight_shape")
+        rows, columns = shape.tolist()
+        if shape.dtype.kind != "i" or min(rows, columns) < 1:
+            raise InputError(
+                f"{place}.weight_shape",
+                f"got {rows} x {columns} weights, expected whole numbers above 0",
+                "The checkpoint is damaged: download it again",
+            )
         tensors.shape(layer, "weight_packed", (rows, -(-columns * weights.num_bits // 32)))
     else:
         rows, columns = tensors.shape(layer, "weight", (None, None))
-    size = min(weights.group_size or columns, columns)
+    size = min(weights.group_size or columns, columns) if weights.strategy == "group" else columns
     if weights.strategy == "tensor":
         tensors.shape(layer, "weight_scale", (1,))
     else:
