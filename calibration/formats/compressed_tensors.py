@@ -94,12 +94,19 @@ def _check_scheme(scheme: QuantScheme, where: str) -> None:
 
 
 def _check_names(decoder: Decoder, where: str) -> None:
-    """Whoever reads the format expects the tensors of this family's checkpoints."""
+    """Whoever reads the format expects the tensors of this family's checkpoints, one by one."""
     if decoder.fused:
         raise InputError(
             where,
             f"got a family whose checkpoints hold several linears in one tensor such as "
             f"{decoder.fused[0]}, expected one tensor for each linear for --format {NAME}",
+            "Leave out --format",
+        )
+    if decoder.routers:  # which transformers stacks before it looks for codes
+        raise InputError(
+            where,
+            f"got a mixture of experts, whose folder transformers would not open, expected a model "
+            f"without experts for --format {NAME}",
             "Leave out --format",
         )
 
@@ -314,11 +321,12 @@ def write(quant: QuantModel, folder: Path) -> None:
         folder: an empty folder.
 
     Raises:
-        InputError: the format cannot say a layer's scheme or zero points, or the rotary
-            frequencies.
+        InputError: the format cannot say the model's tensors, a layer's scheme or zero points, or
+            the rotary frequencies.
     """
-    config = quant.config["hf"]
-    _check_rope(config, quant.decoder, quant.tensor, str(quant.source["name"]))
+    config, where = quant.config["hf"], str(quant.source["name"])
+    _check_names(quant.decoder, where)
+    _check_rope(config, quant.decoder, quant.tensor, where)
     names = {
         file: list(read_header(quant.path / file))
         for file in sorted(quant.files)
@@ -368,6 +376,7 @@ def write(quant: QuantModel, folder: Path) -> None:
 _PACKED, _INT = "pack-quantized", "int-quantized"
 _PACKED_BITS = (2, 4, 8)
 _STRATEGIES = ("tensor", "channel", "group")
+_IN_GROUPS = (True, "group", "dynamic")  # values of actorder with channels of a group anywhere
 _DENSE = "dense"  # no zeros are left out
 _ENDS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 
@@ -382,6 +391,7 @@ class _Numbers:
     strategy: str | None = None
     group_size: int | None = None
     dynamic: bool | str = False
+    actorder: bool | str | None = None
 
 
 @dataclass(frozen=True)
@@ -522,6 +532,12 @@ def _stored(layer: str, group: _Group, packed: bool, tensors: Tensors) -> Stored
         index = tensors.integers(layer, "weight_g_idx")
         if not (index == -1).all():  # as the package writes it where channels are in order
             order = sorted_by_group(index, size, f"{place}.weight_g_idx")
+    elif weights.actorder in _IN_GROUPS and size < columns:
+        raise InputError(
+            place,
+            "got no weight_g_idx, expected each input channel's group, as actorder of the config says",
+            "The download is incomplete or damaged: download it again",
+        )
     smaller = gcd(size, columns)  # of a last group that is cut short
     seen = group.input_activations
     form = Form(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from calibration import formats
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.checkpoints.codes import Tensors
 from calibration.checkpoints.huggingface import SafetensorsWeights
@@ -148,6 +149,23 @@ def test_our_own_folder_comes_back(tiny_quant: Callable[..., Path], tmp_path: Pa
             assert one.keys() == other.keys()
             for array in one:
                 np.testing.assert_array_equal(one[array], other[array], f"{name}.{array}")
+
+
+def test_what_another_format_has_no_word_for(source: Path, tmp_path: Path) -> None:
+    """From a finished folder, too, whose columns or head would be read as others."""
+    made = written.gptq(source, tmp_path / "model", ordered=True)
+    _, quant = keep(made.folder, tmp_path / "ordered")
+    assert refusal(lambda: formats.write("compressed-tensors", quant)) == (
+        "--format compressed-tensors: got model.layers.0.self_attn.qkv_proj with its input channels in "
+        "an order of their own, expected them in order. Leave out --format."
+    )
+    made = written.gptq(source, tmp_path / "plain", group=-1)
+    _, quant = keep(made.folder, tmp_path / "head", head_bits=8)
+    assert refusal(lambda: formats.write("compressed-tensors", quant)) == (
+        "--head-bits: got 8 with --format compressed-tensors, expected 16: other tools read the head "
+        "as floats. Add --head-bits 16, or leave out --format compressed-tensors."
+    )
+    assert not [*tmp_path.glob("*/compressed-tensors")]
 
 
 def test_requantizing_takes_the_floats(source: Path, tmp_path: Path) -> None:
@@ -439,6 +457,12 @@ def test_an_order_that_is_missing(source: Path, tmp_path: Path) -> None:
     assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
         f"{made.folder}, {K}: got no g_idx, expected each input channel's group, as desc_act of the "
         "config says. The download is incomplete or damaged: download it again."
+    )
+    other = written.packed(source, tmp_path / "other", 4, 32, True, actorder=True)
+    damage(other.folder, f"{K}.weight_g_idx", lambda array: None)
+    assert refusal(lambda: open_checkpoint(str(other.folder), offline=True)) == (
+        f"{other.folder}, {K}: got no weight_g_idx, expected each input channel's group, as actorder of "
+        "the config says. The download is incomplete or damaged: download it again."
     )
     rows = written.gptq(source, tmp_path / "rows", group=-1, ordered=True)  # of one group
     damage(rows.folder, f"{K}.g_idx", lambda array: None)

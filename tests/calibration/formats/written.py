@@ -204,6 +204,7 @@ def packed(
         "symmetric": symmetric,
         "strategy": "group" if group else "channel",
         "group_size": group,
+        "actorder": "group" if actorder else None,
     }
     return _write(source, folder, _compressed("pack-quantized", weights, None), layer)
 
