@@ -580,12 +580,30 @@ def _stored_arrays(
     zero = np.full(scale.shape, half, np.int32)
     if not weights.symmetric:
         zero = _stored_zero(tensors, layer, bits, packed, scale.shape)
+    elif f"{layer}.weight_zero_point" in tensors.shapes:
+        _check_middle(tensors, layer, bits, rows)
     groups = (size, gcd(size, columns), columns)
     return QuantArrays(
         np.ascontiguousarray(codes),
         np.ascontiguousarray(regrouped(scale, *groups)),
         np.ascontiguousarray(regrouped(zero, *groups)),
     )
+
+
+def _check_middle(tensors: Tensors, layer: str, bits: int, rows: int) -> None:
+    """Zero points of symmetric codes, which say nothing: 0 among codes around it, or half the number
+    of codes in words.
+    """
+    stored, middle = tensors.weights.array(f"{layer}.weight_zero_point"), 0
+    if stored.dtype == np.int32:
+        tensors.shape(layer, "weight_zero_point", (-(-rows * bits // 32), None))
+        stored, middle = unpack_words(stored, bits, rows), 1 << bits - 1
+    if (stored != middle).any():
+        raise InputError(
+            f"{tensors.place(layer)}.weight_zero_point",
+            f"got other zero points than {middle}, expected none of symmetric codes",
+            "Correct symmetric in the config",
+        )
 
 
 def _stored_zero(

@@ -451,6 +451,32 @@ def test_tensors_that_do_not_fit(
     assert found == f"{made.folder}, {K}{problem}"
 
 
+@pytest.mark.parametrize(
+    ("make", "zero"),
+    [(partial(written.packed, bits=4, group=32), 8), (partial(written.integers, bits=8), 0)],
+)
+def test_zero_points_of_symmetric_codes(
+    source: Path, tmp_path: Path, make: Callable[..., Written], zero: int
+) -> None:
+    """Those that say nothing may be there."""
+    made = make(source, tmp_path / "model", symmetric=False)
+    config = json.loads((made.folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["symmetric"] = True
+    change(made.folder, config_groups=groups)
+    name = "model.layers.0.self_attn.q_proj"
+    assert refusal(lambda: keep(made.folder, tmp_path / "other")) == (
+        f"{made.folder}, {name}.weight_zero_point: got other zero points than {zero}, expected none of "
+        "symmetric codes. Correct symmetric in the config."
+    )
+    middle = int.from_bytes(bytes([0x11 * zero] * 4), "little", signed=True)
+    for layer in made.weights:
+        damage(made.folder, f"{layer}.weight_zero_point", lambda array: np.full_like(array, middle))
+    checkpoint, quant = keep(made.folder, tmp_path / "quant")
+    want = checkpoint.array(f"{name}.weight")
+    np.testing.assert_array_equal(quant.linear(name).dequantize(), want)
+
+
 def test_an_order_that_is_missing(source: Path, tmp_path: Path) -> None:
     made = written.gptq(source, tmp_path / "model", ordered=True)
     damage(made.folder, f"{K}.g_idx", lambda array: None)
