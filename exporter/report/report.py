@@ -8,21 +8,26 @@ import platform
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import write_json
+from calibration.out.fingerprint import digest
+from calibration.out.json_file import read_json
 from calibration.out.layout import ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
 from exporter.engine.edition import gpu_capabilities
 from exporter.engine.record import read_engine_record
 from exporter.graph.names import layer_of
 from exporter.report.html import page
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
+    from exporter.proof.attribution import Attribution
     from exporter.proof.validate import ValidationResult
 
-__all__ = ["report_data", "write_report"]
+__all__ = ["attribution_data", "report_data", "write_report"]
 
 
 def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult) -> dict[str, Any]:
@@ -66,9 +71,24 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "calibration": quant.calibration,
         "perplexity": manifest.get("perplexity"),
         "quality": manifest.get("quality"),
+        "attribution": _earlier_attribution(out, quant),
         "next": _next_commands(out, result, engine is not None),
         "environment": environment(manifest.get("versions", {})),
     }
+
+
+def attribution_data(found: Attribution, quant: QuantModel) -> dict[str, Any]:
+    """What a report shows of an attribution, and whose it is, as plain JSON."""
+    return found.as_dict() | {"quant": digest(quant.files)}
+
+
+def _earlier_attribution(out: Path, quant: QuantModel) -> dict[str, Any] | None:
+    """What the report that is there shows of the same quantized model."""
+    with suppress(InputError):  # there is none, or it is damaged and will be replaced
+        found = read_json(out / REPORT / JSON_FILE).get("attribution")
+        if isinstance(found, dict) and found.get("quant") == digest(quant.files):
+            return found
+    return None
 
 
 def _next_commands(out: Path, result: ValidationResult, has_engine: bool) -> list[tuple[str, str]]:

@@ -39,8 +39,8 @@ def test_a_table_and_lines(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[-1] == (
         "on the project's own text, which calibration has seen unless --calib named another"
     )
-    record = copy / "report" / "attribution.json"
-    assert "as it is" in read_json(record)["measured"] and not (copy / "report.json").exists()
+    record = copy / "attribution.json"
+    assert "as it is" in read_json(record)["measured"] and not (copy / "report").exists()
     before = record.read_bytes()
     assert main(["attribute", str(copy), *SHORT, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -52,7 +52,6 @@ def test_the_report_shows_it(copy: Path) -> None:
     assert not show_in_report(copy, FOUND)  # there is none
     (copy / "report").mkdir()
     write_report(copy / "report", report_data(copy, MANIFEST, RESULT))
-    write_json(copy / "report" / "attribution.json", {})
     manifest = read_json(copy / "manifest.json")
     manifest["stages"]["report"] = {
         **manifest["stages"]["onnx"],
@@ -63,8 +62,15 @@ def test_the_report_shows_it(copy: Path) -> None:
     page = (copy / "report" / "index.html").read_text()
     assert "What each node costs" in page and "+0.3000" in page
     files = read_json(copy / "manifest.json")["stages"]["report"]["files"]
-    assert files.keys() == {"attribution.json", "index.html", "report.json"}
+    assert files.keys() == {"index.html", "report.json"}
     verify_files(copy / "report", files)
+    # A proof of the same codes keeps it; one of others, or behind a damaged report, does not.
+    again = report_data(copy, MANIFEST, RESULT)
+    assert again["attribution"] == read_json(copy / "report" / "report.json")["attribution"]
+    write_report(copy / "report", again | {"attribution": again["attribution"] | {"quant": "x"}})
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
+    (copy / "report" / "report.json").write_text("{")
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
 
 
 def test_what_it_refuses(
