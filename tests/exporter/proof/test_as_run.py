@@ -68,6 +68,8 @@ def test_honest_sessions_pass(tiny_export: Callable[..., Path], scheme: dict[str
     tensors = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
     assert [row.tensor for row in rows if row.phase == "decode"] == [*tensors, "logits"]
     assert [bool(row.operator) for row in rows[:5]] == [False, True, False, True, True]
+    stream = [row.limit for row in result.rows if row.level == "export"][:2]
+    assert [row.limit for row in rows[:4]] == [one for one in stream for _ in range(2)]
     if "dtype" in scheme:  # which ONNX Runtime computes in fp32 as it stands
         assert "left_out" not in result.facts
 
@@ -123,6 +125,7 @@ def test_a_fault_of_the_session_is_named(
         == failure
     )
     assert {row.level for row in result.rows if not row.ok} == {AS_RUN}
+    assert "left_out" not in result.facts  # what is wrong is no rounding
     showing = [
         note for note in result.warnings if note.startswith("Where inner tensors are outputs")
     ]
