@@ -399,7 +399,11 @@ class Triton(Command):
         """Where to, for which backends, and how it is served."""
         add = parser.add_argument
         add(
-            "--to", required=True, type=Path, metavar="REPO", help="a new folder, or an earlier one of the same models"
+            "--to",
+            required=True,
+            type=Path,
+            metavar="REPO",
+            help="a new folder, or an earlier one of the same models",
         )
         add(
             "--backend",

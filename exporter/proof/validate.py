@@ -279,8 +279,10 @@ class _Validator:
         if self.quant.decoder.routers:
             self.notes.append(
                 "The scores of experts are compared as every operator is, given its inputs. Accumulated "
-                "errors are those of the experts that ONNX Runtime chose; against the float model "
-                "and an engine, which choose their own, they are shown and not judged."
+                "errors are those of the experts that ONNX Runtime chose; against the float model, an "
+                "engine and the session as users run it, which choose their own, they are shown and not "
+                "judged. Of that session the loss is judged, and the operators where the torch reference "
+                "takes part."
             )
         if self.unpadded:
             self.notes.append(

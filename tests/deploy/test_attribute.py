@@ -79,7 +79,16 @@ def test_what_it_refuses(
     other = tiny_llama(rms_norm_eps=1e-6)
     assert main(["attribute", str(copy), *SHORT, "--model", str(other)]) == 2
     assert f"{copy}: got an artifact of another model (fingerprint " in capsys.readouterr().err
-    assert main(["attribute", str(copy / "none"), *SHORT]) == 2
+    for out, got in (
+        (copy / "none", "no such folder"),
+        (copy / "onnx", "a folder without quant/"),
+        (copy / "manifest.json", "a file"),
+    ):
+        assert main(["attribute", str(out), *SHORT]) == 2
+        assert capsys.readouterr().err == (
+            f"{out}: got {got}, expected an artifact folder with quant/. Give the whole OUT of python -m "
+            "exporter or python -m calibration.\n"
+        )
     assert not (copy / "report").exists()
     with pytest.raises(SystemExit) as error:
         main(["attribute", str(copy), "--minutes", "-1"])

@@ -18,8 +18,10 @@ from exporter.proof import validate as proof
 from exporter.proof.judge import AS_RUN
 from exporter.proof.limits import Limits
 from exporter.proof.loss import LossDifference, loss_as_run, loss_difference
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.prove import _loss
+from exporter.proof.validate import LayerReport, ValidateOptions, ValidationResult, validate
 from exporter.run.native import NativeSession
+from plugins.errors import CheckError
 
 BRIEF = ValidateOptions(tokens=12, steps=1)
 Change = Callable[[dict[str, np.ndarray]], None]
@@ -206,3 +208,19 @@ def test_the_loss_is_that_of_the_rounded_graph(
     monkeypatch.setattr("exporter.run.native.NativeSession", session(other_logits, True))
     worse = loss_as_run(tiny_export(dtype="float32"), "float32", 64, windows, NullProgress())
     assert worse.loss == found.loss and abs(worse.difference) > 0.01
+
+
+def test_a_text_that_overflows_is_a_failure(
+    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is written all the same."""
+    from calibration.progress import NullProgress
+
+    def overflows(*arguments: Any) -> LossDifference:
+        raise CheckError("window 3", "got NaN, expected numbers", "")
+
+    monkeypatch.setattr("exporter.proof.loss.loss_as_run", overflows)
+    row = LayerReport(AS_RUN, "prefill", "logits", 1.0, 90.0, 0.0, 0.0, 0.1)
+    result = ValidationResult((row,), "", ())
+    found = _loss(tiny_export(), result, BRIEF, NullProgress())
+    assert found.first_failure == "loss as run, window 3: got NaN, expected numbers"
