@@ -96,15 +96,13 @@ def show_in_report(out: Path, found: Attribution) -> bool:
     from calibration.out.files import StageWriter, file_records, write_json
     from calibration.out.json_file import read_json
     from calibration.out.manifest import read_manifest
-    from calibration.quant.folder import read_quant
-    from exporter.report.report import attribution_data, write_report
+    from exporter.report.report import write_report
 
     folder = out / REPORT
     if not (folder / JSON_FILE).is_file() or not (out / MANIFEST).is_file():
         return False
     manifest = read_manifest(out / MANIFEST)
-    shown = attribution_data(found, read_quant(out / QUANT, verify=False))
-    data = read_json(folder / JSON_FILE, "Make the report again") | {"attribution": shown}
+    data = read_json(folder / JSON_FILE, "Make the report again") | {"attribution": found.as_dict()}
     with StageWriter(out, REPORT) as writer:
         write_report(writer.path, data)
         files = file_records(writer.path)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.out.files import write_json
 from calibration.out.fingerprint import digest
 from calibration.out.json_file import read_json
-from calibration.out.layout import ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
+from calibration.out.layout import ATTRIBUTION, ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
 from exporter.engine.edition import gpu_capabilities
 from exporter.engine.record import read_engine_record
 from exporter.graph.names import layer_of
@@ -24,10 +24,9 @@ from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
-    from exporter.proof.attribution import Attribution
     from exporter.proof.validate import ValidationResult
 
-__all__ = ["attribution_data", "report_data", "write_report"]
+__all__ = ["report_data", "write_report"]
 
 
 def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult) -> dict[str, Any]:
@@ -71,23 +70,18 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "calibration": quant.calibration,
         "perplexity": manifest.get("perplexity"),
         "quality": manifest.get("quality"),
-        "attribution": _earlier_attribution(out, quant),
+        "attribution": _attribution(out, quant),
         "next": _next_commands(out, result, engine is not None),
         "environment": environment(manifest.get("versions", {})),
     }
 
 
-def attribution_data(found: Attribution, quant: QuantModel) -> dict[str, Any]:
-    """What a report shows of an attribution, and whose it is, as plain JSON."""
-    return found.as_dict() | {"quant": digest(quant.files)}
-
-
-def _earlier_attribution(out: Path, quant: QuantModel) -> dict[str, Any] | None:
-    """What the report that is there shows of the same quantized model."""
-    with suppress(InputError):  # there is none, or it is damaged and will be replaced
-        found = read_json(out / REPORT / JSON_FILE).get("attribution")
-        if isinstance(found, dict) and found.get("quant") == digest(quant.files):
-            return found
+def _attribution(out: Path, quant: QuantModel) -> dict[str, Any] | None:
+    """What python -m deploy attribute found of this very quantized model."""
+    with suppress(InputError):  # it was not run, or its record is damaged
+        record = read_json(out / ATTRIBUTION)
+        if record.get("quant") == digest(quant.files) and (found := record.get("found")):
+            return dict(found)
     return None
 
 

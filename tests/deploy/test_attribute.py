@@ -45,6 +45,12 @@ def test_a_table_and_lines(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["attribute", str(copy), *SHORT, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert record.read_bytes() == before and found["windows"] == 2
+    # A new report of the same codes shows it; one of others, or with a damaged record, does not.
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] == found
+    write_json(record, read_json(record) | {"quant": "another"})
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
+    record.write_text("{")
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
     assert f"perplexity {found['found']['ppl']:.3f}" in lines[0]
 
 
@@ -64,13 +70,6 @@ def test_the_report_shows_it(copy: Path) -> None:
     files = read_json(copy / "manifest.json")["stages"]["report"]["files"]
     assert files.keys() == {"index.html", "report.json"}
     verify_files(copy / "report", files)
-    # A proof of the same codes keeps it; one of others, or behind a damaged report, does not.
-    again = report_data(copy, MANIFEST, RESULT)
-    assert again["attribution"] == read_json(copy / "report" / "report.json")["attribution"]
-    write_report(copy / "report", again | {"attribution": again["attribution"] | {"quant": "x"}})
-    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
-    (copy / "report" / "report.json").write_text("{")
-    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
 
 
 def test_what_it_refuses(
