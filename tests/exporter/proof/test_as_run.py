@@ -22,6 +22,8 @@ from exporter.proof.prove import _loss
 from exporter.proof.validate import LayerReport, ValidateOptions, ValidationResult, validate
 from exporter.run.native import NativeSession
 from plugins.errors import CheckError
+from tests.conftest import FAMILIES
+from tests.exporter.graph_cases import export
 
 BRIEF = ValidateOptions(tokens=12, steps=1)
 Change = Callable[[dict[str, np.ndarray]], None]
@@ -224,3 +226,26 @@ def test_a_text_that_overflows_is_a_failure(
     result = ValidationResult((row,), "", ())
     found = _loss(tiny_export(), result, BRIEF, NullProgress())
     assert found.first_failure == "loss as run, window 3: got NaN, expected numbers"
+
+
+@pytest.mark.slow
+def test_experts_are_judged_by_their_operators(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session chooses its experts itself, so what adds up has no limit; every operator has."""
+    model = tiny_llama(architecture="Mixtral", **FAMILIES["Mixtral"])
+    out = export(model, SCHEME, tmp_path).parent
+    result = validate(out, BRIEF)
+    assert result.ok, result.first_failure
+    assert {row.limit for row in rows_of(result)} == {None}
+    last = [row for row in rows_of(result) if row.tensor.endswith(("value", "logits"))]
+    assert len(last) == 3 * 3 and all(row.operator and row.judged for row in last)
+    assert any("the session as users run it" in note for note in result.notes)
+
+    def wrong_expert(outputs: dict[str, np.ndarray]) -> None:
+        (name,) = [one for one in outputs if "layers.1" in one and one.endswith("2.w2.output")]
+        outputs[name][..., 3] *= 2
+
+    monkeypatch.setattr(proof, "NativeSession", session(wrong_expert, False))
+    failure = validate(out, BRIEF).first_failure
+    assert "at model.layers.1.block_sparse_moe.experts.2.w2 given its inputs (as run" in failure
