@@ -206,16 +206,20 @@ def test_weights_that_do_not_fit_are_refused(
     )
 
 
-def test_attributes_that_the_op_does_not_take_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "abits", "more"), [("abits", 4, ""), ("has_minimum", 8, ", has_minimum 1")]
+)
+def test_attributes_that_the_op_does_not_take_are_refused(name: str, abits: int, more: str) -> None:
     model = model_of([qqq_case(40, K)], F32)
-    for attribute in model.graph.node[1].attribute:
-        if attribute.name == "abits":
-            attribute.i = 4
+    node = model.graph.node[1]
+    for attribute in [each for each in node.attribute if each.name == name]:
+        node.attribute.remove(attribute)
+    node.attribute.append(helper.make_attribute(name, 4 if name == "abits" else 1))
     with pytest.raises(Exception, match="QQQGemm") as error:
         native(model)
     assert (
-        "QQQGemm K 192 N 40: got wbits 4, levels 16, abits 4, act_symmetric 1, group_size 0, "
-        "norm_epsilon 0.000000, expected a combination that the op's README lists. Export the "
+        f"QQQGemm K 192 N 40: got wbits 4, levels 16, abits {abits}, act_symmetric 1, group_size 0, "
+        f"norm_epsilon 0.000000{more}, expected a combination that the op's README lists. Export the "
         "model again."
     ) in str(error.value)
 
