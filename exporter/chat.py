@@ -63,6 +63,21 @@ class _Turn:
     right: str = ""
 
 
+@dataclass(frozen=True)
+class _Thoughts:
+    """What the template drops of the assistant's messages that a later one of the user follows: all
+    up to the last `end`, and the characters `left` behind it.
+    """
+
+    end: str
+    left: str
+
+    def dropped(self, content: str) -> str:
+        """The content of such a message without them."""
+        _, found, rest = content.rpartition(self.end)
+        return rest.lstrip(self.left or "\0") if found else content
+
+
 @dataclass(kw_only=True)
 class _Learned:
     """A template as data.
@@ -73,6 +88,8 @@ class _Learned:
         refused: why, by role before and role.
         moved: the system's message stands before the last message, which is the user's.
         unlike: contents with these words are treated in ways of their own.
+        thoughts: what is known of the way of one of these words; nothing is for the assistant's
+            messages behind the user's last.
         empty: whether an empty content is treated like others.
     """
 
@@ -81,6 +98,7 @@ class _Learned:
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
     moved: bool = False
     unlike: list[str] = field(default_factory=list)
+    thoughts: _Thoughts | None = None
     empty: bool = True
 
     def order(self, roles: Sequence[str]) -> list[int]:
@@ -105,13 +123,34 @@ class _Learned:
         keys = self.keys(roles)
         return all(key in self.turns for key in keys) and (keys[-1][1], generate) in self.ends
 
+    def contents(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
+        """What is left of the messages."""
+        contents = [one["content"] for one in messages]
+        if self.thoughts:
+            for place in _answered(messages):
+                contents[place] = self.thoughts.dropped(contents[place])
+        return contents
+
+    def knows(self, messages: Sequence[Mapping[str, str]]) -> bool:
+        """Whether no content is treated in a way of its own that is not known."""
+        answered = _answered(messages)
+        for place, content in enumerate(self.contents(messages)):
+            role, whole = messages[place]["role"], messages[place]["content"]
+            known = self.thoughts and (role != "assistant" or place in answered)
+            if not self.empty and not content.strip():
+                return False
+            for word in self.unlike:
+                if word in whole and not (known and self.thoughts and word == self.thoughts.end):
+                    return False
+        return True
+
     def render(self, messages: Sequence[Mapping[str, str]], generate: bool) -> str:
         """The prompt, as C++ puts it together."""
         roles = [one["role"] for one in messages]
-        parts, keys = [], self.keys(roles)
+        parts, keys, contents = [], self.keys(roles), self.contents(messages)
         for place, key in zip(self.order(roles), keys, strict=True):
             turn = self.turns[key]
-            content = messages[place]["content"].lstrip(turn.left or "\0")
+            content = contents[place].lstrip(turn.left or "\0")
             parts += [turn.before, content.rstrip(turn.right or "\0")]
         return "".join(parts) + self.ends[keys[-1][1], generate]
 
@@ -131,6 +170,7 @@ class _Learned:
             "generate": {role: _dated(end) for (role, asked), end in self.ends.items() if asked},
             "refused": {f"{before}>{role}": why for (before, role), why in self.refused.items()},
             "unlike": self.unlike,
+            "thoughts": self.thoughts and vars(self.thoughts),
             "empty": self.empty,
             "system_before_last": self.moved,
         }
@@ -221,6 +261,13 @@ class _Template:
         return [word for word in found if word.strip()]
 
 
+def _answered(messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Places of the assistant's messages that a later one of the user follows."""
+    roles = [one["role"] for one in messages]
+    last = max((at for at, role in enumerate(roles) if role == "user"), default=0)
+    return [at for at, role in enumerate(roles[:last]) if role == "assistant"]
+
+
 def _mark(at: int) -> str:
     return f"Qz{at}zQ"
 
@@ -257,6 +304,7 @@ def _learn(template: _Template) -> _Learned:
                 _learn_strips(template, learned, choice)
                 _learn_exceptions(template, learned, choice)
                 _check(template, learned)
+                _learn_thoughts(template, learned)
                 return learned
             except _UnsaidError as error:
                 # Of the least that was tried; in its place, which is how most templates are.
@@ -397,8 +445,20 @@ def _learn_exceptions(template: _Template, learned: _Learned, choice: Iterable[R
             learned.unlike.append(word)
 
 
-def _check(template: _Template, learned: _Learned) -> None:
+def _learn_thoughts(template: _Template, learned: _Learned) -> None:
+    """Whether what the template does about a word is to drop what an answer begins with."""
+    for end, left in itertools.product(learned.unlike, ("", "\n", "".join(_SPACES))):
+        learned.thoughts = _Thoughts(end, left)
+        with suppress(_UnsaidError):
+            return _check(template, learned, end)
+    learned.thoughts = None
+
+
+def _check(template: _Template, learned: _Learned, word: str = "") -> None:
     """Hold the data against the template on random conversations.
+
+    Args:
+        word: stands in some of their messages, and in one of the assistant at least.
 
     Raises:
         _UnsaidError: they differ.
@@ -407,14 +467,20 @@ def _check(template: _Template, learned: _Learned) -> None:
     done = tries = 0
     while done < _CHECKS:
         tries += 1
-        if tries > 100 * _CHECKS:
+        if tries > 200 * _CHECKS:
             raise _UnsaidError("it takes too few conversations to check it")
         roles = _random_roles(learned, choose)
         generate = choose.random() < 0.5
         messages = [{"role": role, "content": _random_content(choose)} for role in roles]
         if not learned.takes(roles, generate):
             continue
-        if not learned.empty and any(not one["content"].strip() for one in messages):
+        if word:
+            for one in messages:
+                for _ in range(choose.randrange(3)):
+                    one["content"] += word + _random_content(choose)
+            if not any(word in messages[place]["content"] for place in _answered(messages)):
+                continue
+        if not learned.knows(messages):
             continue
         done += 1
         try:

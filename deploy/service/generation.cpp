@@ -42,6 +42,10 @@ void Generation::start() {
     running_ = 0;  // so that nobody hears of those that run already
     if (dynamic_cast<const QueueFull*>(&error)) throw service_.queue_full(error.what());
     if (dynamic_cast<const Draining*>(&error)) throw ApiError(503, "draining", error.what());
+    if (dynamic_cast<const Lost*>(&error)) {
+      service_.end_if_lost();
+      throw ApiError(503, "lost", error.what());
+    }
     throw api_error(error);
   }
   service_.generations_.insert(self);
@@ -130,6 +134,7 @@ void Generation::on_finish(Choice& choice, const Event& event) {
   --running_;
   service_.metrics_.queued.observe(event.finish.queued_s);
   const Reason reason = event.finish.reason;
+  if (reason == Reason::error) service_.end_if_lost();
   if (reason == Reason::error && !error_) {
     cancel(ApiError(500, "generation_failed", event.finish.detail), "failed");
   } else if (reason == Reason::cancelled && !error_ && outcome_ == "ok") {

@@ -181,7 +181,10 @@ void Service::run() {
       log_.write("error", "exception", {{"problem", error.what()}});
     }
   }
-  if (failure_) std::rethrow_exception(failure_);
+  if (failure_) {
+    engine_.reset();
+    std::rethrow_exception(failure_);
+  }
   if (!model_) {
     log_.write("info", "stopped");
     log_.finish();
@@ -238,15 +241,24 @@ void Service::await_signal() {
     } else if (draining_) {
       return stop();  // asked twice
     } else {
-      drain(number == SIGTERM ? "SIGTERM" : number == SIGINT ? "SIGINT" : "SIGHUP");
+      const char* name = number == SIGTERM ? "SIGTERM" : number == SIGINT ? "SIGINT" : "SIGHUP";
+      log_.write("info", "draining", {{"signal", name}, {"running", generations_.size()}});
+      drain();
     }
     await_signal();
   });
 }
 
-void Service::drain(const char* signal) {
+void Service::end_if_lost() {
+  const std::string why = engine_->stats().lost;
+  if (why.empty() || failure_) return;
+  log_.write("error", "lost", {{"problem", why}, {"running", generations_.size()}});
+  failure_ = std::make_exception_ptr(Unavailable("engine", why, "Start again"));
+  if (!draining_) drain();
+}
+
+void Service::drain() {
   draining_ = true;
-  log_.write("info", "draining", {{"signal", signal}, {"running", generations_.size()}});
   drain_timer_.expires_after(options_.drain);
   drain_timer_.async_wait([this](boost::system::error_code ec) {
     if (ec) return;

@@ -65,7 +65,10 @@ class Service : public Handler {
   void load();
   void loaded(std::shared_ptr<Model> model);
   void await_signal();
-  void drain(const char* signal);
+  // Takes nothing new, and ends with what runs.
+  void drain();
+  // Does so where nothing can run any more: what watches over the process starts a new one, which can.
+  void end_if_lost();
   void stop_when_idle();
   void stop();
 

@@ -115,6 +115,24 @@ QWEN3 = """
     {{- '<|im_start|>' ~ m.role ~ '\n' ~ text ~ '<|im_end|>\n' }}
 {%- endfor %}
 {{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
+# Thoughts of answers that the user's last message follows are dropped, later ones stay.
+THINKER = """
+{%- set seen = namespace(user=messages | length) %}
+{%- for m in messages if m.role == 'user' %}
+    {%- set seen.user = messages.index(m) %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set text, thought = m.content, '' %}
+    {%- if m.role == 'assistant' and '</think>' in text %}
+        {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+        {%- set text = text.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {%- if m.role == 'assistant' and loop.index0 > seen.user and (thought or loop.last) %}
+        {%- set text = '<think>\n' ~ thought ~ '\n</think>\n\n' ~ text.lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' ~ m.role ~ '\n' ~ text ~ '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
 
 SAID = {
     "chatml": CHATML,
@@ -126,6 +144,7 @@ SAID = {
     "gemma3": GEMMA3,
     "mistral": MISTRAL,
     "qwen3": QWEN3,
+    "thinker": THINKER,
 }
 
 

@@ -52,6 +52,32 @@ def test_the_last_message_may_differ() -> None:
     assert chat_data(tokenizer(SAID["mistral"]))["system_before_last"] is True
 
 
+def test_thoughts_that_are_dropped() -> None:
+    for name in ("qwen3", "thinker"):
+        found = chat_data(tokenizer(SAID[name]))
+        assert found["thoughts"] == {"end": "</think>", "left": "\n"}
+        assert found["unlike"] == ["</think>"]
+    assert chat_data(tokenizer(SAID["chatml"]))["thoughts"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "thoughts"),
+    [
+        ("m.content.split('</think>')[-1]", {"end": "</think>", "left": ""}),
+        ("m.content.split('</think>')[-1] | trim", None),  # whose end it takes off too
+        ("m.content.split('</think>')[0]", None),
+        ("m.content | replace('</think>', '')", None),
+    ],
+)
+def test_what_is_done_about_thoughts_is_learned(change: str, thoughts: object) -> None:
+    dropping = (
+        "{%% set text = %s if m.role == 'assistant' and '</think>' in m.content else m.content %%}"
+    )
+    found = chat_data(tokenizer(EACH % (dropping % change + "[{{ m.role }}]{{ text }}")))
+    assert (found["why_not"], found["unlike"]) == (None, ["</think>"])
+    assert found["thoughts"] == thoughts
+
+
 EACH = "{%% for m in messages %%}%s{%% endfor %%}"
 
 

@@ -204,7 +204,8 @@ std::string json_of(const anybit::Stats& stats) {
                         {"failed", stats.failed},
                         {"steps", stats.steps},
                         {"model_s", stats.model_s},
-                        {"engine_s", stats.engine_s}}
+                        {"engine_s", stats.engine_s},
+                        {"lost", stats.lost}}
       .dump();
 }
 

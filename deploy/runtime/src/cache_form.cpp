@@ -26,8 +26,10 @@ size_t bytes_of(ort::ElementType type) {
     case ort::kInt8: return 1;
     case ort::kHalf:
     case ort::kBFloat16: return 2;
+    case ort::kFloat:
+    case ort::kInt32: return 4;
     case ort::kInt64: return 8;
-    default: return 4;
+    default: return 0;
   }
 }
 
@@ -75,6 +77,11 @@ CacheForm cache_form(const Tensors& has_inputs, const Tensors& has_outputs,
       known = known && (i == CacheTensor::kTokens || tensor.dims[i] > 0);
     }
     if (!known) throw refuse("an input " + tensor.past + " of unknown size", "[B, H, tokens, D]");
+    if (bytes_of(tensor.type) == 0) {
+      throw refuse(
+          "an input " + tensor.past + " of type " + std::to_string(tensor.type) + " of ONNX",
+          "floats of 16 or 32 bits, or bytes");
+    }
     form.token_bytes += tensor.bytes(1);
     inputs[tensor.past] = outputs[tensor.present] = tensor.type;
   }
@@ -94,6 +101,13 @@ CacheForm cache_form(const Tensors& has_inputs, const Tensors& has_outputs,
   };
   compare(has_inputs, "input ", inputs);
   compare(has_outputs, "output ", outputs);
+  // Backends make room for as many as the description says.
+  const std::vector<int64_t>& logits = has_outputs.at("logits").dims;
+  if (logits.size() != 3 || (logits[2] > 0 && logits[2] != description.vocab)) {
+    throw refuse("logits of " + (logits.empty() ? "no" : std::to_string(logits.back())) +
+                     " numbers for a token",
+                 std::to_string(description.vocab) + " as in model.json");
+  }
   return form;
 }
 

@@ -17,6 +17,7 @@ struct TensorType {
 };
 using Tensors = std::map<std::string, TensorType>;
 
+// 0 of one that no tensor here has.
 size_t bytes_of(ort::ElementType type);
 
 // A layer's keys or values, [batch, heads, tokens, width].

@@ -68,6 +68,13 @@ struct Turn {
   std::set<char32_t> left, right;
 };
 
+// What is dropped of the assistant's messages that a later one of the user follows: all up to the last
+// `end`, and characters behind it.
+struct Thoughts {
+  std::string end;  // "": nothing is
+  std::set<char32_t> left;
+};
+
 std::set<char32_t> characters(const std::string& text) {
   std::set<char32_t> found;
   for (size_t at = 0; at < text.size(); at += unicode::length_of(text[at])) {
@@ -76,11 +83,23 @@ std::set<char32_t> characters(const std::string& text) {
   return found;
 }
 
-std::string stripped(const std::string& text, const Turn& turn) {
-  size_t begin = 0, end = text.size();
-  while (begin < end && turn.left.count(unicode::code_at(text.data() + begin))) {
+// Where the text begins behind such characters from `begin` on.
+size_t behind(const std::string& text, size_t begin, const std::set<char32_t>& characters) {
+  while (begin < text.size() && characters.count(unicode::code_at(text.data() + begin))) {
     begin += unicode::length_of(text[begin]);
   }
+  return begin;
+}
+
+std::string without(const Thoughts& thoughts, const std::string& content) {
+  const size_t found = content.rfind(thoughts.end);
+  if (thoughts.end.empty() || found == content.npos) return content;
+  return content.substr(behind(content, found + thoughts.end.size(), thoughts.left));
+}
+
+std::string stripped(const std::string& text, const Turn& turn) {
+  const size_t begin = behind(text, 0, turn.left);
+  size_t end = text.size();
   while (end > begin) {
     size_t last = end - 1;
     while (unicode::is_continuation(text[last])) --last;
@@ -107,6 +126,7 @@ struct ChatTemplate::Data {
   std::map<std::string, Dated> ends, generate;  // by the last role; the second asks for an answer
   std::map<std::string, std::string> refused;   // why, by "role>role"
   std::vector<std::string> unlike;  // contents with these are treated in ways of their own
+  Thoughts thoughts;                // what is known about one of these words, but for a last answer
   bool empty = true;                // whether an empty content is like others
   bool system_before_last = false;  // the system's message stands before the last, the user's
 
@@ -128,25 +148,36 @@ struct ChatTemplate::Data {
     for (const std::string& name : why.names()) refused[name] = why.at(name).text();
     const Field words = file.at("unlike");
     for (size_t i = 0, count = words.items(); i < count; ++i) unlike.push_back(words.at(i).text());
+    if (const Field dropped = file.at("thoughts"); !dropped.is_null()) {
+      thoughts = {dropped.at("end").text(), characters(dropped.at("left").text())};
+    }
     empty = file.at("empty").flag(true);
     system_before_last = file.at("system_before_last").flag(false);
   }
 
-  void check(const std::string& content, const std::string& name) const {
+  // What stands in the prompt of a message's content, but for its ends.
+  //
+  // answered: whether a later message is the user's.
+  std::string read(const Message& message, bool answered, const std::string& name) const {
+    const std::string& content = message.content;
     constexpr const char* kOwnWay =
         ": the model's chat template treats it in a way of its own, which is not known here";
     if (!unicode::is_valid(content)) {
       throw Error(name, "got bytes that are not UTF-8, expected UTF-8", "Encode the text as UTF-8");
     }
-    if (!empty && is_blank(content)) {
+    const bool assistant = message.role == "assistant";
+    const std::string rest = assistant && answered ? without(thoughts, content) : content;
+    if (!empty && is_blank(rest)) {
       throw Error(name, std::string("got no text, expected some") + kOwnWay,
                   "Leave the message out");
     }
     for (const std::string& word : unlike) {
       if (content.find(word) == content.npos) continue;
+      if (word == thoughts.end && (answered || !assistant)) continue;
       throw Error(name, "got a text with " + printable(word) + ", expected one without" + kOwnWay,
                   "Take it out of the message");
     }
+    return rest;
   }
 
   // What is done about the message of a role that comes after another ("" at the beginning).
@@ -197,17 +228,22 @@ Prompt ChatTemplate::prompt(const std::vector<Message>& messages, bool generatio
   const std::string& last = messages.back().role;
   const bool moves = data_->system_before_last && messages[0].role == "system";
   if (moves && last == "user") std::rotate(order.begin(), order.begin() + 1, order.end() - 1);
+  size_t last_user = 0;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    if (messages[i].role == "user") last_user = i;
+  }
   Prompt prompt;
   std::string before;
   for (size_t i = 0; i < order.size(); ++i) {
-    const auto& [role, content] = messages[order[i]];
+    const std::string& role = messages[order[i]].role;
     const std::string name = "messages[" + std::to_string(order[i]) + "]";
     if (data_->system_before_last && order[i] > 0 && role == "system") {
       throw Error(name + ", role", "got system, expected it at the beginning alone",
                   "Send other roles, or the same in another order");
     }
     const Turn& turn = data_->turn(before, role, i + 1 == order.size(), name + ", role");
-    data_->check(content, name + ", content");
+    const std::string content =
+        data_->read(messages[order[i]], order[i] < last_user, name + ", content");
     prompt.text += filled(turn.before);
     const size_t begin = prompt.text.size();
     prompt.text += stripped(content, turn);

@@ -216,7 +216,7 @@ Handle Engine::Impl::submit(Request request) {
   state->engine = thread.get_id();
   {
     const std::lock_guard lock(mutex);
-    if (!lost.empty()) throw Error("engine", lost, "Load the model again");
+    if (!lost.empty()) throw Lost("engine", lost, "Start a new process");
     if (draining) {
       throw Draining("engine", "got a request while draining, expected none",
                      "Send it to another engine");
@@ -288,6 +288,7 @@ Stats Engine::Impl::stats() const {
   Stats now = totals;
   now.queued = queue.size();
   now.running = running;
+  now.lost = lost;
   return now;
 }
 

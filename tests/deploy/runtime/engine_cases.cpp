@@ -398,7 +398,7 @@ TEST_CASE("a lost backend ends everything and takes nothing more") {
   CHECK(handles.back().wait().detail == "the device is gone");
   Answer late;
   CHECK(message([&] { bench.engine->submit(asking({1}, 1, late)); }) ==
-        "engine: the device is gone. Load the model again.");
+        "engine: the device is gone. Start a new process.");
 }
 
 TEST_CASE("an exception out of a callback ends its request only") {

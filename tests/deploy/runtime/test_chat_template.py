@@ -71,6 +71,23 @@ def test_ordinary_conversations_are_not_refused(answers: Answers) -> None:
             assert "What is 1 < 2?" in answers.ask(render=messages)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "thinker"])
+def test_thoughts_of_earlier_answers(name: str, answers: Answers) -> None:
+    """Are dropped as the template does, whatever stands around the tags; users may write of them."""
+    made = load(answers, SAID[name])
+    thoughts = "<think>\nx\n</think>\n\n\u6f22", "a</think>b</think>\n c\n", "</think>", "no tags"
+    for thought in thoughts:
+        talk = [("user", "What is </think>?"), ("assistant", thought), ("user", "z</think>\n")]
+        messages = [{"role": role, "content": text} for role, text in talk]
+        text, contents = answers.ask(prompt=messages)
+        assert text == made.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        said = [text.encode()[begin:end].decode() for begin, end in contents]
+        left = thought.rpartition("</think>")[2].lstrip("\n")
+        assert said == list(filter(None, (talk[0][1], left, talk[2][1])))
+
+
 def test_refusals_say_why(answers: Answers) -> None:
     load(answers, SAID["gemma"])
     assert refusal(answers, ("system", "x"), ("user", "y")) == (
@@ -90,7 +107,7 @@ def test_refusals_say_why(answers: Answers) -> None:
         "Send a message of the user",
     )
     load(answers, SAID["qwen3"])
-    assert refusal(answers, ("user", "x"), ("assistant", "<think>\n</think>y"), ("user", "z")) == (
+    assert refusal(answers, ("user", "x"), ("assistant", "<think>\n</think>y")) == (
         "messages[1], content",
         f"got a text with </think>, expected one without: {OWN_WAY}",
         "Take it out of the message",
@@ -135,6 +152,7 @@ def test_a_template_that_cannot_be_said_says_why(answers: Answers) -> None:
         ({"format": 2}, ", format", "got 2, expected 1"),
         ({"turns": None}, ", turns", "got null, expected an object"),
         ({"end": {"user": 3}}, ", end, user", "got 3, expected a list"),
+        ({"thoughts": {"end": 3, "left": ""}}, ", thoughts, end", "got 3, expected a string"),
         (
             {"end": {"user": ["a", "%n", "b"]}},
             ", end, user[1]",

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.progress import NullProgress
+from calibration.quant.bits import SchemeMap
 from calibration.quant.scheme import QuantScheme
 from deploy.generate import generate_tokens
 from deploy.sampling import Sampler, Sampling
+from exporter.pipeline import ExportRequest, run_pipeline
 from exporter.run.model import open_session
 
 NEW = 12
@@ -60,6 +63,36 @@ def test_greedy_tokens_are_those_of_deploy_generate(
     assert [answer["tokens"] for answer in found["rounds"][0]] == expected
     assert [answer["tokens"] for (answer,) in found["rounds"][1:]] == expected
     assert found["stats"]["full"] == 64
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["concat", "static"])
+def test_bfloat16(
+    static: bool,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    driver: Callable[..., dict[str, Any]],
+    prompts: list[list[int]],
+) -> None:
+    """The file as it is gives the tokens of the file in which Python puts every rounding in its place."""
+    schemes = SchemeMap(QuantScheme("ABQGemm", "rtn", 8, 8, dtype="bfloat16"), head_bits=8)
+    request = ExportRequest(
+        model=str(tiny_model_dir),
+        schemes=schemes,
+        out=tmp_path / "out",
+        until="onnx",
+        offline=True,
+        max_seq=128,
+        static_cache=static,
+    )
+    run_pipeline(request, NullProgress())
+    with open_session("native", request.out) as session:
+        expected = [
+            list(generate_tokens(session, prompt, Sampler(Sampling()), NEW))
+            for prompt in prompts[:8]
+        ]
+    found = driver(request.out, [requests(prompts[:8]), requests(prompts[:8])], {"chunk": 16})
+    for answers in found["rounds"]:
+        assert [answer["tokens"] for answer in answers] == expected
 
 
 @pytest.fixture(scope="module", params=["concat", "static"])

@@ -4,6 +4,7 @@
 // Words in a prompt make it behave in other ways:
 //   END=n   the model's end after n tokens
 //   FAIL=n  the step after n tokens fails
+//   LOSE=n  so it does, and no later one can succeed
 //   WIDE    tokens are bytes of three-byte characters, whose text comes with the last byte
 #include <algorithm>
 #include <anybit/anybit.hpp>
@@ -149,7 +150,7 @@ std::shared_ptr<Model> Model::load(const std::filesystem::path& folder,
   card.hidden = 64;
   card.context = card.max_context = fake.value("context", 4096);
   card.end_tokens = {kEnd};
-  card.backend = "none " + options.backend;
+  card.backend = "none " + options.backend + (options.cuda_graphs ? "" : ", no CUDA graphs");
   card.cache_form = "static";
   card.slots = options.slots;
   card.threads = 1;
@@ -169,7 +170,7 @@ struct Handle::State {
   uint64_t id;
   std::atomic<bool> cancelled{false};
   uint64_t h;
-  int end, fail;
+  int end, fail, lose;
   bool wide;
   int made = 0;
   std::string shown, held;
@@ -213,6 +214,13 @@ struct Engine::Impl {
   bool step(const std::shared_ptr<Handle::State>& s) {
     const Request& request = s->request;
     if (s->cancelled) return finish(s, Reason::cancelled, ""), false;
+    if (s->made == s->lose) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        stats.lost = "got a lost device, as a prompt asked";
+      }
+      return finish(s, Reason::error, "step: the device is lost, as the prompt asked"), false;
+    }
     if (s->made == s->fail)
       return finish(s, Reason::error, "step: it failed, as the prompt asked"), false;
     if (s->made == s->end && !request.ignore_end) return finish(s, Reason::stop, ""), false;
@@ -325,6 +333,7 @@ Handle Engine::submit(Request request) {
   state->h = hash(request.tokens, request.sampling.temperature > 0 ? request.sampling.seed : 0);
   state->end = number(prompt, "END=");
   state->fail = number(prompt, "FAIL=");
+  state->lose = number(prompt, "LOSE=");
   state->wide = prompt.find("WIDE") != std::string::npos;
   state->request = std::move(request);
   state->submitted = std::chrono::steady_clock::now();

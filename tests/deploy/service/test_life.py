@@ -44,6 +44,32 @@ def test_it_answers_while_the_model_is_loading(serve: Callable[..., Server]) -> 
     assert fetch(server, "/ready") == (200, {"status": "ready"})
 
 
+def test_a_lost_device(serve: Callable[..., Server]) -> None:
+    """Other texts end as they can, nothing new is taken, and the exit code asks to be started again."""
+    server = serve(fake={"step_us": 5000})
+    other = Raw(server).send(post({"prompt": "x", "max_tokens": 400}))
+    lost = Raw(server).send(post({"prompt": "LOSE=2", "max_tokens": 9}))
+    asking, posting = Raw(server), Raw(server)
+    assert asking.send(get("/ready")).answer()[0] == posting.send(get("/ready")).answer()[0] == 200
+    status, _, body = lost.answer()
+    assert (status, error_of(body)["message"]) == (
+        500, "step: the device is lost, as the prompt asked",
+    )  # fmt: skip
+    assert asking.send(get("/ready")).answer()[0] == 503
+    status, _, body = posting.send(post({"prompt": "y"})).answer()
+    assert (status, error_of(body)["code"]) == (503, "draining")
+    status, _, body = other.answer()
+    assert (status, json.loads(body)["choices"][0]["text"]) == (200, expected("x", 400))
+    assert server.process.wait(PATIENCE) == 1
+    assert server.lines("lost")[0]["problem"] == "got a lost device, as a prompt asked"
+    assert server.text().endswith("engine: got a lost device, as a prompt asked. Start again.\n")
+
+
+def test_without_cuda_graphs(serve: Callable[..., Server]) -> None:
+    assert serve().wait_for("ready")["backend"] == "none auto"
+    assert serve("--no-cuda-graphs").wait_for("ready")["backend"] == "none auto, no CUDA graphs"
+
+
 def test_a_signal_while_the_model_is_loading(serve: Callable[..., Server]) -> None:
     server = serve(fake={"load_ms": 60_000}, wait=False).listen(ready=False)
     assert server.stop() == 0
@@ -208,7 +234,7 @@ def test_a_port_in_use(serve: Callable[..., Server], service: Path, fake_engine:
     [
         (("OUT", "--port", "99999"), "Could not convert: --port = 99999"),
         (("OUT", "--slots", "0"), "--slots: Value 0 not in range [1 - 1024]"),
-        (("OUT", "--backend", "cuda"), "--backend: cuda not in {auto,onnxruntime}"),
+        (("OUT", "--backend", "cuda"), "--backend: cuda not in {auto,tensorrt,onnxruntime}"),
         (("OUT", "--prot", "1"), "anybit-serve: The following arguments were not expected: --prot 1. anybit-serve --help lists the options."),
         ((), "OUT is required"),
         (("OUT", "--host", "not a host"), "--host: got not a host (Host not found (authoritative)), expected an address of this machine. Give one, such as 127.0.0.1, or 0.0.0.0 for all."),

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "anybit/error.hpp"
 #include "anybit/model.hpp"
@@ -19,6 +20,12 @@ class QueueFull : public Error {
 
 // submit() came after drain().
 class Draining : public Error {
+ public:
+  using Error::Error;
+};
+
+// submit() came after a failure that no later call can mend, such as a lost GPU.
+class Lost : public Error {
  public:
   using Error::Error;
 };
@@ -43,6 +50,8 @@ struct Stats {
   // Calls of the model, and the seconds in them and in the engine's own work around them.
   uint64_t steps = 0;
   double model_s = 0, engine_s = 0;
+  // Why no request can run any more; "" while they can.
+  std::string lost;
 };
 
 // Runs requests on one model with a thread of its own: they join and leave between two calls of the
@@ -60,7 +69,7 @@ class Engine {
   // Takes a request. Safe on any thread; returns at once.
   //
   // Throws Error: the prompt is empty or too long, has ids outside the vocabulary, or an option is
-  // out of range. QueueFull, Draining. Nothing of the request is called then.
+  // out of range. QueueFull, Draining, Lost. Nothing of the request is called then.
   Handle submit(Request request);
 
   // Safe on any thread.

@@ -64,8 +64,8 @@ struct MemoryPlan {
   size_t activations = 0;   // of the largest call, estimated
   size_t copies = 0;   // ONNX Runtime's own of float matrices, in fp32: a 16-bit head above all
   size_t program = 0;  // ONNX Runtime itself, the graph and the tokenizer, estimated
-  bool on_gpu =
-      false;         // all of it, and activations are what the engine says; else in the machine's
+  // All of it is the GPU's, and activations are what the engine says; else the machine's.
+  bool on_gpu = false;
   size_t limit = 0;  // what all but the weights may take together
   // All but the weights.
   size_t total() const { return cache + second_cache + logits + activations + copies + program; }

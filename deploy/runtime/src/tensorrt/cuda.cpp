@@ -55,9 +55,8 @@ std::string Driver::lost() const {
   const int status = Call<>(*this, "cuCtxSynchronize").quietly();
   if (status == kSuccess) return "";
   return "got \"" + reason(status) +
-         "\" from every call of the GPU since one failed, expected success; the system's log may "
-         "say "
-         "why, and this process cannot use the GPU any more";
+         "\" from every call of the GPU since one failed, expected success; the system's "
+         "log may say why, and this process cannot use the GPU any more";
 }
 
 void Driver::check(int status, const char* call) const {
@@ -76,6 +75,11 @@ std::string Driver::reason(int status) const {
   if (names.quietly(status, &name) != kSuccess || !name) return "error " + std::to_string(status);
   if (texts.quietly(status, &text) != kSuccess || !text) return name;
   return std::string(name) + ": " + text;
+}
+
+KeptContext::KeptContext(const Driver& driver)
+    : set_(reinterpret_cast<int (*)(Context)>(driver.symbol("cuCtxSetCurrent"))) {
+  Call<Context*>(driver, "cuCtxGetCurrent")(&context_);
 }
 
 Memory allocate(const Driver& driver, size_t bytes) {

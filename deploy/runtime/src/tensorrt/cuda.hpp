@@ -93,6 +93,20 @@ class Driver {
   const Call<Graph> destroy_graph{*this, "cuGraphDestroy"};
 };
 
+// Gives the thread back the context that it had: a program may work on a GPU of its own on the thread
+// that loads or ends a model. May outlive the driver.
+class KeptContext {
+ public:
+  explicit KeptContext(const Driver& driver);
+  KeptContext(const KeptContext&) = delete;
+  KeptContext& operator=(const KeptContext&) = delete;
+  ~KeptContext() { set_(context_); }
+
+ private:
+  int (*const set_)(Context);
+  Context context_ = nullptr;
+};
+
 // Something that a function of the driver frees; the driver must outlive it.
 template <class Handle, const Call<Handle> Driver::* free>
 class Owned {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -11,8 +12,7 @@
 namespace anybit::trt {
 namespace {
 
-constexpr int kThreadLocal =
-    1;  // CUstreamCaptureMode: what other threads do is none of its business
+constexpr int kThreadLocal = 1;  // CUstreamCaptureMode: what other threads do is not looked at
 constexpr size_t kMostGraphs = 32;
 
 // What both forms share: small inputs and logits, in host memory and on the GPU.
@@ -61,6 +61,7 @@ class Decoder : public Backend {
   // Before anything is freed: the thread that ends a model need not be the one that ran it.
   void use_to_free() noexcept {
     try {
+      kept_.emplace(*driver_);
       driver_->use();
     } catch (const std::exception&) {  // of a lost GPU there is nothing to free
     }
@@ -121,6 +122,7 @@ class Decoder : public Backend {
   void wait() const { driver_->wait(stream_.get()); }
 
   // In this order: what is last goes first.
+  std::optional<cuda::KeptContext> kept_;  // of the thread that frees what follows
   const std::unique_ptr<cuda::Driver> driver_;
   const std::unique_ptr<Api> api_;
   const std::unique_ptr<Engine> engine_;
@@ -264,7 +266,9 @@ class StaticDecoder final : public Decoder {
       driver_->launch(found->second.exec.get(), stream_.get());
       return wait();
     }
-    if (repeats && recorded_.size() < kMostGraphs) return run_and_record(key);
+    if (repeats && recorded_.size() < kMostGraphs) {
+      if (std::optional<Context> own = own_context()) return run_and_record(key, std::move(*own));
+    }
     Context& context = context_for(rows);
     Key& bound = key.count == 1 ? decode_bound_ : prefill_bound_;
     if (!(bound == key)) bind_all(context, key);
@@ -292,10 +296,25 @@ class StaticDecoder final : public Decoder {
     }
   }
 
+  // For a step that is recorded. Nothing where the GPU has no memory for one more: steps then run as
+  // they come, which needs none.
+  std::optional<Context> own_context() {
+    try {
+      return context(Profile::kDecode);
+    } catch (const Error& error) {
+      record_no_more(error);
+      return {};
+    }
+  }
+
+  void record_no_more(const Error& why) {
+    no_graphs_ = why.what();
+    recorded_.clear();
+  }
+
   // TensorRT wants a step to have run before it is recorded: that is the one that was asked for.
   // Where recording fails, its result holds, and later ones run as they come.
-  void run_and_record(const Key& key) {
-    Context own = context(Profile::kDecode);
+  void run_and_record(const Key& key, Context own) {
     bind_all(own, key);
     const auto batch = static_cast<size_t>(key.rows);
     queue(own, batch, 1, true);
@@ -304,8 +323,7 @@ class StaticDecoder final : public Decoder {
       cuda::OwnedExec exec = record(own, batch);
       recorded_.insert_or_assign(key, Recorded{std::move(own), std::move(exec)});
     } catch (const Error& error) {
-      no_graphs_ = error.what();
-      recorded_.clear();
+      record_no_more(error);
     }
   }
 

@@ -112,6 +112,7 @@ Opened open(const Artifact& artifact, Ready ready, const LoadOptions& options) {
   const Description& about = artifact.description();
   const fs::path file = artifact.file(kEngine, options.verify);
   const fs::path plugins = artifact.file(record.plugins, true);
+  const cuda::KeptContext kept(*ready.driver);
   ready.driver->use();
   ready.api->load_plugins(plugins, record.ops);
   auto engine = std::make_unique<Engine>(*ready.api, file);

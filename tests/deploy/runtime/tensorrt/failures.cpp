@@ -58,6 +58,7 @@ int main() {
   const auto plan = symbol<void(const char*, int, int, int)>(simulation, "sim_plan");
   const auto calls = symbol<int(const char*)>(simulation, "sim_calls");
   const auto live = symbol<int()>(simulation, "sim_live");
+  const auto get_context = symbol<int(void**)>(simulation, "cuCtxGetCurrent");
   anybit::LoadOptions load;
   load.backend = "tensorrt";
   load.slots = 3;
@@ -71,6 +72,9 @@ int main() {
     try {
       const auto model = anybit::Model::load(task.at("folder").get<std::string>(), load);
       outcome["calls_to_load"] = calls(function.c_str());
+      void* context = nullptr;
+      get_context(&context);
+      outcome["kept"] = context == nullptr;
       anybit::Engine engine(model);
       outcome["during"] = finished(engine, task.at("prompts"));
       outcome["afterwards"] = finished(engine, task.at("prompts"));
@@ -78,6 +82,9 @@ int main() {
     } catch (const anybit::Error& error) {
       outcome["load"] = error.what();
     }
+    void* context = nullptr;
+    get_context(&context);
+    outcome["kept_at_the_end"] = context == nullptr;
     outcome["live"] = live();
     outcomes.push_back(outcome);
   }

@@ -140,6 +140,11 @@ ENTRY int cuCtxSetCurrent(void* context) {
   current = context != nullptr;
   return kSuccess;
 }
+ENTRY int cuCtxGetCurrent(void** context) {
+  if (fails("cuCtxGetCurrent")) return fault.status;
+  *context = current ? &context_made : nullptr;
+  return kSuccess;
+}
 ENTRY int cuStreamSynchronize(FakeStream* stream);
 ENTRY int cuCtxSynchronize() {
   if (broken != kSuccess) return broken;

@@ -335,6 +335,7 @@ LOADING = [
     "cuDeviceGetName",
     "cuDeviceGetAttribute",
     "cuDevicePrimaryCtxRetain",
+    "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuMemGetInfo_v2",
     "cuMemAlloc_v2",
@@ -357,10 +358,14 @@ STEPS = [
     "setInputShape",
     "setTensorAddress",
     "enqueueV3",
-    "createExecutionContext",
 ]
 # What records a step; a failure leaves steps that run as they come.
-RECORDING = ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"]
+RECORDING = [
+    "createExecutionContext",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+]
 OUT_OF_MEMORY, NOT_PERMITTED, ILLEGAL_ADDRESS = 2, 800, 700
 
 
@@ -416,6 +421,7 @@ def test_every_call_that_fails_is_told(
     counts = {one["function"]: (one["calls_to_load"], one["calls"]) for one in good}
     for one in good:
         assert [answer["tokens"] for answer in one["during"]] == want
+        assert one["kept"] and one["kept_at_the_end"], "the thread's own context is lost"
     steps = [fault(name) for name in LOADING]
     for name in STEPS:
         loaded, all_calls = counts[name]
@@ -471,7 +477,7 @@ def test_a_gpu_that_is_lost(
     assert found["afterwards"] == [
         {
             "reason": "refused",
-            "detail": f"engine: {gone}. Load the model again.",
+            "detail": f"engine: {gone}. Start a new process.",
             "tokens": [],
         }
     ]
