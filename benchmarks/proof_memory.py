@@ -54,6 +54,8 @@ def main() -> None:
             time.sleep(0.05)
         printed = process.stdout.read() if process.stdout else ""
     print(printed)
+    if process.returncode:
+        raise SystemExit(f"the proof ended with {process.returncode}: nothing was measured")
     record = {
         "command": command_on("proof_memory.py", args.out),
         "weights": int(quant.sizes["linear_weights"]),
@@ -63,7 +65,6 @@ def main() -> None:
         "estimate_bytes": estimate,
         "peak_bytes": peak,
         "ratio": round(peak / estimate, 3),
-        "exit_code": process.returncode,
         "seconds": round(time.monotonic() - began),
     }
     print(record)

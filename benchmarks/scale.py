@@ -3,7 +3,7 @@
 python benchmarks/scale.py WORK [--like llama-7b] [--layers 8 16 32] [--until engine] [-- OPTIONS OF THE EXPORTER]
 
 For each number of layers a model with random weights and the published model's widths is written into
-WORK, exported, plainly rounded to W4A8 unless OPTIONS say otherwise, and taken away again. Of each
+a new folder in WORK, exported, plainly rounded to W4A8 unless OPTIONS say otherwise, and taken away again. Of each
 stage: seconds, the peak of the process's memory (pages of mapped files included, which the system may drop) and
 bytes written. Writes benchmarks/results/<processor>-<date>-scale-<model>.json and prints a table.
 WORK needs about twice the float model's size on the disk.
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ HERE = Path(__file__).resolve().parent
 def measure(work: Path, like: str, layers: int, until: str, options: list[str]) -> dict[str, Any]:
     """Make a model, export it, and return what the manifest says of the stages."""
     model, out = work / "model", work / "out"
-    for folder in (model, out):
-        shutil.rmtree(folder, ignore_errors=True)
     write_model(model, like, layers)
     command = [sys.executable, "-m", "exporter", str(model), "--out", str(out), "--until", until]
     began = time.monotonic()
@@ -46,8 +44,6 @@ def measure(work: Path, like: str, layers: int, until: str, options: list[str]) 
         for name, stage in manifest["stages"].items()
     }
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    for folder in (model, out):
-        shutil.rmtree(folder)
     return {"layers": layers, "model_bytes": size, "seconds": round(seconds, 1), "stages": rows}
 
 
@@ -66,8 +62,10 @@ def main() -> None:
     parser.add_argument("--until", choices=("quant", "onnx", "engine", "report"), default="engine")
     args = parser.parse_args(own)
     rows = []
+    args.work.mkdir(parents=True, exist_ok=True)
     for layers in sorted(args.layers):
-        rows.append(measure(args.work, args.like, layers, args.until, options))
+        with tempfile.TemporaryDirectory(prefix="scale-", dir=args.work) as folder:
+            rows.append(measure(Path(folder).resolve(), args.like, layers, args.until, options))
         for name, stage in rows[-1]["stages"].items():
             print(
                 f"{layers:3d} layers  {name:<7}{stage['seconds']:8.1f} s  "

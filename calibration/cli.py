@@ -354,13 +354,7 @@ def _kept_schemes(args: argparse.Namespace) -> SchemeMap:
         formats.check(args.format, scheme)
     if schemes.head is not None:
         formats.check_head(args.format, schemes.head)
-    if args.format != formats.OURS and (orders := kept_orders(checkpoint)):
-        raise InputError(
-            f"--format {args.format}",
-            f"got {next(iter(orders))} with its input channels in an order of their own, expected "
-            "them in order",
-            "Leave out --format",
-        )
+    formats.check_orders(args.format, kept_orders(checkpoint))
     return schemes
 
 

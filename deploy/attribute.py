@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,7 @@ def attribute_artifact(
     out: Path, request: CompareRequest, minutes: float, add_bits: float, progress: Progress
 ) -> Attribution:
     """Measure what each node of an artifact costs, with OUT locked. What is measured is kept in
-    OUT/report/attribution.json; a report that is there shows the result.
+    OUT/attribution.json; a report that is there shows the result.
 
     Args:
         out: the artifact folder.
@@ -60,7 +59,6 @@ def attribute_artifact(
 
     opened = open_compared(request)
     with locked(out):
-        (out / REPORT).mkdir(exist_ok=True)
         job = AttributionJob(
             quant=opened.quants[0],
             checkpoint=opened.checkpoint,
@@ -68,7 +66,7 @@ def attribute_artifact(
             text=text_of(request),
             calibration=_calibration(opened.checkpoint, opened.windows.shape[1]),
             max_context=opened.contexts[0],
-            record=out / REPORT / ATTRIBUTION,
+            record=out / ATTRIBUTION,
             minutes=minutes,
             add_bits=add_bits,
         )
@@ -106,7 +104,6 @@ def show_in_report(out: Path, found: Attribution) -> bool:
     manifest = read_manifest(out / MANIFEST)
     data = read_json(folder / JSON_FILE, "Make the report again") | {"attribution": found.as_dict()}
     with StageWriter(out, REPORT) as writer:
-        shutil.copyfile(folder / ATTRIBUTION, writer.path / ATTRIBUTION)
         write_report(writer.path, data)
         files = file_records(writer.path)
     if REPORT in manifest["stages"]:
@@ -167,7 +164,7 @@ class Attribute(Command):
         "For a model whose perplexity or KL divergence is too high: put a node, a range of layers, all "
         "weights, all activations or the KV cache back to floating point, and measure the KL "
         "divergence of the next token that is left. Ranges of layers are halved where they gain most. "
-        "What was measured is kept in OUT/report, so that a run that was stopped goes on."
+        "What was measured is kept in OUT, so that a run that was stopped goes on."
     )
     out_help = "artifact folder of python -m exporter or python -m calibration"
 

@@ -137,12 +137,31 @@ def open_compared(request: CompareRequest) -> Compared:
     from calibration.checkpoints.checkpoint import open_checkpoint
     from calibration.quant.folder import read_quant
 
+    for out in request.outs:
+        _check_folder(out)
     quants = [read_quant(out / QUANT) for out in request.outs]
     checkpoint = open_checkpoint(request.model or float_name(request.outs[0]), offline=True)
     for out, quant in zip(request.outs, quants, strict=True):
         check_model(out, quant, checkpoint)
     longest = contexts(request.outs, quants)
     return Compared(quants, checkpoint, longest, _windows(request, checkpoint, min(longest)))
+
+
+def _check_folder(out: Path) -> None:
+    if (out / QUANT).is_dir():
+        return
+    got = (
+        "a folder without quant/"
+        if out.is_dir()
+        else "a file"
+        if out.exists()
+        else "no such folder"
+    )
+    raise InputError(
+        str(out),
+        f"got {got}, expected an artifact folder with quant/",
+        "Give the whole OUT of python -m exporter or python -m calibration",
+    )
 
 
 def _row(

@@ -136,7 +136,11 @@ class Evaluate(Command):
         from exporter.proof.perplexity import EvalRequest
 
         if args.model is not None and not args.beside:
-            raise InputError("--model", "got a float model that nothing is asked of", "Add --float")
+            raise InputError(
+                "--model",
+                f"got {args.model} without --float, expected both or neither",
+                "Add --float",
+            )
         request = EvalRequest(
             args.text,
             windows=args.windows,

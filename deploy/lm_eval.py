@@ -96,8 +96,8 @@ def run_tasks(out: Path, request: HarnessRequest, progress: Progress) -> dict[st
     """The harness's results, as its simple_evaluate gives them.
 
     Raises:
-        InputError: the package lm_eval is missing, a task is unknown or cannot be loaded, or OUT is
-            wrong. CheckError: the model computes NaN.
+        InputError: the package lm_eval is missing, a task is unknown, its data cannot be had, or OUT
+            is wrong. CheckError: the model computes NaN.
     """
     from deploy.scoring import Scorer
     from exporter.run.model import find_model
@@ -123,15 +123,22 @@ def run_tasks(out: Path, request: HarnessRequest, progress: Progress) -> dict[st
             request.add_bos,
             lambda: progress.advance(1),
         )
-        found = simple_evaluate(
-            model=adapter(scorer, tokenizer, progress),
-            tasks=list(request.tasks),
-            num_fewshot=request.shots,
-            limit=request.limit or None,
-            apply_chat_template=request.chat,
-            task_manager=manager,
-            log_samples=False,
-        )
+        try:
+            found = simple_evaluate(
+                model=adapter(scorer, tokenizer, progress),
+                tasks=list(request.tasks),
+                num_fewshot=request.shots,
+                limit=request.limit or None,
+                apply_chat_template=request.chat,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except OSError as error:  # those of the network are too
+            raise InputError(
+                f"--tasks {','.join(request.tasks)}",
+                f"got {type(error).__name__}: {error}; expected the data sets of these tasks",
+                "Check the network, or put the data where the harness looks for it",
+            ) from error
     results: dict[str, Any] = found
     return results
 
@@ -170,7 +177,10 @@ def _manager(request: HarnessRequest) -> Any:
 
 def _tasks(text: str) -> tuple[str, ...]:
     """An argparse type: names separated by commas."""
-    return tuple(name for name in text.split(",") if name)
+    names = tuple(name for name in text.split(",") if name)
+    if not names:
+        raise argparse.ArgumentTypeError("got no name, expected some of the harness's tasks")
+    return names
 
 
 class LmEval(Command):

@@ -54,6 +54,7 @@ def pack_artifact(
         )
     progress = progress or NullProgress()
     folders = {stage: open_stage(out, stage, "the pack") for stage in wanted}
+    _check_target(to, out, [folder.path for folder in folders.values()])
     steps = 2 * sum(len(folder.names) for folder in folders.values())
     progress.start("pack", steps + (out / MANIFEST).is_file())
     files: dict[str, Path] = {}
@@ -63,17 +64,22 @@ def pack_artifact(
             progress.advance(1, name)
     if (out / MANIFEST).is_file():
         files[MANIFEST] = out / MANIFEST
-    _check_outside(to, files)
     members = write_pack(to, files, lambda name: progress.advance(1, name))
     progress.finish()
     return [member.name for member in members]
 
 
-def _check_outside(to: Path, files: dict[str, Path]) -> None:
-    if to.resolve() in {path.resolve() for path in files.values()}:
-        raise InputError(
-            f"-o {to}", "got a file of the artifact, expected another", "Choose another file"
-        )
+def _check_target(to: Path, out: Path, folders: Collection[Path]) -> None:
+    """Look whether a pack may take the place of `to`, before anything is read."""
+    place = to.resolve()
+    stages = [path.resolve() for path in (*(out / stage for stage in STAGES), *folders)]
+    if place == (out / MANIFEST).resolve() or any(map(place.is_relative_to, stages)):
+        got = "a place in a stage of the artifact, which then holds a file that is not its own"
+    elif to.exists() and not to.is_file():
+        got = "no regular file"
+    else:
+        return
+    raise InputError(f"-o {to}", f"got {got}, expected another file", "Choose another file")
 
 
 def _stages(text: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploy.generate import TextStream, generate_tokens
 from deploy.sampling import Sampler, Sampling
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Scorer", "rolling_windows"]
 
 Tokens = list[int]
+Number = TypeVar("Number", int, float)
 _MAX_NEW = 256  # tokens of a continuation where a request does not say, or half of a short context
 # Fields of a request for text that change nothing here: greedy decoding has one beam and one result.
 _PASSED_OVER = ("num_beams", "num_return_sequences", "use_cache", "pad_token_id", "eos_token_id")
@@ -97,7 +98,8 @@ class Scorer:
         """log p in nats of whole texts, in windows of the context that do not overlap."""
         found = []
         for text in texts:
-            windows = rolling_windows(self.encode(text), self._start, self._session.max_context)
+            start, tokens = self.pair("", text)
+            windows = rolling_windows(tokens, start[0], self._session.max_context)
             found.append(sum(self.score(*window)[0] for window in windows))
             self._each()
         return found
@@ -183,9 +185,9 @@ def _fields(fields: dict[str, Any], limit: int) -> tuple[list[str], int, Samplin
     """Stop strings, most tokens, by default `limit`, and how they are chosen."""
     until = fields.pop("until", None) or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    limit = int(fields.pop("max_gen_toks", limit))
-    temperature = float(fields.pop("temperature", 1.0) or 0.0)
-    top_k, top_p = int(fields.pop("top_k", 0) or 0), float(fields.pop("top_p", 1.0) or 1.0)
+    limit = _number(int, fields, "max_gen_toks", limit)
+    temperature = _number(float, fields, "temperature", 1.0)
+    top_k, top_p = _number(int, fields, "top_k", 0), _number(float, fields, "top_p", 1.0) or 1.0
     for name in _PASSED_OVER:
         fields.pop(name, None)
     drawn = bool(fields.pop("do_sample", False)) and temperature > 0
@@ -196,6 +198,21 @@ def _fields(fields: dict[str, Any], limit: int) -> tuple[list[str], int, Samplin
             "Choose another task, or leave the field out of its file",
         )
     return stops, limit, Sampling(temperature, top_k, 0, top_p) if drawn else Sampling()
+
+
+def _number(
+    kind: Callable[[Any], Number], fields: dict[str, Any], name: str, usual: Number
+) -> Number:
+    """A field that is taken out; null is 0."""
+    value = fields.pop(name, usual)
+    try:
+        return kind(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"generation_kwargs, {name}",
+            f"got {value!r}, expected a number",
+            "Correct the task's file",
+        ) from None
 
 
 def rolling_windows(tokens: Tokens, start: int, length: int) -> Iterator[tuple[Tokens, Tokens]]:

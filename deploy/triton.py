@@ -231,7 +231,7 @@ def write_repository(
 
     Args:
         out: the artifact folder, or its onnx or engine folder alone.
-        to: a new folder, or one that this wrote before.
+        to: a new folder, or one that this wrote before with models of the same names.
         backends: keys of BACKENDS; none: those whose stage is there and can be served.
         deployment: how it is served.
         progress: advanced once a model.
@@ -263,26 +263,27 @@ def write_repository(
     for backend in chosen:
         if (objection := _objection(out, backend)) is not None:
             raise objection
-    check_target(to, out, "triton", _models_in(to) | {_SCRIPT})
-    at = deployment.at or to.resolve()
     folders = [open_stage(out, backend.stage, f"--backend {backend.name}") for backend in chosen]
-    names: list[str] = []
+    names = [
+        f"{model_slug(about.model)}-{about.scheme.replace('*', 'b')}-{backend.name}"
+        for backend, about in zip(chosen, (one.description() for one in folders), strict=True)
+    ]
+    # The whole folder is replaced: another model in it, whoever wrote it, would be lost.
+    check_target(to, out, "triton", {_SCRIPT, *(name for name in names if _is_ours(to / name))})
+    at = deployment.at or to.resolve()
     plugins: list[Path] = []
     progress = progress or NullProgress()
     progress.start("triton", len(chosen))
     with StageWriter(to.parent, to.name, 2 * sum(map(_size, folders))) as writer:
-        for backend, folder in zip(chosen, folders, strict=True):
-            about = folder.description()
-            scheme = about.scheme.replace("*", "b")
-            names.append(f"{model_slug(about.model)}-{scheme}-{backend.name}")
-            model = writer.path / names[-1]
-            library = at / names[-1] / _copy(model, backend, folder, about)
+        for name, backend, folder in zip(names, chosen, folders, strict=True):
+            about, model = folder.description(), writer.path / name
+            library = at / name / _copy(model, backend, folder, about)
             if backend.stage == ENGINE:
                 plugins.append(library)
             own = "" if backend.stage == ENGINE else str(library)
-            text = config(names[-1], backend.name, about, _within(deployment, about), own)
+            text = config(name, backend.name, about, _within(deployment, about), own)
             (model / "config.pbtxt").write_text(text, encoding="utf-8")
-            progress.advance(1, names[-1])
+            progress.advance(1, name)
         script = writer.path / _SCRIPT
         script.write_text(_script(at, plugins), encoding="utf-8")
         script.chmod(0o755)
@@ -315,11 +316,9 @@ def _objection(out: Path, backend: _Backend) -> InputError | None:
     return None
 
 
-def _models_in(to: Path) -> set[str]:
-    """Folders that an earlier call wrote."""
-    if not to.is_dir():
-        return set()
-    return {path.name for path in to.iterdir() if (path / "config.pbtxt").is_file()}
+def _is_ours(model: Path) -> bool:
+    """Whether an earlier call wrote a model's folder."""
+    return (model / "config.pbtxt").is_file() and (model / _TOKENIZER / DESCRIPTION).is_file()
 
 
 def _size(folder: StageFolder) -> int:
@@ -400,7 +399,11 @@ class Triton(Command):
         """Where to, for which backends, and how it is served."""
         add = parser.add_argument
         add(
-            "--to", required=True, type=Path, metavar="REPO", help="a new folder, or an earlier one"
+            "--to",
+            required=True,
+            type=Path,
+            metavar="REPO",
+            help="a new folder, or an earlier one of the same models",
         )
         add(
             "--backend",

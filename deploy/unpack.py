@@ -30,12 +30,12 @@ def opened(path: Path) -> Iterator[Path]:
     """
     from tempfile import TemporaryDirectory
 
-    from calibration.out.pack import LINKED, Pack, is_pack
+    from calibration.out.pack import Pack, is_pack
 
     if not is_pack(path):
         yield path
         return
-    link = LINKED in Pack(path).members
+    link = _linkable(Pack(path))
     try:
         beside = TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
@@ -75,10 +75,12 @@ def unpack(path: Path, to: Path, link: bool = False, progress: Progress | None =
         got = "something that is there" if to.exists() else "a place in no folder"
         raise InputError(f"--to {to}", f"got {got}, expected a new folder", "Choose another --to")
     pack = Pack(path)
-    linked = link and LINKED in pack.members
+    linked = link and _linkable(pack)
     if link and not linked:
         raise InputError(
-            "--link", f"got {path} without {LINKED}, expected one with it", "Leave out --link"
+            "--link",
+            f"got {path} without {LINKED} at its beginning, expected one with it",
+            "Leave out --link",
         )
     progress = progress or NullProgress()
     progress.start("unpack", len(pack.members))
@@ -95,6 +97,14 @@ def unpack(path: Path, to: Path, link: bool = False, progress: Progress | None =
     return [*pack.members]
 
 
+def _linkable(pack: Pack) -> bool:
+    """Whether offsets into the ONNX model's weights are offsets into the pack, and the model is there."""
+    from calibration.out.pack import LINKED
+
+    data = pack.members.get(LINKED)
+    return data is not None and data.offset == 0 and f"{ONNX}/{DESCRIPTION}" in pack.members
+
+
 def _keep_what_is_there(pack: Pack, folder: Path, linked: bool) -> None:
     """Let the records of OUT name the stages that were packed, and a linked file as it is now."""
     from calibration.out.files import file_records, write_json
@@ -104,7 +114,7 @@ def _keep_what_is_there(pack: Pack, folder: Path, linked: bool) -> None:
     if linked:
         record = {"bytes": pack.path.stat().st_size, "sha256": pack.sha256()}
         description = pack.json(f"{ONNX}/{DESCRIPTION}")
-        description["files"][DATA_FILE] = record
+        description["files"] = {**_files(description, pack), DATA_FILE: record}
         write_json(folder / ONNX / DESCRIPTION, description)
     if MANIFEST not in pack.members:
         return
@@ -116,6 +126,18 @@ def _keep_what_is_there(pack: Pack, folder: Path, linked: bool) -> None:
             **file_records(folder / ONNX, only=DESCRIPTION),
         }
     write_json(folder / MANIFEST, manifest | {"stages": stages})
+
+
+def _files(description: dict[str, Any], pack: Pack) -> dict[str, Any]:
+    """The records of files in a description."""
+    found = description.get("files")
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{pack.path}, {ONNX}/{DESCRIPTION}",
+            "got no files, expected a record of each",
+            "It is damaged: make the pack again with python -m deploy pack",
+        )
+    return found
 
 
 class Unpack(Command):

@@ -19,6 +19,7 @@ from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
+    from calibration.families.decoder import Block
     from calibration.methods import Method
     from calibration.quant.bits import SchemeMap
     from calibration.settings import CalibrationSettings
@@ -67,8 +68,8 @@ def estimate(
 
     Whatever the depth, quantizing takes the largest tensor in fp32 twice. A calibration takes a block
     in fp32, its quantized self and the codes, fp64 moments of the widest input, and the residual streams
-    of all windows, in the float model and in the quantized one, as far as --max-memory leaves them
-    in memory. benchmarks/scale.py measures them.
+    of all windows, in the float model and in the quantized one, and of experts the sum of what they
+    make, as far as --max-memory leaves them in memory. benchmarks/scale.py measures them.
     """
     decoder = checkpoint.decoder
     one = quant_bytes(checkpoint, schemes) // 2  # the other half are finished blocks
@@ -78,10 +79,12 @@ def estimate(
     if QUANT in stages:
         needed = 8 * max(map(prod, decoder.shapes().values()))
         if method.looks_at_data:
-            linears = list(decoder.blocks[0].linears)
-            weights = sum(linear.out_features * linear.in_features for linear in linears)
-            moments = 8 * max(linear.in_features for linear in linears) ** 2
-            streams = 2 * 4 * settings.nsamples * settings.seqlen * decoder.hidden
+            # Of a mixture of experts some blocks may be dense.
+            weights = max(sum(map(prod, _shapes(block))) for block in decoder.blocks)
+            widest = max(shape[1] for block in decoder.blocks for shape in _shapes(block))
+            moments = 8 * widest**2
+            count = 3 if decoder.routers else 2
+            streams = count * 4 * settings.nsamples * settings.seqlen * decoder.hidden
             held = min(streams, settings.max_memory or streams)
             spilled = streams - held
             needed = max(needed, 10 * weights + moments) + held
@@ -90,6 +93,10 @@ def estimate(
         memory[ENGINE] = int(_PROGRAM + _BUILDER_COPIES * one)
     # Finished blocks, and streams, go when quant/ is whole; a stage's folder has room to spare.
     return Estimate(kept + max(one, spilled), kept, memory)
+
+
+def _shapes(block: Block) -> list[tuple[int, int]]:
+    return [linear.shape for linear in block.linears]
 
 
 def check_room(out: Path, asked: Estimate) -> None:

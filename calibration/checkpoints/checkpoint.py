@@ -118,7 +118,8 @@ class Checkpoint:
         self.decoder: Decoder = family.decoder(plain_config(config))
         self.generation = read_generation(source.path) if source.path.is_dir() else Generation()
         self._weights = weights
-        self._names = match_tensors(self._where, self.decoder, weights.shapes())
+        spare = getattr(weights, "spare", ())
+        self._names = match_tensors(self._where, self.decoder, weights.shapes(), spare)
         if self._has_own_head():
             config.tie_word_embeddings = False
             self.decoder = family.decoder(plain_config(config))

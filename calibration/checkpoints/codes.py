@@ -232,7 +232,7 @@ class Tensors:
         """Of a layer's tensor that has to be there.
 
         Args:
-            expected: None for a size that may be any.
+            expected: None for a size that may be any above 0.
 
         Raises:
             InputError: it is not, or has another shape.
@@ -245,10 +245,11 @@ class Tensors:
                 "The download is incomplete or damaged: download it again",
             )
         fits = len(found) == len(expected) and all(
-            want is None or got == want for got, want in zip(found, expected, strict=True)
+            got > 0 if want is None else got == want
+            for got, want in zip(found, expected, strict=True)
         )
         if not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in expected)
+            wanted = ", ".join("above 0" if size is None else str(size) for size in expected)
             raise InputError(
                 f"{self.place(layer)}.{end}",
                 f"got shape {list(found)}, expected [{wanted}] by the config's bits and group size",
@@ -296,6 +297,14 @@ class Tensors:
             )
         return scale
 
+    def empty_biases(self) -> set[str]:
+        """Names of biases of nothing but zeros, which some tools give to every layer."""
+        return {
+            name
+            for name in self.shapes
+            if name.endswith(".bias") and not np.asarray(self.weights.array(name), np.float32).any()
+        }
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -304,11 +313,13 @@ class Stored:
     Attributes:
         linears: the layers that are quantized, by name.
         used: the names of all tensors that they are made of.
+        spare: the names of tensors that have no part in the result where the model has none such.
         warnings: what is odd about them, a line each.
     """
 
     linears: Mapping[str, StoredLinear | StoredFloats]
     used: Collection[str]
+    spare: Collection[str] = ()
     warnings: Sequence[str] = ()
 
 
@@ -319,6 +330,7 @@ class StoredWeights:
     Attributes:
         format: in which the codes are stored, as calibration/formats calls it.
         settings: what the checkpoint says of them.
+        spare: as of Stored.
         warnings: what is odd about them, a line each.
     """
 
@@ -326,7 +338,8 @@ class StoredWeights:
         self, weights: WeightSource, format: str, settings: Mapping[str, Any], stored: Stored
     ) -> None:
         self._weights, self.format, self.settings = weights, format, settings
-        self._linears, self.warnings = stored.linears, stored.warnings
+        self._linears = stored.linears
+        self.spare, self.warnings = stored.spare, stored.warnings
         self._shapes = {
             name: shape for name, shape in weights.shapes().items() if name not in stored.used
         } | {f"{name}.weight": linear.shape for name, linear in stored.linears.items()}

@@ -13,6 +13,7 @@ from plugins.errors import InputError
 __all__ = ["gguf_config", "gguf_family", "token_id"]
 
 _ANOTHER_MODEL = "Choose a model without it; this export would compute something else"
+_EXPERTS = "_exps."  # in the names of tensors of all experts of a layer
 _NONE = (-1, 0xFFFFFFFF)  # as a token's id: the model has none
 
 # Below "llama." or another architecture's name. What llama.cpp makes of each key stands in its
@@ -65,11 +66,18 @@ def gguf_family(file: GgufFile) -> Family:
         raise file.wrong("general.type", "'model'", "Give the model itself")
     architecture = str(file.required("general.architecture"))
     accepted = {family(name).gguf: family(name) for name in family_names() if family(name).gguf}
-    if architecture not in accepted or file.value(f"{architecture}.expert_count", 0):
-        got = f"{architecture} with experts" if architecture in accepted else architecture[:60]
+    experts = any(_EXPERTS in name for name in file.tensors)
+    if experts or file.says(f"{architecture}.expert_count"):
         raise InputError(
             str(file.path),
-            f"got architecture {got}, expected one of {', '.join(accepted)}",
+            f"got a mixture of experts ({architecture[:60]}), which is not read of GGUF files, "
+            f"expected one of {', '.join(accepted)} without experts",
+            "Give the model as a Hugging Face folder",
+        )
+    if architecture not in accepted:
+        raise InputError(
+            str(file.path),
+            f"got architecture {architecture[:60]}, expected one of {', '.join(accepted)}",
             "Choose a model of a supported architecture",
         )
     return accepted[architecture]

@@ -39,7 +39,7 @@ class Names:
             one.
         renaming: {pattern of the files' names: what stands for it in the decoder's}, for
             transformers' key_mapping; empty where they are the same.
-        inert: the same of buffers that a decoder computes itself.
+        inert: the same of buffers that a decoder computes itself, and of spare tensors.
         packed: the decoder's names of tensors that the files hold as transformers' modules do.
     """
 
@@ -49,7 +49,12 @@ class Names:
     packed: Collection[str] = ()
 
 
-def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
+def match_tensors(
+    where: str,
+    decoder: Decoder,
+    found: Mapping[str, tuple[int, ...]],
+    spare: Collection[str] = (),
+) -> Names:
     """Account for every tensor of a checkpoint, by name and shape.
 
     All names may have a prefix that a wrapper around the model left there, if what is behind it
@@ -57,6 +62,7 @@ def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, .
 
     Args:
         found: {name: shape} in the files.
+        spare: names of these that have no part in the result where the decoder has none such.
 
     Raises:
         InputError: tensors are missing, have another shape, or are neither the decoder's nor known
@@ -71,14 +77,16 @@ def match_tensors(where: str, decoder: Decoder, found: Mapping[str, tuple[int, .
         }
         if len(renamed) == len(found):
             with suppress(InputError):
-                names = _matched(where, decoder, {new: found[old] for new, old in renamed.items()})
+                shapes = {new: found[old] for new, old in renamed.items()}
+                left = {new for new, old in renamed.items() if old in spare}
+                names = _matched(where, decoder, shapes, left)
                 return Names(
                     {ours: renamed[theirs] for ours, theirs in names.stored.items()},
                     {f"^{re.escape(prefix)}": replacement},
                     {ours: renamed[theirs] for ours, theirs in names.inert.items()},
                     names.packed,
                 )
-    return _matched(where, decoder, found)
+    return _matched(where, decoder, found, spare)
 
 
 def _prefixes(table: str, found: Iterable[str]) -> list[tuple[str, str]]:
@@ -95,7 +103,9 @@ def _prefixes(table: str, found: Iterable[str]) -> list[tuple[str, str]]:
     return list(islice(prefixes, _TRIED))
 
 
-def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]]) -> Names:
+def _matched(
+    where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]], spare: Collection[str]
+) -> Names:
     wanted, packed = _as_found(decoder, found)
     table, head = f"{decoder.embedding.name}.weight", f"{decoder.head.name}.weight"
     if decoder.tied and head in found:
@@ -121,8 +131,8 @@ def _matched(where: str, decoder: Decoder, found: Mapping[str, tuple[int, ...]])
                 "The weights and the config belong to different models: use the config of these weights",
             )
     others = sorted(found.keys() - stored.values())
-    inert = {name: name for name in others if _INERT.search(name)}
-    extra = [name for name in others if not _INERT.search(name)]
+    inert = {name: name for name in others if name in spare or _INERT.search(name)}
+    extra = [name for name in others if name not in inert]
     if extra:
         raise InputError(
             where,

@@ -8,6 +8,7 @@ read(config, tensors), calibration/checkpoints/quantized.py asks for.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["OURS", "Format", "check", "check_head", "format_names", "write"]
+__all__ = ["OURS", "Format", "check", "check_head", "check_orders", "format_names", "write"]
 
 _WRITES = "\ndef write("
 OURS = "anybit"  # the quant folder itself: nothing more to write
@@ -85,15 +86,34 @@ def check_head(name: str, scheme: QuantScheme) -> None:
         )
 
 
+def check_orders(name: str, nodes: Iterable[str]) -> None:
+    """Before any work: whether the format can say GEMM nodes whose input channels have an order of
+    their own.
+
+    Raises:
+        InputError: there are such nodes, which none but ours can.
+    """
+    first = next(iter(nodes), "")
+    if name != OURS and first:
+        raise InputError(
+            f"--format {name}",
+            f"got {first} with its input channels in an order of their own, expected them in order",
+            "Leave out --format",
+        )
+
+
 def write(name: str, quant: QuantModel) -> None:
     """Write a finished quant folder in another format too, into its sub-folder of that name;
     "anybit" writes nothing.
 
     Raises:
-        InputError: a layer that the format cannot say, the folder is there already, or there is no
-            such format.
+        InputError: a layer or a head that the format cannot say, the folder is there already, or
+            there is no such format.
     """
     if name != OURS:
+        check_orders(name, quant.decoder.orders)
+        if quant.head is not None:
+            check_head(name, quant.head)
         writer, folder = _format(name), quant.path / name
         try:
             folder.mkdir()

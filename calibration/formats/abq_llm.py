@@ -42,12 +42,13 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
         InputError: tensors that do not fit together, or weights that no codes give.
     """
     layers = tensors.layers(_SCALES)
+    shapes = {layer: _shape(layer, tensors) for layer in layers}
     levels = 1 + max(int(_codes(tensors, layer)[0].max()) for layer in islice(layers, _LOOKED_AT))
     codes = _code_set(levels, tensors.where)
-    linears = {layer: _linear(layer, codes, tensors) for layer in layers}
+    linears = {layer: _linear(layer, codes, shapes[layer], tensors) for layer in layers}
     left = {name for name in tensors.shapes if name.endswith((*_TRAINED, *_BOUNDS))}
     own = {f"{layer}.{end}" for layer in layers for end in ("weight", _SCALES, _ZEROS)}
-    return Stored(linears, own | left | _empty_biases(tensors))
+    return Stored(linears, own | left, tensors.empty_biases())
 
 
 def _code_set(levels: int, where: str) -> CodeSet:
@@ -57,7 +58,8 @@ def _code_set(levels: int, where: str) -> CodeSet:
     raise InputError(where, f"got {levels} codes of a weight, expected at most 256", FLOAT_MODEL)
 
 
-def _linear(layer: str, codes: CodeSet, tensors: Tensors) -> StoredLinear:
+def _shape(layer: str, tensors: Tensors) -> tuple[int, int, int]:
+    """Output channels, input channels, and groups of these."""
     rows, columns = tensors.shape(layer, "weight", (None, None))
     total, _ = tensors.shape(layer, _SCALES, (None, 1))
     tensors.shape(layer, _ZEROS, (total, 1))
@@ -69,6 +71,13 @@ def _linear(layer: str, codes: CodeSet, tensors: Tensors) -> StoredLinear:
             "groups of one size",
             FLOAT_MODEL,
         )
+    return rows, columns, groups
+
+
+def _linear(
+    layer: str, codes: CodeSet, shape: tuple[int, int, int], tensors: Tensors
+) -> StoredLinear:
+    rows, columns, groups = shape
     form = Form(codes, columns // groups if groups > 1 else 0, act_symmetric=False)
     arrays = partial(_arrays, tensors, layer, codes)
     return StoredLinear(tensors.place(layer), (rows, columns), form, arrays)
@@ -89,11 +98,20 @@ def _codes(tensors: Tensors, layer: str) -> tuple[np.ndarray, np.ndarray, np.nda
     """Codes int32 [N, K], scales and zero points [N, G].
 
     Raises:
-        InputError: the weights are no multiples of the scales, or codes below 0.
+        InputError: the weights are no multiples of the scales, codes below 0, or zero points that are
+            no whole numbers.
     """
     weight = np.asarray(tensors.weights.array(f"{layer}.weight"), np.float32)
     scale = tensors.scales(layer, _SCALES).reshape(len(weight), -1)
     zero = np.asarray(tensors.weights.array(f"{layer}.{_ZEROS}"), np.float32).reshape(scale.shape)
+    broken = np.argwhere(zero != np.rint(zero))
+    if len(broken):
+        raise InputError(
+            f"{tensors.place(layer)}.{_ZEROS}",
+            f"got the zero point {zero[tuple(broken[0])]:g} and {len(broken)} such in all, expected "
+            "whole numbers",
+            FLOAT_MODEL,
+        )
     steps = weight.reshape(*scale.shape, -1) / scale[..., None]
     whole = np.rint(steps)
     off = float(np.abs(steps - whole).max())
@@ -106,13 +124,4 @@ def _codes(tensors: Tensors, layer: str) -> tuple[np.ndarray, np.ndarray, np.nda
             FLOAT_MODEL,
         )
     codes = (whole + zero[..., None]).astype(np.int32).reshape(weight.shape)
-    return codes, scale, np.rint(zero).astype(np.int32)
-
-
-def _empty_biases(tensors: Tensors) -> set[str]:
-    """Biases of nothing but zeros, which its layers and norms have without need."""
-    return {
-        name
-        for name in tensors.shapes
-        if name.endswith(".bias") and not np.asarray(tensors.weights.array(name), np.float32).any()
-    }
+    return codes, scale, zero.astype(np.int32)

@@ -94,12 +94,19 @@ def _check_scheme(scheme: QuantScheme, where: str) -> None:
 
 
 def _check_names(decoder: Decoder, where: str) -> None:
-    """Whoever reads the format expects the tensors of this family's checkpoints."""
+    """Whoever reads the format expects the tensors of this family's checkpoints, one by one."""
     if decoder.fused:
         raise InputError(
             where,
             f"got a family whose checkpoints hold several linears in one tensor such as "
             f"{decoder.fused[0]}, expected one tensor for each linear for --format {NAME}",
+            "Leave out --format",
+        )
+    if decoder.routers:  # which transformers stacks before it looks for codes
+        raise InputError(
+            where,
+            f"got a mixture of experts, whose folder transformers would not open, expected a model "
+            f"without experts for --format {NAME}",
             "Leave out --format",
         )
 
@@ -314,11 +321,12 @@ def write(quant: QuantModel, folder: Path) -> None:
         folder: an empty folder.
 
     Raises:
-        InputError: the format cannot say a layer's scheme or zero points, or the rotary
-            frequencies.
+        InputError: the format cannot say the model's tensors, a layer's scheme or zero points, or
+            the rotary frequencies.
     """
-    config = quant.config["hf"]
-    _check_rope(config, quant.decoder, quant.tensor, str(quant.source["name"]))
+    config, where = quant.config["hf"], str(quant.source["name"])
+    _check_names(quant.decoder, where)
+    _check_rope(config, quant.decoder, quant.tensor, where)
     names = {
         file: list(read_header(quant.path / file))
         for file in sorted(quant.files)
@@ -368,6 +376,8 @@ def write(quant: QuantModel, folder: Path) -> None:
 _PACKED, _INT = "pack-quantized", "int-quantized"
 _PACKED_BITS = (2, 4, 8)
 _STRATEGIES = ("tensor", "channel", "group")
+_IN_GROUPS = (True, "group", "dynamic")  # values of actorder with channels of a group anywhere
+_DENSE = "dense"  # no zeros are left out
 _ENDS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 
 
@@ -381,6 +391,7 @@ class _Numbers:
     strategy: str | None = None
     group_size: int | None = None
     dynamic: bool | str = False
+    actorder: bool | str | None = None
 
 
 @dataclass(frozen=True)
@@ -390,6 +401,7 @@ class _Group:
     targets: list[str]
     weights: _Numbers
     input_activations: _Numbers | None = None
+    output_activations: dict[str, Any] | None = None
     format: str | None = None
 
 
@@ -409,8 +421,7 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
     """
     where = f"{tensors.where}, quantization_config"
     settings = checked(dict(config), _Config, where, "Correct the config")
-    if config.get("sparsity_config"):
-        raise InputError(where, "got a sparsity_config, expected none", FLOAT_MODEL)
+    _check_whole(config, where)
     linears, used = {}, set()
     for layer in tensors.layers("weight_scale"):
         name, group = _group_of(layer, settings, where)
@@ -422,11 +433,25 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
     return Stored(linears, used)
 
 
+def _check_whole(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that asks for more than codes."""
+    sparse, turned = config.get("sparsity_config"), config.get("transform_config")
+    dense = isinstance(sparse, Mapping) and sparse.get("format") == _DENSE
+    if sparse and not dense:
+        raise InputError(where, "got a sparsity_config, expected none", FLOAT_MODEL)
+    if turned and not (isinstance(turned, Mapping) and turned.get("config_groups") == {}):
+        raise InputError(
+            where,
+            "got a transform_config, whose rotations of activations no graph here has, expected none",
+            FLOAT_MODEL,
+        )
+
+
 def _group_of(layer: str, settings: _Config, where: str) -> tuple[str, _Group]:
     """A layer's settings: of those that name it, else of a pattern, else of all linears."""
     fits: list[Callable[[str], bool]] = [
         lambda target: target == layer,
-        lambda target: target.startswith("re:") and re.match(target[3:], layer) is not None,
+        lambda target: target.startswith("re:") and _matches(target[3:], layer, where),
         lambda target: target == "Linear",
     ]
     for fit in fits:
@@ -441,6 +466,17 @@ def _group_of(layer: str, settings: _Config, where: str) -> tuple[str, _Group]:
     )
 
 
+def _matches(pattern: str, layer: str, where: str) -> bool:
+    try:
+        return re.match(pattern, layer) is not None
+    except re.error as error:
+        raise InputError(
+            where,
+            f"got the target {shown(f're:{pattern}')}, which is no regular expression ({error})",
+            "Correct the config",
+        ) from None
+
+
 def _check_group(group: _Group, form: str, where: str) -> None:
     weights, activations = group.weights, group.input_activations
     bits = _PACKED_BITS if form == _PACKED else range(2, 9)
@@ -453,6 +489,7 @@ def _check_group(group: _Group, form: str, where: str) -> None:
         f"{', '.join(_STRATEGIES)}": weights.strategy in _STRATEGIES,
         f"group_size {weights.group_size}, expected a number above 0": weights.strategy != "group"
         or (weights.group_size or 0) > 0,
+        "output_activations, expected none": not group.output_activations,
     }
     if activations is not None:
         problems[f"activations of type {shown(activations.type)}, expected int"] = (
@@ -473,11 +510,18 @@ def _stored(layer: str, group: _Group, packed: bool, tensors: Tensors) -> Stored
     weights, place = group.weights, tensors.place(layer)
     if packed:
         tensors.shape(layer, "weight_shape", (2,))
-        rows, columns = (int(size) for size in tensors.weights.array(f"{layer}.weight_shape"))
+        shape = tensors.weights.array(f"{layer}.weight_shape")
+        rows, columns = shape.tolist()
+        if shape.dtype.kind != "i" or min(rows, columns) < 1:
+            raise InputError(
+                f"{place}.weight_shape",
+                f"got {rows} x {columns} weights, expected whole numbers above 0",
+                "The checkpoint is damaged: download it again",
+            )
         tensors.shape(layer, "weight_packed", (rows, -(-columns * weights.num_bits // 32)))
     else:
         rows, columns = tensors.shape(layer, "weight", (None, None))
-    size = min(weights.group_size or columns, columns)
+    size = min(weights.group_size or columns, columns) if weights.strategy == "group" else columns
     if weights.strategy == "tensor":
         tensors.shape(layer, "weight_scale", (1,))
     else:
@@ -488,6 +532,12 @@ def _stored(layer: str, group: _Group, packed: bool, tensors: Tensors) -> Stored
         index = tensors.integers(layer, "weight_g_idx")
         if not (index == -1).all():  # as the package writes it where channels are in order
             order = sorted_by_group(index, size, f"{place}.weight_g_idx")
+    elif weights.actorder in _IN_GROUPS and size < columns:
+        raise InputError(
+            place,
+            "got no weight_g_idx, expected each input channel's group, as actorder of the config says",
+            "The download is incomplete or damaged: download it again",
+        )
     smaller = gcd(size, columns)  # of a last group that is cut short
     seen = group.input_activations
     form = Form(
@@ -530,12 +580,30 @@ def _stored_arrays(
     zero = np.full(scale.shape, half, np.int32)
     if not weights.symmetric:
         zero = _stored_zero(tensors, layer, bits, packed, scale.shape)
+    elif f"{layer}.weight_zero_point" in tensors.shapes:
+        _check_middle(tensors, layer, bits, rows)
     groups = (size, gcd(size, columns), columns)
     return QuantArrays(
         np.ascontiguousarray(codes),
         np.ascontiguousarray(regrouped(scale, *groups)),
         np.ascontiguousarray(regrouped(zero, *groups)),
     )
+
+
+def _check_middle(tensors: Tensors, layer: str, bits: int, rows: int) -> None:
+    """Zero points of symmetric codes, which say nothing: 0 among codes around it, or half the number
+    of codes in words.
+    """
+    stored, middle = tensors.weights.array(f"{layer}.weight_zero_point"), 0
+    if stored.dtype == np.int32:
+        tensors.shape(layer, "weight_zero_point", (-(-rows * bits // 32), None))
+        stored, middle = unpack_words(stored, bits, rows), 1 << bits - 1
+    if (stored != middle).any():
+        raise InputError(
+            f"{tensors.place(layer)}.weight_zero_point",
+            f"got other zero points than {middle}, expected none of symmetric codes",
+            "Correct symmetric in the config",
+        )
 
 
 def _stored_zero(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +55,13 @@ def _linear(layer: str, block: tuple[int, int] | None, tensors: Tensors) -> Stor
     rows, columns = tensors.shape(layer, "weight", (None, None))
     if block is not None:
         tensors.shape(layer, _SCALE, (-(-rows // block[0]), -(-columns // block[1])))
+    elif prod(found := tensors.shapes[f"{layer}.{_SCALE}"]) != 1:
+        raise InputError(
+            f"{tensors.place(layer)}.{_SCALE}",
+            f"got shape {list(found)}, expected one number, because the config has no "
+            "weight_block_size",
+            "Correct the config, or give the float model it was made from",
+        )
     return StoredFloats((rows, columns), partial(_floats, tensors, layer, block))
 
 

@@ -44,6 +44,7 @@ _ENDS = ("qweight", "qzeros", "scales", "g_idx")
 # points are of the other version.
 _LIKELY = 0.5
 _LOOKED_AT = 3  # layers
+_FLOATS = "-:"  # in front of a pattern of layers that are not quantized
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
     _check(settings, where)
     linears = {layer: _linear(layer, settings, tensors) for layer in tensors.layers("qweight")}
     used = {f"{layer}.{end}" for layer in linears for end in _ENDS}
-    return Stored(linears, used, list(_doubts(settings, linears)))
+    # AutoGPTQ has written a bias for every layer.
+    return Stored(linears, used, tensors.empty_biases(), list(_doubts(settings, linears)))
 
 
 def _check(settings: _Config, where: str) -> None:
@@ -83,7 +85,9 @@ def _check(settings: _Config, where: str) -> None:
         or settings.group_size > 0,
         f"checkpoint_format {shown(settings.checkpoint_format)}, expected "
         f"{' or '.join(_VERSIONS)}": settings.checkpoint_format in _VERSIONS,
-        "other settings for some layers (dynamic), expected one for all": not settings.dynamic,
+        "other settings for some layers (dynamic), expected one for all": all(
+            name.startswith(_FLOATS) for name in settings.dynamic or ()
+        ),
         f"pack_dtype {shown(settings.pack_dtype)}, expected int32": settings.pack_dtype == "int32",
     }
     for problem, fine in problems.items():
@@ -103,6 +107,12 @@ def _linear(layer: str, settings: _Config, tensors: Tensors) -> StoredLinear:
     if f"{layer}.g_idx" in tensors.shapes:
         tensors.shape(layer, "g_idx", (columns,))
         order = sorted_by_group(tensors.integers(layer, "g_idx"), group, f"{place}.g_idx")
+    elif settings.desc_act and groups > 1:
+        raise InputError(
+            place,
+            "got no g_idx, expected each input channel's group, as desc_act of the config says",
+            "The download is incomplete or damaged: download it again",
+        )
     smaller = gcd(group, columns)  # of a last group that is cut short
     if order is not None and smaller != group:
         raise InputError(

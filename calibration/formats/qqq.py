@@ -75,6 +75,13 @@ def _linear(layer: str, group_size: int, tensors: Tensors) -> StoredLinear:
     tensors.shape(layer, "s_channel", (1, rows))
     if group:
         tensors.shape(layer, "s_group", (columns // group, rows))
+    elif 0 not in (found := tensors.shapes.get(f"{layer}.s_group", (0,))):
+        raise InputError(
+            f"{tensors.place(layer)}.s_group",
+            f"got scales of groups, {list(found)}, expected none by group_size {group_size} of the "
+            "config",
+            f"Correct group_size: {_GROUP}",
+        )
     form = Form(code_set(_BITS, False), group, True, False, _OP, _ABITS, True)
     arrays = partial(_arrays, tensors, layer, form, (rows, columns))
     return StoredLinear(tensors.place(layer), (rows, columns), form, arrays)

@@ -33,6 +33,7 @@ STAGES = QUANT, ONNX, ENGINE, REPORT = "quant", "onnx", "engine", "report"
 # OUT itself
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # held by the process that writes
+ATTRIBUTION = "attribution.json"  # what python -m deploy attribute measured so far
 WORK = ".calibration"  # finished blocks of a calibration that is not over
 SENSITIVITY = ".sensitivity.json"  # what --budget measured, for --resume
 
@@ -51,7 +52,6 @@ ENGINE_RECORD = "engine.json"
 # OUT/report
 JSON_FILE = "report.json"
 HTML_FILE = "index.html"
-ATTRIBUTION = "attribution.json"  # what python -m deploy attribute measured
 
 
 def partial(stage: str) -> str:

@@ -107,13 +107,6 @@ class _KeptSource(_PlainSource):
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, writes: bool) -> None:
         self._orders = kept_orders(checkpoint)
-        if routed := sorted(decoder.routed & self._orders.keys()):
-            raise InputError(
-                routed[0],
-                "got codes whose input channels have an order of their own (desc_act), expected them "
-                "in order in an expert",
-                "Use --requantize, which makes codes anew",
-            )
         reordered = decoder.reordered(self._orders)
         super().__init__(checkpoint, reordered, find_method(PLAIN_METHOD), writes)
         self.facts = {"kept": checkpoint.format}

@@ -200,11 +200,16 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
         model = AutoModelForCausalLM.from_config(
             checkpoint.config, dtype=torch.float32, trust_remote_code=False
         )
-    parts: dict[str, list[Tensor]] = {}
+    state: dict[str, Tensor] = {}
+    shapes = checkpoint.decoder.module_shapes()
     for info in checkpoint.decoder.tensors():
         part = torch.from_numpy(checkpoint.stored(info.name).astype(np.float32))
-        parts.setdefault(info.stored, []).append(part)
-    state = {name: part[0] if len(part) == 1 else torch.cat(part) for name, part in parts.items()}
+        if part.shape == shapes[info.module]:
+            state[info.module] = part
+            continue
+        if info.module not in state:
+            state[info.module] = torch.full(shapes[info.module], torch.nan)
+        state[info.module][info.place] = part
     # The head of a tied model is absent from the state and shares the embedding afterwards.
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

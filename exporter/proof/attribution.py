@@ -153,11 +153,21 @@ class Attribution:
 
 @dataclass
 class _Record:
-    """The file: whose it is, the float model's perplexity, and what was measured by name."""
+    """The file.
+
+    Attributes:
+        fingerprint: of model and text, whose measurements it has.
+        quant: of the quantized model alone, for a report of it.
+        float_ppl: perplexity of the float model.
+        measured: by name.
+        found: the last Attribution that was finished, as plain JSON, or nothing.
+    """
 
     fingerprint: str
+    quant: str
     float_ppl: float
     measured: dict[str, Means]
+    found: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -228,7 +238,7 @@ class _Search:
                 found = read_record(job.record, _Record)
                 if found.fingerprint == stamp:
                     return found
-        return _Record(stamp, 0.0, {})
+        return _Record(stamp, digest(job.quant.files), 0.0, {}, {})
 
     def run(self) -> Attribution:
         parts = dict(self._parts())
@@ -237,7 +247,10 @@ class _Search:
         self._measure(parts | {_range_name(*part): self._range(*part) for part in halves}, True)
         finished = self._descend(halves)
         units = [unit for part in halves for unit in self._units(*part)]
-        return self._result(finished, self._plan(units))
+        found = self._result(finished, self._plan(units))
+        self._record.found = found.as_dict()
+        write_json(self._job.record, asdict(self._record))
+        return found
 
     # ---------------------------------------------------------------- what there is
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
-from exporter.graph.names import is_cache, is_routed, layer_of, layer_output, new_key
+from exporter.graph.names import is_routed, layer_of, layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
 from exporter.proof.metrics import TensorError, total_error
 from exporter.run.finite import WIDER
@@ -227,8 +227,7 @@ class Stack:
         count = sum(node.name in self.decoder.path for node in so_far)
         if level == "quantisation":
             return limits.quantisation(count)
-        small = level == AS_RUN and is_cache(tensor)
-        return limits.accumulated(depth, count, small)
+        return limits.accumulated(depth, count)
 
 
 def _gemm(node: GemmNode) -> Operator:
@@ -246,7 +245,8 @@ class LeftOut:
     """Where a session leaves roundings out.
 
     Attributes:
-        operators, of: how many, of how many, are further from the rounded graph than a last rounding.
+        operators, of: how many, of how many, are further from the rounded graph than a last rounding,
+            and no further than a rounding that was left out explains: what is further is wrong.
         operator: the one that is furthest beyond it, or "".
         error, rounding: its error, and what a last rounding is.
     """
@@ -260,13 +260,17 @@ class LeftOut:
 
 def left_out(errors: Errors, stack: Stack) -> LeftOut:
     """Of the session that users run; none where its operators were not judged."""
-    sizes: dict[str, tuple[float, float]] = {}
+    sizes: dict[str, tuple[float, float]] = {}  # what each shows, and its last rounding
+    wrong = set[str]()
     for phase in _phases(errors, INNER[AS_RUN]):
         operators = [one for index in stack.judged for one in stack.operators(index)]
         for operator, error in _found(errors, INNER[AS_RUN], phase, operators):
-            largest = max(_size(operator, error), sizes.get(operator.name, (0.0, 0.0))[0])
-            sizes[operator.name] = largest, Limits(stack.scheme).operator(operator.kind)
-    beyond = {name: size for name, size in sizes.items() if not size[0] <= size[1]}
+            size = _size(operator, error)
+            largest = max(size, sizes.get(operator.name, (0.0, 0.0))[0])
+            sizes[operator.name] = largest, stack.inside("export", operator)
+            if not size <= stack.inside(AS_RUN, operator):
+                wrong.add(operator.name)
+    beyond = {name: size for name, size in sizes.items() if size[0] > size[1] and name not in wrong}
     if not beyond:
         return LeftOut(0, len(sizes))
     worst = max(beyond, key=lambda name: beyond[name][0] / beyond[name][1])

@@ -26,7 +26,8 @@ on as often as in fp16, so fp16's u stands for fp32's there. The codes of a low-
 the same way, once per layer, since keys and values meet in one tensor, attention's output. A
 decoder damps such differences while its weights and activations are near the trained ones; past a
 quantisation noise of about 0.2 per linear (W3, A4, W2*) it amplifies them, layer by layer, by about
-the excess. Where the limit reaches 1 nothing can be said, and only the operators judge.
+the excess. Of SmolLM2-135M (W4A8) the keys and values of a session that leaves roundings out showed up
+to 0.7 of the limit, and none where every node has a native kernel. Where the limit reaches 1 nothing can be said, and only the operators judge.
 
 Quantisation errors (float against fake-quantised) tell how good the codes are, not whether the
 export is right: their expectation assumes bell-shaped weights (range 8 sigma) and activations
@@ -54,7 +55,6 @@ _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 _FP32_SUMS = 2.0**-16  # sums of some thousand fp32 terms in different orders, with cancellation
 _GEMM, _POINTWISE, _ATTENTION = 2, 8, 16  # in u
 _MARGIN, _QUANTISATION_MARGIN = 8.0, 4.0
-_SMALL = 4.0  # errors of keys and values, in those of the residual stream: it has loud channels
 _DAMPED = 0.2  # quantisation noise per linear up to which differences do not grow by themselves
 _WEIGHT_RANGE, _ACTIVATION_RANGE, _CACHE_RANGE = 8.0, 20.0, 8.0  # in sigma
 
@@ -146,19 +146,16 @@ class Limits:
             else math.sqrt(3 * max(self.roundoff, _UNIT_ROUNDOFF["float16"]) / steps)
         )
 
-    def accumulated(self, layers: int, nodes: int, small: bool = False) -> float | None:
-        """Residual stream after `layers` decoder layers with so many GEMM nodes in all, each side
-        on its own; None where any error may be honest.
-
-        Args:
-            small: of keys and values, which a node makes of little of the residual stream.
+    def accumulated(self, layers: int, nodes: int) -> float | None:
+        """Residual stream, and what a node makes of it, after `layers` decoder layers with so many
+        GEMM nodes in all, each side on its own; None where any error may be honest.
         """
         growth = (1 + max(self.noise() - _DAMPED, 0)) ** layers
         layer = math.hypot(
             math.sqrt(nodes / layers) * (self._flips(self.scheme.abits) + 2 * self.roundoff),
             self._flips(self.scheme.kv_bits),
         )
-        limit = _MARGIN * (_SMALL if small else 1) * growth * math.sqrt(layers) * layer + _FP32_SUMS
+        limit = _MARGIN * growth * math.sqrt(layers) * layer + _FP32_SUMS
         return limit if limit < 1 else None
 
     def quantisation(self, nodes: int) -> float | None:

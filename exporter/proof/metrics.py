@@ -152,6 +152,12 @@ def _rows_error(reference: np.ndarray, got: np.ndarray) -> TensorError:
     )
 
 
+def _other_rows(reference: np.ndarray) -> TensorError:
+    """Of a tensor whose rows are those of other tokens, so that there is nothing to compare."""
+    nothing = np.zeros(reference.shape[-1])
+    return TensorError(1, math.inf, math.nan, math.inf, 0, nothing, nothing, False, 0.0)
+
+
 def total_error(parts: list[TensorError]) -> TensorError:
     """All calls together."""
     return reduce(TensorError.__add__, parts)
@@ -170,12 +176,18 @@ class CompareTensors:
     def __call__(
         self, reference: Mapping[str, Any], got: Mapping[str, Any]
     ) -> OrderedDict[str, TensorError]:
-        """Compare two iteration results; the first is the reference."""
-        names = [name for name in reference if name in got and got[name].size]
+        """Compare two iteration results; the first is the reference. An expert that no token reached
+        in either says nothing; one that has other rows in the two differs wholly.
+        """
+        names = [
+            name for name in reference if name in got and (got[name].size or reference[name].size)
+        ]
         return OrderedDict(
             (
                 name,
-                tensor_error(
+                _other_rows(reference[name])
+                if is_routed(name) and reference[name].shape != got[name].shape
+                else tensor_error(
                     self._rows(reference[name]), self._rows(got[name]), self._valid_of(name, got)
                 ),
             )

@@ -219,7 +219,7 @@ class PieceSession(DecoderSession):
             assert self.stream is not None
             feeds[self._piece.stream] = form.arranged(self.stream, attention_mask)
         for name in self._piece.given:
-            feeds[name] = form.arranged(self.lead[name], attention_mask)
+            feeds[name] = form.led(name, self.lead[name], attention_mask)
         outputs = self._runner.infer({name: feeds[name] for name in self._piece.inputs})
         outputs |= {name: outputs.pop(own_of(name)) for name in self._piece.given}
         self._cache = {name: outputs[f"present.{name}"] for name in self._names}

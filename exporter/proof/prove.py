@@ -104,7 +104,10 @@ def _loss(
     windows = _text_windows(out, quant, options)
     progress.start(REPORT, 2 * len(windows))
     context = max_context(out, quant)
-    found = loss_as_run(out, quant.scheme.dtype, context, windows, progress)
+    try:
+        found = loss_as_run(out, quant.scheme.dtype, context, windows, progress)
+    except CheckError as error:
+        return replace(result, first_failure=f"loss as run, {error.where}: {error.problem}")
     progress.finish()
     warnings = result.warnings
     if found.shows:

@@ -49,7 +49,7 @@ from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.engine.build import EngineOptions
 from exporter.engine.edition import captured_log
-from exporter.graph.names import WRITE_INDICES, layer_of, layer_output, new_key
+from exporter.graph.names import WRITE_INDICES, is_routed, layer_of, layer_output, new_key
 from exporter.proof.basis import RotatedRunner, recorded_rotation, turned
 from exporter.proof.diagnose import causes
 from exporter.proof.engine import ProofEngines
@@ -279,8 +279,10 @@ class _Validator:
         if self.quant.decoder.routers:
             self.notes.append(
                 "The scores of experts are compared as every operator is, given its inputs. Accumulated "
-                "errors are those of the experts that ONNX Runtime chose; against the float model "
-                "and an engine, which choose their own, they are shown and not judged."
+                "errors are those of the experts that ONNX Runtime chose; against the float model, an "
+                "engine and the session as users run it, which choose their own, they are shown and not "
+                "judged. Of that session the loss is judged, and the operators where the torch reference "
+                "takes part."
             )
         if self.unpadded:
             self.notes.append(
@@ -512,11 +514,16 @@ class _Validator:
         if proven:
             leader = ReplayRunner(PROOF_ENGINES, proven)
             lockstep = LockstepRunner(LOCKSTEP_ENGINES, model, leader, self.nodes)
-            pairs[PROOF_ENGINE] = (0, len(runners))
+            # Engines choose their experts themselves, so rows of one are those of other tokens.
+            shared = [
+                {name: array for name, array in outputs.items() if not is_routed(name)}
+                for outputs in proven
+            ]
+            pairs[PROOF_ENGINE] = (0, len(runners) + 2)
             pairs[INNER[PROOF_ENGINE]] = (len(runners) + 1, len(runners))
             if engine:
                 pairs[FUSED] = (len(runners) - 1, len(runners))
-            runners += [leader, lockstep]
+            runners += [leader, lockstep, ReplayRunner(f"{PROOF_ENGINES}, as a whole", shared)]
         wanted = ("logits", *map(layer_output, self.layers))
         kept: list[Outputs] = []
 

@@ -524,8 +524,8 @@ def _tables(data: Data) -> str:
     return (
         '<section class="long"><h2>Layer by layer</h2><p class="soft">Cosine and SNR are taken '
         "token by token in fp64. A dash as the "
-        "limit means that any accumulated error may be honest at these bit widths; the "
-        "operators are always judged.</p>"
+        "limit means that any accumulated error may be honest at these bit widths, or where "
+        "experts are chosen anew; where a worst operator is shown with a limit, it is judged.</p>"
         f"{''.join(parts)}</section>"
     )
 

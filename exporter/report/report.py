@@ -8,15 +8,19 @@ import platform
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.files import write_json
-from calibration.out.layout import ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
+from calibration.out.fingerprint import digest
+from calibration.out.json_file import read_json
+from calibration.out.layout import ATTRIBUTION, ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
 from exporter.engine.edition import gpu_capabilities
 from exporter.engine.record import read_engine_record
 from exporter.graph.names import layer_of
 from exporter.report.html import page
+from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
@@ -66,9 +70,19 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "calibration": quant.calibration,
         "perplexity": manifest.get("perplexity"),
         "quality": manifest.get("quality"),
+        "attribution": _attribution(out, quant),
         "next": _next_commands(out, result, engine is not None),
         "environment": environment(manifest.get("versions", {})),
     }
+
+
+def _attribution(out: Path, quant: QuantModel) -> dict[str, Any] | None:
+    """What python -m deploy attribute found of this very quantized model."""
+    with suppress(InputError):  # it was not run, or its record is damaged
+        record = read_json(out / ATTRIBUTION)
+        if record.get("quant") == digest(quant.files) and (found := record.get("found")):
+            return dict(found)
+    return None
 
 
 def _next_commands(out: Path, result: ValidationResult, has_engine: bool) -> list[tuple[str, str]]:

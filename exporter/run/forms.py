@@ -50,6 +50,10 @@ class CacheForm(ABC):
     def arranged(self, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Rows of new tokens [B, S, width] as the graph has them."""
 
+    def led(self, name: str, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """An inner tensor by its name as the graph has it; the rows of an expert stay as they are."""
+        return rows if is_routed(name) else self.arranged(rows, mask)
+
     @abstractmethod
     def restored(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> Arrays:
         """Outputs with tokens in the places where `mask` has them: [B, S, width], split into heads

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, MODEL_FILE, ONNX
-from exporter.graph.names import is_layer_output, is_routed
+from exporter.graph.names import is_layer_output
 from exporter.run.forms import cache_bits, cache_form, with_numbers
 from exporter.run.rounding import round_every_op
 from exporter.run.runner import Runner
@@ -326,8 +326,7 @@ class OnnxSession(DecoderSession):
         past = {f"past_key_values.{name}": cache[name] for name in self._names}
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted) | past
         for name in self._given:
-            lead = self.lead[name]
-            feeds[name] = lead if is_routed(name) else self._form.arranged(lead, attention_mask)
+            feeds[name] = self._form.led(name, self.lead[name], attention_mask)
         with whole_graph(self._folder):
             outputs: dict[str, np.ndarray] = self._runner.infer(feeds, check_inputs=False)
             outputs |= {name: outputs.pop(own_of(name)) for name in self._given}

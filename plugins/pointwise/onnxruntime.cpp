@@ -185,6 +185,7 @@ class RotatedHeads {
     shape_.query_epsilon = float_of(info, "query_epsilon");
     shape_.key_epsilon = float_of(info, "key_epsilon");
     shape_.dtype = dtype_of(op.type);
+    check_attributes(shape_);
     ++kernels_made;
   }
 
@@ -228,6 +229,23 @@ class RotatedHeads {
   }
 
  private:
+  static void check_attributes(const HeadsShape& s) {
+    constexpr int32_t kMostHeads = 1 << 20;  // so that a token's numbers are counted in 32 bits
+    const bool counts =
+        s.heads > 0 && s.heads <= kMostHeads && s.kv_heads > 0 && s.kv_heads <= kMostHeads;
+    const bool dim = s.head_dim > 0 && s.head_dim <= cpu::kMostHeadDim;
+    const bool turned = s.rotary >= 0 && s.rotary <= s.head_dim && s.rotary % 2 == 0;
+    if (counts && dim && turned && s.norm >= kNoNorm && s.norm < kHeadNormKinds) return;
+    fail(kName,
+         "got heads " + std::to_string(s.heads) + ", kv_heads " + std::to_string(s.kv_heads) +
+             ", head_dim " + std::to_string(s.head_dim) + ", rotary " + std::to_string(s.rotary) +
+             ", norm " + std::to_string(s.norm) + ", expected some heads of 1 to " +
+             std::to_string(cpu::kMostHeadDim) +
+             " channels, of which an even number turns, and a norm of 0 to " +
+             std::to_string(kHeadNormKinds - 1),
+         "Run the file without this library, or export the model again");
+  }
+
   static void check_positions(const HeadsShape& s, const int64_t* positions, const Call& call) {
     for (int64_t i = 0; i < int64_t{s.batch} * s.tokens; ++i) {
       if (positions[i] < 0 || positions[i] >= s.positions)

@@ -39,12 +39,18 @@ def test_a_table_and_lines(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[-1] == (
         "on the project's own text, which calibration has seen unless --calib named another"
     )
-    record = copy / "report" / "attribution.json"
-    assert "as it is" in read_json(record)["measured"] and not (copy / "report.json").exists()
+    record = copy / "attribution.json"
+    assert "as it is" in read_json(record)["measured"] and not (copy / "report").exists()
     before = record.read_bytes()
     assert main(["attribute", str(copy), *SHORT, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert record.read_bytes() == before and found["windows"] == 2
+    # A new report of the same codes shows it; one of others, or with a damaged record, does not.
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] == found
+    write_json(record, read_json(record) | {"quant": "another"})
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
+    record.write_text("{")
+    assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
     assert f"perplexity {found['found']['ppl']:.3f}" in lines[0]
 
 
@@ -52,7 +58,6 @@ def test_the_report_shows_it(copy: Path) -> None:
     assert not show_in_report(copy, FOUND)  # there is none
     (copy / "report").mkdir()
     write_report(copy / "report", report_data(copy, MANIFEST, RESULT))
-    write_json(copy / "report" / "attribution.json", {})
     manifest = read_json(copy / "manifest.json")
     manifest["stages"]["report"] = {
         **manifest["stages"]["onnx"],
@@ -63,7 +68,7 @@ def test_the_report_shows_it(copy: Path) -> None:
     page = (copy / "report" / "index.html").read_text()
     assert "What each node costs" in page and "+0.3000" in page
     files = read_json(copy / "manifest.json")["stages"]["report"]["files"]
-    assert files.keys() == {"attribution.json", "index.html", "report.json"}
+    assert files.keys() == {"index.html", "report.json"}
     verify_files(copy / "report", files)
 
 
@@ -73,7 +78,16 @@ def test_what_it_refuses(
     other = tiny_llama(rms_norm_eps=1e-6)
     assert main(["attribute", str(copy), *SHORT, "--model", str(other)]) == 2
     assert f"{copy}: got an artifact of another model (fingerprint " in capsys.readouterr().err
-    assert main(["attribute", str(copy / "none"), *SHORT]) == 2
+    for out, got in (
+        (copy / "none", "no such folder"),
+        (copy / "onnx", "a folder without quant/"),
+        (copy / "manifest.json", "a file"),
+    ):
+        assert main(["attribute", str(out), *SHORT]) == 2
+        assert capsys.readouterr().err == (
+            f"{out}: got {got}, expected an artifact folder with quant/. Give the whole OUT of python -m "
+            "exporter or python -m calibration.\n"
+        )
     assert not (copy / "report").exists()
     with pytest.raises(SystemExit) as error:
         main(["attribute", str(copy), "--minutes", "-1"])

@@ -105,7 +105,7 @@ def test_the_float_model_beside_it(
     )
     assert main(["eval", str(artifact), *words, "--model", "a"]) == 2
     assert capsys.readouterr().err == (
-        "--model: got a float model that nothing is asked of. Add --float.\n"
+        "--model: got a without --float, expected both or neither. Add --float.\n"
     )
 
 

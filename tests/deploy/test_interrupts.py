@@ -93,5 +93,5 @@ def test_a_signal_in_the_midst_of_it(copy: Path) -> None:
     said = running.communicate(timeout=120)[1]
     assert running.returncode == 130, said
     assert said.splitlines()[-1] == "Interrupted." and "Traceback" not in said
-    measured = read_json(copy / "report" / "attribution.json")["measured"]
+    measured = read_json(copy / "attribution.json")["measured"]
     assert {"as it is", "everything", "layer 0", "layer 1"} <= measured.keys()

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from deploy import lm_eval
 from deploy.__main__ import main
 
 installed = pytest.mark.skipif(
@@ -92,6 +96,27 @@ def test_an_unknown_task(artifact: Path, folder: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.splitlines()[-1] == (
         "--include no/folder: got no such folder, expected one. Check the path."
     )
+
+
+def test_data_that_cannot_be_had(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**options: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", SimpleNamespace(simple_evaluate=fails))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setattr(lm_eval, "_check_installed", lambda: None)
+    monkeypatch.setattr(lm_eval, "_manager", lambda request: None)
+    monkeypatch.setattr(lm_eval, "adapter", lambda *given: None)
+    assert main(["lm-eval", str(artifact), "--tasks", "arc_easy,piqa"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "--tasks arc_easy,piqa: got ConnectionError: no route; expected the data sets of these tasks. "
+        "Check the network, or put the data where the harness looks for it."
+    )
+    with pytest.raises(SystemExit) as error:
+        main(["lm-eval", str(artifact), "--tasks", ","])
+    assert error.value.code == 2 and "got no name, expected some" in capsys.readouterr().err
 
 
 def test_without_the_harness(

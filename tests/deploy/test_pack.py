@@ -230,9 +230,22 @@ def test_what_the_commands_refuse(
         f"{packed} --to DIR --link.\n"
     )
     data = copy / "onnx" / "model.onnx.data"
-    assert said("pack", str(copy), "-o", str(data)) == (
-        f"-o {data}: got a file of the artifact, expected another. Choose another file.\n"
+    inside = "a place in a stage of the artifact, which then holds a file that is not its own"
+    for out, place in (
+        (copy, data),
+        (copy, copy / "onnx" / "new.anybit"),
+        (copy, copy / "quant" / "new.anybit"),
+        (copy / "onnx", copy / "onnx" / "new.anybit"),
+        (copy, copy / "manifest.json"),
+    ):
+        assert said("pack", str(out), "-o", str(place)) == (
+            f"-o {place}: got {inside}, expected another file. Choose another file.\n"
+        )
+    os.mkfifo(tmp_path / "pipe")
+    assert said("pack", str(copy), "-o", str(tmp_path / "pipe")) == (
+        f"-o {tmp_path / 'pipe'}: got no regular file, expected another file. Choose another file.\n"
     )
+    assert (tmp_path / "pipe").is_fifo()
     with data.open("r+b") as file:
         file.write(b"x")
     assert said("pack", str(copy), "-o", str(tmp_path / "new")).startswith(f"{data}: got SHA-256 ")
@@ -240,5 +253,39 @@ def test_what_the_commands_refuse(
     only = tmp_path / "only.anybit"
     write_pack(only, {"onnx/model.json": copy / "onnx" / "model.json"})
     assert said("unpack", str(only), "--to", str(tmp_path / "x"), "--link") == (
-        f"--link: got {only} without onnx/model.onnx.data, expected one with it. Leave out --link.\n"
+        f"--link: got {only} without onnx/model.onnx.data at its beginning, expected one with it. Leave "
+        "out --link.\n"
+    )
+
+
+def test_weights_that_do_not_begin_the_pack_are_copied(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pack that somebody else wrote: offsets into the weights are none into it."""
+    folder, moved = tmp_path / "folder", tmp_path / "moved.anybit"
+    unpack(packed, folder)
+    last = {"onnx/model.onnx.data": "onnx/zz"}
+    write_pack(moved, {last.get(name, name): folder / name for name in Pack(packed).members})
+    forged(moved, lambda members: members[-1].update(name="onnx/model.onnx.data"))
+    words = ["--prompt", "The river", "--max-new-tokens", "4", "--temperature", "0"]
+    texts = []
+    for out in (packed, moved):
+        assert main(["generate", str(out), *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    with pytest.raises(InputError) as error:
+        unpack(moved, tmp_path / "linked", link=True)
+    assert "without onnx/model.onnx.data at its beginning" in str(error.value)
+
+
+def test_a_description_without_files(packed: Path, tmp_path: Path) -> None:
+    folder, broken = tmp_path / "folder", tmp_path / "broken.anybit"
+    unpack(packed, folder)
+    (folder / "onnx" / "model.json").write_text("{}")
+    write_pack(broken, {name: folder / name for name in Pack(packed).members})
+    with pytest.raises(InputError) as error:
+        unpack(broken, tmp_path / "linked", link=True)
+    assert str(error.value) == (
+        f"{broken}, onnx/model.json: got no files, expected a record of each. It is damaged: make the "
+        "pack again with python -m deploy pack."
     )

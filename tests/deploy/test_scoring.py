@@ -137,6 +137,8 @@ def test_rolling_predicts_each_token_once() -> None:
     tokens = scorer(session).encode(text)
     wanted = sum(session.log_p(*window)[0] for window in rolling_windows(tokens, START, 12))
     assert scorer(session).rolling([text, ""]) == [pytest.approx(wanted), 0.0]
+    # The first token stands in front of a text and is not predicted itself.
+    assert scorer(session, add_bos=True).rolling([text, ""]) == [pytest.approx(wanted), 0.0]
 
 
 def test_continuations_end_where_they_are_told_to() -> None:
@@ -173,6 +175,11 @@ def test_what_it_refuses() -> None:
     assert str(error.value) == (
         "generation_kwargs: got min_length, expected until, max_gen_toks, do_sample, temperature, top_k "
         "or top_p. Choose another task, or leave the field out of its file."
+    )
+    with pytest.raises(InputError) as error:
+        scorer(Remembers()).generate([("a", {"max_gen_toks": "many"})])
+    assert str(error.value) == (
+        "generation_kwargs, max_gen_toks: got 'many', expected a number. Correct the task's file."
     )
     with pytest.raises(InputError) as error:
         scorer(Remembers()).generate([("a", {"max_gen_toks": 12})])

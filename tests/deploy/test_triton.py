@@ -5,6 +5,7 @@ outputs of the ONNX file; what lies where; what is refused.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -168,10 +169,20 @@ def test_a_repository_of_both(
     before = file_records(to)
     assert main(["triton", str(out), *words]) == 0  # again, over itself
     assert file_records(to) == before
-    (to / "mine").mkdir()
-    with pytest.raises(InputError) as error:
+    # Other models are nobody's to replace, another artifact's among them, nor is a name alone enough.
+    for model in ("resnet", "another-w4a8-onnxruntime"):
+        shutil.copytree(to / names[0], to / model)
+        with pytest.raises(InputError) as error:
+            write_repository(out, to)
+        assert str(error.value) == (
+            f"--to {to}: got a folder with other files in it ({model}), expected a new one, or one that "
+            "this command wrote before. Choose another --to."
+        )
+        shutil.rmtree(to / model)
+    shutil.rmtree(to / names[1] / "tokenizer")
+    with pytest.raises(InputError, match=f"other files in it .{names[1]}.,"):
         write_repository(out, to)
-    assert "got a folder with other files in it (mine)" in str(error.value)
+    assert (to / names[1] / "config.pbtxt").is_file()
 
 
 def test_what_triton_does_not_run(

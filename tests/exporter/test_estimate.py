@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from calibration.quant.scheme import QuantScheme
 from calibration.settings import CalibrationSettings
 from exporter.estimate import Estimate, check_room, estimate
 from plugins.errors import InputError
+from tests.conftest import FAMILIES
 
 SETTINGS = CalibrationSettings(nsamples=100, seqlen=1000)
 
@@ -49,6 +51,19 @@ def test_streams_count_in_memory_or_on_the_disk(tiny_llama: Callable[..., Path])
     assert spilled.disk == max(free.disk, free.kept + streams - 1000)
     plain = asked(tiny_llama(), QUANT, method="rtn")
     assert plain.memory[QUANT] < free.memory[QUANT] - streams
+
+
+def test_the_largest_block_counts_with_all_its_experts(tiny_llama: Callable[..., Path]) -> None:
+    """The first one may be dense; and what experts make is summed up in a stream of its own."""
+    sizes = {**FAMILIES["Qwen3Moe"], "moe_intermediate_size": 4096, "num_experts": 6}
+    folder = tiny_llama(architecture="Qwen3Moe", **sizes | {"mlp_only_layers": [0]})
+    found = open_checkpoint(str(folder)).decoder
+    first, second, *_ = (
+        sum(prod(linear.shape) for linear in block.linears) for block in found.blocks
+    )
+    assert second > 6 * 3 * 64 * 4096 > 10 * first
+    got = asked(folder, QUANT).memory[QUANT]
+    assert got == int(0.4e9 + 10 * second + 8 * 4096**2 + 3 * 4 * 100 * 1000 * found.hidden)
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,39 @@ def test_the_library_shows_its_own_functions_only() -> None:
         "anybit_rms_norm",
         "anybit_rotated_heads",
     ]
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("minimum", [0, 1])
+def test_one_huge_element_of_a_weight_only_token(
+    runner: KernelRunner, dtype: np.dtype[Any], minimum: int
+) -> None:
+    """Where its weight is 0 the others make the sum, and they have lost nothing to it."""
+    attrs = abq(40, 256, a=16, g=64, bias=1, minimum=minimum)
+    arrays = abq_arrays(attrs)
+    arrays.codes[::2, 70] = 7
+    if arrays.zero is not None:
+        arrays.zero[::2, 1] = 7
+    if arrays.minimum is not None:
+        arrays.minimum[::2, 1] = -7 * arrays.scale[::2, 1]
+    for m in (1, 4, 7, 40):
+        x = np.random.default_rng(m).normal(0, 1, (m, 256)).astype(dtype)
+        x[::2, 70] = {F16: 6e4, BF16: 1e30, F32: 1e30}[dtype]
+        check(runner, attrs, arrays, x)
+
+
+@pytest.mark.parametrize("g", [0, 48])
+def test_weight_only_tokens_of_zeros_and_not_finite_ones(runner: KernelRunner, g: int) -> None:
+    """A bad token is its own row's affair, whatever tokens it shares a tile with."""
+    for dtype, minimum, m in itertools.product((F16, BF16, F32), (0, 1), (3, 9, 40)):
+        attrs = abq(33, 192, a=16, g=g, bias=1, minimum=minimum)
+        arrays, x = abq_arrays(attrs), tokens(m, 192, dtype)
+        want = runner.gemm("ABQGemm", attrs, x, op_spec("ABQGemm").pack(arrays, attrs, "test"))
+        bad = x.copy()
+        bad[0], bad[1, 5], bad[2, 7] = 0, np.nan, np.inf
+        got = runner.gemm("ABQGemm", attrs, bad, op_spec("ABQGemm").pack(arrays, attrs, "test"))
+        assert arrays.bias is not None
+        assert_same_bits(got[:1], arrays.bias.astype(dtype)[None])
+        assert np.isnan(got[1].astype(np.float32)).all()
+        assert not (np.abs(got[2].astype(np.float32)) < 1e4).any()  # NaN, infinite or the largest
+        assert_same_bits(got[3:], want[3:])

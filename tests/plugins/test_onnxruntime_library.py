@@ -206,17 +206,61 @@ def test_weights_that_do_not_fit_are_refused(
     )
 
 
-def test_attributes_that_the_op_does_not_take_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "abits", "more"), [("abits", 4, ""), ("has_minimum", 8, ", has_minimum 1")]
+)
+def test_attributes_that_the_op_does_not_take_are_refused(name: str, abits: int, more: str) -> None:
     model = model_of([qqq_case(40, K)], F32)
-    for attribute in model.graph.node[1].attribute:
-        if attribute.name == "abits":
-            attribute.i = 4
+    node = model.graph.node[1]
+    for attribute in [each for each in node.attribute if each.name == name]:
+        node.attribute.remove(attribute)
+    node.attribute.append(helper.make_attribute(name, 4 if name == "abits" else 1))
     with pytest.raises(Exception, match="QQQGemm") as error:
         native(model)
     assert (
-        "QQQGemm K 192 N 40: got wbits 4, levels 16, abits 4, act_symmetric 1, group_size 0, "
-        "norm_epsilon 0.000000, expected a combination that the op's README lists. Export the "
+        f"QQQGemm K 192 N 40: got wbits 4, levels 16, abits {abits}, act_symmetric 1, group_size 0, "
+        f"norm_epsilon 0.000000{more}, expected a combination that the op's README lists. Export the "
         "model again."
+    ) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"head_dim": 1026}, "heads 2, kv_heads 1, head_dim 1026, rotary 0, norm 0"),
+        ({"rotary": 15}, "heads 2, kv_heads 1, head_dim 16, rotary 15, norm 0"),
+        ({"heads": 1 << 30}, "heads 1073741824, kv_heads 1, head_dim 16, rotary 0, norm 0"),
+        ({"norm": 3}, "heads 2, kv_heads 1, head_dim 16, rotary 0, norm 3"),
+    ],
+    ids=str,
+)
+def test_heads_that_the_kernel_does_not_take_are_refused_when_loaded(
+    changes: dict[str, int], got: str
+) -> None:
+    attributes = {"heads": 2, "kv_heads": 1, "head_dim": 16, "rotary": 0, "norm": 0, **changes}
+    outputs = ["query", "key", "value"]
+    node = helper.make_node(
+        "RotatedHeads",
+        ["qkv"],
+        outputs,
+        domain="anybit_pointwise",
+        query_epsilon=0.0,
+        key_epsilon=0.0,
+        **attributes,
+    )
+    qkv, *heads = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["a", "b", "c", "d"][:rank])
+        for name, rank in (("qkv", 3), *((name, 4) for name in outputs))
+    )
+    graph = helper.make_graph([node], "heads", [qkv], heads)
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid("anybit_pointwise", 1)]
+    model = helper.make_model(graph, ir_version=11, opset_imports=imports)
+    with pytest.raises(Exception, match="RotatedHeads") as error:
+        native(model)
+    assert (
+        f"RotatedHeads: got {got}, expected some heads of 1 to 1024 channels, of which an even "
+        "number turns, and a norm of 0 to 2. Run the file without this library, or export the model "
+        "again."
     ) in str(error.value)
 
 

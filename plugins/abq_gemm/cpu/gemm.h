@@ -134,8 +134,8 @@ struct AbqKernel {
 #endif
 };
 
-// A16 of tokens that are not finite, or where the sums of digits would not fit: panels of fp32 weights
-// (q - zero) * scale, or q * scale + minimum.
+// A16 of tokens that digits do not write (split_token), or where the sums of digits would not fit:
+// panels of fp32 weights (q - zero) * scale, or q * scale + minimum.
 template <class T>
 inline void abq_float_block(const AbqKernel& kernel, const float* rows, int64_t m0, int count,
                             int64_t n0, const Destination<T>& to) {

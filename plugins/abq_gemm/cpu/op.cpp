@@ -18,7 +18,7 @@ size_t workspace(const GemmShape& s) {
   float* rows;
   if (abq_digits(s) == 0) return abq_float_memory(s, nullptr, &rows).used;
   if (s.abits != kAbqWeightOnly) return abq_slab_bytes(s);
-  GemmShape one = s;  // token that is not finite
+  GemmShape one = s;  // token that digits do not write
   one.m = 1;
   return abq_slab_bytes(s) + abq_float_memory(one, nullptr, &rows).used;
 }

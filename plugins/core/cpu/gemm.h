@@ -229,10 +229,10 @@ struct NoSplitTokens {
 };
 
 // digits: codes of a token's element; 1, or 3 or 4 where tokens are not quantized.
-// not_finite(x, y): of the latter, makes the row of y of a token with a NaN or an infinity.
+// otherwise(x, y): of the latter, makes the row of y of a token that split_token could not write.
 template <class T, class Kernel, class F = NoSplitTokens>
 inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuffers& b,
-                         const Parallel& parallel, int digits = 1, const F& not_finite = {}) {
+                         const Parallel& parallel, int digits = 1, const F& otherwise = {}) {
   SlabMemory slab =
       slab_memory(kernel.layout, int64_t{s.m} * digits, Kernel::kMoreRows, b.workspace);
   const T* gamma = s.norm_epsilon > 0 ? static_cast<const T*>(b.gamma) : nullptr;
@@ -247,7 +247,7 @@ inline void integer_gemm(const Kernel& kernel, const GemmShape& s, const GemmBuf
     slab_gemm(kernel, slab, m * digits, to, parallel);
     for (int64_t i = 0; i < m && digits > 1; ++i) {
       const float scale = slab.tokens.scale[i * digits];
-      if (scale != scale) not_finite(x + i * s.k, y + i * s.n);
+      if (scale != scale) otherwise(x + i * s.k, y + i * s.n);
     }
   });
 }

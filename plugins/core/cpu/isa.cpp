@@ -30,6 +30,10 @@ bool takes_tiles() {
   unsigned a, b, c, d;
   constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // of leaf 7, EDX
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kInt8)) return false;
+  // Palette 1 must be what tiles.h sets up: rows of 64 bytes, 8 tiles, 16 rows. A virtual machine may
+  // show the instructions and not this leaf.
+  if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d)) return false;
+  if ((b & 0xffff) < 64 || b >> 16 < 8 || (c & 0xffff) < 16) return false;
   // both parts of the tiles' state, which the operating system must be ready to save
   constexpr unsigned kState = 1u << 17 | 1u << 18;
   unsigned low, high;

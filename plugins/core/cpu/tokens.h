@@ -219,7 +219,9 @@ ANYBIT_INLINE float power_of_two(int exponent) {
 
 // A token that is not quantized, as whole numbers of 2^e, from the largest element on 22 bits or, with
 // four digits, 30: these are `digits` codes to the base 256 each, the highest first, and so many tokens
-// from m on. A row with a NaN or an infinity has NaN scales and codes 0.
+// from m on. Scales are NaN where that is no way to write the token: of a NaN or an infinity, and where
+// nearly all elements are so far below the largest that little is left of them. The weights of that
+// one may be 0, and the others make the sum.
 template <class T>
 ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens& tokens,
                                int64_t m) {
@@ -246,12 +248,13 @@ ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens
   e = e < -149 ? -149 : e;
   const float down = power_of_two(-e / 2), rest = power_of_two(-e - -e / 2);
   for (int d = 0; d < digits; ++d) {
-    const int power = e + 8 * (digits - 1 - d);
-    const float scale = power_of_two(power / 2) * power_of_two(power - power / 2);
-    tokens.scale[m + d] = finite ? scale : float_of_bits(0x7fc00000);
     tokens.zero[m + d] = 0;
     tokens.clear(m + d);
   }
+  // One in 16 elements with so many units, and the halves of units that all lose are together some
+  // 2^-11 of the sum, the last bit of fp16, or 2^-17.
+  const int32_t enough = digits == 4 ? 1 << 17 : 1 << 11;
+  int32_t with_enough = 0, not_zero = 0;
   alignas(64) int8_t codes[4][kElements];
   for (int64_t group = 0; group < layout.n_groups; ++group) {
     int32_t sums[4] = {};
@@ -265,6 +268,10 @@ ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens
         for (int i = 0; i < kElements; ++i) whole[i] = whole_from(v[i] * down * rest);
       }
       for (int i = finite ? count : 0; i < kElements; ++i) whole[i] = 0;
+      for (int i = 0; i < count; ++i) {
+        with_enough += (whole[i] < 0 ? -whole[i] : whole[i]) >= enough;
+        not_zero += v[i] != 0;
+      }
       for (int d = digits - 1; d >= 0; --d) {
         for (int i = 0; i < kElements; ++i) {
           const int32_t digit = int32_t(uint32_t(whole[i]) << 24) >> 24;
@@ -276,6 +283,12 @@ ANYBIT_INLINE void split_token(const NormedToken<T>& x, int digits, const Tokens
       }
     }
     for (int d = 0; d < digits; ++d) tokens.sums[(m + d) * layout.n_groups + group] = sums[d];
+  }
+  const bool written = finite && int64_t{16} * with_enough >= not_zero;
+  for (int d = 0; d < digits; ++d) {
+    const int power = e + 8 * (digits - 1 - d);
+    const float scale = power_of_two(power / 2) * power_of_two(power - power / 2);
+    tokens.scale[m + d] = written ? scale : float_of_bits(0x7fc00000);
   }
 }
 

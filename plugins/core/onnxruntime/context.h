@@ -129,6 +129,7 @@ class Threads {
   cpu::Parallel parallel() const {
     return {[](void* pool, cpu::Parallel::Task task, void* data, size_t count) {
               const Threads& threads = *static_cast<const Threads*>(pool);
+              if (threads.status_ != nullptr) return;  // the call has failed already
               threads.status_ = call<OrtStatus*>(Function::kKernelContextParallelFor,
                                                  threads.context_, task, count, count, data);
             },

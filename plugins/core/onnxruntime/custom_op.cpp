@@ -65,7 +65,7 @@ class GemmKernel {
                std::to_string(shape_.levels) + ", abits " + std::to_string(shape_.abits) +
                ", act_symmetric " + std::to_string(shape_.act_symmetric) + ", group_size " +
                std::to_string(shape_.group_size) + ", norm_epsilon " +
-               std::to_string(shape_.norm_epsilon) +
+               std::to_string(shape_.norm_epsilon) + (shape_.has_minimum ? ", has_minimum 1" : "") +
                ", expected a combination that the op's README lists",
            kExportAgain);
     ++kernels_made;

@@ -11,6 +11,7 @@
 #include <array>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <variant>
 
 namespace anybit {
@@ -160,6 +161,7 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
       copy->tactics_ = tactics_;
       copy->tactic_ = tactic_;
       copy->has_minimum_ = has_minimum_;
+      copy->network_type_ = network_type_;
       return copy;
     } catch (const std::exception&) {
       return nullptr;
@@ -175,8 +177,10 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   int32_t getNbOutputs() const noexcept override { return 1; }
 
   int32_t getOutputDataTypes(DataType* out, int32_t, const DataType* in,
-                             int32_t) const noexcept override {
+                             int32_t given) const noexcept override {
     out[0] = in[kX];
+    const int32_t position = zero_position();
+    if (position != kX && position < given) network_type_ = in[position];
     return kOk;
   }
 
@@ -211,6 +215,8 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
     if (position == given) return tensor.type == x_type;  // Y, listed after the inputs
     if (position >= input_count()) return false;
     const InputSpec& input = spec_of(position);
+    if (input.slot == Slot::kZero && network_type_)
+      return tensor.type == (*network_type_ == input.type ? input.type : DataType::kFLOAT);
     if (input.slot == Slot::kZero && tensor.type == DataType::kFLOAT) return true;
     return tensor.type == (input.slot == Slot::kGamma ? x_type : input.type);
   }
@@ -368,10 +374,15 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   // lacks a plugin's field, and the type of the input says the same.
   template <class TypeOf>
   void look_for_minimum(TypeOf type_of) {
+    if (zero_position() != kX) has_minimum_ = type_of(zero_position()) == DataType::kFLOAT;
+  }
+
+  // Where the zero points or minimums are; kX where the op has none.
+  int32_t zero_position() const {
     for (int32_t position = kX + 1; position < input_count(); ++position) {
-      if (spec_of(position).slot == Slot::kZero)
-        has_minimum_ = type_of(position) == DataType::kFLOAT;
+      if (spec_of(position).slot == Slot::kZero) return position;
     }
+    return kX;
   }
 
   void bind(GemmBuffers& buffers, Slot slot, const void* data) const {
@@ -397,6 +408,9 @@ class GemmPlugin final : public nvinfer1::IPluginV3,
   std::vector<int32_t> tactics_;  // as of the last configurePlugin
   int32_t tactic_ = 0;            // 0: the kernel is chosen at run time
   bool has_minimum_ = false;      // as of the last look_for_minimum
+  // Of the zero points or minimums in the network, as far as TensorRT has told. Were another type
+  // offered, it could convert integers to floats on the way, and zero points would pass for minimums.
+  mutable std::optional<DataType> network_type_;
   std::array<PluginField, kFields.size()> serialized_;
   PluginFieldCollection collection_{};
 };

@@ -2,7 +2,9 @@
 // nodes of forms.py round. Compiled once for each instruction set, all of which give the same bits:
 // loops of plain C++ over blocks that the compiler makes vectors of.
 #pragma once
+#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "core/cpu/tokens.h"
 #include "pointwise/cpu/pointwise.h"
@@ -109,6 +111,47 @@ ANYBIT_INLINE void activate(float* v) {
   }
 }
 
+// y = the activation of x, rounded to T.
+template <class T, int32_t kKind>
+ANYBIT_INLINE void activated(const T* x, int count, float* y) {
+  load_floats(x, count, y);
+  activate<T, kKind>(y);
+  round_floats<T>(y, kElements);
+}
+
+// The activation of every 16-bit number: an exponential in fp64 costs more than to look it up.
+template <class T, int32_t kKind>
+inline const T* table_of_activated() {
+  static const std::vector<T> table = [] {
+    constexpr int kNumbers = 1 << 16;
+    static_assert(sizeof(T) == 2 && kNumbers % kElements == 0);
+    std::vector<T> made(kNumbers);
+    alignas(64) float y[kElements];
+    T x[kElements];
+    for (int first = 0; first < kNumbers; first += kElements) {
+      for (int i = 0; i < kElements; ++i) {
+        const uint16_t bits = uint16_t(first + i);
+        std::memcpy(&x[i], &bits, sizeof bits);
+      }
+      activated<T, kKind>(x, kElements, y);
+      store_rounded(y, kElements, made.data() + first);
+    }
+    return made;
+  }();
+  return table.data();
+}
+
+template <class T>
+ANYBIT_INLINE void look_up(const T* table, const T* x, int count, float* y) {
+  T found[kElements];
+  for (int i = 0; i < count; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    found[i] = table[bits];
+  }
+  load_floats(found, count, y);
+}
+
 template <class T, int32_t kKind>
 inline void activation_rows(const RowsShape& s, bool gated, const ActivationBuffers& b,
                             int64_t begin, int64_t end) {
@@ -118,10 +161,10 @@ inline void activation_rows(const RowsShape& s, bool gated, const ActivationBuff
     const T* x = static_cast<const T*>(b.x) + row * width;
     T* y = static_cast<T*>(b.y) + row * s.width;
     for_blocks(s.width, [&](int64_t first, int count) {
-      load_floats(x + first, count, v);
-      activate<T, kKind>(v);
+      if constexpr (sizeof(T) == 2 && kKind != kRelu2)
+        look_up(table_of_activated<T, kKind>(), x + first, count, v);
+      else activated<T, kKind>(x + first, count, v);
       if (gated) {
-        round_floats<T>(v, kElements);
         load_floats(x + s.width + first, count, up);
         for (int i = 0; i < kElements; ++i) v[i] *= up[i];
       }

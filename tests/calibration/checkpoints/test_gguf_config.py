@@ -382,14 +382,22 @@ def test_as_many_layers_as_tensors(gguf_of: Callable[..., Path]) -> None:
     )
 
 
-def test_other_architecture_experts_and_adapters(tmp_path: Path) -> None:
+def test_other_architecture_experts_and_adapters(
+    tmp_path: Path, gguf_of: Callable[..., Path]
+) -> None:
     known = "gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3"
     other = f"expected one of {known}. Choose a model of a supported architecture."
     path = tmp_path / "m.gguf"
     write_metadata(path, {}, "bert")
     assert _refusal(path) == f": got architecture bert, {other}"
-    write_metadata(path, {"llama.expert_count": 8})
-    assert _refusal(path) == f": got architecture llama with experts, {other}"
+    path = gguf_of({}, extra={"blk.0.ffn_gate_exps.weight": np.zeros((2, 4, 64), np.float32)})
+    assert _refusal(path).startswith(": got a mixture of experts (llama), ")
+    for architecture in ("llama", "qwen3moe"):
+        write_metadata(path, {f"{architecture}.expert_count": 8}, architecture)
+        assert _refusal(path) == (
+            f": got a mixture of experts ({architecture}), which is not read of GGUF files, expected "
+            f"one of {known} without experts. Give the model as a Hugging Face folder."
+        )
     write_metadata(path, {"general.type": "adapter"})
     assert _refusal(path) == (
         ", metadata general.type: got 'adapter', expected 'model'. Give the model itself."

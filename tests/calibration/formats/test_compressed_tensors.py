@@ -375,6 +375,15 @@ def test_a_checkpoint_with_several_linears_in_a_tensor(tiny_llama: Callable[...,
     )
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts(tiny_llama: Callable[..., Path], name: str) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama(architecture=name, **FAMILIES[name])), True)
+    assert _refusal(lambda: check(QuantScheme("ABQGemm", "rtn", 4, 8), checkpoint)) == (
+        f"{checkpoint.name}: got a mixture of experts, whose folder transformers would not open, "
+        "expected a model without experts for --format compressed-tensors. Leave out --format."
+    )
+
+
 def test_rotary_frequencies_of_a_gguf_file(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from calibration import formats
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from calibration.checkpoints.codes import Tensors
+from calibration.checkpoints.huggingface import SafetensorsWeights
+from calibration.formats.fp8 import read as read_fp8
 from calibration.quant.folder import QuantModel, read_quant
 from calibration.quant.keep import Keeping, check_quantized, kept_schemes
 from calibration.quant.quantize import QuantizeOptions, quantize_model
@@ -22,6 +26,7 @@ from calibration.quant.scheme import QuantScheme
 from plugins.errors import InputError
 from tests.calibration.formats import written
 from tests.calibration.formats.written import Written
+from tests.conftest import FAMILIES
 
 CASES: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
     "gptq": (written.gptq, {}, "ABQGemm w4a16-g32"),
@@ -146,6 +151,23 @@ def test_our_own_folder_comes_back(tiny_quant: Callable[..., Path], tmp_path: Pa
                 np.testing.assert_array_equal(one[array], other[array], f"{name}.{array}")
 
 
+def test_what_another_format_has_no_word_for(source: Path, tmp_path: Path) -> None:
+    """From a finished folder, too, whose columns or head would be read as others."""
+    made = written.gptq(source, tmp_path / "model", ordered=True)
+    _, quant = keep(made.folder, tmp_path / "ordered")
+    assert refusal(lambda: formats.write("compressed-tensors", quant)) == (
+        "--format compressed-tensors: got model.layers.0.self_attn.qkv_proj with its input channels in "
+        "an order of their own, expected them in order. Leave out --format."
+    )
+    made = written.gptq(source, tmp_path / "plain", group=-1)
+    _, quant = keep(made.folder, tmp_path / "head", head_bits=8)
+    assert refusal(lambda: formats.write("compressed-tensors", quant)) == (
+        "--head-bits: got 8 with --format compressed-tensors, expected 16: other tools read the head "
+        "as floats. Add --head-bits 16, or leave out --format compressed-tensors."
+    )
+    assert not [*tmp_path.glob("*/compressed-tensors")]
+
+
 def test_requantizing_takes_the_floats(source: Path, tmp_path: Path) -> None:
     made = written.gptq(source, tmp_path / "model")
     checkpoint = open_checkpoint(str(made.folder), offline=True)
@@ -256,6 +278,10 @@ def put(place: Any, value: float) -> Callable[[np.ndarray], np.ndarray]:
 AGAIN = "The checkpoint is damaged: download it again."
 FLOAT = "Give the float model it was made from."
 K = "model.layers.0.self_attn.k_proj"
+ROUNDED = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "strategy": "channel", "group_size": None},
+}
 
 
 @pytest.mark.parametrize(
@@ -283,7 +309,7 @@ K = "model.layers.0.self_attn.k_proj"
         ),
         (
             written.gptq,
-            {"dynamic": {"-:.*": {}}},
+            {"dynamic": {"-:.*gate": {}, "+:.*down_proj": {"bits": 8}}},
             f"quantization config: got other settings for some layers (dynamic), expected one for all. {FLOAT}",
         ),
         (
@@ -316,6 +342,29 @@ K = "model.layers.0.self_attn.k_proj"
             partial(written.integers, bits=8),
             {"sparsity_config": {"format": "sparse-24"}},
             f"quantization_config: got a sparsity_config, expected none. {FLOAT}",
+        ),
+        (
+            partial(written.integers, bits=8),
+            {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
+            "quantization_config: got a transform_config, whose rotations of activations no graph here "
+            f"has, expected none. {FLOAT}",
+        ),
+        (
+            partial(written.integers, bits=8),
+            {"config_groups": {"a": ROUNDED | {"output_activations": {"num_bits": 8}}}},
+            f"quantization_config, a: got output_activations, expected none. {FLOAT}",
+        ),
+        (
+            partial(written.integers, bits=8),
+            {"config_groups": {"a": ROUNDED | {"targets": ["re:[q"]}}},
+            "quantization_config: got the target re:[q, which is no regular expression (unterminated "
+            "character set at position 0). Correct the config.",
+        ),
+        (
+            partial(written.qqq, group=128),
+            {"group_size": -1},
+            "model.layers.0.mlp.down_proj.s_group: got scales of groups, [2, 128], expected none by "
+            "group_size -1 of the config. Correct group_size: 128.",
         ),
     ],
 )
@@ -402,6 +451,196 @@ def test_tensors_that_do_not_fit(
     assert found == f"{made.folder}, {K}{problem}"
 
 
+@pytest.mark.parametrize(
+    ("make", "zero"),
+    [(partial(written.packed, bits=4, group=32), 8), (partial(written.integers, bits=8), 0)],
+)
+def test_zero_points_of_symmetric_codes(
+    source: Path, tmp_path: Path, make: Callable[..., Written], zero: int
+) -> None:
+    """Those that say nothing may be there."""
+    made = make(source, tmp_path / "model", symmetric=False)
+    config = json.loads((made.folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["symmetric"] = True
+    change(made.folder, config_groups=groups)
+    name = "model.layers.0.self_attn.q_proj"
+    assert refusal(lambda: keep(made.folder, tmp_path / "other")) == (
+        f"{made.folder}, {name}.weight_zero_point: got other zero points than {zero}, expected none of "
+        "symmetric codes. Correct symmetric in the config."
+    )
+    middle = int.from_bytes(bytes([0x11 * zero] * 4), "little", signed=True)
+    for layer in made.weights:
+        damage(made.folder, f"{layer}.weight_zero_point", lambda array: np.full_like(array, middle))
+    checkpoint, quant = keep(made.folder, tmp_path / "quant")
+    want = checkpoint.array(f"{name}.weight")
+    np.testing.assert_array_equal(quant.linear(name).dequantize(), want)
+
+
+def test_an_order_that_is_missing(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model", ordered=True)
+    damage(made.folder, f"{K}.g_idx", lambda array: None)
+    assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
+        f"{made.folder}, {K}: got no g_idx, expected each input channel's group, as desc_act of the "
+        "config says. The download is incomplete or damaged: download it again."
+    )
+    other = written.packed(source, tmp_path / "other", 4, 32, True, actorder=True)
+    damage(other.folder, f"{K}.weight_g_idx", lambda array: None)
+    assert refusal(lambda: open_checkpoint(str(other.folder), offline=True)) == (
+        f"{other.folder}, {K}: got no weight_g_idx, expected each input channel's group, as actorder of "
+        "the config says. The download is incomplete or damaged: download it again."
+    )
+    rows = written.gptq(source, tmp_path / "rows", group=-1, ordered=True)  # of one group
+    damage(rows.folder, f"{K}.g_idx", lambda array: None)
+    checkpoint = open_checkpoint(str(rows.folder), offline=True)
+    np.testing.assert_array_equal(checkpoint.array(f"{K}.weight"), rows.weights[K])
+
+
+@pytest.mark.parametrize(
+    ("make", "tensor"),
+    [
+        (written.gptq, "qweight"),
+        (written.awq, "qweight"),
+        (partial(written.abq_llm, levels=16), "weight"),
+        (partial(written.integers, bits=8), "weight"),
+    ],
+)
+def test_tensors_of_no_numbers(
+    source: Path, tmp_path: Path, make: Callable[..., Written], tensor: str
+) -> None:
+    made = make(source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", lambda array: array[:0])
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert found.startswith(f"{made.folder}, {K}.{tensor}: got shape [0, ")
+    assert ", expected [above 0, above 0] by the config's bits and group size. " in found
+
+
+@pytest.mark.parametrize(
+    ("shape", "got"),
+    [
+        (np.array([0, 64]), "0 x 64"),
+        (np.array([np.nan, 64]), "nan x 64.0"),
+        (np.array([-32, 64]), "-32 x 64"),
+    ],
+)
+def test_shapes_that_are_none(source: Path, tmp_path: Path, shape: np.ndarray, got: str) -> None:
+    made = written.packed(source, tmp_path / "model", 4, 32, True)
+    damage(made.folder, f"{K}.weight_shape", lambda array: shape)
+    assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
+        f"{made.folder}, {K}.weight_shape: got {got} weights, expected whole numbers above 0. {AGAIN}"
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (0,)])
+def test_one_scale_of_a_tensor_of_fp8(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "model.safetensors"
+    scale = np.ones(shape, np.float32)
+    save_file({"a.weight": np.ones((4, 4), np.float32), "a.weight_scale_inv": scale}, path)
+    assert refusal(lambda: read_fp8({}, Tensors(SafetensorsWeights([path]), "m"))) == (
+        f"m, a.weight_scale_inv: got shape {list(shape)}, expected one number, because the config has "
+        "no weight_block_size. Correct the config, or give the float model it was made from."
+    )
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_a_group_size_counts_for_groups_alone(source: Path, tmp_path: Path, strategy: str) -> None:
+    """-1 stands for channels in compressed-tensors."""
+    made = written.packed(source, tmp_path / "model", 4, None, True)
+    if strategy == "tensor":
+        for layer in made.weights:
+            damage(made.folder, f"{layer}.weight_scale", lambda array: array[0])
+    config = json.loads((made.folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"] |= {"strategy": strategy, "group_size": -1}
+    change(made.folder, config_groups=groups, sparsity_config={"format": "dense"})
+    checkpoint, quant = keep(made.folder, tmp_path / "quant")
+    for layer in made.weights:
+        want = checkpoint.array(f"{layer}.weight")
+        np.testing.assert_array_equal(quant.linear(layer).dequantize(), want)
+        if strategy == "channel":
+            np.testing.assert_array_equal(want, made.weights[layer])
+
+
+def test_biases_of_zeros(tiny_llama: Callable[..., Path], source: Path, tmp_path: Path) -> None:
+    """AutoGPTQ has written one for every layer: those that the model lacks have no part in it."""
+    made = written.gptq(source, tmp_path / "model", dynamic={"-:.*lm_head": {}})
+    path = made.folder / "model.safetensors"
+    tensors = load_file(path)
+    biases = {
+        f"{name}.bias": np.zeros(len(made.weights[name]), np.float16) for name in made.weights
+    }
+    save_file(tensors | biases, path)
+    checkpoint, quant = keep(made.folder, tmp_path / "quant")
+    np.testing.assert_array_equal(checkpoint.array(f"{K}.weight"), made.weights[K])
+    assert quant.linear(K).arrays.bias is None
+    biases[f"{K}.bias"][3] = 1
+    save_file(tensors | biases, path)
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert f"got tensors the config does not ask for: {K}.bias. " in found
+    own = tiny_llama(dtype="float16", architecture="Qwen2", num_hidden_layers=1)
+    has = written.abq_llm(own, tmp_path / "has", 16)  # its biases are all zeros
+    bias = open_checkpoint(str(has.folder), offline=True).array(f"{K}.bias")
+    assert not bias.any() and len(bias) == len(has.weights[K])
+
+
+def test_a_checkpoint_in_several_files(source: Path, tmp_path: Path) -> None:
+    made = written.gptq(source, tmp_path / "model")
+    folder = made.folder
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    # a layer's tensors in both
+    of = {name: files[place % 2] for place, name in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if of[name] == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": of}))
+    _, quant = keep(folder, tmp_path / "quant")
+    for layer, weight in made.weights.items():
+        np.testing.assert_array_equal(quant.linear(layer).dequantize(), weight)
+
+    def why() -> str:
+        return refusal(lambda: open_checkpoint(str(folder), offline=True))
+
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(of, files[0])}))
+    assert why().endswith(
+        "expected it beside the layer's other tensors. The download is incomplete or damaged: "
+        "download it again."
+    )
+    index.write_text(json.dumps({"weight_map": of | {f"{K}.qweight": "model-00003.safetensors"}}))
+    assert why() == (
+        f"{folder}: got 2 of the 3 weight files in {index.name}, missing model-00003.safetensors. The "
+        "download is incomplete: fetch the missing files."
+    )
+    index.write_text(json.dumps({"weight_map": of}))
+    again = load_file(folder / files[1]) | {f"{K}.qweight": tensors[f"{K}.qweight"]}
+    save_file(again, folder / files[1])
+    first = load_file(folder / files[0]) | {f"{K}.qweight": tensors[f"{K}.qweight"]}
+    save_file(first, folder / files[0])
+    assert why() == (
+        f"{folder / files[1]}, tensor {K}.qweight: got it in {files[0]} too, expected each tensor in "
+        "one file. Make the checkpoint again."
+    )
+    (folder / files[1]).unlink()
+    assert why() == (
+        f"{folder}: got 1 of the 2 weight files in {index.name}, missing {files[1]}. The download is "
+        "incomplete: fetch the missing files."
+    )
+
+
+def test_an_order_in_an_expert(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Refused with the schemes, before any work."""
+    source = tiny_llama(dtype="float16", architecture="Mixtral", **FAMILIES["Mixtral"])
+    made = written.gptq(source, tmp_path / "model", group=16, ordered=True)
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    expert = "model.layers.0.block_sparse_moe.experts.0"
+    assert refusal(lambda: kept_schemes(checkpoint, Keeping())) == (
+        f"{made.folder}, {expert}.w1, {expert}.gate_up_proj: got codes whose input channels have an "
+        "order of their own (desc_act), expected them in order in an expert. --requantize rounds its "
+        "weights again, with --wbits and --abits."
+    )
+
+
 def test_zero_points_that_are_not_the_configs(source: Path, tmp_path: Path) -> None:
     made = written.gptq(source, tmp_path / "model", version=2)
     change(made.folder, checkpoint_format="gptq")
@@ -484,6 +723,21 @@ def test_weights_that_were_not_rounded_on_these_scales(source: Path, tmp_path: P
     assert found.startswith(f"{made.folder}, {K}: got weights 0.") and found.endswith(
         "of a scale away from its multiples, and codes from 0, expected weights that were rounded on "
         f"these scales and zero points. {FLOAT}"
+    )
+
+
+def test_zero_points_between_codes(source: Path, tmp_path: Path) -> None:
+    """Cut to whole numbers here and rounded there, weights would be a step off."""
+    made = written.abq_llm(source, tmp_path / "model", 16)
+    damage(made.folder, f"{K}.weight_quantizer.zeros", put((2, 0), 7.6))
+    assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
+        f"{made.folder}, {K}.weight_quantizer.zeros: got the zero point 7.60156 and 1 such in all, "
+        f"expected whole numbers. {FLOAT}"
+    )
+    damage(made.folder, f"{K}.weight_quantizer.zeros", lambda array: None)
+    assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
+        f"{made.folder}, {K}: got no weight_quantizer.zeros, expected it beside the layer's other "
+        "tensors. The download is incomplete or damaged: download it again."
     )
 
 

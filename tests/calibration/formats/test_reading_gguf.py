@@ -87,6 +87,32 @@ def test_codes_stay(
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
 
 
+def test_blocks_of_zeros(original: Checkpoint, tmp_path: Path) -> None:
+    """A block of nothing but zeros has the scale 0, or -0, whatever its codes."""
+    rng = np.random.default_rng(4)
+    data = rng.integers(0, 256, (512, 8, 18), dtype=np.uint8)
+    half = rng.uniform(-4e-3, 4e-3, (512, 8, 1)).astype(np.float16)
+    half[:5], half[7, 3], half[8, 2] = 0, 0, -0.0
+    data[..., :2] = half.view(np.uint8)
+    path, name = tmp_path / "m.gguf", "model.layers.0.mlp.up_proj"
+    raw = {"blk.0.ffn_up.weight": ("Q4_0", data.reshape(512, -1))}
+    others = {
+        info.gguf: ("Q4_0", np.zeros((info.shape[0], info.shape[1] // 32 * 18), np.uint8))
+        for info in original.decoder.tensors()
+        if info.gguf.startswith("blk.") and len(info.shape) == 2
+    }
+    write_gguf(path, original, blocks=others | raw)
+    checkpoint = open_checkpoint(str(path), offline=True)
+    folder = export(path, kept_schemes(checkpoint, Keeping(dtype="float32")), tmp_path)
+    want = checkpoint.array(f"{name}.weight")
+    assert not want[:5].any() and not want[7, 96:128].any() and want[7, :96].any()
+    got = read_quant(tmp_path / "quant").linear(name).dequantize()
+    np.testing.assert_array_equal(got, want)
+    decoder = Decoder(folder)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    assert np.isfinite(logits).all()
+
+
 def test_a_file_without_codes_and_one_with_others(original: Checkpoint, tmp_path: Path) -> None:
     floats = open_checkpoint(str(write_gguf(tmp_path / "f.gguf", original)), offline=True)
     assert floats.format == check_quantized(floats, False, False) == ""

@@ -19,6 +19,8 @@ __all__ = ["Written", "gptq", "awq", "packed", "integers", "qqq", "abq_llm", "fp
 
 Tensors = dict[str, np.ndarray]
 
+_LINEARS = ("_proj", ".w1", ".w2", ".w3")  # the last three of Mixtral's experts
+
 
 @dataclass
 class Written:
@@ -52,7 +54,7 @@ def _write(
     (folder / "config.json").write_text(json.dumps(config))
     random = np.random.default_rng(5)
     tensors, written = load_file(source / "model.safetensors"), Written(folder, {}, {})
-    ends = ("_proj.weight", "lm_head.weight") if head else ("_proj.weight",)
+    ends = tuple(f"{end}.weight" for end in (*_LINEARS, *(("lm_head",) if head else ())))
     for name in sorted(name for name in tensors if name.endswith(ends)):
         base = name.removesuffix(".weight")
         if base.rpartition(".")[2] in left_out:
@@ -202,6 +204,7 @@ def packed(
         "symmetric": symmetric,
         "strategy": "group" if group else "channel",
         "group_size": group,
+        "actorder": "group" if actorder else None,
     }
     return _write(source, folder, _compressed("pack-quantized", weights, None), layer)
 

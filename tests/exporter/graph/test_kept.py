@@ -58,6 +58,24 @@ def test_logits_are_those_of_the_dequantized_model(
     assert len(gathers) == (8 if ordered else 0)
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_codes_of_experts(tiny_llama: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    import torch
+
+    source = tiny_llama(architecture=family, dtype="float16", **FAMILIES[family])
+    made = written.gptq(source, tmp_path / "model", group=16, symmetric=False)
+    assert sum(".experts." in name for name in made.weights) > 20
+    decoder = Decoder(kept(made.folder, tmp_path))
+    quant = read_quant(tmp_path / "quant")
+    for name, weight in made.weights.items():
+        np.testing.assert_array_equal(quant.linear(name).dequantize(), weight)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    model = float_model(open_checkpoint(str(made.folder), offline=True))
+    with torch.no_grad():
+        want = model(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
 def test_eight_bit_activations_in_an_order_of_their_own(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -18,8 +18,12 @@ from exporter.proof import validate as proof
 from exporter.proof.judge import AS_RUN
 from exporter.proof.limits import Limits
 from exporter.proof.loss import LossDifference, loss_as_run, loss_difference
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.prove import _loss
+from exporter.proof.validate import LayerReport, ValidateOptions, ValidationResult, validate
 from exporter.run.native import NativeSession
+from plugins.errors import CheckError
+from tests.conftest import FAMILIES
+from tests.exporter.graph_cases import export
 
 BRIEF = ValidateOptions(tokens=12, steps=1)
 Change = Callable[[dict[str, np.ndarray]], None]
@@ -68,6 +72,8 @@ def test_honest_sessions_pass(tiny_export: Callable[..., Path], scheme: dict[str
     tensors = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
     assert [row.tensor for row in rows if row.phase == "decode"] == [*tensors, "logits"]
     assert [bool(row.operator) for row in rows[:5]] == [False, True, False, True, True]
+    stream = [row.limit for row in result.rows if row.level == "export"][:2]
+    assert [row.limit for row in rows[:4]] == [one for one in stream for _ in range(2)]
     if "dtype" in scheme:  # which ONNX Runtime computes in fp32 as it stands
         assert "left_out" not in result.facts
 
@@ -123,6 +129,7 @@ def test_a_fault_of_the_session_is_named(
         == failure
     )
     assert {row.level for row in result.rows if not row.ok} == {AS_RUN}
+    assert "left_out" not in result.facts  # what is wrong is no rounding
     showing = [
         note for note in result.warnings if note.startswith("Where inner tensors are outputs")
     ]
@@ -203,3 +210,42 @@ def test_the_loss_is_that_of_the_rounded_graph(
     monkeypatch.setattr("exporter.run.native.NativeSession", session(other_logits, True))
     worse = loss_as_run(tiny_export(dtype="float32"), "float32", 64, windows, NullProgress())
     assert worse.loss == found.loss and abs(worse.difference) > 0.01
+
+
+def test_a_text_that_overflows_is_a_failure(
+    tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is written all the same."""
+    from calibration.progress import NullProgress
+
+    def overflows(*arguments: Any) -> LossDifference:
+        raise CheckError("window 3", "got NaN, expected numbers", "")
+
+    monkeypatch.setattr("exporter.proof.loss.loss_as_run", overflows)
+    row = LayerReport(AS_RUN, "prefill", "logits", 1.0, 90.0, 0.0, 0.0, 0.1)
+    result = ValidationResult((row,), "", ())
+    found = _loss(tiny_export(), result, BRIEF, NullProgress())
+    assert found.first_failure == "loss as run, window 3: got NaN, expected numbers"
+
+
+@pytest.mark.slow
+def test_experts_are_judged_by_their_operators(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session chooses its experts itself, so what adds up has no limit; every operator has."""
+    model = tiny_llama(architecture="Mixtral", **FAMILIES["Mixtral"])
+    out = export(model, SCHEME, tmp_path).parent
+    result = validate(out, BRIEF)
+    assert result.ok, result.first_failure
+    assert {row.limit for row in rows_of(result)} == {None}
+    last = [row for row in rows_of(result) if row.tensor.endswith(("value", "logits"))]
+    assert len(last) == 3 * 3 and all(row.operator and row.judged for row in last)
+    assert any("the session as users run it" in note for note in result.notes)
+
+    def wrong_expert(outputs: dict[str, np.ndarray]) -> None:
+        (name,) = [one for one in outputs if "layers.1" in one and one.endswith("2.w2.output")]
+        outputs[name][..., 3] *= 2
+
+    monkeypatch.setattr(proof, "NativeSession", session(wrong_expert, False))
+    failure = validate(out, BRIEF).first_failure
+    assert "at model.layers.1.block_sparse_moe.experts.2.w2 given its inputs (as run" in failure

@@ -23,6 +23,7 @@ from calibration.methods import find_method
 from calibration.progress import NullProgress
 from calibration.quant.bits import Rule
 from calibration.quant.folder import QuantModel, read_quant
+from calibration.quant.keep import Keeping, kept_schemes
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import FloatReference, float_model, quantised_model
@@ -33,6 +34,7 @@ from exporter.proof.basis import recorded_rotation
 from exporter.proof.quality import FloatStates
 from exporter.proof.swaps import Swap, Swapped, float_block
 from exporter.report.attribution import attribution_section
+from tests.calibration.formats import written
 
 QUIET = NullProgress()
 BAD = "model.layers.1.mlp.down_proj"
@@ -99,6 +101,24 @@ def test_the_model_as_it_is_and_back_in_float(
     as_is, whole = kl(quant, checkpoint, windows, Swap(), everything(quant))
     assert as_is == pytest.approx(wanted, rel=1e-4)
     assert as_is > 1e-3 and abs(whole) < 1e-5  # embedding and norms were rounded to fp16
+
+
+def test_kept_codes_are_the_float_weights(
+    tiny_llama: Callable[..., Path], tmp_path: Path, windows: np.ndarray
+) -> None:
+    """A node of them in floating point is the same one, with its channels in an order of their own."""
+    source = tiny_llama(dtype="float16", num_hidden_layers=1)
+    made = written.gptq(source, tmp_path / "model", ordered=True, symmetric=False)
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    folder = tmp_path / "quant"
+    folder.mkdir()
+    schemes = kept_schemes(checkpoint, Keeping(abits=8))
+    quantize_model(checkpoint, schemes, QuantizeOptions(), folder)
+    quant = read_quant(folder)
+    nodes = frozenset(quant.decoder.nodes)
+    as_is, weights, whole = kl(quant, checkpoint, windows, Swap(), Swap(nodes), everything(quant))
+    assert weights == pytest.approx(as_is, rel=1e-3) and as_is > 1e-6
+    assert abs(whole) < as_is / 10
 
 
 def test_each_kind_of_numbers_by_itself(

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 from calibration.quant.folder import read_quant
+from calibration.quant.scheme import QuantScheme
+from exporter.graph.decoder import export_onnx
 from exporter.graph.names import layer_output
 from exporter.proof import validate as proof
 from exporter.proof.engine import Built
@@ -28,7 +30,9 @@ from exporter.proof.validate import ValidateOptions, validate
 from exporter.run.onnxruntime import OnnxSession, load_model
 from plugins.errors import InputError
 from plugins.tools.build import build_library
+from tests.conftest import FAMILIES
 from tests.exporter.engine.test_engine import needs_rtx
+from tests.exporter.graph_cases import export
 from tests.exporter.proof.test_validate import with_engine
 
 IDS = np.array([[5, 300, 17, 42, 99, 7], [8, 9, 10, 11, 12, 13]], np.int64)
@@ -228,6 +232,48 @@ def test_without_a_gpu_half_of_it_is_done(engine: Path, monkeypatch: pytest.Monk
         "TensorRT was half done: 3 proof engines of 3 decoder layers, the head counted, with 0 plugin layers and 0 "
         "tensors as outputs were built, and give what the graph says in its types; they were not run.",
     )
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of a tiny Mixtral."""
+    model = tiny_llama(architecture="Mixtral", **FAMILIES["Mixtral"])
+    scheme = QuantScheme("ABQGemm", "rtn", 4, 8)
+    return export(model, scheme, tmp_path_factory.mktemp("experts")).parent
+
+
+def moved_stream(outputs: dict[str, np.ndarray]) -> None:
+    if layer_output(0) in outputs:
+        outputs[layer_output(0)] = np.roll(outputs[layer_output(0)], 7, -1)
+
+
+@pytest.mark.slow
+def test_an_engine_may_choose_other_experts(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are then those of other tokens, which only the operators can be judged on."""
+    made = StandIn(None, experts / "onnx", None)
+    made.fault = moved_stream
+    monkeypatch.setattr(proof._Validator, "proof_engines", lambda self: made)
+    monkeypatch.setattr(
+        proof._Validator, "engine", lambda self: lambda: Whole(experts / "onnx", self.context)
+    )
+    monkeypatch.setattr(proof, "_PIECE", 0)
+    result = validate(experts, TENSORRT)
+    assert " at model.layers.0.output given its inputs (engine, prefill: " in result.first_failure
+    assert {row.level for row in result.rows} == {"kernel", "engine"}
+
+
+@pytest.mark.slow
+def test_experts_with_a_static_cache_in_pieces(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(experts, tmp_path / "out"))
+    shutil.rmtree(out / "onnx")
+    (out / "onnx").mkdir()
+    export_onnx(read_quant(out / "quant"), out / "onnx", static=True, max_context=32)
+    monkeypatch.setattr(proof, "check_memory", lambda *given: (True, True))
+    result = validate(out, ValidateOptions(tokens=12, steps=1, runners=("native",)))
+    assert result.ok, result.first_failure
+    assert "native" in {row.level for row in result.rows}
 
 
 def test_an_artifact_without_an_engine(tiny_export: Callable[..., Path]) -> None:

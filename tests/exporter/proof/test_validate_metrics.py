@@ -107,3 +107,16 @@ def test_compare_takes_common_tensors_and_new_cache_tokens() -> None:
         "present.0.key"
     ].channel_error.shape == (10,)
     assert found["a"].relative > 0.5
+
+
+def test_an_expert_with_other_rows_differs_wholly() -> None:
+    name = "model.layers.0.mlp.experts.3.down_proj.output"
+    rows, fewer, none = some(shape=(1, 4, 8)), some(shape=(1, 3, 8)), some(shape=(1, 0, 8))
+    compare = CompareTensors(ALL)
+    assert compare({name: none}, {name: none}) == {}
+    assert compare({name: rows}, {name: rows})[name].relative == 0
+    for pair in ((rows, none), (none, rows), (rows, fewer)):
+        error = compare({name: pair[0]}, {name: pair[1]})[name]
+        assert error.relative == error.worst_channel[1] == math.inf and error.peak == 0
+        total = total_error([error, compare({name: rows}, {name: rows})[name]])
+        assert total.relative == math.inf

@@ -183,6 +183,20 @@ void minimum() {
                 build->supportsFormatCombination(3, io.data(), 4, 1));
   }
   std::printf("configure %d\n", build->configurePlugin(io.data(), 4, &io[4], 1));
+  for (const DataType type : {DataType::kINT32, DataType::kFLOAT, DataType::kHALF}) {
+    // integers of the network stay integers, and floats floats
+    const DataType types[] = {DataType::kHALF, DataType::kINT32, DataType::kFLOAT, type};
+    DataType out_type{};
+    IPluginV3* known = plugin->clone();
+    part<IPluginV3OneBuild>(known, PluginCapabilityType::kBUILD)
+        ->getOutputDataTypes(&out_type, 1, types, 4);
+    auto* told = part<IPluginV3OneBuild>(known->clone(), PluginCapabilityType::kBUILD);
+    for (const DataType offered : {DataType::kINT32, DataType::kFLOAT}) {
+      io[3].desc.type = offered;
+      std::printf("type %d for %d of the network %d\n", static_cast<int>(offered),
+                  static_cast<int>(type), told->supportsFormatCombination(3, io.data(), 4, 1));
+    }
+  }
   auto* runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
   IPluginV3* copy = runtime->attachToContext(nullptr);
   for (const DataType type : {DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT})
