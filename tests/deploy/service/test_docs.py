@@ -27,7 +27,7 @@ def options(service: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [PAGE, UNIT, FOLDER / "Containerfile"], ids=lambda path: path.name)
 def test_options_exist(options: set[str], path: Path) -> None:
-    others = {"--wbits", "--abits", "--head-bits", "--kv", "--out", "--now", "--help", "--yes", "--no-install-recommends", "--no-cache-dir", "--from", "--rm"}  # fmt: skip
+    others = {"--wbits", "--abits", "--head-bits", "--kv", "--max-batch", "--out", "--now", "--help", "--yes", "--no-install-recommends", "--no-cache-dir", "--from", "--rm"}  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text(encoding="utf-8")))
     assert named & options and not named - others - options
 
