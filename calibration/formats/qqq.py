@@ -17,7 +17,7 @@ import numpy as np
 
 from calibration.checkpoints.codes import FLOAT_MODEL, Form, Stored, StoredLinear
 from calibration.out.json_file import checked
-from plugins import op_spec
+from plugins import op_spec, ranked_ops
 from plugins.core.code_sets import code_set
 from plugins.core.op_spec import GemmAttributes, QuantArrays
 from plugins.errors import InputError
@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = ["read"]
 
-_OP, _BITS, _ABITS, _GROUP = "QQQGemm", 4, 8, 128
+_BITS, _ABITS, _GROUP = 4, 8, 128
 _ENDS = ("B", "s_channel", "s_group", "workspace", "reduce_buffer")  # the last two hold no weights
 _TILE_K, _TILE_N = 16, 64
 # The output channel of each stored scale, within 32 (s_channel) and 64 (s_group).
 _CHANNELS = np.array([2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)])
 _GROUPED = np.array([i + 8 * j for i in range(8) for j in range(8)])
 _SIXTEEN = np.float32(16)
+
+
+def _op() -> str:
+    """The op whose packed weights these are."""
+    return next(op.name for op in ranked_ops() if op.published == "qqq")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def _linear(layer: str, group_size: int, tensors: Tensors) -> StoredLinear:
             "config",
             f"Correct group_size: {_GROUP}",
         )
-    form = Form(code_set(_BITS, False), group, True, False, _OP, _ABITS, True)
+    form = Form(code_set(_BITS, False), group, True, False, _op(), _ABITS, True)
     arrays = partial(_arrays, tensors, layer, form, (rows, columns))
     return StoredLinear(tensors.place(layer), (rows, columns), form, arrays)
 
@@ -108,7 +113,7 @@ def _arrays(tensors: Tensors, layer: str, form: Form, shape: tuple[int, int]) ->
         }
     else:
         found["scale"] = channel.T * _SIXTEEN
-    return op_spec(_OP).unpack(found, attrs)
+    return op_spec(_op()).unpack(found, attrs)
 
 
 def _in_order(stored: np.ndarray, channels: np.ndarray) -> np.ndarray:

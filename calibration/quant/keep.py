@@ -206,7 +206,7 @@ def _scheme(node: str, form: Form, keeping: Keeping) -> QuantScheme:
 def _says(op: OpSpec, scheme: QuantScheme, form: Form) -> bool:
     """Whether an op's weights in this scheme are those of the form, to the bit."""
     if form.op:
-        return op.name == form.op
+        return op is op_spec(form.op)
     if form.minimum:  # which an op that takes the scheme has
         return True
     affine = op.affine(scheme.gemm)

@@ -4,7 +4,8 @@ inlined, and collects the functions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from plugins import op_spec
 from plugins.core.op_spec import DOMAIN, PLUGIN_VERSION, GemmAttributes
@@ -33,7 +34,7 @@ class NodeFactory:
     def __init__(self, dtype: int) -> None:
         self._dtype = dtype
         self._functions: dict[Variant, onnx.FunctionProto] = {}
-        self._inlined: dict[FunctionForm, onnx.FunctionProto] = {}
+        self._inlined: dict[str, FunctionForm] = {}  # by op
 
     def gemm(
         self, op: str, attrs: GemmAttributes, name: str, inputs: list[str], output: str
@@ -73,8 +74,9 @@ class NodeFactory:
         inputs: list[str],
         outputs: list[str],
         **attributes: float,
-    ) -> onnx.NodeProto:
-        """A node that runtimes inline, or run natively.
+    ) -> list[onnx.NodeProto]:
+        """A node that runtimes inline, or run natively. Of an op's second form in a model the nodes of
+        its body: TensorRT's parser knows a function by its name alone, and would take the first.
 
         Args:
             form: of its function.
@@ -83,25 +85,20 @@ class NodeFactory:
         """
         from onnx import helper
 
-        if form not in self._inlined:
-            number = sum(other.op == form.op for other in self._inlined)
-            domain = f"{form.domain}.v{number}" if number else form.domain
-            self._inlined[form] = form.function(self._dtype, domain)
-        return helper.make_node(
-            form.op,
-            inputs,
-            outputs,
-            name=name,
-            domain=self._inlined[form].domain,
-            **form.attributes,
-            **attributes,
-        )
+        attributes = {**form.attributes, **attributes}
+        if self._inlined.setdefault(form.op, form) != form:
+            return _unfolded(
+                form.function(self._dtype, form.domain), name, inputs, outputs, attributes
+            )
+        domain = form.domain
+        return [helper.make_node(form.op, inputs, outputs, name=name, domain=domain, **attributes)]
 
     def functions(self) -> list[onnx.FunctionProto]:
         """The functions of the nodes made so far: the custom ones in order of first use, then those
         that are inlined; all of the newest opset that one of them asks for, since a model has one.
         """
-        found = [*self._functions.values(), *self._inlined.values()]
+        inlined = (form.function(self._dtype, form.domain) for form in self._inlined.values())
+        found = [*self._functions.values(), *inlined]
         for function in found:
             function.opset_import[0].version = self.opset
         return found
@@ -111,7 +108,7 @@ class NodeFactory:
         """Of the model's standard ops."""
         from plugins.core.onnx_body import OPSET
 
-        return max([OPSET, *(form.opset for form in self._inlined)])
+        return max([OPSET, *(form.opset for form in self._inlined.values())])
 
     def opset_imports(self, opset: int) -> list[onnx.OperatorSetIdProto]:
         """What a model of these nodes and standard ones of this opset imports."""
@@ -141,3 +138,30 @@ class NodeFactory:
                 attrs, self._dtype, f"{DOMAIN}.v{number}" if number else DOMAIN
             )
         return self._functions[variant]
+
+
+def _unfolded(
+    function: onnx.FunctionProto,
+    name: str,
+    inputs: list[str],
+    outputs: list[str],
+    attributes: Mapping[str, Any],
+) -> list[onnx.NodeProto]:
+    """The nodes of a function in the place of a call of it; inner names get the call's in front."""
+    import onnx
+
+    names = {"": ""} | dict(zip(function.input, inputs, strict=True))
+    names |= dict(zip(function.output, outputs, strict=True))
+    made = []
+    for index, node in enumerate(function.node):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"{name}.{node.op_type}_{index}"
+        for values in (copy.input, copy.output):
+            values[:] = [names.get(value, f"{name}.{value}") for value in values]
+        for attribute in copy.attribute:
+            if attribute.ref_attr_name:
+                given = attributes[attribute.ref_attr_name]
+                attribute.CopyFrom(onnx.helper.make_attribute(attribute.name, given))
+        made.append(copy)
+    return made

@@ -196,7 +196,7 @@ class GraphWriter:
             attributes: of this node, besides the form's.
         """
         inputs, outputs = ([tensors[one] for one in names] for names in (form.inputs, form.outputs))
-        self.nodes.append(self.factory.call(form, name, inputs, outputs, **attributes))
+        self.nodes += self.factory.call(form, name, inputs, outputs, **attributes)
 
     def form(self, capped: bool = False) -> AttentionForm:
         """Of the model's attention."""

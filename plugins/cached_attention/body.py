@@ -43,7 +43,7 @@ class AttentionForm:
 
     @property
     def domain(self) -> str:
-        """Of the ops; further forms in one model have domains below it."""
+        """Of the ops."""
         return DOMAIN
 
     @property

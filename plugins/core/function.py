@@ -25,7 +25,7 @@ class FunctionForm(Protocol):
 
     @property
     def domain(self) -> str:
-        """Of the op; further forms in one model have domains below it."""
+        """Of the op; further forms in one model are written as their bodies."""
 
     @property
     def op(self) -> str:

@@ -247,12 +247,15 @@ class OpSpec(ABC):
             and then weights are rounded to nearest where nobody names a method.
         rank: of several ops that take a scheme, the one of the lowest rank is chosen.
         act_symmetric: whether activation codes are symmetric where nobody says.
+        published: the format of published checkpoints whose packed weights are the op's own, one of
+            calibration.formats; "" if there is none.
     """
 
     name: str
     method: str = ""
     rank: int = 1
     act_symmetric: bool = False
+    published: str = ""
 
     # ---------------------------------------------------------------- what it takes
 

@@ -51,6 +51,7 @@ class QqqGemm(OpSpec):
     method = "qqq"
     rank = 0  # made for these bits: before an op for all
     act_symmetric = True
+    published = "qqq"
 
     def objection(self, scheme: GemmScheme) -> tuple[str, str] | None:
         """W4A8 with symmetric activations, in groups of GROUP_SIZES."""

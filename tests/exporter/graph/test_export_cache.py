@@ -60,10 +60,8 @@ def cache_model(bits: int, dtype: str) -> onnx.ModelProto:
     kind, form = ELEMENT[dtype], AttentionForm(bits=bits)
     factory = NodeFactory(kind)
     nodes = [helper.make_node("Cast", [f"{name}32"], [name], to=kind) for name in ("key", "value")]
-    nodes.append(
-        factory.call(
-            form, "attention", ["key", *form.inputs[1:]], form.outputs, scale=0.2, softcap=0.0
-        )
+    nodes += factory.call(
+        form, "attention", ["key", *form.inputs[1:]], form.outputs, scale=0.2, softcap=0.0
     )
     shape = ["B", HEADS, "S", WIDTH]
     rows = {part: form.row(part, WIDTH, kind) for part in form.parts}

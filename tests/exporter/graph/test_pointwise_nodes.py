@@ -75,7 +75,7 @@ def model_of(form: FunctionForm, dtype: np.dtype[Any]) -> onnx.ModelProto:
     kind, factory, info = ELEMENT[dtype], NodeFactory(ELEMENT[dtype]), helper.make_tensor_value_info
     floats = [name for name in form.inputs if name != "position_ids"]
     nodes = [helper.make_node("Cast", [f"{name}32"], [name], to=kind) for name in floats]
-    nodes.append(factory.call(form, "node", form.inputs, form.outputs))
+    nodes += factory.call(form, "node", form.inputs, form.outputs)
     nodes += [
         helper.make_node("Cast", [name], [f"{name}32"], to=TensorProto.FLOAT)
         for name in form.outputs
@@ -131,15 +131,42 @@ def test_native_kernels_give_the_bits_of_the_bodies(
 def test_equal_forms_share_a_function() -> None:
     factory = NodeFactory(TensorProto.FLOAT16)
     forms = [ResidualSum(), RMSNorm(1e-5), ResidualSum(), ResidualSum(0.5), RMSNorm(1e-6)]
-    nodes = [factory.call(form, "node", form.inputs, form.outputs) for form in forms]
-    assert [(node.domain, node.op_type) for node in nodes] == [
-        ("anybit_pointwise", "ResidualSum"),
-        ("anybit_pointwise", "RMSNorm"),
-        ("anybit_pointwise", "ResidualSum"),
-        ("anybit_pointwise.v1", "ResidualSum"),
-        ("anybit_pointwise.v1", "RMSNorm"),
+    calls = [factory.call(form, "node", form.inputs, form.outputs) for form in forms]
+    assert [[(node.domain, node.op_type) for node in nodes] for nodes in calls] == [
+        [("anybit_pointwise", "ResidualSum")],
+        [("anybit_pointwise", "RMSNorm")],
+        [("anybit_pointwise", "ResidualSum")],
+        [("", node.op_type) for node in ResidualSum(0.5).function(TensorProto.FLOAT16).node],
+        [("", "RMSNormalization")],  # a parser that goes by names alone would take the first
     ]
-    assert len(factory.functions()) == 4 and all(is_inlined(node.domain) for node in nodes)
+    assert len(factory.functions()) == 2
+
+
+def test_a_second_form_is_its_body() -> None:
+    """The same numbers as a call of it, under names of its own."""
+    form = RotatedHeads(**HEADS, rotary=16)
+    model = model_of(form, F32)
+    factory = NodeFactory(TensorProto.FLOAT)
+    factory.call(RotatedHeads(**HEADS), "first", ["qkv"], ["a", "b", "c"])
+    (call,) = [node for node in model.graph.node if is_inlined(node.domain)]
+    written = factory.call(form, "second", list(call.input), list(call.output))
+    assert all(not node.domain and node.name.startswith("second.") for node in written)
+    place = list(model.graph.node).index(call)
+    nodes = [*model.graph.node[:place], *written, *model.graph.node[place + 1 :]]
+    body = onnx.ModelProto()
+    body.CopyFrom(model)
+    del body.graph.node[:], body.functions[:]
+    body.graph.node.extend(nodes)
+    feeds = {
+        name if name == "position_ids" else f"{name}32": x
+        for name, x in inputs_of(form, 1.0).items()
+    }
+    for got, want in zip(
+        session_of(body, False).run(None, feeds),
+        session_of(model, False).run(None, feeds),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_the_scored_text_or_the_proofs(
     text.write_text(default_text(), encoding="utf-8")
     options = ValidateOptions(tokens=12, steps=0, model=str(tiny_model_dir))
     own = prove(out, {}, options, None, progress)[1]["quality"]
-    assert (own["text"], own["windows"], own["seqlen"]) == ("the project's default text", 4, 12)
+    assert (own["text"], own["windows"], own["seqlen"]) == ("the project's default text", 16, 12)
     assert own["seen"] is False  # rounding looks at no text
     scored = EvalRequest(text, first=2, seqlen=32)
     other = prove(out, {}, options, scored, progress)[1]["quality"]
