@@ -25,8 +25,9 @@ def processor() -> str:
 
 
 def command_on(script: str, out: Path) -> str:
-    """What was typed, with the artifact where a reader would have it."""
-    return " ".join(["python", f"benchmarks/{script}", f"out/{out.name}", *sys.argv[2:]])
+    """What was typed, with the artifact where a reader would have it, and of other paths their ends."""
+    rest = [Path(word).name if word.startswith("/") else word for word in sys.argv[2:]]
+    return " ".join(["python", f"benchmarks/{script}", f"out/{out.name}", *rest])
 
 
 def spread(values: list[float], digits: int = 4) -> list[float]:
