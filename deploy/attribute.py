@@ -17,7 +17,7 @@ from calibration.out.layout import (
     QUANT,
     REPORT,
 )
-from deploy.command import Command, add_progress
+from deploy.command import Command, add_held_out, add_progress
 from plugins.cli import number, whole_number
 from plugins.text import printable
 
@@ -171,13 +171,7 @@ class Attribute(Command):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The text, the float model, and how far to go."""
         add = parser.add_argument
-        add(
-            "--text",
-            type=Path,
-            metavar="FILE",
-            help="held-out text (default: the project's own, which is the default of --calib too)",
-        )
-        add("--model", metavar="MODEL", help="the float model (default: as OUT names it)")
+        add_held_out(parser)
         add(
             "--first",
             type=whole_number(1),

@@ -13,7 +13,7 @@ from exporter.run import runners
 from exporter.run.model import AUTO, CPU
 from plugins.errors import InputError
 
-__all__ = ["Command", "add_progress", "add_runner", "check_file"]
+__all__ = ["Command", "add_held_out", "add_progress", "add_runner", "check_file"]
 
 
 class Command(ABC):
@@ -60,6 +60,18 @@ def add_runner(parser: argparse.ArgumentParser, default: str) -> None:
         default=default,
         help=f"{'; '.join(choices)} (default {default})",
     )
+
+
+def add_held_out(parser: argparse.ArgumentParser) -> None:
+    """--text and --model, of a command that holds artifacts against their float model."""
+    add = parser.add_argument
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="held-out text (default: the project's own, which is the default of --calib too)",
+    )
+    add("--model", metavar="MODEL", help="the float model (default: as OUT names it)")
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:

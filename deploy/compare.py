@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import MANIFEST, QUANT
-from deploy.command import Command, add_progress, check_file
+from deploy.command import Command, add_held_out, add_progress, check_file
 from plugins.cli import whole_number
 from plugins.errors import InputError
 from plugins.text import printable
@@ -363,13 +363,7 @@ class Compare(Command):
         """The other artifacts, the text, and where the table goes."""
         add = parser.add_argument
         add("more", metavar="OUT", nargs="*", type=Path, help="further artifacts")
-        add(
-            "--text",
-            type=Path,
-            metavar="FILE",
-            help="held-out text (default: the project's own, which is the default of --calib too)",
-        )
-        add("--model", metavar="MODEL", help="the float model (default: as OUT names it)")
+        add_held_out(parser)
         add(
             "--first",
             type=whole_number(0),

@@ -87,9 +87,7 @@ class NodeFactory:
 
         attributes = {**form.attributes, **attributes}
         if self._inlined.setdefault(form.op, form) != form:
-            return _unfolded(
-                form.function(self._dtype, form.domain), name, inputs, outputs, attributes
-            )
+            return _unfolded(form.function(self._dtype), name, inputs, outputs, attributes)
         domain = form.domain
         return [helper.make_node(form.op, inputs, outputs, name=name, domain=domain, **attributes)]
 
@@ -97,7 +95,7 @@ class NodeFactory:
         """The functions of the nodes made so far: the custom ones in order of first use, then those
         that are inlined; all of the newest opset that one of them asks for, since a model has one.
         """
-        inlined = (form.function(self._dtype, form.domain) for form in self._inlined.values())
+        inlined = (form.function(self._dtype) for form in self._inlined.values())
         found = [*self._functions.values(), *inlined]
         for function in found:
             function.opset_import[0].version = self.opset

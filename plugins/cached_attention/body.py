@@ -90,7 +90,7 @@ class AttentionForm:
         """
         return ["context", *(f"present_{part}" for part in self.parts)]
 
-    def function(self, dtype: int, domain: str = DOMAIN) -> onnx.FunctionProto:
+    def function(self, dtype: int) -> onnx.FunctionProto:
         """The local function.
 
         Args:
@@ -109,7 +109,7 @@ class AttentionForm:
         rows = body.node("Transpose", heads, perm=[0, 2, 1, 3])
         body.node("Reshape", rows, body.ints(0, 0, -1), output="context")
         return helper.make_function(
-            domain,
+            DOMAIN,
             self.op,
             self.inputs,
             self.outputs,

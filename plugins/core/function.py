@@ -47,10 +47,9 @@ class FunctionForm(Protocol):
     def opset(self) -> int:
         """Of the standard ops in the body."""
 
-    def function(self, dtype: int, domain: str) -> onnx.FunctionProto:
+    def function(self, dtype: int) -> onnx.FunctionProto:
         """The local function.
 
         Args:
             dtype: onnx.TensorProto type of the model's floats.
-            domain: that it gets.
         """

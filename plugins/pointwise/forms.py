@@ -60,7 +60,7 @@ class _Form(ABC):
     def body(self, body: NodeBuilder) -> None:
         """Write the nodes."""
 
-    def function(self, dtype: int, domain: str = DOMAIN) -> onnx.FunctionProto:
+    def function(self, dtype: int) -> onnx.FunctionProto:
         """The local function.
 
         Args:
@@ -70,7 +70,7 @@ class _Form(ABC):
         self.body(builder)
         imports = [helper.make_opsetid("", self.opset)]
         return helper.make_function(
-            domain, self.op, self.inputs, self.outputs, builder.nodes, imports, [*self.attributes]
+            DOMAIN, self.op, self.inputs, self.outputs, builder.nodes, imports, [*self.attributes]
         )
 
 

@@ -258,20 +258,13 @@ AGAIN = "Build the engine again"
 
 def edit_record(out: Path, **changes: Any) -> None:
     """Change engine.json; the records follow."""
-    from calibration.out.files import file_records, write_json
-
     path = out / "engine" / "engine.json"
-    write_json(path, json.loads(path.read_text()) | changes)
-    record = file_records(out / "engine", only="engine.json")
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["stages"]["engine"]["files"] |= record
-    write_json(out / "manifest.json", manifest)
+    replace(out, path.name, json.dumps(json.loads(path.read_text()) | changes))
 
 
 def replace(out: Path, name: str, text: str) -> None:
-    """Change another file of the engine's folder, and its record."""
+    """Change a file of the engine's folder, and its record."""
     (out / "engine" / name).write_text(text)
-    edit_record(out)
     from calibration.out.files import file_records, write_json
 
     manifest = json.loads((out / "manifest.json").read_text())
