@@ -239,7 +239,7 @@ def dequantized(file: GgufFile, name: str, tensor: GgufTensor) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Found:
     """Where a model's tensor is: in a tensor of the file, or as one expert's among those stacked
     there.
     """
@@ -262,13 +262,13 @@ class GgufWeights:
         self.files = file.paths
         self._file = file
         self._head_dim = decoder.blocks[0].heads.head_dim
-        places = (self._place(info, decoder) for info in _known_tensors(decoder))
-        self._places = {place.info.stored: place for place in places if place is not None}
+        found = (self._find(info, decoder) for info in _known_tensors(decoder))
+        self._found = {one.info.stored: one for one in found if one is not None}
         self._check_all_used(decoder)
         self._check_types()
         self.rope_factors()
 
-    def _place(self, info: TensorInfo, decoder: Decoder) -> _Place | None:
+    def _find(self, info: TensorInfo, decoder: Decoder) -> _Found | None:
         """Where a tensor is; None where the file does not have it."""
         name, expert = info.gguf, info.expert
         stacked = expert is not None and name in self._file.tensors
@@ -276,7 +276,7 @@ class GgufWeights:
             name = name.replace("_exps", f".{expert}")
         tensor = self._file.tensors.get(name)
         if tensor is None or not stacked:
-            return None if tensor is None else _Place(info, name, tensor)
+            return None if tensor is None else _Found(info, name, tensor)
         count = decoder.config.experts
         if len(tensor.shape) != 3 or tensor.shape[0] != count:
             raise InputError(
@@ -286,10 +286,10 @@ class GgufWeights:
                 "The weights and the metadata belong to different models: download it again",
             )
         one = replace(tensor, shape=tensor.shape[1:], data=tensor.data[expert])
-        return _Place(info, info.gguf, one)
+        return _Found(info, info.gguf, one)
 
     def _check_all_used(self, decoder: Decoder) -> None:
-        used = {place.name for place in self._places.values()} | {_ROPE_FACTORS}
+        used = {one.name for one in self._found.values()} | {_ROPE_FACTORS}
         if any(rope.short is not None for rope in decoder.ropes):
             used |= {*_LONG_FACTORS}
         unknown = [name for name in self._file.tensors if name not in used]
@@ -309,15 +309,15 @@ class GgufWeights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
-        return {hf: place.tensor.shape for hf, place in self._places.items()}
+        return {hf: one.tensor.shape for hf, one in self._found.items()}
 
     def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """One tensor, or some rows of it alone, dequantized to fp32."""
-        place = self._places[name]
-        info, tensor = place.info, place.tensor
+        found = self._found[name]
+        info, tensor = found.info, found.tensor
         if rows is not None and not info.rotary and tensor.data.ndim > 1:
             tensor, rows = replace(tensor, data=tensor.data[rows]), None
-        values = dequantized(self._file, place.name, tensor)
+        values = dequantized(self._file, found.name, tensor)
         if info.offset:  # these files hold what the decoder multiplies with
             values = values - np.float32(info.offset)
         values = self._rows_in_order(values) if info.rotary else values
@@ -326,12 +326,12 @@ class GgufWeights:
     @property
     def format(self) -> str:
         """The name of the format where some weights are codes; "" where all are floats."""
-        kinds = {place.tensor.type for place in self._places.values()}
+        kinds = {one.tensor.type for one in self._found.values()}
         return "" if kinds <= _FLOATS else GGUF
 
     def coded(self, name: str) -> StoredLinear | None:
         """The codes of a weight; None of one that is stored as floats. Raises as codes_form."""
-        tensor = self._places[name].tensor
+        tensor = self._found[name].tensor
         if tensor.type in _FLOATS:
             return None
         found, (rows, columns) = self.codes_form(name), tensor.shape
@@ -341,7 +341,7 @@ class GgufWeights:
         return StoredLinear(self._where(name), (rows, columns), form, lambda: self._arrays(name))
 
     def _where(self, name: str) -> str:
-        return f"{self._file.path}, tensor {self._places[name].name}"
+        return f"{self._file.path}, tensor {self._found[name].name}"
 
     def _arrays(self, name: str) -> QuantArrays:
         found = self.codes(name)
@@ -352,17 +352,17 @@ class GgufWeights:
 
     def codes_form(self, name: str) -> CodesForm:
         """How the codes of a tensor are said; see gguf_codes.form_of."""
-        return form_of(self._where(name), self._places[name].tensor)
+        return form_of(self._where(name), self._found[name].tensor)
 
     def codes(self, name: str, rows: slice | None = None) -> Codes:
         """The codes of a tensor, or of some of its rows, in the order of array(); see
         gguf_codes.read_codes.
         """
-        place = self._places[name]
-        data = place.tensor.data
-        if place.info.rotary:
+        found = self._found[name]
+        data = found.tensor.data
+        if found.info.rotary:
             data = data[self._rows_in_order(np.arange(len(data)))]
-        tensor = replace(place.tensor, data=data if rows is None else data[rows])
+        tensor = replace(found.tensor, data=data if rows is None else data[rows])
         return read_codes(self._where(name), tensor)
 
     def rope_factors(self) -> np.ndarray | None:
