@@ -259,15 +259,15 @@ def _limit(out: Path) -> float | None:
     """
     from calibration.out.folder import open_stage
     from calibration.quant.folder import read_quant
+    from exporter.proof.judge import Stack
     from exporter.proof.runners import gemm_nodes
-    from exporter.proof.validate import decoder_stack
     from exporter.run.onnxruntime import load_model
 
     quant: QuantModel = read_quant(
         open_stage(out, QUANT, "the limits of errors").path, verify=False
     )
     nodes = gemm_nodes(load_model(out / ONNX), quant.decoder)
-    return decoder_stack(quant, nodes).limit("kernel", "logits")
+    return Stack.of(quant, nodes).limit("kernel", "logits")
 
 
 class Polygraphy(Command):

@@ -24,7 +24,7 @@ from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
-    from exporter.proof.validate import ValidationResult
+    from exporter.proof.result import ValidationResult
 
 __all__ = ["report_data", "write_report"]
 

@@ -14,7 +14,8 @@ import pytest
 
 from exporter.proof import validate as proof
 from exporter.proof.judge import Stack
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.validate import validate
 from exporter.run.onnxruntime import OnnxSession
 from plugins.errors import UserError
 from tests.exporter.planted import change_tensor

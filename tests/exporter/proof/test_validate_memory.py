@@ -14,10 +14,12 @@ from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.families import Decoder
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
+from exporter.proof import onnx_levels
 from exporter.proof import validate as proof
 from exporter.proof.memory import Need, check_memory, memory_needed
+from exporter.proof.options import ValidateOptions
 from exporter.proof.pieces import FoldedSession
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.validate import validate
 from exporter.run.onnxruntime import OnnxSession
 from plugins.errors import InputError, UserError
 
@@ -133,7 +135,7 @@ def test_a_body_that_differs_is_named(
             return outputs
 
     monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
-    monkeypatch.setattr(proof, "OnnxPiece", Wrong)
+    monkeypatch.setattr(onnx_levels, "OnnxPiece", Wrong)
     assert validate(tiny_export(), FOLDED).first_failure == (
         "got other numbers at model.layers.1.mlp.down_proj (native, prefill: the native CPU kernels "
         "against the function bodies, both in ONNX Runtime), expected the same bits"
@@ -145,7 +147,7 @@ def test_without_kernels_bodies_lead_layer_by_layer(
 ) -> None:
     out = tiny_export()
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(proof, "native_library", lambda: missing)
+    monkeypatch.setattr(onnx_levels, "native_library", lambda: missing)
     monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
     result = validate(out, FOLDED)
     assert result.ok and {row.level for row in result.rows} == {"export"}

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from calibration.out.files import write_json
-from exporter.proof.validate import LayerReport, ValidationResult
+from exporter.proof.judge import LayerReport
+from exporter.proof.result import ValidationResult
 from exporter.report.report import environment, report_data, write_report
 from tests.exporter.engine_cases import ENGINE
 
