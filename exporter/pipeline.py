@@ -160,7 +160,9 @@ class Pipeline:
 
         if self.request.until == REPORT:
             decoder = self.checkpoint.decoder
-            check_memory(decoder, self.schemes.weights(decoder))
+            if self.schemes.head_limit is None:  # else the head may stay in floating point
+                decoder = self.schemes.decoder(decoder)
+            check_memory(decoder, self.schemes.nodes(decoder))
 
     def run(self) -> dict[str, Any]:
         """Run every stage up to request.until; returns the manifest.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.sizes import node_weights
 from exporter.graph.names import layer_of
 from plugins import op_spec
 from plugins.cores import usable_memory
@@ -42,34 +43,29 @@ class Need:
     floats: int
 
 
-def memory_needed(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> Need:
-    """Of a model, by how many of its weights are quantized how."""
-    weights = sum(schemes.values())
-    unpacked = sum(
-        op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count for scheme, count in schemes.items()
-    )
-    parameters = sum(math.prod(shape) for shape in decoder.shapes().values())
-    head = decoder.head
+def memory_needed(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> Need:
+    """Of a model, by how each of its GEMM nodes is quantized."""
+    shapes, head = decoder.shapes(), decoder.head
+    unpacked: Counter[int | None] = Counter()  # by decoder layer, and of the head
+    weights, codes = 0, 0
+    for node, scheme in schemes.items():
+        count = node_weights(decoder.sites[node].linears)
+        unpacked[layer_of(node)] += op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count
+        codes += (_CODE if scheme.abits < FLOAT_BITS else _FLOAT) * count
+        weights += count
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     rest = parameters - weights
     if head.quantized and head.tied:
-        rest += math.prod(decoder.shapes()[f"{decoder.embedding.name}.weight"])
-    codes = sum(
-        count * (_CODE if scheme.abits < FLOAT_BITS else _FLOAT)
-        for scheme, count in schemes.items()
-    )
+        rest += math.prod(shapes[f"{decoder.embedding.name}.weight"])
     reference = codes + _FLOAT * rest
-    units: Counter[int | None] = Counter()
-    for node, site in decoder.sites.items():
-        units[layer_of(node)] += site.linears.out_features * site.linears.in_features
-    largest = max(units.values()) / sum(units.values())
     return Need(
-        whole=_BASE + max(unpacked, reference),
-        folded=_BASE + max(int(unpacked * largest), reference),
+        whole=_BASE + max(unpacked.total(), reference),
+        folded=_BASE + max(*unpacked.values(), reference),
         floats=_BASE + _FLOAT * parameters,
     )
 
 
-def check_memory(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> tuple[bool, bool]:
+def check_memory(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> tuple[bool, bool]:
     """Compare what the proof needs with the memory that may be used, before hours of other work.
 
     Returns:
@@ -83,10 +79,11 @@ def check_memory(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> tuple[
     if free is None:
         return False, True
     if need.folded > free:
+        weights = sum(node_weights(decoder.sites[node].linears) for node in schemes)
         raise InputError(
             "validation",
             f"got {free / 1e9:.2f} GB of free memory, expected {need.folded / 1e9:.2f} GB for "
-            f"{sum(schemes.values()) / 1e6:.0f} M weights",
+            f"{weights / 1e6:.0f} M weights",
             "Use --until engine here, and validate on a machine with more memory",
         )
     return need.whole > free, need.floats <= free

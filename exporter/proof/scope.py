@@ -16,6 +16,7 @@ from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
+    from calibration.quant.scheme import QuantScheme
 
 __all__ = ["Scope"]
 
@@ -76,6 +77,11 @@ class Scope:
     def to_the_end(self) -> bool:
         """Whether the last decoder layer is judged, and with it the head."""
         return self.layers.stop == self.quant.layers
+
+    @property
+    def schemes(self) -> dict[str, QuantScheme]:
+        """{GEMM node: how it is quantized}."""
+        return {node: self.quant.scheme_of(node) for node in self.quant.decoder.nodes}
 
     def stack(self) -> Stack:
         """What judges the errors."""
