@@ -31,7 +31,6 @@ __all__ = [
 
 # Names of the runners that several levels compare, as a report shows them.
 ONNX_RUNTIME, NATIVE, TENSORRT, TORCH = "onnxruntime", "native", "tensorrt", "torch-fake-quant"
-_PADDED = 16  # tokens of the padded batch
 Errors = dict[
     tuple[str, str, str], list[TensorError]
 ]  # (comparison, phase, tensor) -> one per call
@@ -89,7 +88,7 @@ class Comparison:
                 scope.steps,
             )
         ]
-        width = min(scope.tokens, _PADDED, scope.room - 1)
+        width = scope.padded
         mask = np.ones((2, width), np.int64)
         if not scope.unpadded:
             mask[0, : width // 4] = 0

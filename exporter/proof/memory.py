@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Need", "check_memory", "memory_needed"]
 
-_BASE = (
-    500_000_000  # Python with torch, transformers and ONNX Runtime, and what is recorded of calls
-)
+_BASE = 500_000_000  # Python with torch, transformers and ONNX Runtime
+_TOKENS = 106  # of all calls of a proof that nobody asked more of
+_RECORDS = 2  # what one runner gave at every call beside another's
+_HALF = 2  # bytes per number of a model in fp16
 _FLOAT = 4  # bytes per number of the float model, and of what is not quantized in the reference
 _CODE = 1  # bytes per weight of the reference that multiplies integers
 
@@ -43,8 +45,10 @@ class Need:
     floats: int
 
 
-def memory_needed(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> Need:
-    """Of a model, by how each of its GEMM nodes is quantized."""
+def memory_needed(
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int = _TOKENS
+) -> Need:
+    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls."""
     shapes, head = decoder.shapes(), decoder.head
     unpacked: Counter[int | None] = Counter()  # by decoder layer, and of the head
     weights, codes = 0, 0
@@ -58,14 +62,33 @@ def memory_needed(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> Need:
     if head.quantized and head.tied:
         rest += math.prod(shapes[f"{decoder.embedding.name}.weight"])
     reference = codes + _FLOAT * rest
+    base = _BASE + _RECORDS * tokens * _recorded(decoder, schemes)
     return Need(
-        whole=_BASE + max(unpacked.total(), reference),
-        folded=_BASE + max(*unpacked.values(), reference),
-        floats=_BASE + _FLOAT * parameters,
+        whole=base + max(unpacked.total(), reference),
+        folded=base + max(*unpacked.values(), reference),
+        floats=base + _FLOAT * parameters,
     )
 
 
-def check_memory(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> tuple[bool, bool]:
+def _recorded(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> int:
+    """Bytes of a token in what a runner gives: in front of every node and behind it, behind
+    every layer, and logits.
+    """
+    chosen = next((one for _, one in decoder.routers.values()), None)
+    numbers = {False: 0, True: 0}  # in 16 bits, in 32
+    for node, scheme in schemes.items():
+        linears, part = decoder.sites[node].linears, Fraction(1)
+        if chosen is not None and node in decoder.routed:
+            part = Fraction(chosen.top, len(chosen.members))
+        wide = linears.in_features + linears.out_features
+        numbers[scheme.dtype != "float16"] += int(part * wide)
+    streams = decoder.layers * decoder.hidden
+    return _HALF * numbers[False] + _FLOAT * (numbers[True] + streams + decoder.vocab)
+
+
+def check_memory(
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int = _TOKENS
+) -> tuple[bool, bool]:
     """Compare what the proof needs with the memory that may be used, before hours of other work.
 
     Returns:
@@ -75,7 +98,7 @@ def check_memory(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> tuple[
     Raises:
         InputError: not even one layer after the other fits.
     """
-    free, need = usable_memory(), memory_needed(decoder, schemes)
+    free, need = usable_memory(), memory_needed(decoder, schemes, tokens)
     if free is None:
         return False, True
     if need.folded > free:

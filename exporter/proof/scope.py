@@ -22,6 +22,7 @@ __all__ = ["Scope"]
 
 # Tokens of a prefill whose length nobody gave, and at most; how many cross a window.
 _PREFILL, _LONGEST, _BEYOND = 64, 1024, 8
+_PADDED = 16  # tokens of the padded batch
 
 
 class Scope:
@@ -77,6 +78,16 @@ class Scope:
     def to_the_end(self) -> bool:
         """Whether the last decoder layer is judged, and with it the head."""
         return self.layers.stop == self.quant.layers
+
+    @property
+    def padded(self) -> int:
+        """Tokens of a row of the padded batch."""
+        return min(self.tokens, _PADDED, self.room - 1)
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all calls."""
+        return self.tokens + self.steps + 2 * (self.padded + 1)
 
     @property
     def schemes(self) -> dict[str, QuantScheme]:

@@ -96,7 +96,7 @@ def validate(
     """
     began, scope = time.monotonic(), Scope(Path(out), options or ValidateOptions())
     proof = Comparison(scope, progress or NullProgress())
-    folded, fits = check_memory(scope.quant.decoder, scope.schemes)
+    folded, fits = check_memory(scope.quant.decoder, scope.schemes, scope.all_tokens)
     checkpoint = _checkpoint(proof)
     if checkpoint and not fits:
         proof.notes.append(f"{NO_FLOATS}, so what quantizing cost was not measured.")
