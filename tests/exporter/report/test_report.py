@@ -84,6 +84,20 @@ def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> N
     )
 
 
+def test_a_model_that_loses_comes_with_the_command_that_says_where(
+    tiny_export: Callable[..., Path],
+) -> None:
+    out = tiny_export()
+    near = {"ppl": 10.5, "float_ppl": 10.0, "chance": 512, "kl": 0.05}
+    for quality, asked in ((near, False), (near | {"kl": 0.2}, True), (near | {"ppl": 99.0}, True)):
+        commands = report_data(out, {**MANIFEST, "quality": quality}, RESULT)["next"]
+        wanted = (
+            f"python -m deploy attribute {out} --minutes 10",
+            "See which nodes cost the quality",
+        )
+        assert (wanted in commands) is asked
+
+
 def test_a_failure_comes_with_the_command_that_looks_at_it(
     tiny_export: Callable[..., Path],
 ) -> None:
