@@ -81,7 +81,8 @@ def prove(out: Path, tokens: int, free: int) -> dict[str, Any]:
                 continue
             event = json.loads(line)
             peak, watch.peak = watch.peak, 0
-            note = f"{event['stage']} {event['note']}".strip()
+            what = event.get("note") or event.get("text") or event["event"]
+            note = f"{event['stage']} {what}"
             parts[note] = max(parts.get(note, 0), peak)
             print(
                 f"{time.monotonic() - began:7.0f} s  {event['done']:4} of {event['total']:4}  "

@@ -109,6 +109,7 @@ def run_folded(proof: Comparison, record: list[Outputs], library: Path) -> None:
 
     @contextmanager
     def opened(piece: Piece) -> Iterator[PieceSession]:
+        proof.progress.advance(0, note=f"function bodies, layer {piece.first}")
         yield PieceSession(piece, OnnxPiece(piece, folder), scope.context, dtype)
 
     calls = [(call.feed["input_ids"], call.feed["attention_mask"]) for call in proof.calls]
