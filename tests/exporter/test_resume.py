@@ -21,7 +21,7 @@ import exporter.graph.decoder
 from calibration.out.files import write_json
 from calibration.out.layout import DATA_FILE, STAGES
 from exporter.engine.edition import Edition
-from exporter.proof.validate import ValidationResult
+from exporter.proof.result import ValidationResult
 from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT, InputError
 from tests.conftest import W4A8
 from tests.exporter.engine_cases import ENGINE
