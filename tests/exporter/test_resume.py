@@ -21,7 +21,7 @@ import exporter.graph.decoder
 from calibration.out.files import write_json
 from calibration.out.layout import DATA_FILE, STAGES
 from exporter.engine.edition import Edition
-from exporter.proof.validate import ValidationResult
+from exporter.proof.validate import NO_FLOATS, ValidationResult
 from plugins.errors import EXIT_INPUT, EXIT_INTERRUPT, InputError
 from tests.conftest import W4A8
 from tests.exporter.engine_cases import ENGINE
@@ -272,7 +272,8 @@ def world(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("exporter.engine.build.select_edition", lambda choice: world.edition)
     monkeypatch.setattr("exporter.engine.build.build_engine", build_engine)
     monkeypatch.setattr("plugins.tools.build.build_library", lambda **_: world.library)
-    monkeypatch.setattr("exporter.proof.validate.validate", lambda *_: ValidationResult((), "", ()))
+    found = ValidationResult((), "", (NO_FLOATS,))  # without floats nothing else is run either
+    monkeypatch.setattr("exporter.proof.prove.validate", lambda *_: found)
     monkeypatch.setattr(
         "exporter.report.report.write_report",
         lambda folder, data: write_json(folder / "report.json", data),
