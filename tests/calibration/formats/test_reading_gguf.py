@@ -23,7 +23,7 @@ from tests.exporter.graph_cases import Decoder, export, feeds
 # Bytes of a block where its fp16 scale is, and its minimum, or the scale of the groups' minimums.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "MXFP4": (),
 }  # fmt: skip
 MIXED = {
     "attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q2_K",
@@ -53,6 +53,8 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
             coarse = 4e-3 if types[name] in ("Q4_0", "Q4_1", "Q8_0") else 1e-4
             half = rng.uniform(coarse / 2, coarse, (*data.shape[:2], 1)).astype(np.float16)
             data[..., byte : byte + 2] = half.view(np.uint8)
+        if types[name] == "MXFP4":  # powers of two
+            data[..., 0] = rng.integers(115, 120, data.shape[:2])
         blocks[info.gguf] = types[name], data.reshape(rows, -1)
     return write_gguf(path, original, blocks=blocks)
 
@@ -62,9 +64,10 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
     [
         (dict.fromkeys(MIXED, "Q4_0"), ["w4a16-g32", "w4a16-g32", "w4a16-g32", "w4a16-g32"]),
         (dict.fromkeys(MIXED, "Q4_1"), ["w4a16-g32 min", *3 * ["w4a16-g32 min"]]),
+        (dict.fromkeys(MIXED, "MXFP4"), 4 * ["w5a16-g32"]),
         (MIXED, ["w6a16-g16 min", "w2a16-g16 min", "w5a16-g16 min", "w8a16-g32"]),
     ],
-    ids=["Q4_0", "Q4_1", "mixed"],
+    ids=["Q4_0", "Q4_1", "MXFP4", "mixed"],
 )
 def test_codes_stay(
     original: Checkpoint, tmp_path: Path, types: dict[str, str], schemes: list[str]
@@ -129,6 +132,6 @@ def test_a_file_without_codes_and_one_with_others(original: Checkpoint, tmp_path
         kept_schemes(others, Keeping())
     assert str(caught.value) == (
         f"{path}, tensor blk.0.attn_q.weight: got type IQ4_NL, whose numbers are no scale * code + "
-        "minimum, expected one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. "
-        "Quantize its float numbers anew: --requantize."
+        "minimum, expected one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4, "
+        "NVFP4. Quantize its float numbers anew: --requantize."
     )
