@@ -458,12 +458,8 @@ class Block:
 
     def reordered(self, nodes: Collection[str]) -> Block:
         """The same block with a Reorder in front of these nodes, by their full names."""
-        steps: list[Step] = []
-        for step in self.steps:
-            if isinstance(step, Linears) and self.name(step.node) in nodes:
-                steps.append(Reorder(f"{step.node}.order", step.in_features))
-            steps.append(step)
-        return replace(self, steps=tuple(steps))
+        wanted = {node for node in self.sites if self.name(node) in nodes}
+        return replace(self, steps=_reordered(self.steps, wanted)) if wanted else self
 
     def name(self, name: str) -> str:
         """The full name of a tensor or node."""
@@ -482,6 +478,20 @@ class Block:
                 yield replace(
                     info, name=self.name(info.name), gguf=gguf, whole=whole, packed=packed
                 )
+
+
+def _reordered(steps: Iterable[Step], nodes: Collection[str]) -> tuple[Any, ...]:
+    """The steps with a Reorder in front of these nodes, those of experts too."""
+    found: list[Step] = []
+    for step in steps:
+        if isinstance(step, Linears) and step.node in nodes:
+            found.append(Reorder(f"{step.node}.order", step.in_features))
+        if isinstance(step, Experts):
+            members = tuple(_reordered(member, nodes) for member in step.members)
+            found.append(replace(step, members=members))
+        else:
+            found.append(step)
+    return tuple(found)
 
 
 def _chain(steps: Iterable[Step]) -> tuple[tuple[Site, ...], tuple[Step, ...]]:

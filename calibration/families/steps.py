@@ -353,7 +353,7 @@ class Experts:
     """
 
     router: Linear
-    members: tuple[tuple[Linears, Gate, Linears], ...]
+    members: tuple[tuple[Linears | Reorder | Gate, ...], ...]
     top: int
     normalized: bool = True
 

@@ -238,7 +238,7 @@ def kept_orders(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     nodes whose codes have an order of their own.
 
     Raises:
-        InputError: the linears of a node have different ones, or an expert has one.
+        InputError: the linears of a node have different ones.
     """
     decoder, found = checkpoint.decoder, {}
     for node in decoder.nodes:
@@ -250,13 +250,6 @@ def kept_orders(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
                 f"{parts[0].where}, {node}",
                 "got linears with their input channels in different orders, expected one, because "
                 "these linears are one GEMM node",
-                _REQUANTIZE,
-            )
-        if first is not None and node in decoder.routed:
-            raise InputError(
-                f"{parts[0].where}, {node}",
-                "got codes whose input channels have an order of their own (desc_act), expected them "
-                "in order in an expert",
                 _REQUANTIZE,
             )
         if first is not None:

@@ -248,7 +248,9 @@ def _experts(writer: GraphWriter, flow: Flow, step: Experts) -> str:
     tokens = node("ScatterElements", [tokens, places, tokens], f"{prefix}.token_of_sorted", axis=0)
     values = writer.reshape(flow.value, [1, -1, hidden], f"{prefix}.tokens")
     inner = Flow(flow.block, "", node("Gather", [values, tokens], f"{prefix}.sorted", axis=1))
-    for steps in zip(*step.members, strict=True):
+    # Some experts may have an order of channels in front of a node.
+    members = ([one for one in member if not isinstance(one, Reorder)] for member in step.members)
+    for steps in zip(*members, strict=True):
         if isinstance(steps[0], Linears):
             inner.value = _each_expert(writer, inner, prefix, counts, steps)
         else:  # the same of every expert
@@ -299,6 +301,8 @@ def _each_expert(
     for index, (one, source) in enumerate(zip(nodes, inputs, strict=True)):
         flow.value, flow.rows = source, (1, f"{prefix}.{index}.rows")
         writer.info(source, one.in_features, flow.rows)
+        if order := flow.block.orders.get(one.node):
+            flow.value = _reorder(writer, flow, order)
         made.append(_linears(writer, flow, one))
     flow.rows = (1, f"{prefix}.rows")
     flow.linears = replace(

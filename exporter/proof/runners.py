@@ -141,7 +141,7 @@ def _routers(model: onnx.ModelProto, decoder: Decoder) -> dict[str, GemmNode]:
             )
         site = Site(Linears(name, (experts.router,)), () if norm is None else (norm,))
         source = made[own].input[0] if own else made[result].input[0]
-        first = block.name(experts.members[0][0].node)
+        first = block.name(block.branches[-1].sites[0].linears.node)
         found[first] = GemmNode(name, source, result, site, own, router=True)
     return found
 

@@ -29,7 +29,6 @@ from calibration.quant.scheme import QuantScheme
 from plugins.errors import InputError
 from tests.calibration.formats import written
 from tests.calibration.formats.written import Written
-from tests.conftest import FAMILIES
 
 CASES: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
     "gptq": (written.gptq, {}, "ABQGemm w4a16-g32"),
@@ -877,19 +876,6 @@ def test_a_checkpoint_in_several_files(source: Path, tmp_path: Path) -> None:
     assert why() == (
         f"{folder}: got 1 of the 2 weight files in {index.name}, missing {files[1]}. The download is "
         "incomplete: fetch the missing files."
-    )
-
-
-def test_an_order_in_an_expert(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """Refused with the schemes, before any work."""
-    source = tiny_llama(dtype="float16", architecture="Mixtral", **FAMILIES["Mixtral"])
-    made = written.gptq(source, tmp_path / "model", group=16, ordered=True)
-    checkpoint = open_checkpoint(str(made.folder), offline=True)
-    expert = "model.layers.0.block_sparse_moe.experts.0"
-    assert refusal(lambda: kept_schemes(checkpoint, Keeping())) == (
-        f"{made.folder}, {expert}.w1, {expert}.gate_up_proj: got codes whose input channels have an "
-        "order of their own (desc_act), expected them in order in an expert. --requantize rounds its "
-        "weights again, with --wbits and --abits."
     )
 
 

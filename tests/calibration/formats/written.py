@@ -5,6 +5,7 @@ with the weights that they stand for.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,9 @@ def gptq(
     ) -> tuple[Tensors, np.ndarray, np.ndarray]:
         size = shape[1] if group == -1 else group
         index = np.arange(shape[1]) // size
-        if ordered:  # linears of one node are rounded in one order
-            index = np.random.default_rng(shape[1]).permutation(index)
+        expert = int(found[1]) if (found := re.search(r"\.experts\.(\d+)\.", name)) else None
+        if ordered and expert != 0:  # linears of one node are rounded in one order
+            index = np.random.default_rng(shape[1] + (expert or 0)).permutation(index)
         codes, scale, zero = _numbers(random, shape, -(-shape[1] // size), bits, symmetric)
         stored = (zero - (version == 1)) % (1 << bits)
         weight = np.empty(shape, np.float32)

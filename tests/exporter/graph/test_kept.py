@@ -18,6 +18,7 @@ from calibration.quant.folder import read_quant
 from calibration.quant.keep import Keeping, kept_schemes
 from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE
+from exporter.proof.runners import gemm_nodes
 from exporter.proof.swaps import Swap, Swapped
 from exporter.proof.weights import compare_weights
 from tests.calibration.formats import written
@@ -58,22 +59,33 @@ def test_logits_are_those_of_the_dequantized_model(
     assert len(gathers) == (8 if ordered else 0)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_codes_of_experts(tiny_llama: Callable[..., Path], tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "ordered"), [("Mixtral", True), ("Qwen3Moe", False)])
+def test_codes_of_experts(
+    tiny_llama: Callable[..., Path], tmp_path: Path, family: str, ordered: bool
+) -> None:
+    """Every expert has an order of channels of its own, the first one none."""
     import torch
 
     source = tiny_llama(architecture=family, dtype="float16", **FAMILIES[family])
-    made = written.gptq(source, tmp_path / "model", group=16, symmetric=False)
+    made = written.gptq(source, tmp_path / "model", group=16, symmetric=False, ordered=ordered)
     assert sum(".experts." in name for name in made.weights) > 20
-    decoder = Decoder(kept(made.folder, tmp_path))
-    quant = read_quant(tmp_path / "quant")
+    folder = kept(made.folder, tmp_path)
+    decoder, quant = Decoder(folder), read_quant(tmp_path / "quant")
+    orders = {tuple(quant.order(name)) for name in quant.decoder.routed & {*quant.decoder.orders}}
+    assert len(orders) == (2 * 4 if ordered else 0)  # two nodes of each expert but the first
     for name, weight in made.weights.items():
-        np.testing.assert_array_equal(quant.linear(name).dequantize(), weight)
+        order = quant.order(name)
+        found = weight if order is None else weight[:, order]
+        np.testing.assert_array_equal(quant.linear(name).dequantize(), found)
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    assert {node.name for node in gemm_nodes(model, quant.decoder)} > {*quant.decoder.nodes}
     logits, _ = decoder(feeds(IDS, decoder.empty()))
-    model = float_model(open_checkpoint(str(made.folder), offline=True))
+    reference = float_model(open_checkpoint(str(made.folder), offline=True))
     with torch.no_grad():
-        want = model(torch.from_numpy(IDS)).logits.numpy()
+        want = reference(torch.from_numpy(IDS)).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+    rounded = quantised_model(quant)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(rounded, want, atol=1e-4 * np.abs(want).max(), rtol=0)
 
 
 def test_eight_bit_activations_in_an_order_of_their_own(
