@@ -159,7 +159,7 @@ class Pipeline:
         from exporter.proof.memory import check_memory
 
         if self.request.until == REPORT:
-            decoder = self.checkpoint.decoder
+            decoder = self.checkpoint.decoder.with_floats(self.schemes.floats)
             check_memory(decoder, self.schemes.weights(decoder))
 
     def run(self) -> dict[str, Any]:

@@ -188,6 +188,12 @@ class Checkpoint:
         found = find and find(self._names.stored[info.stored])
         return found and (found.rows(info.rows) if info.whole else found)
 
+    def plain(self, name: str) -> bool:
+        """Whether a linear is stored in floating point, by its name without ".weight"."""
+        find = getattr(self._weights, "plain", None)
+        info = self.decoder.infos[f"{name}.weight"]
+        return find is None or bool(find(self._names.stored[info.stored]))
+
     @property
     def inert(self) -> Collection[str]:
         """Names of buffers in the files that nobody reads."""

@@ -367,6 +367,10 @@ class StoredWeights:
         found = self._stored(name)
         return found if isinstance(found, StoredLinear) else None
 
+    def plain(self, name: str) -> bool:
+        """Whether a weight is stored in floating point."""
+        return self._stored(name) is None
+
     def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """One tensor, or a part of it, in its stored type; of codes fp32."""
         stored = self._stored(name)

@@ -394,8 +394,15 @@ class Block:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """The GEMM nodes by their names below the prefix, in execution order."""
+        """The GEMM nodes by their names below the prefix, in execution order; those too that stay in
+        floating point.
+        """
         return {site.linears.node: site for branch in self.branches for site in branch.sites}
+
+    @cached_property
+    def quantized(self) -> dict[str, Site]:
+        """Those of them that do not."""
+        return {node: site for node, site in self.sites.items() if not site.linears.floats}
 
     @property
     def linears(self) -> Iterator[Linear]:
@@ -415,9 +422,11 @@ class Block:
 
     @cached_property
     def floats(self) -> tuple[str, ...]:
-        """Names of what stays in floating point: gains of norms, and routers."""
+        """Names of what stays in floating point: gains of norms, routers, and linears that do."""
         routers = (branch.experts.weight for branch in self.branches if branch.experts)
-        return (*(norm.gain for norm in self.norms), *routers)
+        linears = (site.linears for site in self.sites.values() if site.linears.floats)
+        tensors = (info.name for step in linears for info in step.tensors())
+        return (*(norm.gain for norm in self.norms), *routers, *tensors)
 
     @cached_property
     def heads(self) -> Heads:
@@ -458,8 +467,31 @@ class Block:
 
     def reordered(self, nodes: Collection[str]) -> Block:
         """The same block with a Reorder in front of these nodes, by their full names."""
-        wanted = {node for node in self.sites if self.name(node) in nodes}
-        return replace(self, steps=_reordered(self.steps, wanted)) if wanted else self
+        return self._changed(
+            nodes, lambda step: (Reorder(f"{step.node}.order", step.in_features), step)
+        )
+
+    def with_floats(self, nodes: Collection[str]) -> Block:
+        """The same block with these nodes in floating point, by their full names."""
+        return self._changed(nodes, lambda step: (replace(step, floats=True),))
+
+    def _changed(
+        self, nodes: Collection[str], change: Callable[[Linears], tuple[Step, ...]]
+    ) -> Block:
+        """The same block with other steps in the place of these nodes, those of experts too."""
+
+        def steps(old: Iterable[Step]) -> tuple[Any, ...]:
+            found: list[Step] = []
+            for step in old:
+                if isinstance(step, Experts):
+                    found.append(replace(step, members=tuple(map(steps, step.members))))
+                elif isinstance(step, Linears) and self.name(step.node) in nodes:
+                    found += change(step)
+                else:
+                    found.append(step)
+            return tuple(found)
+
+        return replace(self, steps=steps(self.steps))
 
     def name(self, name: str) -> str:
         """The full name of a tensor or node."""
@@ -478,20 +510,6 @@ class Block:
                 yield replace(
                     info, name=self.name(info.name), gguf=gguf, whole=whole, packed=packed
                 )
-
-
-def _reordered(steps: Iterable[Step], nodes: Collection[str]) -> tuple[Any, ...]:
-    """The steps with a Reorder in front of these nodes, those of experts too."""
-    found: list[Step] = []
-    for step in steps:
-        if isinstance(step, Linears) and step.node in nodes:
-            found.append(Reorder(f"{step.node}.order", step.in_features))
-        if isinstance(step, Experts):
-            members = tuple(_reordered(member, nodes) for member in step.members)
-            found.append(replace(step, members=members))
-        else:
-            found.append(step)
-    return tuple(found)
 
 
 def _chain(steps: Iterable[Step]) -> tuple[tuple[Site, ...], tuple[Step, ...]]:
@@ -571,6 +589,22 @@ class Decoder:
         """The same decoder with a head that is a GEMM node; the embedding keeps its own table."""
         return replace(self, head=replace(self.head, tied=False, quantized=True))
 
+    def with_floats(self, nodes: Collection[str]) -> Decoder:
+        """The same decoder with these GEMM nodes in floating point, by their full names."""
+        blocks = tuple(block.with_floats(nodes) for block in self.blocks)
+        return replace(self, blocks=blocks) if nodes else self
+
+    @cached_property
+    def floats(self) -> tuple[str, ...]:
+        """The linears that stay in floating point, by their full names."""
+        return tuple(
+            block.name(name)
+            for block in self.blocks
+            for site in block.sites.values()
+            if site.linears.floats
+            for name in site.linears.names
+        )
+
     def reordered(self, nodes: Collection[str]) -> Decoder:
         """The same decoder with input channels of these GEMM nodes in orders of their own."""
         blocks = tuple(block.reordered(nodes) for block in self.blocks)
@@ -600,7 +634,9 @@ class Decoder:
     def sites(self) -> dict[str, Site]:
         """Every GEMM node by its full name, in execution order."""
         found = {
-            block.name(node): site for block in self.blocks for node, site in block.sites.items()
+            block.name(node): site
+            for block in self.blocks
+            for node, site in block.quantized.items()
         }
         return found | {self.head.name: self.head_site} if self.head.quantized else found
 
@@ -638,7 +674,7 @@ class Decoder:
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """Every linear by its full name, routers aside."""
+        """Every linear of a GEMM node by its full name."""
         return {
             member: linear
             for node, site in self.sites.items()

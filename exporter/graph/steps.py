@@ -88,7 +88,29 @@ def _norm(writer: GraphWriter, flow: Flow, step: Norm) -> str:
 def _linears(writer: GraphWriter, flow: Flow, step: Linears) -> str:
     flow.linears, norm = step, flow.block.sites[step.node].norm
     norm_name = flow.block.name(norm.name) if norm else ""
+    if step.floats:
+        source = writer.norm(norm, norm_name, flow.value, flow.rows) if norm else flow.value
+        return _products(writer, flow, step, source)
     return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name, flow.rows)
+
+
+def _products(writer: GraphWriter, flow: Flow, step: Linears, source: str) -> str:
+    """A MatMul of every linear that stays in floating point, side by side."""
+    made, output = [], f"{flow.block.name(step.node)}.output"
+    for member in step.members:
+        name = flow.block.name(member.name)
+        table = writer.node(
+            "Transpose", [writer.tensor(f"{name}.weight")], f"{name}.transposed", perm=[1, 0]
+        )
+        whole = output if len(step.members) == 1 else f"{name}.output"
+        product = f"{name}.product" if member.bias else whole
+        writer.node("MatMul", [source, table], product)
+        if member.bias:
+            writer.node("Add", [product, writer.tensor(f"{name}.bias")], whole)
+        made.append(whole)
+    if len(made) > 1:
+        writer.node("Concat", made, output, axis=-1)
+    return writer.info(output, step.out_features, flow.rows)
 
 
 def _reorder(writer: GraphWriter, flow: Flow, step: Reorder) -> str:

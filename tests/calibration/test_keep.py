@@ -22,7 +22,7 @@ def source(tiny_llama: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept") / "tiny-gptq"
-    return written.gptq(source, folder, ordered=True).folder
+    return written.gptq(source, folder, ordered=True, left_out=("o_proj",)).folder
 
 
 def run(folder: Path, out: Path, *options: str, export: bool = False) -> int:

@@ -904,11 +904,34 @@ def test_linears_of_one_node_in_different_orders(source: Path, tmp_path: Path) -
 
 
 def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
-    made = written.gptq(source, tmp_path / "model", left_out=("down_proj",))
+    """A node without codes stays as it is; one that has some is refused."""
+    made = written.gptq(source, tmp_path / "model", left_out=("down_proj", "q_proj", "k_proj"))
+    mixed = "model.layers.0.self_attn.qkv_proj"
     assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
-        f"{made.folder}, model.layers.0.mlp.down_proj: got weights without codes that an op takes, "
-        "expected such for --keep. --requantize rounds its weights again, with --wbits and "
+        f"{made.folder}, {mixed}: got codes beside linears in floating point "
+        "(model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj), expected either, because "
+        "these linears are one GEMM node. --requantize rounds its weights again, with --wbits and "
         "--abits."
+    )
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    assert "expected --requantize" in refusal(lambda: check_quantized(checkpoint, False, False))
+    made = written.gptq(source, tmp_path / "other", left_out=("down_proj", "o_proj"))
+    checkpoint, quant = keep(made.folder, tmp_path / "kept")
+    floats = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
+    assert [*quant.decoder.floats] == floats and not {*floats} & quant.decoder.linears.keys()
+    for name in floats:
+        weight = checkpoint.array(f"{name}.weight")
+        np.testing.assert_array_equal(quant.tensor(f"{name}.weight"), weight)
+    assert "expected --keep or" in refusal(lambda: check_quantized(checkpoint, False, False))
+
+
+def test_a_head_with_codes_alone(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    own = tiny_llama(dtype="float16", num_hidden_layers=1, tie_word_embeddings=False)
+    rest = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    made = written.gptq(own, tmp_path / "model", head=True, left_out=rest)
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, model.layers.0.self_attn.q_proj: got weights without codes that an op takes, "
+        "expected such for --keep. --requantize rounds its weights again, with --wbits and --abits."
     )
 
 

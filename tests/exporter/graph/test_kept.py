@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.progress import NullProgress
@@ -86,6 +87,54 @@ def test_codes_of_experts(
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
     rounded = quantised_model(quant)(torch.from_numpy(IDS)).logits.numpy()
     np.testing.assert_allclose(rounded, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("Qwen2", ("o_proj", "q_proj", "k_proj", "v_proj")),
+        ("Mixtral", ("w2",)),
+        ("Phi3", ("o_proj",)),
+    ],
+)
+def test_nodes_that_a_checkpoint_has_in_floating_point(
+    tiny_llama: Callable[..., Path], tmp_path: Path, family: str, left_out: tuple[str, ...]
+) -> None:
+    """They are a MatMul of each linear, with its bias; the torch reference and the weights' proof have
+    them too.
+    """
+    import torch
+
+    sizes = FAMILIES.get(family, {}) | {"num_hidden_layers": 1}
+    source = tiny_llama(architecture=family, dtype="float16", **sizes)
+    made = written.gptq(source, tmp_path / "model", group=16, symmetric=False, left_out=left_out)
+    path, random = made.folder / "model.safetensors", np.random.default_rng(6)
+    tensors = {
+        name: random.standard_normal(array.shape).astype(np.float16)
+        if name[-5:] == ".bias"
+        else array
+        for name, array in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+    folder = kept(made.folder, tmp_path)
+    checkpoint, quant = (
+        open_checkpoint(str(made.folder), offline=True),
+        read_quant(tmp_path / "quant"),
+    )
+    assert {name.rpartition(".")[2] for name in quant.decoder.floats} == {*left_out}
+    decoder = Decoder(folder)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    with torch.no_grad():
+        want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+    rounded = quantised_model(quant)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(rounded, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    products = {node.name for node in model.graph.node if node.op_type == "MatMul"}
+    assert len(products - {"lm_head"}) >= len(quant.decoder.floats)
+    custom = {node.name for node in gemm_nodes(model, quant.decoder)}
+    assert {*quant.decoder.nodes} <= custom and not {*quant.decoder.floats} & custom
+    assert all(row.ok for row in compare_weights(checkpoint, quant))
 
 
 def test_eight_bit_activations_in_an_order_of_their_own(
