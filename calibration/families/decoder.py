@@ -598,9 +598,8 @@ class Decoder:
     def floats(self) -> tuple[str, ...]:
         """The linears that stay in floating point, by their full names."""
         return tuple(
-            block.name(name)
-            for block in self.blocks
-            for site in block.sites.values()
+            self.full_name(node, name)
+            for node, site in self.products.items()
             if site.linears.floats
             for name in site.linears.names
         )
@@ -633,10 +632,13 @@ class Decoder:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """Every GEMM node by its full name, in execution order."""
+        return {name: site for name, site in self.products.items() if not site.linears.floats}
+
+    @cached_property
+    def products(self) -> dict[str, Site]:
+        """The GEMM nodes, and between them those that stay in floating point."""
         found = {
-            block.name(node): site
-            for block in self.blocks
-            for node, site in block.quantized.items()
+            block.name(node): site for block in self.blocks for node, site in block.sites.items()
         }
         return found | {self.head.name: self.head_site} if self.head.quantized else found
 
@@ -659,6 +661,7 @@ class Decoder:
             for branch in block.branches
             if branch.experts
             for site in branch.sites
+            if not site.linears.floats
         )
 
     @cached_property
@@ -669,6 +672,7 @@ class Decoder:
             for block in self.blocks
             for branch in block.branches
             for site in branch.chains[0]
+            if not site.linears.floats
         }
         return frozenset(found | ({self.head.name} if self.head.quantized else set()))
 
@@ -701,7 +705,7 @@ class Decoder:
         """The full name of a tensor, norm or linear that the declaration of a GEMM node's layer
         names.
         """
-        return node.removesuffix(self.sites[node].linears.node) + name
+        return node.removesuffix(self.products[node].linears.node) + name
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of a checkpoint, in execution order."""

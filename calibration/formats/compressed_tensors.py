@@ -140,8 +140,8 @@ def _check_rope(
 # ---------------------------------------------------------------- config.json
 
 
-def _quantization_config(head: str, linears: Iterable[QuantLinear]) -> dict[str, Any]:
-    """One group for each scheme, with the layers that have it; `head` stays as it is."""
+def _quantization_config(floats: Iterable[str], linears: Iterable[QuantLinear]) -> dict[str, Any]:
+    """One group for each scheme, with the layers that have it; `floats` stay as they are."""
     members: dict[QuantScheme, list[str]] = {}
     for linear in linears:
         members.setdefault(linear.scheme, []).append(linear.name)
@@ -155,7 +155,7 @@ def _quantization_config(head: str, linears: Iterable[QuantLinear]) -> dict[str,
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
-        "ignore": [head],
+        "ignore": [*floats],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -363,7 +363,9 @@ def write(quant: QuantModel, folder: Path) -> None:
         | {
             "architectures": [quant.family.architecture],
             "dtype": quant.scheme.dtype,
-            "quantization_config": _quantization_config(quant.decoder.head.name, linears.values()),
+            "quantization_config": _quantization_config(
+                (quant.decoder.head.name, *quant.decoder.floats), linears.values()
+            ),
         },
     )
     if generation := _generation(quant):

@@ -148,6 +148,12 @@ class QuantModel:
         self.decoder = self._decoder()
         self._known_nodes(dict.fromkeys(floats), "floats")
         self.decoder = self.decoder.with_floats(floats)
+        if not self.decoder.nodes:
+            raise InputError(
+                f"{path / QUANT_JSON}, floats",
+                "got every GEMM node, expected some with codes",
+                _AGAIN,
+            )
         self.scheme = _scheme(f"{path / QUANT_JSON}, scheme", meta["scheme"])
         self.exceptions = {
             node: self._exception(f"layers, {node}", fields)

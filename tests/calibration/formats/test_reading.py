@@ -923,6 +923,11 @@ def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
         weight = checkpoint.array(f"{name}.weight")
         np.testing.assert_array_equal(quant.tensor(f"{name}.weight"), weight)
     assert "expected --keep or" in refusal(lambda: check_quantized(checkpoint, False, False))
+    formats.write("compressed-tensors", quant)
+    _, again = keep(quant.path / "compressed-tensors", tmp_path / "again")
+    assert again.decoder.floats == quant.decoder.floats
+    config = json.loads((quant.path / "compressed-tensors/config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head", *floats]
 
 
 def test_a_head_with_codes_alone(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
