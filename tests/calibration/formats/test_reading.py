@@ -29,6 +29,7 @@ from calibration.quant.scheme import QuantScheme
 from plugins.errors import InputError
 from tests.calibration.formats import written
 from tests.calibration.formats.written import Written
+from tests.conftest import FAMILIES
 
 CASES: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
     "gptq": (written.gptq, {}, "ABQGemm w4a16-g32"),
@@ -444,6 +445,28 @@ def test_scales_that_are_none(
     assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
         f"{made.folder}, {K}.{tensor}: {problem}, expected finite numbers other than 0. {AGAIN}"
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "tensor"),
+    [
+        (written.awq, "scales"),
+        (partial(written.packed, bits=4, group=32, symmetric=True), "weight_scale"),
+        (partial(written.integers, bits=8), "weight_scale"),
+        (partial(written.qqq, group=-1), "s_channel"),
+        (partial(written.abq_llm, levels=16), "weight_quantizer.scales"),
+        (written.bnb8, "SCB"),
+        (written.hqq, "scale"),
+    ],
+)
+def test_scales_of_every_format(
+    source: Path, wide: Path, tmp_path: Path, make: Callable[..., Written], tensor: str
+) -> None:
+    tiles = getattr(make, "func", make) is written.qqq
+    made = make(wide if tiles else source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", put(0, np.nan))
+    found = refusal(lambda: keep(made.folder, tmp_path / "quant"))
+    assert found.startswith(f"{made.folder}, {K}.{tensor}: got nan at [0") and found.endswith(AGAIN)
 
 
 @pytest.mark.parametrize(
@@ -877,6 +900,32 @@ def test_a_checkpoint_in_several_files(source: Path, tmp_path: Path) -> None:
         f"{folder}: got 1 of the 2 weight files in {index.name}, missing {files[1]}. The download is "
         "incomplete: fetch the missing files."
     )
+
+
+def test_experts_without_codes_are_named_by_layer(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_llama(dtype="float16", architecture="Mixtral", **FAMILIES["Mixtral"])
+    made = written.gptq(source, tmp_path / "model", group=16)
+    path = made.folder / "model.safetensors"
+    gone = tuple(f"model.layers.1.block_sparse_moe.experts.{index}." for index in (1, 4))
+    tensors = {name: one for name, one in load_file(path).items() if not name.startswith(gone)}
+    save_file(tensors, path)
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert ", missing experts 1, 4 of layer 1. The download is incomplete" in found
+
+
+def test_a_tied_model_with_codes_for_a_head_of_its_own(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = tiny_llama(dtype="float16", num_hidden_layers=1, tie_word_embeddings=False)
+    made = written.gptq(own, tmp_path / "model", head=True)
+    path = made.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    _, quant = keep(made.folder, tmp_path / "quant")
+    assert quant.head is not None and not quant.decoder.tied
+    found = quant.linear("lm_head").dequantize()
+    np.testing.assert_array_equal(found, made.weights["lm_head"])
 
 
 def test_zero_points_that_are_not_the_configs(source: Path, tmp_path: Path) -> None:

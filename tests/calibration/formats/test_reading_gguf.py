@@ -39,7 +39,7 @@ def original(tiny_llama: Callable[..., Path]) -> Checkpoint:
     return open_checkpoint(str(tiny_llama(**sizes)), offline=True)
 
 
-def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
+def file_of(original: Checkpoint, types: Mapping[str, str], path: Path, **options: int) -> Path:
     """The model with blocks of random bytes in the place of these tensors."""
     rng, blocks = np.random.default_rng(3), {}
     for info in original.decoder.tensors():
@@ -56,7 +56,7 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
         if types[name] == "MXFP4":  # powers of two
             data[..., 0] = rng.integers(115, 120, data.shape[:2])
         blocks[info.gguf] = types[name], data.reshape(rows, -1)
-    return write_gguf(path, original, blocks=blocks)
+    return write_gguf(path, original, blocks=blocks, **options)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,24 @@ def test_codes_stay(
     with torch.no_grad():
         want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
+def test_codes_of_a_set_of_files(original: Checkpoint, tmp_path: Path) -> None:
+    """The parts of gguf-split are one model, whichever is named."""
+    types = dict.fromkeys(MIXED, "Q4_1")
+    whole = open_checkpoint(str(file_of(original, types, tmp_path / "w.gguf")), offline=True)
+    file_of(original, types, tmp_path / "m.gguf", split_max_tensors=4)
+    parts = sorted(tmp_path.glob("m-*-of-*.gguf"))
+    assert len(parts) == 3
+    found = open_checkpoint(str(parts[1]), offline=True)
+    assert kept_schemes(found, Keeping()) == kept_schemes(whole, Keeping())
+    for layer in found.decoder.linears:
+        codes = [one.coded(layer) for one in (found, whole)]
+        assert codes[0] is not None and codes[1] is not None
+        one, other = (each.read().named() for each in codes if each)
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_blocks_of_zeros(original: Checkpoint, tmp_path: Path) -> None:
