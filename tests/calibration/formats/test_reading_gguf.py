@@ -90,6 +90,14 @@ def test_codes_stay(
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
 
 
+def test_floats_among_codes(original: Checkpoint, tmp_path: Path) -> None:
+    types = {name: kind for name, kind in MIXED.items() if name not in ("attn_output", "ffn_down")}
+    checkpoint = open_checkpoint(str(file_of(original, types, tmp_path / "m.gguf")), offline=True)
+    floats = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
+    assert kept_schemes(checkpoint, Keeping()).floats == floats
+    assert "--keep instead of --wbits" in check_quantized(checkpoint, False, False)
+
+
 def test_codes_of_a_set_of_files(original: Checkpoint, tmp_path: Path) -> None:
     """The parts of gguf-split are one model, whichever is named."""
     types = dict.fromkeys(MIXED, "Q4_1")
