@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from calibration.checkpoints.checkpoint import open_checkpoint
+from calibration.out.layout import DATA_FILE
 from calibration.progress import NullProgress
 from calibration.quant.folder import read_quant
 from calibration.quant.keep import Keeping, kept_schemes
@@ -21,6 +22,7 @@ from calibration.reference.model import float_model, quantised_model
 from exporter.graph.decoder import MODEL_FILE
 from exporter.proof.runners import gemm_nodes
 from exporter.proof.swaps import Swap, Swapped
+from exporter.proof.validate import ValidateOptions, validate
 from exporter.proof.weights import compare_weights
 from tests.calibration.formats import written
 from tests.conftest import FAMILIES
@@ -134,6 +136,25 @@ def test_nodes_that_a_checkpoint_has_in_floating_point(
     compared = [node.name for node in gemm_nodes(model, quant.decoder) if not node.router]
     assert compared == [*quant.decoder.products] and {*compared} > {*quant.decoder.nodes}
     assert all(row.ok for row in compare_weights(checkpoint, quant))
+
+
+def test_a_changed_weight_in_floating_point_is_found(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_llama(dtype="float16", num_hidden_layers=1)
+    made = written.gptq(source, tmp_path / "model", left_out=("o_proj",))
+    folder = kept(made.folder, tmp_path, abits=8)
+    name = "model.layers.0.self_attn.o_proj"
+    tensors = onnx.load(folder / MODEL_FILE, load_external_data=False).graph.initializer
+    (place,) = (one.external_data for one in tensors if one.name == f"{name}.weight")
+    offset = next(int(item.value) for item in place if item.key == "offset")
+    weight = np.memmap(folder / DATA_FILE, np.float32, "r+", offset, (64, 64))
+    weight[3, 5] += 1
+    weight.flush()
+    result = validate(tmp_path, ValidateOptions(tokens=12, steps=0))
+    assert (
+        f"in output channel 3 at {name} given its inputs (export, prefill: " in result.first_failure
+    )
 
 
 def test_eight_bit_activations_in_an_order_of_their_own(
