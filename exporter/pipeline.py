@@ -158,7 +158,7 @@ class Pipeline:
         from exporter.proof.memory import check_memory
 
         if self.request.until == REPORT:
-            decoder = self.checkpoint.decoder
+            decoder = self.checkpoint.decoder.with_floats(self.schemes.floats)
             if self.schemes.head_limit is None:  # else the head may stay in floating point
                 decoder = self.schemes.decoder(decoder)
             check_memory(decoder, self.schemes.nodes(decoder))
