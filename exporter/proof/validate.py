@@ -464,7 +464,7 @@ class _Validator:
         """
         if not self.options.wants(NATIVE):
             return None
-        library = native_library()
+        library = native_library(self.progress.message)
         if self.options.asks_for(NATIVE) and not isinstance(library, Path):
             raise library
         if isinstance(library, Path):
