@@ -343,6 +343,10 @@ class GgufWeights:
     def _where(self, name: str) -> str:
         return f"{self._file.path}, tensor {self._found[name].name}"
 
+    def plain(self, name: str) -> bool:
+        """Whether a weight is stored in floating point."""
+        return self._found[name].tensor.type in _FLOATS
+
     def _arrays(self, name: str) -> QuantArrays:
         found = self.codes(name)
         if found.zero is None:
