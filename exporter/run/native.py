@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,29 @@ if TYPE_CHECKING:
 __all__ = ["RUNNER", "NativeSession", "native_library", "native_session"]
 
 
+@dataclass(frozen=True)
+class _Listener:
+    say: Callable[[str], None] | None = field(compare=False)  # whoever it is, there is one library
+
+
 @cache
-def native_library() -> Path | UserError:
-    """The library of native kernels, compiled if needed; or why there is none."""
+def _library(listener: _Listener) -> Path | UserError:
     from plugins.tools.build import build_onnxruntime
 
     try:
-        return build_onnxruntime(say=lambda text: print(text, file=sys.stderr, flush=True))
+        return build_onnxruntime(listener.say)
     except UserError as error:
         return error
+
+
+def native_library(say: Callable[[str], None] | None = None) -> Path | UserError:
+    """The library of native kernels, compiled if needed; or why there is none.
+
+    Args:
+        say: told before and after it is compiled, which is tried once in a process; None prints on
+            stderr.
+    """
+    return _library(_Listener(say))
 
 
 def native_session(folder: Path, dtype: str, marked: Sequence[str] = ()) -> Any:
