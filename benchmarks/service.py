@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
+import itertools
 import json
 import os
 import shlex
@@ -104,27 +106,54 @@ def running(command: str) -> Iterator[Running]:
             process.terminate()
 
 
+def chunks(pieces: list[tuple[float, bytes]], body: int) -> Iterator[tuple[float, bytes]]:
+    """The chunks of an answer in HTTP's chunked form, and when the last byte of each arrived.
+
+    Args:
+        pieces: of the answer, as they came, and when.
+        body: where the first chunk begins in them all.
+    """
+    whole = b"".join(data for _, data in pieces)
+    ends = list(itertools.accumulate(len(data) for _, data in pieces))
+    while True:
+        line = whole.index(b"\r\n", body)
+        first, size = line + 2, int(whole[body:line], 16)
+        if not size:
+            return
+        arrived, _ = pieces[bisect.bisect_left(ends, first + size)]
+        yield arrived, whole[first : first + size]
+        body = first + size + 2
+
+
 async def stream(port: int, body: dict[str, Any]) -> Stream:
-    """One streamed completion, on a connection of its own."""
+    """One streamed completion, on a connection of its own. What comes is read only afterwards: the
+    servers should have the cores.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
     began = time.perf_counter()
     writer.write(head.encode() + data)
-    text, pieces, times, usage = "", 0, [], None
-    while line := await reader.readline():
-        if line.startswith(b"HTTP/1.1 ") and line.split()[1] != b"200":
-            sys.exit(f"port {port}: {(line + await reader.read()).decode(errors='replace')}")
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line[6:])
-        usage = event.get("usage") or usage
-        piece = event["choices"][0].get("text", "") if event.get("choices") else ""
-        if piece:
-            text, pieces = text + piece, pieces + 1
-            times.append(time.perf_counter())
+    pieces = [(began, await reader.readuntil(b"\r\n\r\n"))]
+    while some := await reader.read(1 << 16):
+        pieces.append((time.perf_counter(), some))
     writer.close()
-    tokens = usage["completion_tokens"] if usage else pieces
+    answer = pieces[0][1].lower()
+    if answer.split()[1] != b"200" or b"transfer-encoding: chunked" not in answer:
+        sys.exit(f"port {port}: {b''.join(some for _, some in pieces).decode(errors='replace')}")
+    text, rest, times, usage = "", b"", [], None
+    for arrived, some in chunks(pieces, len(pieces[0][1])):
+        *lines, rest = (rest + some).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            piece = event["choices"][0].get("text", "") if event.get("choices") else ""
+            if piece:
+                text += piece
+                times.append(arrived)
+    tokens = usage["completion_tokens"] if usage else len(times)
     if not times or tokens != body["max_tokens"]:
         sys.exit(
             f"port {port}: got {tokens} tokens and {len(text)} characters for {body['prompt'][:40]!r}, "
