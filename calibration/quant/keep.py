@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.checkpoints.codes import GGUF, Form, StoredLinear, affine_weights, regrouped
-from calibration.methods import KEPT, PLAIN_METHOD
+from calibration.methods import PLAIN_METHOD
 from calibration.quant.bits import SchemeMap, head_scheme
-from calibration.quant.scheme import FLOAT_BITS, QuantScheme
+from calibration.quant.scheme import FLOAT_BITS, KEPT, QuantScheme
 from plugins import op_spec, ranked_ops
 from plugins.core.op_spec import OpSpec, QuantArrays
 from plugins.errors import InputError

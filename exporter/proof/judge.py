@@ -17,10 +17,12 @@ from exporter.run.finite import WIDER
 
 if TYPE_CHECKING:
     from calibration.families import Decoder
+    from calibration.quant.folder import QuantModel
     from calibration.quant.scheme import QuantScheme
     from exporter.proof.runners import GemmNode
 
 __all__ = [
+    "AGAINST",
     "AS_RUN",
     "INNER",
     "LEVELS",
@@ -36,14 +38,14 @@ __all__ = [
 
 # the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
-AS_RUN, PROOF_ENGINE = "as run", "engine"
+AS_RUN, PROOF_ENGINE, AGAINST = "as run", "engine", "against"
 LEVELS = (
     "export",
     "native",
     AS_RUN,
     "kernel",
     PROOF_ENGINE,
-    "against",
+    AGAINST,
     "quantisation",
 )  # a failure is named in this order
 # The comparison of each operator given its inputs, of the levels that have one.
@@ -59,7 +61,7 @@ _BETWEEN = {
     AS_RUN: "the ONNX file as users run it against the rounded graph",
     "kernel": "the TensorRT engine against ONNX Runtime",
     PROOF_ENGINE: "TensorRT's engines with inner tensors as outputs against the rounded graph",
-    "against": "this artifact against the other one, both in ONNX Runtime",
+    AGAINST: "this artifact against the other one, both in ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
 Errors = Mapping[tuple[str, str, str], list[TensorError]]
@@ -138,6 +140,16 @@ class Stack:
     scheme: QuantScheme
     exceptions: Mapping[str, QuantScheme] = field(default_factory=dict)
     only: range | None = None
+
+    @classmethod
+    def of(cls, quant: QuantModel, nodes: list[GemmNode], only: range | None = None) -> Stack:
+        """Of a quantized model: its nodes, and how each is quantized."""
+        others = {
+            node: scheme
+            for node in quant.decoder.nodes
+            if (scheme := quant.scheme_of(node)) != quant.scheme
+        }
+        return cls(quant.decoder, nodes, quant.scheme, others, only)
 
     @property
     def layers(self) -> int:

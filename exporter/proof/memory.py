@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.sizes import node_weights
 from exporter.graph.names import layer_of
 from plugins import op_spec
 from plugins.cores import usable_memory
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Need", "check_memory", "memory_needed"]
 
-_BASE = (
-    500_000_000  # Python with torch, transformers and ONNX Runtime, and what is recorded of calls
-)
+_BASE = 500_000_000  # Python with torch, transformers and ONNX Runtime
+_TOKENS = 106  # of all calls of a proof that nobody asked more of
+_RECORDS = 2  # what one runner gave at every call beside another's
+_HALF = 2  # bytes per number of a model in fp16
 _FLOAT = 4  # bytes per number of the float model, and of what is not quantized in the reference
 _CODE = 1  # bytes per weight of the reference that multiplies integers
 
@@ -42,34 +45,50 @@ class Need:
     floats: int
 
 
-def memory_needed(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> Need:
-    """Of a model, by how many of its weights are quantized how."""
-    weights = sum(schemes.values())
-    unpacked = sum(
-        op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count for scheme, count in schemes.items()
-    )
-    parameters = sum(math.prod(shape) for shape in decoder.shapes().values())
-    head = decoder.head
+def memory_needed(
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int = _TOKENS
+) -> Need:
+    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls."""
+    shapes, head = decoder.shapes(), decoder.head
+    unpacked: Counter[int | None] = Counter()  # by decoder layer, and of the head
+    weights, codes = 0, 0
+    for node, scheme in schemes.items():
+        count = node_weights(decoder.sites[node].linears)
+        unpacked[layer_of(node)] += op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count
+        codes += (_CODE if scheme.abits < FLOAT_BITS else _FLOAT) * count
+        weights += count
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     rest = parameters - weights
     if head.quantized and head.tied:
-        rest += math.prod(decoder.shapes()[f"{decoder.embedding.name}.weight"])
-    codes = sum(
-        count * (_CODE if scheme.abits < FLOAT_BITS else _FLOAT)
-        for scheme, count in schemes.items()
-    )
+        rest += math.prod(shapes[f"{decoder.embedding.name}.weight"])
     reference = codes + _FLOAT * rest
-    units: Counter[int | None] = Counter()
-    for node, site in decoder.sites.items():
-        units[layer_of(node)] += site.linears.out_features * site.linears.in_features
-    largest = max(units.values()) / sum(units.values())
+    base = _BASE + _RECORDS * tokens * _recorded(decoder, schemes)
     return Need(
-        whole=_BASE + max(unpacked, reference),
-        folded=_BASE + max(int(unpacked * largest), reference),
-        floats=_BASE + _FLOAT * parameters,
+        whole=base + max(unpacked.total(), reference),
+        folded=base + max(*unpacked.values(), reference),
+        floats=base + _FLOAT * parameters,
     )
 
 
-def check_memory(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> tuple[bool, bool]:
+def _recorded(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> int:
+    """Bytes of a token in what a runner gives: in front of every node and behind it, behind
+    every layer, and logits.
+    """
+    chosen = next((one for _, one in decoder.routers.values()), None)
+    numbers = {False: 0, True: 0}  # in 16 bits, in 32
+    for node, scheme in schemes.items():
+        linears, part = decoder.sites[node].linears, Fraction(1)
+        if chosen is not None and node in decoder.routed:
+            part = Fraction(chosen.top, len(chosen.members))
+        wide = linears.in_features + linears.out_features
+        numbers[scheme.dtype != "float16"] += int(part * wide)
+    streams = decoder.layers * decoder.hidden
+    return _HALF * numbers[False] + _FLOAT * (numbers[True] + streams + decoder.vocab)
+
+
+def check_memory(
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int = _TOKENS
+) -> tuple[bool, bool]:
     """Compare what the proof needs with the memory that may be used, before hours of other work.
 
     Returns:
@@ -79,14 +98,15 @@ def check_memory(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> tuple[
     Raises:
         InputError: not even one layer after the other fits.
     """
-    free, need = usable_memory(), memory_needed(decoder, schemes)
+    free, need = usable_memory(), memory_needed(decoder, schemes, tokens)
     if free is None:
         return False, True
     if need.folded > free:
+        weights = sum(node_weights(decoder.sites[node].linears) for node in schemes)
         raise InputError(
             "validation",
             f"got {free / 1e9:.2f} GB of free memory, expected {need.folded / 1e9:.2f} GB for "
-            f"{sum(schemes.values()) / 1e6:.0f} M weights",
+            f"{weights / 1e6:.0f} M weights",
             "Use --until engine here, and validate on a machine with more memory",
         )
     return need.whole > free, need.floats <= free

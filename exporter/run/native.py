@@ -154,13 +154,13 @@ class NativeSession(DecoderSession):
             for name in self._marked or ():
                 binding.bind_output(name)
             self._session.run_with_iobinding(binding)
-            self._cache = cache
-            outputs = binding.get_outputs()  # as they were bound
+            found = {"logits": logits.numpy()}
+            # of a static cache these would be what it holds already, and asking takes time
+            outputs = binding.get_outputs() if self._marked or not self._form.rows() else []
             if self._form.rows():
-                self._binding = binding
+                self._cache, self._binding = cache, binding
             else:
                 self._cache = dict(zip(self._names, outputs, strict=False))
-            found = {"logits": logits.numpy()}
             if self._marked is None:
                 return self._form.restored(found, attention_mask)
             inner = outputs[len(self._names) + 1 :]
