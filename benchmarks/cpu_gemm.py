@@ -1,6 +1,6 @@
 """The CPU kernels of both ops in ONNX Runtime, beside this machine's plain read bandwidth.
 
-python benchmarks/cpu_gemm.py [--seconds 2] [--threads 1 2] [--set avx512]
+python benchmarks/cpu_gemm.py [--seconds 2] [--threads 1 2] [--set avx512] [--order]
 
 Every result is compared with reference() first. Then, on matrices of 4096 x 4096:
 decode   one token through so many layers that their packed weights are over 64 MB, so that each comes
@@ -12,6 +12,10 @@ prefill  512 tokens through one layer, in 10^12 operations a second (a multiplic
          loop of tile products that is fed from the second cache by as many threads
 Writes benchmarks/results/<processor>-<date>-gemm.json and prints a table. --set measures a lower
 instruction set than the machine's.
+
+With --order: one token through the shapes of Llama-3.2-1B, of 8, 6, 4, 3 and 2 bits one after the
+other. A time per layer that does not fall with the bits ends in exit code 3. Writes
+<processor>-<date>-gemm-order.json.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,8 @@ HERE = Path(__file__).resolve().parent
 N = K = 4096
 COLD_BYTES = 96 << 20  # of all layers together; over 64 MB and any cache of the machines so far
 PREFILL = 512
+ORDER_SHAPES = ((512, 2048), (2048, 2048), (2048, 8192), (8192, 2048))  # [N, K]
+ORDER_BITS = (8, 6, 4, 3, 2)
 NARROW = 32  # output channels of a layer that hardly multiplies
 ALIGNMENT = 4096  # of a tensor in its file
 PAUSE = 0.005  # seconds in which spinning threads of the session before go to sleep
@@ -135,24 +142,24 @@ def weights(case: Case, seed: int) -> dict[str, np.ndarray]:
     """Packed random weights."""
     op, attrs = case
     rng = np.random.default_rng(seed)
-    n = attrs.out_features
+    n, k = attrs.out_features, attrs.in_features
     scale = rng.uniform(0.001, 0.01, (n, attrs.n_groups if op == "ABQGemm" else 1))
     if op == "ABQGemm":
         arrays = QuantArrays(
-            rng.integers(0, attrs.levels, (n, K), np.uint8),
+            rng.integers(0, attrs.levels, (n, k), np.uint8),
             scale.astype(np.float32),
             rng.integers(0, attrs.levels, (n, attrs.n_groups), np.int32),
         )
     else:
         groups = rng.uniform(2, 15, (n, attrs.n_groups)).astype(np.float16)
         arrays = QuantArrays(
-            rng.integers(-8, 8, (n, K), np.int8),
+            rng.integers(-8, 8, (n, k), np.int8),
             scale.astype(np.float32),
             scale_group=groups if attrs.group_size else None,
         )
     packed = op_spec(op).pack(arrays, attrs, "benchmark")
     if attrs.has_norm:
-        packed["gamma"] = rng.uniform(0.5, 2, K).astype(np.float16)
+        packed["gamma"] = rng.uniform(0.5, 2, k).astype(np.float16)
     return packed
 
 
@@ -192,7 +199,7 @@ class Layers:
             nodes.append(factory.gemm(op, attrs, f"gemm{i}", inputs, f"Y{i}"))
             shape = ["M", attrs.out_features]
             outputs.append(helper.make_tensor_value_info(f"Y{i}", TensorProto.FLOAT16, shape))
-        x = helper.make_tensor_value_info("X", TensorProto.FLOAT16, ["M", K])
+        x = helper.make_tensor_value_info("X", TensorProto.FLOAT16, ["M", attrs.in_features])
         model = helper.make_model(
             helper.make_graph(nodes, "gemms", [x], outputs, initializers),
             ir_version=11,
@@ -246,7 +253,7 @@ def decode(case: Case, threads: int, seconds: float, read: Reader, folder: Path)
     """One token against cold weights, in turn with a plain read of the same bytes."""
     size = sum(array.nbytes for array in weights(case, 0).values())
     layers = Layers(case, -(-COLD_BYTES // size), threads, folder)
-    x = np.random.default_rng(1).normal(size=(1, K)).astype(np.float16)
+    x = np.random.default_rng(1).normal(size=(1, case[1].in_features)).astype(np.float16)
     layers.check(case, x)
     mapped, total = layers.mapped, layers.mapped.nbytes
     kernel: list[float] = []
@@ -264,6 +271,37 @@ def decode(case: Case, threads: int, seconds: float, read: Reader, folder: Path)
         "microseconds_per_layer": round(statistics.median(kernel) / layers.count * 1e6, 1),
         "runs": len(kernel),
     }
+
+
+def order(
+    shape: tuple[int, int], group: int, threads: int, seconds: float, read: Reader, folder: Path
+) -> dict[str, Any]:
+    """One token against cold weights of fewer and fewer bits, and whether each is faster."""
+    n, k = shape
+    found: dict[int, dict[str, Any]] = {}
+    for bits in ORDER_BITS:
+        attrs = GemmAttributes(bits, 1 << bits, 8, 1, group, k, n, 0)
+        found[bits] = decode(("ABQGemm", attrs), threads, seconds, read, folder)
+    times = [one["microseconds_per_layer"] for one in found.values()]
+    return {
+        "shape": shape,
+        "group": group,
+        "threads": threads,
+        "falls": all(less < more for more, less in pairwise(times)),
+        "bits": {str(bits): one for bits, one in found.items()},
+    }
+
+
+def order_line(row: dict[str, Any]) -> str:
+    """Times in us and parts of a plain read."""
+    kind = f"g{row['group']}" if row["group"] else "channel"
+    widths = (
+        f"W{bits} {one['microseconds_per_layer']:7.1f} ({one['of_plain_read']:4.0%})"
+        for bits, one in row["bits"].items()
+    )
+    name = f"{row['shape'][0]} x {row['shape'][1]} {kind}"
+    verdict = "" if row["falls"] else "  DOES NOT FALL"
+    return f"{name:20} {row['threads']} threads  {'  '.join(widths)}{verdict}"
 
 
 class BareTiles:
@@ -350,14 +388,20 @@ def main() -> None:
     parser.add_argument("--set", default="", help="an instruction set, as ANYBIT_CPU names it")
     parser.add_argument("--only", default="", help="cases whose title has this in it")
     parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--order", action="store_true", help="time by bits on shapes of a 1B model")
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
     os.environ["ANYBIT_CPU"] = args.set
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         read, bare = Reader(folder), BareTiles(folder)
-        for case in cases():
+        for shape, group, threads in product(ORDER_SHAPES, (0, 128), args.threads):
+            if not args.order or args.only not in "x".join(map(str, shape)):
+                continue
+            rows.append(order(shape, group, threads, args.seconds, read, folder))
+            print(order_line(rows[-1]), flush=True)
+        for case in [] if args.order else cases():
             if args.only not in title(case):
                 continue
             for threads in args.threads:
@@ -379,11 +423,15 @@ def main() -> None:
         "instruction_set": args.set or "the best",
         "onnxruntime": onnxruntime.__version__,
         "onnx": onnx.__version__,
-        "matrix": [N, K],
         "rows": rows,
     }
+    if not args.order:
+        record["matrix"] = [N, K]
     if not args.no_record:
-        write_result(f"gemm-{args.set}" if args.set else "gemm", record)
+        name = "gemm-order" if args.order else "gemm"
+        write_result(f"{name}-{args.set}" if args.set else name, record)
+    if not all(row.get("falls", True) for row in rows):
+        sys.exit(3)
 
 
 if __name__ == "__main__":

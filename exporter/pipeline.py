@@ -158,7 +158,7 @@ class Pipeline:
         from exporter.proof.memory import check_memory
 
         if self.request.until == REPORT:
-            decoder = self.checkpoint.decoder
+            decoder = self.checkpoint.decoder.with_floats(self.schemes.floats)
             if self.schemes.head_limit is None:  # else the head may stay in floating point
                 decoder = self.schemes.decoder(decoder)
             check_memory(decoder, self.schemes.nodes(decoder))
@@ -186,10 +186,15 @@ class Pipeline:
         return self.manifest
 
     def _compile(self) -> Path | None:
-        """All that the engine needs compiled: what fails here fails before hours of work."""
+        """All that needs to be compiled: what fails for an engine fails before hours of work. The report
+        has a level less where there are no native kernels.
+        """
         from exporter.engine.edition import prepare_parser
+        from exporter.run.native import native_library
         from plugins.tools.build import build_library
 
+        if REPORT in self.wanted:
+            native_library(self.progress.message)
         if self.edition is None:
             return None
         prepare_parser(self.edition)

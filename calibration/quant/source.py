@@ -26,6 +26,7 @@ from calibration.quant.scheme import FLOAT_BITS
 from calibration.quant.sizes import linear_specs
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
+from plugins.text import some
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import Calibrated, Calibration
@@ -230,6 +231,11 @@ def open_source(
     settings = options.settings
     if schemes.base.kept:
         decoder = schemes.decoder(checkpoint.decoder)
+        if schemes.floats:
+            progress.message(
+                f"stored in floating point, and left so: {some(schemes.floats)}, "
+                f"{len(schemes.floats)} of {len(decoder.nodes) + len(schemes.floats)} GEMM nodes"
+            )
         return _KeptSource(checkpoint, decoder, options.ranks.first)
     method = find_method(schemes.base.method, settings.method_file)
     method.check_settings(settings)

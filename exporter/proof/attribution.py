@@ -273,7 +273,7 @@ class _Search:
     def _nodes(self, first: int, end: int) -> tuple[str, ...]:
         """GEMM nodes of layers first..end-1."""
         blocks = self._decoder.blocks[first:end]
-        return tuple(block.name(node) for block in blocks for node in block.sites)
+        return tuple(block.name(node) for block in blocks for node in block.quantized)
 
     def _range(self, first: int, end: int) -> Swap:
         """Layers first..end-1 in floating point."""
@@ -457,9 +457,9 @@ class _Search:
     def _lines(self, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """(pattern, bits) of a bits file; a layer whose nodes all get the same is one."""
         for block in self._decoder.blocks:
-            nodes = [node for node in map(block.name, block.sites) if node in labels]
+            nodes = [node for node in map(block.name, block.quantized) if node in labels]
             kinds = {labels[node] for node in nodes}
-            if len(nodes) == len(block.sites) and len(kinds) == 1:
+            if len(nodes) == len(block.quantized) and len(kinds) == 1:
                 yield f"{block.prefix}.*", kinds.pop()
             else:
                 yield from ((node, labels[node]) for node in nodes)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
@@ -198,7 +198,9 @@ class Stack:
         GEMM of integers and a cache's codes are the same numbers, whoever computes them.
         """
         limits = Limits(self.scheme)
-        if any(node.result == tensor and self._floating(node) for node in self.nodes):
+        if any(
+            node.result == tensor and self._scheme(node).abits == FLOAT_BITS for node in self.nodes
+        ):
             return limits.gemm()
         if any(node.source == tensor and node.site.attention for node in self.nodes):
             return limits.attention()
@@ -209,14 +211,15 @@ class Stack:
     def inside(self, level: str, operator: Operator) -> float:
         """Limit of an operator given its inputs, at a level of INNER."""
         node = next((node for node in self.nodes if node.result == operator.tensor), None)
-        scheme = self.exceptions.get(node.name, self.scheme) if node else self.scheme
-        limits = Limits(scheme)
+        limits = Limits(self._scheme(node) if node else self.scheme)
         if level == AS_RUN:
             return limits.unrounded(operator.kind)
         return limits.operator(operator.kind)
 
-    def _floating(self, node: GemmNode) -> bool:
-        return self.exceptions.get(node.name, self.scheme).abits == FLOAT_BITS
+    def _scheme(self, node: GemmNode) -> QuantScheme:
+        """How a node is quantized; one in floating point has no activation codes."""
+        scheme = self.exceptions.get(node.name, self.scheme)
+        return replace(scheme, abits=FLOAT_BITS) if node.site.linears.floats else scheme
 
     def limit(self, level: str, tensor: str) -> float | None:
         """Of the accumulated error of a layer's output, a cache tensor or the logits; of the native
@@ -235,7 +238,7 @@ class Stack:
         ]
         if self.decoder.routers and level != "export":
             return None  # a token that goes to another expert is no error
-        limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
+        limits = Limits(coarsest(map(self._scheme, so_far)))
         count = sum(node.name in self.decoder.path for node in so_far)
         if level == "quantisation":
             return limits.quantisation(count)

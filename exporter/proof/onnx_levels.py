@@ -34,7 +34,7 @@ def native_kernels(proof: Comparison) -> Path | None:
     scope = proof.scope
     if not scope.options.wants(NATIVE):
         return None
-    library = native_library()
+    library = native_library(proof.progress.message)
     if scope.options.asks_for(NATIVE) and not isinstance(library, Path):
         raise library
     if isinstance(library, Path):

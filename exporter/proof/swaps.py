@@ -170,7 +170,7 @@ class Swapped:
         for block in decoder.blocks[first:]:
             layer = _Layer(quant, self._checkpoint, self._basis, block, len(self._tokens))
             rope = self._rope(block)
-            nodes = frozenset(map(block.name, block.sites))
+            nodes = frozenset(map(block.name, block.quantized))
             streams = [
                 (layer.output(x, swap, rope), alike)
                 for x, places in streams
@@ -357,14 +357,15 @@ def float_block(
     """A layer's float weights in the coordinates in which its nodes were quantized, by their names below
     its prefix: any of its nodes can take them while the others stay as they are.
 
-    A recorded rotation is made again. What channel scales a method has folded into a norm shows in the
+    A recorded rotation is made again; nobody has changed a checkpoint whose codes were kept. What channel scales a method has folded into a norm shows in the
     norm's gain. Those between two linears come in pairs that cancel: what the rows of one lost the
     columns of the next have gained. Either follows from the codes by least squares, but a few levels
     shrink both, so the scale is the root of their ratio, in which that falls out. Scales between
     queries and keys cancel inside their node.
     """
     weights = basis.load(checkpoint, block.index)
-    for node, site in block.sites.items():
+    changed = {} if "kept" in quant.calibration else block.sites
+    for node, site in changed.items():
         if isinstance(site.source, Norm):
             gain = _tensor(quant, block.name(site.source.gain))
             weights = fold_scales(weights, {node: _ratio(weights[site.source.gain], gain)}, block)

@@ -119,7 +119,7 @@ def _mixed(quant: QuantModel) -> dict[str, Any] | None:
     weights = quant.weights()
     nodes = Counter(map(quant.scheme_of, quant.decoder.nodes))
     layers = [
-        {node: quant.scheme_of(block.name(node)).label for node in block.sites}
+        {node: quant.scheme_of(block.name(node)).label for node in block.quantized}
         for block in quant.decoder.blocks
     ]
     schemes = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,29 @@ if TYPE_CHECKING:
 __all__ = ["RUNNER", "NativeSession", "native_library", "native_session"]
 
 
+@dataclass(frozen=True)
+class _Listener:
+    say: Callable[[str], None] | None = field(compare=False)  # whoever it is, there is one library
+
+
 @cache
-def native_library() -> Path | UserError:
-    """The library of native kernels, compiled if needed; or why there is none."""
+def _library(listener: _Listener) -> Path | UserError:
     from plugins.tools.build import build_onnxruntime
 
     try:
-        return build_onnxruntime(say=lambda text: print(text, file=sys.stderr, flush=True))
+        return build_onnxruntime(listener.say)
     except UserError as error:
         return error
+
+
+def native_library(say: Callable[[str], None] | None = None) -> Path | UserError:
+    """The library of native kernels, compiled if needed; or why there is none.
+
+    Args:
+        say: told before and after it is compiled, which is tried once in a process; None prints on
+            stderr.
+    """
+    return _library(_Listener(say))
 
 
 def native_session(folder: Path, dtype: str, marked: Sequence[str] = ()) -> Any:
@@ -154,13 +168,13 @@ class NativeSession(DecoderSession):
             for name in self._marked or ():
                 binding.bind_output(name)
             self._session.run_with_iobinding(binding)
-            self._cache = cache
-            outputs = binding.get_outputs()  # as they were bound
+            found = {"logits": logits.numpy()}
+            # of a static cache these would be what it holds already, and asking takes time
+            outputs = binding.get_outputs() if self._marked or not self._form.rows() else []
             if self._form.rows():
-                self._binding = binding
+                self._cache, self._binding = cache, binding
             else:
                 self._cache = dict(zip(self._names, outputs, strict=False))
-            found = {"logits": logits.numpy()}
             if self._marked is None:
                 return self._form.restored(found, attention_mask)
             inner = outputs[len(self._names) + 1 :]

@@ -17,11 +17,14 @@ from plugins.tools.recipe import Command, Recipe, make, make_file, run
 from plugins.tools.toolkit import CudaToolkit, find_cuda, find_cuda_include, find_program
 
 __all__ = [
+    "AARCH64_LIBRARY",
+    "AARCH64_SELFTEST",
     "EMULATED_LIBRARY",
     "ONNXRUNTIME_LIBRARY",
     "PLUGIN_LIBRARY",
     "SELFTEST",
     "SIM_LIBRARY",
+    "build_aarch64",
     "build_emulated",
     "build_folders",
     "build_library",
@@ -37,13 +40,16 @@ ONNXRUNTIME_LIBRARY = "libanybit_onnxruntime.so"
 SIM_LIBRARY = "libanybit_kernels_sim.so"
 EMULATED_LIBRARY = "libanybit_kernels_emulated.so"
 SELFTEST = "anybit-selftest"
+AARCH64_LIBRARY = "libanybit_onnxruntime_aarch64.so"
+AARCH64_SELFTEST = "anybit-selftest-aarch64"
 
 # An op's folder is found by these; plugins/CMakeLists.txt has the same patterns.
 KERNEL_SOURCES = ("*/cuda/*.cu", "core/host/*.cu")
 PLUGIN_SOURCES = ("*/tensorrt.cpp", "core/tensorrt/*.cpp", "core/tensorrt/abi/*.cpp")
 ONNXRUNTIME_SOURCES = ("*/onnxruntime.cpp", "core/onnxruntime/*.cpp", "*/cpu/*.cpp")
 TABLE_OF_OPS = "core/host/ops.cu"  # C++ like the simulation's
-INSTRUCTION_SETS = ("avx2", "avx512")  # of sources named *_avx2.cpp, *_avx512.cpp; x86-64 only
+# Of sources named *_avx2.cpp and so on, by machine.
+INSTRUCTION_SETS = {"x86_64": ("avx2", "avx512"), "aarch64": ("neon",)}
 # The GEMMs with AMX, and the kernels to which they leave few tokens.
 EMULATED_SOURCES = ("core/cpu/*.cpp", "*_gemm/cpu/op.cpp", "*_gemm/cpu/*_avx512.cpp")
 SELFTEST_SOURCES = ("selftest/*.cpp", "*/selftest.cpp")
@@ -104,7 +110,11 @@ def _sources(*patterns: str) -> list[str]:
 
 
 def _recipe(
-    output: str, compiles: dict[str, Command], link: Command, record: dict[str, Any] | None = None
+    output: str,
+    compiles: dict[str, Command],
+    link: Command,
+    record: dict[str, Any] | None = None,
+    takes: str = Recipe.takes,
 ) -> Recipe:
     return Recipe(
         root=_SOURCES,
@@ -115,6 +125,7 @@ def _recipe(
         include=_flags()["include"],
         more=["core/exports.map"],
         record=record or {},
+        takes=takes,
     )
 
 
@@ -155,7 +166,7 @@ def build_library(arch: str = "all", say: Callable[[str], None] | None = None) -
 
     Args:
         arch: "all", or compute capabilities such as "80;90".
-        say: told before it is compiled.
+        say: told before and after it is compiled; None prints on stderr.
 
     Raises:
         InputError: no compiler, or a wrong `arch`.
@@ -170,8 +181,8 @@ def build_library(arch: str = "all", say: Callable[[str], None] | None = None) -
         "nvcc": str(cuda.nvcc),
         "nvcc_version": cuda.version(),
     }
-    recipe = _recipe(PLUGIN_LIBRARY, compiles, _link_cuda(cuda, *flags["link"]), record)
-    return make(recipe, say)
+    link = _link_cuda(cuda, *flags["link"])
+    return make(_recipe(PLUGIN_LIBRARY, compiles, link, record, "a minute or two"), say)
 
 
 def build_sim() -> Path:
@@ -190,12 +201,10 @@ def build_sim() -> Path:
     return make(_recipe(SIM_LIBRARY, compiles, _link_sim(), {"compiler": version}))
 
 
-def _onnxruntime(source: str) -> Command:
-    flags = _flags()
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = [name for name in INSTRUCTION_SETS if x86 and source.endswith(f"_{name}.cpp")]
-    special = [flag for name in sets for flag in flags[name]]
-    return ["g++", *flags["onnxruntime"], *special, "-I."]
+def _onnxruntime(source: str, machine: str, compiler: str = "g++") -> Command:
+    flags, sets = _flags(), INSTRUCTION_SETS.get(machine, ())
+    special = [flag for name in sets if source.endswith(f"_{name}.cpp") for flag in flags[name]]
+    return [compiler, *flags["onnxruntime"], *special, "-I."]
 
 
 def build_onnxruntime(say: Callable[[str], None] | None = None) -> Path:
@@ -206,14 +215,15 @@ def build_onnxruntime(say: Callable[[str], None] | None = None) -> Path:
     there is no compiler, so the recipe names g++ wherever it lies.
 
     Args:
-        say: told before it is compiled.
+        say: told before and after it is compiled; None prints on stderr.
 
     Raises:
         InputError: it has to be compiled, and there is no g++.
         UserError: the compiler failed; the message holds its output.
     """
-    compiles = {source: _onnxruntime(source) for source in _sources(*ONNXRUNTIME_SOURCES)}
-    compiles[TABLE_OF_OPS] = [*_onnxruntime(TABLE_OF_OPS), "-x", "c++"]
+    machine = platform.machine()
+    compiles = {source: _onnxruntime(source, machine) for source in _sources(*ONNXRUNTIME_SOURCES)}
+    compiles[TABLE_OF_OPS] = [*_onnxruntime(TABLE_OF_OPS, machine), "-x", "c++"]
     link = ["g++", "-shared", *_flags()["link"], "{}"]
     return make(_recipe(ONNXRUNTIME_LIBRARY, compiles, link), say)
 
@@ -228,9 +238,30 @@ def build_emulated() -> Path:
     """
     sources = [*_sources(*EMULATED_SOURCES), TABLE_OF_OPS]
     more = ["-DANYBIT_EMULATED_TILES", "-x", "c++"]
-    compiles = {source: [*_onnxruntime(source), *more] for source in sources}
+    machine = platform.machine()
+    compiles = {source: [*_onnxruntime(source, machine), *more] for source in sources}
     link = ["g++", "-shared", *_flags()["link"], "{}"]
     return make(_recipe(EMULATED_LIBRARY, compiles, link))
+
+
+def build_aarch64(compiler: str = "aarch64-linux-gnu-g++") -> tuple[Path, Path]:
+    """The ONNX Runtime custom-op library and the self-test for AArch64, with a cross compiler and less
+    optimization: an emulator runs them, and not for long. For tests.
+
+    Raises:
+        InputError: no such compiler.
+        UserError: the compiler failed; the message holds its output.
+    """
+    compiler = find_program(compiler, compiler)
+    sources = [*_sources(*ONNXRUNTIME_SOURCES), TABLE_OF_OPS]
+    more = ["-O1", "-x", "c++"]
+    compiles = {source: [*_onnxruntime(source, "aarch64", compiler), *more] for source in sources}
+    link = [compiler, "-shared", *_flags()["link"], "{}"]
+    library = make(_recipe(AARCH64_LIBRARY, compiles, link))
+    command = [compiler, *_flags()["selftest"], "-I."]
+    compiles = dict.fromkeys(_sources(*SELFTEST_SOURCES), command)
+    program = make(_recipe(AARCH64_SELFTEST, compiles, [compiler, "{}", "-ldl"]))
+    return library, program
 
 
 def build_selftest() -> Path:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ class Recipe:
         include: folders below `root` whose headers are ours.
         more: further files below `root` that the output depends on.
         record: what else it depends on, such as a compiler's version; kept in the note beside it.
+        takes: how long that usually is, in words.
     """
 
     root: Path
@@ -54,6 +56,7 @@ class Recipe:
     include: Sequence[str]
     more: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
+    takes: str = "up to a minute"
 
     def files(self) -> list[Path]:
         """The source files and every file of ours that they include, directly or not; conditions
@@ -120,20 +123,20 @@ def make(recipe: Recipe, say: Callable[[str], None] | None = None) -> Path:
 
     Args:
         recipe: how.
-        say: told before it is made.
+        say: told before and after it is made; None prints on stderr.
 
     Raises:
         InputError: it is not there, and none of its folders can be written.
         UserError: a compiler failed; the message holds its output. What was there before stays.
     """
+    say = say or _print
     digest, note = recipe.digest(), Path(recipe.name).with_suffix(".json").name
 
     def is_made(output: Path) -> bool:
         return output.is_file() and _digest_in(output.with_name(note)) == digest
 
     def work(scratch: Path, output: Path) -> None:
-        if say is not None:
-            say(f"compiling {recipe.name}, which takes a minute or two and is done once")
+        say(f"compiling {recipe.name}, which takes {recipe.takes} and is done once")
         began = time.monotonic()
         library = _compile_and_link(recipe, scratch)
         done = {
@@ -147,6 +150,7 @@ def make(recipe: Recipe, say: Callable[[str], None] | None = None) -> Path:
         output.with_name(note).unlink(missing_ok=True)  # it never tells of another library
         library.replace(output)
         (scratch / note).replace(output.with_name(note))
+        say(f"compiled {recipe.name} in {done['seconds']:.0f} s")
 
     return make_file(recipe.name, recipe.folders, is_made, work, say)
 
@@ -197,6 +201,10 @@ def make_file(
         f"got no folder that can be written ({'; '.join(refused)}), expected one to compile it in",
         "Set XDG_CACHE_HOME to a folder of your own",
     )
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _digest_in(note: Path) -> str | None:

@@ -5,6 +5,7 @@ this CPU, with guarded and poisoned memory.
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 GUARD_BYTES = 256
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+SETS = {"x86_64": ("portable", "avx2", "avx512", "amx"), "aarch64": ("portable", "neon")}
+INSTRUCTION_SETS = SETS.get(platform.machine(), ("portable",))
 # What KernelRunner takes: AMX also with C++ in place of its instructions, where there is AVX-512.
 CPU_KINDS = (*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), "emulated-amx")
 POISON = 0xCB
@@ -54,7 +56,8 @@ def cuda_missing() -> str:
 
 def cpu_tactic(isa: str) -> int:
     """The tactic of the native kernels of an instruction set; see plugins/core/cpu/op.h."""
-    return KERNEL_STEP * (INSTRUCTION_SETS.index(isa) + 1) + 1
+    sets = next(sets for sets in SETS.values() if isa in sets)
+    return KERNEL_STEP * (sets.index(isa) + 1) + 1
 
 
 def cpu_missing(isa: str, emulated: bool = False) -> str:
@@ -185,6 +188,10 @@ class KernelRunner:
 
             torch.cuda.synchronize()
 
+    def launch(self, op: str, shape: GemmShape, memory: Mapping[str, Memory]) -> None:
+        """Call it on such memory."""
+        self.call(op, shape, {name: part.pointer for name, part in memory.items()})
+
     def gemm(
         self,
         op: str,
@@ -209,7 +216,7 @@ class KernelRunner:
         workspace = np.full(self.kernels.workspace_bytes(op, shape), scratch, np.uint8)
         arrays = {"x": x, **tensors, "y": y, "workspace": workspace}
         memory = {name: Memory(array, self.kind == "cuda") for name, array in arrays.items()}
-        self.call(op, shape, {name: part.pointer for name, part in memory.items()})
+        self.launch(op, shape, memory)
         for name, part in memory.items():
             part.fetch()
             output = name in ("y", "workspace")

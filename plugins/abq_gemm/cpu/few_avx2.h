@@ -6,18 +6,6 @@
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-// What the sums of a few tokens are made from.
-struct AbqRows {
-  const uint8_t* words;
-  const float* scale;   // [n, n_groups], wanted soon, and the zero points or minimums too
-  const char* offsets;  // 4 bytes each
-  int64_t n, row_bytes, plane_bytes;  // bytes of a row and of a plane
-  int planes;
-  const int8_t* operands;  // codes [kOperands, operand_bytes]: tokens, and ones for Q
-  int64_t operand_bytes;
-  int64_t n_groups, group_bytes;  // of the codes
-};
-
 ANYBIT_INLINE int32_t added_up(__m256i v) {
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -67,6 +55,21 @@ inline void abq_word_row(const AbqRows& w, int64_t n, int column, Sums* sums) {
           added_up(_mm256_add_epi32(totals[i], _mm256_slli_epi32(eighths[i], 7)));
   }
 }
+
+#if !defined(__AVX512VNNI__)
+// A token's codes as abq_few_rows() wants them.
+inline void abq_few_order(const TokenLayout& layout, const int8_t* codes, int, int8_t* ordered) {
+  std::memcpy(ordered, codes, size_t(layout.row_bytes));
+}
+
+// Sums of up to 32 rows from n on.
+template <int kOperands>
+ANYBIT_INLINE void abq_few_rows(const AbqRows& w, const TokenLayout&, int64_t n, int columns,
+                                Sums* sums) {
+  for (int column = 0; column < columns; ++column)
+    abq_word_row<kOperands>(w, n + column, column, sums);
+}
+#endif
 
 }  // namespace ANYBIT_SET
 }  // namespace anybit::cpu

@@ -18,7 +18,6 @@ constexpr int kAbqMostTotals =
     32;  // vectors of a row, before the next row: memory is read in order
 
 // A token's codes in the order in which the planes' codes come out.
-//
 inline void abq_order(const int8_t* codes, int64_t bytes, int planes, int8_t* ordered) {
   const int fields = planes <= 2 ? 4 : planes <= 4 ? 2 : 1;
   for (int64_t span = 0; span < bytes; span += kAbqSpan) {
@@ -166,7 +165,6 @@ ANYBIT_INLINE void abq_rows_of_groups(const AbqRows& w, int64_t n, Sums* sums, i
   abq_rows<kPlanes, kOperands, 1>(w, n, sums, column);
 }
 
-// Sums of up to 32 rows from n on.
 template <int kOperands>
 inline void abq_lane_rows(const AbqRows& w, int64_t n, int columns, Sums* sums) {
   for (int column = 0; column < columns; column += kAbqRowsTogether) {
@@ -183,6 +181,23 @@ inline void abq_lane_rows(const AbqRows& w, int64_t n, int columns, Sums* sums) 
 // Whether the groups are whole lanes or halves of them.
 ANYBIT_INLINE bool abq_in_lanes(const TokenLayout& layout) {
   return layout.n_groups == 1 || layout.group_bytes % 128 == 0 || layout.group_bytes == 64;
+}
+
+// A token's codes as abq_few_rows() wants them.
+inline void abq_few_order(const TokenLayout& layout, const int8_t* codes, int planes,
+                          int8_t* ordered) {
+  if (abq_in_lanes(layout))
+    return abq_order(codes, layout.row_bytes / kAbqSpan * kAbqSpan, planes, ordered);
+  std::memcpy(ordered, codes, size_t(layout.row_bytes));
+}
+
+// Sums of up to 32 rows from n on.
+template <int kOperands>
+ANYBIT_INLINE void abq_few_rows(const AbqRows& w, const TokenLayout& layout, int64_t n, int columns,
+                                Sums* sums) {
+  if (abq_in_lanes(layout)) return abq_lane_rows<kOperands>(w, n, columns, sums);
+  for (int column = 0; column < columns; ++column)
+    abq_word_row<kOperands>(w, n + column, column, sums);
 }
 
 // to[g][0 .. 16): 32-bit numbers of group g, g = 0 .. 3, and 16 rows.

@@ -5,7 +5,8 @@
 #if defined(__AVX512VNNI__)
 #include "abq_gemm/cpu/planes_avx512.h"
 #endif
-#if defined(__AVX2__) && !defined(ANYBIT_TILES)
+#if (defined(__AVX2__) && !defined(ANYBIT_TILES)) || defined(__ARM_FEATURE_DOTPROD)
+#define ANYBIT_ABQ_FEW
 #include "abq_gemm/cpu/few.h"
 #endif
 
@@ -121,7 +122,7 @@ struct AbqKernel {
   }
 
   static constexpr int kMoreRows = kAbqMoreRows;
-#if defined(__AVX2__) && !defined(ANYBIT_TILES)
+#if defined(ANYBIT_ABQ_FEW)
   static constexpr int kFewTokens = kAbqFewTokens;
   ANYBIT_INLINE bool takes_few(int64_t m) const { return abq_takes_few(*this, m); }
   template <class T>

@@ -6,10 +6,7 @@
 
 namespace anybit::cpu {
 
-ANYBIT_IF_MADE void abq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
-ANYBIT_IF_MADE void abq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
-ANYBIT_IF_MADE void abq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
-ANYBIT_IF_MADE void abq_gemm_amx(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_FOR_SETS(ANYBIT_DECLARE_RUN, abq_gemm)
 
 namespace {
 
@@ -23,11 +20,8 @@ size_t workspace(const GemmShape& s) {
   return abq_slab_bytes(s) + abq_float_memory(one, nullptr, &rows).used;
 }
 
-constexpr Op kOp = {"ABQGemm",
-                    abq_scheme_ok,
-                    abq_has_inputs,
-                    workspace,
-                    {abq_gemm_portable, abq_gemm_avx2, abq_gemm_avx512, abq_gemm_amx}};
+constexpr Op kOp = {
+    "ABQGemm", abq_scheme_ok, abq_has_inputs, workspace, {ANYBIT_FOR_SETS(ANYBIT_LIST, abq_gemm)}};
 const OpRegistration registration(row_of<kOp>());
 
 }  // namespace

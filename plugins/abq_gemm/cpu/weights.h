@@ -22,6 +22,18 @@ struct AbqWeights {
   }
 };
 
+// What the sums of a few tokens are made from.
+struct AbqRows {
+  const uint8_t* words;
+  const float* scale;   // [n, n_groups], wanted soon, and the zero points or minimums too
+  const char* offsets;  // 4 bytes each
+  int64_t n, row_bytes, plane_bytes;  // bytes of a row and of a plane
+  int planes;
+  const int8_t* operands;  // codes [kOperands, operand_bytes]: tokens, and ones for Q
+  int64_t operand_bytes;
+  int64_t n_groups, group_bytes;  // of the codes
+};
+
 constexpr int kAbqGroupsTogether = 4;
 
 // Scales and zero points or minimums of a group and the output channels of a panel.

@@ -14,6 +14,8 @@ constexpr Attend kAttend[kIsaCount] = {
     attend_avx2,
     attend_avx512,
     attend_avx512,  // with AMX as without
+#elif defined(__aarch64__)
+    attend_portable,  // every compiler for it makes NEON of plain C++
 #endif
 };
 

@@ -137,6 +137,54 @@ ANYBIT_INLINE void dot_wide(const uint8_t* panel, int steps, const int8_t* codes
   }
 }
 
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+constexpr int kDotTokens = 3;  // 24 accumulators
+constexpr int kVectors = kPanelRows * kStep / 16;
+
+ANYBIT_INLINE int8x16_t four_codes(const int8_t* codes) {
+  return vreinterpretq_s8_s32(vdupq_n_s32(codes_at(codes)));
+}
+
+// kWide: codes beyond 127, which are made signed by taking 128 away; the sums have it back at the
+// beginning.
+template <int kTokens, bool kWide>
+ANYBIT_INLINE void dot_signed(const uint8_t* panel, int steps, const int8_t* codes,
+                              int64_t next_run, bool fresh, Sums* sums) {
+  int32x4_t totals[kTokens][kVectors];
+  for (int m = 0; m < kTokens; ++m) {
+    int32x4_t back = vdupq_n_s32(0);
+    for (int step = 0; kWide && step < steps; ++step)
+      back = vdotq_s32(
+          back,
+          four_codes(codes + step / kRunSteps * next_run + kRun * m + kStep * (step % kRunSteps)),
+          vdupq_n_s8(1));
+    for (int v = 0; v < kVectors; ++v) {
+      const int32x4_t before = fresh ? vdupq_n_s32(0) : vld1q_s32(sums[m] + 4 * v);
+      totals[m][v] = kWide ? vaddq_s32(before, vshlq_n_s32(back, 7)) : before;
+    }
+  }
+  const auto add_step = [&](const int8_t* at) __attribute__((always_inline)) {
+    int8x16_t four[kTokens];
+    for (int m = 0; m < kTokens; ++m) four[m] = four_codes(at + kRun * m);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const uint8x16_t unsigned_codes = vld1q_u8(panel + 16 * v);
+      const int8x16_t weights =
+          vreinterpretq_s8_u8(kWide ? veorq_u8(unsigned_codes, vdupq_n_u8(128)) : unsigned_codes);
+#pragma GCC unroll 3
+      for (int m = 0; m < kTokens; ++m) totals[m][v] = vdotq_s32(totals[m][v], weights, four[m]);
+    }
+    panel += kPanelRows * kStep;
+  };
+  for (; steps > 0; steps -= kRunSteps, codes += next_run) {
+    for (int step = 0; step < smaller(steps, kRunSteps); ++step) add_step(codes + kStep * step);
+  }
+  for (int m = 0; m < kTokens; ++m) {
+    for (int v = 0; v < kVectors; ++v) vst1q_s32(sums[m] + 4 * v, totals[m][v]);
+  }
+}
+
 #else
 
 constexpr int kDotTokens = 1;
@@ -165,6 +213,9 @@ ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
   if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, next_run, fresh, sums);
   dot_narrow<kTokens>(panel, steps, codes, next_run, fresh, sums, largest);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  if (largest > 127) return dot_signed<kTokens, true>(panel, steps, codes, next_run, fresh, sums);
+  dot_signed<kTokens, false>(panel, steps, codes, next_run, fresh, sums);
 #else
   dot_tokens<kTokens>(panel, steps, codes, next_run, fresh, sums);
 #endif
@@ -273,7 +324,7 @@ inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m
 
 #if defined(__AVX512F__)
 constexpr int kFloatTokens = 12;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int kFloatTokens = 2;
 #else
 constexpr int kFloatTokens = 1;

@@ -12,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #if defined(_MSC_VER)
@@ -190,6 +192,24 @@ ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return _mm256_a
 ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return _mm256_sub_ps(a, b); }
 ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return _mm256_min_ps(a, b); }
 ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return _mm256_max_ps(a, b); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kLanes = 4;
+using FloatVector = float32x4_t;
+ANYBIT_INLINE FloatVector load_vector(const float* v) { return vld1q_f32(v); }
+ANYBIT_INLINE void store_vector(float* to, FloatVector v) { vst1q_f32(to, v); }
+ANYBIT_INLINE FloatVector broadcast(float v) { return vdupq_n_f32(v); }
+ANYBIT_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector sum) {
+  return vfmaq_f32(sum, a, b);
+}
+ANYBIT_INLINE FloatVector sum_of(FloatVector a, FloatVector b) { return vaddq_f32(a, b); }
+ANYBIT_INLINE FloatVector difference(FloatVector a, FloatVector b) { return vsubq_f32(a, b); }
+// b where one of them is NaN
+ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) {
+  return vbslq_f32(vcltq_f32(a, b), a, b);
+}
+ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) {
+  return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
 #else
 constexpr int kLanes = 1;
 using FloatVector = float;

@@ -10,11 +10,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace anybit::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[kIsaCount] = {
+    "portable",
+#if defined(__aarch64__)
+    "neon",
+#else
+    "avx2",
+    "avx512",
+    "amx",
+#endif
+};
 
 std::string names_up_to(Isa best) {
   std::string names = kNames[kPortable];
@@ -22,6 +34,7 @@ std::string names_up_to(Isa best) {
   return names;
 }
 
+#if defined(__x86_64__)
 // Whether this process may use int8 tiles from now on; asked where there is AVX-512.
 bool takes_tiles() {
 #if defined(ANYBIT_EMULATED_TILES)
@@ -46,6 +59,7 @@ bool takes_tiles() {
   return false;
 #endif
 }
+#endif
 
 Isa asked_isa() {
 #if defined(__x86_64__)
@@ -60,6 +74,9 @@ Isa asked_isa() {
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
   if (avx2 && avx512) return takes_tiles() ? kAmx : kAvx512;
   return avx2 ? kAvx2 : kPortable;
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProduct ? kNeon : kPortable;
 #else
   return kPortable;
 #endif

@@ -5,14 +5,18 @@
 
 namespace anybit::cpu {
 
-// From the plainest to the best; each machine runs those up to its own.
+// Of this architecture, from the plainest to the best; each machine runs those up to its own.
 enum Isa : int {
   kPortable,  // plain C++17
-  kAvx2,      // AVX2, FMA, F16C
-  kAvx512,    // AVX-512 F, BW, DQ, VL, VBMI and VNNI, and GFNI
-  kAmx,       // that, and AMX with int8 tiles
+#if defined(__aarch64__)
+  kNeon,  // the dot product of int8 (Armv8.2)
+#else
+  kAvx2,    // AVX2, FMA, F16C
+  kAvx512,  // AVX-512 F, BW, DQ, VL, VBMI and VNNI, and GFNI
+  kAmx,     // that, and AMX with int8 tiles
+#endif
+  kIsaCount,
 };
-constexpr int kIsaCount = kAmx + 1;
 
 const char* name_of(Isa isa);
 

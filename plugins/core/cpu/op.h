@@ -13,6 +13,16 @@ using Run = void (*)(const GemmShape& shape, const GemmBuffers& buffers, const P
 // machine or a test library lacks it.
 #define ANYBIT_IF_MADE __attribute__((weak))
 
+// `use` of a function for each set of this architecture, named by op and set.
+#if defined(__aarch64__)
+#define ANYBIT_FOR_SETS(use, op) use(op##_portable) use(op##_neon)
+#else
+#define ANYBIT_FOR_SETS(use, op) use(op##_portable) use(op##_avx2) use(op##_avx512) use(op##_amx)
+#endif
+#define ANYBIT_DECLARE_RUN(name) \
+  ANYBIT_IF_MADE void name(const GemmShape&, const GemmBuffers&, const Parallel&);
+#define ANYBIT_LIST(name) name,
+
 struct Op {
   const char* name;
   bool (*supported)(const GemmShape& shape);

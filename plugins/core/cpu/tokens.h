@@ -18,6 +18,8 @@ constexpr int kTokensOfTile = kTileRows;
 constexpr int kTokensOfTile = 12;
 #elif defined(__AVX2__)
 constexpr int kTokensOfTile = 2;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kTokensOfTile = 3;
 #else
 constexpr int kTokensOfTile = 1;
 #endif

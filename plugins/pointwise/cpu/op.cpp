@@ -13,6 +13,8 @@ constexpr const Pointwise* kPointwise[kIsaCount] = {
     &pointwise_avx2,
     &pointwise_avx512,
     &pointwise_avx512,  // with AMX as without
+#elif defined(__aarch64__)
+    &pointwise_portable,  // every compiler for it makes NEON of plain C++
 #endif
 };
 

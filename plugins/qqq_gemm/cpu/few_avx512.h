@@ -5,24 +5,27 @@
 // channels: lane kq has input channels 4 kq to 4 kq + 3, element j of it output channels 16 j + i
 // (b = 0) and 16 j + i + 8 (b = 1). A token's 16 codes are therefore spread to 4 equal elements a
 // lane, and the lanes of the sums are added at the end.
-//
-// Eight rows are walked together, 64 bytes of each in turn, and whole rows where one thread may: of
-// one block all the way down, every 512 bytes would be in another page, and of one row at a time the
-// sums would be read and written for every 512 bytes.
 #pragma once
 #include "qqq_gemm/cpu/layout.h"
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kQqqVectors = 8;      // of a block's packed row
-constexpr int kQqqMostBlocks = 64;  // of a task
-constexpr int kQqqMostSums = 128;   // blocks times tokens, 256 bytes each, which stay in the cache
-constexpr int kQqqAhead = 2;  // blocks: the processor finds no streams in 64 bytes here and there
+constexpr int kQqqVectors = 8;  // of a block's packed row
 
 // Sums of a block and a token: [i / 4][b], lane i % 4, element j.
 using QqqSums = __m512i[2][2];
 using QqqTables = __m512i[kQqqVectors][2];
+using QqqFewTables = QqqTables;
+// 16 of a token's, spread.
+using QqqCodes = __m512i;
+
+template <bool kGrouped>
+ANYBIT_INLINE QqqCodes qqq_codes(const int8_t* from) {
+  const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(codes));
+}
 
 // The tables of int8 weights plus 128 by nibble, of one group and a block: bytes 16 j to 16 j + 15 of
 // tables[i][b] are those of output channel 16 j + 8 b + i.
@@ -51,6 +54,12 @@ inline void qqq_tables(const Weights& w, int64_t group, int64_t block, int, QqqT
     tables[c % 8][c / 8] =
         _mm512_permutexvar_epi32(order, _mm512_xor_si512(limited, _mm512_set1_epi8(char(0x80))));
   }
+}
+
+template <class Weights>
+ANYBIT_INLINE void qqq_few_tables(const Weights& w, int64_t group, int64_t block,
+                                  QqqFewTables& tables) {
+  qqq_tables(w, group, block, 0, tables);
 }
 
 // The unsigned weights of 64 bytes of words with b = 0 and with b = 1, in the words' order of output
@@ -173,96 +182,6 @@ ANYBIT_INLINE void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& 
     for (int kq = 0; kq < 4; ++kq)
       _mm512_store_si512(panel + kStep * (kPanelRows * kq + 16 * j), steps[kq]);
   }
-}
-
-template <class Kernel, class T>
-struct QqqFewCall {
-  const Kernel& kernel;
-  const Tokens& tokens;
-  const Destination<T>& to;
-  int64_t first_block, last_block;
-
-  template <int kTokens>
-  ANYBIT_INLINE void operator()() const {
-    if (kernel.weights.group_size) return blocks<kTokens, true>();
-    blocks<kTokens, false>();
-  }
-
-  template <int kTokens, bool kGrouped>
-  inline void blocks() const {
-    constexpr int kFit = kQqqMostSums / kTokens;
-    constexpr int kBlocks = kFit < kQqqMostBlocks ? kFit : kQqqMostBlocks;
-    for (int64_t block = first_block; block < last_block; block += kBlocks)
-      column<kTokens, kGrouped, kBlocks>(block, int(smaller<int64_t>(kBlocks, last_block - block)));
-  }
-
-  // kRows packed rows from row0 on, of `count` blocks. Groups have as many.
-  template <int kTokens, bool kGrouped, int kRows>
-  inline void rows(int64_t row0, int64_t block0, int count, QqqSums* sums) const {
-    const auto& w = kernel.weights;
-    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m512i codes[kRows * kTokens];
-    for (int row = 0; row < kRows; ++row) {
-      for (int m = 0; m < kTokens; ++m) {
-        const int8_t* from = tokens.codes + m * tokens.layout.row_bytes + kQqqRow * (row0 + row);
-        codes[row * kTokens + m] = _mm512_permutexvar_epi32(
-            spread,
-            _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-      }
-    }
-    for (int block = 0; block < count; ++block) {
-      QqqTables tables;
-      if (kGrouped) qqq_tables(w, row0 / kRows, block0 + block, 0, tables);
-      const bool next_rows = block + kQqqAhead >= count;
-      const int64_t ahead =
-          kQqqAhead - (next_rows ? count : 0) + (next_rows ? kRows * w.blocks : 0);
-      qqq_chunk<kTokens, kGrouped, kRows>(w.at(row0, block0 + block), w.blocks * kQqqBlockBytes,
-                                          ahead * kQqqBlockBytes, codes, tables,
-                                          sums + block * kTokens);
-    }
-  }
-
-  // All packed rows of up to kBlocks blocks.
-  template <int kTokens, bool kGrouped, int kBlocks>
-  ANYBIT_INLINE void column(int64_t block0, int count) const {
-    const auto& w = kernel.weights;
-    const int64_t n_rows = tokens.layout.group_bytes / kQqqRow;
-    alignas(64) QqqSums sums[kBlocks * kTokens];
-    std::memset(sums, 0, sizeof(QqqSums) * size_t(count * kTokens));
-    int64_t row = 0;
-    if (!kGrouped || w.group_size == 8 * kQqqRow) {
-      for (; row + 8 <= n_rows; row += 8) rows<kTokens, kGrouped, 8>(row, block0, count, sums);
-    }
-    for (; row + 4 <= n_rows; row += 4) rows<kTokens, kGrouped, 4>(row, block0, count, sums);
-    for (; row < n_rows; ++row) rows<kTokens, false, 1>(row, block0, count, sums);
-    for (int block = 0; block < count; ++block) {
-      alignas(64) Sums halves[kTokens][2];
-      alignas(64) Outputs outputs;
-      for (int m = 0; m < kTokens; ++m) {
-        qqq_collect(sums[block * kTokens + m], halves[m][0]);
-        for (int half = 0; half < 2; ++half) {
-          const int64_t n0 = (block0 + block) * kQqqBlock + half * kPanelRows;
-          if (n0 >= w.n) break;
-          typename Kernel::Terms terms;
-          kernel.read_terms(0, n0, terms);
-          kernel.add_group(terms, 0, tokens, m, 1, &halves[m][half], halves[m][half], &outputs);
-          to.write(&outputs, m, 1, n0);
-        }
-      }
-    }
-  }
-};
-
-template <class Kernel, class T>
-inline void qqq_few(const Kernel& kernel, const SlabMemory& slab, int m, const Destination<T>& to,
-                    const Parallel& parallel) {
-  const int64_t blocks = kernel.weights.blocks;
-  const Shares shares = wide_shares(blocks, kQqqMostBlocks, kernel.weight_bytes, parallel.threads);
-  parallel(size_t(shares.count), [&](size_t task) {
-    const int64_t first = int64_t(task) * shares.blocks_per_task;
-    const int64_t last = smaller(first + shares.blocks_per_task, blocks);
-    with_count<kQqqFewTokens>(m, QqqFewCall<Kernel, T>{kernel, slab.tokens, to, first, last});
-  });
 }
 
 }  // namespace ANYBIT_SET

@@ -5,12 +5,20 @@
 #if defined(__AVX512VNNI__)
 #include "qqq_gemm/cpu/few_avx512.h"
 #endif
+#if (defined(__AVX512VNNI__) && !defined(ANYBIT_TILES)) || defined(__ARM_FEATURE_DOTPROD)
+#define ANYBIT_QQQ_FEW
+#endif
 
 namespace anybit::cpu {
 namespace ANYBIT_SET {
 
-constexpr int kQqqOffset = 8;           // a nibble per channel is code + 8, after one xor
-constexpr int kQqqGroupedOffset = 128;  // of the int8 weights of a group
+// What makes weights unsigned: a nibble per channel is code + 8 after one xor, and of a group's int8
+// weights it is 128. Sets whose products are signed leave them as they are.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr int kQqqOffset = 0, kQqqGroupedOffset = 0;
+#else
+constexpr int kQqqOffset = 8, kQqqGroupedOffset = 128;
+#endif
 
 struct QqqWeights {
   int64_t n, blocks, group_size;
@@ -89,7 +97,13 @@ inline void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& scales,
   }
 }
 #elif !defined(__AVX512VNNI__)
-// Unsigned int8 weights by nibble, of one group and the output channels of a panel.
+// Four nibbles in bytes of their own with the offset.
+ANYBIT_INLINE uint32_t qqq_bytes(uint32_t nibbles) {
+  if (kQqqOffset) return nibbles ^ 0x08080808;
+  return nibbles | (nibbles & 0x08080808) * 0x1e;  // the sign in all upper bits
+}
+
+// Int8 weights with the offset by nibble, of one group and the output channels of a panel.
 using QqqTables = uint8_t[kPanelRows][16];
 
 inline void qqq_tables(const QqqWeights& w, int64_t group, int64_t block, int j0,
@@ -116,8 +130,7 @@ inline void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& tables,
       const int i = 16 * j + lane / 4;  // output channel of the panel with b = 0
       uint8_t *low = step + kStep * i, *high = low + kStep * 8;
       if constexpr (!kGrouped) {
-        const uint32_t biased = word ^ 0x88888888, b0 = biased >> 4 & 0x0f0f0f0f,
-                       b1 = biased & 0x0f0f0f0f;
+        const uint32_t b0 = qqq_bytes(word >> 4 & 0x0f0f0f0f), b1 = qqq_bytes(word & 0x0f0f0f0f);
         std::memcpy(low, &b0, sizeof b0);
         std::memcpy(high, &b1, sizeof b1);
       } else {
@@ -132,6 +145,16 @@ inline void qqq_panel_row(const uint8_t* words, int j0, const QqqTables& tables,
   }
 }
 #endif
+
+}  // namespace ANYBIT_SET
+}  // namespace anybit::cpu
+
+#if defined(ANYBIT_QQQ_FEW)
+#include "qqq_gemm/cpu/few.h"
+#endif
+
+namespace anybit::cpu {
+namespace ANYBIT_SET {
 
 struct QqqKernel {
   TokenLayout layout;
@@ -193,7 +216,7 @@ struct QqqKernel {
   }
 
   static constexpr int kMoreRows = 0;
-#if defined(__AVX512VNNI__) && !defined(ANYBIT_TILES)
+#if defined(ANYBIT_QQQ_FEW)
   static constexpr int kFewTokens = kQqqFewTokens;
   ANYBIT_INLINE bool takes_few(int64_t) const { return true; }
   template <class T>

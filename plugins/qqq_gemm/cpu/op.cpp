@@ -6,10 +6,7 @@
 
 namespace anybit::cpu {
 
-ANYBIT_IF_MADE void qqq_gemm_portable(const GemmShape&, const GemmBuffers&, const Parallel&);
-ANYBIT_IF_MADE void qqq_gemm_avx2(const GemmShape&, const GemmBuffers&, const Parallel&);
-ANYBIT_IF_MADE void qqq_gemm_avx512(const GemmShape&, const GemmBuffers&, const Parallel&);
-ANYBIT_IF_MADE void qqq_gemm_amx(const GemmShape&, const GemmBuffers&, const Parallel&);
+ANYBIT_FOR_SETS(ANYBIT_DECLARE_RUN, qqq_gemm)
 
 namespace {
 
@@ -22,11 +19,8 @@ size_t workspace(const GemmShape& s) {
   return slab_memory(qqq_layout(s), s.m, 0, nullptr).bytes;
 }
 
-constexpr Op kOp = {"QQQGemm",
-                    qqq_scheme_ok,
-                    has_inputs,
-                    workspace,
-                    {qqq_gemm_portable, qqq_gemm_avx2, qqq_gemm_avx512, qqq_gemm_amx}};
+constexpr Op kOp = {
+    "QQQGemm", qqq_scheme_ok, has_inputs, workspace, {ANYBIT_FOR_SETS(ANYBIT_LIST, qqq_gemm)}};
 const OpRegistration registration(row_of<kOp>());
 
 }  // namespace

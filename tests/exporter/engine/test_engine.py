@@ -274,13 +274,17 @@ def test_every_step_is_built(
 def test_input_channels_in_an_order_of_their_own_are_built(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The codes of a GPTQ checkpoint with desc_act: a Gather in front of each node."""
-    source = tiny_llama(dtype="float16", num_hidden_layers=1)
-    model = written.gptq(source, tmp_path / "model", ordered=True).folder
+    """The codes of a GPTQ checkpoint with desc_act: a Gather in front of each node, of experts too; and
+    a MatMul of what it has in floating point.
+    """
+    sizes = FAMILIES["Mixtral"] | {"num_hidden_layers": 1}
+    source = tiny_llama(architecture="Mixtral", dtype="float16", **sizes)
+    options = {"group": 16, "ordered": True, "left_out": ("o_proj",)}
+    model = written.gptq(source, tmp_path / "model", **options).folder
     checkpoint = open_checkpoint(str(model), offline=True)
     folder = export(model, kept_schemes(checkpoint, Keeping(abits=8)), tmp_path)
     record, _ = build(folder)
-    assert record["layers"]["PLUGIN_V3"] == 4 and record["custom_nodes"] == {"ABQGemm": 4}
+    assert record["layers"]["PLUGIN_V3"] == 11 and record["custom_nodes"] == {"ABQGemm": 11}
 
 
 @needs_rtx

@@ -130,6 +130,26 @@ def test_kernels_need_no_bodies(tiny_export: Callable[..., Path], tmp_path: Path
         OnnxSession(folder, 64)
 
 
+def test_whoever_opens_first_is_told_of_the_compiling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nobody compiles again, whether it went well or not."""
+    native._library.cache_clear()
+    made: list[str] = []
+
+    def build(say: Callable[[str], None] | None) -> Path:
+        assert say is not None
+        say("compiling")
+        made.append("library")
+        return tmp_path
+
+    monkeypatch.setattr("plugins.tools.build.build_onnxruntime", build)
+    told: list[str] = []
+    assert native.native_library(told.append) == native.native_library() == tmp_path
+    assert (told, made) == (["compiling"], ["library"])
+    native._library.cache_clear()
+
+
 def test_without_a_compiler_the_bodies_run(
     tiny_export: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,

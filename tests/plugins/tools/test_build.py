@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,12 +42,20 @@ def small_sources(sources: Path) -> Path:
     return sources
 
 
-def test_unchanged_sources_are_not_compiled_again(small_sources: Path) -> None:
+def test_unchanged_sources_are_not_compiled_again(
+    small_sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sources = small_sources
     library = build.build_sim()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        "compiling libanybit_kernels_sim.so, which takes up to a minute and is done once"
+    )
+    assert len(said) == 2 and re.fullmatch(r"compiled libanybit_kernels_sim.so in \d+ s", said[1])
     first = library.stat().st_mtime_ns
     assert library == sources.parent / "build" / "libanybit_kernels_sim.so"
     assert build.build_sim().stat().st_mtime_ns == first
+    assert capsys.readouterr().err == ""
     header = sources / "core" / "host" / "params.h"
     header.write_text(header.read_text() + "// changed\n")
     (left := library.parent / ".build-killed").mkdir()  # with what a killed build had made
@@ -107,9 +116,9 @@ def test_somebody_elses_folder_is_read_and_the_cache_is_written(
         assert done.stdout == f"{own / build.SIM_LIBRARY}\n" and not cache.exists()
         header = small_sources / "core" / "host" / "params.h"
         header.write_text(header.read_text() + "// changed\n")
-        for _ in range(2):
+        for lines in (2, 0):  # about compiling
             done = build_sim_as_anybody(home, XDG_CACHE_HOME=str(cache))
-            assert (done.returncode, done.stderr) == (0, "")
+            assert (done.returncode, len(done.stderr.splitlines())) == (0, lines)
             assert done.stdout == f"{cache / 'anybit-trt' / build.SIM_LIBRARY}\n"
         shutil.rmtree(cache)
         cache.touch()
