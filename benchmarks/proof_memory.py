@@ -107,11 +107,10 @@ def measure(out: Path, tokens: int, free: int) -> dict[str, Any]:
 
     quant = read_quant(out / QUANT, verify=False)
     schemes = {node: quant.scheme_of(node) for node in quant.decoder.nodes}
-    need = memory.memory_needed(quant.decoder, schemes)
     if free:
         memory.usable_memory = lambda: free  # type: ignore[assignment]
-    folded, floats = memory.check_memory(quant.decoder, schemes)
-    estimate = max(need.folded if folded else need.whole, need.floats if floats else 0)
+    calls = memory.call_tokens(tokens, padded=min(tokens, 16))
+    folded, floats, estimate = memory.check_memory(quant.decoder, schemes, calls)
     print(
         f"estimate: {estimate / 1e9:.2f} GB, function bodies {'folded' if folded else 'whole'}, "
         f"{'with' if floats else 'without'} the float model",

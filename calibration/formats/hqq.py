@@ -154,7 +154,12 @@ def _matrix(layer: str, tensors: Tensors) -> _Matrix:
 
 def _number(tensors: Tensors, layer: str, end: str) -> float:
     tensors.shape(layer, end, ())
-    return float(tensors.weights.array(f"{layer}.{end}"))
+    found = float(tensors.weights.array(f"{layer}.{end}"))
+    if not math.isfinite(found):
+        raise InputError(
+            f"{tensors.place(layer)}.{end}", f"got {found}, expected a finite number", _AGAIN
+        )
+    return found
 
 
 def _codes(tensors: Tensors, layer: str, matrix: _Matrix) -> np.ndarray:

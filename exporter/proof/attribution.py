@@ -353,7 +353,8 @@ class _Search:
             open_ranges += [
                 half for part in taken if part[1] - part[0] > 1 for half in _halves(*part)
             ]
-            self._progress.message(self._ahead(open_ranges))
+            if self._last:  # else all of it was known
+                self._progress.message(self._ahead(open_ranges))
 
     def _ahead(self, open_ranges: Sequence[tuple[int, int]]) -> str:
         """How much is left at most."""

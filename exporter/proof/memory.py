@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from calibration.quant.scheme import FLOAT_BITS
 from calibration.quant.sizes import node_weights
@@ -20,14 +20,32 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["Need", "check_memory", "memory_needed"]
+__all__ = ["Fit", "Need", "call_tokens", "check_memory", "memory_needed"]
 
 _BASE = 500_000_000  # Python with torch, transformers and ONNX Runtime
-_TOKENS = 106  # of all calls of a proof that nobody asked more of
 _RECORDS = 2  # what one runner gave at every call beside another's
 _HALF = 2  # bytes per number of a model in fp16
 _FLOAT = 4  # bytes per number of the float model, and of what is not quantized in the reference
 _CODE = 1  # bytes per weight of the reference that multiplies integers
+
+
+def call_tokens(prefill: int = 64, steps: int = 8, padded: int = 16) -> int:
+    """Tokens of all calls of a proof: a prefill, steps behind it, a batch of two and a step on that."""
+    return prefill + steps + 2 * (padded + 1)
+
+
+class Fit(NamedTuple):
+    """How a proof goes about the memory that there is.
+
+    Attributes:
+        folded: whether the function bodies have to be unpacked layer by layer.
+        floats: whether the float model fits.
+        needed: bytes at the peak.
+    """
+
+    folded: bool
+    floats: bool
+    needed: int
 
 
 @dataclass(frozen=True)
@@ -46,9 +64,11 @@ class Need:
 
 
 def memory_needed(
-    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int = _TOKENS
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int | None = None
 ) -> Need:
-    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls."""
+    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls; None: those of
+    a proof that nobody asked more of.
+    """
     shapes, head = decoder.shapes(), decoder.head
     unpacked: Counter[int | None] = Counter()  # by decoder layer, and of the head
     weights, codes = 0, 0
@@ -62,7 +82,7 @@ def memory_needed(
     if head.quantized and head.tied:
         rest += math.prod(shapes[f"{decoder.embedding.name}.weight"])
     reference = codes + _FLOAT * rest
-    base = _BASE + _RECORDS * tokens * _recorded(decoder, schemes)
+    base = _BASE + _RECORDS * (tokens or call_tokens()) * _recorded(decoder, schemes)
     return Need(
         whole=base + max(unpacked.total(), reference),
         folded=base + max(*unpacked.values(), reference),
@@ -87,20 +107,19 @@ def _recorded(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> int:
 
 
 def check_memory(
-    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int = _TOKENS
-) -> tuple[bool, bool]:
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int | None = None
+) -> Fit:
     """Compare what the proof needs with the memory that may be used, before hours of other work.
 
     Returns:
-        Whether the function bodies have to be unpacked layer by layer, and whether the float model
-        fits. Where the system does not tell of its memory (it is not Linux) all fits.
+        How it fits. Where the system does not tell of its memory (it is not Linux) all does.
 
     Raises:
         InputError: not even one layer after the other fits.
     """
     free, need = usable_memory(), memory_needed(decoder, schemes, tokens)
     if free is None:
-        return False, True
+        return Fit(False, True, max(need.whole, need.floats))
     if need.folded > free:
         weights = sum(node_weights(decoder.sites[node].linears) for node in schemes)
         raise InputError(
@@ -109,4 +128,6 @@ def check_memory(
             f"{weights / 1e6:.0f} M weights",
             "Use --until engine here, and validate on a machine with more memory",
         )
-    return need.whole > free, need.floats <= free
+    folded, floats = need.whole > free, need.floats <= free
+    needed = max(need.folded if folded else need.whole, need.floats if floats else 0)
+    return Fit(folded, floats, needed)

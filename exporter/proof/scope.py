@@ -9,6 +9,7 @@ from calibration.out.layout import ONNX, QUANT
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.graph.names import WRITE_INDICES, layer_of, layer_output, new_key
 from exporter.proof.judge import Stack
+from exporter.proof.memory import call_tokens
 from exporter.proof.options import ValidateOptions, max_context
 from exporter.proof.runners import gemm_nodes
 from exporter.run.onnxruntime import load_model
@@ -87,7 +88,7 @@ class Scope:
     @property
     def all_tokens(self) -> int:
         """Tokens of all calls."""
-        return self.tokens + self.steps + 2 * (self.padded + 1)
+        return call_tokens(self.tokens, self.steps, self.padded)
 
     @property
     def schemes(self) -> dict[str, QuantScheme]:

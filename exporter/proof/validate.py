@@ -96,11 +96,12 @@ def validate(
     """
     began, scope = time.monotonic(), Scope(Path(out), options or ValidateOptions())
     proof = Comparison(scope, progress or NullProgress())
-    folded, fits = check_memory(scope.quant.decoder, scope.schemes, scope.all_tokens)
+    fit = check_memory(scope.quant.decoder, scope.schemes, scope.all_tokens)
+    proof.progress.message(f"{REPORT}: about {fit.needed / 1e9:.1f} GB of memory")
     checkpoint = _checkpoint(proof)
-    if checkpoint and not fits:
+    if checkpoint and not fit.floats:
         proof.notes.append(f"{NO_FLOATS}, so what quantizing cost was not measured.")
-    parts = _parts(proof, checkpoint if fits else None)
+    parts = _parts(proof, checkpoint if fit.floats else None)
     weights = compared_tensors(checkpoint, scope.quant, scope.layers) if checkpoint else 0
     steps = len(parts.pieces) + (scope.steps + 3) * parts.runs
     proof.progress.start(REPORT, weights + steps)
@@ -108,7 +109,7 @@ def validate(
     if checkpoint:
         rows = compare_weights(checkpoint, scope.quant, proof.progress, scope.layers)
     with captured_log():
-        _run(proof, parts, folded)
+        _run(proof, parts, fit.folded)
     proof.progress.finish()
     compare_engines(proof)
     stack = scope.stack()

@@ -565,6 +565,12 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         ),
         (
             written.hqq,
+            "nbits",
+            lambda array: np.float32(np.nan),
+            f".nbits: got nan, expected a finite number. {AGAIN}",
+        ),
+        (
+            written.hqq,
             "packing",
             lambda array: array[:4],
             ": got packing 4bit, expected one of 8bit_u8, 4bit_u8, 3bit_32, 2bit_u8, 1bit_u8. "

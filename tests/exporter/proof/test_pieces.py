@@ -25,6 +25,7 @@ from exporter.graph.names import layer_output
 from exporter.proof import engine_levels
 from exporter.proof import validate as proof
 from exporter.proof.engine import Built
+from exporter.proof.memory import Fit
 from exporter.proof.options import ValidateOptions
 from exporter.proof.pieces import OnnxPiece, Piece, PieceSession, pieces, run_pieces
 from exporter.proof.runners import gemm_nodes
@@ -274,7 +275,7 @@ def test_experts_with_a_static_cache_in_pieces(
     shutil.rmtree(out / "onnx")
     (out / "onnx").mkdir()
     export_onnx(read_quant(out / "quant"), out / "onnx", static=True, max_context=32)
-    monkeypatch.setattr(proof, "check_memory", lambda *given: (True, True))
+    monkeypatch.setattr(proof, "check_memory", lambda *given: Fit(True, True, 0))
     result = validate(out, ValidateOptions(tokens=12, steps=1, runners=("native",)))
     assert result.ok, result.first_failure
     assert "native" in {row.level for row in result.rows}

@@ -16,7 +16,7 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.proof import onnx_levels
 from exporter.proof import validate as proof
-from exporter.proof.memory import Need, check_memory, memory_needed
+from exporter.proof.memory import Fit, Need, check_memory, memory_needed
 from exporter.proof.options import ValidateOptions
 from exporter.proof.pieces import FoldedSession
 from exporter.proof.validate import validate
@@ -81,10 +81,10 @@ def test_what_does_not_fit_is_done_otherwise(
     need = memory_needed(decoder, schemes)
     assert need.floats < need.folded < need.whole
     for size, expected in (
-        (need.whole, (False, True)),
-        (need.whole - 1, (True, True)),
-        (need.folded, (True, True)),
-        (None, (False, True)),
+        (need.whole, Fit(False, True, need.whole)),
+        (need.whole - 1, Fit(True, True, need.folded)),
+        (need.folded, Fit(True, True, need.folded)),
+        (None, Fit(False, True, need.whole)),
     ):
         free(monkeypatch, size)
         assert check_memory(decoder, schemes) == expected
@@ -97,8 +97,9 @@ def test_a_float_model_may_be_what_does_not_fit(
     model = tiny_llama(num_hidden_layers=6)
     decoder = open_checkpoint(str(model), offline=True).decoder
     schemes = every(decoder, QQQ)
-    free(monkeypatch, memory_needed(decoder, schemes).floats - 1)
-    assert check_memory(decoder, schemes) == (True, False)
+    need = memory_needed(decoder, schemes)
+    free(monkeypatch, need.floats - 1)
+    assert check_memory(decoder, schemes) == Fit(True, False, need.folded)
 
 
 def test_the_message_is_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_a_folded_proof_judges_all_the_same(
     scheme: dict[str, Any],
 ) -> None:
     out, options = tiny_export(**scheme), replace(FOLDED, model=str(tiny_model_dir))
-    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, False))
+    monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, False, 0))
     result = validate(out, options)
     assert result.ok, result.first_failure
     levels = dict.fromkeys(row.level for row in result.rows)
@@ -149,7 +150,7 @@ def test_a_body_that_differs_is_named(
                 outputs[name] = np.nextafter(outputs[name], np.float16(9))
             return outputs
 
-    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
+    monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, True, 0))
     monkeypatch.setattr(onnx_levels, "OnnxPiece", Wrong)
     assert validate(tiny_export(), FOLDED).first_failure == (
         "got other numbers at model.layers.1.mlp.down_proj (native, prefill: the native CPU kernels "
@@ -162,8 +163,8 @@ def test_without_kernels_bodies_lead_layer_by_layer(
 ) -> None:
     out = tiny_export()
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(onnx_levels, "native_library", lambda: missing)
-    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
+    monkeypatch.setattr(onnx_levels, "native_library", lambda say: missing)
+    monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, True, 0))
     result = validate(out, FOLDED)
     assert result.ok and {row.level for row in result.rows} == {"export"}
     ids = np.arange(12)[None]
