@@ -8,8 +8,12 @@ DEMO   := out/smollm2-135m-w4a8
 KERNEL_SOURCES = find plugins deploy examples tests/deploy -name '*.cuh' -o -name '*.hpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
 # Spinning OpenMP threads slow a shared machine down up to ten times.
 export OMP_WAIT_POLICY := PASSIVE
+# Hundreds of processes in the tests would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+# The library for the CPU compiles while pip unpacks, the simulation while mypy reads.
+MAKEFLAGS += --jobs=2
 
-.PHONY: help demo check test format format-check lint kernels install clean
+.PHONY: help demo check test format format-check lint kernels cpu-library install clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,7 +49,11 @@ lint: install  ## ruff and mypy
 kernels: install
 	$(PY) -m plugins selftest --sim --list > /dev/null
 
-install: $(VENV)/.installed  ## the virtual environment, the libraries for TensorRT and ONNX Runtime, the C++ runtime, and the service
+# It needs a compiler and nothing that pip brings.
+cpu-library:
+	$(PYTHON) -m plugins cpu
+
+install: cpu-library $(VENV)/.installed  ## the virtual environment, the libraries for TensorRT and ONNX Runtime, the C++ runtime, and the service
 	$(PY) -m plugins build
 	$(PY) -m deploy.service
 

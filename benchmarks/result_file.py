@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def processor() -> str:
 def command_on(script: str, out: Path) -> str:
     """What was typed, with the artifact where a reader would have it, and of other paths their ends."""
     rest = [Path(word).name if word.startswith("/") else word for word in sys.argv[2:]]
-    return " ".join(["python", f"benchmarks/{script}", f"out/{out.name}", *rest])
+    return shlex.join(["python", f"benchmarks/{script}", f"out/{out.name}", *rest])
 
 
 def spread(values: list[float], digits: int = 4) -> list[float]:

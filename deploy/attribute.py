@@ -191,8 +191,8 @@ class Attribute(Command):
             type=number(0),
             default=0.0,
             metavar="M",
-            help="begin no walk through the layers that would end later; the first one and the check "
-            "of the lines always run (default 0: no bound)",
+            help="begin no walk through the layers that would leave no time for the check of the lines; the "
+            "first walk and the check always run (default 0: no bound)",
         )
         add(
             "--add-bits",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from exporter.run.model import Model
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["COMMAND", "BenchRequest", "Timed", "bench", "table"]
+__all__ = ["COMMAND", "BenchRequest", "Timed", "bench", "plot", "table"]
 
 _READ = 1 << 28  # bytes whose reading measures the memory's speed, more than caches hold
 _READS = 5
@@ -38,6 +38,7 @@ _BY_ROWS = {
     ("Gather", 0),
     *((op, place) for op in ("RotatedHeads", "RotaryEmbedding") for place in (1, 2)),
 }
+_WIDTH, _LEFT, _ROW = 720, 40, 46  # of the picture, in pixels
 _MANY = 20  # times from which on percentiles say more than the maximum does
 
 
@@ -246,8 +247,55 @@ def table(results: Sequence[Timed], speed: float) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Sequence[Timed]) -> str:
+    """An SVG with a row for each artifact and phase: a dot for every time, on one logarithmic axis, and a
+    line at the median.
+    """
+    import numpy as np
+
+    from exporter.report.chart import escape
+
+    rows = [
+        (f"{Path(timed.out).name}, {phase}", [1e3 * one for one in seconds])
+        for phase in ("prefill", "decode")
+        for timed in results
+        if (seconds := getattr(timed, phase))
+    ]
+    times = [time for _, row in rows for time in row]
+    low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
+    high = max(high, low + 1)
+
+    def x(time: float) -> float:
+        return _LEFT + (_WIDTH - 2 * _LEFT) * (math.log10(time) - low) / (high - low)
+
+    bottom = _ROW * len(rows) + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom + 45}" '
+        'font-family="sans-serif" font-size="12">',
+        "<title>Time of every call</title>",
+        f'<rect width="{_WIDTH}" height="{bottom + 45}" fill="#fff"/>',
+    ]
+    for power in range(low, high + 1):
+        at = x(10.0**power)
+        parts.append(
+            f'<path d="M{at:.1f} 5V{bottom}" stroke="#d5dbe3"/><text x="{at:.1f}" y="{bottom + 17}" '
+            f'text-anchor="middle">{10.0**power:g}</text>'
+        )
+    parts.append(f'<text x="{_WIDTH / 2:.0f}" y="{bottom + 37}" text-anchor="middle">ms</text>')
+    for index, (name, row) in enumerate(rows):
+        top, median = _ROW * index, float(np.median(row))
+        middle = top + _ROW - 12
+        dots = "".join(f'<circle cx="{x(time):.1f}" cy="{middle}" r="3"/>' for time in row)
+        parts.append(
+            f'<text x="{_LEFT}" y="{top + 20}">{escape(name)}: {median:.2f} ms</text>'
+            f'<g fill="#1d5fd1" fill-opacity=".35">{dots}</g>'
+            f'<path d="M{x(median):.1f} {middle - 7}v14" stroke="#c2560c" stroke-width="2"/>'
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
 class Bench(Command):
-    """Prints a table, and writes JSON where it is told to."""
+    """Prints a table, and writes JSON and a picture where it is told to."""
 
     name = "bench"
     takes_packs = True
@@ -277,6 +325,7 @@ class Bench(Command):
             )
         add("--vs", type=Path, metavar="OUT2", help="another artifact, in turns with this one")
         add("--json", type=Path, metavar="FILE", help="write every time, and the summary")
+        add("--plot", type=Path, metavar="FILE", help="write an SVG of every time")
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Time and print."""
@@ -291,8 +340,9 @@ class Bench(Command):
             batch=args.batch,
             rounds=args.rounds,
         )
-        if args.json:
-            check_file("--json", args.json)
+        for option, path in (("--json", args.json), ("--plot", args.plot)):
+            if path is not None:
+                check_file(option, path)
         results = bench(request, say=lambda text: print(text, file=sys.stderr, flush=True))
         peak = peak_rss()
         speed = bandwidth()  # whose memory is none of the models'
@@ -304,6 +354,8 @@ class Bench(Command):
             rows = [asdict(timed) | {"summary": summary(timed, speed)} for timed in results]
             value = {"bandwidth": speed, "peak_rss": peak, "results": rows}
             args.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if args.plot:
+            args.plot.write_text(plot(results), encoding="utf-8")
 
 
 COMMAND = Bench()

@@ -208,7 +208,7 @@ def contexts(outs: Sequence[Path], quants: Sequence[QuantModel]) -> list[int]:
     Raises:
         InputError: they are exports of contexts for which one model has different rotary frequencies.
     """
-    from exporter.proof.validate import max_context
+    from exporter.proof.options import max_context
 
     found = [max_context(out, quant) for out, quant in zip(outs, quants, strict=True)]
     long = [

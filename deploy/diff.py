@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMAND", "SECTIONS", "Difference", "differences", "text"]
 
 _NOTHING = "nothing"
+_LAYER = re.compile(r"\.(\d+)\.")  # in a name
 _IGNORED = ("content",)  # of the request: fingerprints, which its other entries name
 
 
@@ -320,11 +322,38 @@ def text(found: Mapping[str, list[Difference] | None], most: int) -> str:
             continue
         count = f"{len(items)} difference{'s' if len(items) > 1 else ''}"
         lines.append(f"{name}: {count if items else 'same'}")
-        shown = items[:most] if most else items
-        lines += [f"  {item.name}: {_cut(item.first)} | {_cut(item.second)}" for item in shown]
-        if len(items) > len(shown):
-            lines.append(f"  and {len(items) - len(shown)} more")
+        alike = list(_alike(items)) if most else [[item] for item in items]
+        shown = alike[:most] if most else alike
+        lines += [
+            f"  {_label(group)}: {_cut(group[0].first)} | {_cut(group[0].second)}"
+            for group in shown
+        ]
+        if left := sum(map(len, alike[len(shown) :])):
+            lines.append(f"  and {left} more")
     return "\n".join(lines)
+
+
+def _alike(items: Sequence[Difference]) -> Iterable[list[Difference]]:
+    """Differences that are the same in several layers, together; by first use."""
+    found: dict[tuple[str, ...], list[Difference]] = {}
+    for item in items:
+        name = _LAYER.sub(".*.", item.name, 1)
+        found.setdefault((name, item.first, item.second), []).append(item)
+    return found.values()
+
+
+def _label(group: Sequence[Difference]) -> str:
+    """Of one, or of all by the numbers of their layers: a.{0..3,7}.b."""
+    if len(group) == 1:
+        return group[0].name
+    runs: list[list[int]] = []
+    for number in sorted(int(found[1]) for item in group if (found := _LAYER.search(item.name))):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    numbers = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return _LAYER.sub(f".{{{numbers}}}.", group[0].name, 1)
 
 
 def _cut(value: str) -> str:

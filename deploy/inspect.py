@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,6 +270,8 @@ def text(found: Mapping[str, Any], nodes: bool) -> str:
     for name, value in found.items():
         if name == "nodes":
             lines += _node_lines(value, nodes)
+        elif name in _SENTENCES and value is not None:
+            lines.append(f"{name}: {_SENTENCES[name](value)}")
         elif isinstance(value, list) and name in ("run", "inputs", "outputs"):
             lines += [f"{name}:", *(f"  {item}" for item in value)]
         elif isinstance(value, Mapping):
@@ -279,6 +281,43 @@ def text(found: Mapping[str, Any], nodes: bool) -> str:
         else:
             lines.append(f"{name}: {_word(value)}")
     return "\n".join(lines)
+
+
+def _cache_words(cache: Mapping[str, Any]) -> str:
+    kinds = f"{cache['heads']} heads of {cache['head_dim']} in {cache['bits']} bits"
+    return f"{kinds}, {cache['token_bytes']} bytes a token"
+
+
+def _engine_words(engine: Mapping[str, Any]) -> str:
+    gpus, count = engine["compute_capabilities"], engine["max_batch"]
+    made_for = f" for compute capability {', '.join(gpus)}" if gpus else ""
+    return (
+        f"{engine['edition']}{made_for}, {engine['plugin_layers']} plugin layers, at most "
+        f"{count} sequence{'s' * (count != 1)}, {engine['max_tokens']} tokens at once, "
+        f"{engine['max_context']} in all"
+    )
+
+
+def _bytes_words(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+
+
+def _proof_words(proof: Mapping[str, Any]) -> str:
+    words = ["every layer within tolerance" if proof["ok"] else f"failed, {proof['first_failure']}"]
+    if "ppl" in proof:
+        words.append(
+            f"perplexity {proof['ppl']:.2f} on {proof['text']}, the float model's "
+            f"{proof['float_ppl']:.2f}; KL {proof['kl']:.3f} nats, same next token {proof['top1']:.0%}"
+        )
+    return "; ".join([*words, str(proof["page"])])
+
+
+_SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "cache": _cache_words,
+    "engine": _engine_words,
+    "bytes": _bytes_words,
+    "proof": _proof_words,
+}
 
 
 def _word(value: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import DATA_FILE, ENGINE, ENGINE_FILE, MODEL_FILE, ONNX, QUANT
-from deploy.command import Command
+from deploy.command import Command, add_progress
 from deploy.scripts import (
     WHICH,
     cache_arrays,
@@ -32,6 +32,7 @@ from plugins.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from calibration.progress import Progress
     from calibration.quant.folder import QuantModel
 
 __all__ = ["COMMAND", "scripts", "write_case"]
@@ -84,7 +85,7 @@ sys.exit(main())
 Case = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # {phase: (inputs, outputs)}
 
 
-def write_case(out: Path, folder: Path, tokens: int) -> Case:
+def write_case(out: Path, folder: Path, tokens: int, progress: Progress) -> Case:
     """Run a prefill of the default text and a decode step in ONNX Runtime; write their inputs, with a
     script that loads them, and their outputs.
 
@@ -97,7 +98,7 @@ def write_case(out: Path, folder: Path, tokens: int) -> Case:
     from exporter.engine.edition import captured_log
 
     with captured_log():
-        found = _run(out, tokens)
+        found = _run(out, tokens, progress)
     folder.mkdir(parents=True, exist_ok=True)
     for phase, (inputs, outputs) in found.items():
         np.savez(folder / f"{phase}.npz", **inputs)
@@ -110,7 +111,7 @@ def write_case(out: Path, folder: Path, tokens: int) -> Case:
     return found
 
 
-def _run(out: Path, tokens: int) -> Case:
+def _run(out: Path, tokens: int, progress: Progress) -> Case:
     import numpy as np
 
     from calibration.data import default_text, text_tokens
@@ -131,12 +132,15 @@ def _run(out: Path, tokens: int) -> Case:
     vocab = description.sizes["vocab_size"]
     ids = text_tokens(model.tokenizer(), default_text(), vocab, "the default text")[:tokens]
     found: Case = {}
+    progress.start("golden outputs", len(_PHASES))
     with OnnxSession(model.folder.path, description.max_context) as session:
         calls = _recorded(session)
         for phase in _PHASES:
             logits = session.run(np.array([ids], np.int64), last_only=True)
             found[phase] = calls[-1]
             ids = logits[0, -1:].argmax(-1)
+            progress.advance(note=phase)
+    progress.finish()
     return found
 
 
@@ -259,15 +263,15 @@ def _limit(out: Path) -> float | None:
     """
     from calibration.out.folder import open_stage
     from calibration.quant.folder import read_quant
+    from exporter.proof.judge import Stack
     from exporter.proof.runners import gemm_nodes
-    from exporter.proof.validate import decoder_stack
     from exporter.run.onnxruntime import load_model
 
     quant: QuantModel = read_quant(
         open_stage(out, QUANT, "the limits of errors").path, verify=False
     )
     nodes = gemm_nodes(load_model(out / ONNX), quant.decoder)
-    return decoder_stack(quant, nodes).limit("kernel", "logits")
+    return Stack.of(quant, nodes).limit("kernel", "logits")
 
 
 class Polygraphy(Command):
@@ -292,14 +296,20 @@ class Polygraphy(Command):
             metavar="N",
             help="of the prefill (default 64)",
         )
+        add_progress(parser)
 
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Write and say what there is."""
+        from calibration.progress import make_progress
+
         made = scripts(out)
         check_target(args.to, out, "polygraphy", [*(f"{name}.sh" for name in made), *_LEFT])
-        paths = write_scripts(made, args.to)
-        write_case(out, args.to, args.tokens)
-        for path in paths:
+        progress = make_progress(args.progress)
+        try:
+            write_case(out, args.to, args.tokens, progress)
+        finally:
+            progress.close()
+        for path in write_scripts(made, args.to):
             print(path)
 
 

@@ -19,7 +19,8 @@ from plugins.errors import CheckError
 if TYPE_CHECKING:
     from calibration.progress import Progress
     from exporter.proof.judge import LayerReport
-    from exporter.proof.validate import ValidateOptions, ValidationResult
+    from exporter.proof.options import ValidateOptions
+    from exporter.proof.result import ValidationResult
 
 __all__ = ["COMMAND", "prove_artifact", "summary", "table"]
 
@@ -191,7 +192,7 @@ class Prove(Command):
     def run(self, out: Path, args: argparse.Namespace) -> None:
         """Prove and print; a failed check is a CheckError."""
         from calibration.progress import make_progress
-        from exporter.proof.validate import ValidateOptions
+        from exporter.proof.options import ValidateOptions
         from plugins.text import printable
 
         options = ValidateOptions(

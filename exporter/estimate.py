@@ -20,7 +20,6 @@ from plugins.errors import InputError
 if TYPE_CHECKING:
     from calibration.checkpoints.checkpoint import Checkpoint
     from calibration.families.decoder import Block
-    from calibration.methods import Method
     from calibration.quant.bits import SchemeMap
     from calibration.settings import CalibrationSettings
 
@@ -61,10 +60,11 @@ def estimate(
     schemes: SchemeMap,
     settings: CalibrationSettings,
     stages: Collection[str],
-    method: Method,
+    calibrates: bool,
     format_name: str = formats.OURS,
 ) -> Estimate:
-    """Of the stages that are to run; the proof has an estimate of its own.
+    """Of the stages that are to run, with a calibration or without one; the proof has an estimate of
+    its own.
 
     Whatever the depth, quantizing takes the largest tensor in fp32 twice. A calibration takes a block
     in fp32, its quantized self and the codes, fp64 moments of the widest input, and the residual streams
@@ -78,7 +78,7 @@ def estimate(
     spilled, memory = 0, {}
     if QUANT in stages:
         needed = 8 * max(map(prod, decoder.shapes().values()))
-        if method.looks_at_data:
+        if calibrates:
             # Of a mixture of experts some blocks may be dense.
             weights = max(sum(map(prod, _shapes(block))) for block in decoder.blocks)
             widest = max(shape[1] for block in decoder.blocks for shape in _shapes(block))

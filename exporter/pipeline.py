@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoints.tokenizer import check_named
-from calibration.methods import KEPT, PLAIN_METHOD
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
@@ -82,8 +81,8 @@ class Pipeline:
         if text is not None and REPORT in self.wanted:
             seqlen, vocab = window_length(self.request.max_seq), self.checkpoint.decoder.vocab
             text_windows(self.checkpoint.tokenizer(), text, seqlen, vocab, "--eval")
-        keep = request.schemes.base.method == KEPT
-        if note := check_quantized(self.checkpoint, keep, request.requantize):
+        kept = request.schemes.base.kept
+        if note := check_quantized(self.checkpoint, kept, request.requantize):
             progress.message(note)
         check_scheme(self.checkpoint, request.schemes, request.format)
         self.schemes = request.schemes
@@ -140,15 +139,15 @@ class Pipeline:
         from exporter.estimate import check_room, estimate
 
         request, finished = self.request, self.manifest["stages"] if self.request.resume else {}
-        name = self.schemes.base.method
-        method = PLAIN_METHOD if name == KEPT else name  # neither looks at data
+        base, file = self.schemes.base, request.settings.method_file
+        calibrates = not base.kept and find_method(base.method, file).looks_at_data
         skipped = set() if self.edition is not None else {ENGINE}
         asked = estimate(
             self.checkpoint,
             self.schemes,
             request.settings,
             [stage for stage in self.wanted if stage not in skipped and stage not in finished],
-            find_method(method, request.settings.method_file),
+            calibrates,
             request.format,
         )
         if asked.memory:
@@ -159,8 +158,10 @@ class Pipeline:
         from exporter.proof.memory import check_memory
 
         if self.request.until == REPORT:
-            decoder = self.checkpoint.decoder
-            check_memory(decoder, self.schemes.weights(decoder))
+            decoder = self.checkpoint.decoder.with_floats(self.schemes.floats)
+            if self.schemes.head_limit is None:  # else the head may stay in floating point
+                decoder = self.schemes.decoder(decoder)
+            check_memory(decoder, self.schemes.nodes(decoder))
 
     def run(self) -> dict[str, Any]:
         """Run every stage up to request.until; returns the manifest.

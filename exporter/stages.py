@@ -388,8 +388,8 @@ class ReportStage(Stage):
 
     def work(self, folder: Path) -> dict[str, Any]:
         """Validate, score, and write the page."""
+        from exporter.proof.options import ValidateOptions
         from exporter.proof.prove import prove
-        from exporter.proof.validate import ValidateOptions
         from exporter.report.report import write_report
 
         options = ValidateOptions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import socket
@@ -41,6 +42,13 @@ TINY_CONFIG: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+
+
+def pytest_collection_finish() -> None:
+    """Take what imports left out of the garbage collector's hands: a proof collects four times, and
+    each time would look at a million objects of torch and transformers.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +100,9 @@ def tiny_llama(
                 (dtype, shard_size, architecture),
                 changes,
             )
+            if len(cache) == 1:  # transformers is loaded by now
+                gc.collect()
+                gc.freeze()
         return cache[key]
 
     return make

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from deploy import commands as commands_of_deploy
 from tests.tracked import REPOSITORY, may_be_tracked, tracked_files
 
 PAGES = sorted(
@@ -88,7 +89,6 @@ def test_commands_are_ones_we_have(
 ) -> None:
     from calibration.cli import default_out, scheme_from_args
     from calibration.families import aliases
-    from deploy import commands
 
     makefile = (REPOSITORY / "Makefile").read_text()
     made = set()
@@ -101,7 +101,7 @@ def test_commands_are_ones_we_have(
                 assert arguments.model in aliases(), words
                 made.add(default_out(arguments, scheme_from_args(arguments)))
             elif words[2] == "deploy":
-                wanted = commands()[arguments.command].out_help  # else it takes no OUT
+                wanted = commands_of_deploy()[arguments.command].out_help  # else it takes no OUT
                 assert not wanted or arguments.out in made, f"{words}: no command makes this OUT"
                 made |= {getattr(arguments, name, None) for name in ("to", "output")}
         elif Path(words[0]).parent in made:
@@ -215,17 +215,9 @@ def test_named_files_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["exporter"],
-        ["calibration"],
-        ["deploy"],
-        ["deploy", "generate"],
-        ["deploy", "eval"],
-        ["deploy", "trtexec"],
-        ["plugins"],
-        ["plugins", "build"],
-        ["plugins", "sim"],
-        ["plugins", "sass"],
-        ["plugins", "selftest"],
+        *([name] for name in OURS),
+        *(["deploy", name] for name in commands_of_deploy()),
+        *(["plugins", name] for name in ("build", "sim", "sass", "selftest")),
     ],
     ids=" ".join,
 )

@@ -5,9 +5,7 @@ point takes it from a float model to a proven ONNX file.
 from __future__ import annotations
 
 import ast
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +27,7 @@ from calibration.quant.scheme import QuantLinear, QuantScheme
 from calibration.quant.sizes import linear_specs, stored_bits
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import search_grid
+from exporter.__main__ import main
 from exporter.proof.memory import memory_needed
 from plugins import extension_files, library_ops, op_names, op_spec, ranked_ops
 from plugins.core.op_spec import OpSpec, QuantArrays, is_custom
@@ -231,26 +230,18 @@ def test_nothing_outside_its_folder_names_an_op() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "auto"])
 def test_from_a_float_model_to_a_proven_onnx_file(
-    install: Callable[[str], Path], tiny_llama: Callable[..., Path], tmp_path: Path, method: str
+    toy: OpSpec, tiny_llama: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
     """The command chooses the op by the bits and, with auto, its method; every comparison of the
     report is within its limits.
     """
-    site, out = install("toy_package.op:SPEC"), tmp_path / "out"
+    out = tmp_path / "out"
     model = tiny_llama(attention_bias=True)
     line = (
-        f"-m exporter {model} --wbits 3 --abits 8 --group-size 16 --method {method} --engine none "
+        f"{model} --wbits 3 --abits 8 --group-size 16 --method {method} --engine none "
         f"--head-bits 16 --nsamples 4 --seqlen 32 --offline --progress none --out {out}"
     )
-    done = subprocess.run(
-        [sys.executable, *line.split()],
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{site}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(line.split()) == 0
     quant = read_quant(out / "quant")
     assert (quant.scheme.op, quant.scheme.method) == (
         "ToyGemm",

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.real_tensorrt import SEEN
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
@@ -60,6 +62,22 @@ def test_the_gpu_lane_finds_the_commands_of_each_item(
     )
     assert (tmp_path / "commands.sh").read_text(encoding="utf-8") == wanted
     assert (done.returncode == 0) == bool(wanted)
+
+
+def test_the_tensorrt_lane_has_the_versions_that_were_seen(
+    jobs: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its step writes the commands of CONTRIBUTING.md."""
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tmp_path / "CONTRIBUTING.md").write_text(page, encoding="utf-8")
+    script = jobs["tensorrt"]["steps"][-1]["run"]
+    words = ["bash", "-euc", script[: script.index("PATH=")]]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    commands = (tmp_path / "commands.sh").read_text(encoding="utf-8")
+    (versions,) = re.findall(r"^for version in (.+); do$", commands, re.MULTILINE)
+    assert versions.split() == list(SEEN["tensorrt"])
+    (folders,) = re.findall(r"^export ANYBIT_TENSORRT_LEAN=(.+)$", commands, re.MULTILINE)
+    assert folders.split(":") == [f"$PWD/lean/{version}" for version in versions.split()]
 
 
 def test_hooks_run_tools_of_the_virtual_environment() -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,9 @@ _ELSEWHERE = (
     "text_config",
     "transformers_weights",
 )
+
+# Of a config with fields of which a family makes no decoder.
+_NO_DECODER = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 # No model is near these sizes. What a file really holds is compared with its header afterwards,
 # but a config becomes a decoder, and lists of transformers', before its weights are there.
@@ -187,6 +191,12 @@ class Checkpoint:
         info = self.decoder.infos[f"{name}.weight"]
         found = find and find(self._names.stored[info.stored])
         return found and (found.rows(info.rows) if info.whole else found)
+
+    def plain(self, name: str) -> bool:
+        """Whether a linear is stored in floating point, by its name without ".weight"."""
+        find = getattr(self._weights, "plain", None)
+        info = self.decoder.infos[f"{name}.weight"]
+        return find is None or bool(find(self._names.stored[info.stored]))
 
     @property
     def inert(self) -> Collection[str]:
@@ -336,6 +346,12 @@ def _open_gguf(source: Source) -> Checkpoint:
     family = gguf_family(file)
     values = gguf_config(file, family)
     checked(values, _Fields, str(source.path), "Choose a model that is not so large")
+    with suppress(
+        *_NO_DECODER
+    ):  # else transformers fills in what the file leaves to the architecture
+        GgufWeights(
+            file, family.decoder(values)
+        )  # refuses before transformers is read, for seconds
     config = _make_config(str(source.path), values, family)
     return Checkpoint(
         source, family, config, GgufWeights(file, family.decoder(plain_config(config)))
@@ -408,8 +424,7 @@ def _make_config(where: str, raw: dict[str, Any], family: Family) -> Any:
         family.decoder(plain_config(config))
     except UnsupportedError as error:
         objection = str(error)
-    # A field that only this family reads.
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _NO_DECODER as error:  # a field that only this family reads
         objection = (
             f"got fields that no {family.name} decoder has "
             f"({type(error).__name__}: {reason(error)})"

@@ -273,11 +273,12 @@ class Tensors:
             )
         return array
 
-    def scales(self, layer: str, end: str) -> np.ndarray:
-        """A tensor of scales as fp32.
+    def numbers(self, layer: str, end: str, zeros: bool = True) -> np.ndarray:
+        """A tensor of floats as fp32.
 
         Raises:
-            InputError: it is not floating point, or has zeros, NaN or infinities.
+            InputError: it is not floating point, or has NaN or infinities, or zeros where there may
+                be none.
         """
         stored, where = self.weights.array(f"{layer}.{end}"), f"{self.place(layer)}.{end}"
         if stored.dtype.name not in _SCALES:
@@ -286,16 +287,20 @@ class Tensors:
                 f"got dtype {stored.dtype.name}, expected one of {', '.join(_SCALES)}",
                 "The checkpoint is damaged or of another format",
             )
-        scale = np.asarray(stored, np.float32)
-        bad = np.argwhere(~np.isfinite(scale) | (scale == 0))
+        found = np.asarray(stored, np.float32)
+        bad = np.argwhere(~np.isfinite(found) if zeros else ~np.isfinite(found) | (found == 0))
         if len(bad):
             raise InputError(
                 where,
-                f"got the scale {scale[tuple(bad[0])]} at {bad[0].tolist()} and {len(bad)} such in "
-                f"all, expected finite numbers other than 0",
+                f"got {found[tuple(bad[0])]} at {bad[0].tolist()} and {len(bad)} such in all, expected "
+                f"finite numbers{'' if zeros else ' other than 0'}",
                 "The checkpoint is damaged: download it again",
             )
-        return scale
+        return found
+
+    def scales(self, layer: str, end: str) -> np.ndarray:
+        """A tensor of scales as fp32, none of which is 0. Raises as numbers."""
+        return self.numbers(layer, end, zeros=False)
 
     def empty_biases(self) -> set[str]:
         """Names of biases of nothing but zeros, which some tools give to every layer."""
@@ -361,6 +366,10 @@ class StoredWeights:
         """The codes of a weight; None of one that is stored as floats."""
         found = self._stored(name)
         return found if isinstance(found, StoredLinear) else None
+
+    def plain(self, name: str) -> bool:
+        """Whether a weight is stored in floating point."""
+        return self._stored(name) is None
 
     def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """One tensor, or a part of it, in its stored type; of codes fp32."""

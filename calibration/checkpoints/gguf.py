@@ -312,6 +312,10 @@ class GgufWeights:
         where = f"{self._file.path}, tensor {info.gguf}"
         return StoredLinear(where, (rows, columns), form, lambda: self._arrays(name))
 
+    def plain(self, name: str) -> bool:
+        """Whether a weight is stored in floating point."""
+        return self._file.tensors[self._names[name].gguf].type in _FLOATS
+
     def _arrays(self, name: str) -> QuantArrays:
         found = self.codes(name)
         if found.zero is None:

@@ -4,7 +4,7 @@ w = scale * code + minimum, to the bit the fp32 numbers that the package gguf de
 Why to the bit: scales of blocks are fp16 (11 significant bits), scales of a super-block's groups
 are whole numbers of at most 7, and codes have at most 8, so that every product is exact in fp32
 (22 bits in Q5_K, 23 in Q6_K); what is left is one sum, rounded once on either side. Signed codes
-become unsigned ones with a zero point.
+become unsigned ones with a zero point, and floats of 4 bits the codes of fp4.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from calibration.checkpoints.foreign import DOWNLOAD_AGAIN
+from calibration.checkpoints.fp4 import FP4_BITS, FP4_CODES, FP4_ZERO, half_scales
 from calibration.checkpoints.gguf_header import GgufTensor
 from plugins.errors import InputError
 
@@ -43,7 +44,7 @@ class Codes:
     """A tensor's codes and what they stand for.
 
     Attributes:
-        codes: uint8 [N, K], 0 to 2^bits - 1.
+        codes: uint8 [N, K], 0 to 2^bits - 1 at most.
         scale: fp32 [N, K / group]; may be negative or 0.
         zero: see CodesForm; then w = scale * (code - zero).
         minimum: fp32 [N, K / group] or None; then w = scale * code + minimum.
@@ -103,6 +104,8 @@ class _Layout:
         scales: fields of the groups' scales, whole numbers that multiply the block's.
         centre: to be subtracted from these.
         minimums: fields of the groups' minimums, subtracted where a block's own is added.
+        halves: the codes are floats of 4 bits, and each group has a byte from `scale` on that stands
+            for half its scale: fp32 [256].
     """
 
     codes: tuple[_Field, ...]
@@ -115,11 +118,12 @@ class _Layout:
     scales_flip: int = 0
     centre: int = 0
     minimums: tuple[_Field, ...] = ()
+    halves: np.ndarray | None = None
 
     @property
     def bits(self) -> int:
         """Of the codes."""
-        return sum(field.bits for field in self.codes)
+        return sum(field.bits for field in self.codes) if self.halves is None else FP4_BITS
 
 
 def _numbers(fields: tuple[_Field, ...], blocks: np.ndarray) -> np.ndarray:
@@ -147,6 +151,16 @@ def _six_bits(first: int, shift: int) -> tuple[_Field, _Field]:
     near, far = np.arange(first, first + 4), np.arange(12, 16)
     low = _join(_field(near, 0, 4), _field(far, shift, 4))
     return low, _join(_field(near, 4, 2), _field(near, 6, 2))
+
+
+def _half_e4m3() -> np.ndarray:
+    """Half of what gguf takes each byte for: e4m3 without a sign, its NaN as 0."""
+    byte = np.arange(256)
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    whole = np.where(exponent == 0, fraction, 8 + fraction).astype(np.float32)
+    half: np.ndarray = np.ldexp(whole, np.maximum(exponent, 1) - 11)
+    half[0x7F] = 0
+    return half
 
 
 _SIX_BITS = _six_bits(4, 0), _six_bits(8, 4)
@@ -193,6 +207,10 @@ _LAYOUTS = {
         scales_flip=128,
         centre=128,
     ),
+    _Q.MXFP4: _Layout(
+        (_runs(1, 32, 16, 4),), 0, 32, zero=FP4_ZERO, halves=half_scales(np.arange(256))
+    ),
+    _Q.NVFP4: _Layout((_runs(4, 64, 8, 4),), 0, 16, zero=FP4_ZERO, halves=_half_e4m3()),
 }
 
 
@@ -235,7 +253,10 @@ def read_codes(where: str, tensor: GgufTensor) -> Codes:
     block, size = GGML_QUANT_SIZES[tensor.type]
     blocks = tensor.data.reshape(len(tensor.data), -1, size)  # [N, blocks of a row, bytes]
     rows, columns = len(blocks), blocks.shape[1] * block
-    scale = _halves(where, blocks, layout.scale)
+    if layout.halves is not None:
+        scale = layout.halves[blocks[..., layout.scale : layout.scale + block // layout.group]]
+    else:
+        scale = _halves(where, blocks, layout.scale)
     if layout.scales:
         numbers = _numbers(layout.scales, blocks) ^ np.uint8(layout.scales_flip)
         scale = scale * (numbers.astype(np.float32) - np.float32(layout.centre))
@@ -250,7 +271,7 @@ def read_codes(where: str, tensor: GgufTensor) -> Codes:
     for start in range(0, rows, step):
         part = slice(start, start + step)
         found = _numbers(layout.codes, blocks[part]) ^ np.uint8(layout.flip)
-        codes[part] = found.reshape(-1, columns)
+        codes[part] = (found if layout.halves is None else FP4_CODES[found]).reshape(-1, columns)
     return Codes(codes, scale.reshape(rows, -1), form.zero, minimum, form.bits, form.group)
 
 

@@ -27,7 +27,7 @@ _INERT = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$"
 )
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
-_QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".SCB")
+_QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".SCB", ".W_q")
 
 
 @dataclass(frozen=True)

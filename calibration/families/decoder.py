@@ -394,8 +394,15 @@ class Block:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """The GEMM nodes by their names below the prefix, in execution order."""
+        """The GEMM nodes by their names below the prefix, in execution order; those too that stay in
+        floating point.
+        """
         return {site.linears.node: site for branch in self.branches for site in branch.sites}
+
+    @cached_property
+    def quantized(self) -> dict[str, Site]:
+        """Those of them that do not."""
+        return {node: site for node, site in self.sites.items() if not site.linears.floats}
 
     @property
     def linears(self) -> Iterator[Linear]:
@@ -415,9 +422,11 @@ class Block:
 
     @cached_property
     def floats(self) -> tuple[str, ...]:
-        """Names of what stays in floating point: gains of norms, and routers."""
+        """Names of what stays in floating point: gains of norms, routers, and linears that do."""
         routers = (branch.experts.weight for branch in self.branches if branch.experts)
-        return (*(norm.gain for norm in self.norms), *routers)
+        linears = (site.linears for site in self.sites.values() if site.linears.floats)
+        tensors = (info.name for step in linears for info in step.tensors())
+        return (*(norm.gain for norm in self.norms), *routers, *tensors)
 
     @cached_property
     def heads(self) -> Heads:
@@ -458,12 +467,31 @@ class Block:
 
     def reordered(self, nodes: Collection[str]) -> Block:
         """The same block with a Reorder in front of these nodes, by their full names."""
-        steps: list[Step] = []
-        for step in self.steps:
-            if isinstance(step, Linears) and self.name(step.node) in nodes:
-                steps.append(Reorder(f"{step.node}.order", step.in_features))
-            steps.append(step)
-        return replace(self, steps=tuple(steps))
+        return self._changed(
+            nodes, lambda step: (Reorder(f"{step.node}.order", step.in_features), step)
+        )
+
+    def with_floats(self, nodes: Collection[str]) -> Block:
+        """The same block with these nodes in floating point, by their full names."""
+        return self._changed(nodes, lambda step: (replace(step, floats=True),))
+
+    def _changed(
+        self, nodes: Collection[str], change: Callable[[Linears], tuple[Step, ...]]
+    ) -> Block:
+        """The same block with other steps in the place of these nodes, those of experts too."""
+
+        def steps(old: Iterable[Step]) -> tuple[Any, ...]:
+            found: list[Step] = []
+            for step in old:
+                if isinstance(step, Experts):
+                    found.append(replace(step, members=tuple(map(steps, step.members))))
+                elif isinstance(step, Linears) and self.name(step.node) in nodes:
+                    found += change(step)
+                else:
+                    found.append(step)
+            return tuple(found)
+
+        return replace(self, steps=steps(self.steps))
 
     def name(self, name: str) -> str:
         """The full name of a tensor or node."""
@@ -561,6 +589,21 @@ class Decoder:
         """The same decoder with a head that is a GEMM node; the embedding keeps its own table."""
         return replace(self, head=replace(self.head, tied=False, quantized=True))
 
+    def with_floats(self, nodes: Collection[str]) -> Decoder:
+        """The same decoder with these GEMM nodes in floating point, by their full names."""
+        blocks = tuple(block.with_floats(nodes) for block in self.blocks)
+        return replace(self, blocks=blocks) if nodes else self
+
+    @cached_property
+    def floats(self) -> tuple[str, ...]:
+        """The linears that stay in floating point, by their full names."""
+        return tuple(
+            self.full_name(node, name)
+            for node, site in self.products.items()
+            if site.linears.floats
+            for name in site.linears.names
+        )
+
     def reordered(self, nodes: Collection[str]) -> Decoder:
         """The same decoder with input channels of these GEMM nodes in orders of their own."""
         blocks = tuple(block.reordered(nodes) for block in self.blocks)
@@ -589,6 +632,11 @@ class Decoder:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """Every GEMM node by its full name, in execution order."""
+        return {name: site for name, site in self.products.items() if not site.linears.floats}
+
+    @cached_property
+    def products(self) -> dict[str, Site]:
+        """The GEMM nodes, and between them those that stay in floating point."""
         found = {
             block.name(node): site for block in self.blocks for node, site in block.sites.items()
         }
@@ -613,6 +661,7 @@ class Decoder:
             for branch in block.branches
             if branch.experts
             for site in branch.sites
+            if not site.linears.floats
         )
 
     @cached_property
@@ -623,12 +672,13 @@ class Decoder:
             for block in self.blocks
             for branch in block.branches
             for site in branch.chains[0]
+            if not site.linears.floats
         }
         return frozenset(found | ({self.head.name} if self.head.quantized else set()))
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """Every linear by its full name, routers aside."""
+        """Every linear of a GEMM node by its full name."""
         return {
             member: linear
             for node, site in self.sites.items()
@@ -655,7 +705,7 @@ class Decoder:
         """The full name of a tensor, norm or linear that the declaration of a GEMM node's layer
         names.
         """
-        return node.removesuffix(self.sites[node].linears.node) + name
+        return node.removesuffix(self.products[node].linears.node) + name
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of a checkpoint, in execution order."""

@@ -187,12 +187,15 @@ class Linears:
         members: stacked in this order along the output.
         fused: checkpoints hold them so, in tensors of the node's name.
         gguf: the fused tensors' name below "blk.{i}." in GGUF files.
+        floats: they stay in floating point, and are no GEMM node but a MatMul each. No family has
+            it: a checkpoint that is quantized already may have left some out.
     """
 
     node: str
     members: tuple[Linear, ...]
     fused: bool = False
     gguf: str = ""
+    floats: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -353,7 +356,7 @@ class Experts:
     """
 
     router: Linear
-    members: tuple[tuple[Linears, Gate, Linears], ...]
+    members: tuple[tuple[Linears | Reorder | Gate, ...], ...]
     top: int
     normalized: bool = True
 

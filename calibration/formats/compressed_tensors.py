@@ -4,7 +4,8 @@ transformers and others open, and reads such folders.
 The layout is that of the Python package compressed-tensors (0.15 to 0.20 read the same from it):
 weights with integer activations are "int-quantized" (one int8 per weight), weights alone
 "pack-quantized" (low bits first in int32 words). Only widths that divide 32 are written: the
-package has changed how it packs the others.
+package has changed how it packs the others. Floats of 4 bits ("mxfp4-pack-quantized" and
+"nvfp4-pack-quantized"), two to a byte with the low bits first, are read alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from calibration.checkpoints.codes import (
     sorted_by_group,
     unpack_words,
 )
+from calibration.checkpoints.fp4 import FP4_BITS, FP4_CODES, FP4_ZERO, half_scales
 from calibration.checkpoints.safetensors import SafetensorsWriter, TensorSpec, read_header
 from calibration.out.files import write_json
 from calibration.out.json_file import checked
@@ -138,8 +140,8 @@ def _check_rope(
 # ---------------------------------------------------------------- config.json
 
 
-def _quantization_config(head: str, linears: Iterable[QuantLinear]) -> dict[str, Any]:
-    """One group for each scheme, with the layers that have it; `head` stays as it is."""
+def _quantization_config(floats: Iterable[str], linears: Iterable[QuantLinear]) -> dict[str, Any]:
+    """One group for each scheme, with the layers that have it; `floats` stay as they are."""
     members: dict[QuantScheme, list[str]] = {}
     for linear in linears:
         members.setdefault(linear.scheme, []).append(linear.name)
@@ -153,7 +155,7 @@ def _quantization_config(head: str, linears: Iterable[QuantLinear]) -> dict[str,
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
-        "ignore": [head],
+        "ignore": [*floats],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -361,7 +363,9 @@ def write(quant: QuantModel, folder: Path) -> None:
         | {
             "architectures": [quant.family.architecture],
             "dtype": quant.scheme.dtype,
-            "quantization_config": _quantization_config(quant.decoder.head.name, linears.values()),
+            "quantization_config": _quantization_config(
+                (quant.decoder.head.name, *quant.decoder.floats), linears.values()
+            ),
         },
     )
     if generation := _generation(quant):
@@ -378,7 +382,16 @@ _PACKED_BITS = (2, 4, 8)
 _STRATEGIES = ("tensor", "channel", "group")
 _IN_GROUPS = (True, "group", "dynamic")  # values of actorder with channels of a group anywhere
 _DENSE = "dense"  # no zeros are left out
-_ENDS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+_MXFP4, _NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+_FP4_GROUPS = {_MXFP4: 32, _NVFP4: 16}
+_NO_NUMBER = 255  # of e8m0
+_OF_CODES = ("weight_scale", "weight_zero_point", "weight_g_idx")
+_ENDS = {  # a layer's tensors; of activations there is nothing to be taken over
+    _PACKED: ("weight_packed", "weight_shape", *_OF_CODES),
+    _INT: ("weight", *_OF_CODES),
+    _MXFP4: ("weight_packed", "weight_scale", "input_global_scale"),
+    _NVFP4: ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -422,15 +435,19 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
     where = f"{tensors.where}, quantization_config"
     settings = checked(dict(config), _Config, where, "Correct the config")
     _check_whole(config, where)
-    linears, used = {}, set()
+    linears, used, warnings = {}, set(), dict[str, None]()
     for layer in tensors.layers("weight_scale"):
         name, group = _group_of(layer, settings, where)
         place, form = f"{where}, {name}", group.format or settings.format
-        _check_group(group, form, place)
-        linears[layer] = _stored(layer, group, form == _PACKED, tensors)
-        ends = _ENDS if form == _PACKED else ("weight", *_ENDS)
-        used |= {f"{layer}.{end}" for end in ends}
-    return Stored(linears, used)
+        if form in _FP4_GROUPS:
+            _check_fp4(group, form, place)
+            linears[layer] = _stored_fp4(layer, form, tensors)
+            warnings |= dict.fromkeys(_left_in_floats(group))
+        else:
+            _check_group(group, form, place)
+            linears[layer] = _stored(layer, group, form == _PACKED, tensors)
+        used |= {f"{layer}.{end}" for end in _ENDS[form]}
+    return Stored(linears, used, warnings=[*warnings])
 
 
 def _check_whole(config: Mapping[str, Any], where: str) -> None:
@@ -481,7 +498,7 @@ def _check_group(group: _Group, form: str, where: str) -> None:
     weights, activations = group.weights, group.input_activations
     bits = _PACKED_BITS if form == _PACKED else range(2, 9)
     problems = {
-        f"format {shown(form)}, expected {_PACKED} or {_INT}": form in (_PACKED, _INT),
+        f"format {shown(form)}, expected one of {', '.join(_ENDS)}": form in _ENDS,
         f"weights of type {shown(weights.type)}, expected int": weights.type == "int",
         f"weights of {weights.num_bits} bits, expected {', '.join(map(str, bits))}": weights.num_bits
         in bits,
@@ -501,9 +518,86 @@ def _check_group(group: _Group, form: str, where: str) -> None:
         problems["activations that are not rounded per token (dynamic), expected such"] = (
             activations.dynamic is True and activations.strategy == "token"
         )
+    _refuse(problems, where)
+
+
+def _check_fp4(group: _Group, form: str, where: str) -> None:
+    weights, size = group.weights, _FP4_GROUPS[form]
+    _refuse(
+        {
+            f"weights of type {shown(weights.type)}, expected float": weights.type == "float",
+            f"weights of {weights.num_bits} bits, expected 4": weights.num_bits == 4,
+            f"group_size {weights.group_size}, expected {size}": weights.group_size == size,
+            "weights with zero points (symmetric false), expected none": weights.symmetric,
+            "output_activations, expected none": not group.output_activations,
+        },
+        where,
+    )
+
+
+def _left_in_floats(group: _Group) -> Iterator[str]:
+    """What is said of activations that the checkpoint was made to round to floats."""
+    if (seen := group.input_activations) is not None:
+        yield (
+            f"The checkpoint was made for activations of {seen.num_bits}-bit {seen.type} numbers, "
+            "which no op here has: --abits says how they are rounded."
+        )
+
+
+def _refuse(problems: Mapping[str, bool], where: str) -> None:
+    """Raise InputError for the first of them that is not fine."""
     for problem, fine in problems.items():
         if not fine:
             raise InputError(where, f"got {problem}", FLOAT_MODEL)
+
+
+def _stored_fp4(layer: str, form: str, tensors: Tensors) -> StoredLinear:
+    rows, bytes_of_row = tensors.shape(layer, "weight_packed", (None, None))
+    columns, size = 2 * bytes_of_row, _FP4_GROUPS[form]
+    tensors.shape(layer, "weight_scale", (rows, -(-columns // size)))
+    if form == _NVFP4:
+        tensors.shape(layer, "weight_global_scale", (1,))
+    smaller = gcd(size, columns)  # of a last group that is cut short
+    said = Form(code_set(FP4_BITS, False), 0 if smaller == columns else smaller)
+    arrays = partial(_fp4_arrays, tensors, layer, form, (size, smaller, columns))
+    return StoredLinear(tensors.place(layer), (rows, columns), said, arrays)
+
+
+def _fp4_arrays(
+    tensors: Tensors, layer: str, form: str, groups: tuple[int, int, int]
+) -> QuantArrays:
+    packed = tensors.integers(layer, "weight_packed", "uint8")
+    codes = np.empty((len(packed), groups[2]), np.uint8)
+    codes[:, ::2], codes[:, 1::2] = FP4_CODES[packed & 15], FP4_CODES[packed >> 4]
+    half = (_mxfp4_halves if form == _MXFP4 else _nvfp4_halves)(tensors, layer)
+    scale = np.ascontiguousarray(regrouped(half, *groups))
+    return QuantArrays(codes, scale, np.full(scale.shape, FP4_ZERO, np.int32))
+
+
+def _mxfp4_halves(tensors: Tensors, layer: str) -> np.ndarray:
+    """Half of each group's scale, a power of two."""
+    exponents = tensors.integers(layer, "weight_scale", "uint8")
+    if (exponents == _NO_NUMBER).any():
+        raise InputError(
+            f"{tensors.place(layer)}.weight_scale",
+            f"got the exponent {_NO_NUMBER}, which stands for no number, expected 0 to 254",
+            "The checkpoint is damaged: download it again",
+        )
+    return half_scales(exponents)
+
+
+def _nvfp4_halves(tensors: Tensors, layer: str) -> np.ndarray:
+    """Half of each group's scale, an fp8 number over the fp32 one of the tensor."""
+    scale = tensors.integers(layer, "weight_scale", "float8_e4m3fn").astype(np.float32)
+    if np.isnan(scale).any():
+        raise InputError(
+            f"{tensors.place(layer)}.weight_scale",
+            "got the scale nan, expected numbers",
+            "The checkpoint is damaged: download it again",
+        )
+    scale /= tensors.scales(layer, "weight_global_scale")
+    scale /= np.float32(2)
+    return scale
 
 
 def _stored(layer: str, group: _Group, packed: bool, tensors: Tensors) -> StoredLinear:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from calibration.quant.scheme import KEPT
 from calibration.settings import CalibrationSettings, MethodSettings
 from plugins.errors import InputError
 
@@ -36,10 +37,9 @@ if TYPE_CHECKING:
 
     Quantize = Callable[[np.ndarray, np.ndarray | None, QuantScheme], QuantArrays]
 
-__all__ = ["KEPT", "PLAIN_METHOD", "Declaration", "Method", "find_method", "method_names"]
+__all__ = ["PLAIN_METHOD", "Declaration", "Method", "find_method", "method_names"]
 
 PLAIN_METHOD = "rtn"  # keeps the weights what they are, for every op
-KEPT = "kept"  # in a method's place: the checkpoint's own codes
 _SUFFIX = ".py"
 
 

@@ -105,6 +105,7 @@ class SchemeMap:
             it is quantized whatever it costs.
         own: (node, scheme) of nodes whose codes are there already; before all rules.
         own_head: the same of the head, in the place of head_bits.
+        floats: nodes that stay in floating point.
     """
 
     base: QuantScheme
@@ -113,6 +114,7 @@ class SchemeMap:
     head_limit: float | None = None
     own: tuple[tuple[str, QuantScheme], ...] = ()
     own_head: QuantScheme | None = None
+    floats: tuple[str, ...] = ()
 
     @property
     def head(self) -> QuantScheme | None:
@@ -125,6 +127,7 @@ class SchemeMap:
 
     def decoder(self, decoder: Decoder) -> Decoder:
         """A float decoder as it is to become, its head quantized even where a limit may forbid it."""
+        decoder = decoder.with_floats(self.floats)
         return decoder if self.head is None else decoder.with_quantized_head()
 
     def of(self, name: str, decoder: Decoder) -> QuantScheme:
@@ -224,12 +227,13 @@ class SchemeMap:
         limit = {} if self.head_limit is None else {"head_limit": self.head_limit}
         own = {"own": {name: one.as_dict() for name, one in self.own}} if self.own else {}
         own_head = {} if self.own_head is None else {"own_head": self.own_head.as_dict()}
-        return self.base.as_dict() | rules | head | limit | own | own_head
+        floats = {"floats": list(self.floats)} if self.floats else {}
+        return self.base.as_dict() | rules | head | limit | own | own_head | floats
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchemeMap:
         """Inverse of as_dict."""
-        extra = {"rules", "head_bits", "head_limit", "own", "own_head"}
+        extra = {"rules", "head_bits", "head_limit", "own", "own_head", "floats"}
         base = QuantScheme(**{key: value for key, value in values.items() if key not in extra})
         head = values.get("own_head")
         return cls(
@@ -239,6 +243,7 @@ class SchemeMap:
             values.get("head_limit"),
             tuple((node, QuantScheme(**own)) for node, own in values.get("own", {}).items()),
             None if head is None else QuantScheme(**head),
+            tuple(values.get("floats", [])),
         )
 
     def as_text(self) -> str:

@@ -107,6 +107,7 @@ class _Meta(TypedDict):
     scheme: Any
     layers: NotRequired[dict[str, Any]]  # absent where all nodes have one scheme
     head: NotRequired[Any]  # absent where the head is a float table
+    floats: NotRequired[list[str]]  # nodes that stay in floating point
     reordered: NotRequired[list[str]]  # nodes whose input channels have an order of their own
     files: dict[FileName, Sha256]
     sizes: _Sizes
@@ -143,7 +144,16 @@ class QuantModel:
         self._entries = {
             name: (shard, entry) for shard in shards for name, entry in read_header(shard).items()
         }
+        floats = meta.get("floats", [])
         self.decoder = self._decoder()
+        self._known_nodes(dict.fromkeys(floats), "floats")
+        self.decoder = self.decoder.with_floats(floats)
+        if not self.decoder.nodes:
+            raise InputError(
+                f"{path / QUANT_JSON}, floats",
+                "got every GEMM node, expected some with codes",
+                _AGAIN,
+            )
         self.scheme = _scheme(f"{path / QUANT_JSON}, scheme", meta["scheme"])
         self.exceptions = {
             node: self._exception(f"layers, {node}", fields)
@@ -330,7 +340,8 @@ class QuantModel:
         """The fused linears of a decoder layer in execution order, named as its GEMM nodes."""
         block = self.decoder.blocks[layer]
         return [
-            self.fused(self.decoder.members(node), node) for node in map(block.name, block.sites)
+            self.fused(self.decoder.members(node), node)
+            for node in map(block.name, block.quantized)
         ]
 
     @property

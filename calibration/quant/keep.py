@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.checkpoints.codes import GGUF, Form, StoredLinear, affine_weights, regrouped
-from calibration.methods import KEPT, PLAIN_METHOD
+from calibration.methods import PLAIN_METHOD
 from calibration.quant.bits import SchemeMap, head_scheme
-from calibration.quant.scheme import FLOAT_BITS, QuantScheme
+from calibration.quant.scheme import FLOAT_BITS, KEPT, QuantScheme
 from plugins import op_spec, ranked_ops
 from plugins.core.op_spec import OpSpec, QuantArrays
 from plugins.errors import InputError
@@ -92,13 +92,16 @@ def check_quantized(checkpoint: Checkpoint, keep: bool, requantize: bool) -> str
 
 
 def _all_coded(checkpoint: Checkpoint) -> bool:
+    """Whether every GEMM node has codes, or was left in floating point."""
     with suppress(InputError):  # a type that no op says
-        return all(map(checkpoint.coded, checkpoint.decoder.linears))
+        parts = [_parts(checkpoint, node) for node in checkpoint.decoder.nodes]
+        return any(parts)
     return False
 
 
 def kept_schemes(checkpoint: Checkpoint, keeping: Keeping) -> SchemeMap:
-    """The scheme of every GEMM node; the base is that of most weights.
+    """The scheme of every GEMM node; the base is that of most weights. Nodes that the checkpoint has
+    in floating point stay so.
 
     Raises:
         InputError: a linear without codes, or codes that no op says.
@@ -106,26 +109,55 @@ def kept_schemes(checkpoint: Checkpoint, keeping: Keeping) -> SchemeMap:
     decoder = checkpoint.decoder
     schemes: dict[str, QuantScheme] = {}
     weights: dict[QuantScheme, int] = {}
+    floats: list[str] = []
     for node, site in decoder.sites.items():
-        parts = [_coded(checkpoint, member) for member in decoder.members(node)]
+        parts = _parts(checkpoint, node)
+        if not parts:
+            floats.append(node)
+            continue
         schemes[node] = scheme = _scheme(node, _common(node, parts), keeping)
         size = site.linears.out_features * site.linears.in_features
         weights[scheme] = weights.get(scheme, 0) + size
+    if not schemes:
+        raise _no_codes(checkpoint, decoder.members(floats[0])[0])
     kept_orders(checkpoint)  # that are none are refused before any work
     base = max(weights, key=lambda scheme: weights[scheme])
     own = tuple((node, scheme) for node, scheme in schemes.items() if scheme != base)
-    return SchemeMap(base, own=own, own_head=_head(checkpoint, base, keeping))
+    own_head = _head(checkpoint, base, keeping)
+    return SchemeMap(base, own=own, own_head=own_head, floats=tuple(floats))
+
+
+def _parts(checkpoint: Checkpoint, node: str) -> list[StoredLinear]:
+    """The codes of a GEMM node's linears; none where all of them are in floating point.
+
+    Raises:
+        InputError: only some of them are, or one has other numbers than codes.
+    """
+    members = checkpoint.decoder.members(node)
+    plain = [member for member in members if checkpoint.plain(member)]
+    if plain and len(plain) < len(members):
+        raise InputError(
+            f"{checkpoint.source.path}, {node}",
+            f"got codes beside linears in floating point ({some(plain)}), expected either, because "
+            "these linears are one GEMM node",
+            _REQUANTIZE,
+        )
+    return [] if plain else [_coded(checkpoint, member) for member in members]
 
 
 def _coded(checkpoint: Checkpoint, linear: str) -> StoredLinear:
     found = checkpoint.coded(linear)
     if found is None:
-        raise InputError(
-            f"{checkpoint.source.path}, {linear}",
-            "got weights without codes that an op takes, expected such for --keep",
-            _REQUANTIZE,
-        )
+        raise _no_codes(checkpoint, linear)
     return found
+
+
+def _no_codes(checkpoint: Checkpoint, linear: str) -> InputError:
+    return InputError(
+        f"{checkpoint.source.path}, {linear}",
+        "got weights without codes that an op takes, expected such for --keep",
+        _REQUANTIZE,
+    )
 
 
 def _common(node: str, parts: Sequence[StoredLinear]) -> Form:
@@ -238,25 +270,18 @@ def kept_orders(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     nodes whose codes have an order of their own.
 
     Raises:
-        InputError: the linears of a node have different ones, or an expert has one.
+        InputError: the linears of a node have different ones.
     """
     decoder, found = checkpoint.decoder, {}
     for node in decoder.nodes:
-        parts = [_coded(checkpoint, member) for member in decoder.members(node)]
-        orders = [part.order for part in parts]
+        parts = _parts(checkpoint, node)
+        orders = [part.order for part in parts] or [None]
         first = orders[0]
         if any(not _same_order(order, first) for order in orders):
             raise InputError(
                 f"{parts[0].where}, {node}",
                 "got linears with their input channels in different orders, expected one, because "
                 "these linears are one GEMM node",
-                _REQUANTIZE,
-            )
-        if first is not None and node in decoder.routed:
-            raise InputError(
-                f"{parts[0].where}, {node}",
-                "got codes whose input channels have an order of their own (desc_act), expected them "
-                "in order in an expert",
                 _REQUANTIZE,
             )
         if first is not None:

@@ -131,7 +131,8 @@ def quant_bytes(
     """Upper estimate of what quantize_model writes, to check the free space first."""
     # A method may untie the head. Its finished blocks lie on the disk while the folder is written;
     # so may another format.
-    items = _plan(checkpoint, as_map(schemes), checkpoint.decoder.untied())
+    schemes = as_map(schemes)
+    items = _plan(checkpoint, schemes, checkpoint.decoder.with_floats(schemes.floats).untied())
     total = sum(spec.nbytes for item in items for spec in item.specs)
     copies = 2 if format_name == formats.OURS else 3
     return copies * total + total // 50 + (1 << 24)  # headers and tokenizer
@@ -227,6 +228,7 @@ def _meta(
         head = {"head": schemes.head.as_dict()}
     reordered = list(quantised.decoder.orders)
     ordered = {"reordered": reordered} if reordered else {}
+    floats = {"floats": list(schemes.floats)} if schemes.floats else {}
     return {
         "format": FORMAT,
         "family": checkpoint.family.name,
@@ -241,6 +243,7 @@ def _meta(
         **layers,
         **head,
         **ordered,
+        **floats,
         "files": files,
         "sizes": _sizes(items),
         "calibration": quantised.facts,

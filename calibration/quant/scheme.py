@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_BITS",
+    "KEPT",
     "LARGEST_FLOAT16",
     "Bits",
     "QuantLinear",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 LARGEST_FLOAT16 = 65504.0  # activations of real models may be larger
+KEPT = "kept"  # in a method's place: the checkpoint's own codes, which none made
 FLOAT_BITS = 16  # activation or cache bits that mean: left in floating point
 
 
@@ -73,7 +75,7 @@ class QuantScheme:
 
     Attributes:
         op: name of the custom op, which decides layout and arithmetic.
-        method: who made the codes ("rtn", ...), its true name.
+        method: who made the codes ("rtn", ...), its true name; or KEPT.
         wbits, abits: nominal bits; abits 16 is weight-only.
         balanced: the 5-level W2* or 3-level W1* code set.
         group_size: 0 is per output channel.
@@ -95,6 +97,11 @@ class QuantScheme:
     dtype: Dtype = "float16"
     kv_bits: int = FLOAT_BITS
     has_minimum: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether the codes are those that the checkpoint has."""
+        return self.method == KEPT
 
     @property
     def levels(self) -> int:

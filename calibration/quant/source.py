@@ -12,7 +12,7 @@ import numpy as np
 
 from calibration import formats
 from calibration.data import calibration_windows, load_text, text_tokens
-from calibration.methods import KEPT, PLAIN_METHOD, Method, find_method
+from calibration.methods import PLAIN_METHOD, Method, find_method
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     code_digest,
@@ -26,6 +26,7 @@ from calibration.quant.scheme import FLOAT_BITS
 from calibration.quant.sizes import linear_specs
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
+from plugins.text import some
 
 if TYPE_CHECKING:
     from calibration.blocks.driver import Calibrated, Calibration
@@ -112,7 +113,7 @@ class _KeptSource(_PlainSource):
         self.facts = {"kept": checkpoint.format}
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
-        if scheme.method != KEPT:
+        if not scheme.kept:
             return super().linear(name, scheme)
         head = self._checkpoint.decoder.head.name
         table = self._checkpoint.decoder.head_table() if name == head else name
@@ -228,8 +229,13 @@ def open_source(
             not fit.
     """
     settings = options.settings
-    if schemes.base.method == KEPT:
+    if schemes.base.kept:
         decoder = schemes.decoder(checkpoint.decoder)
+        if schemes.floats:
+            progress.message(
+                f"stored in floating point, and left so: {some(schemes.floats)}, "
+                f"{len(schemes.floats)} of {len(decoder.nodes) + len(schemes.floats)} GEMM nodes"
+            )
         return _KeptSource(checkpoint, decoder, options.ranks.first)
     method = find_method(schemes.base.method, settings.method_file)
     method.check_settings(settings)

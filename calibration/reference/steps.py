@@ -25,6 +25,7 @@ from calibration.families.steps import (
     Gate,
     HeadNorm,
     Heads,
+    Linear,
     Linears,
     Norm,
     Reorder,
@@ -281,8 +282,8 @@ class Context:
     """What steps compute with.
 
     Attributes:
-        gains: of norms, and weights of routers, by their names below the block's prefix; and the
-            orders, int64, of channels.
+        gains: of norms, and weights of what else stays in floating point, by their names below the
+            block's prefix; and the orders, int64, of channels.
         rope: positions.
         node: how a GEMM node multiplies.
         heads: what becomes of rotated heads before attention.
@@ -312,10 +313,20 @@ class State:
 
 
 def _linears(step: Linears, state: State, context: Context) -> State:
-    assert context.node is not None
     x = state.x if context.tap is None else context.tap("input", step.node, state.x)
-    y = context.node(step.node, x)
+    if step.floats:
+        y = torch.cat([_product(member, x, context) for member in step.members], -1)
+    else:
+        assert context.node is not None
+        y = context.node(step.node, x)
     return replace(state, x=y if context.tap is None else context.tap("output", step.node, y))
+
+
+def _product(linear: Linear, x: Tensor, context: Context) -> Tensor:
+    """A linear in floating point: a product and a sum, each rounded."""
+    rounded, (weight, *bias) = context.arithmetic.round, linear.tensors()
+    y = rounded(F.linear(x, context.gains[weight.name]))
+    return rounded(y + context.gains[bias[0].name]) if bias else y
 
 
 def _reorder(step: Reorder, state: State, context: Context) -> State:

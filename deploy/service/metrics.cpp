@@ -21,6 +21,16 @@ std::string head(const std::string& name, const char* type, const char* help) {
 
 }  // namespace
 
+// A rate sees the first failure only where a 0 was read before it.
+Metrics::Metrics() {
+  for (const char* endpoint : {"chat", "completions"}) {
+    for (const char* outcome : {"ok", "refused", "queue_full", "not_ready", "client_gone",
+                                "slow_client", "deadline", "shutdown", "failed"}) {
+      requests[{endpoint, outcome}] = 0;
+    }
+  }
+}
+
 void Histogram::observe(double seconds) {
   const auto place = std::lower_bound(limits_.begin(), limits_.end(), seconds);
   ++counts_[static_cast<size_t>(place - limits_.begin())];

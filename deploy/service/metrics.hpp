@@ -28,7 +28,8 @@ class Histogram {
 
 // What the service counts itself; what the engine counts is asked of it.
 struct Metrics {
-  // Requests for text, by endpoint and outcome.
+  Metrics();
+  // Requests for text, by endpoint and outcome; each is there from the beginning.
   std::map<std::pair<std::string, std::string>, uint64_t> requests;
   // Answers of any kind, by status.
   std::map<int, uint64_t> responses;

@@ -88,7 +88,29 @@ def _norm(writer: GraphWriter, flow: Flow, step: Norm) -> str:
 def _linears(writer: GraphWriter, flow: Flow, step: Linears) -> str:
     flow.linears, norm = step, flow.block.sites[step.node].norm
     norm_name = flow.block.name(norm.name) if norm else ""
+    if step.floats:
+        source = writer.norm(norm, norm_name, flow.value, flow.rows) if norm else flow.value
+        return _products(writer, flow, step, source)
     return writer.gemm(flow.block.name(step.node), flow.value, norm, norm_name, flow.rows)
+
+
+def _products(writer: GraphWriter, flow: Flow, step: Linears, source: str) -> str:
+    """A MatMul of every linear that stays in floating point, side by side."""
+    made, output = [], f"{flow.block.name(step.node)}.output"
+    for member in step.members:
+        name = flow.block.name(member.name)
+        table = writer.node(
+            "Transpose", [writer.tensor(f"{name}.weight")], f"{name}.transposed", perm=[1, 0]
+        )
+        whole = output if len(step.members) == 1 else f"{name}.output"
+        product = f"{name}.product" if member.bias else whole
+        writer.node("MatMul", [source, table], product)
+        if member.bias:
+            writer.node("Add", [product, writer.tensor(f"{name}.bias")], whole)
+        made.append(whole)
+    if len(made) > 1:
+        writer.node("Concat", made, output, axis=-1)
+    return writer.info(output, step.out_features, flow.rows)
 
 
 def _reorder(writer: GraphWriter, flow: Flow, step: Reorder) -> str:
@@ -248,7 +270,9 @@ def _experts(writer: GraphWriter, flow: Flow, step: Experts) -> str:
     tokens = node("ScatterElements", [tokens, places, tokens], f"{prefix}.token_of_sorted", axis=0)
     values = writer.reshape(flow.value, [1, -1, hidden], f"{prefix}.tokens")
     inner = Flow(flow.block, "", node("Gather", [values, tokens], f"{prefix}.sorted", axis=1))
-    for steps in zip(*step.members, strict=True):
+    # Some experts may have an order of channels in front of a node.
+    members = ([one for one in member if not isinstance(one, Reorder)] for member in step.members)
+    for steps in zip(*members, strict=True):
         if isinstance(steps[0], Linears):
             inner.value = _each_expert(writer, inner, prefix, counts, steps)
         else:  # the same of every expert
@@ -299,6 +323,8 @@ def _each_expert(
     for index, (one, source) in enumerate(zip(nodes, inputs, strict=True)):
         flow.value, flow.rows = source, (1, f"{prefix}.{index}.rows")
         writer.info(source, one.in_features, flow.rows)
+        if order := flow.block.orders.get(one.node):
+            flow.value = _reorder(writer, flow, order)
         made.append(_linears(writer, flow, one))
     flow.rows = (1, f"{prefix}.rows")
     flow.linears = replace(

@@ -64,7 +64,8 @@ class AttributionJob:
             looks at data.
         max_context: most tokens of a sequence of the export.
         record: a JSON file that keeps what was measured.
-        minutes: no walk begins that would end later; 0 is no bound. The first one always runs.
+        minutes: no walk begins that would not leave time for itself and the check of the plan; 0 is no
+            bound. The first walk and the check always run.
         add_bits: bits per weight of the linears on average that a plan may add.
     """
 
@@ -214,7 +215,7 @@ class _Search:
         self._job, self._progress, self._now = job, progress, now
         self._quant, self._decoder = job.quant, job.quant.decoder
         self._end = now() + 60 * job.minutes if job.minutes else float("inf")
-        self._longest = 0.0  # seconds of a walk
+        self._longest = self._last = 0.0  # seconds of a walk
         self._model: Swapped | None = None
         self._record = self._read()
         if self._record.measured:
@@ -272,7 +273,7 @@ class _Search:
     def _nodes(self, first: int, end: int) -> tuple[str, ...]:
         """GEMM nodes of layers first..end-1."""
         blocks = self._decoder.blocks[first:end]
-        return tuple(block.name(node) for block in blocks for node in block.sites)
+        return tuple(block.name(node) for block in blocks for node in block.quantized)
 
     def _range(self, first: int, end: int) -> Swap:
         """Layers first..end-1 in floating point."""
@@ -298,7 +299,7 @@ class _Search:
         """Measure what the record lacks, some together; False where time ran out before the end."""
         left = [name for name in swaps if name not in self._record.measured]
         for start in range(0, len(left), _TOGETHER):
-            if not always and self._now() + self._longest > self._end:
+            if not always and self._now() + 2 * self._longest > self._end:
                 return False
             self._walk({name: swaps[name] for name in left[start : start + _TOGETHER]})
         return True
@@ -323,7 +324,8 @@ class _Search:
         }
         write_json(job.record, asdict(self._record))
         self._progress.finish()
-        self._longest = max(self._longest, self._now() - began)
+        self._last = self._now() - began
+        self._longest = max(self._longest, self._last)
         for name in swaps:
             self._progress.message(f"  KL {self._record.measured[name].kl:.5f} {_said(name)}")
 
@@ -351,6 +353,17 @@ class _Search:
             open_ranges += [
                 half for part in taken if part[1] - part[0] > 1 for half in _halves(*part)
             ]
+            if self._last:  # else all of it was known
+                self._progress.message(self._ahead(open_ranges))
+
+    def _ahead(self, open_ranges: Sequence[tuple[int, int]]) -> str:
+        """How much is left at most."""
+        counts = [
+            2 * (end - first - 1) + (end - first) * len(self._children(first, first + 1))
+            for first, end in open_ranges
+        ]
+        walks = -(-sum(counts) // _TOGETHER)
+        return f"at most {sum(counts)} more, {walks * self._last / 60:.1f} min"
 
     def _units(self, first: int, end: int) -> Iterator[_Unit]:
         """The smallest parts of a range that were measured, of GEMM nodes."""
@@ -444,9 +457,9 @@ class _Search:
     def _lines(self, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """(pattern, bits) of a bits file; a layer whose nodes all get the same is one."""
         for block in self._decoder.blocks:
-            nodes = [node for node in map(block.name, block.sites) if node in labels]
+            nodes = [node for node in map(block.name, block.quantized) if node in labels]
             kinds = {labels[node] for node in nodes}
-            if len(nodes) == len(block.sites) and len(kinds) == 1:
+            if len(nodes) == len(block.quantized) and len(kinds) == 1:
                 yield f"{block.prefix}.*", kinds.pop()
             else:
                 yield from ((node, labels[node]) for node in nodes)

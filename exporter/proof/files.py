@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration.out.folder import open_stage, stages_in
 from calibration.out.layout import (
@@ -21,10 +21,16 @@ from calibration.out.layout import (
 )
 from calibration.out.manifest import read_manifest
 from exporter.engine.record import read_engine_record
-from plugins.errors import InputError
+from exporter.proof.options import proof_text
+from plugins.errors import CheckError, InputError
 
-__all__ = ["check_files"]
+if TYPE_CHECKING:
+    from calibration.checkpoints.checkpoint import Checkpoint
+    from exporter.proof.scope import Scope
 
+__all__ = ["check_files", "check_tokenizer"]
+
+_TOKENIZED = 100_000  # characters on which two tokenizers are compared
 _GRAPH = (MODEL_FILE, DATA_FILE)
 
 
@@ -84,3 +90,31 @@ def _check_engine(out: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{name} in {ONNX}/ ({now[:12]}...)",
                 f"Build the engine again; {ENGINE_RECORD} says what it was made with",
             )
+
+
+def check_tokenizer(scope: Scope, checkpoint: Checkpoint) -> None:
+    """Hold the tokenizer in quant/ against the float model's, on the proof's text.
+
+    Raises:
+        CheckError: it gives other tokens.
+    """
+    text = proof_text(scope.options)[:_TOKENIZED]
+    mine, theirs = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for tokenizer in (scope.quant.tokenizer(), checkpoint.tokenizer())
+    )
+    if mine == theirs:
+        return
+    place = next(
+        (place for place, pair in enumerate(zip(mine, theirs, strict=False)) if len(set(pair)) > 1),
+        min(len(mine), len(theirs)),
+    )
+    got, expected = (
+        f"token {tokens[place]}" if place < len(tokens) else "the end" for tokens in (mine, theirs)
+    )
+    raise CheckError(
+        f"{scope.out / QUANT}, tokenizer",
+        f"got {got} at place {place} of the text, expected {expected} as the float model's "
+        "tokenizer gives",
+        "It is another model's: quantize the model again",
+    )

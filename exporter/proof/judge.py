@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
@@ -17,10 +17,12 @@ from exporter.run.finite import WIDER
 
 if TYPE_CHECKING:
     from calibration.families import Decoder
+    from calibration.quant.folder import QuantModel
     from calibration.quant.scheme import QuantScheme
     from exporter.proof.runners import GemmNode
 
 __all__ = [
+    "AGAINST",
     "AS_RUN",
     "INNER",
     "LEVELS",
@@ -36,14 +38,14 @@ __all__ = [
 
 # the level before these: tensors of quant/ against the float model's, see weights.py
 WEIGHTS = "weights"
-AS_RUN, PROOF_ENGINE = "as run", "engine"
+AS_RUN, PROOF_ENGINE, AGAINST = "as run", "engine", "against"
 LEVELS = (
     "export",
     "native",
     AS_RUN,
     "kernel",
     PROOF_ENGINE,
-    "against",
+    AGAINST,
     "quantisation",
 )  # a failure is named in this order
 # The comparison of each operator given its inputs, of the levels that have one.
@@ -59,7 +61,7 @@ _BETWEEN = {
     AS_RUN: "the ONNX file as users run it against the rounded graph",
     "kernel": "the TensorRT engine against ONNX Runtime",
     PROOF_ENGINE: "TensorRT's engines with inner tensors as outputs against the rounded graph",
-    "against": "this artifact against the other one, both in ONNX Runtime",
+    AGAINST: "this artifact against the other one, both in ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
 Errors = Mapping[tuple[str, str, str], list[TensorError]]
@@ -139,6 +141,16 @@ class Stack:
     exceptions: Mapping[str, QuantScheme] = field(default_factory=dict)
     only: range | None = None
 
+    @classmethod
+    def of(cls, quant: QuantModel, nodes: list[GemmNode], only: range | None = None) -> Stack:
+        """Of a quantized model: its nodes, and how each is quantized."""
+        others = {
+            node: scheme
+            for node in quant.decoder.nodes
+            if (scheme := quant.scheme_of(node)) != quant.scheme
+        }
+        return cls(quant.decoder, nodes, quant.scheme, others, only)
+
     @property
     def layers(self) -> int:
         """Decoder layers."""
@@ -186,7 +198,9 @@ class Stack:
         GEMM of integers and a cache's codes are the same numbers, whoever computes them.
         """
         limits = Limits(self.scheme)
-        if any(node.result == tensor and self._floating(node) for node in self.nodes):
+        if any(
+            node.result == tensor and self._scheme(node).abits == FLOAT_BITS for node in self.nodes
+        ):
             return limits.gemm()
         if any(node.source == tensor and node.site.attention for node in self.nodes):
             return limits.attention()
@@ -197,14 +211,15 @@ class Stack:
     def inside(self, level: str, operator: Operator) -> float:
         """Limit of an operator given its inputs, at a level of INNER."""
         node = next((node for node in self.nodes if node.result == operator.tensor), None)
-        scheme = self.exceptions.get(node.name, self.scheme) if node else self.scheme
-        limits = Limits(scheme)
+        limits = Limits(self._scheme(node) if node else self.scheme)
         if level == AS_RUN:
             return limits.unrounded(operator.kind)
         return limits.operator(operator.kind)
 
-    def _floating(self, node: GemmNode) -> bool:
-        return self.exceptions.get(node.name, self.scheme).abits == FLOAT_BITS
+    def _scheme(self, node: GemmNode) -> QuantScheme:
+        """How a node is quantized; one in floating point has no activation codes."""
+        scheme = self.exceptions.get(node.name, self.scheme)
+        return replace(scheme, abits=FLOAT_BITS) if node.site.linears.floats else scheme
 
     def limit(self, level: str, tensor: str) -> float | None:
         """Of the accumulated error of a layer's output, a cache tensor or the logits; of the native
@@ -223,7 +238,7 @@ class Stack:
         ]
         if self.decoder.routers and level != "export":
             return None  # a token that goes to another expert is no error
-        limits = Limits(coarsest(self.exceptions.get(node.name, self.scheme) for node in so_far))
+        limits = Limits(coarsest(map(self._scheme, so_far)))
         count = sum(node.name in self.decoder.path for node in so_far)
         if level == "quantisation":
             return limits.quantisation(count)

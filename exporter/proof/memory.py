@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
 
 from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.sizes import node_weights
 from exporter.graph.names import layer_of
 from plugins import op_spec
 from plugins.cores import usable_memory
@@ -18,13 +20,32 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["Need", "check_memory", "memory_needed"]
+__all__ = ["Fit", "Need", "call_tokens", "check_memory", "memory_needed"]
 
-_BASE = (
-    500_000_000  # Python with torch, transformers and ONNX Runtime, and what is recorded of calls
-)
+_BASE = 500_000_000  # Python with torch, transformers and ONNX Runtime
+_RECORDS = 2  # what one runner gave at every call beside another's
+_HALF = 2  # bytes per number of a model in fp16
 _FLOAT = 4  # bytes per number of the float model, and of what is not quantized in the reference
 _CODE = 1  # bytes per weight of the reference that multiplies integers
+
+
+def call_tokens(prefill: int = 64, steps: int = 8, padded: int = 16) -> int:
+    """Tokens of all calls of a proof: a prefill, steps behind it, a batch of two and a step on that."""
+    return prefill + steps + 2 * (padded + 1)
+
+
+class Fit(NamedTuple):
+    """How a proof goes about the memory that there is.
+
+    Attributes:
+        folded: whether the function bodies have to be unpacked layer by layer.
+        floats: whether the float model fits.
+        needed: bytes at the peak.
+    """
+
+    folded: bool
+    floats: bool
+    needed: int
 
 
 @dataclass(frozen=True)
@@ -42,51 +63,71 @@ class Need:
     floats: int
 
 
-def memory_needed(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> Need:
-    """Of a model, by how many of its weights are quantized how."""
-    weights = sum(schemes.values())
-    unpacked = sum(
-        op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count for scheme, count in schemes.items()
-    )
-    parameters = sum(math.prod(shape) for shape in decoder.shapes().values())
-    head = decoder.head
+def memory_needed(
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int | None = None
+) -> Need:
+    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls; None: those of
+    a proof that nobody asked more of.
+    """
+    shapes, head = decoder.shapes(), decoder.head
+    unpacked: Counter[int | None] = Counter()  # by decoder layer, and of the head
+    weights, codes = 0, 0
+    for node, scheme in schemes.items():
+        count = node_weights(decoder.sites[node].linears)
+        unpacked[layer_of(node)] += op_spec(scheme.op).unpacked_bytes(scheme.gemm) * count
+        codes += (_CODE if scheme.abits < FLOAT_BITS else _FLOAT) * count
+        weights += count
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     rest = parameters - weights
     if head.quantized and head.tied:
-        rest += math.prod(decoder.shapes()[f"{decoder.embedding.name}.weight"])
-    codes = sum(
-        count * (_CODE if scheme.abits < FLOAT_BITS else _FLOAT)
-        for scheme, count in schemes.items()
-    )
+        rest += math.prod(shapes[f"{decoder.embedding.name}.weight"])
     reference = codes + _FLOAT * rest
-    units: Counter[int | None] = Counter()
-    for node, site in decoder.sites.items():
-        units[layer_of(node)] += site.linears.out_features * site.linears.in_features
-    largest = max(units.values()) / sum(units.values())
+    base = _BASE + _RECORDS * (tokens or call_tokens()) * _recorded(decoder, schemes)
     return Need(
-        whole=_BASE + max(unpacked, reference),
-        folded=_BASE + max(int(unpacked * largest), reference),
-        floats=_BASE + _FLOAT * parameters,
+        whole=base + max(unpacked.total(), reference),
+        folded=base + max(*unpacked.values(), reference),
+        floats=base + _FLOAT * parameters,
     )
 
 
-def check_memory(decoder: Decoder, schemes: Mapping[QuantScheme, int]) -> tuple[bool, bool]:
+def _recorded(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> int:
+    """Bytes of a token in what a runner gives: in front of every node and behind it, behind
+    every layer, and logits.
+    """
+    chosen = next((one for _, one in decoder.routers.values()), None)
+    numbers = {False: 0, True: 0}  # in 16 bits, in 32
+    for node, scheme in schemes.items():
+        linears, part = decoder.sites[node].linears, Fraction(1)
+        if chosen is not None and node in decoder.routed:
+            part = Fraction(chosen.top, len(chosen.members))
+        wide = linears.in_features + linears.out_features
+        numbers[scheme.dtype != "float16"] += int(part * wide)
+    streams = decoder.layers * decoder.hidden
+    return _HALF * numbers[False] + _FLOAT * (numbers[True] + streams + decoder.vocab)
+
+
+def check_memory(
+    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int | None = None
+) -> Fit:
     """Compare what the proof needs with the memory that may be used, before hours of other work.
 
     Returns:
-        Whether the function bodies have to be unpacked layer by layer, and whether the float model
-        fits. Where the system does not tell of its memory (it is not Linux) all fits.
+        How it fits. Where the system does not tell of its memory (it is not Linux) all does.
 
     Raises:
         InputError: not even one layer after the other fits.
     """
-    free, need = usable_memory(), memory_needed(decoder, schemes)
+    free, need = usable_memory(), memory_needed(decoder, schemes, tokens)
     if free is None:
-        return False, True
+        return Fit(False, True, max(need.whole, need.floats))
     if need.folded > free:
+        weights = sum(node_weights(decoder.sites[node].linears) for node in schemes)
         raise InputError(
             "validation",
             f"got {free / 1e9:.2f} GB of free memory, expected {need.folded / 1e9:.2f} GB for "
-            f"{sum(schemes.values()) / 1e6:.0f} M weights",
+            f"{weights / 1e6:.0f} M weights",
             "Use --until engine here, and validate on a machine with more memory",
         )
-    return need.whole > free, need.floats <= free
+    folded, floats = need.whole > free, need.floats <= free
+    needed = max(need.folded if folded else need.whole, need.floats if floats else 0)
+    return Fit(folded, floats, needed)

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.out.layout import QUANT, REPORT
 from calibration.progress import Progress
-from exporter.proof.validate import (
-    NO_FLOATS,
+from exporter.proof.options import (
     REFERENCE,
     ValidateOptions,
-    ValidationResult,
     float_checkpoint,
     max_context,
     text_rows,
-    validate,
 )
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import NO_FLOATS, validate
 from plugins.errors import CheckError
 
 if TYPE_CHECKING:

@@ -108,14 +108,16 @@ class LedRunner(SessionRunner):
 
 @dataclass(frozen=True)
 class GemmNode:
-    """A custom node of the exported graph, or a router, which is standard ops.
+    """A custom node of the exported graph, or what is standard ops in the place of one: a router, or
+    linears in floating point.
 
     Attributes:
         name: of the node, such as model.layers.0.self_attn.qkv_proj.
         source, result: the tensors it reads and writes.
         site: what the family declares of it.
         norm: full name of the norm between source and node that is part of the node, or "".
-        router: whether it is one; its norm is a node in front of it.
+            That of standard ops is a node in front of them.
+        router: whether it is one.
     """
 
     name: str
@@ -126,43 +128,67 @@ class GemmNode:
     router: bool = False
 
 
-def _routers(model: onnx.ModelProto, decoder: Decoder) -> dict[str, GemmNode]:
+def _routers(made: Mapping[str, onnx.NodeProto], decoder: Decoder) -> dict[str, GemmNode]:
     """{node of a layer's first expert: the layer's router, with the norm in front of both}."""
-    made = {output: node for node in model.graph.node for output in node.output}
     found = {}
     for name, (block, experts) in decoder.routers.items():
         norm, result = block.branches[-1].norm, f"{name}.output"
-        own = "" if norm is None else block.name(norm.name)
-        for missing in {result, own or result} - made.keys():
-            raise CheckError(
-                MODEL_FILE,
-                f"got no tensor {missing}, expected it in front of the experts",
-                "The graph was changed after its export: export the model again",
-            )
         site = Site(Linears(name, (experts.router,)), () if norm is None else (norm,))
-        source = made[own].input[0] if own else made[result].input[0]
-        first = block.name(experts.members[0][0].node)
+        first = block.name(block.branches[-1].sites[0].linears.node)
+        own = "" if norm is None else block.name(norm.name)
+        for tensor in (result, own or result):
+            source = _read(made, tensor, "in front of the experts")
         found[first] = GemmNode(name, source, result, site, own, router=True)
     return found
 
 
+def _products(made: Mapping[str, onnx.NodeProto], decoder: Decoder, name: str) -> GemmNode:
+    """Linears in floating point, with the norm in front of them."""
+    site = decoder.products[name]
+    own = "" if site.norm is None else decoder.full_name(name, site.norm.name)
+    table = f"{decoder.full_name(name, site.linears.names[0])}.transposed"
+    products = (output for output, node in made.items() if table in node.input)
+    source = _read(made, own or next(products, table), f"as part of {name}")
+    return GemmNode(name, source, f"{name}.output", site, own)
+
+
+def _read(made: Mapping[str, onnx.NodeProto], tensor: str, place: str) -> str:
+    """What the node reads that makes a tensor.
+
+    Raises:
+        CheckError: there is none.
+    """
+    if tensor not in made:
+        raise CheckError(
+            MODEL_FILE,
+            f"got no tensor {tensor}, expected it {place}",
+            "The graph was changed after its export: export the model again",
+        )
+    return str(made[tensor].input[0])
+
+
 def gemm_nodes(model: onnx.ModelProto, decoder: Decoder) -> list[GemmNode]:
-    """The custom nodes of a graph in the decoder's execution order, and routers between them.
+    """The custom nodes of a graph in the decoder's execution order, and routers and linears in
+    floating point between them.
 
     Raises:
         CheckError: one is missing, whose linear would run in no kernel of ours, so that nobody
             would compare it; or one reads the weight of another norm than the family's.
     """
     nodes = {node.name: node for node in model.graph.node if is_custom(node.domain)}
-    found, routers = [], _routers(model, decoder)
-    for name, site in decoder.sites.items():
+    made = {output: node for node in model.graph.node for output in node.output}
+    found, routers = [], _routers(made, decoder)
+    for name, site in decoder.products.items():
         if name in routers:
             found.append(routers[name])
+        if site.linears.floats:
+            found.append(_products(made, decoder, name))
+            continue
         if name not in nodes:
             raise CheckError(
                 MODEL_FILE,
                 f"got {len(nodes)} custom nodes without {name}, expected {len(decoder.nodes)}: "
-                f"{len(decoder.blocks[0].sites)} in each of {decoder.layers} decoder layers"
+                f"{len(decoder.blocks[0].quantized)} in each of {decoder.layers} decoder layers"
                 f"{' and the head' if decoder.head.quantized else ''}",
                 "The graph was changed after its export (inlined functions?): export the "
                 "model again",

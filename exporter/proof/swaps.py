@@ -2,8 +2,10 @@
 model: what attribution measures.
 
 One decoder layer is in memory at a time, quantized and, where a change asks for it, in floating point;
-besides there are the two heads and, of every change, the residual stream of the text. The arithmetic is
-fp32 with each node's activation codes, as python -m deploy compare has it.
+besides there are the two heads and, of every change, the residual stream of the text. That of the model as
+it is stays in memory in front of every layer, or of every few of a large model: a walk begins where its
+first change is. The arithmetic is fp32 with each node's activation codes, as python -m deploy compare has
+it, and so are log-probabilities (an error of 1e-7 nats a token).
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Swap", "Swapped", "float_block"]
 
+_KEPT = 1 << 30  # bytes of residual streams that stay in memory
 Names = frozenset[str]
 Function = Callable[[Tensor], Tensor]
 Weight = tuple[Tensor, Tensor | None]  # [N, K] and bias [N]
@@ -106,6 +109,7 @@ class Swapped:
         self._quant, self._checkpoint, self._max_context = quant, checkpoint, max_context
         self._tokens, self._calibration = torch.from_numpy(windows), torch.from_numpy(calibration)
         self._basis: Basis = recorded_rotation(quant) or Plain()
+        self._before: dict[int, Tensor] = {}  # of the model as it is, what layer i reads
         with torch.no_grad():
             self._truth = self._float_stream(progress)
             decoder = checkpoint.decoder
@@ -140,29 +144,44 @@ class Swapped:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def measure(self, swaps: Sequence[Swap], progress: Progress) -> list[Quality]:
         """Each changed model against the float model, in one walk through the layers. Changes that are
-        alike up to a layer share their work so far.
+        alike up to a layer share their work so far, and what the model as it is computes in front of the
+        first change is kept for further walks.
 
         Args:
             swaps: the changes.
-            progress: advanced once a decoder layer.
+            progress: advanced once a decoder layer, and at once over those in front of the first change.
         """
         quant, decoder = self._quant, self._quant.decoder
-        tokens = self._tokens
-        if quant.calibration and any(swap.schemes for swap in swaps):
-            tokens = torch.cat([tokens, self._calibration])
-        start = self._embedded(quant.tensor(f"{decoder.embedding.name}.weight"), decoder, tokens)
-        streams = [(start, [*range(len(swaps))])]
-        for block in decoder.blocks:
+        calibrated = bool(quant.calibration and any(swap.schemes for swap in swaps))
+        tokens = torch.cat([self._tokens, self._calibration]) if calibrated else self._tokens
+        kept = {} if calibrated else self._before
+        walked = list(swaps)
+        if not kept:
+            table = quant.tensor(f"{decoder.embedding.name}.weight")
+            kept[0] = self._embedded(table, decoder, tokens)
+            if not calibrated:
+                walked.append(Swap())
+        changed = min(map(self._first_change, walked))
+        first = max(index for index in kept if index <= changed)
+        streams = [(kept[first], [*range(len(walked))])]
+        every = -(-(decoder.layers + 1) * kept[first].nbytes // _KEPT)
+        if first:
+            progress.advance(first, f"layer {first} of {decoder.layers}, known")
+        for block in decoder.blocks[first:]:
             layer = _Layer(quant, self._checkpoint, self._basis, block, len(self._tokens))
             rope = self._rope(block)
-            nodes = frozenset(map(block.name, block.sites))
+            nodes = frozenset(map(block.name, block.quantized))
             streams = [
                 (layer.output(x, swap, rope), alike)
                 for x, places in streams
                 for swap, alike in _alike(
-                    [(place, swaps[place].within(nodes, block.index)) for place in places]
+                    [(place, walked[place].within(nodes, block.index)) for place in places]
                 )
             ]
+            if (
+                len(walked) > len(swaps) and (block.index + 1) % every == 0
+            ):  # the last one is as it is
+                kept[block.index + 1] = next(x for x, places in streams if places[-1] == len(swaps))
             note = f"layer {block.index + 1} of {decoder.layers}, {len(streams)} streams"
             progress.advance(1, note)
         head = frozenset([decoder.head.name])
@@ -172,6 +191,16 @@ class Swapped:
             multiply = self._head(swap)
             models |= {place: (states[place], multiply) for place in alike}
         return self._compare([models[place] for place in range(len(swaps))])
+
+    def _first_change(self, swap: Swap) -> int:
+        """The first decoder layer that a change concerns; as many as there are where it is none."""
+        decoder = self._quant.decoder
+        changed = (
+            block.index
+            for block in decoder.blocks
+            if swap.within(frozenset(map(block.name, block.sites)), block.index) != Swap()
+        )
+        return next(changed, decoder.layers)
 
     def _head(self, swap: Swap) -> Function:
         quant, decoder = self._quant, self._quant.decoder
@@ -194,9 +223,9 @@ class Swapped:
         targets = self._tokens[:, 1:].flatten()
         for start in range(0, len(targets), CHUNK):
             piece = slice(start, start + CHUNK)
-            reference = self._float_head(truth[piece]).double().log_softmax(-1)
+            reference = self._float_head(truth[piece]).log_softmax(-1)
             for (x, head), total in zip(models, totals, strict=True):
-                found = head(x.flatten(0, 1)[piece]).double().log_softmax(-1)
+                found = head(x.flatten(0, 1)[piece]).log_softmax(-1)
                 total.add(reference, found, targets[piece])
         return totals
 
@@ -328,14 +357,15 @@ def float_block(
     """A layer's float weights in the coordinates in which its nodes were quantized, by their names below
     its prefix: any of its nodes can take them while the others stay as they are.
 
-    A recorded rotation is made again. What channel scales a method has folded into a norm shows in the
+    A recorded rotation is made again; nobody has changed a checkpoint whose codes were kept. What channel scales a method has folded into a norm shows in the
     norm's gain. Those between two linears come in pairs that cancel: what the rows of one lost the
     columns of the next have gained. Either follows from the codes by least squares, but a few levels
     shrink both, so the scale is the root of their ratio, in which that falls out. Scales between
     queries and keys cancel inside their node.
     """
     weights = basis.load(checkpoint, block.index)
-    for node, site in block.sites.items():
+    changed = {} if "kept" in quant.calibration else block.sites
+    for node, site in changed.items():
         if isinstance(site.source, Norm):
             gain = _tensor(quant, block.name(site.source.gain))
             weights = fold_scales(weights, {node: _ratio(weights[site.source.gain], gain)}, block)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.methods import KEPT, PLAIN_METHOD
+from calibration.methods import PLAIN_METHOD
 from calibration.progress import NullProgress, Progress
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.graph.names import layer_of
@@ -42,7 +42,6 @@ _MARGIN = 1.01  # fp32 rounding of weights that lie between two codes
 _SMALLEST_HALF = 2.0**-24  # spacing of fp16 subnormals
 _SAME = 2.0**-24  # of a weight: what is not the same in fp32 differs by more
 _SMALLEST = 2.0**-126  # normal number of fp32
-_WITH_LIMITS = (PLAIN_METHOD, KEPT)
 
 
 @dataclass
@@ -134,7 +133,7 @@ def _linear_sums(weight: np.ndarray, linear: QuantLinear, order: np.ndarray | No
             rows = rows[:, order]
         bound = (
             np.abs(rows) * np.float32(_SAME) + np.float32(_SMALLEST)
-            if linear.scheme.method == KEPT
+            if linear.scheme.kept
             else op.rounding_bound(rows, linear.scheme.gemm)
         )
         sums.add(rows, piece.dequantize(), bound)
@@ -194,7 +193,7 @@ def compare_weights(
     """
     progress, reports = progress or NullProgress(), []
     # A method that transforms some weights may do so by changing the norms before them.
-    plain = all(scheme.method in _WITH_LIMITS for scheme in quant.schemes)
+    plain = all(scheme.kept or scheme.method == PLAIN_METHOD for scheme in quant.schemes)
     linears = quant.decoder.linears
     for name, shape in _shapes(checkpoint, quant, layers).items():
         base = name.removesuffix(".weight")

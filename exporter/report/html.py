@@ -135,7 +135,7 @@ def _export_facts(data: Data) -> list[tuple[str, str]]:
     rows = [row for row in data["validation"]["rows"] if row["level"] == "export"]
     if shares := [share for row in rows if (share := _share(row)) is not None]:
         worst = f"{max(shares):.0%}" if max(shares) < 10 else f"{max(shares):.0f}×"
-        facts.append((worst, "worst operator, of its own limit"))
+        facts.append((worst, "of its limit, the worst operator"))
     if agreements := [row["agreement"] for row in rows if row["agreement"] is not None]:
         same = f"{agreements[0]:.0%}"
         facts.append((same, "same next token, ONNX Runtime and torch reference"))

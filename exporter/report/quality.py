@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.report.chart import escape
 
-__all__ = ["export_verdict", "quality_section", "quality_verdict", "verdicts"]
+__all__ = ["export_verdict", "loses", "quality_section", "quality_verdict", "verdicts"]
 
 Data = Mapping[str, Any]
 # (most KL in nats, most perplexity in units of the float model's): style and words of the badge
@@ -34,6 +34,11 @@ def quality_verdict(quality: Data | None) -> tuple[str, str]:
         if all(value <= limit for value, limit in zip(found, most, strict=True)):
             return style, words
     return "bad", "far from the float model"
+
+
+def loses(quality: Data | None) -> bool:
+    """Whether the model is measurably not near its float model."""
+    return quality_verdict(quality)[0] in ("warn", "bad")
 
 
 def verdicts(data: Data, export_facts: Iterable[tuple[str, str]]) -> str:

@@ -20,11 +20,12 @@ from exporter.engine.edition import gpu_capabilities
 from exporter.engine.record import read_engine_record
 from exporter.graph.names import layer_of
 from exporter.report.html import page
+from exporter.report.quality import loses
 from plugins.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.quant.folder import QuantModel
-    from exporter.proof.validate import ValidationResult
+    from exporter.proof.result import ValidationResult
 
 __all__ = ["report_data", "write_report"]
 
@@ -71,7 +72,7 @@ def report_data(out: Path, manifest: Mapping[str, Any], result: ValidationResult
         "perplexity": manifest.get("perplexity"),
         "quality": manifest.get("quality"),
         "attribution": _attribution(out, quant),
-        "next": _next_commands(out, result, engine is not None),
+        "next": _next_commands(out, result, manifest.get("quality"), engine is not None),
         "environment": environment(manifest.get("versions", {})),
     }
 
@@ -85,7 +86,9 @@ def _attribution(out: Path, quant: QuantModel) -> dict[str, Any] | None:
     return None
 
 
-def _next_commands(out: Path, result: ValidationResult, has_engine: bool) -> list[tuple[str, str]]:
+def _next_commands(
+    out: Path, result: ValidationResult, quality: Mapping[str, Any] | None, has_engine: bool
+) -> list[tuple[str, str]]:
     """(command, what it does) of what comes after this report."""
 
     def deploy(command: str, *options: str) -> str:
@@ -102,6 +105,8 @@ def _next_commands(out: Path, result: ValidationResult, has_engine: bool) -> lis
         (deploy("eval", "--text", "FILE"), "Score a text of yours"),
         (deploy("prove", "--text", "FILE", "--to", f"{out}-proof"), "Prove it on another text"),
     ]
+    if loses(quality):
+        found.append((deploy("attribute", "--minutes", "10"), "See which nodes cost the quality"))
     if has_engine:
         found.append((deploy("trtexec"), "Time the engine with NVIDIA's own tool"))
     return found
@@ -114,7 +119,7 @@ def _mixed(quant: QuantModel) -> dict[str, Any] | None:
     weights = quant.weights()
     nodes = Counter(map(quant.scheme_of, quant.decoder.nodes))
     layers = [
-        {node: quant.scheme_of(block.name(node)).label for node in block.sites}
+        {node: quant.scheme_of(block.name(node)).label for node in block.quantized}
         for block in quant.decoder.blocks
     ]
     schemes = [

@@ -25,7 +25,7 @@ p{margin:4px 0 10px;max-width:75ch}
 .verdicts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:16px;margin:0 0 16px}
 .verdicts>section{margin:0;min-width:0}.verdicts .pill{display:inline-block;margin:2px 0 6px}
 .facts{list-style:none;margin:10px 0 0;padding:0;display:grid;grid-template-columns:repeat(auto-fit,minmax(95px,1fr));gap:10px 14px}
-.facts b{display:block;font-size:21px;line-height:1.25;font-variant-numeric:tabular-nums}.facts small{color:var(--soft)}
+.facts b{display:block;font-size:21px;line-height:1.25;font-variant-numeric:tabular-nums}.facts small{color:var(--soft);display:block;line-height:1.35}
 blockquote{margin:4px 0 0;padding:8px 12px;border-left:3px solid var(--rule);background:var(--bg);border-radius:0 8px 8px 0;overflow-wrap:anywhere}
 .alert{background:var(--bad-bg);color:var(--bad);border-radius:10px;padding:12px 16px;margin:0 0 18px;overflow-wrap:anywhere}
 .alert.warn{background:var(--warn-bg);color:var(--warn)}
@@ -72,7 +72,7 @@ ul.notes{margin:6px 0 0;padding-left:20px}
 footer{color:var(--soft);font-size:13px;margin-top:22px}
 @media (max-width:560px){main{padding:18px 12px 40px}section{padding:14px}h1{font-size:21px}.tick,.axis{font-size:19px}
 .line{stroke-width:2.6}th,td{padding:5px 7px}.bar{min-width:56px}.two th,.two td{padding:5px 4px}.two thead th{white-space:normal}
-.two .bar{min-width:34px}}
+.two .bar{min-width:34px}.facts{grid-template-columns:1fr 1fr}}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#ccc;--a:#1d5fd1;--b:#c2560c;--c:#6b4bb8;--d:#0d7d6c;--good:#12703a;
 --good-bg:#fff;--bad:#b3261e;--bad-bg:#fff;--warn:#8a5300;--warn-bg:#fff;--fill:#d6e2f8}main{max-width:none;padding:0}section,.tile,tr{break-inside:avoid}
 section.long{break-inside:auto}details::details-content{content-visibility:visible;block-size:auto}body{font-size:11pt;

@@ -36,7 +36,7 @@ _COMPUTES = {
     "Exp": _Work(1, precise=True),
     "Floor": _Work(1),
     "Gelu": _Work(1, precise=True),
-    "MatMul": _Work(2, precise=True),  # but for the head, see _precise
+    "MatMul": _Work(2, precise=True),  # but for tables of weights, see _precise
     "Max": _Work(2),
     "Min": _Work(2),
     "Mul": _Work(2),
@@ -170,9 +170,11 @@ def _gives(node: onnx.NodeProto, dtype: int) -> bool:
 
 
 def _precise(node: onnx.NodeProto, constants: set[str]) -> bool:
-    """Whether a node computes in fp64. The head does not: its table would take twice the memory."""
-    head = node.op_type == "MatMul" and node.input[1] in constants
-    return _COMPUTES[node.op_type].precise and not head
+    """Whether a node computes in fp64. The head and other float linears do not: their tables would
+    take twice the memory.
+    """
+    table = node.op_type == "MatMul" and node.input[1] in constants
+    return _COMPUTES[node.op_type].precise and not table
 
 
 def _carry_ends_in_float32(graph: onnx.GraphProto) -> None:

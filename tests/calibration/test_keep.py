@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from calibration.__main__ import main
 from calibration.quant.folder import read_quant
@@ -22,7 +25,7 @@ def source(tiny_llama: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept") / "tiny-gptq"
-    return written.gptq(source, folder, ordered=True).folder
+    return written.gptq(source, folder, ordered=True, left_out=("o_proj",)).folder
 
 
 def run(folder: Path, out: Path, *options: str, export: bool = False) -> int:
@@ -125,6 +128,33 @@ def test_refusals(
     assert run(made, tmp_path / "out", *options, export=export) == 2
     assert capfd.readouterr().err.strip() == problem.format(made=made)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_leaves_what_there_is(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = shutil.copytree(made, tmp_path / "model"), tmp_path / "out"
+    assert run(folder, out, "--keep") == 0
+    before = {path.name: path.read_bytes() for path in (out / "quant").iterdir()}
+    path, name = folder / "model.safetensors", "model.layers.0.mlp.down_proj.scales"
+    tensors = load_file(path)
+    tensors[name][0, 1] = np.nan
+    save_file(tensors, path)
+    capfd.readouterr()
+    assert run(folder, out, "--keep") == 2
+    assert "got one of another model or config" in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in (out / "quant").iterdir()} == before
+    for export in (False, True):
+        assert run(folder, tmp_path / "other", "--keep", export=export) == 2
+        assert (
+            capfd.readouterr()
+            .err.strip()
+            .endswith(
+                f"{folder}, {name}: got nan at [0, 1] and 1 such in all, expected finite numbers other "
+                "than 0. The checkpoint is damaged: download it again."
+            )
+        )
+        assert not (tmp_path / "other/quant").exists()
 
 
 def test_floats_have_nothing_to_keep(

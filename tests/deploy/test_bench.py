@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
 import pytest
 
 from deploy.__main__ import main
-from deploy.bench import BenchRequest, Timed, bandwidth, bench, summary, table
+from deploy.bench import BenchRequest, Timed, bandwidth, bench, plot, summary, table
 from exporter.proof.diagnose import initializers
 from exporter.run.sessions import DecoderSession
 from plugins.errors import InputError
@@ -96,6 +97,20 @@ def test_the_memory_is_read_by_all_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bandwidth(ticking()) == 3 << 10 and len(threads) == 3
 
 
+def test_the_picture_has_every_time() -> None:
+    one = Timed("out/<a>", "native", 1, None, {"prefill": 1, "decode": 1}, [0.1], [0.01, 0.02, 0.1])
+    other = Timed("out/b", "native", 1, None, {"prefill": 1, "decode": 1}, [0.1])
+    root = ElementTree.fromstring(plot([one, other]))
+    names = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert names == [
+        *("10", "100", "ms"),
+        *("<a>, prefill: 100.00 ms", "b, prefill: 100.00 ms", "<a>, decode: 20.00 ms"),
+    ]
+    dots = [float(dot.get("cx", "")) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
+    right = 720 - 40
+    assert dots == [right, right, 40, pytest.approx(40 + 640 * 0.30103, abs=0.1), right]
+
+
 def test_percentiles_of_few_are_left_out() -> None:
     timed = Timed("out", "native", 10**8, None, {"prefill": 1, "decode": 1}, [0.5], [0.1] * 19)
     assert set(summary(timed, 4e9)["decode"]) == {"min", "median", "tokens_per_second"}
@@ -123,9 +138,10 @@ def test_numbers() -> None:
 
 def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--prompt-len", "4", "--gen-len", "2", "--rounds", "1", "--runner", "torch"]
-    file = tmp_path / "bench.json"
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
     words = ["bench", str(artifact), *short, "--vs", str(artifact), "--json", str(file)]
-    assert main(words) == 0
+    assert main([*words, "--plot", str(picture)]) == 0
+    assert picture.read_text().count("<circle") == 2 * (1 + 2)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[-1].endswith(" MB at the peak, the whole process with both")
     data = json.loads(file.read_text())
@@ -143,7 +159,12 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(
         (tmp_path / "no" / "x", f"a file in {tmp_path / 'no'}, which is no folder"),
         (tmp_path / "file" / "x", f"a file in {tmp_path / 'file'}, which is no folder"),
     ):
-        for command, option in (("bench", "--json"), ("compare", "--csv"), ("compare", "--plot")):
+        for command, option in (
+            ("bench", "--json"),
+            ("bench", "--plot"),
+            ("compare", "--csv"),
+            ("compare", "--plot"),
+        ):
             assert main([command, str(artifact), option, str(path)]) == 2
             said = capsys.readouterr()
             assert (said.out, said.err) == (

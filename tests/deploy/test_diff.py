@@ -152,6 +152,18 @@ def test_long_lists_are_cut() -> None:
     assert lines[1].startswith("  0: a\\x1b | bbb") and len(lines[1]) < 200
 
 
+def test_what_is_the_same_in_several_layers_is_one_line() -> None:
+    items = [Difference(f"input past.{layer}.key", "a", "b") for layer in (0, 1, 2, 4)]
+    items += [Difference("input past.3.key", "a", "c"), Difference("input ids", "a", "b")]
+    assert text({"graph": items}, 2).splitlines() == [
+        "graph: 6 differences",
+        "  input past.{0..2,4}.key: a | b",
+        "  input past.3.key: a | c",
+        "  and 1 more",
+    ]
+    assert len(text({"graph": items}, 0).splitlines()) == 7
+
+
 def test_what_it_needs(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError) as error:
         differences(artifact, artifact / "onnx")

@@ -31,6 +31,7 @@ def test_an_artifact(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(copy)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "kind: artifact" and "  8 ABQGemm w8a8" in lines
+    assert "cache: 2 heads of 16 in 16 bits, 256 bytes a token" in lines
     assert main(["inspect", str(copy), "--nodes"]) == 0
     assert "  model.layers.0.mlp.down_proj: ABQGemm w8a8 [128, 64]" in capsys.readouterr().out
     assert main(["inspect", str(copy), "--json"]) == 0
@@ -62,7 +63,10 @@ def test_what_the_report_says(copy: Path) -> None:
         "kl": 0.1,
         "top1": 0.9,
     }
-    assert "proof: ok False, first_failure got 1, " in text(inspect(copy), False)
+    assert (
+        "proof: failed, got 1; perplexity 12.00 on a text, the float model's 11.00; KL 0.100 nats, same "
+        f"next token 90%; {copy / 'report' / 'index.html'}\n"
+    ) in text(inspect(copy), False)
 
 
 def test_folders_and_files_of_it(engine_record: Callable[..., Path]) -> None:
@@ -89,6 +93,9 @@ def test_folders_and_files_of_it(engine_record: Callable[..., Path]) -> None:
         "max_context": 64,
     }
     assert inspect(out)["run"][-1] == f"python -m deploy trtexec {out}"
+    assert text(engine, False).splitlines()[-5] == (
+        "engine: tensorrt-rtx 1.7.1.116, 8 plugin layers, at most 2 sequences, 64 tokens at once, 64 in all"
+    )
 
 
 def test_any_onnx_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from calibration.out.files import file_records
 from calibration.out.json_file import read_json
 from calibration.progress import NullProgress
 from deploy.__main__ import main
+from exporter.run.sessions import DecoderSession
 from tests.conftest import REPOSITORY
 
 TEXT = str(REPOSITORY / "calibration" / "default_text.txt")
@@ -37,6 +38,7 @@ class Impatient(NullProgress):
         ("diff", "{}/out"),
         ("triton", "--to", "{}/models"),
         ("pack", "-o", "{}/model.anybit"),
+        ("polygraphy", "--to", "{}/checks"),
     ],
     ids=lambda words: str(words[0]),
 )
@@ -57,6 +59,25 @@ def test_ctrl_c(
         name: record for name, record in before.items() if not name.startswith(".")
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "--prompt", "a"), ("bench",)], ids=lambda words: words[0]
+)
+def test_ctrl_c_in_a_call(
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+) -> None:
+    """Of the commands without a bar."""
+
+    def stopped(self: DecoderSession, *arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DecoderSession, "run", stopped)
+    assert main([words[0], str(artifact), *words[1:], "--runner", "onnxruntime"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "Interrupted."
 
 
 def test_a_stopped_unpack_leaves_nothing(

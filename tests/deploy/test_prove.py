@@ -17,7 +17,9 @@ from calibration.progress import NullProgress
 from deploy.__main__ import main
 from deploy.prove import prove_artifact, summary
 from exporter.proof.judge import LayerReport
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import validate
 from plugins.errors import CheckError, InputError
 from tests.exporter.planted import change_tensor, renew_records
 
@@ -132,7 +134,7 @@ def test_a_runner_that_was_asked_for_has_to_run(
         f"{artifact}: got no engine folder, expected it for --runner tensorrt"
     )
     lost = InputError("g++", "got none, expected one", "Install it")
-    monkeypatch.setattr("exporter.proof.validate.native_library", lambda: lost)
+    monkeypatch.setattr("exporter.proof.onnx_levels.native_library", lambda: lost)
     with pytest.raises(InputError) as error:
         validate(artifact, ValidateOptions(runners=("native",)))
     assert error.value is lost

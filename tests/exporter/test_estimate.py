@@ -27,7 +27,8 @@ def asked(
 ) -> Estimate:
     """Of a W4A8 model."""
     schemes = as_map(QuantScheme("QQQGemm", method, 4, 8, act_symmetric=True))
-    return estimate(open_checkpoint(str(folder)), schemes, settings, stages, find_method(method))
+    calibrates = find_method(method).looks_at_data
+    return estimate(open_checkpoint(str(folder)), schemes, settings, stages, calibrates)
 
 
 def test_the_way_to_an_engine_needs_each_copy(tiny_llama: Callable[..., Path]) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from calibration.out.layout import QUANT
 from calibration.quant.folder import read_quant
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.validate import validate
 from exporter.run.onnxruntime import OnnxSession
 
 QQQ = ("--method", "qqq", "--nsamples", "4", "--seqlen", "32", "--head-bits")

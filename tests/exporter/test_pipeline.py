@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from calibration.out.layout import DATA_FILE
-from exporter.proof.validate import LayerReport, ValidationResult
+from exporter.proof.judge import LayerReport
+from exporter.proof.result import ValidationResult
 from plugins.errors import EXIT_CHECK, EXIT_INTERRUPT
 from tests.conftest import FOUR_WINDOWS, W4A8
 

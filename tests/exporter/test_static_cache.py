@@ -16,7 +16,8 @@ from calibration.out.description import read_description
 from calibration.quant.folder import read_quant
 from deploy.__main__ import main as deploy
 from exporter.graph.decoder import export_onnx
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.validate import validate
 from exporter.run.model import find_model
 from plugins.cached_attention import OP
 from plugins.errors import InputError
@@ -223,7 +224,7 @@ def test_its_engine_is_for_programs(
         "--runner tensorrt: got an engine with a static cache, expected one whose cache grows. Run "
         "it in a C++ program (docs/cpp_service.md), or export with --kv concat."
     )
-    monkeypatch.setattr("exporter.proof.validate.find_runner", lambda _: Gpu())
+    monkeypatch.setattr("exporter.proof.engine_levels.find_runner", lambda _: Gpu())
     notes = validate(out, ValidateOptions(tokens=4, steps=0)).notes
     assert (
         "The engine has a static cache, which the validation cannot run, so the CUDA kernels were "

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from plugins.core.op_spec import GemmAttributes
 from plugins.errors import InputError
 from plugins.tools.build import build_library
 from plugins.tools.kernels import GemmShape, KernelLibrary
-from tests.real_tensorrt import REAL, RealTensorrt
+from tests.real_tensorrt import RealTensorrt, showing
 
 REGISTRY = Path(__file__).parent / "trt" / "registry.py"
 ABQ = GemmAttributes(
@@ -134,12 +135,11 @@ def library() -> Path:
     return build_library()
 
 
-@pytest.fixture(scope="module", params=REAL)
-def answer(request: pytest.FixtureRequest, library: Path) -> dict[str, Any]:
-    """What each TensorRT at hand makes of REQUESTS."""
-    real: RealTensorrt = request.param
+@cache
+def answer(real: RealTensorrt) -> dict[str, Any]:
+    """What a TensorRT makes of REQUESTS."""
     result = subprocess.run(
-        [sys.executable, str(REGISTRY), str(library), real.module],
+        [sys.executable, str(REGISTRY), str(build_library()), real.module],
         env=real.environment,
         input=json.dumps(REQUESTS),
         capture_output=True,
@@ -206,27 +206,35 @@ def test_loads_without_any_environment(library: Path) -> None:
     assert result.stdout == "True\n"
 
 
-def test_tensorrt_lists_both_creators(answer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("real", showing("library loaded"))
+def test_tensorrt_loads_the_library(real: RealTensorrt) -> None:
+    assert answer(real)["version"] == real.version
+
+
+@pytest.mark.parametrize("real", showing("creators found"))
+def test_tensorrt_lists_both_creators(real: RealTensorrt) -> None:
     told_by_an_input = {"has_minimum"}
     names = {field.name for field in dataclasses.fields(GemmAttributes)}
     fields = sorted(names - told_by_an_input)
-    listed = sorted([name, version, sorted(names)] for name, version, names in answer["creators"])
+    creators = answer(real)["creators"]
+    listed = sorted([name, version, sorted(names)] for name, version, names in creators)
     assert listed == [["ABQGemm", "1", fields], ["QQQGemm", "1", fields]]
 
 
-def test_tensorrt_makes_both_plugins(answer: dict[str, Any]) -> None:
-    assert answer["plugins"][:GOOD] == [{"made": True, "errors": []}] * GOOD
+@pytest.mark.parametrize("real", showing("plugins made"))
+def test_tensorrt_makes_both_plugins(real: RealTensorrt) -> None:
+    assert answer(real)["plugins"][:GOOD] == [{"made": True, "errors": []}] * GOOD
 
 
-@pytest.mark.parametrize(
-    ("index", "error"),
-    [
-        (0, f"got none, expected one integer in attribute 'abits'. {VERSION}"),
-        (1, f"got 1 values of field type 1, expected one integer in attribute 'wbits'. {VERSION}"),
-        (2, f"got 2 values of field type 10, expected one integer in attribute 'wbits'. {VERSION}"),
-        *((3 + number, case[2]) for number, case in enumerate(BAD)),
-    ],
-)
-def test_bad_fields_are_logged_and_refused(answer: dict[str, Any], index: int, error: str) -> None:
-    op = REQUESTS[GOOD + index]["op"]
-    assert answer["plugins"][GOOD + index] == {"made": False, "errors": [f"{op} 'layer0': {error}"]}
+@pytest.mark.parametrize("real", showing("wrong fields refused"))
+def test_bad_fields_are_logged_and_refused(real: RealTensorrt) -> None:
+    errors = [
+        f"got none, expected one integer in attribute 'abits'. {VERSION}",
+        f"got 1 values of field type 1, expected one integer in attribute 'wbits'. {VERSION}",
+        f"got 2 values of field type 10, expected one integer in attribute 'wbits'. {VERSION}",
+        *(error for _, _, error in BAD),
+    ]
+    assert answer(real)["plugins"][GOOD:] == [
+        {"made": False, "errors": [f"{request['op']} 'layer0': {error}"]}
+        for request, error in zip(REQUESTS[GOOD:], errors, strict=True)
+    ]

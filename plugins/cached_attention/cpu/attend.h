@@ -318,8 +318,12 @@ struct Attention {
                                float* to) const {
     const int64_t at = head * present + first;
     const char* from = static_cast<const char*>(cache.present) + size_t(at) * row_bytes();
+    // the next block's rows: between blocks the processor forgets where it was reading
+    const size_t ahead = kKeys * row_bytes();
     for (int j = 0; j < kKeys; ++j, from += row_bytes(), to += width) {
       const int used = j < count ? s.head_dim : 0;
+      for (size_t byte = 0; used && byte < row_bytes(); byte += 64)
+        __builtin_prefetch(from + ahead + byte);
       if (used && s.low_bits())
         load_row<T>(reinterpret_cast<const int8_t*>(from), cache.present_scale + 2 * (at + j), used,
                     s.bits, to);

@@ -4,6 +4,8 @@ from.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,6 +337,28 @@ def test_tensors_that_the_family_does_not_use_are_named(
         f"{path}: got tensors that the model's 2 layers do not use: "
         "rope_factors_long.weight, blk.0.attn_q_norm.weight, a.b and 1 more. "
         "The export would drop them: choose a model without them."
+    )
+
+
+def test_what_the_file_tells_is_refused_without_waiting_for_transformers(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Whose import takes seconds."""
+    original, extra = open_checkpoint(str(tiny_model_dir), True), {"a.b": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", original, extra=extra)
+    script = (
+        "import sys\n"
+        "from calibration.checkpoints.checkpoint import open_checkpoint\n"
+        "from plugins.errors import InputError\n"
+        f"try:\n    open_checkpoint({str(path)!r}, True)\n"
+        "except InputError as error:\n    print(error, {'torch', 'transformers'} & {*sys.modules})\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == (
+        f"{path}: got tensors that the model's 2 layers do not use: a.b. The export would drop them: "
+        "choose a model without them. set()\n"
     )
 
 

@@ -216,12 +216,19 @@ def test_metadata_that_says_nothing_sound(path: Path, entries: list[bytes], prob
             b"",
             ", tensor a: got shape [2, 31], expected rows of blocks of 32 as type Q8_0 has them",
         ),
+        (
+            [info("a", (320, 2), kind=12)],
+            b"",
+            ", tensor a: got shape [2, 320], expected rows of blocks of 256 as type Q4_K has them",
+        ),
+        ([info("a", (256, 2), kind=14)], bytes(160), "got 256 bytes, expected at least 516"),
         ([info("a", ())], b"", ", tensor a: got 0 dimensions, expected 1 to 4"),
         ([info("a", [1] * 5)], b"", ", tensor a: got 5 dimensions, expected 1 to 4"),
     ],
     ids=[
         *("gap", "overlap", "order", "smaller type", "smaller type at the end", "short"),
-        *("sizes that overflow", "twice", "empty", "part of a block", "scalar", "too many sizes"),
+        *("sizes that overflow", "twice", "empty", "part of a block",
+        "part of a super-block", "super-block cut short", "scalar", "too many sizes"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fill_the_data_section(

@@ -10,14 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from calibration import formats
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.checkpoints.codes import Tensors
 from calibration.checkpoints.huggingface import SafetensorsWeights
+from calibration.formats.compressed_tensors import read as read_compressed
 from calibration.formats.fp8 import read as read_fp8
 from calibration.quant.folder import QuantModel, read_quant
 from calibration.quant.keep import Keeping, check_quantized, kept_schemes
@@ -53,6 +56,14 @@ CASES: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
     "qqq": (written.qqq, {"group": -1}, "QQQGemm w4a8"),
     "qqq groups": (written.qqq, {"group": 128}, "QQQGemm w4a8"),
     "abq 2*": (written.abq_llm, {"levels": 5}, "ABQGemm w2ba16"),
+    "int8 of bitsandbytes": (written.bnb8, {}, "ABQGemm w8a16"),
+    "mxfp4": (written.fp4, {"kind": "mxfp4"}, "ABQGemm w5a16-g32"),
+    "nvfp4": (written.fp4, {"kind": "nvfp4"}, "ABQGemm w5a16-g16"),
+    "hqq": (written.hqq, {}, "ABQGemm w4a16-g32"),
+    "hqq 3 bits": (written.hqq, {"bits": 3, "dtype": ml_dtypes.bfloat16}, "ABQGemm w3a16-g32"),
+    "hqq 2 bits": (written.hqq, {"bits": 2, "group": 16, "as_float": True}, "ABQGemm w2a16-g16"),
+    "hqq three levels": (written.hqq, {"bits": 1.58, "group": 64}, "ABQGemm w2a16"),
+    "hqq 5 bits": (written.hqq, {"bits": 5, "group": 16}, "ABQGemm w5a16-g16"),
     "abq 4": (written.abq_llm, {"levels": 16, "group": 32}, "ABQGemm w4a16-g32"),
 }
 
@@ -99,9 +110,9 @@ def test_codes_stay_and_stand_for_the_documents_weights(
         order = slice(None) if order is None else order
         np.testing.assert_array_equal(codes, made.codes[layer][:, order], layer)
         np.testing.assert_array_equal(linear.dequantize(), weight[:, order], layer)
-    rest = load_file(made.folder / "model.safetensors")
-    for tensor in ("model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
-        np.testing.assert_array_equal(quant.tensor(tensor), rest[tensor])
+    with safe_open(made.folder / "model.safetensors", "numpy") as rest:
+        for tensor in ("model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
+            np.testing.assert_array_equal(quant.tensor(tensor), rest.get_tensor(tensor))
     assert len(quant.decoder.orders) == (4 if options.get("ordered", "actorder" in name) else 0)
 
 
@@ -179,16 +190,31 @@ def test_requantizing_takes_the_floats(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, made.weights[name], atol=0.01)
 
 
-@pytest.mark.parametrize("block", [(48, 32), None], ids=str)
-def test_fp8_is_read_as_floats(source: Path, tmp_path: Path, block: tuple[int, int] | None) -> None:
-    made = written.fp8(source, tmp_path / "model", block)
+FLOATS: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
+    "fp8 blocks": (written.fp8, {"block": (48, 32)}, "fp8"),
+    "fp8": (written.fp8, {"block": None}, "fp8"),
+    "nf4": (written.bnb4, {}, "bitsandbytes"),
+    "nf4 nested": (written.bnb4, {"nested": True}, "bitsandbytes"),
+    "nf4 in bfloat16": (written.bnb4, {"storage": ml_dtypes.bfloat16}, "bitsandbytes"),
+    "fp4": (written.bnb4, {"kind": "fp4", "block": 48}, "bitsandbytes"),  # the last is cut short
+    "fp4 nested": (written.bnb4, {"kind": "fp4", "nested": True}, "bitsandbytes"),
+    "hqq across rows": (written.hqq, {"axis": 0, "group": 16}, "hqq"),
+    "hqq three halves": (written.hqq, {"group": 128, "bits": 1}, "hqq"),  # of a group in a row
+    "hqq fp32": (written.hqq, {"dtype": np.float32, "bits": 8}, "hqq"),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_is_read_as_floats(source: Path, tmp_path: Path, name: str) -> None:
+    make, options, format = FLOATS[name]
+    made = make(source, tmp_path / "model", **options)
     checkpoint = open_checkpoint(str(made.folder), offline=True)
     for layer, weight in made.weights.items():
         np.testing.assert_array_equal(checkpoint.array(f"{layer}.weight"), weight, layer)
     assert check_quantized(checkpoint, False, True) == ""
     assert refusal(lambda: check_quantized(checkpoint, False, False)) == (
-        f"{made.folder}: got a checkpoint that is quantized already (fp8), with weights that no op "
-        "takes as they are, expected --requantize. --requantize rounds its weights again, with "
+        f"{made.folder}: got a checkpoint that is quantized already ({format}), with weights that no "
+        "op takes as they are, expected --requantize. --requantize rounds its weights again, with "
         "--wbits and --abits."
     )
     assert refusal(lambda: kept_schemes(checkpoint, Keeping())) == (
@@ -258,7 +284,7 @@ def damage(folder: Path, name: str, make: Callable[[np.ndarray], np.ndarray | No
     path = folder / "model.safetensors"
     tensors = load_file(path)
     found = make(tensors.pop(name).copy())
-    save_file(tensors if found is None else tensors | {name: found}, path)
+    save_file(tensors if found is None else tensors | {name: np.asarray(found)}, path)
 
 
 def refusal(work: Callable[[], Any]) -> str:
@@ -330,7 +356,7 @@ ROUNDED = {
         (
             partial(written.integers, bits=8),
             {"format": "float-quantized"},
-            f"quantization_config, group_0: got format float-quantized, expected pack-quantized or int-quantized. {FLOAT}",
+            f"quantization_config, group_0: got format float-quantized, expected one of pack-quantized, int-quantized, mxfp4-pack-quantized, nvfp4-pack-quantized. {FLOAT}",
         ),
         (
             partial(written.integers, bits=8),
@@ -361,6 +387,16 @@ ROUNDED = {
             "character set at position 0). Correct the config.",
         ),
         (
+            partial(written.fp4, kind="mxfp4"),
+            {"format": "nvfp4-pack-quantized"},
+            f"quantization_config, group_0: got group_size 32, expected 16. {FLOAT}",
+        ),
+        (
+            partial(written.fp4, kind="nvfp4"),
+            {"config_groups": {"a": {"targets": ["Linear"], "weights": ROUNDED["weights"]}}},
+            f"quantization_config, a: got weights of type int, expected float. {FLOAT}",
+        ),
+        (
             partial(written.qqq, group=128),
             {"group_size": -1},
             "model.layers.0.mlp.down_proj.s_group: got scales of groups, [2, 128], expected none by "
@@ -385,20 +421,20 @@ def test_settings_that_are_not_read(
 
 def test_formats_that_are_not_read(source: Path, tmp_path: Path) -> None:
     made = written.gptq(source, tmp_path / "model")
-    change(made.folder, quant_method="bitsandbytes")
+    change(made.folder, quant_method="aqlm")
     assert refusal(lambda: open_checkpoint(str(made.folder), offline=True)) == (
         f"{made.folder / 'config.json'}, quantization_config: got an already quantized checkpoint "
-        "(quant_method bitsandbytes), expected float32, float16 or bfloat16 weights, or those of "
-        f"abq-llm, awq, compressed-tensors, fp8, gptq, qqq or a .gguf file. {FLOAT}"
+        "(quant_method aqlm), expected float32, float16 or bfloat16 weights, or those of abq-llm, awq, "
+        f"bitsandbytes, compressed-tensors, fp8, gptq, hqq, qqq or a .gguf file. {FLOAT}"
     )
 
 
 @pytest.mark.parametrize(
     ("tensor", "make", "problem"),
     [
-        ("scales", put((0, 3), np.nan), "got the scale nan at [0, 3] and 1 such in all"),
-        ("scales", put((0, 3), 0), "got the scale 0.0 at [0, 3] and 1 such in all"),
-        ("scales", put((1, 0), np.inf), "got the scale inf at [1, 0] and 1 such in all"),
+        ("scales", put((0, 3), np.nan), "got nan at [0, 3] and 1 such in all"),
+        ("scales", put((0, 3), 0), "got 0.0 at [0, 3] and 1 such in all"),
+        ("scales", put((1, 0), np.inf), "got inf at [1, 0] and 1 such in all"),
     ],
 )
 def test_scales_that_are_none(
@@ -409,6 +445,28 @@ def test_scales_that_are_none(
     assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
         f"{made.folder}, {K}.{tensor}: {problem}, expected finite numbers other than 0. {AGAIN}"
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "tensor"),
+    [
+        (written.awq, "scales"),
+        (partial(written.packed, bits=4, group=32, symmetric=True), "weight_scale"),
+        (partial(written.integers, bits=8), "weight_scale"),
+        (partial(written.qqq, group=-1), "s_channel"),
+        (partial(written.abq_llm, levels=16), "weight_quantizer.scales"),
+        (written.bnb8, "SCB"),
+        (written.hqq, "scale"),
+    ],
+)
+def test_scales_of_every_format(
+    source: Path, wide: Path, tmp_path: Path, make: Callable[..., Written], tensor: str
+) -> None:
+    tiles = getattr(make, "func", make) is written.qqq
+    made = make(wide if tiles else source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", put(0, np.nan))
+    found = refusal(lambda: keep(made.folder, tmp_path / "quant"))
+    assert found.startswith(f"{made.folder}, {K}.{tensor}: got nan at [0") and found.endswith(AGAIN)
 
 
 @pytest.mark.parametrize(
@@ -449,6 +507,228 @@ def test_tensors_that_do_not_fit(
     damage(made.folder, f"{K}.{tensor}", make)
     found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
     assert found == f"{made.folder}, {K}{problem}"
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("make", "tensor", "change", "problem"),
+    [
+        (
+            written.bnb4,
+            STATE,
+            lambda array: None,
+            ": got 0 tensors weight.quant_state.bitsandbytes__*, expected one for nf4 or fp4. Save the "
+            "checkpoint with a newer bitsandbytes, or download it again.",
+        ),
+        (
+            written.bnb4,
+            STATE,
+            lambda array: np.frombuffer(b'{"blocksize": 0, "shape": [32, 64]}', np.uint8),
+            f".{STATE}, blocksize: got 0, expected at least 1. {AGAIN}",
+        ),
+        (
+            written.bnb4,
+            STATE,
+            lambda array: np.frombuffer(b'{"blocksize": 64, "shape": [64, 64]}', np.uint8),
+            ".weight.absmax: got shape [32], expected [64] by the config's bits and group size. The "
+            "config and the weights do not belong together, or groups differ between layers: give the "
+            "checkpoint as its makers' tool wrote it.",
+        ),
+        (
+            written.bnb4,
+            "weight",
+            lambda array: array[1:],
+            f".weight: got 1023 bytes, expected 1024 of 32 x 64 weights. {AGAIN}",
+        ),
+        (
+            partial(written.bnb4, nested=True),
+            "weight.nested_absmax",
+            lambda array: None,
+            ": got no weight.nested_absmax, expected it beside the layer's other tensors. The download "
+            "is incomplete or damaged: download it again.",
+        ),
+        (
+            written.bnb8,
+            "weight_format",
+            lambda array: array + np.uint8(1),
+            ".weight_format: got weights in the order of a GPU's kernels, expected 0, which stands for "
+            "rows. Load and save the checkpoint with a newer bitsandbytes.",
+        ),
+        (written.hqq, "axis", lambda array: array + 1, f": got axis 2, expected 0 or 1. {FLOAT}"),
+        (
+            written.hqq,
+            "nbits",
+            lambda array: array + 1,
+            f": got 5 bits, expected 1 to 4 of packing 4bit_u8. {FLOAT}",
+        ),
+        (
+            written.hqq,
+            "nbits",
+            lambda array: np.float32(np.nan),
+            f".nbits: got nan, expected a finite number. {AGAIN}",
+        ),
+        (
+            written.hqq,
+            "packing",
+            lambda array: array[:4],
+            ": got packing 4bit, expected one of 8bit_u8, 4bit_u8, 3bit_32, 2bit_u8, 1bit_u8. "
+            f"{FLOAT}",
+        ),
+        (
+            written.hqq,
+            "group_size",
+            lambda array: array - 1,
+            f": got group_size 31, expected a divisor of 2048 weights. {FLOAT}",
+        ),
+        (
+            written.hqq,
+            "quant_zero",
+            lambda array: array + np.uint8(1),
+            f": got scales or zeros that are quantized themselves, expected numbers. {FLOAT}",
+        ),
+        (
+            written.hqq,
+            "W_q",
+            lambda array: array[1:],
+            f".W_q: got 992 bytes, expected 1024 by its shape. {AGAIN}",
+        ),
+        (
+            written.hqq,
+            "zero",
+            lambda array: None,
+            ": got no zero, expected it beside the layer's other tensors. The download is incomplete or "
+            "damaged: download it again.",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_together(
+    source: Path,
+    tmp_path: Path,
+    make: Callable[..., Written],
+    tensor: str,
+    change: Callable[[np.ndarray], np.ndarray | None],
+    problem: str,
+) -> None:
+    """Of formats whose layers say by themselves how they are stored."""
+    made = make(source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", change)
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert found == f"{made.folder}, {K}{problem}"
+
+
+@pytest.mark.parametrize(
+    ("make", "tensor", "change", "problem"),
+    [
+        (
+            partial(written.fp4, kind="mxfp4"),
+            "weight_scale",
+            put((2, 1), 255),
+            "got the exponent 255, which stands for no number, expected 0 to 254",
+        ),
+        (
+            partial(written.hqq, bits=5, group=16),
+            "W_q",
+            put((2, 1), 33),
+            "got the code 33, expected at most 31 of 5 bits",
+        ),
+        (
+            written.hqq,
+            "zero",
+            put((2, 0), np.nan),
+            "got nan at [2, 0] and 1 such in all, expected finite numbers",
+        ),
+        (
+            partial(written.bnb4, nested=True),
+            "weight.nested_quant_map",
+            put(3, np.inf),
+            "got inf at [3] and 1 such in all, expected finite numbers",
+        ),
+    ],
+)
+def test_numbers_that_are_none(
+    source: Path,
+    tmp_path: Path,
+    make: Callable[..., Written],
+    tensor: str,
+    change: Callable[[np.ndarray], np.ndarray | None],
+    problem: str,
+) -> None:
+    made = make(source, tmp_path / "model")
+    damage(made.folder, f"{K}.{tensor}", change)
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    assert refusal(lambda: checkpoint.array(f"{K}.weight")) == (
+        f"{made.folder}, {K}.{tensor}: {problem}. {AGAIN}"
+    )
+
+
+def test_a_scale_of_fp8_that_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    scale = np.ones((4, 1), ml_dtypes.float8_e4m3fn)
+    scale[2] = np.nan
+    tensors = {
+        "a.weight_packed": np.zeros((4, 8), np.uint8),
+        "a.weight_scale": scale,
+        "a.weight_global_scale": np.ones(1, np.float32),
+    }
+    save_file(tensors, path)
+    group = {"num_bits": 4, "type": "float", "group_size": 16}
+    settings = {
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": group}},
+    }
+    stored = read_compressed(settings, Tensors(SafetensorsWeights([path]), "m"))
+    assert refusal(stored.linears["a"].dequantized) == (
+        f"m, a.weight_scale: got the scale nan, expected numbers. {AGAIN}"
+    )
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_activations_of_4_bit_floats_are_spoken_of(source: Path, tmp_path: Path, kind: str) -> None:
+    seen = {"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"}
+    made = written.fp4(source, tmp_path / "model", kind, seen)
+    checkpoint, quant = keep(made.folder, tmp_path / "quant", abits=8)
+    assert checkpoint.warnings == [
+        "The checkpoint was made for activations of 4-bit float numbers, which no op here has: "
+        "--abits says how they are rounded."
+    ]
+    assert quant.scheme.label == ("w5a8-g32" if kind == "mxfp4" else "w5a8-g16")
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_floats_of_4_bits_are_those_of_their_package(kind: str, tmp_path: Path) -> None:
+    """compressed-tensors itself dequantizes in bfloat16."""
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
+    from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from safetensors.torch import save_file as save
+
+    compressor = MXFP4PackedCompressor if kind == "mxfp4" else NVFP4PackedCompressor
+    args = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    args |= {"strategy": "group", "group_size": 32}
+    if kind == "nvfp4":
+        args |= {"strategy": "tensor_group", "group_size": 16}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
+    random = torch.Generator().manual_seed(3)
+    size = args["group_size"]
+    scale = torch.randint(1, 6, (24, 96 // size), generator=random).float().exp2() / 64
+    tensors = {"weight": torch.randn(24, 96, generator=random), "weight_scale": scale}
+    if kind == "nvfp4":
+        tensors["weight_scale"] = scale.to(torch.float8_e4m3fn).float()
+        tensors["weight_global_scale"] = torch.tensor([4.0])
+    stored = compressor.compress(tensors, scheme)
+    want = compressor.decompress(stored, scheme)["weight"]
+    path = tmp_path / "model.safetensors"
+    save({f"a.{name}": tensor.contiguous() for name, tensor in stored.items()}, path)
+    settings = {
+        "format": f"{kind}-pack-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": args}},
+    }
+    found = read_compressed(settings, Tensors(SafetensorsWeights([path]), "m")).linears["a"]
+    np.testing.assert_array_equal(found.dequantized(), want.float().numpy())
 
 
 @pytest.mark.parametrize(
@@ -628,17 +908,30 @@ def test_a_checkpoint_in_several_files(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_an_order_in_an_expert(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """Refused with the schemes, before any work."""
+def test_experts_without_codes_are_named_by_layer(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     source = tiny_llama(dtype="float16", architecture="Mixtral", **FAMILIES["Mixtral"])
-    made = written.gptq(source, tmp_path / "model", group=16, ordered=True)
-    checkpoint = open_checkpoint(str(made.folder), offline=True)
-    expert = "model.layers.0.block_sparse_moe.experts.0"
-    assert refusal(lambda: kept_schemes(checkpoint, Keeping())) == (
-        f"{made.folder}, {expert}.w1, {expert}.gate_up_proj: got codes whose input channels have an "
-        "order of their own (desc_act), expected them in order in an expert. --requantize rounds its "
-        "weights again, with --wbits and --abits."
-    )
+    made = written.gptq(source, tmp_path / "model", group=16)
+    path = made.folder / "model.safetensors"
+    gone = tuple(f"model.layers.1.block_sparse_moe.experts.{index}." for index in (1, 4))
+    tensors = {name: one for name, one in load_file(path).items() if not name.startswith(gone)}
+    save_file(tensors, path)
+    found = refusal(lambda: open_checkpoint(str(made.folder), offline=True))
+    assert ", missing experts 1, 4 of layer 1. The download is incomplete" in found
+
+
+def test_a_tied_model_with_codes_for_a_head_of_its_own(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = tiny_llama(dtype="float16", num_hidden_layers=1, tie_word_embeddings=False)
+    made = written.gptq(own, tmp_path / "model", head=True)
+    path = made.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    _, quant = keep(made.folder, tmp_path / "quant")
+    assert quant.head is not None and not quant.decoder.tied
+    found = quant.linear("lm_head").dequantize()
+    np.testing.assert_array_equal(found, made.weights["lm_head"])
 
 
 def test_zero_points_that_are_not_the_configs(source: Path, tmp_path: Path) -> None:
@@ -666,11 +959,39 @@ def test_linears_of_one_node_in_different_orders(source: Path, tmp_path: Path) -
 
 
 def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
-    made = written.gptq(source, tmp_path / "model", left_out=("down_proj",))
+    """A node without codes stays as it is; one that has some is refused."""
+    made = written.gptq(source, tmp_path / "model", left_out=("down_proj", "q_proj", "k_proj"))
+    mixed = "model.layers.0.self_attn.qkv_proj"
     assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
-        f"{made.folder}, model.layers.0.mlp.down_proj: got weights without codes that an op takes, "
-        "expected such for --keep. --requantize rounds its weights again, with --wbits and "
+        f"{made.folder}, {mixed}: got codes beside linears in floating point "
+        "(model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj), expected either, because "
+        "these linears are one GEMM node. --requantize rounds its weights again, with --wbits and "
         "--abits."
+    )
+    checkpoint = open_checkpoint(str(made.folder), offline=True)
+    assert "expected --requantize" in refusal(lambda: check_quantized(checkpoint, False, False))
+    made = written.gptq(source, tmp_path / "other", left_out=("down_proj", "o_proj"))
+    checkpoint, quant = keep(made.folder, tmp_path / "kept")
+    floats = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
+    assert [*quant.decoder.floats] == floats and not {*floats} & quant.decoder.linears.keys()
+    for name in floats:
+        weight = checkpoint.array(f"{name}.weight")
+        np.testing.assert_array_equal(quant.tensor(f"{name}.weight"), weight)
+    assert "expected --keep or" in refusal(lambda: check_quantized(checkpoint, False, False))
+    formats.write("compressed-tensors", quant)
+    _, again = keep(quant.path / "compressed-tensors", tmp_path / "again")
+    assert again.decoder.floats == quant.decoder.floats
+    config = json.loads((quant.path / "compressed-tensors/config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head", *floats]
+
+
+def test_a_head_with_codes_alone(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    own = tiny_llama(dtype="float16", num_hidden_layers=1, tie_word_embeddings=False)
+    rest = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    made = written.gptq(own, tmp_path / "model", head=True, left_out=rest)
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, model.layers.0.self_attn.q_proj: got weights without codes that an op takes, "
+        "expected such for --keep. --requantize rounds its weights again, with --wbits and --abits."
     )
 
 

@@ -23,7 +23,7 @@ from tests.exporter.graph_cases import Decoder, export, feeds
 # Bytes of a block where its fp16 scale is, and its minimum, or the scale of the groups' minimums.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "MXFP4": (),
 }  # fmt: skip
 MIXED = {
     "attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q2_K",
@@ -39,7 +39,7 @@ def original(tiny_llama: Callable[..., Path]) -> Checkpoint:
     return open_checkpoint(str(tiny_llama(**sizes)), offline=True)
 
 
-def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
+def file_of(original: Checkpoint, types: Mapping[str, str], path: Path, **options: int) -> Path:
     """The model with blocks of random bytes in the place of these tensors."""
     rng, blocks = np.random.default_rng(3), {}
     for info in original.decoder.tensors():
@@ -53,8 +53,10 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
             coarse = 4e-3 if types[name] in ("Q4_0", "Q4_1", "Q8_0") else 1e-4
             half = rng.uniform(coarse / 2, coarse, (*data.shape[:2], 1)).astype(np.float16)
             data[..., byte : byte + 2] = half.view(np.uint8)
+        if types[name] == "MXFP4":  # powers of two
+            data[..., 0] = rng.integers(115, 120, data.shape[:2])
         blocks[info.gguf] = types[name], data.reshape(rows, -1)
-    return write_gguf(path, original, blocks=blocks)
+    return write_gguf(path, original, blocks=blocks, **options)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +64,10 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path) -> Path:
     [
         (dict.fromkeys(MIXED, "Q4_0"), ["w4a16-g32", "w4a16-g32", "w4a16-g32", "w4a16-g32"]),
         (dict.fromkeys(MIXED, "Q4_1"), ["w4a16-g32 min", *3 * ["w4a16-g32 min"]]),
+        (dict.fromkeys(MIXED, "MXFP4"), 4 * ["w5a16-g32"]),
         (MIXED, ["w6a16-g16 min", "w2a16-g16 min", "w5a16-g16 min", "w8a16-g32"]),
     ],
-    ids=["Q4_0", "Q4_1", "mixed"],
+    ids=["Q4_0", "Q4_1", "MXFP4", "mixed"],
 )
 def test_codes_stay(
     original: Checkpoint, tmp_path: Path, types: dict[str, str], schemes: list[str]
@@ -85,6 +88,32 @@ def test_codes_stay(
     with torch.no_grad():
         want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
+def test_floats_among_codes(original: Checkpoint, tmp_path: Path) -> None:
+    types = {name: kind for name, kind in MIXED.items() if name not in ("attn_output", "ffn_down")}
+    checkpoint = open_checkpoint(str(file_of(original, types, tmp_path / "m.gguf")), offline=True)
+    floats = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
+    assert kept_schemes(checkpoint, Keeping()).floats == floats
+    assert "--keep instead of --wbits" in check_quantized(checkpoint, False, False)
+
+
+def test_codes_of_a_set_of_files(original: Checkpoint, tmp_path: Path) -> None:
+    """The parts of gguf-split are one model, whichever is named."""
+    types = dict.fromkeys(MIXED, "Q4_1")
+    whole = open_checkpoint(str(file_of(original, types, tmp_path / "w.gguf")), offline=True)
+    file_of(original, types, tmp_path / "m.gguf", split_max_tensors=4)
+    parts = sorted(tmp_path.glob("m-*-of-*.gguf"))
+    assert len(parts) == 3
+    found = open_checkpoint(str(parts[1]), offline=True)
+    assert kept_schemes(found, Keeping()) == kept_schemes(whole, Keeping())
+    for layer in found.decoder.linears:
+        codes = [one.coded(layer) for one in (found, whole)]
+        assert codes[0] is not None and codes[1] is not None
+        one, other = (each.read().named() for each in codes if each)
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_blocks_of_zeros(original: Checkpoint, tmp_path: Path) -> None:
@@ -129,6 +158,6 @@ def test_a_file_without_codes_and_one_with_others(original: Checkpoint, tmp_path
         kept_schemes(others, Keeping())
     assert str(caught.value) == (
         f"{path}, tensor blk.0.attn_q.weight: got type IQ4_NL, whose numbers are no scale * code + "
-        "minimum, expected one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. "
-        "Quantize its float numbers anew: --requantize."
+        "minimum, expected one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4, "
+        "NVFP4. Quantize its float numbers anew: --requantize."
     )

@@ -5,6 +5,7 @@ with the weights that they stand for.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["Written", "gptq", "awq", "packed", "integers", "qqq", "abq_llm", "fp8"]
+__all__ = [
+    "Written", "abq_llm", "awq", "bnb4", "bnb8", "fp4", "fp8", "gptq", "hqq", "integers", "packed", "qqq",
+]  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 
@@ -109,8 +112,9 @@ def gptq(
     ) -> tuple[Tensors, np.ndarray, np.ndarray]:
         size = shape[1] if group == -1 else group
         index = np.arange(shape[1]) // size
-        if ordered:  # linears of one node are rounded in one order
-            index = np.random.default_rng(shape[1]).permutation(index)
+        expert = int(found[1]) if (found := re.search(r"\.experts\.(\d+)\.", name)) else None
+        if ordered and expert != 0:  # linears of one node are rounded in one order
+            index = np.random.default_rng(shape[1] + (expert or 0)).permutation(index)
         codes, scale, zero = _numbers(random, shape, -(-shape[1] // size), bits, symmetric)
         stored = (zero - (version == 1)) % (1 << bits)
         weight = np.empty(shape, np.float32)
@@ -339,4 +343,169 @@ def fp8(source: Path, folder: Path, block: tuple[int, int] | None) -> Written:
         return {"weight": weight, "weight_scale_inv": stored}, values, weight
 
     settings = {"quant_method": "fp8", "weight_block_size": block and list(block)}
+    return _write(source, folder, settings, layer)
+
+
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+FP4 = [sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)]
+
+
+def bnb4(
+    source: Path,
+    folder: Path,
+    kind: str = "nf4",
+    nested: bool = False,
+    block: int = 64,
+    storage: Any = np.uint8,
+) -> Written:
+    """bitsandbytes: two places in a table to a byte, the first in the high bits; blocks over the
+    whole matrix.
+    """
+    table = np.array(NF4 if kind == "nf4" else FP4, np.float32)
+
+    def layer(
+        name: str, random: np.random.Generator, shape: tuple[int, int]
+    ) -> tuple[Tensors, np.ndarray, np.ndarray]:
+        codes = random.integers(0, 16, shape)
+        flat, count = codes.reshape(-1), -(-codes.size // block)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16"}
+        absmax = random.uniform(0.05, 0.2, count).astype(np.float32)
+        tensors = {"weight.absmax": absmax, "weight.quant_map": table}
+        if nested:
+            places, map8 = random.integers(0, 256, count), random.uniform(-1, 1, 256)
+            offset = float(np.float32(0.1))
+            tensors |= {
+                "weight.absmax": places.astype(np.uint8),
+                "weight.nested_absmax": random.uniform(0.02, 0.05, -(-count // 8)).astype("f4"),
+                "weight.nested_quant_map": map8.astype(np.float32),
+            }
+            state |= {"nested_blocksize": 8, "nested_offset": offset, "nested_dtype": "float32"}
+            for place in range(count):
+                scaled = (
+                    np.float32(map8[places[place]]) * tensors["weight.nested_absmax"][place // 8]
+                )
+                absmax[place] = scaled + np.float32(offset)
+        weight = np.array(
+            [table[code] * absmax[place // block] for place, code in enumerate(flat)], np.float32
+        )
+        told = json.dumps(state | {"shape": shape}).encode()
+        tensors[f"weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(told, np.uint8)
+        words = (flat[::2] << 4 | flat[1::2]).astype(np.uint8).view(storage)
+        return tensors | {"weight": words.reshape(-1, 1)}, weight.reshape(shape), codes
+
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    return _write(source, folder, settings, layer)
+
+
+def bnb8(source: Path, folder: Path) -> Written:
+    """LLM.int8(): codes by the largest magnitude of their row, SCB."""
+
+    def layer(
+        name: str, random: np.random.Generator, shape: tuple[int, int]
+    ) -> tuple[Tensors, np.ndarray, np.ndarray]:
+        codes = random.integers(-127, 128, shape).astype(np.int8)
+        largest = random.uniform(0.1, 0.3, shape[0]).astype(np.float32)
+        tensors = {"weight": codes, "SCB": largest, "weight_format": np.array(0, np.uint8)}
+        weight = codes.astype(np.float32) * (largest / np.float32(127))[:, None]
+        return tensors, weight, codes.astype(np.int32) + 128
+
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return _write(source, folder, settings, layer)
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def fp4(
+    source: Path, folder: Path, kind: str, activations: dict[str, Any] | None = None
+) -> Written:
+    """compressed-tensors, mxfp4-pack-quantized and nvfp4-pack-quantized."""
+    size = {"mxfp4": 32, "nvfp4": 16}[kind]
+
+    def layer(
+        name: str, random: np.random.Generator, shape: tuple[int, int]
+    ) -> tuple[Tensors, np.ndarray, np.ndarray]:
+        bits = random.integers(0, 16, shape)
+        values = np.array([*E2M1, *(-value for value in E2M1)], np.float32)[bits]
+        tensors: Tensors = {"weight_packed": (bits[:, ::2] | bits[:, 1::2] << 4).astype(np.uint8)}
+        groups = (shape[0], shape[1] // size)
+        if kind == "mxfp4":
+            exponents = random.integers(115, 125, groups).astype(np.uint8)
+            tensors["weight_scale"] = exponents
+            scale = np.exp2(exponents.astype(np.float32) - 127)
+        else:
+            local = random.uniform(0.5, 400, groups).astype(ml_dtypes.float8_e4m3fn)
+            whole = random.uniform(3000, 9000, 1).astype(np.float32)
+            tensors |= {"weight_scale": local, "weight_global_scale": whole}
+            scale = local.astype(np.float32) / whole
+        weight = values * np.repeat(scale, size, 1)
+        return tensors, weight, (2 * values + 12).astype(np.int32)
+
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group" if kind == "mxfp4" else "tensor_group",
+        "group_size": size,
+    }
+    return _write(
+        source, folder, _compressed(f"{kind}-pack-quantized", weights, activations), layer
+    )
+
+
+def hqq(
+    source: Path,
+    folder: Path,
+    bits: float = 4,
+    group: int = 32,
+    axis: int = 1,
+    dtype: Any = np.float16,
+    as_float: bool = False,
+) -> Written:
+    """A matrix cut into groups, then packed along its first axis; all settings are tensors."""
+    packings = {8: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+    whole = int(np.ceil(bits))
+    packing, levels = packings[whole], round(2**bits)
+    width = int(packing[0])
+    count = 10 if width == 3 else 8 // width
+
+    def layer(
+        name: str, random: np.random.Generator, shape: tuple[int, int]
+    ) -> tuple[Tensors, np.ndarray, np.ndarray]:
+        groups = shape[0] * shape[1] // group
+        cut = (groups, group) if axis else (group, groups)
+        codes = random.integers(0, levels, cut)
+        scale = random.uniform(0.02, 0.06, (groups, 1) if axis else (1, groups)).astype(dtype)
+        zero = random.uniform(-0.3, levels, scale.shape).astype(dtype)
+        steps = -(-cut[0] // count)
+        words = np.zeros((steps, cut[1]), np.int64)
+        for row in range(cut[0]):  # the first rows are in the highest bits
+            words[row % steps] |= codes[row] << width * (count - 1 - row // steps)
+        packed = words.astype(np.int32 if width == 3 else np.uint8)
+        tensors = {
+            "W_q": packed.view(np.float16) if as_float else packed,
+            "scale": scale,
+            "zero": zero,
+            "shape": np.array(shape, np.int64),
+            "nbits": np.array(bits, np.int32 if whole == bits else np.float32),
+            "packing": np.frombuffer(packing.encode(), np.uint8),
+            **{
+                key: np.array(value, np.int32)
+                for key, value in (("group_size", group), ("axis", axis))
+            },
+            **{key: np.array(0, np.uint8) for key in ("quant_scale", "quant_zero", "offload_meta")},
+            "view_as_float": np.array(as_float, np.uint8),
+        }
+        # codes that are kept stand for numbers that are rounded once
+        kept = axis == 1 and shape[1] % group == 0 and dtype != np.float32
+        kind = np.float64 if kept else np.float32
+        weight = (codes.astype(kind) - zero.astype(kind)) * scale.astype(kind)
+        return tensors, weight.astype(np.float32).reshape(shape), codes.reshape(shape)
+
+    settings = {"quant_method": "hqq", "quant_config": {}, "skip_modules": ["lm_head"]}
     return _write(source, folder, settings, layer)

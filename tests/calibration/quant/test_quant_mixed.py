@@ -134,6 +134,28 @@ def test_damaged_layers(
     assert str(caught.value) == message.format(path=path)
 
 
+def test_damaged_floats(tiny_quant: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_quant() / "quant", tmp_path / "quant")
+    path, nodes = folder / "quant.json", read_quant(folder).decoder.nodes
+
+    def why(floats: list[str]) -> str:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "floats": floats}))
+        with pytest.raises(InputError) as caught:
+            read_quant(folder)
+        return str(caught.value)
+
+    assert why(["model.layers.1.mlp.up_proj"]) == (
+        f"{path}, floats: got model.layers.1.mlp.up_proj, expected GEMM nodes such as {nodes[0]}. {AGAIN}"
+    )
+    assert why([*nodes]) == (
+        f"{path}, floats: got every GEMM node, expected some with codes. {AGAIN}"
+    )
+    assert why([nodes[-1]]) == (
+        f"{folder}: got a tensor model.layers.1.mlp.down_proj.codes, expected no such from the config. "
+        f"{AGAIN}"
+    )
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

@@ -170,14 +170,28 @@ def test_drain_under_load(serve: Callable[..., Server]) -> None:
     assert len(done) == outcomes.count("whole") and {line["outcome"] for line in done} == {"ok"}
 
 
-def test_a_kill_leaves_the_port_free(serve: Callable[..., Server], service: Path) -> None:
-    server = serve(fake={"step_us": 5000})
-    with Raw(server) as raw:
-        raw.send(post({"prompt": "x", "max_tokens": 4000, "stream": True}))
-        assert raw.head()[0] == 200
-        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
-    again = serve("--port", str(server.port))
-    assert again.port == server.port
+def test_a_kill_under_load(serve: Callable[..., Server]) -> None:
+    """No answer that was cut looks whole, and the next process has the port at once."""
+    server = serve("--slots", "4", fake={"step_us": 3000})
+    streams = [True, True, True, False, False, False]  # two of them wait for a slot
+    raws = [
+        Raw(server).send(post({"prompt": f"p{i}", "max_tokens": 4000, "stream": stream}))
+        for i, stream in enumerate(streams)
+    ]
+    server.until(lambda: server.metrics()["anybit_queue_length"] == 2)
+    server.until(lambda: server.metrics()["anybit_completion_tokens_total"] > 40)
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    for i, (raw, stream) in enumerate(zip(raws, streams, strict=True)):
+        got = raw.file.read().decode()
+        if stream:
+            assert "[DONE]" not in got and not got.endswith("0\r\n\r\n")
+            lines = [line[6:] for line in got.splitlines() if line.startswith("data: {")]
+            text = "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+            assert text and expected(f"p{i}", 4000).startswith(text)
+        else:
+            assert got == ""
+        raw.__exit__()
+    assert serve("--port", str(server.port)).port == server.port
 
 
 def test_a_request_has_a_deadline(serve: Callable[..., Server]) -> None:
@@ -284,6 +298,24 @@ def test_few_files(serve: Callable[..., Server]) -> None:
         raw.__exit__()
     server.until(lambda: fetch(server, "/health")[0] == 200)
     assert server.process.poll() is None
+
+
+def test_no_file_is_left(serve: Callable[..., Server]) -> None:
+    """Where others have taken them all, a new connection waits, and those that are there go on."""
+    server = serve()
+    with Raw(server) as old, Raw(server) as new:
+        assert old.send(get("/health")).answer()[0] == 200
+        pid = server.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        most = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()) + 1
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, limits[1]))
+        with Raw(server) as newest:
+            newest.send(get("/health"))
+            problem = server.wait_for("accept")["problem"]
+            assert problem == "Too many open files"
+            assert old.send(post({"prompt": "x", "max_tokens": 9})).answer()[0] == 200
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            assert newest.answer()[0] == new.send(get("/health")).answer()[0] == 200
 
 
 def test_the_disk_of_the_log_is_full(serve: Callable[..., Server], tmp_path: Path) -> None:

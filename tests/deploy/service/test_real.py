@@ -93,15 +93,31 @@ def test_a_chat_without_a_template(served: tuple[Server, Path]) -> None:
     assert caught.value.code == "chat_template"
 
 
-def test_the_artifact_is_removed_underneath(served: tuple[Server, Path]) -> None:
-    """What is loaded is loaded: the last test of this file, as the copy is gone then."""
+def test_the_artifact_is_removed_underneath(served: tuple[Server, Path], service: Path) -> None:
+    """What is loaded is loaded, also for texts that run; a new process says what is missing. The last
+    test of this file, as the copy is gone then.
+    """
     server, out = served
-    client, name = client_of(server), client_of(server).models.list().data[0].id
-    before = client.completions.create(model=name, prompt="one", max_tokens=8, temperature=0)
-    shutil.rmtree(out)
-    after = client.completions.create(model=name, prompt="one", max_tokens=8, temperature=0)
-    assert after.choices[0].text == before.choices[0].text
-    assert client.completions.create(model=name, prompt="two three", max_tokens=8).choices[0].text
+    client = client_of(server)
+    name = client.models.list().data[0].id
+
+    def text(prompt: str) -> str:
+        got = client.completions.create(model=name, prompt=prompt, max_tokens=64, temperature=0)
+        return got.choices[0].text
+
+    before = [text(prompt) for prompt in PROMPTS]
+    made = server.metrics()["anybit_completion_tokens_total"]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        during = [pool.submit(text, prompt) for prompt in PROMPTS]
+        server.until(lambda: server.metrics()["anybit_completion_tokens_total"] > made)
+        shutil.rmtree(out)
+        assert [one.result() for one in during] == before
+    assert text("one more") and server.metrics()["anybit_ready"] == 1
+    done = subprocess.run(
+        [str(service), str(out), "--port", "0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"{out}: got no such folder, expected")
 
 
 def test_the_command(service: Path, artifact: Path, tmp_path: Path) -> None:

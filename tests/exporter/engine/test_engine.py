@@ -34,6 +34,7 @@ from plugins.tools.build import build_library
 from tests.calibration.formats import written
 from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import export
+from tests.real_tensorrt import RealTensorrt, showing
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13"
@@ -115,7 +116,7 @@ from plugins.errors import UserError
 folder, library, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 try:
     for _ in range(times):
-        options = EngineOptions("tensorrt-rtx", 2, 16)
+        options = EngineOptions(sys.argv[4], 2, 16)
         record = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(sys.stderr))
     print(json.dumps(record))
 except (UserError, OSError) as error:
@@ -123,12 +124,17 @@ except (UserError, OSError) as error:
 """
 
 
-def build(folder: Path, times: int = 1) -> tuple[Any, list[dict[str, Any]]]:
-    """engine.json, or [class, text] of the error; and the progress events. Fails if anything else
-    is printed.
+def build(
+    folder: Path, times: int = 1, real: RealTensorrt | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """engine.json of TensorRT-RTX or another, or [class, text] of the error; and the progress events.
+    Fails if anything else is printed.
     """
+    edition = real.edition if real else "tensorrt-rtx"
+    words = [str(folder), str(build_library()), str(times), edition]
     result = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder), str(build_library()), str(times)],
+        [sys.executable, "-c", DRIVER, *words],
+        env=real.environment if real else None,
         capture_output=True,
         text=True,
         timeout=300,
@@ -138,14 +144,14 @@ def build(folder: Path, times: int = 1) -> tuple[Any, list[dict[str, Any]]]:
     return json.loads(result.stdout), [json.loads(line) for line in result.stderr.splitlines()]
 
 
-@needs_rtx
+@pytest.mark.parametrize("real", showing("engines built"))
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT])
-def test_custom_nodes_become_plugins(tmp_path: Path, dtype: int) -> None:
+def test_custom_nodes_become_plugins(real: RealTensorrt, tmp_path: Path, dtype: int) -> None:
     two_gemms(tmp_path, dtype)
-    record, events = build(tmp_path)
+    record, events = build(tmp_path, real=real)
     assert record["layers"]["PLUGIN_V3"] == 2
     assert record["custom_nodes"] == {"ABQGemm": 1, "QQQGemm": 1}
-    assert record["edition"] == "tensorrt-rtx"
+    assert (record["edition"], record["version"]) == (real.edition, real.version)
     assert [profile["name"] for profile in record["profiles"]] == ["prefill", "decode"]
     assert record["max_context"] == 16
     assert record["bytes"] == (tmp_path / "model.engine").stat().st_size > 1000
@@ -268,13 +274,17 @@ def test_every_step_is_built(
 def test_input_channels_in_an_order_of_their_own_are_built(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The codes of a GPTQ checkpoint with desc_act: a Gather in front of each node."""
-    source = tiny_llama(dtype="float16", num_hidden_layers=1)
-    model = written.gptq(source, tmp_path / "model", ordered=True).folder
+    """The codes of a GPTQ checkpoint with desc_act: a Gather in front of each node, of experts too; and
+    a MatMul of what it has in floating point.
+    """
+    sizes = FAMILIES["Mixtral"] | {"num_hidden_layers": 1}
+    source = tiny_llama(architecture="Mixtral", dtype="float16", **sizes)
+    options = {"group": 16, "ordered": True, "left_out": ("o_proj",)}
+    model = written.gptq(source, tmp_path / "model", **options).folder
     checkpoint = open_checkpoint(str(model), offline=True)
     folder = export(model, kept_schemes(checkpoint, Keeping(abits=8)), tmp_path)
     record, _ = build(folder)
-    assert record["layers"]["PLUGIN_V3"] == 4 and record["custom_nodes"] == {"ABQGemm": 4}
+    assert record["layers"]["PLUGIN_V3"] == 11 and record["custom_nodes"] == {"ABQGemm": 11}
 
 
 @needs_rtx

@@ -28,7 +28,9 @@ from exporter.engine.build import custom_nodes
 from exporter.graph.decoder import export_onnx
 from exporter.graph.names import KINDS
 from exporter.graph.nodes import NodeFactory
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import validate
 from exporter.report.html import page
 from exporter.report.report import report_data
 from exporter.run.model import find_model

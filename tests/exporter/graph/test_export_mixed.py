@@ -18,7 +18,9 @@ from calibration.out.files import write_json
 from calibration.out.json_file import read_json
 from calibration.quant.folder import read_quant
 from exporter.graph.decoder import export_onnx
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import validate
 from exporter.report.html import page
 from exporter.report.report import report_data
 from plugins.core.op_spec import is_custom

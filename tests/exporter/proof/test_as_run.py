@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from calibration.quant.scheme import QuantScheme
-from exporter.proof import validate as proof
-from exporter.proof.judge import AS_RUN
+from exporter.proof import onnx_levels
+from exporter.proof.judge import AS_RUN, LayerReport
 from exporter.proof.limits import Limits
 from exporter.proof.loss import LossDifference, loss_as_run, loss_difference
+from exporter.proof.options import ValidateOptions
 from exporter.proof.prove import _loss
-from exporter.proof.validate import LayerReport, ValidateOptions, ValidationResult, validate
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import validate
 from exporter.run.native import NativeSession
 from plugins.errors import CheckError
 from tests.conftest import FAMILIES
@@ -122,7 +124,7 @@ def test_a_fault_of_the_session_is_named(
     failure: str,
 ) -> None:
     """What is wrong in it alone: the file, the bodies and the kernels one by one are right."""
-    monkeypatch.setattr(proof, "NativeSession", session(change, plain))
+    monkeypatch.setattr(onnx_levels, "NativeSession", session(change, plain))
     result = validate(tiny_export(dtype="float32"), BRIEF)
     assert (
         re.sub(r"\b[0-9]\.[0-9]\S*(?= in | at |$)|\b0\.[0-9]+$", "N", result.first_failure)
@@ -148,7 +150,7 @@ def test_roundings_that_are_left_out_are_a_warning(
             np.arange(seen.shape[-1]) % 2, seen, np.nextafter(seen, seen.dtype.type(9))
         )
 
-    monkeypatch.setattr(proof, "NativeSession", session(unrounded, False))
+    monkeypatch.setattr(onnx_levels, "NativeSession", session(unrounded, False))
     result = validate(tiny_export(), BRIEF)
     assert result.ok, result.first_failure
     lost = result.facts["left_out"]
@@ -246,6 +248,6 @@ def test_experts_are_judged_by_their_operators(
         (name,) = [one for one in outputs if "layers.1" in one and one.endswith("2.w2.output")]
         outputs[name][..., 3] *= 2
 
-    monkeypatch.setattr(proof, "NativeSession", session(wrong_expert, False))
+    monkeypatch.setattr(onnx_levels, "NativeSession", session(wrong_expert, False))
     failure = validate(out, BRIEF).first_failure
     assert "at model.layers.1.block_sparse_moe.experts.2.w2 given its inputs (as run" in failure

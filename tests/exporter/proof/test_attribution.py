@@ -29,6 +29,7 @@ from calibration.quant.scheme import QuantScheme
 from calibration.reference.model import FloatReference, float_model, quantised_model
 from calibration.settings import calibration_settings
 from calibration.solvers.hessian import Moments
+from exporter.proof import swaps
 from exporter.proof.attribution import AttributionJob, attribute
 from exporter.proof.basis import recorded_rotation
 from exporter.proof.quality import FloatStates
@@ -199,6 +200,31 @@ def test_other_bits_of_a_calibrated_model(
     as_is, changed = kl(quant, checkpoint, windows, Swap(), Swap(schemes=fine))
     assert changed < as_is / 20
     assert len(seen) == 2 * 8 and set(seen) == {(23, 64), (23, 128)}  # two windows of every node
+
+
+def test_a_walk_begins_where_its_first_change_is(
+    tiny_quant: Callable[..., Path],
+    checkpoint: Checkpoint,
+    windows: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quant = read_quant(tiny_quant(3, head=4) / "quant")
+    walked: list[int] = []
+    layer = swaps._Layer
+
+    def seen(*arguments: Any) -> Any:
+        walked.append(arguments[3].index)
+        return layer(*arguments)
+
+    monkeypatch.setattr(swaps, "_Layer", seen)
+    late, head = Swap(weights=frozenset([BAD])), Swap(weights=frozenset(["lm_head"]))
+    model = Swapped(quant, checkpoint, windows, windows, 256, QUIET)
+    found = [model.measure([swap], QUIET)[0] for swap in (late, head, late, Swap())]
+    assert walked == [0, 1, 1]
+    monkeypatch.setattr(swaps, "_KEPT", 1)
+    thrifty = Swapped(quant, checkpoint, windows, windows, 256, QUIET)
+    assert [thrifty.measure([swap], QUIET)[0] for swap in (late, head, late, Swap())] == found
+    assert walked == [0, 1, 1, *4 * [0, 1]] and found[0] == found[2] != found[3]
 
 
 # ---------------------------------------------------------------- the search

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporter.proof import validate as proof
+from exporter.proof import onnx_levels
 from exporter.proof.judge import Stack
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.validate import validate
 from exporter.run.onnxruntime import OnnxSession
 from plugins.errors import UserError
 from tests.exporter.planted import change_tensor
@@ -52,7 +53,7 @@ def test_without_integers_every_kernel_is_judged(
     """Whatever a deep model of few bits may make of rounding: each node's inputs are given."""
     out, node = tiny_export(wbits=3, abits=16), "model.layers.1.mlp.down_proj"
     monkeypatch.setattr(Stack, "limit", accumulated_is_free)
-    monkeypatch.setattr(proof, "OnnxSession", wrong(f"{node}.output", lambda x: x * 0 + 1))
+    monkeypatch.setattr(onnx_levels, "OnnxSession", wrong(f"{node}.output", lambda x: x * 0 + 1))
     failure = validate(out, BRIEF).first_failure
     assert re.sub(r"error of [0-9.e-]+ at", "error of ERROR at", failure) == (
         f"got a relative error of ERROR at {node} (native, prefill: the native CPU kernels against "
@@ -76,7 +77,7 @@ def test_layers_before_do_not_spread(
             mine = other / "onnx" if kernels else folder
             super().__init__(mine, *rest, kernels=kernels, **options)
 
-    monkeypatch.setattr(proof, "OnnxSession", Other)
+    monkeypatch.setattr(onnx_levels, "OnnxSession", Other)
     found = {
         layers: validate(tiny_export(abits=8), replace(BRIEF, layers=layers, runners=("native",)))
         for layers in ((0, 1), (1, 2))
@@ -137,7 +138,7 @@ def test_the_first_wrong_node_is_named(
     change: Callable[[Any], Any],
     failure: str,
 ) -> None:
-    monkeypatch.setattr(proof, "OnnxSession", wrong(tensor, change))
+    monkeypatch.setattr(onnx_levels, "OnnxSession", wrong(tensor, change))
     result = validate(tiny_export(abits=8), BRIEF)
     assert not result.ok
     assert re.sub(r"error of [0-9.e-]+ at", "error of ERROR at", result.first_failure) == failure
@@ -164,7 +165,7 @@ def test_without_a_compiler_the_level_is_left_out_with_a_note(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(proof, "native_library", lambda: missing)
+    monkeypatch.setattr(onnx_levels, "native_library", lambda say: missing)
     result = validate(tiny_export(abits=8), BRIEF)
     assert result.ok and not [row for row in result.rows if row.level == "native"]
     assert (

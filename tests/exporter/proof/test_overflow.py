@@ -178,7 +178,8 @@ def test_an_export_that_alone_has_infinity_is_still_blamed(
     tiny_export: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The reference, given the same inputs, is finite there."""
-    from exporter.proof.validate import ValidateOptions, validate
+    from exporter.proof.options import ValidateOptions
+    from exporter.proof.validate import validate
     from tests.exporter.proof.test_validate import flip_a_norm
 
     out = tmp_path / "out"

@@ -22,11 +22,14 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from exporter.graph.decoder import export_onnx
 from exporter.graph.names import layer_output
+from exporter.proof import engine_levels
 from exporter.proof import validate as proof
 from exporter.proof.engine import Built
+from exporter.proof.memory import Fit
+from exporter.proof.options import ValidateOptions
 from exporter.proof.pieces import OnnxPiece, Piece, PieceSession, pieces, run_pieces
 from exporter.proof.runners import gemm_nodes
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.validate import validate
 from exporter.run.onnxruntime import OnnxSession, load_model
 from plugins.errors import InputError
 from plugins.tools.build import build_library
@@ -137,9 +140,9 @@ def engine(
         "exporter.run.tensorrt.TensorrtRunner.open",
         lambda runner, stage, description: Whole(out / "onnx", description.max_context),
     )
-    monkeypatch.setattr(proof, "ProofEngines", StandIn)
+    monkeypatch.setattr(engine_levels, "ProofEngines", StandIn)
     monkeypatch.setattr(StandIn, "fault", None)
-    monkeypatch.setattr(proof, "_PIECE", 0)
+    monkeypatch.setattr(engine_levels, "_PIECE", 0)
     return out
 
 
@@ -252,11 +255,13 @@ def test_an_engine_may_choose_other_experts(experts: Path, monkeypatch: pytest.M
     """Their rows are then those of other tokens, which only the operators can be judged on."""
     made = StandIn(None, experts / "onnx", None)
     made.fault = moved_stream
-    monkeypatch.setattr(proof._Validator, "proof_engines", lambda self: made)
+    monkeypatch.setattr(proof, "find_proof_engines", lambda _: made)
     monkeypatch.setattr(
-        proof._Validator, "engine", lambda self: lambda: Whole(experts / "onnx", self.context)
+        proof,
+        "find_engine",
+        lambda found: lambda: Whole(experts / "onnx", found.scope.context),
     )
-    monkeypatch.setattr(proof, "_PIECE", 0)
+    monkeypatch.setattr(engine_levels, "_PIECE", 0)
     result = validate(experts, TENSORRT)
     assert " at model.layers.0.output given its inputs (engine, prefill: " in result.first_failure
     assert {row.level for row in result.rows} == {"kernel", "engine"}
@@ -270,7 +275,7 @@ def test_experts_with_a_static_cache_in_pieces(
     shutil.rmtree(out / "onnx")
     (out / "onnx").mkdir()
     export_onnx(read_quant(out / "quant"), out / "onnx", static=True, max_context=32)
-    monkeypatch.setattr(proof, "check_memory", lambda *given: (True, True))
+    monkeypatch.setattr(proof, "check_memory", lambda *given: Fit(True, True, 0))
     result = validate(out, ValidateOptions(tokens=12, steps=1, runners=("native",)))
     assert result.ok, result.first_failure
     assert "native" in {row.level for row in result.rows}

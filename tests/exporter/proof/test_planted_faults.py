@@ -17,7 +17,7 @@ from calibration.out.files import sha256_file, write_json
 from calibration.out.json_file import read_json
 from calibration.progress import NullProgress
 from deploy.prove import prove_artifact
-from exporter.proof.validate import ValidateOptions
+from exporter.proof.options import ValidateOptions
 from plugins.errors import UserError
 from tests.exporter.engine_cases import ENGINE
 from tests.exporter.planted import change_graph, change_tensor, copy_of, renew_records

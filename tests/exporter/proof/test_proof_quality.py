@@ -17,9 +17,9 @@ from calibration.progress import NullProgress
 from calibration.quant.folder import read_quant
 from calibration.reference.model import FloatReference, float_model, quantised_model
 from exporter.proof import quality
+from exporter.proof.options import ValidateOptions
 from exporter.proof.perplexity import EvalRequest
 from exporter.proof.prove import _calibrated_on, prove
-from exporter.proof.validate import ValidateOptions
 
 
 class Counter(NullProgress):

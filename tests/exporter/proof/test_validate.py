@@ -17,7 +17,8 @@ import pytest
 from calibration.out.files import file_records, write_json
 from calibration.out.manifest import read_manifest
 from calibration.progress import NullProgress
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.validate import validate
 from plugins.errors import InputError
 
 pytestmark = pytest.mark.slow  # half a minute as a whole

@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import validate
 from plugins.errors import CheckError
 
 pytestmark = pytest.mark.slow  # a minute as a whole

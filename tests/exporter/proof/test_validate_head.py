@@ -9,8 +9,10 @@ from pathlib import Path
 import onnx
 import pytest
 
+from exporter.proof.options import ValidateOptions
+from exporter.proof.result import ValidationResult
 from exporter.proof.runners import gemm_nodes
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.validate import validate
 from plugins.errors import CheckError
 from tests.exporter.proof.test_validate_faults import change
 

@@ -14,10 +14,12 @@ from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.families import Decoder
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
+from exporter.proof import onnx_levels
 from exporter.proof import validate as proof
-from exporter.proof.memory import Need, check_memory, memory_needed
+from exporter.proof.memory import Fit, Need, check_memory, memory_needed
+from exporter.proof.options import ValidateOptions
 from exporter.proof.pieces import FoldedSession
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.validate import validate
 from exporter.run.onnxruntime import OnnxSession
 from plugins.errors import InputError, UserError
 
@@ -25,7 +27,8 @@ QQQ, W8A8, W4A16 = (
     QuantScheme(op, "rtn", wbits, abits)
     for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16))
 )
-BASE = 500_000_000
+WIDTHS = 2 * ((64 + 128) + (64 + 64) + (64 + 256) + (128 + 64))  # of its nodes' inputs and outputs
+BASE = 500_000_000 + 2 * 106 * (2 * WIDTHS + 4 * (2 * 64 + 512))  # with what two runners gave
 WEIGHTS = 2 * 36864  # of the linears of the tiny model
 REST = 512 * 64 + 5 * 64  # its embedding and norms
 
@@ -47,31 +50,44 @@ def test_the_need_follows_from_the_op(
 ) -> None:
     bytes_of_code = 4 if scheme.abits == 16 else 1
     reference = bytes_of_code * WEIGHTS + 4 * REST
-    assert memory_needed(decoder, {scheme: WEIGHTS}) == Need(
+    assert memory_needed(decoder, every(decoder, scheme)) == Need(
         whole=BASE + per_weight * WEIGHTS,
         folded=BASE + max(per_weight * WEIGHTS // 2, reference),
         floats=BASE + 4 * (WEIGHTS + REST),
     )
 
 
-def test_mixed_bits_need_their_average(decoder: Decoder) -> None:
-    need = memory_needed(decoder, {QQQ: WEIGHTS * 3 // 4, W8A8: WEIGHTS // 4})
-    assert need.whole == BASE + (18 * 3 + 55) * WEIGHTS // 4
+def every(decoder: Decoder, scheme: QuantScheme) -> dict[str, QuantScheme]:
+    return dict.fromkeys(decoder.nodes, scheme)
+
+
+def test_each_node_needs_what_its_bits_do(decoder: Decoder) -> None:
+    """The largest layer, or the head, where they come one after the other."""
+    first = {node: W8A8 for node in decoder.nodes if ".layers.0." in node}
+    need = memory_needed(decoder, every(decoder, QQQ) | first)
+    assert need.whole == BASE + (18 + 55) * WEIGHTS // 2
+    assert need.folded == BASE + 55 * WEIGHTS // 2
+    whole = decoder.with_quantized_head()
+    head, base = 512 * 64, BASE + 2 * 106 * 2 * (512 + 64)
+    need = memory_needed(whole, every(whole, QQQ) | {"lm_head": W8A8})
+    assert need.whole == base + 18 * WEIGHTS + 55 * head
+    assert need.folded == base + 55 * head
 
 
 def test_what_does_not_fit_is_done_otherwise(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = memory_needed(decoder, {W8A8: WEIGHTS})
+    schemes = every(decoder, W8A8)
+    need = memory_needed(decoder, schemes)
     assert need.floats < need.folded < need.whole
     for size, expected in (
-        (need.whole, (False, True)),
-        (need.whole - 1, (True, True)),
-        (need.folded, (True, True)),
-        (None, (False, True)),
+        (need.whole, Fit(False, True, need.whole)),
+        (need.whole - 1, Fit(True, True, need.folded)),
+        (need.folded, Fit(True, True, need.folded)),
+        (None, Fit(False, True, need.whole)),
     ):
         free(monkeypatch, size)
-        assert check_memory(decoder, {W8A8: WEIGHTS}) == expected
+        assert check_memory(decoder, schemes) == expected
 
 
 def test_a_float_model_may_be_what_does_not_fit(
@@ -79,15 +95,17 @@ def test_a_float_model_may_be_what_does_not_fit(
 ) -> None:
     """Six layers, one of which is unpacked at a time."""
     model = tiny_llama(num_hidden_layers=6)
-    decoder, schemes = open_checkpoint(str(model), offline=True).decoder, {QQQ: 3 * WEIGHTS}
-    free(monkeypatch, memory_needed(decoder, schemes).floats - 1)
-    assert check_memory(decoder, schemes) == (True, False)
+    decoder = open_checkpoint(str(model), offline=True).decoder
+    schemes = every(decoder, QQQ)
+    need = memory_needed(decoder, schemes)
+    free(monkeypatch, need.floats - 1)
+    assert check_memory(decoder, schemes) == Fit(True, False, need.folded)
 
 
 def test_the_message_is_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 400_000_000)
     with pytest.raises(InputError) as caught:
-        check_memory(decoder, {QQQ: WEIGHTS})
+        check_memory(decoder, every(decoder, QQQ))
     assert str(caught.value) == (
         "validation: got 0.40 GB of free memory, expected 0.50 GB for 0 M weights. "
         "Use --until engine here, and validate on a machine with more memory."
@@ -105,7 +123,7 @@ def test_a_folded_proof_judges_all_the_same(
     scheme: dict[str, Any],
 ) -> None:
     out, options = tiny_export(**scheme), replace(FOLDED, model=str(tiny_model_dir))
-    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, False))
+    monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, False, 0))
     result = validate(out, options)
     assert result.ok, result.first_failure
     levels = dict.fromkeys(row.level for row in result.rows)
@@ -132,8 +150,8 @@ def test_a_body_that_differs_is_named(
                 outputs[name] = np.nextafter(outputs[name], np.float16(9))
             return outputs
 
-    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
-    monkeypatch.setattr(proof, "OnnxPiece", Wrong)
+    monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, True, 0))
+    monkeypatch.setattr(onnx_levels, "OnnxPiece", Wrong)
     assert validate(tiny_export(), FOLDED).first_failure == (
         "got other numbers at model.layers.1.mlp.down_proj (native, prefill: the native CPU kernels "
         "against the function bodies, both in ONNX Runtime), expected the same bits"
@@ -145,8 +163,8 @@ def test_without_kernels_bodies_lead_layer_by_layer(
 ) -> None:
     out = tiny_export()
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(proof, "native_library", lambda: missing)
-    monkeypatch.setattr(proof, "check_memory", lambda *_: (True, True))
+    monkeypatch.setattr(onnx_levels, "native_library", lambda say: missing)
+    monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, True, 0))
     result = validate(out, FOLDED)
     assert result.ok and {row.level for row in result.rows} == {"export"}
     ids = np.arange(12)[None]

@@ -22,7 +22,9 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantLinear, QuantScheme
 from exporter.graph.decoder import export_onnx
 from exporter.proof.judge import LayerReport
-from exporter.proof.validate import ValidateOptions, ValidationResult, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.result import ValidationResult
+from exporter.proof.validate import validate
 from exporter.proof.weights import compare_weights, compared_tensors
 from plugins import op_spec
 

@@ -9,7 +9,8 @@ import pytest
 
 from exporter.__main__ import main as export
 from exporter.graph import decoder
-from exporter.proof.validate import ValidateOptions, validate
+from exporter.proof.options import ValidateOptions
+from exporter.proof.validate import validate
 from tests.conftest import W4A8
 
 EXPORT = ("onnxruntime", "torch")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from calibration.out.files import write_json
-from exporter.proof.validate import LayerReport, ValidationResult
+from exporter.proof.judge import LayerReport
+from exporter.proof.result import ValidationResult
 from exporter.report.report import environment, report_data, write_report
 from tests.exporter.engine_cases import ENGINE
 
@@ -81,6 +82,20 @@ def test_data_is_gathered(tiny_export: Callable[..., Path], tmp_path: Path) -> N
         data["validation"]["ok"] is True
         and data["validation"]["rows"][0]["operator"] == "model.layers.0.mlp.product"
     )
+
+
+def test_a_model_that_loses_comes_with_the_command_that_says_where(
+    tiny_export: Callable[..., Path],
+) -> None:
+    out = tiny_export()
+    near = {"ppl": 10.5, "float_ppl": 10.0, "chance": 512, "kl": 0.05}
+    for quality, asked in ((near, False), (near | {"kl": 0.2}, True), (near | {"ppl": 99.0}, True)):
+        commands = report_data(out, {**MANIFEST, "quality": quality}, RESULT)["next"]
+        wanted = (
+            f"python -m deploy attribute {out} --minutes 10",
+            "See which nodes cost the quality",
+        )
+        assert (wanted in commands) is asked
 
 
 def test_a_failure_comes_with_the_command_that_looks_at_it(

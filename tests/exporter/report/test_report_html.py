@@ -188,7 +188,7 @@ def test_page_is_whole_and_needs_no_network() -> None:
     assert checker.links == [] and not re.search(r"https?:|url\(|@import|<script", markup)
     for words in (
         "Export export proven What runs is what was quantized.",
-        "25% worst operator, of its own limit 75% same next token",
+        "25% of its limit, the worst operator 75% same next token",
         "Quality against float quality not measured",
         "4.25",
         "2.00× smaller",
@@ -376,7 +376,7 @@ def test_weights_get_their_table(limit: float | None, remark: str) -> None:
     assert "Weights: the tensors in quant/ against the float model's " in text and remark in text
     end = "3.00e-01 row 12 2.5e-01 3.0e-01" if limit else "– row 12 2.5e-01 –"
     assert f"model.layers.0.mlp.up_proj 0.999100 27.5 0.5 4.20e-02 {end}" in text
-    assert "25% worst operator, of its own limit" in text  # not of the weights
+    assert "25% of its limit, the worst operator" in text  # not of the weights
 
 
 def test_equal_tensors_do_not_squeeze_the_chart() -> None:

@@ -61,7 +61,7 @@ def main() -> None:
     builder = trt.Builder(recorder) if hasattr(trt, "Builder") else None
     stream = os.fdopen(os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR), "r+")
     os.dup2(stream.fileno(), 2)
-    answer: dict[str, Any] = {"creators": [], "plugins": []}
+    answer: dict[str, Any] = {"version": trt.__version__, "creators": [], "plugins": []}
     for creator in registry.all_creators:
         if creator.plugin_namespace == "anybit":
             answer["creators"].append(

@@ -17,7 +17,7 @@ import pytest
 
 from plugins.tools.build import build_library
 from tests.deploy.engine_folder import add_engine
-from tests.real_tensorrt import REAL, RealTensorrt
+from tests.real_tensorrt import REAL, RealTensorrt, showing
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[3]
@@ -48,7 +48,7 @@ def test_nvidias_bindings_call_the_functions_that_we_call(
     assert len(ours) == 16
 
 
-@pytest.mark.parametrize("real", REAL)
+@pytest.mark.parametrize("real", showing("plugins cloned and read back"))
 def test_plugins_are_made_cloned_and_read_back(
     real: RealTensorrt, compiled: Callable[..., Path]
 ) -> None:
@@ -99,38 +99,51 @@ def test_a_missing_driver(
     assert card["backend"].startswith("ONNX Runtime ")
 
 
-@pytest.mark.parametrize("real", REAL)
-def test_a_refused_engine(
-    real: RealTensorrt,
+@pytest.fixture
+def refusal(
     with_engine: Callable[[RealTensorrt], Path],
     compiled: Callable[..., Path],
     driver: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With a simulated driver, the real TensorRT loads the plugins. TensorRT-RTX starts and refuses the
-    file; the lean runtimes miss a driver for themselves.
+) -> Callable[[RealTensorrt], tuple[Path, str]]:
+    """refusal(real) -> OUT with a file that is no engine, and what is said of it with a simulated
+    driver.
     """
-    monkeypatch.setenv("ANYBIT_CUDA", str(compiled("tensorrt/simulation", shared=True)))
-    out = with_engine(real)
-    load = {"backend": "tensorrt", "tensorrt": str(real.library)}
-    title = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[real.edition]
-    message = driver(out, [], load, fails=True)
-    if real.edition == "tensorrt-rtx":
-        start = f'{out}/engine/model.engine: got "'
-        end = (
-            f'" from {title} {real.version}, expected an engine that it takes. Build the engine again '
-            "on this machine."
-        )
-    else:
-        start = (
-            f'{title} {real.version}: got "createInferRuntime: Error Code 6: API Usage Error (CUDA '
-            "initialization failure with error: 35 "
-        )
-        end = (
-            '", expected a runtime. Look whether nvidia-smi shows the GPU and a driver of this '
-            "TensorRT's CUDA."
-        )
-    assert (message[: len(start)], message[-len(end) :]) == (start, end)
+
+    def said(real: RealTensorrt) -> tuple[Path, str]:
+        monkeypatch.setenv("ANYBIT_CUDA", str(compiled("tensorrt/simulation", shared=True)))
+        out = with_engine(real)
+        load = {"backend": "tensorrt", "tensorrt": str(real.library)}
+        return out, driver(out, [], load, fails=True)
+
+    return said
+
+
+@pytest.mark.parametrize("real", showing("wrong engines refused"))
+def test_a_refused_engine(real: RealTensorrt, refusal: Callable[..., tuple[Path, str]]) -> None:
+    """TensorRT-RTX starts, loads the plugins and refuses the file."""
+    out, message = refusal(real)
+    assert message.startswith(f'{out}/engine/model.engine: got "')
+    assert message.endswith(
+        f'" from TensorRT-RTX {real.version}, expected an engine that it takes. Build the engine again '
+        "on this machine."
+    )
+
+
+@pytest.mark.parametrize("real", showing("a missing driver told"))
+def test_a_runtime_that_misses_the_driver(
+    real: RealTensorrt, refusal: Callable[..., tuple[Path, str]]
+) -> None:
+    """The lean runtimes look for one themselves."""
+    message = refusal(real)[1]
+    assert message.startswith(
+        f'TensorRT {real.version}: got "createInferRuntime: Error Code 6: API Usage Error (CUDA '
+        "initialization failure with error: 35 "
+    )
+    assert message.endswith(
+        "\", expected a runtime. Look whether nvidia-smi shows the GPU and a driver of this TensorRT's "
+        "CUDA."
+    )
 
 
 @pytest.mark.parametrize("real", REAL)
