@@ -165,7 +165,7 @@ def test_without_a_compiler_the_level_is_left_out_with_a_note(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(onnx_levels, "native_library", lambda: missing)
+    monkeypatch.setattr(onnx_levels, "native_library", lambda say: missing)
     result = validate(tiny_export(abits=8), BRIEF)
     assert result.ok and not [row for row in result.rows if row.level == "native"]
     assert (

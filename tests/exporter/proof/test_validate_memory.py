@@ -163,7 +163,7 @@ def test_without_kernels_bodies_lead_layer_by_layer(
 ) -> None:
     out = tiny_export()
     missing = UserError("g++", "got no such program, expected a C++ compiler", "Install it")
-    monkeypatch.setattr(onnx_levels, "native_library", lambda: missing)
+    monkeypatch.setattr(onnx_levels, "native_library", lambda say: missing)
     monkeypatch.setattr(proof, "check_memory", lambda *_: Fit(True, True, 0))
     result = validate(out, FOLDED)
     assert result.ok and {row.level for row in result.rows} == {"export"}
