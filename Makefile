@@ -8,6 +8,8 @@ DEMO   := out/smollm2-135m-w4a8
 KERNEL_SOURCES = find plugins deploy examples tests/deploy -name '*.cuh' -o -name '*.hpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
 # Spinning OpenMP threads slow a shared machine down up to ten times.
 export OMP_WAIT_POLICY := PASSIVE
+# Hundreds of processes in the tests would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 # The library for the CPU compiles while pip unpacks, the simulation while mypy reads.
 MAKEFLAGS += --jobs=2
 
@@ -55,12 +57,11 @@ install: cpu-library $(VENV)/.installed  ## the virtual environment, the librari
 	$(PY) -m plugins build
 	$(PY) -m deploy.service
 
-# torch first and pinned: a range would take a build with several GB of CUDA packages. Of 14 000 modules a fifth is ever imported, and
-# Python compiles those then.
+# torch first and pinned: a range would take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
-	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --editable '.[rtx,cuda,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[rtx,cuda,dev]'
 	touch $@
 
 clean:  ## remove what the other targets made
