@@ -277,7 +277,7 @@ def _head_line(report: Mapping[str, Any]) -> str:
         return f"head {report['bits']}: change of perplexity unknown{kept}"
     loss = report["loss_quantized"] - report["loss_float"]
     return (
-        f"head {report['bits']}: {report['rise']:+.3%} perplexity by its KL divergence{kept} (loss of "
+        f"head {report['bits']}: {report['rise']:+.3%} perplexity by KL divergence{kept} (loss of "
         f"the text {loss:+.5f}, standard error {report['loss_error']:.5f})"
     )
 
