@@ -454,9 +454,15 @@ def test_profiles_fit_each_other() -> None:
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
         "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
-        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1024]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 128]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
+    for batch, seq, most in ((1, 2048, 512), (1, 100, 100), (1024, 2048, 1)):
+        options = EngineOptions(max_batch=batch, max_seq=seq)
+        assert profile_shapes(inputs, options)[0]["inputs"]["logits_indices"]["max"] == [
+            batch,
+            most,
+        ]
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},
