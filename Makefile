@@ -10,8 +10,11 @@ KERNEL_SOURCES = find plugins deploy examples benchmarks tests/deploy -name '*.c
 export OMP_WAIT_POLICY := PASSIVE
 # Hundreds of processes in the tests would compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
-# The library for the CPU compiles while pip unpacks, the simulation while mypy reads.
+# The library for the CPU compiles while pip unpacks, the simulation while mypy reads. Several goals
+# follow each other: "clean test" would delete what is being installed.
+ifeq ($(word 2,$(MAKECMDGOALS)),)
 MAKEFLAGS += --jobs=2
+endif
 
 .PHONY: help demo check test format format-check lint kernels cpu-library install clean
 .DELETE_ON_ERROR:

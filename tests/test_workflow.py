@@ -35,6 +35,22 @@ def test_make_targets_exist(jobs: dict[str, Any]) -> None:
     assert phony and set(phony.group(1).split()) == targets
 
 
+def test_one_goal_has_two_jobs_and_several_follow_each_other(tmp_path: Path) -> None:
+    """Side by side "clean test" would delete what is being installed."""
+    more = f"include {REPOSITORY / 'Makefile'}\none two:\n\t@echo '$(MAKEFLAGS)'\n"
+    (tmp_path / "Makefile").write_text(more, encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+
+    def flags(*goals: str) -> list[str]:
+        command = ["make", "--directory", str(tmp_path), "--no-print-directory", *goals]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    (one,) = flags("one")
+    assert re.search(r"-j2\b|--jobs=2", one)
+    assert not any(re.search(r"-j|--jobs", each) for each in flags("one", "two"))
+
+
 def test_the_oldest_python_is_tested(jobs: dict[str, Any]) -> None:
     versions = jobs["cpu"]["strategy"]["matrix"]["python"]
     assert versions == sorted(versions, key=lambda text: int(text.split(".")[1]))
