@@ -130,7 +130,7 @@ def measure(out: Path, tokens: int, free: int) -> dict[str, Any]:
 
 
 def make(work: Path, like: str, layers: int | None, options: list[str]) -> Path:
-    """OUT of a random model; finished steps are kept."""
+    """OUT of a random model; finished steps are kept in `work`, which is of this model alone."""
     model, out = work / "model", work / "out"
     if not model.is_dir():
         part = work / "model.part"
@@ -163,7 +163,7 @@ def main() -> int:
         out = args.out.resolve()
         if args.like:
             name = args.like + (f"-{args.layers}-layers" if args.layers else "")
-            out = make(out, args.like, args.layers, options)
+            out = make(out / name, args.like, args.layers, options)
         found = measure(out, args.tokens, free)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on with what is finished.", file=sys.stderr)
@@ -172,8 +172,7 @@ def main() -> int:
         f"proof-memory-{name}", {"command": command_on("proof_memory.py", args.out)} | found
     )
     if args.like and not args.keep:
-        for folder in ("model", "out"):
-            shutil.rmtree(args.out / folder)
+        shutil.rmtree(args.out / name)
     estimate, peak = found["estimate_bytes"] / 1e9, found["peak_bytes"] / 1e9
     near = abs(found["ratio"] - 1) <= 0.2
     fits = not free or found["peak_bytes"] <= free

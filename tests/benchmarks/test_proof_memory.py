@@ -46,6 +46,9 @@ def test_what_is_finished_is_kept_and_goes_in_the_end(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work, commands, made, written = tmp_path / "work", [], [], {}
+    own = work / "tiny-1-layers"
+    somebodys = work / "out" / "llama-7b"  # WORK may have anything else in it
+    somebodys.mkdir(parents=True)
     write_model = script.write_model
     answers: list[Any] = [KeyboardInterrupt, {"peak_bytes": 9, "estimate_bytes": 10, "ratio": 0.9}]
 
@@ -55,7 +58,7 @@ def test_what_is_finished_is_kept_and_goes_in_the_end(
 
     def exporter(command: list[str], **_: Any) -> None:
         commands.append(command[3:])
-        (work / "out").mkdir(exist_ok=True)
+        (own / "out").mkdir(exist_ok=True)
 
     def measure(*_: Any) -> Any:
         if (answer := answers.pop(0)) is KeyboardInterrupt:
@@ -72,9 +75,10 @@ def test_what_is_finished_is_kept_and_goes_in_the_end(
     assert capsys.readouterr().err == (
         "Interrupted; the same command goes on with what is finished.\n"
     )
-    assert sorted(path.name for path in work.iterdir()) == ["model", "out"]
+    assert sorted(path.name for path in own.iterdir()) == ["model", "out"]
     assert script.main() == 0
-    assert made == [work / "model.part"] and commands[0] == commands[1]
-    assert commands[0][-3:] == ["--resume", "--wbits", "8"] and not list(work.iterdir())
+    assert made == [own / "model.part"] and commands[0] == commands[1]
+    assert commands[0][-3:] == ["--resume", "--wbits", "8"]
+    assert list(work.iterdir()) == [work / "out"] and somebodys.is_dir()
     assert list(written) == ["proof-memory-tiny-1-layers"]
     assert capsys.readouterr().out.endswith("within 20 %\nfits into 4 GB\n")
