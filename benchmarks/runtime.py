@@ -156,6 +156,8 @@ class Runtime:
         for handle in handles:
             self._library.anybit_wait(handle, None, None)
             self._library.anybit_release(handle)
+        if short := [log.count for log in logs if log.count != count]:
+            sys.exit(f"got a text of {short[0]} tokens, expected {count}: it failed on its way")
         return [list(each) for each in answers], [list(each) for each in times]
 
     def close(self) -> None:
