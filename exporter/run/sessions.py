@@ -24,11 +24,13 @@ class DecoderSession(ABC):
     Attributes:
         max_context: most tokens a sequence may have.
         max_tokens: most new tokens in one call into the runtime.
+        max_logits: most of them whose logits one call gives; of more, step() makes several calls.
         dtype: of the model's floats.
     """
 
     def __init__(self, max_context: int, max_tokens: int = CHUNK, dtype: str = "float32") -> None:
         self.max_context, self.max_tokens, self.dtype = max_context, max_tokens, dtype
+        self.max_logits = max_tokens
         self._mask: np.ndarray | None = None  # of everything in the cache, [B, P]
 
     def __enter__(self) -> DecoderSession:
@@ -83,8 +85,9 @@ class DecoderSession(ABC):
         mask = self._whole_mask(ids, attention_mask)
         past, tokens = self.length, ids.shape[1]
         pieces: list[np.ndarray] = []
-        for start in range(0, tokens, self.max_tokens):
-            end = min(start + self.max_tokens, tokens)
+        most = self.max_tokens if last_only else min(self.max_tokens, self.max_logits)
+        for start in range(0, tokens, most):
+            end = min(start + most, tokens)
             # Padding goes to the left, so the last token of every sequence is the last of the piece.
             last = np.full((len(ids), 1), end - start - 1) if last_only else None
             outputs = self.step(ids[:, start:end], mask[:, : past + end], last)

@@ -107,7 +107,7 @@ class TensorrtSession(DecoderSession):
         super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens), dtype)
         decode = record["profiles"][1]["inputs"]
         self.max_batch = limits.max_batch
-        self._most_logits = record["profiles"][0]["inputs"]["logits_indices"]["max"][1]
+        self.max_logits = record["profiles"][0]["inputs"]["logits_indices"]["max"][1]
         self._names, self._bits = cache_names(decode), bits
         self._decode_past = decode["past_key_values.0.key"]["max"][2]
         self._cache_shapes = {
@@ -164,7 +164,7 @@ class TensorrtSession(DecoderSession):
             "position_ids": torch.from_numpy(positions),
             **{f"past_key_values.{name}": cache[name] for name in self._names},
         }
-        logits, most = [], self._most_logits
+        logits, most = [], self.max_logits
         # All of the same call, whose cache begins anew with each piece.
         for start in range(0, wanted.shape[1], most):
             feeds["logits_indices"] = torch.from_numpy(wanted[:, start : start + most].copy())

@@ -97,10 +97,16 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
     assert (session.max_context, session.max_tokens) == (16, 8)
     for got, expected in zip([session.run(IDS), session.run(IDS[:, :1])], want, strict=True):
         assert np.linalg.norm(got - expected) < 1e-3 * np.linalg.norm(expected)
-    assert session._runner.profiles == [0, 0, 1]  # 8 tokens, 3 tokens, 1 token behind 11
-    assert session._runner.calls == 5  # 3 for the logits of 8 tokens
+    assert session._runner.profiles == [0, 0, 0, 0, 1]  # 3, 3, 3, 2 tokens, 1 token behind 11
+    assert session._runner.calls == 5  # no token is computed twice
     session.run(IDS[:, :2])
     session.run(IDS[:, :1])
     assert (
         session._runner.profiles[-1] == 0
     )  # 14 cached tokens are more than the decode profile takes
+    session.run(IDS[:, :8], reset=True, last_only=True)
+    assert session._runner.calls == 8
+    session.reset()
+    got = session.step(IDS[:, :8], np.ones((1, 8), np.int64))["logits"]
+    assert np.linalg.norm(got - want[0][:, :8]) < 1e-3 * np.linalg.norm(got)
+    assert session._runner.calls == 11  # 3 for the logits of 8 tokens of one step
