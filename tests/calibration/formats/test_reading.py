@@ -5,6 +5,7 @@ for the weights that the formats' documents say, to the bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -550,6 +551,14 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
             "is incomplete or damaged: download it again.",
         ),
         (
+            partial(written.bnb4, nested=True),
+            STATE,
+            lambda array: np.frombuffer(
+                array.tobytes().replace(b"nested_offset", b"nested_effort"), np.uint8
+            ),
+            f".{STATE}: got no nested_offset, expected it beside nested_blocksize. {AGAIN}",
+        ),
+        (
             written.bnb8,
             "weight_format",
             lambda array: array + np.uint8(1),
@@ -661,6 +670,17 @@ def test_numbers_that_are_none(
     assert refusal(lambda: checkpoint.array(f"{K}.weight")) == (
         f"{made.folder}, {K}.{tensor}: {problem}. {AGAIN}"
     )
+
+
+def test_a_row_of_zeros_in_int8_of_bitsandbytes(source: Path, tmp_path: Path) -> None:
+    """Its largest magnitude is 0."""
+    made = written.bnb8(source, tmp_path / "model")
+    for tensor in ("SCB", "weight"):
+        damage(made.folder, f"{K}.{tensor}", put(3, 0))
+    _, quant = keep(made.folder, tmp_path / "quant")
+    weight = made.weights[K]
+    weight[3] = 0
+    np.testing.assert_array_equal(quant.linear(K).dequantize(), weight)
 
 
 def test_a_scale_of_fp8_that_is_no_number(tmp_path: Path) -> None:
@@ -977,6 +997,12 @@ def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
     for name in floats:
         weight = checkpoint.array(f"{name}.weight")
         np.testing.assert_array_equal(quant.tensor(f"{name}.weight"), weight)
+    # Sizes and bits a weight are of all linears, whatever they are stored in.
+    sizes = {name: math.prod(one.shape) for name, one in checkpoint.decoder.linears.items()}
+    bits = sum(16 * size if name in floats else 5 * size for name, size in sizes.items())
+    assert quant.sizes["linear_weights"] == sum(sizes.values())
+    assert bits <= quant.sizes["linear_quant_bits"] < 1.1 * bits
+    assert quant.label == "w4a16-g32-mixed"
     assert "expected --keep or" in refusal(lambda: check_quantized(checkpoint, False, False))
     formats.write("compressed-tensors", quant)
     _, again = keep(quant.path / "compressed-tensors", tmp_path / "again")
