@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 # Others in this folder are the user's own.
 FOLDERS := plugins calibration exporter deploy tests benchmarks examples
 DEMO   := out/smollm2-135m-w4a8
-KERNEL_SOURCES = find plugins deploy examples tests/deploy -name '*.cuh' -o -name '*.hpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
+KERNEL_SOURCES = find plugins deploy examples benchmarks tests/deploy -name '*.cuh' -o -name '*.hpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp'
 # Spinning OpenMP threads slow a shared machine down up to ten times.
 export OMP_WAIT_POLICY := PASSIVE
 # Hundreds of processes in the tests would compile every module again.

@@ -53,14 +53,14 @@ def anonymous(pid: int) -> int:
 class Watch(threading.Thread):
     """Looks at a process until it has ended; `peak` is the most since it was last set to 0."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
         super().__init__(daemon=True)
-        self.pid, self.peak = pid, 0
+        self.process, self.peak = process, 0
 
     def run(self) -> None:
         """Look."""
-        while now := anonymous(self.pid):
-            self.peak = max(self.peak, now)
+        while self.process.poll() is None:
+            self.peak = max(self.peak, anonymous(self.process.pid))
             time.sleep(0.05)
 
 
@@ -73,7 +73,7 @@ def prove(out: Path, tokens: int, free: int) -> dict[str, Any]:
     began, parts = time.monotonic(), dict[str, int]()
     command = [sys.executable, "-c", PROVE, str(free), str(out), "--tokens", str(tokens)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent) as process:
-        watch = Watch(process.pid)
+        watch = Watch(process)
         watch.start()
         for line in process.stdout or ():
             if not line.startswith("{"):

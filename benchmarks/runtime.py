@@ -10,7 +10,7 @@ interface:
 first     seconds from before the library is opened to the first token of a short prompt
 tokens    a second, of all streams together, greedy, after prompts of 32 tokens; the prompts' time is
           left out
-overhead  the engine's own time as a part of the model's
+overhead  the engine's own time as a part of the model's, with a callback in C++ that notes the token
 Before that the tokens of all streams are compared with those of each prompt alone. With --like BACKEND
 those of another backend are counted that are the same, up to the first of each text that is not.
 Writes
@@ -26,6 +26,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,14 @@ class Options(ctypes.Structure):
     ]
 
 
-ON_TOKEN = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_float
-)
+class TokenLog(ctypes.Structure):
+    """TokenLog of token_log.cpp."""
+
+    _fields_ = [
+        ("times", ctypes.POINTER(ctypes.c_double)),
+        ("tokens", ctypes.POINTER(ctypes.c_int32)),
+        ("count", ctypes.c_size_t),
+    ]
 
 
 class Request(ctypes.Structure):
@@ -84,7 +90,7 @@ class Request(ctypes.Structure):
         ("stop_tokens", ctypes.c_void_p),
         ("stop_token_count", ctypes.c_size_t),
         ("ignore_end", ctypes.c_int),
-        ("on_token", ON_TOKEN),
+        ("on_token", ctypes.c_void_p),
         ("on_finish", ctypes.c_void_p),
         ("user", ctypes.c_void_p),
     ]
@@ -93,8 +99,11 @@ class Request(ctypes.Structure):
 class Runtime:
     """An engine on OUT, through libanybit.so."""
 
-    def __init__(self, library: str, out: Path, slots: int, threads: int, backend: str) -> None:
+    def __init__(
+        self, library: str, log: str, out: Path, slots: int, threads: int, backend: str
+    ) -> None:
         self._library = ctypes.CDLL(library)
+        self._note = ctypes.CDLL(log).note_token
         for name in ("anybit_open", "anybit_submit", "anybit_stats"):
             getattr(self._library, name).restype = ctypes.c_void_p
         self._error = ctypes.c_char_p()
@@ -124,10 +133,11 @@ class Runtime:
         self, prompts: list[list[int]], count: int
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The new tokens of each prompt, and when they came."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        times: list[list[float]] = [[] for _ in prompts]
-        calls, handles = [], []
-        for i, prompt in enumerate(prompts):
+        answers = [(ctypes.c_int32 * count)() for _ in prompts]
+        times = [(ctypes.c_double * count)() for _ in prompts]
+        logs = [TokenLog(*arrays, 0) for arrays in zip(times, answers, strict=True)]
+        handles = []
+        for prompt, log in zip(prompts, logs, strict=True):
             request = Request()
             self._library.anybit_request_init(
                 None, ctypes.byref(request), ctypes.c_size_t(ctypes.sizeof(request))
@@ -135,15 +145,8 @@ class Runtime:
             array = (ctypes.c_int32 * len(prompt))(*prompt)
             request.tokens, request.token_count = array, len(prompt)
             request.max_new_tokens, request.ignore_end = count, 1
-
-            def take(
-                user: Any, token: int, text: bytes, length: int, logprob: float, i: int = i
-            ) -> None:
-                times[i].append(time.perf_counter())
-                answers[i].append(token)
-
-            calls.append(ON_TOKEN(take))
-            request.on_token = calls[-1]
+            request.on_token = ctypes.cast(self._note, ctypes.c_void_p)
+            request.user = ctypes.addressof(log)
             handle = self._library.anybit_submit(
                 self._engine, ctypes.byref(request), ctypes.byref(self._error)
             )
@@ -153,7 +156,7 @@ class Runtime:
         for handle in handles:
             self._library.anybit_wait(handle, None, None)
             self._library.anybit_release(handle)
-        return answers, times
+        return [list(each) for each in answers], [list(each) for each in times]
 
     def close(self) -> None:
         self._library.anybit_close(self._engine)
@@ -168,13 +171,13 @@ def prompts_of(count: int, vocab: int) -> list[list[int]]:
 
 
 def measure(
-    library: str, out: Path, streams: int, tokens: int, threads: int, backend: str
+    library: str, log: str, out: Path, streams: int, tokens: int, threads: int, backend: str
 ) -> dict[str, Any]:
     """In a process of its own."""
     vocab = json.loads((out / "onnx" / "model.json").read_text())["sizes"]["vocab_size"]
     prompts = prompts_of(streams, vocab)
     began = time.perf_counter()
-    runtime = Runtime(library, out, streams, threads, backend)
+    runtime = Runtime(library, log, out, streams, threads, backend)
     _, ((first,),) = runtime.run([prompts[0][:5]], 1)
     found: dict[str, Any] = {"first_token_seconds": first - began}
     before = runtime.stats()
@@ -201,7 +204,7 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:
 
 
 def child(
-    library: str, out: Path, streams: int, args: argparse.Namespace, backend: str
+    libraries: tuple[str, str], out: Path, streams: int, args: argparse.Namespace, backend: str
 ) -> dict[str, Any]:
     """Measure in a new process."""
     import onnxruntime
@@ -215,7 +218,7 @@ def child(
         "ANYBIT_KERNELS": str(build_onnxruntime()),
     }
     options = ["--tokens", args.tokens, "--threads", args.threads, "--backend", backend]
-    options += ["--one", streams, library]
+    options += ["--one", streams, *libraries]
     result = subprocess.run(
         [sys.executable, __file__, str(out), *map(str, options)],
         capture_output=True,
@@ -239,28 +242,38 @@ def main() -> None:
     parser.add_argument("--label", default="runtime")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--like", metavar="BACKEND", help="count the tokens that are another's too")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        streams, library = args.one
-        found = measure(library, args.out, int(streams), args.tokens, args.threads, args.backend)
+        streams, *libraries = args.one
+        found = measure(*libraries, args.out, int(streams), args.tokens, args.threads, args.backend)
         print(json.dumps(found))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(args, Path(folder) / "token_log.so")
+
+
+def compare(args: argparse.Namespace, log: Path) -> None:
+    """The rounds, in processes of their own, with the callback compiled into `log`."""
     sys.path.insert(0, str(HERE.parent))
     from deploy.runtime.build import build_runtime
 
-    library = str(build_runtime())
+    headers = HERE.parent / "deploy" / "runtime" / "include"
+    source = str(HERE / "token_log.cpp")
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", f"-I{headers}"]
+    subprocess.run(["g++", *flags, source, "-o", str(log)], check=True)
+    libraries = (str(build_runtime()), str(log))
     runs: dict[int, list[dict[str, Any]]] = {streams: [] for streams in args.streams}
     for _ in range(args.rounds):
         for streams in args.streams:
-            runs[streams].append(child(library, args.out, streams, args, args.backend))
+            runs[streams].append(child(libraries, args.out, streams, args, args.backend))
     most = max(runs[max(runs)], key=lambda run: len(run["answers"]))["answers"]
     for found in (run for several in runs.values() for run in several):
         answers = found.pop("answers")
         if answers != most[: len(answers)]:
             sys.exit(f"{len(answers)} streams give other tokens than {len(most)}")
     if args.like:
-        other = child(library, args.out, len(most), args, args.like)["answers"]
+        other = child(libraries, args.out, len(most), args, args.like)["answers"]
         print(f"as {args.like}: {agreement(most, other)}", flush=True)
     rows = []
     for streams, several in runs.items():

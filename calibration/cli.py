@@ -123,7 +123,7 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
         default=AUTO,
         metavar="B",
         help="weight bits of the head, 4 to 8; 16: as --dtype says; auto (default): 8 where that "
-        f"raises perplexity by at most {_AUTO_LIMIT:.1%}% as its KL divergence says, else 16",
+        f"raises perplexity by at most {_AUTO_LIMIT:.1%}% by KL divergence from the float model, else 16",
     )
     add(
         "--act-quant",

@@ -21,8 +21,25 @@ __all__ = [
     "Progress",
     "QuietProgress",
     "RichProgress",
+    "duration",
     "make_progress",
 ]
+
+
+_QUIET = 30  # seconds
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in two or three digits: "4.1 s", "41 s", "1.4 min", "22 min", "3.5 h"."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 59.5 * size:
+            return f"{seconds / size:.{int(seconds < 9.95 * size)}f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _left(began: float, done: int, total: int) -> float:
+    """Seconds for the rest of a stage, if its steps take as long as those that are done."""
+    return (time.monotonic() - began) / done * max(total - done, 0) if done else 0.0
 
 
 class Progress(Protocol):
@@ -78,7 +95,9 @@ class QuietProgress(NullProgress):
 
 
 class JsonProgress:
-    """One JSON object per line: {"event", "stage", "done", "total", "note", "seconds"}."""
+    """One JSON object per line: {"event", "stage", "done", "total", "seconds"}, and "note" and "left",
+    the seconds that the rest of the stage will take, behind steps.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -105,7 +124,8 @@ class JsonProgress:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Emit a progress event."""
         self._done += steps
-        self._emit("progress", note=note)
+        left = _left(self._began, self._done, self._total)
+        self._emit("progress", note=note, left=round(left, 1))
 
     def finish(self) -> None:
         """Emit a finish event."""
@@ -125,18 +145,25 @@ class JsonProgress:
 
 
 class PlainProgress:
-    """One line per stage, for logs and pipes."""
+    """One line per stage, for logs and pipes, and of a long one where it is, twice a minute."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._stage, self._began = "", time.monotonic()
+        self._stage, self._total, self._done = "", 0, 0
+        self._began = self._told = time.monotonic()
 
     def start(self, stage: str, total: int) -> None:
         """Remember when the stage began."""
-        self._stage, self._began = stage, time.monotonic()
+        self._stage, self._total, self._done = stage, total, 0
+        self._began = self._told = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Steps are not printed."""
+        """Print how far the stage is, if nothing was printed for a while."""
+        self._done += steps
+        left = _left(self._began, self._done, self._total)
+        if left and time.monotonic() - self._told >= _QUIET:
+            where = f"{self._stage}: {self._done} of {self._total}"
+            self.message(f"{where}, about {duration(left)} left")
 
     def finish(self) -> None:
         """Print the stage and its time."""
@@ -144,6 +171,7 @@ class PlainProgress:
 
     def message(self, text: str) -> None:
         """Print the text."""
+        self._told = time.monotonic()
         print(printable(text), file=self._stream, flush=True)
 
     def warning(self, text: str) -> None:

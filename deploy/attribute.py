@@ -130,6 +130,8 @@ def text(out: Path, found: Attribution) -> str:
         lines += ["", *(line(name, gain) for name, gain in ranked[:_SHOWN])]
     if len(ranked) > _SHOWN:
         lines.append(f"and {len(ranked) - _SHOWN} more nodes that were measured")
+    if ranges := found.unopened():
+        lines += ["", *(line(name, gain) for name, gain in ranges[:_SHOWN])]
     if found.nodes_left:
         why = "in layers that gain little" if found.finished else "for want of time"
         lines.append(f"{found.nodes_left} nodes were not measured by themselves, {why}")

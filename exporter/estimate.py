@@ -69,13 +69,14 @@ def estimate(
     Whatever the depth, quantizing takes the largest tensor in fp32 twice. A calibration takes a block
     in fp32, its quantized self and the codes, fp64 moments of the widest input, and the residual streams
     of all windows, in the float model and in the quantized one, and of experts the sum of what they
-    make, as far as --max-memory leaves them in memory. benchmarks/scale.py measures them.
+    make, as far as --max-memory leaves them in memory; the streams are on the disk too, twice while
+    those behind a block take the place of those before it. benchmarks/scale.py measures them.
     """
     decoder = checkpoint.decoder
     one = quant_bytes(checkpoint, schemes) // 2  # the other half are finished blocks
     copies = {QUANT: 1 if format_name == formats.OURS else 2, ONNX: 1, ENGINE: 1}
     kept = sum(copies.get(stage, 0) * one for stage in stages)
-    spilled, memory = 0, {}
+    spilled, saved, memory = 0, 0, {}
     if QUANT in stages:
         needed = 8 * max(map(prod, decoder.shapes().values()))
         if calibrates:
@@ -83,8 +84,9 @@ def estimate(
             weights = max(sum(map(prod, _shapes(block))) for block in decoder.blocks)
             widest = max(shape[1] for block in decoder.blocks for shape in _shapes(block))
             moments = 8 * widest**2
-            count = 3 if decoder.routers else 2
-            streams = count * 4 * settings.nsamples * settings.seqlen * decoder.hidden
+            stream = 4 * settings.nsamples * settings.seqlen * decoder.hidden
+            saved = 2 * 2 * stream
+            streams = (3 if decoder.routers else 2) * stream
             held = min(streams, settings.max_memory or streams)
             spilled = streams - held
             needed = max(needed, 10 * weights + moments) + held
@@ -92,7 +94,7 @@ def estimate(
     if ENGINE in stages:
         memory[ENGINE] = int(_PROGRAM + _BUILDER_COPIES * one)
     # Finished blocks, and streams, go when quant/ is whole; a stage's folder has room to spare.
-    return Estimate(kept + max(one, spilled), kept, memory)
+    return Estimate(kept + max(one, spilled) + saved, kept, memory)
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:

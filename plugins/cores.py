@@ -98,8 +98,8 @@ def _quota(folder: Path) -> float | None:
                 (folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
                 for name in ("quota", "period")
             )
-        return int(limit) / int(period) if limit not in ("max", "-1") else None
-    except (OSError, ValueError):
+        return int(limit) / int(period) if int(limit) >= 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # such as max
         return None
 
 
@@ -107,18 +107,16 @@ def _room(folder: Path) -> int | None:
     """Bytes that a control group allows beyond what it has; None without a limit. Cached files count
     for what it has only as long as nobody needs the memory.
     """
-    first, second = (
-        ("memory.max", "memory.current"),
-        (
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-        ),
-    )
-    names = first if (folder / first[0]).exists() else second
+    first = ("memory.max", "memory.current", "inactive_file")
+    second = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    *names, cached = first if (folder / first[0]).exists() else second
     try:
         limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        cached = dict(line.split() for line in lines).get("inactive_file", "0")
-        return max(limit - used + int(cached), 0)
     except (OSError, ValueError):  # such as max
         return None
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        files = int(dict(line.split() for line in lines).get(cached, "0"))
+    except (OSError, ValueError):
+        files = 0
+    return max(limit - max(used - files, 0), 0)

@@ -5,8 +5,9 @@ block durable.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from calibration.blocks.forward import BlockWeights, embedded
 from calibration.blocks.head import HeadMethod, HeadTask, quantise_head
 from calibration.blocks.ranks import ALONE, Ranks
-from calibration.blocks.streams import StreamBudget, Windows
+from calibration.blocks.saved_streams import SavedStreams
+from calibration.blocks.streams import StreamBudget
 from calibration.blocks.walk import Streams, WalkBlock, walk
-from calibration.progress import NullProgress, Progress
+from calibration.out.manifest import peak_rss
+from calibration.progress import NullProgress, Progress, duration
 from calibration.quant.scheme import LARGEST_FLOAT16
 from calibration.reference.steps import Rope
 from plugins.errors import InputError
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from calibration.settings import CalibrationSettings
 
 __all__ = ["Basis", "BlockMethod", "BlockTask", "Calibrated", "Calibration", "calibrate"]
+
+
+_TIMED = 2  # blocks of a run after which it says what all of them will take
 
 
 class Basis(Protocol):
@@ -148,8 +154,9 @@ class Calibrated:
 def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     """Quantise every block that the store does not have yet.
 
-    Blocks that it has are walked with their finished codes, which is the same arithmetic on the
-    same numbers: going on gives the bits of a run that was never interrupted.
+    Going on begins with the streams that were saved behind the last of the blocks that it has. Where
+    they are missing, blocks are walked with their finished codes, which is the same arithmetic on the
+    same numbers: either gives the bits of a run that was never interrupted.
 
     Raises:
         InputError: fewer windows than processes, NaN in the model, or a full disk.
@@ -166,12 +173,23 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     checkpoint, layers = job.checkpoint, job.checkpoint.decoder.layers
     basis = job.method.basis(checkpoint, job.settings)
     budget = StreamBudget(job.settings.max_memory, job.store.folder)
-    streams = _embedded(job, basis, budget, ranks, device)
+    streams, saved = _rooms(job, budget, ranks, device), SavedStreams(job.store, ranks)
     finished, reports = job.store.finished(), []
+    known = saved.behind(min(finished, layers))
+    if known:
+        saved.load(known, streams.all)
+    else:
+        _embed(job, basis, streams)
+    took: list[float] = []
     progress.start("calibrate", layers)
     for index, block in enumerate(checkpoint.decoder.blocks):
-        if index == finished:
-            fresh = time.monotonic()
+        if index < known:
+            reports.append(job.store.report(index))
+            note = _kept_line(index, layers)
+            progress.message(note)
+            progress.advance(1, note)
+            continue
+        block_began = time.monotonic()
         weights = {
             name: tensor.to(device) for name, tensor in basis.load(checkpoint, index).items()
         }
@@ -189,7 +207,7 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
                 result.lookup,
                 measure=False,
             )
-            note = f"block {index + 1} of {layers}: kept"
+            note = _kept_line(index, layers)
         else:
             result = job.method.calibrate(
                 BlockTask(
@@ -209,11 +227,14 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             if ranks.first:
                 job.store.save(index, result)
             ranks.wait()
-            left = (time.monotonic() - fresh) / (index + 1 - finished) * (layers - index - 1)
-            note = _line(index, layers, result.report, left)
+            took.append(time.monotonic() - block_began)
+            note = _line(index, layers, result.report, took)
         reports.append(result.report)
+        saved.save(index + 1, streams.all)
         progress.message(note)
         progress.advance(1, note)
+        if len(took) == _TIMED and index + 1 < layers:
+            progress.message(_estimate(took, layers - index - 1))
     head = None if job.head is None else _head(job, job.head, basis, streams, device, finished)
     if head is not None:
         progress.message(_head_line(head))
@@ -277,7 +298,7 @@ def _head_line(report: Mapping[str, Any]) -> str:
         return f"head {report['bits']}: change of perplexity unknown{kept}"
     loss = report["loss_quantized"] - report["loss_float"]
     return (
-        f"head {report['bits']}: {report['rise']:+.3%} perplexity by its KL divergence{kept} (loss of "
+        f"head {report['bits']}: {report['rise']:+.3%} perplexity by KL divergence{kept} (loss of "
         f"the text {loss:+.5f}, standard error {report['loss_error']:.5f})"
     )
 
@@ -295,26 +316,48 @@ def _check_range(block: Block, streams: Streams, ranks: Ranks) -> None:
         )
 
 
-def _line(index: int, layers: int, report: Mapping[str, Any], left: float) -> str:
+def _kept_line(index: int, layers: int) -> str:
+    return f"block {index + 1} of {layers}: kept"
+
+
+def _line(index: int, layers: int, report: Mapping[str, Any], took: Sequence[float]) -> str:
     loss = f"loss {report['loss_before']:.3g} -> {report['loss_after']:.3g}"
     notes = "".join(f"; {note}" for note in report.get("notes", ()))
-    time_left = f", about {left / 60:.1f} min left" if index + 1 < layers else ""
-    return f"block {index + 1} of {layers}: {loss}{time_left}{notes}"
+    more = layers - index - 1
+    left = f", about {duration(_left(took, more))} left" if more else ""
+    return f"block {index + 1} of {layers}: {loss}{left}{notes}"
 
 
-def _embedded(
-    job: Calibration, basis: Basis, budget: StreamBudget, ranks: Ranks, device: str
-) -> Streams:
-    """The residual streams before the first block: embedded tokens."""
-    table = basis.tensor(job.checkpoint, f"{job.checkpoint.decoder.embedding.name}.weight")
-    mine = job.windows[list(ranks.share(len(job.windows)))]
-    size = (mine.shape[1], table.shape[1])
+def _left(took: Sequence[float], more: int) -> float:
+    """Seconds of so many more blocks. The first one of a run does things that no other has to do, and
+    counts while there is no other.
+    """
+    return mean(took[1:] or took) * more
 
-    def stream() -> Windows:
-        windows = budget.windows(len(mine), size, device=device)
-        for index, tokens in enumerate(mine):
-            windows[index] = embedded(table, torch.from_numpy(tokens), job.checkpoint.decoder)
-        return windows
 
-    real = stream() if job.method.wants_real(job.settings) else None
-    return Streams(stream(), real, budget, ranks)
+def _estimate(took: Sequence[float], more: int) -> str:
+    """What the work still takes: the first blocks are a part of it, and are kept."""
+    return (
+        f"estimate: about {duration(_left(took, more))} for {more} more block{'s' * (more > 1)}, after "
+        f"{' and '.join(map(duration, took))} for these; {peak_rss() / 1e9:.1f} GB of memory until now. "
+        "If that is too long, stop it: --resume goes on from here"
+    )
+
+
+def _rooms(job: Calibration, budget: StreamBudget, ranks: Ranks, device: str) -> Streams:
+    """Room for the residual streams of this process's windows."""
+    count = len(ranks.share(len(job.windows)))
+    size = (job.windows.shape[1], job.checkpoint.decoder.hidden)
+    wants_real = job.method.wants_real(job.settings)
+    real = budget.windows(count, size, device=device) if wants_real else None
+    return Streams(budget.windows(count, size, device=device), real, budget, ranks)
+
+
+def _embed(job: Calibration, basis: Basis, streams: Streams) -> None:
+    """Fill the streams with what they are before the first block: embedded tokens."""
+    decoder = job.checkpoint.decoder
+    table = basis.tensor(job.checkpoint, f"{decoder.embedding.name}.weight")
+    for index, number in enumerate(streams.ranks.share(len(job.windows))):
+        tokens = torch.from_numpy(job.windows[number])
+        for windows in streams.all:
+            windows[index] = embedded(table, tokens, decoder)

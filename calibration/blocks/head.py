@@ -91,18 +91,20 @@ class HeadTask:
         moments.reduce(self.ranks)
         return moments
 
-    def measured(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the head's inputs, [n, hidden], with the tokens that come next, [n], of the
-        windows that are held out.
+    def measured(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows of the head's inputs, [n, hidden], the same of the float model where its stream is
+        kept, else once more, and the tokens that come next, [n], of the windows that are held out.
         """
+        real = self.streams.quant if self.streams.real is None else self.streams.real
         few = self.windows < _HELD_OUT
         positions = max(1, _LOGITS // len(self.table))
         for place, number in enumerate(self.numbers):
             if not (few or self.held_out(number)):
                 continue
-            x = self.inputs(self.streams.quant[place])[:-1]
+            x, wanted = (self.inputs(one[place])[:-1] for one in (self.streams.quant, real))
             yield from zip(
                 x.split(positions),
+                wanted.split(positions),
                 self.tokens[place, 1:].to(x.device).split(positions),
                 strict=True,
             )
@@ -145,14 +147,16 @@ class _QuantizedHead:
 def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
     """The head's codes, none where it would cost more than the limit, and a report.
 
-    The limit is for the rise of perplexity that exp(KL) - 1 stands for, KL(float || quantized) being
-    the mean over tokens of the next token's distributions, with either head behind the same
-    quantized blocks: what the quantized head loses on text as the float head expects it. On the
-    tokens of the text itself the difference of the losses has the same mean where the float head is
-    right, but scatters by more than the limit.
+    The limit is for exp(D) - 1, the rise of perplexity on text as the float model expects it: D is
+    the mean over tokens of KL(float model || quantized) - KL(float model || float), of the next
+    token's distributions with either head behind the same quantized blocks. Where the method does
+    not keep the float model's stream, the float head behind the quantized blocks is the float model,
+    and D is the KL divergence from one head to the other: that counts as loss what a head makes up
+    for the blocks. On the tokens of the text itself the difference of the losses has the same mean
+    where the float model is right, but scatters by more than the limit.
 
     Returns:
-        The codes, and a report: "bits"; "divergence", that KL in nats, and the relative "rise" of
+        The codes, and a report: "bits"; "divergence", D in nats, and the relative "rise" of
         perplexity that it stands for; the mean losses of the text's next token, "loss_float" and
         "loss_quantized" in nats, and the standard error of their difference, "loss_error", tokens
         taken as independent; the "tokens" it was measured on, and whether the codes were "kept". A
@@ -162,13 +166,13 @@ def quantise_head(method: HeadMethod, task: HeadTask) -> BlockResult:
     linear, cap = _QuantizedHead(task, arrays), task.head.softcap
     # of the losses, the squares of their difference, the divergences, and the tokens
     sums = torch.zeros(5, dtype=torch.float64, device=task.device)
-    for x, wanted in task.measured():
-        before, after = (
+    for x, real, token in task.measured():
+        before, after, expected = (
             (scores if cap is None else PLAIN.softcap(scores, cap)).log_softmax(-1)
-            for scores in (F.linear(x, task.table), linear(x))
+            for scores in (F.linear(x, task.table), linear(x), F.linear(real, task.table))
         )
-        losses = [-found.gather(-1, wanted[:, None]).double() for found in (before, after)]
-        divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+        losses = [-found.gather(-1, token[:, None]).double() for found in (before, after)]
+        divergence = (expected.exp() * (before - after)).sum(-1)
         sums += torch.stack(
             [
                 *(loss.sum() for loss in losses),

@@ -62,7 +62,7 @@ class BlockStore:
     def __init__(
         self, folder: Path, fingerprint: str, keep: bool = True, writes: bool = True
     ) -> None:
-        self.folder = folder
+        self.folder, self.fingerprint = folder, fingerprint
         if not writes:
             return
         linked = folder.is_symlink()  # it is not written through
@@ -132,16 +132,23 @@ class BlockStore:
         state = self._state()
         write_json(self.folder / _STATE, {**state, "sha256": [*state["sha256"][:index], digest]})
 
-    def load(self, index: int) -> BlockResult:
-        """A finished block."""
+    def report(self, index: int) -> dict[str, Any]:
+        """Of a finished block."""
         import json
 
+        from safetensors import safe_open
+
+        with safe_open(str(self._path(index)), "np") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["report"])
+        return found
+
+    def load(self, index: int) -> BlockResult:
+        """A finished block."""
         from safetensors import safe_open
 
         gains: dict[str, np.ndarray] = {}
         sites: dict[str, dict[str, np.ndarray]] = {}
         with safe_open(str(self._path(index)), "np") as file:
-            report = json.loads((file.metadata() or {})["report"])
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 kind, _, rest = key.partition("/")
                 if kind == "gain":
@@ -150,7 +157,9 @@ class BlockStore:
                     site, _, name = rest.partition("/")
                     sites.setdefault(site, {})[name] = file.get_tensor(key)
         return BlockResult(
-            {site: QuantArrays.of(values) for site, values in sites.items()}, gains, report
+            {site: QuantArrays.of(values) for site, values in sites.items()},
+            gains,
+            self.report(index),
         )
 
     def remove(self) -> None:

@@ -71,9 +71,9 @@ class Windows:
         self, budget: StreamBudget, shape: tuple[int, ...], dtype: torch.dtype, device: str
     ) -> None:
         self.shape, self.device, self._dtype, self._budget = shape, device, dtype, budget
-        self._item_bytes = prod(shape[1:]) * dtype.itemsize
+        self.item_bytes = prod(shape[1:]) * dtype.itemsize
         self._written = bytearray(shape[0])
-        self._in_memory = budget.take(shape[0] * self._item_bytes)
+        self._in_memory = budget.take(shape[0] * self.item_bytes)
         if self._in_memory:
             self._data = torch.empty(
                 shape, dtype=dtype
@@ -91,8 +91,8 @@ class Windows:
         assert self._written[index], "read before it was written"
         if self._in_memory:
             return self._data[index].to(self.device)
-        self._file.seek(index * self._item_bytes)
-        data = np.frombuffer(bytearray(self._file.read(self._item_bytes)), _NUMPY[self._dtype])
+        self._file.seek(index * self.item_bytes)
+        data = np.frombuffer(bytearray(self._file.read(self.item_bytes)), _NUMPY[self._dtype])
         return torch.from_numpy(data).reshape(self.shape[1:]).to(self.device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
@@ -102,11 +102,11 @@ class Windows:
             self._data[index] = value
         else:
             try:
-                self._file.seek(index * self._item_bytes)
+                self._file.seek(index * self.item_bytes)
                 self._file.write(memoryview(value.contiguous().numpy()).cast("B"))
                 self._file.flush()
             except OSError as error:
-                needed = f"expected room for {self.shape[0] * self._item_bytes} bytes"
+                needed = f"expected room for {self.shape[0] * self.item_bytes} bytes"
                 raise InputError(
                     "activations on the disk",
                     f"got {error.strerror}, {needed}",

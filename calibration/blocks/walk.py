@@ -48,6 +48,11 @@ class Streams:
     budget: StreamBudget
     ranks: Ranks = ALONE
 
+    @property
+    def all(self) -> tuple[Windows, ...]:
+        """Both, as far as there are."""
+        return (self.quant,) if self.real is None else (self.real, self.quant)
+
 
 @dataclass(frozen=True)
 class WalkBlock:

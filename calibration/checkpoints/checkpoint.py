@@ -72,6 +72,7 @@ _NO_DECODER = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErr
 # but a config becomes a decoder, and lists of transformers', before its weights are there.
 _Width = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+_Experts = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
 _Labels = Annotated[int, msgspec.Meta(ge=0, le=1 << 12)]
 # fp32, in which RoPE's angles are computed, knows no odd positions beyond.
 _Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -94,6 +95,8 @@ class _Fields:
     vocab_size: _Width | None = None
     max_position_embeddings: _Positions | None = None
     sliding_window: _Positions | None = None
+    num_local_experts: _Experts | None = None
+    num_experts: _Experts | None = None
     num_labels: _Labels | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | list[TokenId] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,28 +238,58 @@ def dequantized(file: GgufFile, name: str, tensor: GgufTensor) -> np.ndarray:
         ) from None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Where a model's tensor is: in a tensor of the file, or as one expert's among those stacked
+    there.
+    """
+
+    info: TensorInfo
+    name: str
+    tensor: GgufTensor
+
+
 class GgufWeights:
     """Tensors of a GGUF model under Hugging Face names; rows that RoPE rotates are put back in
-    order.
+    order, and stacked experts are taken apart.
 
     Raises:
         InputError: there are tensors that the family does not use, or of a type that cannot be
-            read, or rotary factors that are none.
+            read, experts that are not as many as the config's, or rotary factors that are none.
     """
 
     def __init__(self, file: GgufFile, decoder: Decoder) -> None:
         self.files = file.paths
         self._file = file
         self._head_dim = decoder.blocks[0].heads.head_dim
-        self._names = {
-            info.stored: info for info in _known_tensors(decoder) if info.gguf in file.tensors
-        }
+        found = (self._find(info, decoder) for info in _known_tensors(decoder))
+        self._found = {one.info.stored: one for one in found if one is not None}
         self._check_all_used(decoder)
         self._check_types()
         self.rope_factors()
 
+    def _find(self, info: TensorInfo, decoder: Decoder) -> _Found | None:
+        """Where a tensor is; None where the file does not have it."""
+        name, expert = info.gguf, info.expert
+        stacked = expert is not None and name in self._file.tensors
+        if expert is not None and not stacked:  # as llama.cpp had them first: ffn_gate.3.weight
+            name = name.replace("_exps", f".{expert}")
+        tensor = self._file.tensors.get(name)
+        if tensor is None or not stacked:
+            return None if tensor is None else _Found(info, name, tensor)
+        count = decoder.config.experts
+        if len(tensor.shape) != 3 or tensor.shape[0] != count:
+            raise InputError(
+                f"{self._file.path}, tensor {info.gguf}",
+                f"got shape {list(tensor.shape)}, expected {[count, *info.shape]}, a matrix for each "
+                f"of {count} experts",
+                "The weights and the metadata belong to different models: download it again",
+            )
+        one = replace(tensor, shape=tensor.shape[1:], data=tensor.data[expert])
+        return _Found(info, info.gguf, one)
+
     def _check_all_used(self, decoder: Decoder) -> None:
-        used = {info.gguf for info in self._names.values()} | {_ROPE_FACTORS}
+        used = {one.name for one in self._found.values()} | {_ROPE_FACTORS}
         if any(rope.short is not None for rope in decoder.ropes):
             used |= {*_LONG_FACTORS}
         unknown = [name for name in self._file.tensors if name not in used]
@@ -279,15 +309,15 @@ class GgufWeights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
-        return {hf: self._file.tensors[info.gguf].shape for hf, info in self._names.items()}
+        return {hf: one.tensor.shape for hf, one in self._found.items()}
 
     def array(self, name: str, rows: Place | None = None) -> np.ndarray:
         """One tensor, or some rows of it alone, dequantized to fp32."""
-        info = self._names[name]
-        tensor = self._file.tensors[info.gguf]
+        found = self._found[name]
+        info, tensor = found.info, found.tensor
         if rows is not None and not info.rotary and tensor.data.ndim > 1:
             tensor, rows = replace(tensor, data=tensor.data[rows]), None
-        values = dequantized(self._file, info.gguf, tensor)
+        values = dequantized(self._file, found.name, tensor)
         if info.offset:  # these files hold what the decoder multiplies with
             values = values - np.float32(info.offset)
         values = self._rows_in_order(values) if info.rotary else values
@@ -296,25 +326,26 @@ class GgufWeights:
     @property
     def format(self) -> str:
         """The name of the format where some weights are codes; "" where all are floats."""
-        kinds = {self._file.tensors[info.gguf].type for info in self._names.values()}
+        kinds = {one.tensor.type for one in self._found.values()}
         return "" if kinds <= _FLOATS else GGUF
 
     def coded(self, name: str) -> StoredLinear | None:
         """The codes of a weight; None of one that is stored as floats. Raises as codes_form."""
-        info = self._names[name]
-        tensor = self._file.tensors[info.gguf]
+        tensor = self._found[name].tensor
         if tensor.type in _FLOATS:
             return None
         found, (rows, columns) = self.codes_form(name), tensor.shape
         group = 0 if found.group == columns else found.group
         symmetric = found.zero == 1 << found.bits - 1
         form = Form(code_set(found.bits, False), group, symmetric, found.zero is None)
-        where = f"{self._file.path}, tensor {info.gguf}"
-        return StoredLinear(where, (rows, columns), form, lambda: self._arrays(name))
+        return StoredLinear(self._where(name), (rows, columns), form, lambda: self._arrays(name))
+
+    def _where(self, name: str) -> str:
+        return f"{self._file.path}, tensor {self._found[name].name}"
 
     def plain(self, name: str) -> bool:
         """Whether a weight is stored in floating point."""
-        return self._file.tensors[self._names[name].gguf].type in _FLOATS
+        return self._found[name].tensor.type in _FLOATS
 
     def _arrays(self, name: str) -> QuantArrays:
         found = self.codes(name)
@@ -325,20 +356,18 @@ class GgufWeights:
 
     def codes_form(self, name: str) -> CodesForm:
         """How the codes of a tensor are said; see gguf_codes.form_of."""
-        info = self._names[name]
-        return form_of(f"{self._file.path}, tensor {info.gguf}", self._file.tensors[info.gguf])
+        return form_of(self._where(name), self._found[name].tensor)
 
     def codes(self, name: str, rows: slice | None = None) -> Codes:
         """The codes of a tensor, or of some of its rows, in the order of array(); see
         gguf_codes.read_codes.
         """
-        info = self._names[name]
-        tensor = self._file.tensors[info.gguf]
-        data = tensor.data
-        if info.rotary:
+        found = self._found[name]
+        data = found.tensor.data
+        if found.info.rotary:
             data = data[self._rows_in_order(np.arange(len(data)))]
-        tensor = replace(tensor, data=data if rows is None else data[rows])
-        return read_codes(f"{self._file.path}, tensor {info.gguf}", tensor)
+        tensor = replace(found.tensor, data=data if rows is None else data[rows])
+        return read_codes(self._where(name), tensor)
 
     def rope_factors(self) -> np.ndarray | None:
         """Divisors of the rotary frequencies, as LLaMA 3.1 files carry them; see GgufFile.factors."""

@@ -13,7 +13,7 @@ from plugins.errors import InputError
 __all__ = ["gguf_config", "gguf_family", "token_id"]
 
 _ANOTHER_MODEL = "Choose a model without it; this export would compute something else"
-_EXPERTS = "_exps."  # in the names of tensors of all experts of a layer
+_EXPERTS = "expert_count"
 _NONE = (-1, 0xFFFFFFFF)  # as a token's id: the model has none
 
 # Below "llama." or another architecture's name. What llama.cpp makes of each key stands in its
@@ -52,7 +52,17 @@ _HARMLESS = frozenset(
         "tensor_data_layout",  # "Meta AI original pth": rows of queries and keys, always so here
     }
 )
-_NEUTRAL = {"embedding_scale": 1.0, "logit_scale": 1.0, "residual_scale": 1.0}
+_NEUTRAL = {
+    "embedding_scale": 1.0,
+    "expert_weights_scale": 1.0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+}
+_ALWAYS = {  # what every decoder here does, so that no other value is followed
+    "attention.causal": True,
+    "expert_gating_func": 1,  # softmax
+    "expert_weights_norm": True,
+}
 
 
 def gguf_family(file: GgufFile) -> Family:
@@ -65,22 +75,31 @@ def gguf_family(file: GgufFile) -> Family:
     if kind != "model":
         raise file.wrong("general.type", "'model'", "Give the model itself")
     architecture = str(file.required("general.architecture"))
-    accepted = {family(name).gguf: family(name) for name in family_names() if family(name).gguf}
-    experts = any(_EXPERTS in name for name in file.tensors)
-    if experts or file.says(f"{architecture}.expert_count"):
+    readers = [family(name) for name in family_names() if family(name).gguf]
+    if architecture not in {one.gguf for one in readers}:
         raise InputError(
             str(file.path),
-            f"got a mixture of experts ({architecture[:60]}), which is not read of GGUF files, "
-            f"expected one of {', '.join(accepted)} without experts",
-            "Give the model as a Hugging Face folder",
-        )
-    if architecture not in accepted:
-        raise InputError(
-            str(file.path),
-            f"got architecture {architecture[:60]}, expected one of {', '.join(accepted)}",
+            f"got architecture {architecture[:60]}, expected one of {_architectures(readers)}",
             "Choose a model of a supported architecture",
         )
-    return accepted[architecture]
+    count = f"{architecture}.{_EXPERTS}"
+    experts = file.says(count)
+    fitting = [one for one in readers if (_EXPERTS in one.gguf_required) == experts]
+    found = next((one for one in fitting if one.gguf == architecture), None)
+    if found is not None:
+        return found
+    if not experts:
+        raise file.missing(count)
+    raise InputError(
+        str(file.path),
+        f"got a mixture of experts ({architecture}), expected one of {_architectures(fitting)} where "
+        "there are experts",
+        "Give the model as a Hugging Face folder",
+    )
+
+
+def _architectures(families: list[Family]) -> str:
+    return ", ".join(sorted({one.gguf for one in families}))
 
 
 def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
@@ -136,7 +155,7 @@ def gguf_config(file: GgufFile, found: Family) -> dict[str, Any]:
     own = {
         name: file.number(key + ours)
         for ours, name in found.gguf_fields.items()
-        if file.says(key + ours)
+        if ours in found.gguf_required or file.says(key + ours)
     }
     return {**values, **found.gguf_implied(Config({**values, **own})), **own}
 
@@ -181,9 +200,9 @@ def _check_keys(file: GgufFile, found: Family, head_dim: int, context: int) -> N
         if name == full or name in _READ or name in _HARMLESS or name in found.gguf_fields:
             continue
         value = file.value(full) if file.length(full) is None else None
-        if name == "attention.causal":
-            if value is not True:
-                raise file.wrong(full, "True", _ANOTHER_MODEL)
+        if name in _ALWAYS:
+            if value != _ALWAYS[name]:
+                raise file.wrong(full, str(_ALWAYS[name]), _ANOTHER_MODEL)
         elif name == "attention.sliding_window" and isinstance(value, int) and value >= context:
             continue  # it sees the whole context
         elif name in neutral and isinstance(value, float):

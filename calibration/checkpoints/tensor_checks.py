@@ -175,10 +175,10 @@ def _summarized(missing: Iterable[str], decoder: Decoder) -> list[str]:
     layers = {info.name: block.index for block in decoder.blocks for info in block.tensors()}
     for name in missing:
         info = decoder.infos.get(name)
-        if info is None or info.packed is None or info.packed.expert is None:
+        if info is None or info.expert is None:
             words.append(name)
         else:
-            experts.setdefault(layers[name], {})[info.packed.expert] = None
+            experts.setdefault(layers[name], {})[info.expert] = None
     for layer, indices in experts.items():
         expert = "expert" if len(indices) == 1 else "experts"
         words.append(f"{expert} {some([str(index) for index in indices])} of layer {layer}")

@@ -793,6 +793,7 @@ class Family:
             whose config LLaMA's fields describe, see calibration/checkpoints/gguf.py.
         gguf_fields: {key below the architecture's name in GGUF files: the config's field}, beside
             those that every family has.
+        gguf_required: such keys that a file must have.
         gguf_implied: fields that such files leave to the architecture, from the other ones.
         objection: says why a transformers config cannot be exported, or "".
         embedding, head: of a model's config.
@@ -809,6 +810,7 @@ class Family:
     block: Callable[[Config, int], tuple[Step, ...]]
     gguf: str = ""
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_required: tuple[str, ...] = ()
     gguf_implied: Callable[[Config], Mapping[str, Any]] = _nothing_implied
     objection: Callable[[Any], str] = _no_objection
     embedding: Callable[[Config], Embedding] = _plain_embedding

@@ -14,7 +14,7 @@ def block(config: Config, index: int) -> tuple[Step, ...]:
     hidden, heads = config.hidden, config.heads
     return (
         Norm("input_layernorm", hidden, config.epsilon, "attn_norm"),
-        projections(config),
+        projections(config, rotary=True),
         heads,
         config.rope(),
         Attend(heads.head_dim**-0.5, window=config.sliding_window),
@@ -33,6 +33,9 @@ FAMILY = Family(
     "MixtralForCausalLM",
     "mixtral",
     block,
+    gguf="llama",
+    gguf_fields={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    gguf_required=("expert_count", "expert_used_count"),
     models="Mixtral",
     aliases={
         "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",

@@ -110,21 +110,37 @@ def routed_mlp(
         own = f"{prefix}.experts.{index}"
         inner = Packed("mlp.experts.gate_up_proj", index)
         down = Linear(
-            f"{own}.{names[2]}", hidden, width, packed=Packed("mlp.experts.down_proj", index)
+            f"{own}.{names[2]}",
+            hidden,
+            width,
+            gguf="ffn_down_exps",
+            packed=Packed("mlp.experts.down_proj", index),
         )
         return (
             Linears(
                 f"{own}.gate_up_proj",
                 (
-                    Linear(f"{own}.{names[0]}", width, hidden, packed=inner),
-                    Linear(f"{own}.{names[1]}", width, hidden, packed=replace(inner, start=width)),
+                    Linear(f"{own}.{names[0]}", width, hidden, gguf="ffn_gate_exps", packed=inner),
+                    Linear(
+                        f"{own}.{names[1]}",
+                        width,
+                        hidden,
+                        gguf="ffn_up_exps",
+                        packed=replace(inner, start=width),
+                    ),
                 ),
             ),
             gate,
             Linears(down.name, (down,)),
         )
 
-    router = Linear(f"{prefix}.gate", config.experts, hidden, packed=Packed("mlp.gate.weight"))
+    router = Linear(
+        f"{prefix}.gate",
+        config.experts,
+        hidden,
+        gguf="ffn_gate_inp",
+        packed=Packed("mlp.gate.weight"),
+    )
     members = tuple(expert(index) for index in range(config.experts))
     return Experts(router, members, config.experts_per_token, normalized)
 

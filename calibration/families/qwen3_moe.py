@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from calibration.families.decoder import Config, Family, UnsupportedError
 from calibration.families.parts import (
     gated_mlp,
@@ -54,11 +56,24 @@ def _mlp(config: Config, index: int) -> tuple[Step, ...]:
     return (routed_mlp(config, "mlp", names, width, bool(config.get("norm_topk_prob"))),)
 
 
+def gguf_layers(config: Config) -> dict[str, Any]:
+    """llama.cpp has experts in every layer, and their weights sum to 1."""
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+
+
 FAMILY = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     "qwen3_moe",
     block,
+    gguf="qwen3moe",
+    gguf_fields={
+        "expert_count": "num_experts",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_used_count": "num_experts_per_tok",
+    },
+    gguf_required=("expert_count", "expert_feed_forward_length", "expert_used_count"),
+    gguf_implied=gguf_layers,
     models="Qwen3, mixture of experts",
     aliases={
         "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",

@@ -64,7 +64,7 @@ class TensorInfo:
     Attributes:
         name: in Hugging Face files.
         shape: there.
-        gguf: its name in GGUF files, or "".
+        gguf: its name in GGUF files, or ""; of an expert's, that of the experts' stacked ones.
         rotary: GGUF files hold its rows in RoPE's interleaved order.
         offset, factor: a step computes with factor * tensor + offset.
         whole: of a tensor that checkpoints hold within another one, the name of that.
@@ -104,6 +104,11 @@ class TensorInfo:
             return self.rows
         rows = slice(self.packed.start, self.packed.start + self.shape[0])
         return rows if self.packed.expert is None else (self.packed.expert, rows)
+
+    @property
+    def expert(self) -> int | None:
+        """Which expert of its layer it belongs to; None of other tensors."""
+        return self.packed.expert if self.packed else None
 
     @property
     def reach(self) -> tuple[int, ...]:

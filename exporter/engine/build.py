@@ -57,11 +57,13 @@ class EngineOptions:
         edition: "auto", "tensorrt" or "tensorrt-rtx".
         max_batch: largest batch.
         max_seq: most tokens of a sequence; the ONNX file must have as many positions.
+        max_logits: most tokens in one call whose logits are wanted, of all sequences together.
     """
 
     edition: str = "auto"
     max_batch: int = 1
     max_seq: int = 2048
+    max_logits: int = 512
 
     def __post_init__(self) -> None:
         for name, value in (("--max-batch", self.max_batch), ("--max-seq", self.max_seq)):
@@ -99,8 +101,9 @@ def profile_shapes(
     """Shapes of the two optimisation profiles, as engine.json holds them.
 
     "prefill" takes 1..max_seq new tokens behind 0..max_seq - 1 cached ones, so a prompt may come in
-    pieces and a conversation go on, and gives logits of one or more of them; "decode" takes one new
-    token. The largest shapes fit each other
+    pieces and a conversation go on, and gives logits of some of them, max_logits in all sequences of
+    the batch together or one in each: an engine has room for as many as its profile allows, and a
+    vocabulary's worth of numbers is large. "decode" takes one new token. The largest shapes fit each other
     (T = P + S), because TensorRT infers shapes at them; that new and cached tokens are max_seq at
     most, whoever runs the engine has to see to.
 
@@ -113,12 +116,12 @@ def profile_shapes(
         InputError: a dimension has another name.
     """
     batch, seq = options.max_batch, options.max_seq
-    middle = seq // 2
+    middle, logits = seq // 2, min(max(options.max_logits // batch, 1), seq)
     ranges: dict[str, dict[str, tuple[int, int, int]]] = {  # least, likely, most
         "prefill": {
             "B": (1, 1, batch),
             "S": (1, max(middle, 1), seq),
-            "L": (1, 1, seq),
+            "L": (1, 1, logits),
             "P": (0, 0, seq - 1),
             "T": (1, max(middle, 1), 2 * seq - 1),
         },

@@ -22,6 +22,7 @@ from calibration.out.json_file import read_record
 from calibration.quant.bits import Rule
 from calibration.quant.scheme import FLOAT_BITS, QuantScheme
 from calibration.quant.sizes import node_bits
+from exporter.graph.names import layer_of
 from exporter.proof.swaps import Swap, Swapped
 from plugins.errors import InputError
 
@@ -146,6 +147,22 @@ class Attribution:
         """Nodes and caches by their gains, largest first."""
         gains = [(name, self.gain(means)) for name, means in self.nodes.items()]
         return sorted(gains, key=lambda item: -item[1])
+
+    def unopened(self) -> list[tuple[str, float]]:
+        """Ranges of layers that were not looked into by their gains, the largest for a layer first."""
+        ranges = [(first, last) for first, last, _ in self.layers]
+        opened = {layer_of(node) for node in self.nodes}
+        found = [
+            (first, last, self.gain(means))
+            for first, last, means in self.layers
+            if not any(
+                first <= one <= other <= last and (one, other) != (first, last)
+                for one, other in ranges
+            )
+            and first not in opened
+        ]
+        found.sort(key=lambda item: item[2] / (item[0] - item[1] - 1))
+        return [(_range_name(first, last + 1), gain) for first, last, gain in found]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form."""

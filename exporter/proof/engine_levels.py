@@ -103,7 +103,8 @@ def find_proof_engines(proof: Comparison) -> ProofEngines | None:
     if not scope.options.asks_for(TENSORRT):
         return None
     stage = open_stage(scope.out, ENGINE, f"--runner {TENSORRT}")
-    longest = EngineOptions(max_batch=2, max_seq=scope.tokens + scope.steps)
+    most = scope.tokens + scope.steps
+    longest = EngineOptions(max_batch=2, max_seq=most, max_logits=2 * most)
     return ProofEngines(stage, scope.out / ONNX, longest)
 
 

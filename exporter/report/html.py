@@ -372,7 +372,7 @@ def _head(data: Data) -> str:
         return str(now)
     loss = measured["loss_quantized"] - measured["loss_float"]
     cost = (
-        f"{measured['rise']:+.2%} perplexity by its KL divergence on {measured['tokens']} calibration "
+        f"{measured['rise']:+.2%} perplexity by KL divergence on {measured['tokens']} calibration "
         f"tokens (their loss {loss:+.4f}, standard error {measured['loss_error']:.4f})"
     )
     return f"{now}, {cost}" if kept else f"{now}, since {measured['bits']} would cost {cost}"

@@ -107,6 +107,7 @@ class TensorrtSession(DecoderSession):
         super().__init__(min(max_context, limits.max_context), min(CHUNK, limits.max_tokens), dtype)
         decode = record["profiles"][1]["inputs"]
         self.max_batch = limits.max_batch
+        self._most_logits = record["profiles"][0]["inputs"]["logits_indices"]["max"][1]
         self._names, self._bits = cache_names(decode), bits
         self._decode_past = decode["past_key_values.0.key"]["max"][2]
         self._cache_shapes = {
@@ -161,13 +162,18 @@ class TensorrtSession(DecoderSession):
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "position_ids": torch.from_numpy(positions),
-            "logits_indices": torch.from_numpy(wanted),
             **{f"past_key_values.{name}": cache[name] for name in self._names},
         }
-        outputs = {
-            name: tensor.clone()
-            for name, tensor in self._runner.infer(feeds, check_inputs=False).items()
-        }
+        logits, most = [], self._most_logits
+        # All of the same call, whose cache begins anew with each piece.
+        for start in range(0, wanted.shape[1], most):
+            feeds["logits_indices"] = torch.from_numpy(wanted[:, start : start + most].copy())
+            outputs = {
+                name: tensor.clone()
+                for name, tensor in self._runner.infer(feeds, check_inputs=False).items()
+            }
+            logits.append(outputs["logits"])
+        outputs["logits"] = torch.cat(logits, 1)
         self._cache = {name: outputs[f"present.{name}"] for name in self._names}
         found = {name: tensor.float().numpy() for name, tensor in outputs.items()}
         return with_numbers(found, self._bits, self.dtype)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from calibration.progress import JsonProgress, PlainProgress, make_progress
+from calibration.progress import JsonProgress, PlainProgress, duration, make_progress
 
 
 def test_json_lines() -> None:
@@ -54,3 +54,38 @@ def test_every_display_takes_the_same_calls(kind: str, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert ("[brackets] are text" in captured.out + captured.err) == (kind != "none")
     assert "less than was asked for\n" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (4.12, "4.1 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1.0 min"),
+        (84, "1.4 min"),
+        (1320, "22 min"),
+        (3569, "59 min"),
+        (12600, "3.5 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("calibration.progress.time.monotonic", lambda: clock)
+    plain, lines = io.StringIO(), io.StringIO()
+    displays = PlainProgress(plain), JsonProgress(lines)
+    for display in displays:
+        display.start("report", 10)
+    for clock in (12.0, 24.0, 36.0, 48.0, 70.0):  # noqa: B007  (the lambda reads it)
+        for display in displays:
+            display.advance()
+    assert plain.getvalue() == (
+        "report: 3 of 10, about 1.4 min left\nreport: 5 of 10, about 1.2 min left\n"
+    )
+    left = [json.loads(line).get("left") for line in lines.getvalue().splitlines()]
+    assert left == [None, 108, 96, 84, 72, 70]

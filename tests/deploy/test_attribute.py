@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from calibration.out.files import file_records, verify_files, write_json
 from calibration.out.json_file import read_json
 from deploy.__main__ import main
-from deploy.attribute import show_in_report
+from deploy.attribute import show_in_report, text
 from exporter.proof.attribution import Attribution, Means
 from exporter.report.report import write_report
 from tests.exporter.report.test_report import MANIFEST, RESULT, report_data
@@ -52,6 +53,17 @@ def test_a_table_and_lines(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     record.write_text("{")
     assert report_data(copy, MANIFEST, RESULT)["attribution"] is None
     assert f"perplexity {found['found']['ppl']:.3f}" in lines[0]
+
+
+def test_ranges_that_were_not_looked_into_are_ranked_by_layer() -> None:
+    assert FOUND.unopened() == [("layer 1", pytest.approx(0.05))]
+    lines = text(Path("out"), FOUND).splitlines()
+    assert f"{'layer 1':40}  +0.0500      0.4500" in lines
+    assert not any(line.startswith("layer 0") for line in lines)
+    kinds = [(0, 3, 0.1), (0, 1, 0.3), (2, 3, 0.35), (2, 2, 0.38)]
+    ranges = [(first, last, Means(kl, 11.0, 0.9)) for first, last, kl in kinds]
+    found = replace(FOUND, layers=ranges, nodes={})
+    assert [name for name, _ in found.unopened()] == ["layer 2", "layers 0 to 1"]
 
 
 def test_the_report_shows_it(copy: Path) -> None:

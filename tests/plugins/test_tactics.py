@@ -84,9 +84,10 @@ def check(
 
 @pytest.mark.parametrize("w", LEVELS, ids=lambda w: f"w{w[0]}l{w[1]}")
 def test_abq_bit_widths(runner: KernelRunner, w: tuple[int, int]) -> None:
-    for abits, m in ((2, 9), (3, 1), (4, 4), (5, 2), (8, 3), (8, 17)):
-        attrs = abq(66, 640, w=w, a=abits, sym=abits % 2)
-        names = check(runner, attrs, tokens(m, 640, F16), arrays=abq_arrays(attrs), order=abits)
+    for number, (abits, m) in enumerate(((2, 9), (3, 1), (4, 4), (5, 2), (8, 3), (8, 17)), w[0]):
+        attrs, x = abq(66, 640, w=w, a=abits, sym=abits % 2), tokens(m, 640, F16)
+        gpus = (FEW, MANY)[number % 2 :][:1]  # each pair of bit widths once, K whole or divided
+        names = check(runner, attrs, x, arrays=abq_arrays(attrs), order=abits, gpus=gpus)
         assert names == {
             "simple",
             "b1 64x8",

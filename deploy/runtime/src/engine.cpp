@@ -156,6 +156,8 @@ struct Engine::Impl {
   // Of the engine's thread.
   std::vector<std::unique_ptr<Job>> jobs;  // that have a slot, the oldest first
   std::vector<Slot> slots;
+  std::vector<Row> rows;      // of the call that decodes
+  std::vector<Job*> decoded;  // whose rows these are; null of an idle slot
   uint64_t freed = 0;
   Stats round;             // what is not in the totals yet
   Clock::time_point mark;  // until when time is counted
@@ -441,8 +443,8 @@ bool Engine::Impl::worth_computing(size_t hole) const {
 // is written behind its tokens is never seen.
 void Engine::Impl::decode(size_t first, size_t last) {
   static constexpr int32_t kNothing = 0;
-  std::vector<Row> rows;
-  std::vector<Job*> decoded;
+  rows.clear();
+  decoded.clear();
   for (size_t i = first; i <= last; ++i) {
     Job* job = slots[i].job && slots[i].job->started ? slots[i].job : nullptr;
     std::vector<int32_t>& cached = slots[i].tokens;

@@ -111,7 +111,8 @@ Source open_either(const fs::path& folder, const LoadOptions& options, std::stri
 std::string MemoryPlan::text() const {
   return "cache " + megabytes(cache) + ", its copy " + megabytes(second_cache) + ", logits " +
          megabytes(logits) + ", activations about " + megabytes(activations) +
-         (on_gpu ? "; weights " + megabytes(weights) + ", all on the GPU"
+         (on_gpu ? ", CUDA graphs " + megabytes(graphs) + "; weights " + megabytes(weights) +
+                       ", all on the GPU"
                  : ", float weights in fp32 " + megabytes(copies) + ", the program about " +
                        megabytes(program) + "; weights " + megabytes(weights) + " mapped");
 }

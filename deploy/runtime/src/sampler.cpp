@@ -6,7 +6,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <numeric>
+#include <functional>
+#include <limits>
 #include <string>
 
 #include "anybit/error.hpp"
@@ -15,6 +16,7 @@ namespace anybit {
 namespace {
 
 constexpr size_t kFirstSorted = 64;  // a draw rarely goes further down
+constexpr size_t kTopOf = 16;        // scores that have one of the tops
 
 std::string shown(double value) {
   char text[32];
@@ -26,34 +28,98 @@ void check(bool good, const char* field, double got, const std::string& expected
   if (!good) throw Error(field, "got " + shown(got) + ", expected " + expected, fix);
 }
 
-// Neither stops early, so that the compiler can compute several numbers at a time.
-bool finite(const float* logits, size_t count) {
-  constexpr uint32_t kExponent = 0x7f800000;
-  uint32_t bad = 0;
-  for (size_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, logits + i, sizeof bits);
-    bad |= (bits & kExponent) == kExponent;
-  }
-  return bad == 0;
-}
+// Of the registers that every x86-64 and every 64-bit ARM has.
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+constexpr size_t kLanes = 4, kBlock = 256 * kLanes;
 
+// The largest number and the lowest id of equals; -1 where one is NaN or Inf. The logits are read
+// once, and the block that has it again, from the nearest cache.
 int32_t largest(const float* logits, size_t count) {
-  constexpr size_t kLanes = 16;
-  std::array<float, kLanes> lanes;
-  lanes.fill(logits[0]);
-  size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = logits[i + lane] > lanes[lane] ? logits[i + lane] : lanes[lane];
+  constexpr int32_t kExponent = 0x7f800000;
+  float best = -std::numeric_limits<float>::infinity();
+  size_t from = 0;  // of its block
+  bool good = true;
+  Ints odd{};  // lanes with a number that is none
+  for (size_t first = 0; first < count; first += kBlock) {
+    const size_t last = std::min(first + kBlock, count);
+    Floats most = Floats{} + best;
+    size_t i = first;
+    for (; i + kLanes <= last; i += kLanes) {
+      Floats next;
+      Ints bits;
+      memcpy(&next, logits + i, sizeof next);
+      memcpy(&bits, logits + i, sizeof bits);
+      odd |= (bits & kExponent) == kExponent;
+      most = next > most ? next : most;
+    }
+    float top = best;
+    for (size_t lane = 0; lane < kLanes; ++lane) top = std::max(top, most[lane]);
+    for (; i < last; ++i) {
+      good = good && std::isfinite(logits[i]);
+      top = std::max(top, logits[i]);
+    }
+    if (top > best) {
+      best = top;
+      from = first;
     }
   }
-  float best = *std::max_element(lanes.begin(), lanes.end());
-  for (; i < count; ++i) best = std::max(best, logits[i]);
-  return static_cast<int32_t>(std::find(logits, logits + count, best) - logits);
+  for (size_t lane = 0; lane < kLanes; ++lane) good = good && odd[lane] == 0;
+  if (!good) return -1;
+  return static_cast<int32_t>(std::find(logits + from, logits + count, best) - logits);
+}
+
+typedef double Doubles __attribute__((vector_size(16)));
+typedef uint64_t Longs __attribute__((vector_size(16)));
+constexpr size_t kPair = 2;
+
+// e to the power of numbers up to 0, within 4e-16 of it: 2^k e^r with |r| <= ln 2 / 2, and e^r by the
+// first terms of its series. The library's own takes one number at a time, and not every version of it
+// gives the same bits. Below -700, where nothing is left of a sum of odds, it gives e^-700.
+Doubles exponential(Doubles x) {
+  constexpr double kShift = 0x1.8p52;  // added, it leaves a number's whole part in the lowest bits
+  constexpr double kHigh = 0x1.62e42fefa38p-1, kLow = 0x1.ef35793c7673p-45;  // of ln 2
+  constexpr double kTerms[] = {1.0 / 479001600,
+                               1.0 / 39916800,
+                               1.0 / 3628800,
+                               1.0 / 362880,
+                               1.0 / 40320,
+                               1.0 / 5040,
+                               1.0 / 720,
+                               1.0 / 120,
+                               1.0 / 24,
+                               1.0 / 6,
+                               1.0 / 2,
+                               1,
+                               1};
+  const Doubles least = Doubles{} - 700;
+  x = x > least ? x : least;
+  const Doubles shifted = x * 0x1.71547652b82fep0 + kShift, whole = shifted - kShift;
+  const Doubles rest = (x - whole * kHigh) - whole * kLow;
+  Doubles sum{};
+  for (const double term : kTerms) sum = sum * rest + term;
+  return reinterpret_cast<Doubles>(reinterpret_cast<Longs>(sum) +
+                                   (reinterpret_cast<Longs>(shifted) << 52));
 }
 
 }  // namespace
+
+double exponential(double x) { return exponential(Doubles{x, x})[0]; }
+
+double sum_of_odds(const double* scores, size_t count, double top, double rate) {
+  Doubles sums[2] = {};
+  size_t i = 0;
+  for (; i + 2 * kPair <= count; i += 2 * kPair) {
+    for (size_t part = 0; part < 2; ++part) {
+      Doubles next;
+      memcpy(&next, scores + i + part * kPair, sizeof next);
+      sums[part] += exponential((next - top) * rate);
+    }
+  }
+  double sum = (sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]);
+  for (; i < count; ++i) sum += exponential((scores[i] - top) * rate);
+  return sum;
+}
 
 void check_sampling(const Sampling& s, int vocab) {
   check(s.temperature >= 0 && s.temperature <= 100, "temperature", s.temperature, "0 to 100",
@@ -99,24 +165,17 @@ bool Sampler::plain() const {
 }
 
 Choice Sampler::choose(const float* logits) {
-  if (!finite(logits, vocab_)) {
+  Choice choice;
+  choice.id = largest(logits, vocab_);
+  if (choice.id < 0) {
     throw Error("logits", "got NaN or Inf, expected finite numbers",
                 "Export with --dtype bfloat16 or float32, which hold larger numbers");
   }
-  Choice choice;
-  if (plain()) {
-    choice.id = largest(logits, vocab_);
-  } else {
+  if (!plain()) {
     score(logits);
-    order_.resize(vocab_);
-    std::iota(order_.begin(), order_.end(), 0);
-    sorted_ = 0;
-    if (sampling_.temperature > 0) {
-      choice.id = draw();
-    } else {
-      choice.id =
-          static_cast<int32_t>(std::max_element(scores_.begin(), scores_.end()) - scores_.begin());
-    }
+    order_.clear();
+    sort(1);
+    choice.id = sampling_.temperature > 0 ? draw() : order_[0];
     if (sampling_.logprobs >= 0) report(choice);
   }
   if (sampling_.presence_penalty != 0 || sampling_.frequency_penalty != 0) ++generated_[choice.id];
@@ -134,36 +193,57 @@ void Sampler::score(const float* logits) {
   for (const auto& [id, times] : generated_) {
     scores_[id] -= sampling_.presence_penalty + double(sampling_.frequency_penalty) * times;
   }
+  tops_.clear();
+  for (size_t first = 0; first < vocab_; first += kTopOf) {
+    const auto from = scores_.begin() + static_cast<ptrdiff_t>(first);
+    tops_.push_back(
+        *std::max_element(from, from + static_cast<ptrdiff_t>(std::min(kTopOf, vocab_ - first))));
+  }
 }
 
-// Sorts at least the first `count` of order_, the likeliest first and of equals the lowest id.
+// Makes order_ all tokens down to some score, at least `count` of them, the likeliest first and of
+// equals the lowest id. As many blocks as are wanted have a best score, and the least of the best of
+// these is such a score: only in a few blocks anything is looked at.
 void Sampler::sort(size_t count) {
   count = std::min(count, vocab_);
-  if (count <= sorted_) return;
-  const auto before = [this](int32_t a, int32_t b) {
+  if (count <= order_.size()) return;
+  double least = -std::numeric_limits<double>::infinity();
+  if (count < vocab_) {
+    ranked_ = count <= tops_.size() ? tops_ : scores_;
+    const auto last = ranked_.begin() + static_cast<ptrdiff_t>(count - 1);
+    std::nth_element(ranked_.begin(), last, ranked_.end(), std::greater<>());
+    least = *last;
+  }
+  order_.clear();
+  for (size_t block = 0; block < tops_.size(); ++block) {
+    if (tops_[block] < least) continue;
+    for (size_t i = block * kTopOf; i < std::min((block + 1) * kTopOf, vocab_); ++i) {
+      if (scores_[i] >= least) order_.push_back(static_cast<int32_t>(i));
+    }
+  }
+  std::sort(order_.begin(), order_.end(), [this](int32_t a, int32_t b) {
     return scores_[a] != scores_[b] ? scores_[a] > scores_[b] : a < b;
-  };
-  const auto from = order_.begin() + static_cast<ptrdiff_t>(sorted_);
-  const auto to = order_.begin() + static_cast<ptrdiff_t>(count);
-  if (to != order_.end()) std::nth_element(from, to, order_.end(), before);
-  std::sort(from, to, before);
-  sorted_ = count;
+  });
 }
 
 int32_t Sampler::draw() {
   const size_t most =
       sampling_.top_k > 0 ? std::min<size_t>(static_cast<size_t>(sampling_.top_k), vocab_) : vocab_;
   sort(sampling_.top_k > 0 ? most : kFirstSorted);
-  const double top = scores_[order_[0]], temperature = sampling_.temperature;
-  const auto odds = [&](int32_t id) { return std::exp((scores_[id] - top) / temperature); };
+  const double top = scores_[order_[0]], rate = 1 / double(sampling_.temperature);
+  const auto odds = [&](int32_t id) { return exponential((scores_[id] - top) * rate); };
   // The i-th likeliest token.
   const auto token = [&](size_t i) {
-    if (i >= sorted_) sort(4 * sorted_);
+    if (i >= order_.size()) sort(4 * order_.size());
     return order_[i];
   };
 
   double total = 0;
-  for (size_t i = 0; i < most; ++i) total += odds(order_[i]);
+  if (most < vocab_) {
+    for (size_t i = 0; i < most; ++i) total += odds(order_[i]);
+  } else {
+    total = sum_of_odds(scores_.data(), vocab_, top, rate);
+  }
   size_t count = most;
   if (sampling_.top_p < 1) {
     const double wanted = double(sampling_.top_p) * total;
@@ -190,10 +270,8 @@ int32_t Sampler::draw() {
 }
 
 void Sampler::report(Choice& choice) {
-  const double top = *std::max_element(scores_.begin(), scores_.end());
-  double sum = 0;
-  for (const double score : scores_) sum += std::exp(score - top);
-  const double all = top + std::log(sum);
+  const double top = scores_[order_[0]];
+  const double all = top + std::log(sum_of_odds(scores_.data(), vocab_, top, 1));
   choice.logprob = static_cast<float>(scores_[choice.id] - all);
   const size_t count = std::min<size_t>(static_cast<size_t>(sampling_.logprobs), vocab_);
   sort(count);

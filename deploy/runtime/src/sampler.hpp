@@ -41,11 +41,18 @@ class Sampler {
   std::unordered_set<int32_t> seen_;            // prompt's and new ones, for repetition_penalty
   std::unordered_map<int32_t, int> generated_;  // times, for the other penalties
   std::vector<double> scores_;                  // [vocab], biased and penalized
-  std::vector<int32_t> order_;                  // token ids, the first sorted_ by their scores
-  size_t sorted_ = 0;
+  std::vector<double> tops_;                    // the largest of every few scores
+  std::vector<double> ranked_;                  // for finding a score of a rank
+  std::vector<int32_t> order_;  // the likeliest tokens, as far as they were asked for
 };
 
 // The n-th number of a seed, 0 <= u < 1: SplitMix64 (Steele, Lea, Flood 2014), its upper 53 bits.
 double uniform(uint64_t seed, uint64_t n);
+
+// e to the power of x, which is at most 0; the same bits on every machine.
+double exponential(double x);
+
+// The sum of exponential((score - top) * rate).
+double sum_of_odds(const double* scores, size_t count, double top, double rate);
 
 }  // namespace anybit

@@ -4,10 +4,6 @@
 
 namespace anybit::cpu {
 
-// Cores that this process is bound to, as it was when it first asked. How much time a container gives
-// it is for whoever makes the threads: plugins/cores.py.
-int bound_cores();
-
 struct Parallel {
   using Task = void (*)(void* data, size_t index);
   // Runs task(data, i) for every i below count, and returns when all are done.

@@ -324,6 +324,50 @@ void mma_on_host(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot 
                     lanes[4 * column + part].word[4 + half]);
   }
 }
+
+// 32 bytes that a sum runs over, as numbers of 16 bits: so the compiler multiplies eight at a time.
+struct BytesOnHost {
+  int16_t value[32];
+
+  template <class Byte>
+  static BytesOnHost of(const Byte (&bytes)[32]) {
+    BytesOnHost wide;
+    for (int i = 0; i < 32; ++i) wide.value[i] = bytes[i];
+    return wide;
+  }
+  // Those of the row of A that words `first` and `first` + 2 of four lanes hold.
+  template <class Byte>
+  static BytesOnHost row(const simt::Registers* lanes, int first) {
+    Byte bytes[32];
+    for (int word = 0; word < 8; ++word)
+      std::memcpy(bytes + 4 * word, &lanes[word % 4].word[first + word / 4 * 2], 4);
+    return of(bytes);
+  }
+  // Those of the column of B that words 4 and 5 of four lanes hold.
+  static BytesOnHost column(const simt::Registers* lanes) {
+    int8_t bytes[32];
+    for (int word = 0; word < 8; ++word)
+      std::memcpy(bytes + 4 * word, &lanes[word % 4].word[4 + word / 4], 4);
+    return of(bytes);
+  }
+  int32_t dot(const BytesOnHost& other) const {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += value[i] * other.value[i];
+    return sum;
+  }
+};
+
+// mma_on_host for bytes of A of this type and signed ones of B.
+template <class Byte>
+void mma_bytes_on_host(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const simt::Registers* lanes = simt::exchange({{a[0], a[1], a[2], a[3], b[0], b[1]}});
+  const int g = simt::me->lane / 4, q = simt::me->lane % 4;
+  const BytesOnHost rows[] = {BytesOnHost::row<Byte>(lanes + 4 * g, 0),
+                              BytesOnHost::row<Byte>(lanes + 4 * g, 1)};
+  const BytesOnHost columns[] = {BytesOnHost::column(lanes + 8 * q),
+                                 BytesOnHost::column(lanes + 8 * q + 4)};
+  for (int i = 0; i < 4; ++i) c[i] += rows[i / 2].dot(columns[i % 2]);
+}
 #endif
 
 // C [16, 8] s32 += A [16, 32] u8 * B [32, 8] s8. PTX mma.sync.m16n8k32.
@@ -335,11 +379,7 @@ __device__ inline void mma_u8_s8(int32_t (&c)[4], const uint32_t (&a)[4], const 
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  mma_on_host(c, a, b, [](uint32_t x, uint32_t y) {
-    int32_t sum = 0;
-    for (int i = 0; i < 32; i += 8) sum += int32_t(x >> i & 255) * int8_t(y >> i);
-    return sum;
-  });
+  mma_bytes_on_host<uint8_t>(c, a, b);
 #endif
 }
 
@@ -352,11 +392,7 @@ __device__ inline void mma_s8_s8(int32_t (&c)[4], const uint32_t (&a)[4], const 
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  mma_on_host(c, a, b, [](uint32_t x, uint32_t y) {
-    int32_t sum = 0;
-    for (int i = 0; i < 32; i += 8) sum += int32_t(int8_t(x >> i)) * int8_t(y >> i);
-    return sum;
-  });
+  mma_bytes_on_host<int8_t>(c, a, b);
 #endif
 }
 

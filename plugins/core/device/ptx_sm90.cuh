@@ -239,27 +239,29 @@ template <class Signed>
 void wgmma_on_host(int32_t (*d)[4], int tiles, const uint32_t* a, uint64_t b, bool accumulate) {
   const simt::Registers* lanes =
       simt::exchange({{a[0], a[1], a[2], a[3], uint32_t(b), uint32_t(b >> 32), accumulate}});
+  uint32_t differs = 0;
   for (int i = 0; i < 32; ++i)
-    if (std::memcmp(lanes[i].word + 4, lanes[0].word + 4, 12))
-      throw std::runtime_error("simt: lanes of a wgmma differ in operand B");
+    for (int word = 4; word < 7; ++word) differs |= lanes[i].word[word] ^ lanes[0].word[word];
+  if (differs) throw std::runtime_error("simt: lanes of a wgmma differ in operand B");
   if (b >> 62 != 1)
     throw std::runtime_error("simt: a matrix descriptor without the 128-byte swizzle");
   // bytes; of 8 rows
   const uint32_t start = uint32_t(b & 0x3fff) * 16, stride = uint32_t(b >> 32 & 0x3fff) * 16;
   const int8_t* shared = static_cast<const int8_t*>(simt::shared_memory());
   const int g = simt::me->lane / 4, q = simt::me->lane % 4;
+  const BytesOnHost rows[] = {BytesOnHost::row<Signed>(lanes + 4 * g, 0),
+                              BytesOnHost::row<Signed>(lanes + 4 * g, 1)};
   for (int t = 0; t < tiles; ++t)
-    for (int i = 0; i < 4; ++i) {
-      int32_t sum = accumulate ? d[t][i] : 0;
-      const uint32_t row = start + t * stride + (2 * q + i % 2) * 128;
-      for (int part = 0; part < 8; ++part) {
-        const uint32_t linear = row + 4 * part;  // the swizzle is made of address bits
-        const int8_t* from = shared + (linear ^ (linear >> 7 & 7) << 4);
-        const uint32_t word = lanes[4 * g + part % 4].word[part / 4 * 2 + i / 2];
-        for (int byte = 0; byte < 4; ++byte)
-          sum += static_cast<Signed>(word >> 8 * byte) * from[byte];
+    for (int column = 0; column < 2; ++column) {
+      const uint32_t row = start + t * stride + (2 * q + column) * 128;
+      int8_t bytes[32];
+      for (int part = 0; part < 32; part += 16) {  // the swizzle is made of address bits
+        const uint32_t linear = row + part;
+        std::memcpy(bytes + part, shared + (linear ^ (linear >> 7 & 7) << 4), 16);
       }
-      d[t][i] = sum;
+      const BytesOnHost b_column = BytesOnHost::of(bytes);
+      for (int i = column; i < 4; i += 2)
+        d[t][i] = (accumulate ? d[t][i] : 0) + rows[i / 2].dot(b_column);
     }
 }
 template <class Signed, int kTiles>

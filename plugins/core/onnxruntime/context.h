@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/cpu/machine.h"
 #include "core/cpu/parallel.h"
 #include "core/host/params.h"
 #include "core/onnxruntime/api.h"
@@ -127,13 +128,15 @@ class Threads {
   explicit Threads(const OrtKernelContext* context) : context_(context) {}
 
   cpu::Parallel parallel() const {
+    static const int cores =
+        cpu::usable_cores();  // as it was at first: a kernel asks at every call
     return {[](void* pool, cpu::Parallel::Task task, void* data, size_t count) {
               const Threads& threads = *static_cast<const Threads*>(pool);
               if (threads.status_ != nullptr) return;  // the call has failed already
               threads.status_ = call<OrtStatus*>(Function::kKernelContextParallelFor,
                                                  threads.context_, task, count, count, data);
             },
-            const_cast<Threads*>(this), cpu::bound_cores()};
+            const_cast<Threads*>(this), cores};
   }
 
   // Ends the call where ONNX Runtime could not share it.

@@ -84,7 +84,6 @@ struct Warp {
 };
 struct Block {
   uint3 idx;
-  std::vector<unsigned char> store;
   unsigned char* shared;  // dynamic shared memory, kSharedAlignment, and a guard zone behind it
   std::vector<Warp> warps;
   std::vector<Flight> flights;  // that have not landed
@@ -141,9 +140,12 @@ inline void entry() {
   }
 }
 
-// Fibers with their stacks, kept for later launches of this OS thread.
+// Fibers with their stacks, and the shared memory of blocks, kept for later launches of this OS
+// thread: fresh pages cost more than what most kernels compute.
 class Pool {
  public:
+  std::vector<std::vector<unsigned char>> shared;  // of each resident block
+
   ~Pool() { clear(); }
   std::vector<Fiber>& fibers(size_t count) {
     if (fibers_.size() < count) {
@@ -344,15 +346,14 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order,
   }
 }
 
-inline Block make_block(size_t index, size_t shared_bytes) {
+inline Block make_block(size_t index, size_t shared_bytes, std::vector<unsigned char>& store) {
   Block block;
   const size_t x = index % grid_dim.x;
   const size_t y = index / grid_dim.x % grid_dim.y;
   const size_t z = index / grid_dim.x / grid_dim.y;
   block.idx = {unsigned(x), unsigned(y), unsigned(z)};
-  block.store.assign(kSharedAlignment + shared_bytes + kGuardBytes, kPoison);
-  block.shared =
-      block.store.data() + -reinterpret_cast<uintptr_t>(block.store.data()) % kSharedAlignment;
+  store.assign(kSharedAlignment + shared_bytes + kGuardBytes, kPoison);
+  block.shared = store.data() + -reinterpret_cast<uintptr_t>(store.data()) % kSharedAlignment;
   block.warps.resize((size_t(block_dim.x) * block_dim.y * block_dim.z + 31) / 32);
   return block;
 }
@@ -408,11 +409,12 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
   failure.clear();
   eager = seed && seed % 2 == 0;
   std::vector<Fiber>& fibers = pool.fibers(resident * block_threads);
+  if (pool.shared.size() < resident) pool.shared.resize(resident);
   try {
     for (size_t first = 0; first < n_blocks; first += resident) {
       std::vector<Block> blocks;
       for (size_t i = first; i < std::min(first + resident, n_blocks); ++i)
-        blocks.push_back(make_block(block_order[i], shared_bytes));
+        blocks.push_back(make_block(block_order[i], shared_bytes, pool.shared[i - first]));
       std::vector<Fiber*> order = assign_fibers(blocks, fibers);
       run_blocks(blocks, order, seed ? &random : nullptr);
       for (const Block& done : blocks) check_guard(done, shared_bytes);

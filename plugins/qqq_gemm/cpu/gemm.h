@@ -103,7 +103,30 @@ ANYBIT_INLINE uint32_t qqq_bytes(uint32_t nibbles) {
   return nibbles | (nibbles & 0x08080808) * 0x1e;  // the sign in all upper bits
 }
 
-// Int8 weights with the offset by nibble, of one group and the output channels of a panel.
+// Int8 weights with the offset by nibble, of one scale.
+ANYBIT_INLINE void qqq_table(float scale, uint8_t* table) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  int16x8_t halves[2];
+  for (int half = 0; half < 2; ++half) {
+    const int32x4_t codes = {-8, -7, -6, -5};
+    const auto whole = [&](int first) {  // exact but for the rounding
+      const int32x4_t four = vaddq_s32(codes, vdupq_n_s32(8 * half + first));
+      return vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vcvtq_f32_s32(four), scale)));
+    };
+    halves[half] = vcombine_s16(whole(0), whole(4));
+  }
+  const int8x16_t bytes = vcombine_s8(vqmovn_s16(halves[0]), vqmovn_s16(halves[1]));
+  vst1q_u8(table, vreinterpretq_u8_s8(vmaxq_s8(bytes, vdupq_n_s8(-127))));
+#else
+  for (int nibble = 0; nibble < 16; ++nibble) {
+    float v = float(nibble - 8) * scale;  // exact: 4 bits times 11
+    v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+    table[nibble] = uint8_t(int(rounded(v)) + kQqqGroupedOffset);
+  }
+#endif
+}
+
+// The same of one group and the output channels of a panel.
 using QqqTables = uint8_t[kPanelRows][16];
 
 inline void qqq_tables(const QqqWeights& w, int64_t group, int64_t block, int j0,
@@ -111,11 +134,7 @@ inline void qqq_tables(const QqqWeights& w, int64_t group, int64_t block, int j0
   const int64_t n0 = block * kQqqBlock + 16 * j0;
   for (int i = 0; i < kPanelRows; ++i) {
     const float scale = n0 + i < w.n ? float_from(w.scale_group[group * w.n + n0 + i]) : 0.0f;
-    for (int nibble = 0; nibble < 16; ++nibble) {
-      float v = float(nibble - 8) * scale;  // exact: 4 bits times 11
-      v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
-      table[i][nibble] = uint8_t(int(rounded(v)) + kQqqGroupedOffset);
-    }
+    qqq_table(scale, table[i]);
   }
 }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -332,6 +333,12 @@ def test_reports_costs_and_a_note_per_block(model: Path, tmp_path: Path) -> None
     )
     assert notes.calls[0] == ("calibrate", LAYERS) and notes.calls[-1] == ("finish",)
     told = [call[0] for call in notes.calls if len(call) == 1 and call != ("finish",)]
+    estimate = told.pop(2)  # behind two blocks of three
+    assert re.fullmatch(
+        r"estimate: about [\d.]+ s for 1 more block, after [\d.]+ s and [\d.]+ s for these; [\d.]+ GB of "
+        "memory until now. If that is too long, stop it: --resume goes on from here",
+        estimate,
+    )
     assert told == [call[1] for call in notes.calls if call[0] == 1] and len(told) == LAYERS
     first, last = done.reports[0], done.reports[-1]
     assert told[0].startswith(

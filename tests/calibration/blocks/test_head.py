@@ -22,6 +22,7 @@ from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantLinear
 from calibration.reference.fake_quant import Activation
 from calibration.settings import CalibrationSettings
+from plugins.core.op_spec import QuantArrays
 from tests.calibration.block_cases import QQQ, calibrate_tiny, streams, tokens
 
 METHOD = find_method("qqq").block_method
@@ -56,6 +57,9 @@ def test_its_cost_is_measured_on_windows_apart(
     tiny_model_dir: Path, windows: int, measured: range | tuple[int, ...]
 ) -> None:
     task = head_task(tiny_model_dir, 4, windows)
+    assert task.streams.real is not None
+    for index in range(windows):
+        task.streams.real[index] = task.streams.real[index] + torch.linspace(-1, 1, 64)
     result = quantise_head(METHOD, task)
     values = torch.from_numpy(
         QuantLinear("lm_head", task.scheme, result.sites["lm_head"]).dequantize()
@@ -73,8 +77,10 @@ def test_its_cost_is_measured_on_windows_apart(
         losses.append(total / (31 * len(measured)))
         logs.append(torch.cat(found))
     wanted = torch.cat([task.tokens[index, 1:] for index in measured])[:, None]
+    real = torch.cat([task.inputs(task.streams.real[index])[:-1] for index in measured])
+    expected = (real @ task.table.T).double().softmax(-1)
     scatter = (logs[0] - logs[1]).gather(-1, wanted).std(correction=0) / len(wanted) ** 0.5
-    divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+    divergence = (expected * (logs[0] - logs[1])).sum(-1).mean()
     report = result.report
     assert report["bits"] == "w4a8" and report["kept"] and report["tokens"] == 31 * len(measured)
     assert [report["loss_float"], report["loss_quantized"]] == pytest.approx(losses, rel=1e-5)
@@ -95,6 +101,32 @@ def test_luck_on_the_text_does_not_choose(tiny_model_dir: Path, bits: int, luck:
     report = quantise_head(METHOD, replace(task, tokens=best)).report
     assert (report["loss_quantized"] - report["loss_float"]) * luck < -1e-3
     assert report["kept"] is (bits == 8)
+
+
+def test_what_a_head_makes_up_for_the_blocks_is_no_loss(tiny_model_dir: Path) -> None:
+    """A method that keeps no float stream cannot tell it from one."""
+    task = head_task(tiny_model_dir, 8)
+    task = replace(task, table=20 * task.table)
+    for index in range(4):  # blocks that turn half of the channels, as the head's codes do
+        stream = task.streams.quant[index].clone()
+        stream[:, :32] *= -1
+        task.streams.quant[index] = stream
+    turned = task.table.clone()
+    turned[:, :32] *= -1
+
+    class Turns:
+        def head(self, task: HeadTask) -> QuantArrays:
+            return METHOD.head(
+                replace(
+                    task,
+                    table=turned,
+                    streams=streams([task.streams.quant[index] for index in range(4)]),
+                )
+            )
+
+    blind = replace(task, streams=replace(task.streams, real=None))
+    rises = [quantise_head(Turns(), one).report["rise"] for one in (task, blind)]
+    assert rises[0] < -0.1 and rises[1] > 0.1
 
 
 def test_windows_that_are_measured_on_are_not_calibrated_with(tiny_model_dir: Path) -> None:

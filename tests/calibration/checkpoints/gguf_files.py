@@ -22,6 +22,7 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
     blocks: Mapping[str, tuple[str, np.ndarray]] | None = None,
+    unstacked: bool = False,
     **options: Any,
 ) -> Path:
     """Write a checkpoint as GGUF in fp32, with RoPE as llama.cpp's converter would.
@@ -32,6 +33,7 @@ def write_gguf(
         metadata: more keys, or other values of those that there are.
         extra: more tensors.
         blocks: {name: (type, bytes [rows, bytes of a row])} of tensors that are quantized.
+        unstacked: a tensor for each expert, as llama.cpp had them first.
         options: of GGUFWriter, such as split_max_tensors.
     """
     config, family = checkpoint.config, checkpoint.family
@@ -61,9 +63,10 @@ def write_gguf(
         add_value(writer, key, value)
     tensors = {**_tensors(checkpoint), **_rope_factors(checkpoint), **(extra or {})}
     for name, array in tensors.items():
-        kind, data = (blocks or {}).get(name, (None, array))
+        kind, whole = (blocks or {}).get(name, (None, array))
         raw = None if kind is None else gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=raw)
+        for part, data in _apart(name, whole) if unstacked else [(name, whole)]:
+            writer.add_tensor(part, np.ascontiguousarray(data), raw_dtype=raw)
     finish(writer)
     return path
 
@@ -163,12 +166,13 @@ def tokenizer_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    config = checkpoint.config
+    config, routers = checkpoint.config, checkpoint.decoder.routers
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for index, block in enumerate(checkpoint.decoder.blocks):
         for part in (*block.norms, *block.linears):
             names[block.name(part.name)] = f"blk.{index}.{part.gguf}"
-    found = {}
+    names |= {router: f"blk.{block.index}.ffn_gate_inp" for router, (block, _) in routers.items()}
+    found: dict[str, np.ndarray] = {}
     for name, info in checkpoint.decoder.infos.items():
         base, _, end = name.rpartition(".")
         array = checkpoint.stored(name).astype(np.float32) + np.float32(info.offset)
@@ -176,8 +180,15 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             array = _interleaved(array, getattr(config, heads))
         key = info.gguf if info.whole else f"{names[base]}.{end}"
+        array = array if info.expert is None else array[None]
         found[key] = np.concatenate([found[key], array]) if key in found else array
     return found
+
+
+def _apart(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    if "_exps" not in name:
+        return [(name, array)]
+    return [(name.replace("_exps", f".{index}"), one) for index, one in enumerate(array)]
 
 
 def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -274,10 +274,10 @@ def test_configs_that_the_graph_cannot_express(
 
 
 def test_already_quantised_checkpoint(model: Path) -> None:
-    _change_config(model, quantization_config={"quant_method": "hqq", "nbits": 4})
+    _change_config(model, quantization_config={"quant_method": "aqlm", "nbits": 4})
     assert _refusal(model) == (
         f"{model / 'config.json'}, quantization_config: got an already quantized checkpoint "
-        f"(quant_method hqq), expected float32, float16 or bfloat16 weights, or those of "
+        f"(quant_method aqlm), expected float32, float16 or bfloat16 weights, or those of "
         f"{accepted_formats()}. Give the float model it was made from."
     )
     _change_config(model, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})

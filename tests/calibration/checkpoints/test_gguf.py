@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from calibration.families import family
@@ -100,6 +101,63 @@ def test_files_of_other_families_give_back_their_models(
         want = FloatReference(float_model(original))(ids).logits
         for found in (FloatReference(float_model(copy))(ids).logits, float_logits(copy, ids)):
             torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
+
+
+MOE: dict[str, dict[str, Any]] = {
+    "Mixtral": FAMILIES["Mixtral"],
+    "Qwen3Moe": {**FAMILIES["Qwen3Moe"], "mlp_only_layers": [], "norm_topk_prob": True},
+}
+
+
+@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
+def test_mixtures_of_experts_have_the_logits_of_transformers(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str, unstacked: bool
+) -> None:
+    folder = tiny_llama(architecture=name, **MOE[name])
+    original = open_checkpoint(str(folder), True)
+    write_gguf(tmp_path / "m.gguf", original, unstacked=unstacked, split_max_tensors=16)
+    part = next(tmp_path.glob("m-00002-of-*.gguf"))
+    copy = open_checkpoint(str(part), True)
+    _same_tensors(original, copy)
+    ids = torch.arange(24).reshape(2, -1) * 7 % 512
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(
+        FloatReference(float_model(copy))(ids).logits, want, atol=1e-4, rtol=0
+    )
+
+
+def test_experts_that_are_not_the_configs(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    original = open_checkpoint(str(tiny_llama(architecture="Mixtral", **MOE["Mixtral"])), True)
+    path = tmp_path / "m.gguf"
+
+    def refusal(metadata: dict[str, Any], **options: Any) -> str:
+        write_gguf(path, original, metadata, **options)
+        with pytest.raises(InputError) as caught:
+            open_checkpoint(str(path), True)
+        return str(caught.value).removeprefix(str(path))
+
+    assert refusal({"llama.expert_count": 4}) == (
+        ", tensor blk.0.ffn_gate_exps.weight: got shape [5, 112, 80], expected [4, 112, 80], a matrix "
+        "for each of 4 experts. The weights and the metadata belong to different models: download "
+        "it again."
+    )
+    assert refusal({"llama.expert_count": 4}, unstacked=True).startswith(
+        ": got tensors that the model's 2 layers do not use: blk.0.ffn_gate.4.weight"
+    )
+    assert refusal({"llama.expert_count": 6}, unstacked=True) == (
+        ": got 47 of the 53 tensors its config asks for, missing expert 5 of layer 0, expert 5 of "
+        "layer 1 (experts in the file: 5, in the config: 6). The file is incomplete or belongs to a "
+        "smaller model: check the download."
+    )
+    assert refusal({"llama.expert_used_count": 6}) == (
+        ": got num_experts_per_tok 6, expected at most the 5 experts of a layer. Choose a model "
+        "without it; this export would compute something else."
+    )
+    assert refusal({"llama.expert_count": 1 << 20}) == (
+        ", num_local_experts: got 1048576, expected at most 1024. Choose a model that is not so large."
+    )
 
 
 def test_parts_of_a_fused_tensor_are_dequantized_alone(

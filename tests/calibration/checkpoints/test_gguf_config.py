@@ -214,6 +214,7 @@ def test_rope_factors_divide_the_frequencies(gguf_of: Callable[..., Path]) -> No
             "got '255', expected nothing: no llama decoder here follows it",
         ),
         ({"llama.attention.causal": False}, "llama.attention.causal", "got 'False', expected True"),
+        ({"llama.expert_gating_func": 2}, "llama.expert_gating_func", "got '2', expected 1"),
         (
             {"llama.attention.scale": 0.5},
             "llama.attention.scale",
@@ -385,19 +386,31 @@ def test_as_many_layers_as_tensors(gguf_of: Callable[..., Path]) -> None:
 def test_other_architecture_experts_and_adapters(
     tmp_path: Path, gguf_of: Callable[..., Path]
 ) -> None:
-    known = "gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3"
+    known = "gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, qwen3moe, smollm3"
     other = f"expected one of {known}. Choose a model of a supported architecture."
     path = tmp_path / "m.gguf"
     write_metadata(path, {}, "bert")
     assert _refusal(path) == f": got architecture bert, {other}"
     path = gguf_of({}, extra={"blk.0.ffn_gate_exps.weight": np.zeros((2, 4, 64), np.float32)})
-    assert _refusal(path).startswith(": got a mixture of experts (llama), ")
-    for architecture in ("llama", "qwen3moe"):
-        write_metadata(path, {f"{architecture}.expert_count": 8}, architecture)
-        assert _refusal(path) == (
-            f": got a mixture of experts ({architecture}), which is not read of GGUF files, expected "
-            f"one of {known} without experts. Give the model as a Hugging Face folder."
-        )
+    assert _refusal(path) == (
+        ": got tensors that the model's 2 layers do not use: blk.0.ffn_gate_exps.weight. The export "
+        "would drop them: choose a model without them."
+    )
+    write_metadata(path, {"qwen2.expert_count": 8}, "qwen2")
+    assert _refusal(path) == (
+        ": got a mixture of experts (qwen2), expected one of llama, qwen3moe where there are "
+        "experts. Give the model as a Hugging Face folder."
+    )
+    write_metadata(path, {"qwen3moe.expert_used_count": 8}, "qwen3moe")
+    assert _refusal(path) == (
+        ": got no metadata qwen3moe.expert_count, expected it in a model file. "
+        "Convert the model to GGUF again."
+    )
+    path = gguf_of({"llama.expert_count": 8})
+    assert _refusal(path) == (
+        ": got no metadata llama.expert_used_count, expected it in a model file. "
+        "Convert the model to GGUF again."
+    )
     write_metadata(path, {"general.type": "adapter"})
     assert _refusal(path) == (
         ", metadata general.type: got 'adapter', expected 'model'. Give the model itself."

@@ -41,7 +41,7 @@ def original(tiny_llama: Callable[..., Path]) -> Checkpoint:
 
 def file_of(original: Checkpoint, types: Mapping[str, str], path: Path, **options: int) -> Path:
     """The model with blocks of random bytes in the place of these tensors."""
-    rng, blocks = np.random.default_rng(3), {}
+    rng, blocks = np.random.default_rng(3), dict[str, tuple[str, np.ndarray]]()
     for info in original.decoder.tensors():
         name = info.gguf.removesuffix(".weight").rpartition(".")[2]
         if name not in types:
@@ -55,7 +55,11 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path, **option
             data[..., byte : byte + 2] = half.view(np.uint8)
         if types[name] == "MXFP4":  # powers of two
             data[..., 0] = rng.integers(115, 120, data.shape[:2])
-        blocks[info.gguf] = types[name], data.reshape(rows, -1)
+        data = data.reshape(rows, -1)
+        if info.expert is not None:  # stacked
+            _, others = blocks.get(info.gguf, ("", data[None][:0]))
+            data = np.concatenate([others, data[None]])
+        blocks[info.gguf] = types[name], data
     return write_gguf(path, original, blocks=blocks, **options)
 
 
@@ -82,6 +86,35 @@ def test_codes_stay(
     for layer in quant.decoder.linears:
         table = checkpoint.decoder.head_table() if layer == "lm_head" else layer
         want, got = checkpoint.array(f"{table}.weight"), quant.linear(layer).dequantize()
+        np.testing.assert_array_equal(got, want, layer)
+    decoder = Decoder(folder)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    with torch.no_grad():
+        want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
+def test_codes_of_experts_stay(
+    tiny_llama: Callable[..., Path], tmp_path: Path, architecture: str, unstacked: bool
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 16}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    more = {"norm_topk_prob": True} if architecture == "Qwen3Moe" else {}
+    model = tiny_llama(architecture=architecture, **sizes, **experts, **more)
+    types = {"attn_q": "Q8_0", "attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q4_0"}
+    types |= {"ffn_gate_exps": "Q4_0", "ffn_up_exps": "Q4_1", "ffn_down_exps": "Q8_0"}
+    original = open_checkpoint(str(model), offline=True)
+    path = file_of(original, types, tmp_path / "m.gguf", unstacked=unstacked)
+    checkpoint = open_checkpoint(str(path), offline=True)
+    folder = export(path, kept_schemes(checkpoint, Keeping(dtype="float32")), tmp_path)
+    quant = read_quant(tmp_path / "quant")
+    routed = [node for node in quant.decoder.nodes if node in quant.decoder.routed]
+    said = [quant.scheme_of(node) for node in routed]
+    assert [one.label for one in said] == 4 * ["w4a16-g32", "w8a16-g32"]
+    for layer in quant.decoder.linears:
+        want, got = checkpoint.array(f"{layer}.weight"), quant.linear(layer).dequantize()
         np.testing.assert_array_equal(got, want, layer)
     decoder = Decoder(folder)
     logits, _ = decoder(feeds(IDS, decoder.empty()))

@@ -7,7 +7,7 @@
 
 #include "anybit/anybit.hpp"
 #include "artifact.hpp"
-#include "machine.hpp"
+#include "core/cpu/machine.h"
 #include "sampler.hpp"
 
 using Json = nlohmann::json;
@@ -46,6 +46,7 @@ Json card(const anybit::Card& card) {
           {"second_cache", card.memory.second_cache},
           {"logits", card.memory.logits},
           {"copies", card.memory.copies},
+          {"graphs", card.memory.graphs},
           {"total", card.memory.total()},
           {"threads", card.threads}};
 }
@@ -197,9 +198,9 @@ Json describe(const Json& task) {
 
 // {"machine": [proc, control]} -> the cores and the memory that the process may use there.
 Json machine(const Json& task) {
-  const anybit::Machine there{task.at("machine").at(0).get<std::string>(),
-                              task.at("machine").at(1).get<std::string>()};
-  return {anybit::usable_cores(there), anybit::free_memory(there)};
+  const anybit::cpu::Machine there{task.at("machine").at(0).get<std::string>(),
+                                   task.at("machine").at(1).get<std::string>()};
+  return {anybit::cpu::usable_cores(there), anybit::cpu::free_memory(there)};
 }
 
 }  // namespace

@@ -1,19 +1,29 @@
-"""The cores and the memory that a process may use: the machine's, within its control groups."""
+"""The cores and the memory that a process may use: the machine's, within its control groups. Whatever
+they are, C++ and Python say the same.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from plugins.cores import usable_cores
+from tests.conftest import REPOSITORY
 
 MB = 1_000_000
 ALL = len(os.sched_getaffinity(0))
+IN_PYTHON = """
+import json, pathlib, sys
+from plugins.cores import usable_cores, usable_memory
+folders = [pathlib.Path(name) for name in json.load(sys.stdin)["machine"]]
+print(json.dumps([usable_cores(*folders), usable_memory(*folders)]))
+"""
 
 
 @pytest.fixture
@@ -27,11 +37,17 @@ def ask(tmp_path: Path, compiled: Callable[..., Path]) -> Callable[..., tuple[in
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         task = json.dumps({"machine": [str(proc), str(control)]})
-        command = [*before, str(compiled("driver"))]
-        found = subprocess.run(command, input=task, capture_output=True, text=True, check=True)
-        cores, memory = json.loads(found.stdout)
-        if not before:
-            assert cores == usable_cores(proc, control)
+
+        def told(*command: str) -> Any:
+            words = [*before, *command]
+            return json.loads(
+                subprocess.run(
+                    words, input=task, capture_output=True, text=True, check=True, cwd=REPOSITORY
+                ).stdout
+            )
+
+        cores, memory = told(str(compiled("driver")))
+        assert told(sys.executable, "-c", IN_PYTHON) == [cores, memory]
         return cores, memory
 
     return run
@@ -45,6 +61,20 @@ def test_no_control_group(ask: Callable[..., tuple[int, int]]) -> None:
 def test_affinity(ask: Callable[..., tuple[int, int]]) -> None:
     one = str(min(os.sched_getaffinity(0)))
     assert ask("", {}, "taskset", "-c", one)[0] == 1
+    assert ask("0::/\n", {"cpu.max": "900000 100000\n"}, "taskset", "-c", one)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        *(("max 100000", ALL), ("100000 100000", 1), ("100001 100000", min(ALL, 2))),
+        *(("1000 100000", 1), ("0 100000", 1), ("50000 0", ALL), ("many", ALL), ("-5 1", ALL)),
+    ],
+)
+def test_a_share_of_a_core_counts_as_a_whole_one(
+    ask: Callable[..., tuple[int, int]], limit: str, expected: int
+) -> None:
+    assert ask("0::/a\n", {"a/cpu.max": f"{limit}\n"})[0] == expected
 
 
 def test_every_group_above_counts(ask: Callable[..., tuple[int, int]]) -> None:

@@ -41,11 +41,11 @@ class Reference:
             times = self.made.count(token)
             scores[token] -= np.float32(get("presence_penalty", 0))
             scores[token] -= np.float64(np.float32(get("frequency_penalty", 0))) * times
-        order = np.lexsort((np.arange(VOCAB), -scores))
+        order = np.lexsort((np.arange(len(scores)), -scores))
         token = int(order[0])
         if temperature := get("temperature", 0):
             odds = np.exp((scores[order] - scores[order[0]]) / np.float32(temperature))
-            candidates = get("top_k", 0) or VOCAB
+            candidates = get("top_k", 0) or len(scores)
             odds = odds[:candidates]
             before = np.cumsum(odds) - odds
             odds = odds[before < np.float32(get("top_p", 1)) * odds.sum()]
@@ -89,11 +89,29 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_tokens_are_those_of_numpy(compiled: Callable[..., Path], options: dict[str, Any]) -> None:
+LARGE = {  # of which more and more of the best are looked for
+    "large, hot": {"temperature": 9.0, "seed": 12},
+    "large, top p": {"temperature": 3.0, "top_p": 0.7, "seed": 13},
+    "large, min p": {"temperature": 4.0, "min_p": 0.01, "seed": 14},
+    "large, top k": {"temperature": 4.0, "top_k": 900, "seed": 15},
+    "large, greedy": {"repetition_penalty": 1.8},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "vocab"),
+    [
+        *((options, ROWS, VOCAB) for options in CASES.values()),
+        *((options, 12, 4001) for options in LARGE.values()),
+    ],
+    ids=[*CASES, *LARGE],
+)
+def test_tokens_are_those_of_numpy(
+    compiled: Callable[..., Path], options: dict[str, Any], rows: int, vocab: int
+) -> None:
     random = np.random.default_rng(1)
-    logits = (random.standard_normal((ROWS, VOCAB)) * 3).round(1).astype(np.float32)  # with equals
-    prompt = random.integers(0, VOCAB, 20).tolist()
+    logits = (random.standard_normal((rows, vocab)) * 3).round(1).astype(np.float32)  # with equals
+    prompt = random.integers(0, vocab, 20).tolist()
     options = {**options, "logprobs": 4}
     task = {"prompt": prompt, "sampling": options, "logits": logits.tolist()}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Engines built by a real TensorRT-RTX from tiny ONNX files, each in its own process: plugin
+"""Engines built by a real TensorRT-RTX from tiny ONNX files, all in one process of their own: plugin
 registration is global.
 """
 
@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from tests.conftest import FAMILIES
 from tests.exporter.graph_cases import export
 from tests.real_tensorrt import RealTensorrt, showing
 
+Build = Callable[..., tuple[Any, list[dict[str, Any]]]]
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13"
 )
@@ -106,47 +107,77 @@ def save(
 
 
 DRIVER = """
-import json, sys
+import io, json, sys
 from pathlib import Path
 from calibration.progress import JsonProgress
-from calibration.quant.folder import read_quant
-from calibration.quant.scheme import QuantScheme
 from exporter.engine.build import EngineOptions, build_engine
 from plugins.errors import UserError
-folder, library, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-try:
-    for _ in range(times):
-        options = EngineOptions(sys.argv[4], 2, 16)
-        record = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(sys.stderr))
-    print(json.dumps(record))
-except (UserError, OSError) as error:
-    print(json.dumps([type(error).__name__, str(error)]))
+library, edition = Path(sys.argv[1]), sys.argv[2]
+for line in sys.stdin:
+    folder, events = Path(json.loads(line)), io.StringIO()
+    try:
+        options = EngineOptions(edition, 2, 16)
+        found = build_engine(folder / "model.onnx", library, folder, options, JsonProgress(events))
+    except (UserError, OSError) as error:
+        found = [type(error).__name__, str(error)]
+    print(json.dumps([found, events.getvalue()]), flush=True)
 """
 
 
-def build(
-    folder: Path, times: int = 1, real: RealTensorrt | None = None
-) -> tuple[Any, list[dict[str, Any]]]:
-    """engine.json of TensorRT-RTX or another, or [class, text] of the error; and the progress events.
-    Fails if anything else is printed.
+class Builder:
+    """A process that builds engines with TensorRT-RTX or another, and what it says on stderr."""
+
+    def __init__(self, real: RealTensorrt | None, said: Path) -> None:
+        edition = real.edition if real else "tensorrt-rtx"
+        self._said = said
+        with said.open("w") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", DRIVER, str(build_library()), edition],
+                env=real.environment if real else None,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def build(self, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
+        """What the driver found, and the progress events."""
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps(str(folder)), file=self._process.stdin, flush=True)
+        answer, said = self._process.stdout.readline(), self._said.read_text()
+        assert answer and not said, said
+        found, events = json.loads(answer)
+        return found, [json.loads(line) for line in events.splitlines()]
+
+    def end(self) -> int:
+        """Its exit code."""
+        self._process.communicate(timeout=60)
+        return self._process.returncode
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
+    """build(folder, real=None) -> engine.json of TensorRT-RTX or another, or [class, text] of the error;
+    and the progress events. Fails if anything else is printed.
     """
-    edition = real.edition if real else "tensorrt-rtx"
-    words = [str(folder), str(build_library()), str(times), edition]
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER, *words],
-        env=real.environment if real else None,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout), [json.loads(line) for line in result.stderr.splitlines()]
+    builders: dict[RealTensorrt | None, Builder] = {}
+
+    def call(folder: Path, real: RealTensorrt | None = None) -> tuple[Any, list[dict[str, Any]]]:
+        builder = builders.pop(real, None)
+        builder = builder or Builder(real, tmp_path_factory.mktemp("builder") / "stderr")
+        found = builder.build(folder)
+        builders[real] = builder  # one that failed is not asked again
+        return found
+
+    yield call
+    assert not any(builder.end() for builder in builders.values())
 
 
 @pytest.mark.parametrize("real", showing("engines built"))
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT])
-def test_custom_nodes_become_plugins(real: RealTensorrt, tmp_path: Path, dtype: int) -> None:
+def test_custom_nodes_become_plugins(
+    build: Build, real: RealTensorrt, tmp_path: Path, dtype: int
+) -> None:
     two_gemms(tmp_path, dtype)
     record, events = build(tmp_path, real=real)
     assert record["layers"]["PLUGIN_V3"] == 2
@@ -169,7 +200,7 @@ def test_custom_nodes_become_plugins(real: RealTensorrt, tmp_path: Path, dtype: 
 
 @needs_rtx
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_ends_the_build(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_build(build: Build, tmp_path: Path) -> None:
     two_gemms(tmp_path)
     (tmp_path / "model.engine").symlink_to("/dev/full")
     assert build(tmp_path)[0] == ["OSError", "[Errno 28] No space left on device"]
@@ -184,7 +215,9 @@ def test_a_full_disk_ends_the_build(tmp_path: Path) -> None:
     ],
     ids=["symmetric", "minimums"],
 )
-def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path, attrs: GemmAttributes) -> None:
+def test_nodes_of_a_further_scheme_become_plugins(
+    build: Build, tmp_path: Path, attrs: GemmAttributes
+) -> None:
     model = two_gemms(tmp_path, second=("ABQGemm", attrs))
     assert [node.domain for node in model.graph.node] == [DOMAIN, f"{DOMAIN}.v1"]
     record, events = build(tmp_path)
@@ -195,7 +228,7 @@ def test_nodes_of_a_further_scheme_become_plugins(tmp_path: Path, attrs: GemmAtt
 
 @needs_rtx
 def test_every_node_of_a_mixed_model_becomes_a_plugin(
-    tiny_export: Callable[..., Path], mixed: dict[str, Any], tmp_path: Path
+    tiny_export: Callable[..., Path], mixed: dict[str, Any], build: Build, tmp_path: Path
 ) -> None:
     """The head too."""
     shutil.copytree(tiny_export(**mixed, head=8) / "onnx", tmp_path, dirs_exist_ok=True)
@@ -207,7 +240,7 @@ def test_every_node_of_a_mixed_model_becomes_a_plugin(
 @needs_rtx
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_low_bit_cache_is_built_from_standard_ops(
-    tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
+    tiny_export: Callable[..., Path], build: Build, tmp_path: Path, dtype: str
 ) -> None:
     folder = shutil.copytree(tiny_export(kv_bits=4, dtype=dtype) / "onnx", tmp_path / "onnx")
     record, _ = build(folder)
@@ -229,7 +262,7 @@ SLOW = [(name, dtype) for name in FAMILIES for dtype in ("float16", "bfloat16")]
 @needs_rtx
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_static_cache_is_built(
-    tiny_export: Callable[..., Path], tmp_path: Path, dtype: str
+    tiny_export: Callable[..., Path], build: Build, tmp_path: Path, dtype: str
 ) -> None:
     folder = shutil.copytree(tiny_export(static=16, dtype=dtype) / "onnx", tmp_path / "onnx")
     record, events = build(folder)
@@ -252,7 +285,7 @@ def test_a_static_cache_is_built(
     [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW if one not in QUICK)],
 )
 def test_every_step_is_built(
-    tiny_llama: Callable[..., Path], tmp_path: Path, name: str, dtype: str
+    tiny_llama: Callable[..., Path], build: Build, tmp_path: Path, name: str, dtype: str
 ) -> None:
     model = tiny_llama(architecture=name, **FAMILIES[name])
     folder = export(model, QuantScheme("ABQGemm", "rtn", 8, 16, dtype=dtype), tmp_path)
@@ -272,7 +305,7 @@ def test_every_step_is_built(
 
 @needs_rtx
 def test_input_channels_in_an_order_of_their_own_are_built(
-    tiny_llama: Callable[..., Path], tmp_path: Path
+    tiny_llama: Callable[..., Path], build: Build, tmp_path: Path
 ) -> None:
     """The codes of a GPTQ checkpoint with desc_act: a Gather in front of each node, of experts too; and
     a MatMul of what it has in floating point.
@@ -288,14 +321,7 @@ def test_input_channels_in_an_order_of_their_own_are_built(
 
 
 @needs_rtx
-def test_builds_twice_in_one_process(tmp_path: Path) -> None:
-    two_gemms(tmp_path)
-    record, _ = build(tmp_path, times=2)
-    assert record["layers"]["PLUGIN_V3"] == 2
-
-
-@needs_rtx
-def test_node_without_namespace_is_named(tmp_path: Path) -> None:
+def test_node_without_namespace_is_named(build: Build, tmp_path: Path) -> None:
     """TensorRT silently takes the function body of such a node; here one that it can build."""
     relu = helper.make_node("Relu", ["X"], ["Y"])
     body = helper.make_function(
@@ -335,7 +361,7 @@ def test_node_without_namespace_is_named(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_parser_errors_are_shown(tmp_path: Path) -> None:
+def test_parser_errors_are_shown(build: Build, tmp_path: Path) -> None:
     node = helper.make_node("BitwiseNot", ["X"], ["Y"], name="odd")
     save(tmp_path, [node], [], "Y", TensorProto.INT32, [])
     error, _ = build(tmp_path)
@@ -351,7 +377,7 @@ def test_parser_errors_are_shown(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_weights_that_do_not_fit_the_attributes(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_attributes(build: Build, tmp_path: Path) -> None:
     model = two_gemms(tmp_path)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "up.weight")
     weight.CopyFrom(numpy_helper.from_array(np.zeros((4, 48, 8), np.int32), "up.weight"))
@@ -366,7 +392,7 @@ def test_weights_that_do_not_fit_the_attributes(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_fp32_attention_is_built_from_parts(tmp_path: Path) -> None:
+def test_fp32_attention_is_built_from_parts(build: Build, tmp_path: Path) -> None:
     """TensorRT has no fused attention kernel for fp32, so without our setting the build fails."""
     names = ["query", "key", "value"]
     info = [
@@ -428,9 +454,15 @@ def test_profiles_fit_each_other() -> None:
     assert prefill["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 512], "max": [4, 1024]},
         "attention_mask": {"min": [1, 1], "opt": [1, 512], "max": [4, 2047]},
-        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 1024]},
+        "logits_indices": {"min": [1, 1], "opt": [1, 1], "max": [4, 128]},
         "past": {"min": [1, 2, 0, 64], "opt": [1, 2, 0, 64], "max": [4, 2, 1023, 64]},
     }
+    for batch, seq, most in ((1, 2048, 512), (1, 100, 100), (1024, 2048, 1)):
+        options = EngineOptions(max_batch=batch, max_seq=seq)
+        assert profile_shapes(inputs, options)[0]["inputs"]["logits_indices"]["max"] == [
+            batch,
+            most,
+        ]
     assert decode["inputs"] == {
         "input_ids": {"min": [1, 1], "opt": [1, 1], "max": [4, 1]},
         "attention_mask": {"min": [1, 1], "opt": [1, 513], "max": [4, 1024]},

@@ -256,12 +256,12 @@ def test_a_failure_is_on_top_and_marked() -> None:
         ({"head": "w8a8"}, "linear layers and head, scales included"),
         (
             {"head": "w8a8", "calibration": {"blocks": [], "head": HEAD}},
-            "head w8a8, +0.05% perplexity by its KL divergence on 992 calibration tokens (their loss "
+            "head w8a8, +0.05% perplexity by KL divergence on 992 calibration tokens (their loss "
             "-0.0002, standard error 0.0008)",
         ),
         (
             {"calibration": {"blocks": [], "head": {**HEAD, "rise": 0.5}}},
-            "head float16, since w8a8 would cost +50.00% perplexity by its KL divergence on 992 ",
+            "head float16, since w8a8 would cost +50.00% perplexity by KL divergence on 992 ",
         ),
         (
             {"scheme": {**DATA["scheme"], "kv_bits": 4}},

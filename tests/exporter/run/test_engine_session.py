@@ -40,6 +40,7 @@ class FakeEngine:
         from exporter.run.onnxruntime import onnx_runner
 
         self.profiles: list[int] = []
+        self.calls = 0
         self._runner = onnx_runner(out / "onnx")
         self._runner.activate()
 
@@ -49,6 +50,7 @@ class FakeEngine:
     def infer(self, feeds: dict[str, Any], check_inputs: bool) -> dict[str, Any]:
         import torch
 
+        self.calls += 1
         outputs = self._runner.infer({name: tensor.numpy() for name, tensor in feeds.items()})
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
@@ -70,12 +72,15 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tiny_export(abits=8, dtype="float32")
-    inputs = {"prefill": ([1, 8], [1, 2, 8, 16]), "decode": ([1, 1], [1, 2, 12, 16])}
+    inputs = {
+        "prefill": ([1, 8], [1, 3], [1, 2, 8, 16]),
+        "decode": ([1, 1], [1, 1], [1, 2, 12, 16]),
+    }
     profiles = [
         {
             "inputs": {
                 "input_ids": {"max": ids},
-                "logits_indices": {"max": ids},
+                "logits_indices": {"max": logits},
                 **{
                     f"past_key_values.{layer}.{part}": {"max": past}
                     for layer in range(2)
@@ -83,7 +88,7 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
                 },
             }
         }
-        for ids, past in inputs.values()
+        for ids, logits, past in inputs.values()
     ]
     monkeypatch.setattr("exporter.run.tensorrt.check_engine", lambda folder: {"profiles": profiles})
     with open_session("onnxruntime", out) as onnx:
@@ -93,6 +98,7 @@ def test_tensorrt_session_picks_profiles_and_keeps_the_cache(
     for got, expected in zip([session.run(IDS), session.run(IDS[:, :1])], want, strict=True):
         assert np.linalg.norm(got - expected) < 1e-3 * np.linalg.norm(expected)
     assert session._runner.profiles == [0, 0, 1]  # 8 tokens, 3 tokens, 1 token behind 11
+    assert session._runner.calls == 5  # 3 for the logits of 8 tokens
     session.run(IDS[:, :2])
     session.run(IDS[:, :1])
     assert (

@@ -62,13 +62,18 @@ struct MemoryPlan {
   size_t second_cache = 0;  // the copy that a graph with a concatenated cache makes in each call
   size_t logits = 0;        // of the largest call
   size_t activations = 0;   // of the largest call, estimated
-  size_t copies = 0;   // ONNX Runtime's own of float matrices, in fp32: a 16-bit head above all
+  size_t copies = 0;  // ONNX Runtime's own of float matrices, in fp32: a 16-bit head above all
+  // Most that recorded steps and their contexts may take of a GPU: as many as are kept, as what the
+  // first one took.
+  size_t graphs = 0;
   size_t program = 0;  // ONNX Runtime itself, the graph and the tokenizer, estimated
   // All of it is the GPU's, and activations are what the engine says; else the machine's.
   bool on_gpu = false;
   size_t limit = 0;  // what all but the weights may take together
   // All but the weights.
-  size_t total() const { return cache + second_cache + logits + activations + copies + program; }
+  size_t total() const {
+    return cache + second_cache + logits + activations + copies + graphs + program;
+  }
   // One line for a log.
   std::string text() const;
 };

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <numeric>
 
 #include "anybit/error.hpp"
 
@@ -22,16 +23,20 @@ class Decoder : public Backend {
         vocab_(vocab) {}
 
  protected:
-  // The inputs and outputs of a call by name, in any order.
+  // The inputs and outputs of a call by name, in any order but for the logits, the first output.
   struct Call {
     std::vector<const char*> input_names, output_names;
     std::vector<const OrtValue*> inputs;
     std::vector<Value> owned, outputs;
-    std::vector<std::vector<int64_t>> numbers;  // that inputs point to
+    std::vector<int64_t> ids, places;  // that inputs point to, as do those of a form
 
     void input(const char* name, const OrtValue* value) {
       input_names.push_back(name);
       inputs.push_back(value);
+    }
+    void input(const char* name, Value value) {
+      input(name, value.get());
+      owned.push_back(std::move(value));
     }
     void output(const char* name, Value value = {}) {
       output_names.push_back(name);
@@ -39,54 +44,43 @@ class Decoder : public Backend {
     }
   };
 
-  void integers(Call& call, const char* name, std::vector<int64_t> numbers, int64_t rows,
-                int64_t columns) const {
-    // moving the outer vector leaves the inner ones where they are
-    call.numbers.push_back(std::move(numbers));
-    std::vector<int64_t>& kept = call.numbers.back();
-    std::vector<int64_t> dims{rows};
-    if (columns >= 0) dims.push_back(columns);
-    call.owned.push_back(
-        session_->tensor(kInt64, dims, kept.data(), kept.size() * sizeof(int64_t)));
-    call.input(name, call.owned.back().get());
+  // A tensor of numbers that must stay where they are.
+  Value integers(std::vector<int64_t>& numbers, const std::vector<int64_t>& dims) const {
+    return session_->tensor(kInt64, dims, numbers.data(), numbers.size() * sizeof(int64_t));
   }
 
-  // input_ids [B, S], logits_indices [B, 1] and the output of logits, the first.
-  Call begin(const std::vector<Row>& rows) const {
+  // input_ids [B, S] and logits_indices [B, 1], for rows like these.
+  void begin(Call& call, const std::vector<Row>& rows) const {
     const auto batch = static_cast<int64_t>(rows.size());
     const int64_t count = rows[0].count;
-    Call call;
-    std::vector<int64_t> ids;
-    for (const Row& row : rows) ids.insert(ids.end(), row.tokens, row.tokens + row.count);
-    integers(call, "input_ids", std::move(ids), batch, count);
-    if (picks_logits_) {
-      integers(call, "logits_indices", std::vector<int64_t>(rows.size(), count - 1), batch, 1);
-    }
-    call.output("logits");
-    return call;
+    call.ids.resize(static_cast<size_t>(batch * count));
+    call.input("input_ids", integers(call.ids, {batch, count}));
+    if (!picks_logits_) return;
+    call.places.assign(rows.size(), count - 1);
+    call.input("logits_indices", integers(call.places, {batch, 1}));
+  }
+
+  static void write_ids(Call& call, const std::vector<Row>& rows) {
+    auto to = call.ids.begin();
+    for (const Row& row : rows) to = std::copy(row.tokens, row.tokens + row.count, to);
   }
 
   void run(Call& call) const {
     session_->run(call.input_names, call.inputs, call.output_names, call.outputs);
   }
 
+  // Tokens of each row whose logits a call computes.
+  int64_t with_logits(const std::vector<Row>& rows) const {
+    return picks_logits_ ? 1 : rows[0].count;
+  }
+
   // [rows, vocab] of the rows' last tokens.
-  const float* finish(Call& call, const std::vector<Row>& rows) {
-    logits_ = std::move(call.outputs[0]);
-    const auto batch = static_cast<int64_t>(rows.size());
-    const int64_t count = picks_logits_ ? 1 : rows[0].count;
-    const std::vector<int64_t> dims = session_->dims(logits_.get());
-    if (dims != std::vector<int64_t>{batch, count, vocab_}) {
-      throw Error(
-          "logits",
-          "got a tensor of another shape, expected [batch, tokens, " + std::to_string(vocab_) + "]",
-          "The file is damaged or changed: export the model again");
-    }
-    const auto* all = static_cast<const float*>(session_->data(logits_.get()));
-    if (count == 1 || batch == 1) return all + (count - 1) * vocab_;
+  const float* last_logits(const float* all, const std::vector<Row>& rows) {
+    const int64_t count = with_logits(rows);
+    if (count == 1 || rows.size() == 1) return all + (count - 1) * vocab_;
     picked_.clear();
-    for (int64_t row = 0; row < batch; ++row) {
-      const float* last = all + ((row + 1) * count - 1) * vocab_;
+    for (size_t row = 0; row < rows.size(); ++row) {
+      const float* last = all + (static_cast<int64_t>(row + 1) * count - 1) * vocab_;
       picked_.insert(picked_.end(), last, last + vocab_);
     }
     return picked_.data();
@@ -98,7 +92,6 @@ class Decoder : public Backend {
   const int64_t vocab_;
 
  private:
-  Value logits_;
   std::vector<float> picked_;
 };
 
@@ -114,12 +107,16 @@ class ConcatDecoder : public Decoder {
   const float* forward(const std::vector<Row>& rows, bool logits) override {
     const Row& row = rows[0];
     std::vector<Value>& cache = caches_[static_cast<size_t>(row.slot)];
-    Call call = begin(rows);
+    Call call;
+    begin(call, rows);
+    write_ids(call, rows);
     const int64_t total = row.filled + row.count;
-    std::vector<int64_t> positions;
-    for (int64_t position = row.filled; position < total; ++position) positions.push_back(position);
-    integers(call, "attention_mask", std::vector<int64_t>(static_cast<size_t>(total), 1), 1, total);
-    integers(call, "position_ids", std::move(positions), 1, row.count);
+    std::vector<int64_t> mask(static_cast<size_t>(total), 1);
+    std::vector<int64_t> positions(static_cast<size_t>(row.count));
+    std::iota(positions.begin(), positions.end(), row.filled);
+    call.input("attention_mask", integers(mask, {1, total}));
+    call.input("position_ids", integers(positions, {1, row.count}));
+    call.output("logits");
     cache.resize(tensors_.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
       cut(cache[i], tensors_[i], row.filled);
@@ -128,7 +125,15 @@ class ConcatDecoder : public Decoder {
     }
     run(call);
     for (size_t i = 0; i < tensors_.size(); ++i) cache[i] = std::move(call.outputs[i + 1]);
-    return logits ? finish(call, rows) : nullptr;
+    logits_ = std::move(call.outputs[0]);
+    if (session_->dims(logits_.get()) != std::vector<int64_t>{1, with_logits(rows), vocab_}) {
+      throw Error(
+          "logits",
+          "got a tensor of another shape, expected [batch, tokens, " + std::to_string(vocab_) + "]",
+          "The file is damaged or changed: export the model again");
+    }
+    if (!logits) return nullptr;
+    return last_logits(static_cast<const float*>(session_->data(logits_.get())), rows);
   }
 
  private:
@@ -150,6 +155,7 @@ class ConcatDecoder : public Decoder {
   }
 
   std::vector<std::vector<Value>> caches_;  // [slots][tensors], null before the first call
+  Value logits_;
 };
 
 // Zeroed memory that takes room as it is written. Each tensor begins at a page.
@@ -181,7 +187,7 @@ class Buffer {
 };
 
 // All slots are rows of one buffer for each tensor; a call writes the new rows in place and computes
-// any range of slots.
+// any range of slots. From call to call mostly numbers change: what is bound to them stays.
 class StaticDecoder : public Decoder {
  public:
   StaticDecoder(std::unique_ptr<Session> session, const CacheForm& form, int slots, int vocab)
@@ -194,44 +200,47 @@ class StaticDecoder : public Decoder {
   int most_rows() const override { return slots_; }
 
   const float* forward(const std::vector<Row>& rows, bool logits) override {
-    const auto batch = static_cast<int64_t>(rows.size());
-    Call call = begin(rows);
-    std::vector<int64_t> filled;
-    for (const Row& row : rows) filled.push_back(row.filled);
-    integers(call, "write_indices", std::move(filled), batch, -1);
-    see(rows[0].slot, rows.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      call.input(tensors_[i].past.c_str(), views_[i].get());
-      call.output(tensors_[i].present.c_str(), std::move(views_[i]));
+    if (rows[0].slot != slot_ || rows.size() != filled_.size() || rows[0].count != count_) {
+      bind(rows);
     }
-    seen_ = 0;  // of no rows while the call has them
-    run(call);
-    for (size_t i = 0; i < tensors_.size(); ++i) views_[i] = std::move(call.outputs[i + 1]);
-    seen_ = rows.size();
-    return logits ? finish(call, rows) : nullptr;
+    write_ids(call_, rows);
+    for (size_t i = 0; i < rows.size(); ++i) filled_[i] = rows[i].filled;
+    run(call_);
+    return logits ? last_logits(logits_.data(), rows) : nullptr;
   }
 
  private:
-  // Makes views_ of so many slots from one on, which are the same from call to call in most.
-  void see(int slot, size_t rows) {
-    if (slot == slot_ && rows == seen_) return;
-    views_.clear();
+  // Makes the call for so many tokens of so many slots from one on.
+  void bind(const std::vector<Row>& rows) {
+    count_ = 0;  // of no rows, should this fail
+    call_ = {};
+    begin(call_, rows);
+    const auto batch = static_cast<int64_t>(rows.size());
+    filled_.resize(rows.size());
+    call_.input("write_indices", integers(filled_, {batch}));
+    const std::vector<int64_t> dims{batch, with_logits(rows), vocab_};
+    logits_.resize(static_cast<size_t>(dims[0] * dims[1] * dims[2]));
+    call_.output("logits",
+                 session_->tensor(kFloat, dims, logits_.data(), logits_.size() * sizeof(float)));
+    slot_ = rows[0].slot;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const size_t bytes = tensors_[i].bytes(capacity_);
-      const auto batch = static_cast<int64_t>(rows);
-      views_.push_back(session_->tensor(tensors_[i].type, tensors_[i].shape(batch, capacity_),
-                                        buffers_[i].data() + bytes * static_cast<size_t>(slot),
-                                        bytes * rows));
+      Value view = session_->tensor(tensors_[i].type, tensors_[i].shape(batch, capacity_),
+                                    buffers_[i].data() + bytes * static_cast<size_t>(slot_),
+                                    bytes * rows.size());
+      call_.input(tensors_[i].past.c_str(), view.get());
+      call_.output(tensors_[i].present.c_str(), std::move(view));
     }
-    slot_ = slot, seen_ = rows;
+    count_ = rows[0].count;
   }
 
   const int slots_;
   const int64_t capacity_;
   std::vector<Buffer> buffers_;  // [tensors][slots, heads, capacity, width]
-  std::vector<Value> views_;     // [tensors][seen_, heads, capacity, width], from slot_ on
-  int slot_ = 0;
-  size_t seen_ = 0;
+  Call call_;                    // of filled_.size() slots from slot_ on, with count_ tokens each
+  std::vector<int64_t> filled_;
+  int slot_ = 0, count_ = 0;
+  std::vector<float> logits_;
 };
 
 }  // namespace

@@ -2,8 +2,8 @@
 #include "onnxruntime/open.hpp"
 
 #include "anybit/error.hpp"
+#include "core/cpu/machine.h"
 #include "library.hpp"
-#include "machine.hpp"
 #include "onnxruntime/decoder.hpp"
 #include "onnxruntime/graph.hpp"
 
@@ -66,7 +66,7 @@ MemoryPlan plan_memory(const Artifact& artifact, const CacheForm& form, const Lo
   plan.logits = logits * static_cast<size_t>(about.vocab) * sizeof(float);
   plan.activations =
       estimate_activations(about, std::max(chunk, rows), form.is_static ? 0 : context);
-  plan.limit = options.memory_limit > 0 ? options.memory_limit : free_memory();
+  plan.limit = options.memory_limit > 0 ? options.memory_limit : cpu::free_memory();
   check_plan(plan, options);
   return plan;
 }
@@ -105,7 +105,7 @@ Opened open(const Artifact& artifact, const LoadOptions& options) {
       form.is_static ? std::min(about.max_context, form.capacity) : about.max_context;
   if (options.capacity > 0) made.max_context = std::min(made.max_context, options.capacity);
   made.memory = plan_memory(artifact, form, options, made.max_context, graph.copied);
-  made.threads = options.threads > 0 ? options.threads : usable_cores();
+  made.threads = options.threads > 0 ? options.threads : cpu::usable_cores();
   std::unique_ptr<Session> session =
       open_session(find_onnxruntime(options), file, {made.threads, kernels}, about.dtype);
   made.name = "ONNX Runtime " + session->api().version() +

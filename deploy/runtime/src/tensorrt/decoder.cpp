@@ -239,6 +239,15 @@ class StaticDecoder final : public Decoder {
 
   const std::string& no_graphs() const { return no_graphs_; }
 
+  // Bytes for all ranges of slots that can be recorded, or as many as are kept.
+  size_t most_for_graphs() const {
+    if (recorded_.empty()) return 0;
+    const auto slots = static_cast<size_t>(sizes_.slots);
+    size_t ranges = 0;
+    for (size_t length = 1; length <= rows(); ++length) ranges += slots - length + 1;
+    return std::min(std::min(ranges, kMostGraphs) * graph_bytes_, sizes_.graphs);
+  }
+
  private:
   // Whose cache a context has been told to use.
   struct Key {
@@ -266,8 +275,10 @@ class StaticDecoder final : public Decoder {
       driver_->launch(found->second.exec.get(), stream_.get());
       return wait();
     }
-    if (repeats && recorded_.size() < kMostGraphs) {
-      if (std::optional<Context> own = own_context()) return run_and_record(key, std::move(*own));
+    if (repeats && recorded_.size() < kMostGraphs && graph_bytes_ <= sizes_.graphs - taken_) {
+      const size_t free = free_memory();
+      std::optional<Context> own = own_context();
+      if (own) return run_and_record(key, std::move(*own), free - std::min(free, free_memory()));
     }
     Context& context = context_for(rows);
     Key& bound = key.count == 1 ? decode_bound_ : prefill_bound_;
@@ -278,7 +289,7 @@ class StaticDecoder final : public Decoder {
   }
 
   void forget() override {
-    recorded_.clear();
+    drop_recorded();
     decode_bound_ = prefill_bound_ = {};
   }
 
@@ -309,18 +320,38 @@ class StaticDecoder final : public Decoder {
 
   void record_no_more(const Error& why) {
     no_graphs_ = why.what();
+    drop_recorded();
+  }
+
+  void drop_recorded() {
     recorded_.clear();
+    taken_ = 0;
+  }
+
+  // Of the GPU; 0 where it does not say, and then what is recorded seems to take nothing.
+  size_t free_memory() const noexcept {
+    try {
+      return driver_->free_memory();
+    } catch (const Error&) {
+      return 0;
+    }
   }
 
   // TensorRT wants a step to have run before it is recorded: that is the one that was asked for.
   // Where recording fails, its result holds, and later ones run as they come.
-  void run_and_record(const Key& key, Context own) {
+  //
+  // bytes: that the context took. What the first run loads is not counted: it is there once.
+  void run_and_record(const Key& key, Context own, size_t bytes) {
     bind_all(own, key);
     const auto batch = static_cast<size_t>(key.rows);
     queue(own, batch, 1, true);
     wait();
     try {
+      const size_t free = free_memory();
       cuda::OwnedExec exec = record(own, batch);
+      bytes += free - std::min(free, free_memory());
+      graph_bytes_ = std::max(graph_bytes_, bytes);
+      taken_ += std::min(bytes, sizes_.graphs - taken_);
       recorded_.insert_or_assign(key, Recorded{std::move(own), std::move(exec)});
     } catch (const Error& error) {
       record_no_more(error);
@@ -348,6 +379,8 @@ class StaticDecoder final : public Decoder {
   Key prefill_bound_, decode_bound_;
   std::string no_graphs_;
   std::map<Key, Recorded> recorded_;
+  size_t graph_bytes_ = 0;  // of the largest of them
+  size_t taken_ = 0;        // by all of them, at most sizes_.graphs
 };
 
 }  // namespace
@@ -361,13 +394,14 @@ Running make_backend(std::unique_ptr<cuda::Driver> driver, std::unique_ptr<Api> 
     auto made = std::make_unique<ConcatDecoder>(std::move(driver), std::move(api),
                                                 std::move(engine), form, sizes);
     made->forward(one, true);
-    return {std::move(made), "its cache grows"};
+    return {std::move(made), 0, "its cache grows"};
   }
   auto made = std::make_unique<StaticDecoder>(std::move(driver), std::move(api), std::move(engine),
                                               form, sizes, graphs);
   made->forward(one, true);
   std::string no_graphs = made->no_graphs();
-  return {std::move(made), std::move(no_graphs)};
+  const size_t graph_bytes = made->most_for_graphs();
+  return {std::move(made), graph_bytes, std::move(no_graphs)};
 }
 
 }  // namespace anybit::trt

@@ -16,6 +16,7 @@ struct Sizes {
   int context = 0;  // most tokens of a slot
   int vocab = 0;
   size_t working = 0;  // bytes for what a call computes
+  size_t graphs = 0;   // most bytes for recorded steps and their contexts
 };
 
 // TensorRT wants memory at multiples of this.
@@ -28,6 +29,7 @@ constexpr size_t aligned(size_t bytes) {
 // The backend, and what running the engine once has shown.
 struct Running {
   std::unique_ptr<Backend> backend;
+  size_t graphs = 0;      // bytes that recorded steps may come to take, as the first one took
   std::string no_graphs;  // why steps are not replayed as CUDA graphs; "" where they are
 };
 

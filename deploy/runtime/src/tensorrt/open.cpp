@@ -147,11 +147,13 @@ Opened open(const Artifact& artifact, Ready ready, const LoadOptions& options) {
   made.token_bytes = form.token_bytes;
   made.memory = plan_memory(artifact, form, sizes, options, ready.driver->free_memory());
   check_plan(made.memory, options);
+  sizes.graphs = made.memory.limit - made.memory.total();
   made.name = std::string(ready.api->edition().title) + " " + ready.api->version() + " on " +
               ready.driver->name();
   Running running = make_backend(std::move(ready.driver), std::move(ready.api), std::move(engine),
                                  form, sizes, wants_graphs(options));
   made.backend = std::move(running.backend);
+  made.memory.graphs = running.graphs;
   made.name +=
       running.no_graphs.empty() ? ", CUDA graphs" : ", no CUDA graphs (" + running.no_graphs + ")";
   return made;

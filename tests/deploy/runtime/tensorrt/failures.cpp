@@ -69,6 +69,7 @@ int main() {
     const std::string function = step.at("function");
     plan(function.c_str(), step.at("nth"), step.at("status"), step.at("sticky"));
     Json outcome = step;
+    load.memory_limit = step.value("memory_limit", size_t{0});
     try {
       const auto model = anybit::Model::load(task.at("folder").get<std::string>(), load);
       outcome["calls_to_load"] = calls(function.c_str());

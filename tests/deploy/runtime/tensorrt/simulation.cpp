@@ -6,8 +6,10 @@
 // writes too early, shows. Rules that TensorRT and CUDA have are checked in each call.
 //
 // Environment: ANYBIT_SIM_VERSION, such as 10.15.1.29 (1.x is TensorRT-RTX); ANYBIT_SIM_GPU, its
-// compute capability, "" for none; ANYBIT_SIM_NO_CAPTURE, to refuse recording.
+// compute capability, "" for none; ANYBIT_SIM_NO_CAPTURE, to refuse recording; ANYBIT_SIM_MEMORY, bytes
+// that are free at first.
 // An engine is the JSON that test_backend.py writes; a plugin library a list of names.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -87,7 +89,9 @@ struct FakeGraph {
   std::deque<Work> work;
 };
 std::set<FakeStream*> streams;
-std::set<FakeGraph*> graphs;  // and what is instantiated of them
+std::set<FakeGraph*> graphs;                                    // and what is instantiated of them
+constexpr size_t kGraphBytes = 20'000, kContextBytes = 30'000;  // of the GPU's memory, of each
+size_t contexts = 0;
 
 int put(FakeStream* stream, Work work) {
   stream->work.push_back(std::move(work));
@@ -158,7 +162,10 @@ ENTRY int cuCtxSynchronize() {
 }
 ENTRY int cuMemGetInfo_v2(size_t* free, size_t* total) {
   DRIVER_CALL("cuMemGetInfo_v2");
-  *free = *total = std::stoul(environment("ANYBIT_SIM_MEMORY", "1000000000"));
+  *total = std::stoul(environment("ANYBIT_SIM_MEMORY", "1000000000"));
+  size_t taken = graphs.size() * kGraphBytes + contexts * kContextBytes;
+  for (const auto& [address, bytes] : device_memory) taken += bytes;
+  *free = *total - std::min(*total, taken);
   return kSuccess;
 }
 ENTRY int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
@@ -369,6 +376,10 @@ bool refused(const char* function) {
 struct Engine;
 
 struct Context {
+  Context() { ++contexts; }
+  Context(const Context&) = delete;
+  ~Context() { --contexts; }
+
   const void* const* table = nullptr;
   const Engine* engine = nullptr;
   int profile = -1;

@@ -178,7 +178,10 @@ def test_the_memory_of_the_gpu(
     assert card["cache"] == 3 * cache
     assert card["second_cache"] == (0 if static else cache)
     assert card["logits"] == (3 if static else 1) * 512 * 4
-    assert card["total"] == card["cache"] + card["second_cache"] + card["logits"] + 4096
+    # Of 3 slots, 6 ranges can be recorded; the simulation's contexts take 30 kB, its graphs 20 kB.
+    assert card["graphs"] == (6 * 50_000 if static else 0)
+    parts = ("cache", "second_cache", "logits", "graphs")
+    assert card["total"] == sum(card[part] for part in parts) + 4096
     gpu(memory="100000")
     message = driver(out, [], {"backend": "tensorrt", "slots": 3}, fails=True)
     assert message.startswith("memory: got 0.1 MB, expected ")
@@ -372,7 +375,9 @@ def outcomes(
     simulation: Path,
     prompts: list[list[int]],
 ) -> Callable[..., list[dict[str, Any]]]:
-    """What failures.cpp makes of faults, each {"function", "nth", "status", "sticky"}."""
+    """What failures.cpp makes of faults, each {"function", "nth", "status", "sticky"}, and of a limit
+    of the memory.
+    """
     gpu()
     out = built(static, tmp_path, libraries)
 
@@ -438,6 +443,23 @@ def test_every_call_that_fails_is_told(
                 assert one["tokens"] == tokens[: len(one["tokens"])], where
             else:
                 assert one["tokens"] == tokens, where
+
+
+def test_recorded_steps_stay_within_the_plan(
+    outcomes: Callable[..., list[dict[str, Any]]], driver: Run, tmp_path: Path
+) -> None:
+    """Ranges of slots that the limit has no room for run as they come, with the same tokens."""
+    record = fault("cuGraphInstantiateWithFlags", 0)
+    (whole,) = outcomes([record])
+    load = {"backend": "tensorrt", "slots": 3, "chunk": 16}
+    card = driver(tmp_path / "out", [], load)["card"]
+    assert card["graphs"] == 300_000
+    limit = card["total"] - 300_000 + 60_000
+    tight = driver(tmp_path / "out", [], {**load, "memory_limit": limit})["card"]
+    assert (tight["graphs"], tight["total"]) == (60_000, limit)
+    (found,) = outcomes([{**record, "memory_limit": limit}])
+    assert found["during"] == whole["during"]
+    assert found["calls"] == 1 < whole["calls"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
-// What the process may take of the machine.
+// What the process may take of the machine, as plugins/cores.py says it.
 #pragma once
 #include <cstddef>
 #include <filesystem>
 
-namespace anybit {
+namespace anybit::cpu {
 
 // Where the kernel shows processes and control groups, of either version.
 struct Machine {
@@ -18,4 +18,4 @@ int usable_cores(const Machine& machine = {});
 // groups leaves. Pages of files that are not in use count as free.
 size_t free_memory(const Machine& machine = {});
 
-}  // namespace anybit
+}  // namespace anybit::cpu

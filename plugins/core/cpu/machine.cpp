@@ -1,7 +1,9 @@
 // Asks the kernel; a limit of any control group above the process counts.
-#include "machine.hpp"
+#include "core/cpu/machine.h"
 
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <fstream>
@@ -12,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-namespace anybit {
+namespace anybit::cpu {
 namespace {
 
 namespace fs = std::filesystem;
@@ -66,11 +68,13 @@ std::vector<Group> groups(const Machine& machine, const std::string& controller)
 }  // namespace
 
 int usable_cores(const Machine& machine) {
-  cpu_set_t bound;
   size_t cores = std::max(1u, std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t bound;
   if (sched_getaffinity(0, sizeof bound, &bound) == 0) {
     cores = static_cast<size_t>(CPU_COUNT(&bound));
   }
+#endif
   for (const Group& group : groups(machine, "cpu")) {
     std::optional<size_t> quota, period;
     if (group.second) {
@@ -106,4 +110,4 @@ size_t free_memory(const Machine& machine) {
   return free;
 }
 
-}  // namespace anybit
+}  // namespace anybit::cpu

@@ -1,0 +1,65 @@
+"""The benchmark of large exports: a run in two pieces gives every number, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+CALIBRATED = ["--wbits", "4", "--abits", "8", "--nsamples", "2", "--seqlen", "16"]
+
+
+@pytest.fixture
+def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("scale")
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(scale, "write_result", lambda label, record: written.update(record))
+    named = ["--like", "tiny", "--layers", "1", "--until", "onnx", "--", *CALIBRATED]
+    monkeypatch.setattr("sys.argv", ["scale.py", str(tmp_path), *named])
+    folder = tmp_path / "tiny-1"
+
+    def stop(stage: str, out: Path) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scale, "_alone", stop)
+        scale.main()
+    assert not (folder / "model").exists() and (folder / "out" / "quant").exists()
+
+    def quantize(*arguments: Any) -> dict[str, Any]:
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scale.Depth, "_quant", quantize)
+        scale.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-1.json"]
+    assert written["command"] == f"python benchmarks/scale.py WORK {' '.join(named)}"
+    (row,) = written["rows"]
+    assert (row["layers"], row["pieces"], len(row["block_seconds"])) == (1, 1, 1)
+    assert row["model_bytes"] > 0 and list(row["stages"]) == ["quant", "onnx"]
+    keys = ("seconds", "peak_rss", "peak_without_files", "bytes")
+    assert all(stage[key] > 0 for stage in row["stages"].values() for key in keys)
+    assert row["stages"]["onnx"]["torch"] is False
+
+
+def test_other_options_need_another_folder(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale.Depth(tmp_path, "tiny", 1, scale.PLAIN)._save()
+    with pytest.raises(SystemExit) as caught:
+        scale.Depth(tmp_path, "tiny", 1, CALIBRATED)
+    assert str(caught.value) == (
+        f"{tmp_path / 'tiny-1.json'}: made with {scale.PLAIN}: choose another WORK"
+    )
