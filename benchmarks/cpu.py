@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from cpu_peer_side import DECODE, PASTS, PREFILL, memory
-from result_file import command_on, processor, spread, write_result
+from result_file import command_on, fair_environment, processor, spread, write_result
 
 HERE = Path(__file__).resolve().parent
 NATIVE, BODIES = "native", "onnxruntime"
@@ -90,7 +90,7 @@ def child(command: list[str], threads: int) -> dict[str, Any] | str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        env={**fair_environment(), "PYTHONPATH": str(HERE.parent)},
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()

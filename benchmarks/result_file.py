@@ -1,11 +1,13 @@
-"""The file that a benchmark of a processor leaves in benchmarks/results. Imports nothing heavy, so that
-a process whose memory is measured may import it.
+"""What benchmarks of a processor share: the file that each leaves in benchmarks/results, and the
+surroundings of the peers. Imports nothing heavy, so that a process whose memory is measured may
+import it.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -13,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command_on", "processor", "spread", "write_result"]
+__all__ = ["command_on", "fair_environment", "processor", "spread", "write_result"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -29,6 +31,13 @@ def command_on(script: str, out: Path) -> str:
     """What was typed, with the artifact where a reader would have it, and of other paths their ends."""
     rest = [Path(word).name if word.startswith("/") else word for word in sys.argv[2:]]
     return shlex.join(["python", f"benchmarks/{script}", f"out/{out.name}", *rest])
+
+
+def fair_environment() -> dict[str, str]:
+    """This process's environment without what is set for OpenMP: make and this project's commands tell
+    it not to spin, which slows a peer down by a third.
+    """
+    return {name: one for name, one in os.environ.items() if not name.startswith("OMP_")}
 
 
 def spread(values: list[float], digits: int = 4) -> list[float]:

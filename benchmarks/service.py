@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from result_file import command_on, spread, write_result
+from result_file import command_on, fair_environment, spread, write_result
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -78,11 +78,9 @@ def running(command: str) -> Iterator[Running]:
     """The server of a command, until the end of the block."""
     port, end = free_port(), time.monotonic() + PATIENCE
     words = [word.replace("{port}", str(port)) for word in shlex.split(command)]
-    # make and this project's commands tell OpenMP not to spin, which would slow a peer down.
-    environment = {name: one for name, one in os.environ.items() if not name.startswith("OMP_")}
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(words, stderr=log, stdout=log, env=environment) as process,
+        subprocess.Popen(words, stderr=log, stdout=log, env=fair_environment()) as process,
     ):
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions",
