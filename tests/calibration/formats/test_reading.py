@@ -19,14 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 from calibration import formats
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from calibration.checkpoints.codes import Tensors
+from calibration.checkpoints.codes import Form, StoredLinear, Tensors
 from calibration.checkpoints.huggingface import SafetensorsWeights
 from calibration.formats.compressed_tensors import read as read_compressed
 from calibration.formats.fp8 import read as read_fp8
 from calibration.quant.folder import QuantModel, read_quant
-from calibration.quant.keep import Keeping, check_quantized, kept_schemes
+from calibration.quant.keep import Keeping, check_quantized, kept_arrays, kept_schemes
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
+from plugins.core.code_sets import code_set
+from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 from tests.calibration.formats import written
 from tests.calibration.formats.written import Written
@@ -681,6 +683,26 @@ def test_a_row_of_zeros_in_int8_of_bitsandbytes(source: Path, tmp_path: Path) ->
     weight = made.weights[K]
     weight[3] = 0
     np.testing.assert_array_equal(quant.linear(K).dequantize(), weight)
+
+
+def test_weights_beyond_fp32_are_not_kept(source: Path, tmp_path: Path) -> None:
+    made = written.fp4(source, tmp_path / "model", "mxfp4")
+    damage(made.folder, f"{K}.weight_scale", put((2, 1), 254))
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, {K}: got scales of weights beyond fp32 at [2, 1] and 1 such in all, expected "
+        f"finite weights. {AGAIN}"
+    )
+    weights = StoredLinear("m, a", (4, 32), Form(code_set(4, False), minimum=True), wide_minimum)
+    scheme = QuantScheme("ABQGemm", "kept", 4, 16, has_minimum=True)
+    assert refusal(lambda: kept_arrays(weights, scheme)) == (
+        f"m, a: got scales of weights beyond fp32 at [0, 0] and 4 such in all, expected finite "
+        f"weights. {AGAIN}"
+    )
+
+
+def wide_minimum() -> QuantArrays:
+    scale = np.ones((4, 1), np.float32)
+    return QuantArrays(np.zeros((4, 32), np.uint8), scale, minimum=-np.inf * scale)
 
 
 def test_a_scale_of_fp8_that_is_no_number(tmp_path: Path) -> None:
