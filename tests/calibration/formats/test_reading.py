@@ -307,6 +307,7 @@ def put(place: Any, value: float) -> Callable[[np.ndarray], np.ndarray]:
 AGAIN = "The checkpoint is damaged: download it again."
 FLOAT = "Give the float model it was made from."
 K = "model.layers.0.self_attn.k_proj"
+IN_GROUPS = {"num_bits": 4, "type": "float", "group_size": 32, "actorder": "group"}
 ROUNDED = {
     "targets": ["Linear"],
     "weights": {"num_bits": 8, "strategy": "channel", "group_size": None},
@@ -393,6 +394,11 @@ ROUNDED = {
             partial(written.fp4, kind="mxfp4"),
             {"format": "nvfp4-pack-quantized"},
             f"quantization_config, group_0: got group_size 32, expected 16. {FLOAT}",
+        ),
+        (
+            partial(written.fp4, kind="mxfp4"),
+            {"config_groups": {"a": {"targets": ["Linear"], "weights": IN_GROUPS}}},
+            f"quantization_config, a: got actorder group, expected input channels in order. {FLOAT}",
         ),
         (
             partial(written.fp4, kind="nvfp4"),
