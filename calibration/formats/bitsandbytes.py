@@ -131,7 +131,10 @@ def _floats(tensors: Tensors, layer: str, state: _State) -> np.ndarray:
     packed = np.ascontiguousarray(tensors.weights.array(f"{layer}.weight")).view(np.uint8)
     pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # by the byte
     weight = pairs[packed.reshape(-1)].reshape(-1)[:count]
-    weight *= np.repeat(_magnitudes(tensors, layer, state), state.blocksize)[:count]
+    magnitudes, whole = _magnitudes(tensors, layer, state), count // state.blocksize
+    blocks = weight[: whole * state.blocksize].reshape(-1, state.blocksize)  # a view
+    blocks *= magnitudes[:whole, None]
+    weight[whole * state.blocksize :] *= magnitudes[-1]
     return weight.reshape(state.shape)
 
 

@@ -198,6 +198,7 @@ FLOATS: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
     "fp8": (written.fp8, {"block": None}, "fp8"),
     "nf4": (written.bnb4, {}, "bitsandbytes"),
     "nf4 nested": (written.bnb4, {"nested": True}, "bitsandbytes"),
+    "nf4 in one block": (written.bnb4, {"block": 16384}, "bitsandbytes"),
     "nf4 in bfloat16": (written.bnb4, {"storage": ml_dtypes.bfloat16}, "bitsandbytes"),
     "fp4": (written.bnb4, {"kind": "fp4", "block": 48}, "bitsandbytes"),  # the last is cut short
     "fp4 nested": (written.bnb4, {"kind": "fp4", "nested": True}, "bitsandbytes"),
