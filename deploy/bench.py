@@ -255,8 +255,11 @@ def plot(results: Sequence[Timed]) -> str:
 
     from exporter.report.chart import escape
 
+    names = {timed.out: Path(timed.out).name for timed in results}
+    if len({*names.values()}) < len(names):
+        names = {out: out for out in names}
     rows = [
-        (f"{Path(timed.out).name}, {phase}", [1e3 * one for one in seconds])
+        (f"{names[timed.out]}, {phase}", [1e3 * one for one in seconds])
         for phase in ("prefill", "decode")
         for timed in results
         if (seconds := getattr(timed, phase))

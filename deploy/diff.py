@@ -191,8 +191,7 @@ def _linears(first: QuantModel, second: QuantModel) -> Iterator[Difference]:
     mine, theirs = first.decoder.linears, second.decoder.linears
     for name in dict.fromkeys((*mine, *theirs)):
         if name not in mine or name not in theirs:
-            there = [_NOTHING if name not in found else "a linear" for found in (mine, theirs)]
-            yield Difference(name, *there)
+            yield Difference(name, *(_linear_words(quant, name) for quant in (first, second)))
             continue
         one, other = first.linear(name), second.linear(name)
         if one.arrays.codes.shape != other.arrays.codes.shape:
@@ -204,6 +203,13 @@ def _linears(first: QuantModel, second: QuantModel) -> Iterator[Difference]:
             most = float(np.abs(a).max()) or math.inf
             by = f"{other.scheme.label}, differs by at most {largest:.3g}, {largest / most:.1%}"
             yield Difference(name, f"{one.scheme.label}, at most {most:.3g}", by)
+
+
+def _linear_words(quant: QuantModel, name: str) -> str:
+    """What one artifact has of a linear that the other has no codes of."""
+    if name in quant.decoder.linears:
+        return "a linear"
+    return f"a linear in {quant.scheme.dtype}" if name in quant.decoder.floats else _NOTHING
 
 
 def _sizes(out: Path) -> dict[str, Any]:

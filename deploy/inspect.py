@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +77,9 @@ def _of_folders(folders: Mapping[str, Path]) -> dict[str, Any]:
     found = _model(folders)
     if ONNX in folders:
         graph = _graph(folders[ONNX] / MODEL_FILE)
-        found |= {"nodes": graph["nodes"], "opset": graph["opset"]}
+        found |= {key: graph[key] for key in ("nodes", "floats", "opset")}
     elif QUANT in folders:
-        found["nodes"] = _quant_nodes(folders[QUANT])
+        found |= _quant_nodes(folders[QUANT])
     if ENGINE in folders:
         found["engine"] = _engine(folders[ENGINE])
     found["bytes"] = {stage: _bytes(folder) for stage, folder in folders.items()}
@@ -156,7 +156,9 @@ def _model(folders: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _graph(path: Path) -> dict[str, Any]:
-    """Of any ONNX file: inputs, outputs, ops, and of custom nodes their bits."""
+    """Of any ONNX file: inputs, outputs, ops, of custom nodes their bits, and the weights in floating
+    point that others multiply with.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -169,14 +171,20 @@ def _graph(path: Path) -> dict[str, Any]:
             str(path), f"got a file that is not ONNX ({error})", "Check the path"
         ) from None
     custom = [node for node in model.graph.node if is_custom(node.domain)]
-    sizes = [tensor.ByteSize() for tensor in model.graph.initializer]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    turned = {
+        node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"
+    }
+    products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+    tables = [turned.get(name, name) for name in products]
     return {
         "opset": next((item.version for item in model.opset_import if not item.domain), None),
         "inputs": [_value(value) for value in model.graph.input],
         "outputs": [_value(value) for value in model.graph.output],
         "ops": dict(Counter(node.op_type for node in model.graph.node).most_common()),
-        "weights": len(sizes),
+        "weights": len(model.graph.initializer),
         "nodes": {node.name: _bits(node) for node in custom},
+        "floats": [name.removesuffix(".weight") for name in tables if name in weights],
     }
 
 
@@ -201,13 +209,14 @@ def _bits(node: onnx.NodeProto) -> str:
     return " ".join([*words, str(sizes)] if sizes else words)
 
 
-def _quant_nodes(folder: Path) -> dict[str, str]:
+def _quant_nodes(folder: Path) -> dict[str, Any]:
     from calibration.quant.folder import read_quant
 
     quant = read_quant(folder, verify=False)
+    decoder, schemes = quant.decoder, {node: quant.scheme_of(node) for node in quant.decoder.nodes}
     return {
-        node: f"{quant.scheme_of(node).op} {quant.scheme_of(node).label}"
-        for node in quant.decoder.nodes
+        "nodes": {node: f"{scheme.op} {scheme.label}" for node, scheme in schemes.items()},
+        "floats": [*decoder.floats, *([] if decoder.head.quantized else [decoder.head_table()])],
     }
 
 
@@ -312,7 +321,14 @@ def _proof_words(proof: Mapping[str, Any]) -> str:
     return "; ".join([*words, str(proof["page"])])
 
 
-_SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+def _floats_words(names: Sequence[str]) -> str:
+    from plugins.text import some
+
+    return some(names) or "none"
+
+
+_SENTENCES: dict[str, Callable[[Any], str]] = {
+    "floats": _floats_words,
     "cache": _cache_words,
     "engine": _engine_words,
     "bytes": _bytes_words,

@@ -41,7 +41,7 @@ class _State:
     shape: tuple[Size, Size]
     blocksize: Size
     nested_blocksize: Size | None = None
-    nested_offset: float = 0.0
+    nested_offset: float | None = None
 
 
 def read(config: Mapping[str, Any], tensors: Tensors) -> Stored:
@@ -81,7 +81,8 @@ def _eight_bits(layer: str, tensors: Tensors) -> StoredLinear:
 
 def _codes(tensors: Tensors, layer: str) -> QuantArrays:
     codes = tensors.integers(layer, "weight", "int8").view(np.uint8) + np.uint8(128)
-    scale = (tensors.scales(layer, "SCB") / np.float32(127)).reshape(-1, 1)
+    # a row of zeros has the magnitude 0
+    scale = (tensors.numbers(layer, "SCB") / np.float32(127)).reshape(-1, 1)
     return QuantArrays(codes, scale, np.full(scale.shape, 128, np.int32))
 
 
@@ -105,6 +106,12 @@ def _four_bits(layer: str, tensors: Tensors) -> StoredFloats:
     tensors.shape(layer, "weight.quant_map", (16,))
     tensors.shape(layer, "weight.absmax", (blocks,))
     if state.nested_blocksize is not None:
+        if state.nested_offset is None:
+            raise InputError(
+                f"{place}.{end}",
+                "got no nested_offset, expected it beside nested_blocksize",
+                _AGAIN,
+            )
         tensors.shape(layer, "weight.nested_absmax", (-(-blocks // state.nested_blocksize),))
         tensors.shape(layer, "weight.nested_quant_map", (256,))
     tensors.shape(layer, "weight", (None, 1))
@@ -124,7 +131,10 @@ def _floats(tensors: Tensors, layer: str, state: _State) -> np.ndarray:
     packed = np.ascontiguousarray(tensors.weights.array(f"{layer}.weight")).view(np.uint8)
     pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # by the byte
     weight = pairs[packed.reshape(-1)].reshape(-1)[:count]
-    weight *= np.repeat(_magnitudes(tensors, layer, state), state.blocksize)[:count]
+    magnitudes, whole = _magnitudes(tensors, layer, state), count // state.blocksize
+    blocks = weight[: whole * state.blocksize].reshape(-1, state.blocksize)  # a view
+    blocks *= magnitudes[:whole, None]
+    weight[whole * state.blocksize :] *= magnitudes[-1]
     return weight.reshape(state.shape)
 
 
@@ -136,5 +146,6 @@ def _magnitudes(tensors: Tensors, layer: str, state: _State) -> np.ndarray:
     found: np.ndarray = table[tensors.integers(layer, "weight.absmax", "uint8")]
     whole = tensors.numbers(layer, "weight.nested_absmax")
     found *= np.repeat(whole, state.nested_blocksize)[: len(found)]
+    assert state.nested_offset is not None
     found += np.float32(state.nested_offset)
     return found

@@ -529,6 +529,9 @@ def _check_fp4(group: _Group, form: str, where: str) -> None:
             f"weights of {weights.num_bits} bits, expected 4": weights.num_bits == 4,
             f"group_size {weights.group_size}, expected {size}": weights.group_size == size,
             "weights with zero points (symmetric false), expected none": weights.symmetric,
+            f"actorder {shown(str(weights.actorder))}, expected input channels in order": (
+                weights.actorder not in _IN_GROUPS
+            ),
             "output_activations, expected none": not group.output_activations,
         },
         where,

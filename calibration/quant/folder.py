@@ -288,8 +288,9 @@ class QuantModel:
 
     @property
     def label(self) -> str:
-        """Of the scheme; w4a8-mixed where some nodes have another."""
-        return f"{self.scheme.model_label}-mixed" if self.exceptions else self.scheme.model_label
+        """Of the scheme; w4a8-mixed where some nodes have another or none."""
+        mixed = self.exceptions or self.decoder.floats
+        return f"{self.scheme.model_label}-mixed" if mixed else self.scheme.model_label
 
     @property
     def schemes(self) -> tuple[QuantScheme, ...]:

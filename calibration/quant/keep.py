@@ -314,7 +314,23 @@ def kept_arrays(stored: StoredLinear, scheme: QuantScheme) -> QuantArrays:
         arrays = QuantArrays.of({"codes": arrays.codes, **more})
     if scheme.has_minimum and not form.minimum:
         arrays = _with_minimum(arrays, form, stored.where)
+    _check_range(arrays, form, stored.where)
     return op.from_affine(arrays, scheme.gemm, stored.where)
+
+
+def _check_range(arrays: QuantArrays, form: Form, where: str) -> None:
+    """Refuse scales and minimums with which a weight may be no number of fp32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.abs(arrays.scale) * np.float32(form.codes.levels)
+        if arrays.minimum is not None:
+            largest += np.abs(arrays.minimum)
+    if len(bad := np.argwhere(~np.isfinite(largest))):
+        raise InputError(
+            where,
+            f"got scales of weights beyond fp32 at {bad[0].tolist()} and {len(bad)} such in all, "
+            "expected finite weights",
+            "The checkpoint is damaged: download it again",
+        )
 
 
 def _with_minimum(arrays: QuantArrays, form: Form, where: str) -> QuantArrays:

@@ -311,12 +311,12 @@ def _warnings(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[str]:
 
 def _sizes(items: list[StoredItem]) -> dict[str, Any]:
     """Bytes before (in scheme.dtype) and bits after, with scales and zero points, without the
-    kernels' padding.
+    kernels' padding. Linears that stay in floating point count as linears.
     """
     width = numpy_dtype(items[0].scheme.dtype).itemsize
     weights, bits, rest = 0, 0, 0
     for item in items:
-        if item.kind == "linear":
+        if item.bits:
             weights += math.prod(item.specs[0].shape)
             bits += item.bits
         else:

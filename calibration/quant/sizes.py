@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +33,8 @@ class StoredItem:
         name: of the tensor or linear; of an order the node.
         specs: its tensors.
         scheme: of the linear; the base's otherwise.
-        bits: of a linear, its codes packed to their bits.
+        bits: of a linear, its codes packed to their bits; one that stays in floating point has its
+            weight's.
     """
 
     kind: str
@@ -54,12 +56,14 @@ def stored_items(
         base: its type is that of all that is not quantized.
         scheme_of: of a linear, by its full name.
     """
-    rest = numpy_dtype(base.dtype)
+    rest, floats = numpy_dtype(base.dtype), frozenset(decoder.floats)
     for name, shape in decoder.shapes().items():
         owner, _, end = name.rpartition(".")
         linear = decoder.linears.get(owner)
         if linear is None:
-            yield StoredItem("float", name, (TensorSpec(name, rest, shape),), base)
+            weight = owner in floats and end == "weight"
+            bits = 8 * rest.itemsize * prod(shape) if weight else 0
+            yield StoredItem("float", name, (TensorSpec(name, rest, shape),), base, bits)
         elif end == "weight":
             scheme = scheme_of(owner)
             layer = linear.shape, linear.bias, scheme

@@ -21,7 +21,7 @@ from calibration.out.fingerprint import CALIBRATION_CODE, code_digest, digest
 from calibration.out.json_file import read_record
 from calibration.quant.bits import Rule
 from calibration.quant.scheme import FLOAT_BITS, QuantScheme
-from calibration.quant.sizes import node_bits, node_weights
+from calibration.quant.sizes import node_bits
 from exporter.graph.names import layer_of
 from exporter.proof.swaps import Swap, Swapped
 from plugins.errors import InputError
@@ -397,11 +397,11 @@ class _Search:
 
     def _plan(self, units: Sequence[_Unit]) -> Plan | None:
         """Bits for some nodes within the room, checked by a walk of its own."""
-        quant, sites = self._quant, self._decoder.sites
+        quant = self._quant
         units = [unit for unit in units if self._gain(unit.name) > 0]
         options = [self._options(unit) for unit in units]
         costs = [[(option.bits, option.left) for option in choices] for choices in options]
-        weights = sum(node_weights(site.linears) for site in sites.values())
+        weights = int(quant.sizes["linear_weights"])
         room = sum(choices[0][0] for choices in costs) + int(self._job.add_bits * weights)
         chosen = allocate(costs, room)
         labels = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "Need", "call_tokens", "check_memory", "memory_needed"]
 
 _BASE = 500_000_000  # Python with torch, transformers and ONNX Runtime
-_RECORDS = 2  # what one runner gave at every call beside another's
-_HALF = 2  # bytes per number of a model in fp16
-_FLOAT = 4  # bytes per number of the float model, and of what is not quantized in the reference
+_RECORDS = 4  # of all calls: two that are compared, and two of later comparisons
+_FLOAT = 4  # bytes per number of what runners give, and of models in floating point
 _CODE = 1  # bytes per weight of the reference that multiplies integers
 
 
@@ -90,20 +89,18 @@ def memory_needed(
     )
 
 
-def _recorded(decoder: Decoder, schemes: Mapping[str, QuantScheme]) -> int:
+def _recorded(decoder: Decoder, nodes: Iterable[str]) -> int:
     """Bytes of a token in what a runner gives: in front of every node and behind it, behind
     every layer, and logits.
     """
     chosen = next((one for _, one in decoder.routers.values()), None)
-    numbers = {False: 0, True: 0}  # in 16 bits, in 32
-    for node, scheme in schemes.items():
+    numbers = decoder.layers * decoder.hidden + decoder.vocab
+    for node in nodes:
         linears, part = decoder.sites[node].linears, Fraction(1)
         if chosen is not None and node in decoder.routed:
             part = Fraction(chosen.top, len(chosen.members))
-        wide = linears.in_features + linears.out_features
-        numbers[scheme.dtype != "float16"] += int(part * wide)
-    streams = decoder.layers * decoder.hidden
-    return _HALF * numbers[False] + _FLOAT * (numbers[True] + streams + decoder.vocab)
+        numbers += int(part * (linears.in_features + linears.out_features))
+    return _FLOAT * numbers
 
 
 def check_memory(

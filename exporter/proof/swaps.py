@@ -357,11 +357,11 @@ def float_block(
     """A layer's float weights in the coordinates in which its nodes were quantized, by their names below
     its prefix: any of its nodes can take them while the others stay as they are.
 
-    A recorded rotation is made again; nobody has changed a checkpoint whose codes were kept. What channel scales a method has folded into a norm shows in the
-    norm's gain. Those between two linears come in pairs that cancel: what the rows of one lost the
-    columns of the next have gained. Either follows from the codes by least squares, but a few levels
-    shrink both, so the scale is the root of their ratio, in which that falls out. Scales between
-    queries and keys cancel inside their node.
+    A recorded rotation is made again; nobody has changed a checkpoint whose codes were kept. What
+    channel scales a method has folded into a norm shows in the norm's gain. Those between two linears
+    come in pairs that cancel: what the rows of one lost the columns of the next have gained. Either
+    follows from the codes by least squares, but a few levels shrink both, so the scale is the root of
+    their ratio, in which that falls out. Scales between queries and keys cancel inside their node.
     """
     weights = basis.load(checkpoint, block.index)
     changed = {} if "kept" in quant.calibration else block.sites

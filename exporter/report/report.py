@@ -16,6 +16,8 @@ from calibration.out.files import write_json
 from calibration.out.fingerprint import digest
 from calibration.out.json_file import read_json
 from calibration.out.layout import ATTRIBUTION, ENGINE, HTML_FILE, JSON_FILE, QUANT, REPORT
+from calibration.quant.scheme import FLOAT_BITS
+from calibration.quant.sizes import node_weights
 from exporter.engine.edition import gpu_capabilities
 from exporter.engine.record import read_engine_record
 from exporter.graph.names import layer_of
@@ -114,12 +116,17 @@ def _next_commands(
 
 def _mixed(quant: QuantModel) -> dict[str, Any] | None:
     """Which node has which bits, and each scheme's share; None where all have one scheme."""
-    if not quant.exceptions:
+    products, dtype = quant.decoder.products.values(), quant.scheme.dtype
+    floats = [site.linears for site in products if site.linears.floats]
+    if not quant.exceptions and not floats:
         return None
     weights = quant.weights()
     nodes = Counter(map(quant.scheme_of, quant.decoder.nodes))
     layers = [
-        {node: quant.scheme_of(block.name(node)).label for node in block.quantized}
+        {
+            node: dtype if site.linears.floats else quant.scheme_of(block.name(node)).label
+            for node, site in block.sites.items()
+        }
         for block in quant.decoder.blocks
     ]
     schemes = [
@@ -131,9 +138,13 @@ def _mixed(quant: QuantModel) -> dict[str, Any] | None:
         }
         for scheme in nodes
     ]
+    if floats:
+        kind = {"label": dtype, "op": "MatMul", "abits": FLOAT_BITS, "dtype": dtype}
+        size = sum(map(node_weights, floats))
+        schemes.append({**kind, "nodes": len(floats), "weights": size})
     return {
-        "exceptions": len(quant.exceptions),
-        "nodes": nodes.total(),
+        "exceptions": len(quant.exceptions) + len(floats),
+        "nodes": nodes.total() + len(floats),
         "schemes": schemes,
         "layers": layers,
     }

@@ -56,6 +56,18 @@ def test_an_export_is_proven_and_says_what_its_float_model_is(made: Path, tmp_pa
     assert report["calibration"] == {"kept": "gptq"} and report["validation"]["ok"]
     assert report["quality"]["codes"] == "gptq" and not report["quality"]["seen"]
     assert report["quality"]["kl"] < 1e-5
+    coded, floats = report["mixed"]["schemes"]
+    assert (coded["label"], coded["nodes"]) == ("w4a16-g32", 3)
+    assert floats == {
+        "label": "float16",
+        "op": "MatMul",
+        "abits": 16,
+        "dtype": "float16",
+        "nodes": 1,
+        "weights": 64 * 64,
+    }
+    assert report["mixed"]["exceptions"] == 1
+    assert report["mixed"]["layers"][0]["self_attn.o_proj"] == "float16"
     page = (out / "report/index.html").read_text()
     assert "The float model is the gptq checkpoint with its codes dequantized." in page
     assert "none: the codes are those of the gptq checkpoint" in page

@@ -111,6 +111,13 @@ def test_the_picture_has_every_time() -> None:
     assert dots == [right, right, 40, pytest.approx(40 + 640 * 0.30103, abs=0.1), right]
 
 
+def test_folders_of_one_name_are_told_apart_in_the_picture() -> None:
+    tokens = {"prefill": 1, "decode": 1}
+    both = [Timed(out, "native", 1, None, tokens, [0.5], [0.1]) for out in ("a/x", "b/x")]
+    picture = plot(both)
+    assert ">a/x, decode: 100.00 ms<" in picture and ">b/x, decode: 100.00 ms<" in picture
+
+
 def test_percentiles_of_few_are_left_out() -> None:
     timed = Timed("out", "native", 10**8, None, {"prefill": 1, "decode": 1}, [0.5], [0.1] * 19)
     assert set(summary(timed, 4e9)["decode"]) == {"min", "median", "tokens_per_second"}

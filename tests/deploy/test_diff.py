@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from calibration.out.files import write_json
 from deploy.__main__ import main
 from deploy.diff import SECTIONS, Difference, differences, text
+from exporter.__main__ import main as exporter_main
 from plugins.errors import InputError
+from tests.calibration.formats import written
 from tests.exporter.planted import change_graph, change_tensor
 
 
@@ -123,6 +126,17 @@ def test_other_bits_differ_in_all_that_depends_on_them(
     assert linear.first.startswith("w8a8, at most ")
     assert linear.second.startswith("w4a8, differs by at most ")
     assert {item.name for item in found["sizes"]} >= {"bits_per_weight", "model_quant_bytes"}
+
+
+def test_a_linear_in_floating_point(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_llama(dtype="float16", num_hidden_layers=1)
+    for name, left_out in (("codes", ()), ("floats", ("o_proj",))):
+        made = written.gptq(source, tmp_path / f"{name}-model", left_out=left_out).folder
+        words = ["--out", str(tmp_path / name), "--offline", "--progress", "none", "--keep"]
+        assert exporter_main([str(made), *words, "--until", "onnx"]) == 0
+    found = differences(tmp_path / "codes", tmp_path / "floats")["weights"]
+    (changed,) = (item for item in found if item.name == "model.layers.0.self_attn.o_proj")
+    assert (changed.first, changed.second) == ("a linear", "a linear in float16")
 
 
 def test_reports_side_by_side(

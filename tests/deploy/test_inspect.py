@@ -13,7 +13,9 @@ from calibration.out.files import write_json
 from calibration.out.json_file import read_json
 from deploy.__main__ import main
 from deploy.inspect import inspect, text
+from exporter.__main__ import main as exporter_main
 from plugins.errors import InputError
+from tests.calibration.formats import written
 
 
 def test_an_artifact(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,18 @@ def test_an_artifact(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "  model.layers.0.mlp.down_proj: ABQGemm w8a8 [128, 64]" in capsys.readouterr().out
     assert main(["inspect", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
+
+
+def test_linears_in_floating_point(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_llama(dtype="float16", num_hidden_layers=1, tie_word_embeddings=False)
+    made = written.gptq(source, tmp_path / "model", left_out=("o_proj",))
+    words = ["--out", str(tmp_path / "out"), "--offline", "--progress", "none", "--keep"]
+    assert exporter_main([str(made.folder), *words, "--until", "onnx"]) == 0
+    found = inspect(tmp_path / "out")
+    assert len(found["nodes"]) == 3
+    assert found["floats"] == ["model.layers.0.self_attn.o_proj", "lm_head"]
+    assert "\nfloats: model.layers.0.self_attn.o_proj, lm_head\n" in text(found, False)
+    assert inspect(tmp_path / "out/quant")["floats"] == found["floats"]
 
 
 def test_what_the_report_says(copy: Path) -> None:
@@ -116,6 +130,7 @@ def test_any_onnx_file(tmp_path: Path) -> None:
         "ops": {"Relu": 1},
         "weights": 0,
         "nodes": {},
+        "floats": [],
     }
 
 

@@ -5,6 +5,7 @@ for the weights that the formats' documents say, to the bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 from calibration import formats
 from calibration.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from calibration.checkpoints.codes import Tensors
+from calibration.checkpoints.codes import Form, StoredLinear, Tensors
 from calibration.checkpoints.huggingface import SafetensorsWeights
 from calibration.formats.compressed_tensors import read as read_compressed
 from calibration.formats.fp8 import read as read_fp8
 from calibration.quant.folder import QuantModel, read_quant
-from calibration.quant.keep import Keeping, check_quantized, kept_schemes
+from calibration.quant.keep import Keeping, check_quantized, kept_arrays, kept_schemes
 from calibration.quant.quantize import QuantizeOptions, quantize_model
 from calibration.quant.scheme import QuantScheme
+from plugins.core.code_sets import code_set
+from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 from tests.calibration.formats import written
 from tests.calibration.formats.written import Written
@@ -195,6 +198,7 @@ FLOATS: dict[str, tuple[Callable[..., Written], dict[str, Any], str]] = {
     "fp8": (written.fp8, {"block": None}, "fp8"),
     "nf4": (written.bnb4, {}, "bitsandbytes"),
     "nf4 nested": (written.bnb4, {"nested": True}, "bitsandbytes"),
+    "nf4 in one block": (written.bnb4, {"block": 16384}, "bitsandbytes"),
     "nf4 in bfloat16": (written.bnb4, {"storage": ml_dtypes.bfloat16}, "bitsandbytes"),
     "fp4": (written.bnb4, {"kind": "fp4", "block": 48}, "bitsandbytes"),  # the last is cut short
     "fp4 nested": (written.bnb4, {"kind": "fp4", "nested": True}, "bitsandbytes"),
@@ -304,6 +308,7 @@ def put(place: Any, value: float) -> Callable[[np.ndarray], np.ndarray]:
 AGAIN = "The checkpoint is damaged: download it again."
 FLOAT = "Give the float model it was made from."
 K = "model.layers.0.self_attn.k_proj"
+IN_GROUPS = {"num_bits": 4, "type": "float", "group_size": 32, "actorder": "group"}
 ROUNDED = {
     "targets": ["Linear"],
     "weights": {"num_bits": 8, "strategy": "channel", "group_size": None},
@@ -390,6 +395,11 @@ ROUNDED = {
             partial(written.fp4, kind="mxfp4"),
             {"format": "nvfp4-pack-quantized"},
             f"quantization_config, group_0: got group_size 32, expected 16. {FLOAT}",
+        ),
+        (
+            partial(written.fp4, kind="mxfp4"),
+            {"config_groups": {"a": {"targets": ["Linear"], "weights": IN_GROUPS}}},
+            f"quantization_config, a: got actorder group, expected input channels in order. {FLOAT}",
         ),
         (
             partial(written.fp4, kind="nvfp4"),
@@ -550,6 +560,14 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
             "is incomplete or damaged: download it again.",
         ),
         (
+            partial(written.bnb4, nested=True),
+            STATE,
+            lambda array: np.frombuffer(
+                array.tobytes().replace(b"nested_offset", b"nested_effort"), np.uint8
+            ),
+            f".{STATE}: got no nested_offset, expected it beside nested_blocksize. {AGAIN}",
+        ),
+        (
             written.bnb8,
             "weight_format",
             lambda array: array + np.uint8(1),
@@ -661,6 +679,37 @@ def test_numbers_that_are_none(
     assert refusal(lambda: checkpoint.array(f"{K}.weight")) == (
         f"{made.folder}, {K}.{tensor}: {problem}. {AGAIN}"
     )
+
+
+def test_a_row_of_zeros_in_int8_of_bitsandbytes(source: Path, tmp_path: Path) -> None:
+    """Its largest magnitude is 0."""
+    made = written.bnb8(source, tmp_path / "model")
+    for tensor in ("SCB", "weight"):
+        damage(made.folder, f"{K}.{tensor}", put(3, 0))
+    _, quant = keep(made.folder, tmp_path / "quant")
+    weight = made.weights[K]
+    weight[3] = 0
+    np.testing.assert_array_equal(quant.linear(K).dequantize(), weight)
+
+
+def test_weights_beyond_fp32_are_not_kept(source: Path, tmp_path: Path) -> None:
+    made = written.fp4(source, tmp_path / "model", "mxfp4")
+    damage(made.folder, f"{K}.weight_scale", put((2, 1), 254))
+    assert refusal(lambda: keep(made.folder, tmp_path / "quant")) == (
+        f"{made.folder}, {K}: got scales of weights beyond fp32 at [2, 1] and 1 such in all, expected "
+        f"finite weights. {AGAIN}"
+    )
+    weights = StoredLinear("m, a", (4, 32), Form(code_set(4, False), minimum=True), wide_minimum)
+    scheme = QuantScheme("ABQGemm", "kept", 4, 16, has_minimum=True)
+    assert refusal(lambda: kept_arrays(weights, scheme)) == (
+        f"m, a: got scales of weights beyond fp32 at [0, 0] and 4 such in all, expected finite "
+        f"weights. {AGAIN}"
+    )
+
+
+def wide_minimum() -> QuantArrays:
+    scale = np.ones((4, 1), np.float32)
+    return QuantArrays(np.zeros((4, 32), np.uint8), scale, minimum=-np.inf * scale)
 
 
 def test_a_scale_of_fp8_that_is_no_number(tmp_path: Path) -> None:
@@ -977,6 +1026,12 @@ def test_floats_among_codes(source: Path, tmp_path: Path) -> None:
     for name in floats:
         weight = checkpoint.array(f"{name}.weight")
         np.testing.assert_array_equal(quant.tensor(f"{name}.weight"), weight)
+    # Sizes and bits a weight are of all linears, whatever they are stored in.
+    sizes = {name: math.prod(one.shape) for name, one in checkpoint.decoder.linears.items()}
+    bits = sum(16 * size if name in floats else 5 * size for name, size in sizes.items())
+    assert quant.sizes["linear_weights"] == sum(sizes.values())
+    assert bits <= quant.sizes["linear_quant_bits"] < 1.1 * bits
+    assert quant.label == "w4a16-g32-mixed"
     assert "expected --keep or" in refusal(lambda: check_quantized(checkpoint, False, False))
     formats.write("compressed-tensors", quant)
     _, again = keep(quant.path / "compressed-tensors", tmp_path / "again")

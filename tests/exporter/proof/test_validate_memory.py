@@ -28,7 +28,7 @@ QQQ, W8A8, W4A16 = (
     for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16))
 )
 WIDTHS = 2 * ((64 + 128) + (64 + 64) + (64 + 256) + (128 + 64))  # of its nodes' inputs and outputs
-BASE = 500_000_000 + 2 * 106 * (2 * WIDTHS + 4 * (2 * 64 + 512))  # with what two runners gave
+BASE = 500_000_000 + 4 * 106 * 4 * (WIDTHS + 2 * 64 + 512)  # with what runners gave
 WEIGHTS = 2 * 36864  # of the linears of the tiny model
 REST = 512 * 64 + 5 * 64  # its embedding and norms
 
@@ -68,7 +68,7 @@ def test_each_node_needs_what_its_bits_do(decoder: Decoder) -> None:
     assert need.whole == BASE + (18 + 55) * WEIGHTS // 2
     assert need.folded == BASE + 55 * WEIGHTS // 2
     whole = decoder.with_quantized_head()
-    head, base = 512 * 64, BASE + 2 * 106 * 2 * (512 + 64)
+    head, base = 512 * 64, BASE + 4 * 106 * 4 * (512 + 64)
     need = memory_needed(whole, every(whole, QQQ) | {"lm_head": W8A8})
     assert need.whole == base + 18 * WEIGHTS + 55 * head
     assert need.folded == base + 55 * head
