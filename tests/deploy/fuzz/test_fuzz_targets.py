@@ -42,7 +42,7 @@ def program() -> Path:
     return build_program(
         "anybit-fuzz",
         [*sorted(HERE.glob("*.cpp")), *sources],
-        ["-isystem", str(boost), "-O0", "-fno-sanitize-recover=undefined"],
+        ["-isystem", str(boost), "-fno-sanitize-recover=undefined"],
         include=[HERE, service.parent],
         variant="address,undefined",
     )

@@ -338,7 +338,8 @@ class StaticDecoder final : public Decoder {
   }
 
   // TensorRT wants a step to have run before it is recorded: that is the one that was asked for.
-  // Where recording fails, its result holds, and later ones run as they come.
+  // Where recording fails, or took more than there is room for, its result holds, and later ones run
+  // as they come.
   //
   // bytes: that the context took. What the first run loads is not counted: it is there once.
   void run_and_record(const Key& key, Context own, size_t bytes) {
@@ -351,8 +352,16 @@ class StaticDecoder final : public Decoder {
       cuda::OwnedExec exec = record(own, batch);
       bytes += free - std::min(free, free_memory());
       graph_bytes_ = std::max(graph_bytes_, bytes);
-      taken_ += std::min(bytes, sizes_.graphs - taken_);
-      recorded_.insert_or_assign(key, Recorded{std::move(own), std::move(exec)});
+      if (bytes <= sizes_.graphs - taken_) {
+        taken_ += bytes;
+        recorded_.insert_or_assign(key, Recorded{std::move(own), std::move(exec)});
+      } else if (recorded_.empty()) {
+        record_no_more(Error("CUDA graphs",
+                             "got " + std::to_string(sizes_.graphs) +
+                                 " bytes that the plan leaves, expected " + std::to_string(bytes) +
+                                 " for one",
+                             "Allow more memory, or fewer slots"));
+      }
     } catch (const Error& error) {
       record_no_more(error);
     }

@@ -460,6 +460,15 @@ def test_recorded_steps_stay_within_the_plan(
     (found,) = outcomes([{**record, "memory_limit": limit}])
     assert found["during"] == whole["during"]
     assert found["calls"] == 1 < whole["calls"]
+    limit -= 50_001  # none has room
+    none = driver(tmp_path / "out", [], {**load, "memory_limit": limit})["card"]
+    assert (none["graphs"], none["total"]) == (0, limit - 9999)
+    assert none["backend"].endswith(
+        ", no CUDA graphs (CUDA graphs: got 9999 bytes that the plan leaves, expected 50000 for one. "
+        "Allow more memory, or fewer slots.)"
+    )
+    (found,) = outcomes([{**record, "memory_limit": limit}])
+    assert found["during"] == whole["during"]
 
 
 @pytest.mark.slow
