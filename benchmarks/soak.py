@@ -353,8 +353,8 @@ def soak(port: int, pid: int, questions: Sequence[Question], clients: int, secon
 
     try:
         asyncio.run(rush())
-    except* WrongError as several:
-        raise several.exceptions[0] from None
+    except ExceptionGroup as several:
+        raise (several.subgroup(WrongError) or several).exceptions[0] from None
     end = time.monotonic() + PATIENCE
     while (found := metrics(port))["anybit_slots_used"] or found["anybit_queue_length"]:
         if time.monotonic() > end:

@@ -151,9 +151,13 @@ def test_sizes_come_from_its_arrays(toy: OpSpec) -> None:
 def test_memory_and_formats_ask_it(
     toy: OpSpec, tiny_quant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = read_quant(tiny_quant() / "quant").decoder
-    needed = [memory_needed(decoder, {TOY: weights}).whole for weights in (10**6, 2 * 10**6)]
-    assert needed[1] - needed[0] == 24 * 10**6
+    quant = read_quant(tiny_quant() / "quant")
+    own = {node: quant.scheme_of(node) for node in quant.decoder.nodes}
+    known, other = (
+        memory_needed(quant.decoder, schemes).whole for schemes in (own, dict.fromkeys(own, TOY))
+    )
+    per_weight = op_spec(quant.scheme.op).unpacked_bytes(quant.scheme.gemm)
+    assert other - known == (24 - per_weight) * quant.sizes["linear_weights"]
     monkeypatch.setattr(type(toy), "objection", lambda *_: None)
     with pytest.raises(InputError) as caught:
         formats.check("compressed-tensors", replace(TOY, wbits=4))

@@ -134,7 +134,7 @@ def test_a_runner_that_was_asked_for_has_to_run(
         f"{artifact}: got no engine folder, expected it for --runner tensorrt"
     )
     lost = InputError("g++", "got none, expected one", "Install it")
-    monkeypatch.setattr("exporter.proof.onnx_levels.native_library", lambda: lost)
+    monkeypatch.setattr("exporter.proof.onnx_levels.native_library", lambda say: lost)
     with pytest.raises(InputError) as error:
         validate(artifact, ValidateOptions(runners=("native",)))
     assert error.value is lost
