@@ -191,7 +191,7 @@ def test_output_in_readme_is_of_the_commands_that_make_runs() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     names = dict(re.findall(r"^(\w+)\s*\??:?=\s*(.+)$", makefile, re.MULTILINE))
     while "$(" in makefile.split("\ntest:")[0].split("\ndemo:")[1]:
-        makefile = re.sub(r"\$\((\w+)\)", lambda name: names[name.group(1)], makefile)
+        makefile = re.sub(r"\$\((\w+)\)", lambda name: names.get(name.group(1), ""), makefile)
     block = re.findall(r"^```text\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)[0]
     shown = [line for line in block.splitlines() if line.startswith(".venv/")]
     assert [line.split()[2] for line in shown] == ["exporter", "deploy"]
