@@ -1,4 +1,4 @@
-"""examples/03_cpp_service: a C++ and a C program on the installed package."""
+"""examples/03_cpp_service: programs in C++, C and Rust, and the first two on the installed package."""
 
 from __future__ import annotations
 
@@ -83,11 +83,13 @@ def check(stream: Path, stream_from_c: Path, out: Path) -> None:
     run(stream_from_c, code=2)
 
 
-def test_with_g_plus_plus(out: Path, tmp_path: Path) -> None:
-    library = build_runtime()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The programs in C++ and in C."""
+    library, folder = build_runtime(), tmp_path_factory.mktemp("programs")
     include = REPOSITORY / "deploy" / "runtime" / "include"
     links = [str(library), f"-Wl,-rpath,{library.parent}"]
-    made = tmp_path / "stream", tmp_path / "stream_from_c"
+    made = folder / "stream", folder / "stream_from_c"
     for compiler, source, program in zip(
         (["g++", "-std=c++17", "-pthread"], ["gcc", "-std=c99"]),
         ("main.cpp", "main.c"),
@@ -96,7 +98,25 @@ def test_with_g_plus_plus(out: Path, tmp_path: Path) -> None:
     ):
         command = [*compiler, "-Wall", "-Wextra", "-Werror", f"-I{include}"]
         subprocess.run([*command, EXAMPLE / source, *links, "-o", program], check=True)
-    check(*made, out)
+    return made
+
+
+def test_with_g_plus_plus(out: Path, built: tuple[Path, Path]) -> None:
+    check(*built, out)
+
+
+def test_from_rust(out: Path, built: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its declarations, which no header checks, are those of the C program."""
+    rustc = shutil.which("rustc")
+    if rustc is None:
+        pytest.skip("rustc is not on PATH (apt install rustc)")
+    folder, program = build_runtime().parent, tmp_path / "stream_from_rust"
+    links = ["-L", f"native={folder}", "-C", f"link-arg=-Wl,-rpath,{folder}"]
+    command = [rustc, "--edition=2021", "-Dwarnings", *links, EXAMPLE / "main.rs", "-o", program]
+    subprocess.run(command, check=True)
+    assert run(program, out, PROMPT) == run(built[1], out, PROMPT)
+    assert run(program, out / "no", PROMPT, code=2) == run(built[1], out / "no", PROMPT, code=2)
+    assert run(program, code=2)[1] == "usage: stream_from_rust OUT PROMPT\n"
 
 
 @pytest.mark.slow
