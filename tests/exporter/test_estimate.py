@@ -11,7 +11,7 @@ import pytest
 import exporter.estimate
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.methods import find_method
-from calibration.out.layout import ENGINE, ONNX, QUANT
+from calibration.out.layout import ENGINE, ONNX, QUANT, WORK
 from calibration.quant.bits import as_map
 from calibration.quant.scheme import QuantScheme
 from calibration.settings import CalibrationSettings
@@ -86,3 +86,18 @@ def test_too_little_memory(
     with pytest.raises(InputError) as caught:
         check_room(tmp_path, Estimate(0, 0, {stage: 7_800_000_000}))
     assert str(caught.value) == (f"{stage}: got 5.0 GB of free memory, expected 7.8 GB. {fix}.")
+
+
+def test_what_a_calibration_left_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter.estimate, "free_bytes", lambda _: 2_000_000)
+    asked_for = Estimate(5_000_000, 0, {})
+    problem = "got 2 MB of free space, expected at least 5 MB"
+    with pytest.raises(InputError, match=problem):
+        check_room(tmp_path, asked_for, calibrates=True)
+    (tmp_path / WORK).mkdir()
+    (tmp_path / WORK / "streams-00001-0-of-1.bin").write_bytes(bytes(3_000_000))
+    check_room(tmp_path, asked_for, calibrates=True)
+    with pytest.raises(InputError, match=problem):  # a method without data lets it lie
+        check_room(tmp_path, asked_for)
