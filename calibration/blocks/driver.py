@@ -207,7 +207,6 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
                 result.lookup,
                 measure=False,
             )
-            note = _kept_line(index, layers)
         else:
             result = job.method.calibrate(
                 BlockTask(
@@ -227,10 +226,12 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
             if ranks.first:
                 job.store.save(index, result)
             ranks.wait()
-            took.append(time.monotonic() - block_began)
+        saved.save(index + 1, streams.all)
+        note = _kept_line(index, layers)
+        if index >= finished:
+            took.append(time.monotonic() - block_began)  # with the disk's part, which may be long
             note = _line(index, layers, result.report, took)
         reports.append(result.report)
-        saved.save(index + 1, streams.all)
         progress.message(note)
         progress.advance(1, note)
         if len(took) == _TIMED and index + 1 < layers:

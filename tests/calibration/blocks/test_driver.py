@@ -13,13 +13,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from calibration.blocks import driver
 from calibration.blocks.driver import BlockTask, Calibration, calibrate
 from calibration.blocks.rounding import RoundingMethod
+from calibration.blocks.saved_streams import SavedStreams
 from calibration.blocks.store import BlockResult, BlockStore
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.methods import find_method
@@ -350,6 +353,21 @@ def test_reports_costs_and_a_note_per_block(model: Path, tmp_path: Path) -> None
     )
     again = calibrate(_job(model, tmp_path / "a"))
     assert again.reports == done.reports and again.cost["spilled_bytes"] == 0
+
+
+def test_the_time_that_is_left_counts_the_disk(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, notes = [0.0], _Notes()
+
+    def slow(self: SavedStreams, *rest: Any) -> None:
+        clock[0] += 7.0
+
+    monkeypatch.setattr(SavedStreams, "save", slow)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    calibrate(_job(model, tmp_path / "a"), notes)
+    told = [call[1] for call in notes.calls if call[0] == 1]
+    assert "about 14 s left" in told[0] and "about 7.0 s left" in told[1]
 
 
 def test_blocks_arrive_in_order_with_their_schemes(
