@@ -4,6 +4,7 @@ from.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,19 @@ def test_mixtures_of_experts_have_the_logits_of_transformers(
     torch.testing.assert_close(
         FloatReference(float_model(copy))(ids).logits, want, atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_have_the_names_that_the_converter_gives(
+    tiny_llama: Callable[..., Path], name: str
+) -> None:
+    """What writes files for these tests has its names from the families; gguf's own table has not."""
+    model = open_checkpoint(str(tiny_llama(architecture=name, **MOE[name])), True)
+    kinds = {kind: number for number, kind in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[model.family.gguf], model.decoder.layers)
+    for info in model.decoder.tensors():
+        converted = re.sub(r"experts\.\d+", "experts", info.name)
+        assert info.gguf == table.get_name(converted, (".weight", ".bias")), info.name
 
 
 def test_experts_that_are_not_the_configs(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
