@@ -137,7 +137,8 @@ class Depth:
             if told["event"] == "message":
                 print(told["text"], flush=True)
             if told["stage"] == "calibrate" and told["event"] in ("start", "progress"):
-                if re.match(r"block (\d+) of .*: loss ", told.get("note", "")):
+                if made := re.match(r"block (\d+) of .*: loss ", told.get("note", "")):
+                    del blocks[int(made[1]) - 1 :]  # of a run that had to be begun again
                     blocks.append(round(told["seconds"] - began, 2))
                     self._save()
                 began = told["seconds"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,3 +65,33 @@ def test_other_options_need_another_folder(
     assert str(caught.value) == (
         f"{tmp_path / 'tiny-1.json'}: made with {scale.PLAIN}: choose another WORK"
     )
+
+
+def test_blocks_that_are_made_again_count_once(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of the code, which throws away what was calibrated with the old one."""
+    depth = scale.Depth(tmp_path, "tiny", 3, CALIBRATED)
+    (depth.folder / "model").mkdir(parents=True)
+    (depth.folder / "out").mkdir()
+    stages = {"quant": {"seconds": 1, "peak_rss": 2}}
+    (depth.folder / "out" / "manifest.json").write_text(json.dumps({"stages": stages}))
+
+    def piece(*notes: str) -> list[float]:
+        def measured(command: list[str], follow: Callable[[str], None]) -> dict[str, Any]:
+            line: dict[str, Any] = {"stage": "calibrate", "event": "start", "seconds": 0}
+            follow(json.dumps(line))
+            for number, note in enumerate(notes, 1):
+                line |= {"event": "progress", "seconds": number**2, "note": note}
+                follow(json.dumps(line))
+            return {}
+
+        monkeypatch.setattr(scale, "_measured", measured)
+        depth._quant(depth.folder / "model", depth.folder / "out")
+        return list(depth.record["block_seconds"])
+
+    made = [f"block {number} of 3: loss 1 -> 2" for number in (1, 2, 3)]
+    assert piece(*made[:2]) == [1, 3]
+    assert piece("block 1 of 3: kept", "block 2 of 3: kept", made[2]) == [1, 3, 5]
+    assert piece(*made) == [1, 3, 5]
+    assert depth.record["pieces"] == 3
