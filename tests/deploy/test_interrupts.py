@@ -97,7 +97,7 @@ def test_a_stopped_unpack_leaves_nothing(
 
 @pytest.mark.slow
 def test_a_signal_in_the_midst_of_it(copy: Path) -> None:
-    words = ("--first", "1500", "--seqlen", "20", "--progress", "json")
+    words = ("--first", "600", "--seqlen", "20", "--progress", "json")
     running = subprocess.Popen(
         [sys.executable, "-m", "deploy", "attribute", str(copy), *words],
         cwd=REPOSITORY,

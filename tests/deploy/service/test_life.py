@@ -79,7 +79,7 @@ def test_a_signal_while_the_model_is_loading(serve: Callable[..., Server]) -> No
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_running_texts_end(serve: Callable[..., Server], number: int) -> None:
     """Streamed and whole, in a slot and before it; nothing new begins; the exit code is 0."""
-    server = serve("--slots", "2", fake={"step_us": 10_000})
+    server = serve("--slots", "2", fake={"step_us": 2000})
     bodies = [{"prompt": f"p{i}", "max_tokens": 100, "stream": i % 2 == 0} for i in range(4)]
     raws = [Raw(server).send(post(body)) for body in bodies]
     idle = Raw(server)

@@ -232,7 +232,7 @@ def test_too_little_memory(
     with pytest.raises(InputError) as caught:
         validate(tiny_export())
     assert str(caught.value) == (
-        "validation: got 0.00 GB of free memory, expected 0.50 GB for 0 M weights. "
+        "validation: got 0.00 GB of free memory, expected 0.51 GB for 0 M weights. "
         "Use --until engine here, and validate on a machine with more memory."
     )
 
