@@ -131,12 +131,15 @@ def bar(share: float, label: str) -> str:
 
 
 def _scale(values: list[float], log: bool) -> tuple[float, float, list[float]]:
-    """(low, high, ticks); low and high are powers of ten when log."""
+    """(low, high, ticks); low and high are powers of ten when log, and zeros lie a power below the rest."""
     if log:
         positive = [value for value in values if value > 0]
         bottom = math.floor(math.log10(min(positive))) if positive else -6
         top = max(math.ceil(math.log10(max(positive))) if positive else 0, bottom + 1)
-        return bottom, top, [10.0**power for power in range(bottom, top + 1)]
+        if len(positive) == len(values):
+            return bottom, top, [10.0**power for power in range(bottom, top + 1)]
+        top = max(math.ceil(math.log10(max(positive))), bottom) if positive else top
+        return bottom - 1, top, [0.0, *(10.0**power for power in range(bottom, top + 1))]
     low, high = min([0.0, *values]), max([1.0, *values])
     step = 10 ** math.floor(math.log10((high - low) / _TICKS))
     step = next(
@@ -147,7 +150,7 @@ def _scale(values: list[float], log: bool) -> tuple[float, float, list[float]]:
 
 
 def _number(value: float, log: bool) -> str:
-    if not log:
+    if not log or value == 0:
         return f"{value:g}"
     power = round(math.log10(value))
     return (

@@ -55,6 +55,21 @@ def test_higher_values_are_drawn_higher() -> None:
     assert heights == sorted(heights, reverse=True) and len(set(heights)) == 4
 
 
+def test_zeros_lie_below_all_that_is_more() -> None:
+    """Exact layers are not drawn on their limit."""
+    chart = Chart("t", "d", "u", CHART.labels, log=True)
+    lines = [Series("s", "a", [0.0, 0.0, 0.0, 0.0]), Series("limit", "limit", [1.0] * 4)]
+    svg = parse(line_chart(chart, lines, "k"))[0]
+    ticks = {
+        "".join(tick.itertext()): float(tick.get("y", "nan"))
+        for tick in svg.iter("text")
+        if tick.get("text-anchor") == "end"
+    }
+    assert list(ticks) == ["0", "1"] and ticks["1"] < ticks["0"]
+    (height,) = {float(mark.get("cy", "nan")) for mark in svg.iter("circle") if "cx" in mark.attrib}
+    assert ticks["0"] - height == 4  # a label stands so much below its line
+
+
 def test_many_labels_are_thinned_and_the_last_stays() -> None:
     labels = [*map(str, range(80)), "logits"]
     svg = parse(line_chart(Chart("t", "d", "u", labels), [Series("s", "a", [1.0] * 81)], "k"))[0]
