@@ -8,10 +8,11 @@ static void show(void* user, int32_t token, const char* text, size_t length, flo
   fflush(stdout);
 }
 
-/* What was held back, such as the first letters of a stop string that did not come. */
+/* What was held back, such as the first letters of a stop string that did not come; and what went
+   wrong, if something did. */
 static void show_rest(void* user, const anybit_finish* finish, const char* detail, const char* text,
                       size_t length) {
-  (void)finish, (void)detail;
+  if (finish->reason == ANYBIT_ERROR) fprintf(stderr, "%s\n", detail);
   show(user, 0, text, length, 0);
 }
 
@@ -46,5 +47,5 @@ int main(int argc, char** argv) {
   fprintf(stderr, "\n%d tokens\n", finish.completion_tokens);
   anybit_release(handle);
   anybit_close(engine);
-  return 0;
+  return finish.reason == ANYBIT_ERROR;
 }

@@ -82,14 +82,22 @@ extern "C" fn show(
     let _ = out.write_all(bytes).and_then(|()| out.flush());
 }
 
-/// What was held back, such as the first letters of a stop string that did not come.
+const ERROR: c_int = 3; // ANYBIT_ERROR
+
+/// What was held back, such as the first letters of a stop string that did not come; and what went
+/// wrong, if something did.
 extern "C" fn show_rest(
     user: *mut c_void,
-    _: *const Finish,
-    _: *const c_char,
+    finish: *const Finish,
+    detail: *const c_char,
     text: *const c_char,
     length: usize,
 ) {
+    unsafe {
+        if (*finish).reason == ERROR {
+            eprintln!("{}", CStr::from_ptr(detail).to_string_lossy());
+        }
+    }
     show(user, 0, text, length, 0.0);
 }
 
@@ -131,5 +139,6 @@ fn main() {
         eprintln!("\n{} tokens", finish.completion_tokens);
         anybit_release(handle);
         anybit_close(engine);
+        std::process::exit(c_int::from(finish.reason == ERROR));
     }
 }
