@@ -181,13 +181,12 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     else:
         _embed(job, basis, streams)
     took: list[float] = []
-    progress.start("calibrate", layers)
+    # those that are known take no time, and would flatter the rest
+    progress.start("calibrate", layers - known)
     for index, block in enumerate(checkpoint.decoder.blocks):
         if index < known:
             reports.append(job.store.report(index))
-            note = _kept_line(index, layers)
-            progress.message(note)
-            progress.advance(1, note)
+            progress.message(_kept_line(index, layers))
             continue
         block_began = time.monotonic()
         weights = {

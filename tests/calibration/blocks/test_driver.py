@@ -351,8 +351,10 @@ def test_reports_costs_and_a_note_per_block(model: Path, tmp_path: Path) -> None
         told[-1]
         == f"block {LAYERS} of {LAYERS}: loss {last['loss_before']:.3g} -> {last['loss_after']:.3g}"
     )
-    again = calibrate(_job(model, tmp_path / "a"))
+    notes = _Notes()
+    again = calibrate(_job(model, tmp_path / "a"), notes)
     assert again.reports == done.reports and again.cost["spilled_bytes"] == 0
+    assert notes.calls[0] == ("calibrate", 0)  # nothing of this run that would tell a time
 
 
 def test_the_time_that_is_left_counts_the_disk(
