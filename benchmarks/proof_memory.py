@@ -25,11 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_model import SHAPES, write_model
+from random_model import SHAPES, own_and_exporters, write_model
 from result_file import command_on, write_result
 
 HERE = Path(__file__).resolve().parent
-ROUNDED = ["--wbits", "4", "--abits", "8", "--method", "rtn"]
 # The proof where so many bytes are free.
 PROVE = """
 import sys
@@ -144,10 +143,7 @@ def make(work: Path, like: str, layers: int | None, options: list[str]) -> Path:
 
 def main() -> int:
     """Make what is asked for, measure, write, and take it away."""
-    own, options = sys.argv[1:], ROUNDED
-    if "--" in own:
-        at = own.index("--")
-        own, options = own[:at], own[at + 1 :]
+    own, options = own_and_exporters()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

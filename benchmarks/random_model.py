@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 40, "num_key_value_heads": 40, "head_dim": 128}
     | {"vocab_size": 32000, "tie_word_embeddings": False},
 }
+
+
+ROUNDED = ["--wbits", "4", "--abits", "8", "--method", "rtn"]
+
+
+def own_and_exporters() -> tuple[list[str], list[str]]:
+    """This command's words in front of a "--", and those for the exporter behind it: plain rounding where
+    there is none.
+    """
+    words = sys.argv[1:]
+    if "--" not in words:
+        return words, ROUNDED
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -28,12 +28,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from random_model import SHAPES, write_model
+from random_model import SHAPES, own_and_exporters, write_model
 from result_file import write_result
 
 HERE = Path(__file__).resolve().parent
 READS = {"quant": "model", "onnx": "out/quant", "engine": "out/onnx"}  # of each stage
-PLAIN = ["--wbits", "4", "--abits", "8", "--method", "rtn"]
 
 # The stages behind the first, alone: they read the folder before their own and no model.
 CHILD = """
@@ -197,10 +196,7 @@ def _size(folder: Path) -> int:
 
 def main() -> None:
     """Measure each depth, the least first."""
-    own, options = sys.argv[1:], PLAIN
-    if "--" in own:
-        at = own.index("--")
-        own, options = own[:at], own[at + 1 :]
+    own, options = own_and_exporters()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -135,11 +135,10 @@ def _scale(values: list[float], log: bool) -> tuple[float, float, list[float]]:
     if log:
         positive = [value for value in values if value > 0]
         bottom = math.floor(math.log10(min(positive))) if positive else -6
-        top = max(math.ceil(math.log10(max(positive))) if positive else 0, bottom + 1)
-        if len(positive) == len(values):
-            return bottom, top, [10.0**power for power in range(bottom, top + 1)]
-        top = max(math.ceil(math.log10(max(positive))), bottom) if positive else top
-        return bottom - 1, top, [0.0, *(10.0**power for power in range(bottom, top + 1))]
+        zeros = len(positive) < len(values)
+        top = max(math.ceil(math.log10(max(positive))) if positive else 0, bottom + (not zeros))
+        powers = [10.0**power for power in range(bottom, top + 1)]
+        return bottom - zeros, top, [0.0] * zeros + powers
     low, high = min([0.0, *values]), max([1.0, *values])
     step = 10 ** math.floor(math.log10((high - low) / _TICKS))
     step = next(

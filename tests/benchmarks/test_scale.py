@@ -59,11 +59,12 @@ def test_a_run_in_pieces(
 def test_other_options_need_another_folder(
     scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale.Depth(tmp_path, "tiny", 1, scale.PLAIN)._save()
+    rounded = ["--wbits", "4", "--abits", "8", "--method", "rtn"]
+    scale.Depth(tmp_path, "tiny", 1, rounded)._save()
     with pytest.raises(SystemExit) as caught:
         scale.Depth(tmp_path, "tiny", 1, CALIBRATED)
     assert str(caught.value) == (
-        f"{tmp_path / 'tiny-1.json'}: made with {scale.PLAIN}: choose another WORK"
+        f"{tmp_path / 'tiny-1.json'}: made with {rounded}: choose another WORK"
     )
 
 

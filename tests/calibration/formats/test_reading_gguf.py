@@ -63,6 +63,15 @@ def file_of(original: Checkpoint, types: Mapping[str, str], path: Path, **option
     return write_gguf(path, original, blocks=blocks, **options)
 
 
+def check_logits(folder: Path, checkpoint: Checkpoint) -> None:
+    """The exported graph predicts what transformers does with the dequantized checkpoint."""
+    decoder = Decoder(folder)
+    logits, _ = decoder(feeds(IDS, decoder.empty()))
+    with torch.no_grad():
+        want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
 @pytest.mark.parametrize(
     ("types", "schemes"),
     [
@@ -87,11 +96,7 @@ def test_codes_stay(
         table = checkpoint.decoder.head_table() if layer == "lm_head" else layer
         want, got = checkpoint.array(f"{table}.weight"), quant.linear(layer).dequantize()
         np.testing.assert_array_equal(got, want, layer)
-    decoder = Decoder(folder)
-    logits, _ = decoder(feeds(IDS, decoder.empty()))
-    with torch.no_grad():
-        want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
-    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+    check_logits(folder, checkpoint)
 
 
 @pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe"])
@@ -116,11 +121,7 @@ def test_codes_of_experts_stay(
     for layer in quant.decoder.linears:
         want, got = checkpoint.array(f"{layer}.weight"), quant.linear(layer).dequantize()
         np.testing.assert_array_equal(got, want, layer)
-    decoder = Decoder(folder)
-    logits, _ = decoder(feeds(IDS, decoder.empty()))
-    with torch.no_grad():
-        want = float_model(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
-    np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+    check_logits(folder, checkpoint)
 
 
 def test_floats_among_codes(original: Checkpoint, tmp_path: Path) -> None:
