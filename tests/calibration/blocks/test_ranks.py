@@ -20,8 +20,10 @@ from calibration.blocks.ranks import ALONE, Ranks, join_ranks
 from calibration.out.files import locked
 from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny, files
-from tests.calibration.process_group import PATIENCE, Ended
 from tests.conftest import W4A8
+from tests.forks import PATIENCE, Started
+
+Ended = list[Started]
 
 
 def _command(rank: int, *arguments: str) -> int:

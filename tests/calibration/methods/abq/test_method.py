@@ -18,7 +18,7 @@ from calibration.methods.abq.settings import AbqSettings
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from tests.calibration.block_cases import block_task
-from tests.calibration.process_group import Ended
+from tests.forks import Started
 
 W2 = QuantScheme("ABQGemm", "abq", 2, 8, True, 16)
 
@@ -49,7 +49,7 @@ def _command(rank: int, *arguments: str) -> int:
 
 
 def test_two_processes_train_as_one(
-    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+    together: Callable[..., list[Started]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Five windows over two processes: the same losses within 1e-4."""
     losses, scales = [], []
