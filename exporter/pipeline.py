@@ -152,7 +152,7 @@ class Pipeline:
         )
         if asked.memory:
             self.progress.message(str(asked))
-        check_room(request.out, asked, calibrates)
+        check_room(request.out, asked)
 
     def _check_memory(self) -> None:
         from exporter.proof.memory import check_memory

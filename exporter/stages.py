@@ -7,11 +7,12 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import sha256_file, write_json
+from calibration.out.files import folder_bytes, remove, sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     method_digest,
@@ -214,7 +215,8 @@ class QuantStage(Stage):
         """Of all tensors."""
         from calibration.quant.quantize import quant_bytes
 
-        return quant_bytes(self.checkpoint, self.schemes, self.request.format)
+        asked = quant_bytes(self.checkpoint, self.schemes, self.request.format)
+        return asked - folder_bytes(self.out / WORK)  # of an interrupted run
 
     def work(self, folder: Path) -> dict[str, Any]:
         """Calibrate and quantize."""
@@ -228,6 +230,11 @@ class QuantStage(Stage):
             format=self.request.format,
         )
         return quantize_model(self.checkpoint, self.schemes, options, folder, self.progress)
+
+    def finish(self) -> None:
+        """Away with what was kept to go on from."""
+        with suppress(OSError):
+            remove(self.out / WORK)
 
 
 class OnnxStage(Stage):

@@ -34,7 +34,7 @@ STAGES = QUANT, ONNX, ENGINE, REPORT = "quant", "onnx", "engine", "report"
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # held by the process that writes
 ATTRIBUTION = "attribution.json"  # what python -m deploy attribute measured so far
-WORK = ".calibration"  # finished blocks of a calibration that is not over
+WORK = ".calibration"  # finished blocks and weight files of a quant/ that is not whole
 SENSITIVITY = ".sensitivity.json"  # what --budget measured, for --resume
 
 # OUT/quant
