@@ -17,6 +17,7 @@ __all__ = [
     "MANIFEST",
     "MODEL_FILE",
     "ONNX",
+    "PROOF_WORK",
     "QUANT",
     "QUANT_JSON",
     "REPORT",
@@ -35,6 +36,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"  # held by the process that writes
 ATTRIBUTION = "attribution.json"  # what python -m deploy attribute measured so far
 WORK = ".calibration"  # finished blocks and weight files of a quant/ that is not whole
+PROOF_WORK = ".proof"  # levels of a proof that is not over
 SENSITIVITY = ".sensitivity.json"  # what --budget measured, for --resume
 
 # OUT/quant

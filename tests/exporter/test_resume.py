@@ -222,6 +222,7 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
     )
     assert sorted(path.name for path in out.iterdir()) == [
         ".lock",
+        ".proof",
         "manifest.json",
         "onnx",
         "quant",
@@ -232,6 +233,7 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
         and "quant: kept" in err
         and "onnx: kept" in err
         and (out / "report" / "index.html").exists()
+        and not (out / ".proof").exists()
     )
 
 
