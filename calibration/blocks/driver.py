@@ -172,9 +172,12 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         )
     checkpoint, layers = job.checkpoint, job.checkpoint.decoder.layers
     basis = job.method.basis(checkpoint, job.settings)
-    budget = StreamBudget(job.settings.max_memory, job.store.folder)
-    streams, saved = _rooms(job, budget, ranks, device), SavedStreams(job.store, ranks)
-    finished, reports = job.store.finished(), []
+    budget = StreamBudget(job.settings.max_memory, job.store.pieces.folder)
+    streams, saved = (
+        _rooms(job, budget, ranks, device),
+        SavedStreams(job.store.pieces, ranks, progress.warning),
+    )
+    finished, reports = len(job.store.digests()), []
     known = saved.behind(min(finished, layers))
     if known:
         saved.load(known, streams.all)
