@@ -209,6 +209,7 @@ void refuse_what_is_not_there(Fields& fields) {
   fields.only("modalities", Json{"text"}, "Leave it out: this server writes text");
   fields.only("audio", nullptr, "Leave it out: this server writes text");
   fields.only("web_search_options", nullptr, "Leave it out: this server does not search");
+  fields.only("moderation", nullptr, "Leave it out: this server does not judge texts");
   fields.only("suffix", "", "Leave it out: this server continues a text, and does not fill gaps");
   fields.only("echo", false, "Leave it out, and put the prompt in front yourself");
 }
@@ -285,8 +286,8 @@ Call read_call(Endpoint endpoint, std::string_view body, const Model& model,
   refuse_what_is_not_there(fields);
   // Who asks and how it is billed, kept or cached; hints that change no odds.
   fields.ignore({"user", "metadata", "store", "service_tier", "safety_identifier",
-                 "prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls",
-                 "reasoning_effort", "verbosity"});
+                 "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction",
+                 "parallel_tool_calls", "reasoning_effort", "verbosity"});
   if (endpoint == Endpoint::chat) {
     const auto messages = read_messages(fields);
     fields.refuse_others();

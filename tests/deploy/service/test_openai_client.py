@@ -9,6 +9,8 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
 from tests.deploy.service.conftest import Server, chat_prompt, expected
 
@@ -321,6 +323,25 @@ def test_what_is_refused(
     body: Any = caught.value.body
     assert (body["message"], body["param"]) == (f"{param}: {message}", param)
     assert body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("params", [chat_params, completion_params], ids=["chat", "completions"])
+def test_no_field_of_the_client_is_unknown(client: openai.OpenAI, params: Any) -> None:
+    """Each is followed, ignored, or refused as what it is."""
+    is_chat = params is chat_params
+    create: Any = client.chat.completions.create if is_chat else client.completions.create
+    good = {"model": "fake"} | ({"messages": MESSAGES} if is_chat else {"prompt": "x"})
+    names = params.CompletionCreateParamsBase.__annotations__.keys() - good.keys()
+    assert len(names) > 12
+    codes = set()
+    for name in names:
+        try:
+            create(**good, max_tokens=1, extra_body={name: "no such value"})
+        except openai.BadRequestError as caught:
+            body: Any = caught.body
+            assert body["param"] == name
+            codes.add(body["code"])
+    assert codes == {"invalid_value", "unsupported_value"}
 
 
 def test_another_model(client: openai.OpenAI) -> None:
