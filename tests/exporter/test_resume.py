@@ -20,7 +20,7 @@ import pytest
 import exporter.graph.decoder
 from calibration.checkpoints.safetensors import SafetensorsWriter
 from calibration.out.files import write_json
-from calibration.out.layout import DATA_FILE, STAGES, WORK
+from calibration.out.layout import DATA_FILE, PROOF_WORK, STAGES, WORK
 from exporter.engine.edition import Edition
 from exporter.proof.result import ValidationResult
 from exporter.proof.validate import NO_FLOATS
@@ -386,8 +386,9 @@ def test_stages_that_follow_a_new_one_are_gone(
         stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None
     )
     append(world.root / "exporter" / "graph" / "decoder.py")
+    (out / PROOF_WORK).mkdir()  # levels of another file
     assert run(out, *WHOLE, "--until", "onnx", model=world.model)[0] == 0
-    assert stages() == ["onnx", "quant"]
+    assert stages() == ["onnx", "quant"] and not (out / PROOF_WORK).exists()
 
 
 def test_a_stage_that_fails_keeps_what_follows(
