@@ -38,7 +38,7 @@ void read_bias(Fields& fields, int vocab, Sampling& sampling) {
   Fields entries(*bias, "logit_bias.");
   for (const auto& [key, value] : bias->items()) {
     const bool digits =
-        !key.empty() && key.size() < 10 &&
+        !key.empty() && key.size() < 10 && (key[0] != '0' || key == "0") &&
         std::all_of(key.begin(), key.end(), [](char c) { return c >= '0' && c <= '9'; });
     if (!digits || std::stoi(key) >= vocab) {
       throw bad_request("logit_bias",
@@ -125,6 +125,10 @@ std::vector<Message> read_messages(Fields& fields) {
     message.only("tool_calls", Json::array(), "Leave it out: this server calls no tools");
     message.only("function_call", nullptr, "Leave it out: this server calls no functions");
     message.ignore({"name", "refusal", "annotations", "audio"});
+    if (*role != "assistant" && !message.find("content")) {
+      throw bad_request(where + ".content", "got none, expected text",
+                        "Say something, or leave the message out", "missing_required_parameter");
+    }
     const std::string content = content_of(message);
     message.refuse_others();
     messages.push_back({role_of(*role), content});
@@ -205,6 +209,7 @@ void refuse_what_is_not_there(Fields& fields) {
   fields.only("modalities", Json{"text"}, "Leave it out: this server writes text");
   fields.only("audio", nullptr, "Leave it out: this server writes text");
   fields.only("web_search_options", nullptr, "Leave it out: this server does not search");
+  fields.only("moderation", nullptr, "Leave it out: this server does not judge texts");
   fields.only("suffix", "", "Leave it out: this server continues a text, and does not fill gaps");
   fields.only("echo", false, "Leave it out, and put the prompt in front yourself");
 }
@@ -281,8 +286,8 @@ Call read_call(Endpoint endpoint, std::string_view body, const Model& model,
   refuse_what_is_not_there(fields);
   // Who asks and how it is billed, kept or cached; hints that change no odds.
   fields.ignore({"user", "metadata", "store", "service_tier", "safety_identifier",
-                 "prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls",
-                 "reasoning_effort", "verbosity"});
+                 "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction",
+                 "parallel_tool_calls", "reasoning_effort", "verbosity"});
   if (endpoint == Endpoint::chat) {
     const auto messages = read_messages(fields);
     fields.refuse_others();
@@ -298,11 +303,17 @@ Call read_call(Endpoint endpoint, std::string_view body, const Model& model,
                           std::to_string(limits.choices),
                       "Send several requests");
   }
-  int longest = 0;
-  for (const auto& prompt : call.prompts)
-    longest = std::max(longest, static_cast<int>(prompt.size()));
-  if (longest >= card.max_context) {
-    throw bad_request(endpoint == Endpoint::chat ? "messages" : "prompt",
+  const char* where = endpoint == Endpoint::chat ? "messages" : "prompt";
+  size_t shortest = SIZE_MAX, longest = 0;
+  for (const auto& prompt : call.prompts) {
+    shortest = std::min(shortest, prompt.size());
+    longest = std::max(longest, prompt.size());
+  }
+  if (shortest == 0) {
+    throw bad_request(where, "got no tokens, expected at least one", "Give some text");
+  }
+  if (longest >= static_cast<size_t>(card.max_context)) {
+    throw bad_request(where,
                       "got " + std::to_string(longest) +
                           " tokens, expected fewer than the context of " +
                           std::to_string(card.max_context),

@@ -217,6 +217,10 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // Whether the request may go on; else it is answered.
   bool admit() {
     const auto& header = parser_->get();
+    if (header.count(http::field::host) > 1) {  // which of them is meant, others may see otherwise
+      refuse(400, "bad_http", "request: got more than one Host, expected one. Correct the client.");
+      return false;
+    }
     const std::string id = field("X-Request-Id");
     request_.id = fit_for_a_log(id) ? id : new_id();
     request_.client = client_;

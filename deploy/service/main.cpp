@@ -1,7 +1,10 @@
 // anybit-serve OUT: an artifact as a service that clients of OpenAI's API can use.
 #include <CLI/CLI.hpp>
+#include <anybit/anybit.hpp>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 
 #include "service/service.hpp"
 
@@ -17,8 +20,30 @@ struct Words {
   size_t body = 4096, memory = 0;
 };
 
+// CLI::Range lets NaN pass.
+CLI::Validator seconds(double least) {
+  const CLI::Range range(least, 1e6);
+  const auto check = [range](std::string& text) {
+    return std::isnan(std::strtod(text.c_str(), nullptr)) ? "got " + text + ", expected a number"
+                                                          : range(text);
+  };
+  return CLI::Validator(check, range.get_description());
+}
+
+// As browsers name an origin; another form would never be theirs.
+std::string check_origin(const std::string& text) {
+  const size_t host = text.find("://");
+  const bool good = host != text.npos && host + 3 < text.size() &&
+                    text.find_first_of("/?# \t\r\n", host + 3) == text.npos;
+  if (text.empty() || text == "*" || good) return "";
+  return "got " + anybit::service::shown(text) +
+         ", expected *, or an origin without a path, such as https://app.example";
+}
+
 void declare(CLI::App& app, ServiceOptions& o, Words& words) {
-  app.set_help_flag("--help", "print this and exit");
+  app.set_help_flag("-h,--help", "print this and exit");
+  app.set_version_flag("--version", std::string("anybit-serve ") + anybit::kVersion,
+                       "print the version and exit");
   app.option_defaults()->always_capture_default()->multi_option_policy(
       CLI::MultiOptionPolicy::TakeLast);
   app.add_option("OUT", words.folder,
@@ -38,7 +63,8 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
       ->check(CLI::Range(0, INT32_MAX));
   app.add_option("--chunk", o.load.chunk, "most prompt tokens in one call of the model")
       ->check(CLI::Range(1, 65536));
-  app.add_option("--memory", words.memory, "MB that caches and calls may take; 0: what is free");
+  app.add_option("--memory", words.memory, "MB that caches and calls may take; 0: what is free")
+      ->check(CLI::Range(0, 1 << 30));
   app.add_flag("--verify", o.load.verify, "compare the weights with their SHA-256 first");
   app.add_option("--onnxruntime", o.load.onnxruntime, "libonnxruntime.so, or its folder");
   app.add_option("--tensorrt", o.load.tensorrt,
@@ -49,7 +75,8 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.add_option("--name", o.name, "what clients call the model; empty: its own name");
   app.add_option("--api-key", words.api_key,
                  "file of keys, one a line; clients must send one of them");
-  app.add_option("--cors", o.cors, "origin whose pages may call this server, or *; empty: none");
+  app.add_option("--cors", o.cors, "origin whose pages may call this server, or *; empty: none")
+      ->check(CLI::Validator(check_origin, ""));
   app.add_option("--allow-host", o.hosts,
                  "another name by which this server is asked where it has no key; * is any")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
@@ -63,17 +90,17 @@ void declare(CLI::App& app, ServiceOptions& o, Words& words) {
   app.add_option("--max-connections", o.http.connections, "at once")->check(CLI::Range(1, 1 << 20));
   app.add_option("--client-timeout", words.client,
                  "seconds for a client to send a header, or a body, or to take what was sent")
-      ->check(CLI::Range(0.001, 1e6));
+      ->check(seconds(0.001));
   app.add_option("--idle-timeout", words.idle, "seconds for a client to send its next request")
-      ->check(CLI::Range(0.001, 1e6));
+      ->check(seconds(0.001));
   app.add_option("--keep-alive", words.keep_alive,
                  "seconds after which a stream without tokens gets a comment")
-      ->check(CLI::Range(0.001, 1e6));
+      ->check(seconds(0.001));
   app.add_option("--timeout", words.timeout, "seconds from a request to the end of its text")
-      ->check(CLI::Range(0.001, 1e6));
+      ->check(seconds(0.001));
   app.add_option("--drain-timeout", words.drain,
                  "seconds that running texts have to end after SIGTERM")
-      ->check(CLI::Range(0.0, 1e6));
+      ->check(seconds(0));
   app.add_option("--log", words.log,
                  "file that lines of JSON are appended to; - is standard error");
 }
@@ -99,7 +126,7 @@ int main(int argc, char** argv) {
     return kInput;
   }
   options.folder = words.folder;
-  options.load.memory_limit = words.memory << 20;
+  options.load.memory_limit = words.memory * 1'000'000;
   options.http.body = words.body << 10;
   options.http.patience = milliseconds(words.client);
   options.http.idle = milliseconds(words.idle);

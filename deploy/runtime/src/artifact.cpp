@@ -165,9 +165,11 @@ Artifact::Artifact(const fs::path& folder, Stage which) {
   const StageFacts facts = facts_of(which);
   std::error_code ignored;
   if (!fs::is_directory(folder, ignored)) {
-    throw Error(folder.string(),
-                std::string("got ") + (fs::exists(folder, ignored) ? "a file" : "no such folder") +
-                    ", expected an artifact folder",
+    const char* got = folder.empty()                ? "an empty name"
+                      : fs::exists(folder, ignored) ? "a file"
+                                                    : "no such folder";
+    throw Error(folder.empty() ? "folder" : folder.string(),
+                std::string("got ") + got + ", expected an artifact folder",
                 std::string("Make one with: ") + kMake + " --out DIR");
   }
   const fs::path manifest_path = folder / "manifest.json";

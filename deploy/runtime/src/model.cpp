@@ -30,7 +30,9 @@ void check_options(const LoadOptions& options) {
   };
   check("slots", options.slots, 1, 1024);
   check("threads", options.threads, 0, 4096);
-  check("capacity", options.capacity, 0, std::numeric_limits<int32_t>::max());
+  if (options.capacity != 0) {  // a prompt has a token, and an answer
+    check("capacity", options.capacity, 2, std::numeric_limits<int32_t>::max());
+  }
   check("chunk", options.chunk, 1, 65536);
   if (options.backend != "auto" && options.backend != "tensorrt" &&
       options.backend != "onnxruntime") {

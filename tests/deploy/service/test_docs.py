@@ -31,7 +31,7 @@ def options(service: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [PAGE, UNIT, CONTAINER], ids=lambda path: path.name)
 def test_options_exist(options: set[str], path: Path) -> None:
-    others = {"--engine", "--wbits", "--abits", "--head-bits", "--kv", "--max-batch", "--out", "--now", "--help", "--yes", "--no-install-recommends", "--no-cache-dir", "--from", "--rm", "--build-arg", "--variant", "--include"}  # fmt: skip
+    others = {"--engine", "--wbits", "--abits", "--head-bits", "--kv", "--max-batch", "--out", "--now", "--help", "--yes", "--no-install-recommends", "--no-cache-dir", "--from", "--rm", "--build-arg", "--variant", "--include", "--stop-timeout"}  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text(encoding="utf-8")))
     assert named & options and not named - others - options
 

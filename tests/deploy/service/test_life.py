@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.deploy.service.conftest import PATIENCE, Server, expected
 from tests.deploy.service.test_http import Raw, error_of, get, post
 
@@ -251,6 +253,11 @@ def test_a_port_in_use(serve: Callable[..., Server], service: Path, fake_engine:
         (("OUT", "--backend", "cuda"), "--backend: cuda not in {auto,tensorrt,onnxruntime}"),
         (("OUT", "--prot", "1"), "anybit-serve: The following arguments were not expected: --prot 1. anybit-serve --help lists the options."),
         ((), "OUT is required"),
+        (("OUT", "--timeout", "nan"), "--timeout: got nan, expected a number. anybit-serve --help lists the options."),
+        (("OUT", "--timeout", "0"), "--timeout: Value 0 not in range [0.001 - 1e+06]"),
+        (("OUT", "--memory", "17592186044416"), "--memory: Value 17592186044416 not in range [0 - 1073741824]"),
+        (("OUT", "--cors", "https://app.example/"), '--cors: got "https://app.example/", expected *, or an origin without a path, such as https://app.example. anybit-serve --help lists the options.'),
+        (("OUT", "--cors", "app.example"), '--cors: got "app.example", expected *, or an origin'),
         (("OUT", "--host", "not a host"), "--host: got not a host (Host not found (authoritative)), expected an address of this machine. Give one, such as 127.0.0.1, or 0.0.0.0 for all."),
         (("OUT", "--log", "/nowhere/log"), "--log: got /nowhere/log (No such file or directory), expected a file to append to. Check the folder and its permissions."),
         (("OUT", "--api-key", "/dev/null"), "--api-key: got /dev/null, which cannot be read or is empty, expected a key a line. Write one into it, such as: openssl rand -hex 32 > /dev/null."),
@@ -263,6 +270,25 @@ def test_what_it_cannot_begin_with(
     code, message = fails(service, *words, env={"LD_PRELOAD": str(fake_engine)})
     assert code == 2
     assert message.splitlines()[0].startswith(said), message
+
+
+def test_help_and_version(service: Path) -> None:
+    found = [
+        subprocess.run([str(service), word], capture_output=True, text=True, check=True).stdout
+        for word in ("-h", "--help", "--version")
+    ]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert found[0] == found[1] and "--drain-timeout" in found[0]
+    assert found[2] == f"anybit-serve {project['project']['version']}\n"
+
+
+def test_no_name_of_a_folder(service: Path) -> None:
+    """As where a variable of a script is not set."""
+    assert fails(service, "", "--port", "0") == (
+        2,
+        "folder: got an empty name, expected an artifact folder. Make one with: python -m exporter "
+        "MODEL --wbits W --abits A --out DIR.",
+    )
 
 
 def test_a_failure_to_load_is_said_where_the_log_is_a_file(

@@ -9,6 +9,8 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
 from tests.deploy.service.conftest import Server, chat_prompt, expected
 
@@ -297,6 +299,7 @@ def test_what_a_chain_of_tools_sends(client: openai.OpenAI) -> None:
         ({"stream": 1}, "stream", "got 1, expected true or false. Give one, or leave the field out."),
         ({"stop": [""]}, "stop", 'got [""], expected a text or a list of at most 16, none of them empty. Give such texts, or leave the field out.'),
         ({"logit_bias": {"a": 1}}, "logit_bias", 'got the key "a", expected a token id of 0 to 256. Ask /tokenize for the ids of a text.'),
+        ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias", 'got the key "01", expected a token id of 0 to 256. Ask /tokenize for the ids of a text.'),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "got 101, expected a number of -100.0 to 100.0. Give such a number, or leave the field out."),
         ({"top_logprobs": 2}, "top_logprobs", 'got 2 without logprobs, expected both. Add "logprobs": true.'),
         ({"tools": [{"type": "function"}]}, "tools", 'got [{"type":"function"}], expected []. Leave it out: this server calls no tools.'),
@@ -307,6 +310,7 @@ def test_what_a_chain_of_tools_sends(client: openai.OpenAI) -> None:
         ({"temprature": 1}, "temprature", "got a field that this server does not know. Leave it out, or correct its name."),
         ({"messages": []}, "messages", 'got [], expected a list of messages. Give at least one, such as {"role": "user", "content": "Hello"}.'),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "got none, expected one. Say who speaks, such as user."),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "got none, expected text. Say something, or leave the message out."),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", 'got {"type":"image_url"}, expected text, or a list of parts of type text. Leave out images, sound and files: this server reads text.'),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", "got 5017 tokens, expected fewer than the context of 4096. Send a shorter text."),
     ],
@@ -319,6 +323,25 @@ def test_what_is_refused(
     body: Any = caught.value.body
     assert (body["message"], body["param"]) == (f"{param}: {message}", param)
     assert body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("params", [chat_params, completion_params], ids=["chat", "completions"])
+def test_no_field_of_the_client_is_unknown(client: openai.OpenAI, params: Any) -> None:
+    """Each is followed, ignored, or refused as what it is."""
+    is_chat = params is chat_params
+    create: Any = client.chat.completions.create if is_chat else client.completions.create
+    good = {"model": "fake"} | ({"messages": MESSAGES} if is_chat else {"prompt": "x"})
+    names = params.CompletionCreateParamsBase.__annotations__.keys() - good.keys()
+    assert len(names) > 12
+    codes = set()
+    for name in names:
+        try:
+            create(**good, max_tokens=1, extra_body={name: "no such value"})
+        except openai.BadRequestError as caught:
+            body: Any = caught.body
+            assert body["param"] == name
+            codes.add(body["code"])
+    assert codes == {"invalid_value", "unsupported_value"}
 
 
 def test_another_model(client: openai.OpenAI) -> None:

@@ -7,3 +7,9 @@
 #include "anybit/request.hpp"
 #include "anybit/sampling.hpp"
 #include "anybit/tokenizer.hpp"
+
+namespace anybit {
+
+inline constexpr char kVersion[] = "0.1.0";  // of this header
+
+}  // namespace anybit

@@ -26,7 +26,7 @@ struct LoadOptions {
   // Threads that compute; 0: one for each core that the process may use by its affinity and its
   // control groups.
   int threads = 0;
-  // Most tokens in a slot, prompt and new ones; 0: as many as the model allows.
+  // Most tokens in a slot, prompt and new ones, 2 or more; 0: as many as the model allows.
   int capacity = 0;
   // Most prompt tokens in one call of the model, 1 to 65536: bounds the memory of a call, and how
   // long a running request waits for another's prompt.

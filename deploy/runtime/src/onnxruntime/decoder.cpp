@@ -123,6 +123,7 @@ class ConcatDecoder : public Decoder {
       call.input(tensors_[i].past.c_str(), cache[i].get());
       call.output(tensors_[i].present.c_str());
     }
+    logits_.reset();  // not beside new ones
     run(call);
     for (size_t i = 0; i < tensors_.size(); ++i) cache[i] = std::move(call.outputs[i + 1]);
     logits_ = std::move(call.outputs[0]);
@@ -219,7 +220,10 @@ class StaticDecoder : public Decoder {
     filled_.resize(rows.size());
     call_.input("write_indices", integers(filled_, {batch}));
     const std::vector<int64_t> dims{batch, with_logits(rows), vocab_};
-    logits_.resize(static_cast<size_t>(dims[0] * dims[1] * dims[2]));
+    const auto numbers = static_cast<size_t>(dims[0] * dims[1] * dims[2]);
+    if (numbers > logits_.capacity())
+      std::vector<float>().swap(logits_);  // not beside a larger one
+    logits_.resize(numbers);
     call_.output("logits",
                  session_->tensor(kFloat, dims, logits_.data(), logits_.size() * sizeof(float)));
     slot_ = rows[0].slot;
