@@ -135,6 +135,19 @@ def _make_model(
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def most_windows() -> Iterator[int]:
+    """The most windows by which a proof tells quality and loss; in the tests' own process it takes
+    as few of a tiny model as of the largest.
+    """
+    from exporter.proof import prove
+
+    with pytest.MonkeyPatch.context() as patch:
+        most = prove._MOST_ROWS
+        patch.setattr(prove, "_MOST_ROWS", prove._ROWS)
+        yield most
+
+
 @pytest.fixture(scope="module")
 def more_families() -> Iterator[dict[str, str]]:
     """Makes the families in tests/more_families known to a module's tests; gives the environment

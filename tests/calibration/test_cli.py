@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +26,7 @@ from calibration.settings import CalibrationSettings
 from exporter.__main__ import main as exporter_main
 from plugins.errors import InputError
 from tests.conftest import FOUR_WINDOWS, W4A8
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests.forks import run_command
 
 
 def _args(line: str) -> argparse.Namespace:
@@ -169,23 +167,12 @@ def test_refusals(line: str, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_command_writes_the_quant_folder(
-    tiny_model_dir: Path, tmp_path: Path, run_module: Run
-) -> None:
+def test_command_writes_the_quant_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run_module(
-        "calibration",
-        str(tiny_model_dir),
-        *W4A8,
-        *FOUR_WINDOWS,
-        "--out",
-        str(out),
-        "--offline",
-        "--progress",
-        "json",
-    )
-    assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in done.stdout.splitlines()]
+    words = [str(tiny_model_dir), *W4A8, *FOUR_WINDOWS, "--out", str(out), "--offline"]
+    code, stdout, err = run_command(tmp_path, "calibration", *words, "--progress", "json")
+    assert code == 0, err
+    events = [json.loads(line) for line in stdout.splitlines()]
     assert [event["stage"] for event in events if event["event"] == "start"] == [
         "calibrate",
         "quant",

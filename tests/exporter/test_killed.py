@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from exporter.__main__ import main
 from exporter.engine.edition import Edition
 from tests.conftest import FOUR_WINDOWS, W4A8
 from tests.exporter.engine_cases import ENGINE
+from tests.forks import FORKS
 
-FORKS = get_context("forkserver")  # of a process that has imported everything once
-FORKS.set_forkserver_preload([__name__, "exporter.proof.prove", "exporter.graph.decoder"])
 STAGES = ("quant", "onnx", "engine", "report")
 
 

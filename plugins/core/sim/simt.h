@@ -78,6 +78,8 @@ struct Flight {
 struct Fiber;
 struct Warp {
   std::vector<Fiber*> lanes;
+  std::vector<Fiber*> ready;  // in an eager run
+  size_t waiting = 0;         // lanes at the warp's barrier
   // a few registers per lane, double-buffered so that one barrier per exchange is enough
   Registers slots[2][32];
   int phase[32] = {};  // which buffer each lane used last
@@ -87,6 +89,8 @@ struct Block {
   unsigned char* shared;  // dynamic shared memory, kSharedAlignment, and a guard zone behind it
   std::vector<Warp> warps;
   std::vector<Flight> flights;  // that have not landed
+  size_t threads = 0, at_barrier = 0, at_part = 0;
+  std::vector<Fiber*> watching;  // at an mbarrier
 };
 struct Fiber {
   // __builtin_setjmp buffer: several times faster than swapcontext, which calls the kernel
@@ -104,11 +108,14 @@ struct Fiber {
   std::vector<std::vector<std::function<void()>>> products;
   const MBarrier* barrier;  // at_mbarrier: waits for the end of this phase of it
   uint32_t phase;
-  size_t part;  // at_part_barrier: of so many threads
 };
 
-inline thread_local Fiber* me = nullptr;
-inline thread_local void* scheduler_registers[5];
+// Read at every switch, where a call that finds them would cost as much as the switch.
+#define ANYBIT_SIMT_NEAR [[gnu::tls_model("initial-exec")]]
+ANYBIT_SIMT_NEAR inline thread_local Fiber* me = nullptr;
+ANYBIT_SIMT_NEAR inline thread_local void* scheduler_registers[5];
+#undef ANYBIT_SIMT_NEAR
+inline thread_local std::vector<Fiber*> awake;  // whose barriers were released in this round
 inline thread_local dim3 grid_dim, block_dim;
 inline thread_local std::function<void()> body;
 // asynchronous copies arrive at once, and one warp runs as far ahead as it can
@@ -184,9 +191,44 @@ inline void wait_as(State state) {
   me->state = state;
   to_scheduler();
 }
-inline void sync_block() { wait_as(State::at_block_barrier); }
-inline void sync_part(size_t threads) { me->part = threads, wait_as(State::at_part_barrier); }
-inline void sync_warp() { wait_as(State::at_warp_barrier); }
+inline void wake(Fiber* fiber) {
+  fiber->state = State::ready;
+  awake.push_back(fiber);
+}
+// The thread that a barrier waited for wakes all of them, itself included; they go on in the next
+// round.
+inline void sync_warp() {
+  Warp& warp = *me->warp;
+  me->state = State::at_warp_barrier;
+  if (++warp.waiting == warp.lanes.size()) {
+    warp.waiting = 0;
+    for (Fiber* fiber : warp.lanes) wake(fiber);
+  }
+  to_scheduler();
+}
+inline void release(Block& block, State from) {
+  for (Warp& warp : block.warps)
+    for (Fiber* fiber : warp.lanes)
+      if (fiber->state == from) wake(fiber);
+}
+inline void sync_block() {
+  Block& block = *me->block;
+  me->state = State::at_block_barrier;
+  if (++block.at_barrier == block.threads) {
+    block.at_barrier = 0;
+    release(block, State::at_block_barrier);
+  }
+  to_scheduler();
+}
+inline void sync_part(size_t threads) {
+  Block& block = *me->block;
+  me->state = State::at_part_barrier;
+  if (++block.at_part == threads) {
+    block.at_part = 0;
+    release(block, State::at_part_barrier);
+  }
+  to_scheduler();
+}
 inline void* shared_memory() { return me->block->shared; }
 
 // Every lane of a full warp publishes `mine`; returns those of all 32 lanes, valid until the
@@ -262,6 +304,7 @@ inline void arrive_after_copies(MBarrier* barrier) {
 inline void wait_for_phase(const MBarrier* barrier, uint32_t phase) {
   if (barrier->phase != phase) return;
   me->barrier = barrier, me->phase = phase;
+  me->block->watching.push_back(me);
   wait_as(State::at_mbarrier);
 }
 // Let the copy arrive that was begun first, or any. Returns whether there was one.
@@ -280,57 +323,48 @@ inline std::string text(const uint3& v) {
   return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
 }
 
-// Release the barriers that every thread has reached. Returns whether any thread may go on.
-inline bool release_barriers(std::vector<Block>& blocks) {
-  bool released = false;
-  auto release = [&](Warp& warp, State from) {
-    for (Fiber* fiber : warp.lanes)
-      if (fiber->state == from) fiber->state = State::ready;
-    released = true;
-  };
+// Wake the threads whose phase of an mbarrier has ended.
+inline void wake_watching(std::vector<Block>& blocks) {
   for (Block& block : blocks) {
-    size_t threads = 0, at_barrier = 0, at_part = 0, part = 0;
-    for (Warp& warp : block.warps) {
-      size_t at_warp_barrier = 0;
-      for (Fiber* fiber : warp.lanes) {
-        if (fiber->state == State::at_mbarrier && fiber->barrier->phase != fiber->phase) {
-          fiber->state = State::ready;
-          released = true;
-        }
-        at_warp_barrier += fiber->state == State::at_warp_barrier;
-        at_barrier += fiber->state == State::at_block_barrier;
-        if (fiber->state == State::at_part_barrier) ++at_part, part = fiber->part;
-      }
-      if (at_warp_barrier == warp.lanes.size()) release(warp, State::at_warp_barrier);
-      threads += warp.lanes.size();
-    }
-    if (at_barrier == threads)
-      for (Warp& warp : block.warps) release(warp, State::at_block_barrier);
-    if (at_part && at_part == part)
-      for (Warp& warp : block.warps) release(warp, State::at_part_barrier);
+    std::vector<Fiber*>& all = block.watching;
+    const auto waits = [](const Fiber* fiber) { return fiber->barrier->phase == fiber->phase; };
+    const auto ended = std::stable_partition(all.begin(), all.end(), waits);
+    std::for_each(ended, all.end(), wake);
+    all.erase(ended, all.end());
   }
-  return released;
 }
 
-// Run resident blocks to their end, `order` being the order in which threads take turns.
-inline void run_blocks(std::vector<Block>& blocks, std::vector<Fiber*>& order,
+// Run resident blocks to their end; `order` has all threads. Any order must give the same answer:
+// each round takes the threads that are ready in another one. An eager run takes one warp a round
+// and keeps its order for a while, so that warps get far apart.
+inline void run_blocks(std::vector<Block>& blocks, const std::vector<Fiber*>& order,
                        std::mt19937* random) {
+  std::vector<Fiber*> ready = order;
+  std::vector<Warp*> warps;
+  for (Block& block : blocks)
+    for (Warp& warp : block.warps) warps.push_back(&warp);
+  awake.clear();
   for (;;) {
-    // Any order must give the same answer. An eager run keeps its order for a while, so
-    // that warps get far apart.
-    if (random && (!eager || (*random)() % 64 == 0))
-      std::shuffle(order.begin(), order.end(), *random);
-    bool ran = false;
-    Warp* only = nullptr;
-    for (Fiber* fiber : order) {
-      if (fiber->state != State::ready || (eager && only && fiber->warp != only)) continue;
-      only = fiber->warp;
-      ran = true;
-      to_fiber(fiber);
+    if (eager) {
+      for (Fiber* fiber : ready) fiber->warp->ready.push_back(fiber);
+      ready.clear();
+      if ((*random)() % 64 == 0) {
+        std::shuffle(warps.begin(), warps.end(), *random);
+        for (Warp* warp : warps) std::shuffle(warp->lanes.begin(), warp->lanes.end(), *random);
+      }
+      const auto first = std::find_if(warps.begin(), warps.end(),
+                                      [](const Warp* warp) { return !warp->ready.empty(); });
+      if (first != warps.end()) ready.swap((*first)->ready);
+    } else if (random) {
+      std::shuffle(ready.begin(), ready.end(), *random);
     }
+    const bool ran = !ready.empty();
+    for (Fiber* fiber : ready) to_fiber(fiber);
+    ready.clear();
     if (!failure.empty()) throw std::runtime_error(std::exchange(failure, {}));
-    bool released = release_barriers(blocks);
-    if (ran || released || land_one(blocks, random)) continue;
+    wake_watching(blocks);
+    ready.swap(awake);
+    if (ran || !ready.empty() || land_one(blocks, random)) continue;
     for (Fiber* fiber : order) {
       if (fiber->state == State::done) continue;
       const State state = fiber->state;
@@ -369,6 +403,7 @@ inline std::vector<Fiber*> assign_fibers(std::vector<Block>& blocks, std::vector
       fiber.lane = int(t % 32);
       fiber.groups.clear(), fiber.open_group.clear(), fiber.products.clear();
       fiber.block = &block;
+      ++block.threads;
       fiber.warp = &block.warps[t / 32];
       fiber.warp->lanes.push_back(&fiber);
       order.push_back(&fiber);

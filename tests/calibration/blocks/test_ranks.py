@@ -7,10 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,85 +21,9 @@ from calibration.out.files import locked
 from plugins.errors import InputError
 from tests.calibration.block_cases import calibrate_tiny, files
 from tests.conftest import W4A8
+from tests.forks import PATIENCE, Started
 
-PATIENCE = 300  # seconds, on a machine that is busy
-HEAVY = [
-    "calibration.quant.quantize",
-    "calibration.methods.qqq",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-]  # imported once for all processes
-Ended = list[tuple[int, str, str]]  # exit code, stdout, stderr of every process
-
-
-def _child(
-    work: Callable[..., Any],
-    rank: int,
-    world: int,
-    port: int,
-    folder: Path,
-    arguments: tuple[Any, ...],
-) -> None:
-    """A process of a group as torchrun starts it, its output in files."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )  # the store outlives the processes
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), descriptor)
-    torch.set_num_threads(1)
-    try:
-        code = work(rank, *arguments) or 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-@pytest.fixture
-def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
-    """together(work, *arguments, world=2): work(rank, *arguments) in so many processes that find
-    each other.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([*HEAVY, __name__])
-
-    def run(work: Callable[..., Any], *arguments: Any, world: int = 2) -> Ended:
-        store, folder = (
-            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True),
-            tmp_path_factory.mktemp("ranks"),
-        )
-        children = [
-            context.Process(target=_child, args=(work, rank, world, store.port, folder, arguments))
-            for rank in range(world)
-        ]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(PATIENCE)
-        hung = [child for child in children if child.exitcode is None]
-        for child in hung:
-            child.kill()
-        assert not hung, [(folder / f"err{rank}").read_text() for rank in range(world)]
-        return [
-            (
-                child.exitcode or 0,
-                (folder / f"out{rank}").read_text(),
-                (folder / f"err{rank}").read_text(),
-            )
-            for rank, child in enumerate(children)
-        ]
-
-    return run
+Ended = list[Started]
 
 
 def _command(rank: int, *arguments: str) -> int:
@@ -230,18 +151,10 @@ def test_torchrun(run_module: Any, tiny_model_dir: Path, tmp_path: Path) -> None
     assert done.stderr.count("block 1 of 2") == 1
     assert main([*_tiny(tiny_model_dir, tmp_path / "one"), "--offline", "--progress", "none"]) == 0
     assert files(tmp_path / "two" / "quant") == files(tmp_path / "one" / "quant")
-    done = run_module(
-        "torch.distributed.run",
-        *arguments,
-        *_tiny(tiny_model_dir, tmp_path / "two", "--dtype", "float32"),
-        "--offline",
-        timeout=2 * PATIENCE,
-    )
-    assert (
-        done.returncode != 0
-        and done.stderr.count("got a model quantised with dtype float16, expected dtype float32")
-        == 1
-    )
+    wrong = _tiny(tiny_model_dir, tmp_path / "two", "--set", "damp=much")
+    done = run_module("torch.distributed.run", *arguments, *wrong, timeout=2 * PATIENCE)
+    assert done.returncode != 0
+    assert done.stderr.count("--set damp=much: got 'much', expected a number of at least 0.") == 1
 
 
 def _die_at_the_second_block(rank: int, *arguments: str) -> int:
@@ -309,6 +222,18 @@ def test_an_unknown_option_is_told_once(together: Callable[..., Ended], tmp_path
     ended = together(_command, "llama-7b", "--wbits", "4", "--abits", "8", "--colour", "red")
     assert [code for code, *_ in ended] == [2, 2]
     assert _said(ended).count("unrecognized arguments: --colour red") == 1 and ended[1][2] == ""
+
+
+def test_a_folder_of_other_settings_is_told_once(
+    together: Callable[..., Ended], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    arguments = _tiny(tiny_model_dir, tmp_path, "--method", "rtn", "--dtype")
+    assert main([*arguments, "float16", "--offline", "--progress", "none"]) == 0
+    ended = together(_command, *arguments, "float32")
+    assert ended[0][0] == 2 and "".join(err for *_, err in ended) == (
+        f"{tmp_path / 'quant'}: got a model quantised with dtype float16, expected dtype float32. "
+        "Choose another --out, or delete this folder.\n"
+    )
 
 
 def test_nan_that_all_meet_at_once_is_told_once(

@@ -30,6 +30,7 @@ from plugins import op_names, op_spec
 from plugins.errors import InputError
 from tests.calibration.block_cases import QQQ, QQQ_GROUPS, W3A6, block_task, calibrate_tiny
 from tests.calibration.llama import DOWN, QKV, SITES
+from tests.forks import run_command
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -183,27 +184,19 @@ def test_random_rounding_is_of_the_seed_and_may_refit(tiny_model_dir: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_changed_file_is_made_again(
-    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_file_is_made_again(tiny_model_dir: Path, tmp_path: Path) -> None:
     """By the command, as each run imports the file anew; then an untouched one is kept."""
     file, out = _file(tmp_path, NEAREST), tmp_path / "out"
     line = (
-        f"-m exporter {tiny_model_dir} --wbits 4 --abits 8 --nsamples 2 --seqlen 32 --out {out} "
+        f"{tiny_model_dir} --wbits 4 --abits 8 --nsamples 2 --seqlen 32 --out {out} "
         f"--method {file.name} --until quant --offline --resume --progress json"
     )
 
     def told() -> list[str]:
-        done = subprocess.run(
-            [sys.executable, *line.split()],
-            cwd=tmp_path,  # a relative path is that of whoever types it
-            env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        events = [json.loads(line) for line in done.stdout.splitlines()]
+        # A relative path is that of whoever types it.
+        code, stdout, err = run_command(tmp_path, "exporter", *line.split(), place=tmp_path)
+        assert code == 0, err
+        events = [json.loads(line) for line in stdout.splitlines()]
         return [event["text"] for event in events if event["event"] == "message"]
 
     assert len(told()) == 4  # the estimate, blocks and head

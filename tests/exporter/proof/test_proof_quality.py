@@ -76,8 +76,13 @@ def test_both_samples_end_with_the_context(
 
 
 def test_the_scored_text_or_the_proofs(
-    tiny_export: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
+    tiny_export: Callable[..., Path],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    most_windows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("exporter.proof.prove._MOST_ROWS", most_windows)
     out, progress = tiny_export(), NullProgress()
     text = tmp_path / "held_out.txt"
     text.write_text(default_text(), encoding="utf-8")

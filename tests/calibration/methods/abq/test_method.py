@@ -5,14 +5,12 @@ processes against one.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
+from calibration.__main__ import main
 from calibration.blocks.ranks import Ranks
 from calibration.blocks.streams import StreamBudget
 from calibration.methods.abq.method import METHOD, _train_settings, _train_task
@@ -20,8 +18,8 @@ from calibration.methods.abq.settings import AbqSettings
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
 from tests.calibration.block_cases import block_task
+from tests.forks import Started
 
-REPOSITORY = Path(__file__).resolve().parents[4]
 W2 = QuantScheme("ABQGemm", "abq", 2, 8, True, 16)
 
 
@@ -46,47 +44,23 @@ def test_tuning_gives_its_room_back(tiny_model_dir: Path) -> None:
     assert budget.held == held and result.report["tune_after"] <= result.report["tune_before"]
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tiny_model_dir: Path, tmp_path: Path) -> None:
+def _command(rank: int, *arguments: str) -> int:
+    return main([*arguments, "--offline", "--progress", "none"])
+
+
+def test_two_processes_train_as_one(
+    together: Callable[..., list[Started]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     """Five windows over two processes: the same losses within 1e-4."""
     losses, scales = [], []
     for count in (1, 2):
         out = tmp_path / str(count)
-        launch = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            if count > 1
-            else []
+        line = (
+            f"{tiny_model_dir} --wbits 2b --abits 8 --group-size 16 --nsamples 5 --seqlen 32 "
+            f"--set batch=2 --set epochs=1 --out {out}"
         )
-        options = [
-            "--wbits",
-            "2b",
-            "--abits",
-            "8",
-            "--group-size",
-            "16",
-            "--nsamples",
-            "5",
-            "--seqlen",
-            "32",
-            "--set",
-            "batch=2",
-            "--set",
-            "epochs=1",
-            "--offline",
-            "--progress",
-            "none",
-            "--out",
-            str(out),
-        ]
-        done = subprocess.run(
-            [sys.executable, *launch, "-m", "calibration", str(tiny_model_dir), *options],
-            cwd=REPOSITORY,
-            text=True,
-            capture_output=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
+        ended = together(_command, *line.split(), world=count)
+        assert [code for code, *_ in ended] == [0] * count, ended
         blocks = json.loads((out / "quant" / "quant.json").read_text(encoding="utf-8"))[
             "calibration"
         ]["blocks"]
