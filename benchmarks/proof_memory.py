@@ -108,8 +108,9 @@ def measure(out: Path, tokens: int, free: int) -> dict[str, Any]:
     schemes = {node: quant.scheme_of(node) for node in quant.decoder.nodes}
     if free:
         memory.usable_memory = lambda: free  # type: ignore[assignment]
-    calls = memory.call_tokens(tokens, padded=min(tokens, 16))
-    folded, floats, estimate = memory.check_memory(quant.decoder, schemes, calls)
+    context = int(quant.config["max_position_embeddings"])
+    calls = memory.Calls.within(context, prefill=tokens)
+    folded, floats, estimate = memory.check_memory(quant.decoder, schemes, calls.tokens)
     print(
         f"estimate: {estimate / 1e9:.2f} GB, function bodies {'folded' if folded else 'whole'}, "
         f"{'with' if floats else 'without'} the float model",

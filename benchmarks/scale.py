@@ -10,7 +10,7 @@ without, and bytes written. Of a calibration also the seconds of every block, an
 What a later stage does not read is deleted: WORK needs the float model's size on the disk and half as much again.
 The same command goes on where it was stopped, so that it can run in pieces: finished stages stand in WORK/*.json,
 and a calibration goes on with its next block. When all is done it writes
-benchmarks/results/<processor>-<date>-scale-<model>.json and prints a table.
+benchmarks/results/<processor>-<date>-scale-<model>.json and prints a table; OPTIONS are part of the name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from random_model import SHAPES, own_and_exporters, write_model
+from random_model import ROUNDED, SHAPES, own_and_exporters, write_model
 from result_file import write_result
 
 HERE = Path(__file__).resolve().parent
@@ -219,7 +219,8 @@ def main() -> None:
             )
     named = f"--like {args.like} --layers {' '.join(map(str, layers))} --until {args.until}"
     command = f"python benchmarks/scale.py WORK {named} -- {' '.join(options)}"
-    write_result(f"scale-{args.like}", {"command": command, "rows": rows})
+    words = [] if options == ROUNDED else [word.lstrip("-") for word in options]
+    write_result("-".join(["scale", args.like, *words]), {"command": command, "rows": rows})
 
 
 if __name__ == "__main__":

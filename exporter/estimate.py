@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration import formats
-from calibration.out.files import free_bytes
+from calibration.out.files import folder_bytes, free_bytes
 from calibration.out.layout import ENGINE, ONNX, QUANT, WORK
 from calibration.quant.quantize import quant_bytes
 from plugins.cores import usable_memory
@@ -101,16 +101,14 @@ def _shapes(block: Block) -> list[tuple[int, int]]:
     return [linear.shape for linear in block.linears]
 
 
-def check_room(out: Path, asked: Estimate, calibrates: bool = False) -> None:
-    """Hold an estimate against what there is. What an interrupted calibration left is free for another
-    one, which goes on with it or deletes it.
+def check_room(out: Path, asked: Estimate) -> None:
+    """Hold an estimate against what there is. What an interrupted run left is free for another one, which
+    goes on with it or deletes it.
 
     Raises:
         InputError: too little space on the disk of `out`, or too little memory.
     """
-    free = free_bytes(out)
-    if calibrates:
-        free += sum(path.stat().st_size for path in (out / WORK).glob("*") if path.is_file())
+    free = free_bytes(out) + folder_bytes(out / WORK)
     if free < asked.disk:
         raise InputError(
             str(out),

@@ -22,7 +22,15 @@ from calibration.out.files import (
     write_json,
 )
 from calibration.out.fingerprint import code_digest, digest, text_digest
-from calibration.out.layout import DESCRIPTION, ENGINE, MANIFEST, REPORT, SENSITIVITY, STAGES
+from calibration.out.layout import (
+    DESCRIPTION,
+    ENGINE,
+    MANIFEST,
+    PROOF_WORK,
+    REPORT,
+    SENSITIVITY,
+    STAGES,
+)
 from calibration.out.manifest import installed_versions, open_manifest, peak_rss, reset_peak_rss
 from calibration.progress import Progress
 from exporter.stages import (
@@ -152,16 +160,18 @@ class Pipeline:
         )
         if asked.memory:
             self.progress.message(str(asked))
-        check_room(request.out, asked, calibrates)
+        check_room(request.out, asked)
 
     def _check_memory(self) -> None:
-        from exporter.proof.memory import check_memory
+        from exporter.proof.memory import Calls, attention_windows, check_memory
 
         if self.request.until == REPORT:
             decoder = self.checkpoint.decoder.with_floats(self.schemes.floats)
             if self.schemes.head_limit is None:  # else the head may stay in floating point
                 decoder = self.schemes.decoder(decoder)
-            check_memory(decoder, self.schemes.nodes(decoder))
+            context = self.request.max_seq
+            calls = Calls.within(context, attention_windows(decoder, context))
+            check_memory(decoder, self.schemes.nodes(decoder), calls.tokens)
 
     def run(self) -> dict[str, Any]:
         """Run every stage up to request.until; returns the manifest.
@@ -252,6 +262,7 @@ class Pipeline:
         reset_peak_rss()
         began = time.monotonic()
         with StageWriter(self.request.out, stage.name, stage.needed_bytes()) as writer:
+            stage.fingerprint = self.fingerprint
             facts = stage.work(writer.path)
             files = _describe(stage, writer.path)
             writer.sync()
@@ -285,9 +296,9 @@ class Pipeline:
         for stage in later:
             self.manifest["stages"].pop(stage, None)
         self._save()
-        for stage in later:
+        for folder in (*later, PROOF_WORK) if later else ():
             with suppress(OSError):
-                remove(self.request.out / stage)
+                remove(self.request.out / folder)
 
     def _save(self) -> None:
         self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}

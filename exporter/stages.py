@@ -7,13 +7,15 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import sha256_file, write_json
+from calibration.out.files import folder_bytes, remove, sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
+    digest,
     method_digest,
     package_versions,
     text_digest,
@@ -25,10 +27,12 @@ from calibration.out.layout import (
     HTML_FILE,
     MODEL_FILE,
     ONNX,
+    PROOF_WORK,
     QUANT,
     REPORT,
     WORK,
 )
+from calibration.out.pieces import Pieces
 from calibration.progress import Progress
 from calibration.quant.scheme import FLOAT_BITS
 from calibration.settings import CalibrationSettings
@@ -146,10 +150,12 @@ class Stage(ABC):
     Attributes:
         name: of its folder, one of STAGES.
         code: folders and files of the project, as patterns, that decide the result.
+        fingerprint: of all that the result depends on; there when it works.
     """
 
     name: ClassVar[str]
     code: ClassVar[tuple[str, ...]]
+    fingerprint: str
 
     def __init__(
         self, request: ExportRequest, manifest: dict[str, Any], progress: Progress
@@ -214,7 +220,8 @@ class QuantStage(Stage):
         """Of all tensors."""
         from calibration.quant.quantize import quant_bytes
 
-        return quant_bytes(self.checkpoint, self.schemes, self.request.format)
+        asked = quant_bytes(self.checkpoint, self.schemes, self.request.format)
+        return asked - folder_bytes(self.out / WORK)  # of an interrupted run
 
     def work(self, folder: Path) -> dict[str, Any]:
         """Calibrate and quantize."""
@@ -228,6 +235,11 @@ class QuantStage(Stage):
             format=self.request.format,
         )
         return quantize_model(self.checkpoint, self.schemes, options, folder, self.progress)
+
+    def finish(self) -> None:
+        """Away with what was kept to go on from."""
+        with suppress(OSError):
+            remove(self.out / WORK)
 
 
 class OnnxStage(Stage):
@@ -390,6 +402,7 @@ class ReportStage(Stage):
         """Validate, score, and write the page."""
         from exporter.proof.options import ValidateOptions
         from exporter.proof.prove import prove
+        from exporter.proof.saved import SavedResults
         from exporter.report.report import write_report
 
         options = ValidateOptions(
@@ -397,19 +410,32 @@ class ReportStage(Stage):
             offline=self.request.offline,
             model=self.request.model,
         )
-        result, data = prove(self.out, self.manifest, options, self.scored, self.progress)
+        saved = SavedResults(self._pieces(), self.progress)
+        result, data = prove(self.out, self.manifest, options, self.scored, self.progress, saved)
         write_report(folder, data)
         summary = "every layer within tolerance" if result.ok else "a check failed"
         if perplexity := data["perplexity"]:
             summary += f", perplexity {perplexity['ppl']:.2f}"
         return {"first_failure": result.first_failure, "summary": summary}
 
+    def _pieces(self) -> Pieces:
+        """Of this proof, with the native kernels that are here."""
+        from exporter.run.native import native_library
+
+        library = native_library(self.progress.message)
+        kernels = sha256_file(library) if isinstance(library, Path) else ""
+        stamp = digest(self.fingerprint, kernels)
+        return Pieces(self.out / PROOF_WORK, stamp, keep=self.request.resume)
+
     def finish(self) -> None:
-        """A failed check is an error, of a report that was kept too.
+        """Away with what was kept to go on from. A failed check is an error, of a report that was kept
+        too.
 
         Raises:
             CheckError: a layer is out of tolerance.
         """
+        with suppress(OSError):
+            remove(self.out / PROOF_WORK)
         failure = self.manifest["stages"][REPORT].get("facts", {}).get("first_failure")
         if failure:
             raise CheckError(

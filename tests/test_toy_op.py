@@ -154,7 +154,8 @@ def test_memory_and_formats_ask_it(
     quant = read_quant(tiny_quant() / "quant")
     own = {node: quant.scheme_of(node) for node in quant.decoder.nodes}
     known, other = (
-        memory_needed(quant.decoder, schemes).whole for schemes in (own, dict.fromkeys(own, TOY))
+        memory_needed(quant.decoder, schemes, 106).whole
+        for schemes in (own, dict.fromkeys(own, TOY))
     )
     per_weight = op_spec(quant.scheme.op).unpacked_bytes(quant.scheme.gemm)
     assert other - known == (24 - per_weight) * quant.sizes["linear_weights"]

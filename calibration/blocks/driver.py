@@ -172,11 +172,16 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         )
     checkpoint, layers = job.checkpoint, job.checkpoint.decoder.layers
     basis = job.method.basis(checkpoint, job.settings)
-    budget = StreamBudget(job.settings.max_memory, job.store.folder)
-    streams, saved = _rooms(job, budget, ranks, device), SavedStreams(job.store, ranks)
-    finished, reports = job.store.finished(), []
-    known = saved.behind(min(finished, layers))
-    if known:
+    budget = StreamBudget(job.settings.max_memory, job.store.pieces.folder)
+    streams, saved = (
+        _rooms(job, budget, ranks, device),
+        SavedStreams(job.store.pieces, ranks, progress.warning),
+    )
+    finished, reports = len(job.store.digests()), []
+    head = _known_head(job, finished)
+    if finished >= layers and (job.head is None or head is not None):
+        known = layers  # nothing is left that reads streams
+    elif known := saved.behind(min(finished, layers)):
         saved.load(known, streams.all)
     else:
         _embed(job, basis, streams)
@@ -235,7 +240,8 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         progress.advance(1, note)
         if len(took) == _TIMED and index + 1 < layers:
             progress.message(_estimate(took, layers - index - 1))
-    head = None if job.head is None else _head(job, job.head, basis, streams, device, finished)
+    if job.head is not None and head is None:
+        head = _head(job, job.head, basis, streams, device)
     if head is not None:
         progress.message(_head_line(head))
     progress.finish()
@@ -247,21 +253,29 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
     return Calibrated(reports, head, cost)
 
 
+def _known_head(job: Calibration, finished: int) -> dict[str, Any] | None:
+    """The report of the head, if it is wanted and the store has it."""
+    layers = job.checkpoint.decoder.layers
+    if job.head is None or finished <= layers:
+        return None
+    found = job.store.report(layers)
+    return dict(found["head"]) if found["stamp"] == _head_stamp(job, job.head) else None
+
+
+def _head_stamp(job: Calibration, scheme: QuantScheme) -> list[Any]:
+    """What it alone depends on, and no block."""
+    return [scheme.as_dict(), job.head_limit]
+
+
 def _head(
     job: Calibration,
     scheme: QuantScheme,
     basis: Basis,
     streams: Streams,
     device: str,
-    finished: int,
 ) -> dict[str, Any]:
     """The report of the head, which the store has afterwards."""
     decoder, ranks = job.checkpoint.decoder, job.ranks
-    stamp = [scheme.as_dict(), job.head_limit]  # its own: the blocks do not depend on it
-    if finished > decoder.layers:
-        found = job.store.load(decoder.layers).report
-        if found["stamp"] == stamp:
-            return dict(found["head"])
     assert isinstance(job.method, HeadMethod)
     gain, table = (
         basis.tensor(job.checkpoint, name).to(device)
@@ -286,7 +300,8 @@ def _head(
         ),
     )
     if ranks.first:
-        kept = replace(result, report={"stamp": stamp, "head": result.report})
+        report = {"stamp": _head_stamp(job, scheme), "head": result.report}
+        kept = replace(result, report=report)
         job.store.save(decoder.layers, kept)
     ranks.wait()
     return result.report

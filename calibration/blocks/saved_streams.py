@@ -5,7 +5,7 @@ from walking its finished blocks again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +14,10 @@ import torch
 
 from calibration.blocks.ranks import Ranks
 from calibration.out.files import temporary
-from plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.blocks.store import BlockStore
     from calibration.blocks.streams import Windows
+    from calibration.out.pieces import Pieces
 
 __all__ = ["SavedStreams"]
 
@@ -33,12 +32,19 @@ class SavedStreams:
     blocks are walked again.
 
     Args:
-        store: of the blocks; streams of another fingerprint count as missing.
-        ranks: the processes that share the windows. Another number of them has other streams.
+        pieces: with the blocks; streams of another fingerprint count as missing.
+        ranks: the processes that share the windows. Another number of them has other streams, and
+            removes those that are there.
+        warn: told once where the disk takes no streams.
     """
 
-    def __init__(self, store: BlockStore, ranks: Ranks) -> None:
-        self._folder, self._fingerprint, self._ranks = store.folder, store.fingerprint, ranks
+    def __init__(self, pieces: Pieces, ranks: Ranks, warn: Callable[[str], None]) -> None:
+        self._folder, self._fingerprint, self._ranks = pieces.folder, pieces.fingerprint, ranks
+        self._warn, self._refused = warn, False
+        for path in self._folder.glob("streams-*.bin"):
+            if not path.stem.endswith(f"-of-{ranks.world}"):
+                with suppress(OSError):  # another process was first
+                    path.unlink()
 
     def _digest(self) -> hashlib._Hash:
         return hashlib.sha256(self._fingerprint.encode())
@@ -48,11 +54,11 @@ class SavedStreams:
         return self._folder / f"streams-{blocks:05d}-{rank}.bin"
 
     def save(self, blocks: int, streams: Sequence[Windows]) -> None:
-        """Put the streams behind so many blocks on the disk, in the place of those before.
-
-        Raises:
-            InputError: the disk is full or cannot be written.
+        """Put the streams behind so many blocks on the disk, in the place of those before. A disk that
+        does not take them is not asked again.
         """
+        if self._refused:
+            return
         path, digest = self._path(blocks), self._digest()
         unfinished = temporary(path)
         try:
@@ -71,11 +77,11 @@ class SavedStreams:
                 if other != path:
                     other.unlink()
         except OSError as error:
-            raise InputError(
-                str(path),
-                f"got {error.strerror} while writing, expected a writable folder with enough space",
-                "Check the disk; finished blocks are whole, go on with --resume",
-            ) from error
+            self._refused = True
+            self._warn(
+                f"{path}: got {error.strerror} while writing. The calibration goes on; should it be "
+                "interrupted, --resume walks finished blocks again, which takes longer."
+            )
         finally:
             with suppress(OSError):
                 unfinished.unlink()

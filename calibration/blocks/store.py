@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from calibration.out.files import remove, sha256_file, temporary, write_json
-from calibration.out.json_file import read_record
+from calibration.out.pieces import Pieces
 from plugins.core.op_spec import QuantArrays
 from plugins.errors import InputError
 
@@ -17,8 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["BlockResult", "BlockStore"]
-
-_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -41,70 +36,42 @@ class BlockResult:
         return self.sites[site]
 
 
-class _State(TypedDict):
-    """What the results depend on, and the checksum of each."""
-
-    fingerprint: str
-    sha256: list[str]
-
-
 class BlockStore:
-    """A folder with one file per finished block, each written whole or not at all, and the files'
-    checksums.
+    """One piece per finished block, each made behind the one before it.
 
-    Args:
-        folder: made if need be.
-        fingerprint: of everything the results depend on; results of another one are thrown away.
-        keep: go on from the results that are there; else they are thrown away too.
-        writes: whether this process may change the folder.
+    Args: as of Pieces.
+
+    Attributes:
+        pieces: the folder.
     """
 
     def __init__(
         self, folder: Path, fingerprint: str, keep: bool = True, writes: bool = True
     ) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-        if not writes:
-            return
-        linked = folder.is_symlink()  # it is not written through
-        fresh = linked or not keep or self._state()["fingerprint"] != fingerprint
-        try:
-            if fresh:
-                remove(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob(".*.tmp"):  # of a process that was killed
-                path.unlink()
-        except OSError as error:
-            raise InputError(
-                str(folder),
-                f"got {error.strerror}, expected a folder that can be written",
-                "Choose another --out",
-            ) from error
-        if fresh:
-            write_json(folder / _STATE, {"fingerprint": fingerprint, "sha256": []})
+        self.pieces = Pieces(folder, fingerprint, keep, writes)
 
-    def _state(self) -> _State:
-        try:
-            return read_record(self.folder / _STATE, _State)
-        except InputError:
-            return {"fingerprint": "", "sha256": []}
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"block-{index:05d}.safetensors"
 
     def _path(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.safetensors"
+        return self.pieces.folder / self._name(index)
 
-    def finished(self) -> int:
-        """Blocks that are there from the first one on, as they were written: a damaged one counts
-        as missing.
+    def digests(self) -> list[str]:
+        """SHA-256 of the blocks that are there from the first one on, as they were written: a damaged
+        one counts as missing, and so do those that were made behind another one.
         """
-        count = 0
-        for wanted in self._state()["sha256"]:
-            path = self._path(count)
-            if not path.is_file() or sha256_file(path) != wanted:
-                break
-            count += 1
-        return count
+        found = list[str]()
+        while digest := self.pieces.whole(self._name(len(found)), found[-1] if found else ""):
+            found.append(digest)
+        return found
+
+    def recorded(self, count: int) -> list[str]:
+        """SHA-256 with which the first so many blocks were written; "" of one that never was."""
+        return [self.pieces.recorded(self._name(index)) for index in range(count)]
 
     def save(self, index: int, result: BlockResult) -> None:
-        """Put a block on the disk; those after it, if there are any, no longer count.
+        """Put a block on the disk.
 
         Raises:
             InputError: the disk is full or cannot be written.
@@ -116,21 +83,16 @@ class BlockStore:
         tensors = {f"gain/{name}": array for name, array in result.gains.items()}
         for site, arrays in result.sites.items():
             tensors |= {f"site/{site}/{name}": array for name, array in arrays.named().items()}
-        unfinished = temporary(self._path(index))
+        before = self.pieces.recorded(self._name(index - 1)) if index else ""
         try:
-            save_file(tensors, str(unfinished), {"report": json.dumps(result.report)})
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            digest = sha256_file(unfinished)
-            unfinished.replace(self._path(index))
+            with self.pieces.made(self._name(index), before) as path:
+                save_file(tensors, str(path), {"report": json.dumps(result.report)})
         except Exception as error:  # safetensors reports a full disk as an error of its own
             raise InputError(
                 str(self._path(index)),
                 f"got {error} while writing, expected a writable folder with enough space",
                 "Check the disk; finished blocks are whole, go on with --resume",
             ) from error
-        state = self._state()
-        write_json(self.folder / _STATE, {**state, "sha256": [*state["sha256"][:index], digest]})
 
     def report(self, index: int) -> dict[str, Any]:
         """Of a finished block."""
@@ -161,8 +123,3 @@ class BlockStore:
             gains,
             self.report(index),
         )
-
-    def remove(self) -> None:
-        """When everything is in the quant folder."""
-        with suppress(OSError):
-            remove(self.folder)

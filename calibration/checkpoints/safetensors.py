@@ -4,7 +4,6 @@ the file before any work.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -193,20 +192,16 @@ def read_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
 class SafetensorsWriter:
     """Writes tensors in the order of `specs`; the header is known first, so no tensor needs to stay
     in memory.
-
-    After the `with` block, `sha256` holds the hash of the whole file.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._specs = list(specs)
         self._next = 0
-        self._digest = hashlib.sha256()
         self._path = path
-        self.sha256 = ""
 
     def __enter__(self) -> SafetensorsWriter:
         self._file = self._path.open("wb")
-        self._put(self._header())
+        self._file.write(self._header())
         return self
 
     def __exit__(
@@ -218,7 +213,6 @@ class SafetensorsWriter:
         self._file.close()
         if error is None and self._next != len(self._specs):
             raise RuntimeError(f"{self._path}: {len(self._specs) - self._next} tensors not written")
-        self.sha256 = self._digest.hexdigest()
 
     def _header(self) -> bytes:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -234,10 +228,6 @@ class SafetensorsWriter:
         raw += b" " * (-len(raw) % 8)  # the data begins on a multiple of 8
         return len(raw).to_bytes(8, "little") + raw
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-
     def write(self, array: np.ndarray) -> None:
         """Write the next tensor of the specs."""
         spec = self._specs[self._next]
@@ -245,5 +235,5 @@ class SafetensorsWriter:
             raise RuntimeError(
                 f"{spec.name}: got {array.dtype} {array.shape}, planned {spec.dtype} {spec.shape}"
             )
-        self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._next += 1

@@ -25,6 +25,7 @@ from plugins.lock import locked as lock_file
 __all__ = [
     "StageWriter",
     "file_records",
+    "folder_bytes",
     "free_bytes",
     "locked",
     "remove",
@@ -165,6 +166,11 @@ def free_bytes(folder: Path) -> int:
     """Of the disk on which a folder is, or is to be."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of the files in a folder, not below it; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
 
 
 class StageWriter:

@@ -17,6 +17,7 @@ __all__ = [
     "MANIFEST",
     "MODEL_FILE",
     "ONNX",
+    "PROOF_WORK",
     "QUANT",
     "QUANT_JSON",
     "REPORT",
@@ -34,7 +35,8 @@ STAGES = QUANT, ONNX, ENGINE, REPORT = "quant", "onnx", "engine", "report"
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # held by the process that writes
 ATTRIBUTION = "attribution.json"  # what python -m deploy attribute measured so far
-WORK = ".calibration"  # finished blocks of a calibration that is not over
+WORK = ".calibration"  # finished blocks and weight files of a quant/ that is not whole
+PROOF_WORK = ".proof"  # levels of a proof that is not over
 SENSITIVITY = ".sensitivity.json"  # what --budget measured, for --resume
 
 # OUT/quant

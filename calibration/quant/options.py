@@ -21,9 +21,9 @@ class QuantizeOptions:
     Attributes:
         offline: never touch the network.
         settings: of the calibration.
-        work: where finished blocks are kept until all are there; None: beside the folder, under the
-            name layout.WORK.
-        resume: go on from the blocks that are there already.
+        work: where finished blocks and weight files are kept, for the caller to remove when the folder
+            is in its place; None: beside it, under the name layout.WORK, until it is written.
+        resume: go on from what is there already.
         shard_bytes: largest weight file.
         format: one of calibration.formats, written into the quant folder too.
         ranks: the processes that share the work; the first one writes and needs the folder.

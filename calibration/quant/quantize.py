@@ -16,8 +16,9 @@ import numpy as np
 
 from calibration import formats
 from calibration.checkpoints.foreign import reason
-from calibration.checkpoints.safetensors import SafetensorsWriter, numpy_dtype
+from calibration.checkpoints.safetensors import SafetensorsWriter, dtype_name, numpy_dtype
 from calibration.out.files import sha256_file, write_json
+from calibration.out.fingerprint import digest
 from calibration.out.layout import BITS_FILE, QUANT, QUANT_JSON, WORK
 from calibration.progress import NullProgress
 from calibration.quant.bits import SchemeMap, as_map
@@ -49,7 +50,8 @@ def quantize_model(
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Quantise a checkpoint into an existing empty folder (OUT/quant, through a StageWriter).
+    """Quantise a checkpoint into an existing empty folder (OUT/quant, through a StageWriter). Of an
+    interrupted run, blocks and weight files that are whole and made of the same are taken.
 
     Of several processes (torchrun) all calibrate, and the first one writes.
 
@@ -90,7 +92,8 @@ def quantize_model(
     write_json(folder / QUANT_JSON, meta)
     formats.write(options.format, read_quant(folder, verify=False))
     progress.finish()
-    source.close()
+    if options.work is None:
+        source.pieces.remove()
     sizes = meta["sizes"]
     summary = (
         f"{sizes['bits_per_weight']:.2f} bits per weight, "
@@ -114,14 +117,19 @@ def _write_shards(
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with SafetensorsWriter(
-            folder / name, [spec for item in shard for spec in item.specs]
-        ) as file:
-            for item in shard:
-                for array in _arrays(checkpoint, source, item):
-                    file.write(array)
-                progress.advance(1, item.name)
-        files[name] = file.sha256
+        specs = [spec for item in shard for spec in item.specs]
+        tensors = [(spec.name, dtype_name(spec.dtype), spec.shape) for spec in specs]
+        made_of = digest(source.made_of, tensors)
+        if source.pieces.whole(name, made_of):
+            progress.advance(len(shard), name)
+        else:
+            with source.pieces.made(name, made_of) as path, SafetensorsWriter(path, specs) as file:
+                for item in shard:
+                    for array in _arrays(checkpoint, source, item):
+                        file.write(array)
+                    progress.advance(1, item.name)
+        source.pieces.give(name, folder)
+        files[name] = source.pieces.recorded(name)
     return files
 
 

@@ -20,6 +20,7 @@ from calibration.out.fingerprint import (
     method_digest,
     package_versions,
 )
+from calibration.out.pieces import Pieces
 from calibration.quant.keep import kept_arrays, kept_orders
 from calibration.quant.options import QuantizeOptions
 from calibration.quant.scheme import FLOAT_BITS
@@ -49,12 +50,16 @@ class QuantSource(Protocol):
         facts: how it was made, for quant.json; the same input gives the same.
         cost: time and memory that it took.
         writes: whether this process writes the folder.
+        pieces: where finished files are kept, by all that they depend on but for `made_of`.
+        made_of: checksums of what lies there already and goes into the tensors.
     """
 
     decoder: Decoder
     facts: dict[str, Any]
     cost: dict[str, float]
     writes: bool
+    pieces: Pieces
+    made_of: list[str]
 
     def rest(self, name: str) -> np.ndarray:
         """A tensor that is not quantised."""
@@ -65,20 +70,26 @@ class QuantSource(Protocol):
     def order(self, node: str) -> np.ndarray:
         """Of a GEMM node's input channels, int32 [in_features], where its decoder has one."""
 
-    def close(self) -> None:
-        """The folder is written: away with what was kept for it."""
-
 
 class _PlainSource:
     """Each linear by itself, when it is written."""
 
     def __init__(
-        self, checkpoint: Checkpoint, decoder: Decoder, method: Method, writes: bool
+        self,
+        checkpoint: Checkpoint,
+        decoder: Decoder,
+        method: Method,
+        schemes: SchemeMap,
+        options: QuantizeOptions,
     ) -> None:
-        self._checkpoint, self.decoder, self.writes = checkpoint, decoder, writes
+        self._checkpoint, self.decoder, self.writes = checkpoint, decoder, options.ranks.first
         self._method = method
         self.facts: dict[str, Any] = _origin(method)
         self.cost: dict[str, float] = {}
+        self.made_of: list[str] = []
+        assert options.work is not None
+        stamp = digest(*_stamp(checkpoint, schemes, options))
+        self.pieces = Pieces(options.work, stamp, keep=options.resume, writes=self.writes)
 
     def rest(self, name: str) -> np.ndarray:
         return self._checkpoint.array(name)
@@ -99,17 +110,20 @@ class _PlainSource:
     def _bias(self, name: str) -> np.ndarray | None:
         return self._checkpoint.array(f"{name}.bias") if self.decoder.linears[name].bias else None
 
-    def close(self) -> None:
-        pass
-
 
 class _KeptSource(_PlainSource):
     """The checkpoint's own codes, and a head that it has as floats rounded to nearest."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, writes: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        decoder: Decoder,
+        schemes: SchemeMap,
+        options: QuantizeOptions,
+    ) -> None:
         self._orders = kept_orders(checkpoint)
         reordered = decoder.reordered(self._orders)
-        super().__init__(checkpoint, reordered, find_method(PLAIN_METHOD), writes)
+        super().__init__(checkpoint, reordered, find_method(PLAIN_METHOD), schemes, options)
         self.facts = {"kept": checkpoint.format}
 
     def linear(self, name: str, scheme: QuantScheme) -> QuantArrays:
@@ -155,6 +169,8 @@ class _CalibratedSource:
             done.cost,
             job.ranks.first,
         )
+        self.pieces = job.store.pieces
+        self.made_of = job.store.recorded(checkpoint.decoder.layers + 1)
         self.facts = {
             "settings": job.settings.as_dict(),
             "windows": list(job.windows.shape),
@@ -204,9 +220,6 @@ class _CalibratedSource:
     def order(self, node: str) -> np.ndarray:
         raise KeyError(node)  # no order but that of a checkpoint's codes
 
-    def close(self) -> None:
-        self._store.remove()
-
 
 def _rotation(job: Calibration) -> dict[str, str]:
     """For quant.json, where the switches do not tell: what was folded into the weights."""
@@ -236,7 +249,7 @@ def open_source(
                 f"stored in floating point, and left so: {some(schemes.floats)}, "
                 f"{len(schemes.floats)} of {len(decoder.nodes) + len(schemes.floats)} GEMM nodes"
             )
-        return _KeptSource(checkpoint, decoder, options.ranks.first)
+        return _KeptSource(checkpoint, decoder, schemes, options)
     method = find_method(schemes.base.method, settings.method_file)
     method.check_settings(settings)
     schemes = _with_possible_head(schemes, method, options, progress)
@@ -249,7 +262,7 @@ def open_source(
         # Without data nobody knows what a quantized head costs.
         known = schemes.head is not None and schemes.head_limit is None
         decoder = checkpoint.decoder.with_quantized_head() if known else checkpoint.decoder
-        return _PlainSource(checkpoint, decoder, method, options.ranks.first)
+        return _PlainSource(checkpoint, decoder, method, schemes, options)
 
     import torch
 
@@ -265,14 +278,10 @@ def open_source(
     )
     if note:
         progress.message(note)
+    headless = replace(schemes, head_bits=FLOAT_BITS, head_limit=None)
     stamp = digest(
-        checkpoint.stamp(),
-        replace(schemes, head_bits=FLOAT_BITS, head_limit=None).as_dict(),
-        settings.stamp(checkpoint),
+        *_stamp(checkpoint, headless, options),
         hashlib.sha256(windows.tobytes()).hexdigest(),
-        code_digest(*CALIBRATION_CODE),
-        method_digest(settings.method_file),
-        package_versions(("torch", "numpy")),
         torch.cuda.is_available(),
         options.ranks.world if method.declaration.counts_processes else 0,
     )
@@ -291,6 +300,18 @@ def open_source(
         schemes.head_limit,
     )
     return _CalibratedSource(job, method, calibrate(job, progress))
+
+
+def _stamp(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOptions) -> list[Any]:
+    """What every number depends on, however it is made."""
+    return [
+        checkpoint.stamp(),
+        schemes.as_dict(),
+        options.settings.stamp(checkpoint),
+        code_digest(*CALIBRATION_CODE),
+        method_digest(options.settings.method_file),
+        package_versions(("torch", "numpy")),
+    ]
 
 
 def _with_possible_head(

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from calibration.transforms.rotation import Rotation
     from exporter.run.sessions import DecoderSession
 
-__all__ = ["RotatedRunner", "recorded_rotation", "turned"]
+__all__ = ["RotatedRunner", "basis_name", "recorded_rotation", "turned"]
+
+_NONE = "none"  # a rotation's kind where there is none
 
 
 def recorded_rotation(quant: QuantModel) -> Rotation | None:
@@ -29,13 +31,27 @@ def recorded_rotation(quant: QuantModel) -> Rotation | None:
     """
     from calibration.transforms.rotation import Rotation
 
-    settings = quant.calibration.get("settings", {})
-    told = settings.get("switches", {}).get("rotation", "none")
-    kind = quant.calibration.get("rotation", told)  # of a method that rotates without a switch
-    if kind == "none":
+    kind, seed = _recorded(quant)
+    if kind == _NONE:
         return None
     head_dim = quant.decoder.blocks[0].heads.head_dim
-    return Rotation.make(kind, quant.decoder.hidden, head_dim, int(settings["seed"]))
+    return Rotation.make(kind, quant.decoder.hidden, head_dim, seed)
+
+
+def basis_name(quant: QuantModel) -> str:
+    """What the weights' coordinates are called; two artifacts of one float model have the same if these
+    are the same.
+    """
+    kind, seed = _recorded(quant)
+    return "not rotated" if kind == _NONE else f"rotated ({kind}, seed {seed})"
+
+
+def _recorded(quant: QuantModel) -> tuple[str, int]:
+    """Kind and seed."""
+    settings = quant.calibration.get("settings", {})
+    told = settings.get("switches", {}).get("rotation", _NONE)
+    kind = quant.calibration.get("rotation", told)  # of a method that rotates without a switch
+    return str(kind), int(settings.get("seed", 0))
 
 
 def turned(quant: QuantModel, other: QuantModel) -> Rotation | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,15 +26,16 @@ __all__ = [
     "Call",
     "Comparison",
     "Errors",
+    "Found",
     "Outputs",
     "Pairs",
 ]
 
+T = TypeVar("T")
+
 # Names of the runners that several levels compare, as a report shows them.
 ONNX_RUNTIME, NATIVE, TENSORRT, TORCH = "onnxruntime", "native", "tensorrt", "torch-fake-quant"
-Errors = dict[
-    tuple[str, str, str], list[TensorError]
-]  # (comparison, phase, tensor) -> one per call
+Errors = dict[tuple[str, str, str], TensorError]  # (comparison, phase, tensor) -> of all calls
 Outputs = dict[str, np.ndarray]
 Pairs = dict[str, tuple[int, int]]
 
@@ -50,6 +52,16 @@ class Call:
         """Which tokens [B, S] are none of padding."""
         tokens = self.feed["input_ids"].shape[1]
         return self.feed["attention_mask"][:, -tokens:] > 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a level adds to a comparison: its attributes' new entries."""
+
+    calls: list[Call]
+    errors: Errors
+    notes: list[str]
+    warnings: list[str]
 
 
 class Comparison:
@@ -71,6 +83,21 @@ class Comparison:
         self.errors: Errors = {}
         self.notes: list[str] = scope.notes()
         self.warnings: list[str] = []
+
+    def apart(self, work: Callable[..., T], *arguments: Any) -> tuple[T, Found]:
+        """What `work` returns of a comparison of the same calls, and what it found, to be added."""
+        other = copy(self)
+        other.calls, other.errors, other.notes, other.warnings = [*self.calls], {}, [], []
+        returned = work(other, *arguments)
+        calls = other.calls[len(self.calls) :]
+        return returned, Found(calls, other.errors, other.notes, other.warnings)
+
+    def add(self, found: Found) -> None:
+        """Add what a level found."""
+        self.calls += found.calls
+        self.errors |= found.errors
+        self.notes += found.notes
+        self.warnings += found.warnings
 
     def feeds(self, leader: SessionRunner) -> Iterator[dict[str, np.ndarray]]:
         """Prefill, greedy decode steps that follow the leader, a batch of two with padding on the
@@ -121,7 +148,8 @@ class Comparison:
             for comparison, (reference, compared) in pairs.items():
                 names = runners[reference].name, runners[compared].name
                 for tensor, error in found[names][0].items():
-                    self.errors.setdefault((comparison, call.phase, tensor), []).append(error)
+                    key = (comparison, call.phase, tensor)
+                    self.errors[key] = self.errors[key] + error if key in self.errors else error
             self.progress.advance(note=call.phase)
 
     def stepped(

@@ -12,7 +12,6 @@ from exporter.engine.build import EngineOptions
 from exporter.proof.comparison import TENSORRT, Comparison, Outputs
 from exporter.proof.engine import ProofEngines
 from exporter.proof.judge import PROOF_ENGINE
-from exporter.proof.metrics import total_error
 from exporter.proof.pieces import Piece, PieceSession, pieces, run_pieces
 from exporter.proof.scope import Scope
 from exporter.run import find_runner
@@ -147,8 +146,8 @@ def run_proof_engines(
 def compare_engines(proof: Comparison) -> None:
     """Say how near the logits of the proof engines are to those of the engine."""
     errors = [
-        total_error(parts).relative
-        for (comparison, _, tensor), parts in proof.errors.items()
+        error.relative
+        for (comparison, _, tensor), error in proof.errors.items()
         if (comparison, tensor) == (FUSED, "logits")
     ]
     if largest := max(errors, default=0.0):

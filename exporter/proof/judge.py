@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from calibration.quant.scheme import FLOAT_BITS, LARGEST_FLOAT16
 from exporter.graph.names import is_routed, layer_of, layer_output, new_key
 from exporter.proof.limits import Limits, coarsest
-from exporter.proof.metrics import TensorError, total_error
+from exporter.proof.metrics import TensorError
 from exporter.run.finite import WIDER
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ _BETWEEN = {
     AGAINST: "this artifact against the other one, both in ONNX Runtime",
     "quantisation": "the fake-quantised torch reference against the float model",
 }
-Errors = Mapping[tuple[str, str, str], list[TensorError]]
+Errors = Mapping[tuple[str, str, str], TensorError]
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ def _found(
 ) -> list[tuple[Operator, TensorError]]:
     """Operators with their errors, but for experts that no token reached."""
     return [
-        (one, total_error(errors[comparison, phase, one.tensor]))
+        (one, errors[comparison, phase, one.tensor])
         for one in operators
         if (comparison, phase, one.tensor) in errors or not is_routed(one.tensor)
     ]
@@ -332,7 +332,7 @@ def _row(
 ) -> LayerReport:
     """Of a tensor; with the `last` one of a layer go its operators."""
     level, phase, tensor = key
-    total = total_error(errors[key])
+    total = errors[key]
     worst, overflow = ("", 0.0, 0.0), ""
     if last and phase in _phases(errors, INNER.get(level, "")):
         found = _found(errors, INNER[level], phase, stack.operators(index))
@@ -462,8 +462,8 @@ def _too_large(
     errors: Errors, row: LayerReport, operator: Operator, index: int, stack: Stack
 ) -> str:
     tensor = layer_output(index) if index < stack.layers else "logits"
-    real = errors.get(("quantisation", row.phase, tensor), [])
-    peak = max((error.peak for error in real), default=0.0)
+    real = errors.get(("quantisation", row.phase, tensor))
+    peak = 0.0 if real is None else real.peak
     known = f", {peak:.3g} at {tensor} of the float model" if peak > LARGEST_FLOAT16 else ""
     return (
         f"got numbers beyond float16 at {operator.name} ({row.level}, {row.phase}){known}, expected at most "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.quant.scheme import QuantScheme
 
-__all__ = ["Fit", "Need", "call_tokens", "check_memory", "memory_needed"]
+__all__ = ["BEYOND", "Calls", "Fit", "Need", "attention_windows", "check_memory", "memory_needed"]
 
 _BASE = 500_000_000  # Python with torch, transformers and ONNX Runtime
 _RECORDS = 4  # of all calls: two that are compared, and two of later comparisons
@@ -28,9 +28,52 @@ _FLOAT = 4  # bytes per number of what runners give, and of models in floating p
 _CODE = 1  # bytes per weight of the reference that multiplies integers
 
 
-def call_tokens(prefill: int = 64, steps: int = 8, padded: int = 16) -> int:
-    """Tokens of all calls of a proof: a prefill, steps behind it, a batch of two and a step on that."""
-    return prefill + steps + 2 * (padded + 1)
+# Tokens of a prefill whose length nobody gave, and at most; how many cross a window.
+_PREFILL, _LONGEST, BEYOND = 64, 1024, 8
+_PADDED = 16  # tokens of a row of the padded batch
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How long the calls of a proof are, in tokens.
+
+    Attributes:
+        prefill: of the first.
+        steps: behind it, of one each.
+        padded: of a row of a batch of two, with a step on that.
+    """
+
+    prefill: int
+    steps: int
+    padded: int
+
+    @classmethod
+    def within(
+        cls, room: int, windows: Sequence[int] = (), prefill: int | None = None, steps: int = 8
+    ) -> Calls:
+        """Those of sequences of at most `room` tokens.
+
+        Args:
+            windows: of attentions, smallest first. A prefill that nobody gave leaves the first one, if
+                that can be afforded.
+        """
+        steps = max(min(steps, room - 2), 0)
+        if prefill is None:
+            longest = max([_PREFILL, *(span + BEYOND for span in windows[:1])])
+            prefill = longest if longest <= _LONGEST else _PREFILL
+        prefill = min(prefill, room - steps)
+        return cls(prefill, steps, min(prefill, _PADDED, room - 1))
+
+    @property
+    def tokens(self) -> int:
+        """Of all of them."""
+        return self.prefill + self.steps + 2 * (self.padded + 1)
+
+
+def attention_windows(decoder: Decoder, context: int) -> list[int]:
+    """The windows of the attentions that do not see every token of the context, smallest first."""
+    spans = {block.attend.window for block in decoder.blocks}
+    return sorted(span for span in spans if span is not None and span < context)
 
 
 class Fit(NamedTuple):
@@ -62,12 +105,8 @@ class Need:
     floats: int
 
 
-def memory_needed(
-    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int | None = None
-) -> Need:
-    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls; None: those of
-    a proof that nobody asked more of.
-    """
+def memory_needed(decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int) -> Need:
+    """Of a model, by how each of its GEMM nodes is quantized, and the tokens of all calls."""
     shapes, head = decoder.shapes(), decoder.head
     unpacked: Counter[int | None] = Counter()  # by decoder layer, and of the head
     weights, codes = 0, 0
@@ -81,7 +120,7 @@ def memory_needed(
     if head.quantized and head.tied:
         rest += math.prod(shapes[f"{decoder.embedding.name}.weight"])
     reference = codes + _FLOAT * rest
-    base = _BASE + _RECORDS * (tokens or call_tokens()) * _recorded(decoder, schemes)
+    base = _BASE + _RECORDS * tokens * _recorded(decoder, schemes)
     return Need(
         whole=base + max(unpacked.total(), reference),
         folded=base + max(*unpacked.values(), reference),
@@ -103,10 +142,9 @@ def _recorded(decoder: Decoder, nodes: Iterable[str]) -> int:
     return _FLOAT * numbers
 
 
-def check_memory(
-    decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int | None = None
-) -> Fit:
-    """Compare what the proof needs with the memory that may be used, before hours of other work.
+def check_memory(decoder: Decoder, schemes: Mapping[str, QuantScheme], tokens: int) -> Fit:
+    """Compare what the proof needs, by the tokens of all its calls, with the memory that may be used,
+    before hours of other work.
 
     Returns:
         How it fits. Where the system does not tell of its memory (it is not Linux) all does.

@@ -13,7 +13,7 @@ import numpy as np
 
 from exporter.graph.names import is_routed
 
-__all__ = ["CompareTensors", "TensorError", "tensor_error", "total_error"]
+__all__ = ["CompareTensors", "TensorError", "tensor_error"]
 
 EXACT_DB = 200.0  # reported for equal tensors instead of infinity
 _QUIET = 0.1  # of the mean channel; a channel quieter than this is judged as if it were this loud
@@ -156,11 +156,6 @@ def _other_rows(reference: np.ndarray) -> TensorError:
     """Of a tensor whose rows are those of other tokens, so that there is nothing to compare."""
     nothing = np.zeros(reference.shape[-1])
     return TensorError(1, math.inf, math.nan, math.inf, 0, nothing, nothing, False, 0.0)
-
-
-def total_error(parts: list[TensorError]) -> TensorError:
-    """All calls together."""
-    return reduce(TensorError.__add__, parts)
 
 
 class CompareTensors:

@@ -38,8 +38,8 @@ class ValidateOptions:
         offline: never use the network.
         model: the float model that was quantised; without it neither the weights nor the
             quantisation error are checked.
-        tokens: length of the prefill; with the steps cut to the context. None: _PREFILL, or as many
-            as cross the smallest attention window, at most _LONGEST.
+        tokens: length of the prefill; with the steps cut to the context. None: 64, or as many as cross
+            the smallest attention window, at most 1024 (memory.Calls).
         steps: greedy decode steps.
         runners: names of exporter/run to be compared with onnxruntime, which leads; one that cannot
             run is an error then. None: all that can, and a note about the others.

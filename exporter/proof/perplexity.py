@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.progress import NullProgress, Progress
+from exporter.proof.saved import SavedResults
 from plugins.errors import CheckError, InputError
 
 if TYPE_CHECKING:
@@ -176,14 +178,15 @@ def score(
     model: Model,
     request: EvalRequest,
     progress: Progress | None = None,
+    saved: SavedResults | None = None,
 ) -> dict[str, Any]:
-    """Score a text; returns {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens
+    """Score a text, window by window, of which `saved` keeps each; returns {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens
     being the predicted ones.
 
     Raises:
         InputError: the text or the numbers are wrong. CheckError: the model computes NaN.
     """
-    progress = progress or NullProgress()
+    progress, saved = progress or NullProgress(), saved or SavedResults()
     context = model.description.context
     seqlen = window_length(model.description.max_context, request.seqlen)
     if seqlen > session.max_context:
@@ -199,7 +202,8 @@ def score(
     progress.start("eval", len(chosen))
     total, began = 0.0, time.monotonic()
     for done, index in enumerate(chosen, 1):
-        total += window_nll(session, windows[index])
+        work = partial(window_nll, session, windows[index])
+        total += saved.once(f"perplexity {index}", float, work, steps=0)
         ppl = _perplexity(total, done * (seqlen - 1), index)
         progress.advance(1, f"perplexity {ppl:.4f}")
     progress.finish()

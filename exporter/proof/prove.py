@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from exporter.proof.options import (
     text_rows,
 )
 from exporter.proof.result import ValidationResult
+from exporter.proof.saved import SavedResults
 from exporter.proof.validate import NO_FLOATS, validate
 from plugins.errors import CheckError
 
@@ -41,14 +43,16 @@ def prove(
     options: ValidateOptions,
     scored: EvalRequest | None,
     progress: Progress,
+    saved: SavedResults | None = None,
 ) -> tuple[ValidationResult, dict[str, Any]]:
-    """Prove what is in OUT; writes nothing.
+    """Prove what is in OUT; writes nothing there but what is to be saved.
 
     Args:
         out: the artifact folder, with quant/ and onnx/.
         manifest: of its stages.
         options: of the validation.
         scored: the text whose perplexity is wanted.
+        saved: keeps every level and window that is done.
 
     Returns:
         What was found, and what exporter.report.report.write_report shows.
@@ -59,10 +63,11 @@ def prove(
     """
     from exporter.report.report import report_data
 
-    result = validate(out, options, progress)
-    result = _loss(out, result, options, progress)
-    result, perplexity = _perplexity(out, result, scored, progress)
-    result, quality = _quality(out, result, options, scored, progress)
+    saved = saved or SavedResults()
+    result = validate(out, options, progress, saved)
+    result = _loss(out, result, options, progress, saved)
+    result, perplexity = _perplexity(out, result, scored, progress, saved)
+    result, quality = _quality(out, result, options, scored, progress, saved)
     if quality is not None:
         quality["seen"] = scored is None and _calibrated_on(out, manifest, options)
     found = {"perplexity": perplexity, "quality": quality}
@@ -88,14 +93,18 @@ def _text_windows(out: Path, quant: QuantModel, options: ValidateOptions) -> np.
 
 
 def _loss(
-    out: Path, result: ValidationResult, options: ValidateOptions, progress: Progress
+    out: Path,
+    result: ValidationResult,
+    options: ValidateOptions,
+    progress: Progress,
+    saved: SavedResults,
 ) -> ValidationResult:
     """With the loss of the file as users run it against the rounded graph's, where that level was run
     on a whole model.
     """
     from calibration.quant.folder import read_quant
     from exporter.proof.judge import AS_RUN
-    from exporter.proof.loss import loss_as_run
+    from exporter.proof.loss import LossDifference, loss_as_run
 
     if not result.ok or options.layers or not any(row.level == AS_RUN for row in result.rows):
         return result
@@ -104,7 +113,8 @@ def _loss(
     progress.start(REPORT, 2 * len(windows))
     context = max_context(out, quant)
     try:
-        found = loss_as_run(out, quant.scheme.dtype, context, windows, progress)
+        work = partial(loss_as_run, out, quant.scheme.dtype, context, windows, progress)
+        found = saved.once("loss", LossDifference, work, 2 * len(windows))
     except CheckError as error:
         return replace(result, first_failure=f"loss as run, {error.where}: {error.problem}")
     progress.finish()
@@ -118,7 +128,11 @@ def _loss(
 
 
 def _perplexity(
-    out: Path, result: ValidationResult, scored: EvalRequest | None, progress: Progress
+    out: Path,
+    result: ValidationResult,
+    scored: EvalRequest | None,
+    progress: Progress,
+    saved: SavedResults,
 ) -> tuple[ValidationResult, dict[str, Any] | None]:
     """Of the ONNX model in ONNX Runtime, if it was asked for; a model that fails at it is the
     result's first failure.
@@ -134,7 +148,7 @@ def _perplexity(
     model = find_model(out, scored.runner)
     try:
         with model.open() as session:
-            return result, score(session, model, scored, progress)
+            return result, score(session, model, scored, progress, saved)
     except CheckError as error:
         failure = f"perplexity of {scored.text.name}, {error.where}: {error.problem}"
         return replace(result, first_failure=failure), None
@@ -146,12 +160,13 @@ def _quality(
     options: ValidateOptions,
     scored: EvalRequest | None,
     progress: Progress,
+    saved: SavedResults,
 ) -> tuple[ValidationResult, dict[str, Any] | None]:
     """Against the float model, on the scored text or on the proof's; None of a part of the model,
     of one that is out of tolerance, and where there is no float model.
     """
     from calibration.quant.folder import read_quant
-    from exporter.proof.quality import measure_quality, quality_steps
+    from exporter.proof.quality import QualityReport, measure_quality, quality_steps
 
     if not result.ok or options.layers or not options.wants(REFERENCE):
         return result, None
@@ -165,7 +180,8 @@ def _quality(
     progress.start(REPORT, quality_steps(windows))
     try:
         longest = max_context(out, quant)
-        found = measure_quality(checkpoint, quant, windows, name, progress, longest)
+        work = partial(measure_quality, checkpoint, quant, windows, name, progress, longest)
+        found = saved.once("quality", QualityReport, work, quality_steps(windows))
     except CheckError as error:
         return replace(result, first_failure=f"quality of {error.where}: {error.problem}"), None
     progress.finish()

@@ -9,7 +9,7 @@ from calibration.out.layout import ONNX, QUANT
 from calibration.quant.scheme import FLOAT_BITS
 from exporter.graph.names import WRITE_INDICES, layer_of, layer_output, new_key
 from exporter.proof.judge import Stack
-from exporter.proof.memory import call_tokens
+from exporter.proof.memory import BEYOND, Calls, attention_windows
 from exporter.proof.options import ValidateOptions, max_context
 from exporter.proof.runners import gemm_nodes
 from exporter.run.onnxruntime import load_model
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from calibration.quant.scheme import QuantScheme
 
 __all__ = ["Scope"]
-
-# Tokens of a prefill whose length nobody gave, and at most; how many cross a window.
-_PREFILL, _LONGEST, _BEYOND = 64, 1024, 8
-_PADDED = 16  # tokens of the padded batch
 
 
 class Scope:
@@ -56,8 +52,8 @@ class Scope:
         model = load_model(out / ONNX)
         self.context = max_context(out, self.quant)
         self.room = min(self.context, max_context(options.against or out, self.quant))
-        self.steps = max(min(options.steps, self.room - 2), 0)
-        self.tokens = min(options.tokens or self._prefill(), self.room - self.steps)
+        self._calls = Calls.within(self.room, self._windows(), options.tokens, options.steps)
+        self.steps, self.tokens = self._calls.steps, self._calls.prefill
         self.nodes = gemm_nodes(model, self.quant.decoder)
         self.layers = self._layers()
         wanted = {*self.layers, *([None] if self.layers.stop == self.quant.layers else [])}
@@ -83,12 +79,12 @@ class Scope:
     @property
     def padded(self) -> int:
         """Tokens of a row of the padded batch."""
-        return min(self.tokens, _PADDED, self.room - 1)
+        return self._calls.padded
 
     @property
     def all_tokens(self) -> int:
         """Tokens of all calls."""
-        return call_tokens(self.tokens, self.steps, self.padded)
+        return self._calls.tokens
 
     @property
     def schemes(self) -> dict[str, QuantScheme]:
@@ -101,25 +97,18 @@ class Scope:
 
     def notes(self) -> list[str]:
         """What of the model no token of the proof reaches, and how experts are judged."""
-        return [*self._windows(), *self._experts()]
+        return [*self._unreached(), *self._experts()]
 
-    def _spans(self) -> list[int]:
-        """The windows of the attentions that do not see every token of the context."""
-        spans = {block.attend.window for block in self.quant.decoder.blocks}
-        return sorted(span for span in spans if span is not None and span < self.context)
+    def _windows(self) -> list[int]:
+        return attention_windows(self.quant.decoder, self.context)
 
-    def _prefill(self) -> int:
-        """Tokens of which the last ones no longer see the first, if that can be afforded."""
-        longest = max([_PREFILL, *(span + _BEYOND for span in self._spans()[:1])])
-        return longest if longest <= _LONGEST else _PREFILL
-
-    def _windows(self) -> list[str]:
+    def _unreached(self) -> list[str]:
         """Which windows no token of the proof leaves."""
         reached = self.tokens + self.steps
         return [
             f"The attention window of {span} tokens was not reached by the {reached} that were run, "
-            f"so nothing beyond it was proven; --tokens {span + _BEYOND} reaches it."
-            for span in self._spans()
+            f"so nothing beyond it was proven; --tokens {span + BEYOND} reaches it."
+            for span in self._windows()
             if span >= reached
         ]
 

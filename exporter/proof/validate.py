@@ -37,15 +37,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from calibration.out.fingerprint import digest
 from calibration.out.layout import ONNX, REPORT
 from calibration.progress import NullProgress, Progress
 from exporter.engine.edition import captured_log
 from exporter.graph.names import layer_of
 from exporter.proof.against import open_other, run_against, same_codes
-from exporter.proof.comparison import NATIVE, ONNX_RUNTIME, TENSORRT, Comparison, Outputs
+from exporter.proof.comparison import NATIVE, ONNX_RUNTIME, TENSORRT, Comparison, Found, Outputs
 from exporter.proof.diagnose import causes
 from exporter.proof.engine_levels import (
     build_proof_engines,
@@ -57,11 +59,12 @@ from exporter.proof.engine_levels import (
     run_proof_engines,
 )
 from exporter.proof.files import check_tokenizer
-from exporter.proof.judge import AGAINST, LeftOut, first_failure, judge, left_out
+from exporter.proof.judge import AGAINST, LayerReport, LeftOut, first_failure, judge, left_out
 from exporter.proof.memory import check_memory
 from exporter.proof.onnx_levels import native_kernels, run_bodies, run_folded, run_native, run_users
 from exporter.proof.options import REFERENCE, ValidateOptions, float_checkpoint
 from exporter.proof.result import ValidationResult
+from exporter.proof.saved import SavedResults
 from exporter.proof.scope import Scope
 from exporter.proof.torch_levels import run_float, run_reference
 from exporter.proof.weights import compare_weights, compared_tensors
@@ -78,17 +81,24 @@ __all__ = ["NO_FLOATS", "validate"]
 
 T = TypeVar("T")
 
+_RECORD = list[Outputs]  # what a level returns, as it is saved
+_RECORDS = tuple[_RECORD, _RECORD]
+
 NO_FLOATS = "The float model does not fit into the memory"
 _GIVEN = re.compile(r" at (\S+)(?: \(with \S+\))? given its inputs ")  # first_failure's words
 
 
 def validate(
-    out: Path, options: ValidateOptions | None = None, progress: Progress | None = None
+    out: Path,
+    options: ValidateOptions | None = None,
+    progress: Progress | None = None,
+    saved: SavedResults | None = None,
 ) -> ValidationResult:
     """Compare an artefact folder's ONNX model (and engine) with the torch references on real text.
 
     Args:
         out: OUT with quant/ and onnx/; engine/ takes part where there is a GPU.
+        saved: keeps every level that is done.
 
     Raises:
         InputError: a stage is missing or damaged, the text is too short, or the memory does not
@@ -105,11 +115,12 @@ def validate(
     weights = compared_tensors(checkpoint, scope.quant, scope.layers) if checkpoint else 0
     steps = len(parts.pieces) + (scope.steps + 3) * parts.runs
     proof.progress.start(REPORT, weights + steps)
-    rows = []
+    rows, saved = list[LayerReport](), saved or SavedResults()
     if checkpoint:
-        rows = compare_weights(checkpoint, scope.quant, proof.progress, scope.layers)
+        compare = partial(compare_weights, checkpoint, scope.quant, proof.progress, scope.layers)
+        rows = saved.once("weights", list[LayerReport], compare, weights)
     with captured_log():
-        _run(proof, parts, fit.folded)
+        _run(proof, parts, fit.folded, saved)
     proof.progress.finish()
     compare_engines(proof)
     stack = scope.stack()
@@ -163,6 +174,11 @@ class _Parts:
     exported: bool
     floats: Checkpoint | None
 
+    def stamp(self) -> list[bool]:
+        """Which of them take part: what one level finds depends on the others' being there."""
+        parts = (self.library, self.engine, self.engines, self.other, self.floats)
+        return [*(part is not None for part in parts), self.exported]
+
     @property
     def referenced(self) -> bool:
         """Whether something is compared beside ONNX Runtime's record."""
@@ -208,32 +224,47 @@ def _parts(proof: Comparison, floats: Checkpoint | None) -> _Parts:
     return parts
 
 
-def _run(proof: Comparison, parts: _Parts, folded: bool) -> None:
+def _run(proof: Comparison, parts: _Parts, folded: bool, saved: SavedResults) -> None:
     """Every level that runs a model, one after the other.
 
     Args:
         folded: whether the function bodies of all nodes do not fit into the memory.
+        saved: keeps them.
     """
+    calls, made_of = proof.scope.steps + 3, digest(folded, *parts.stamp())
     record, users = list[Outputs](), (list[Outputs](), list[Outputs]())
     played, proven, references = list[Outputs](), list[Outputs](), list[Outputs]()
+
+    def level(name: str, kind: Any, steps: int, work: Callable[..., T], *arguments: Any) -> T:
+        apart = partial(proof.apart, partial(_freed, work), *arguments)
+        returned, found = saved.once(name, tuple[kind, Found], apart, steps, made_of)
+        proof.add(found)
+        return returned
+
     if parts.runs:
-        record = _freed(run_bodies, proof, parts.library, folded)
+        record = level("bodies", _RECORD, calls, run_bodies, parts.library, folded)
     if parts.library is not None:
-        _freed(run_folded if folded else run_native, proof, record, parts.library)
-        users = _freed(run_users, proof)
+        native = run_folded if folded else run_native
+        level("native", None, calls, native, record, parts.library)
+        users = level("users", _RECORDS, (1 + parts.exported) * calls, run_users)
     if parts.other is not None:
-        _freed(run_against, proof, record, parts.other)
+        level("against", None, calls, run_against, record, parts.other)
     if parts.engine is not None:
-        played = _freed(run_engine, proof, parts.engine)
+        played = level("engine", _RECORD, calls, run_engine, parts.engine)
+    pieces = len(parts.pieces)
     if parts.engines is not None and parts.engine is not None:
-        proven = _freed(run_proof_engines, proof, parts.engines, parts.pieces, record)
+        proven = level(
+            "proof engines", _RECORD, pieces, run_proof_engines, parts.engines, parts.pieces, record
+        )
     elif parts.engines is not None:
-        build_proof_engines(proof, parts.engines, parts.pieces)
+        level("proof engines", None, pieces, build_proof_engines, parts.engines, parts.pieces)
     if parts.referenced:
-        references = _freed(run_reference, proof, record, users, played, proven)
+        references = level(
+            "reference", _RECORD, calls, run_reference, record, users, played, proven
+        )
     del record, users, played, proven
     if parts.exported and parts.floats:
-        run_float(proof, parts.floats, references)
+        level("float", None, calls, run_float, parts.floats, references)
 
 
 def _unrounded(lost: LeftOut) -> str:

@@ -33,6 +33,23 @@ def test_a_copy_is_the_same(artifact: Path, copy: Path, capsys: pytest.CaptureFi
     ]
 
 
+def test_weights_in_other_coordinates_are_not_compared(
+    artifact: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "quant" / "quant.json"
+    meta = json.loads(path.read_text())
+    settings = {"effort": "fast", "calib": "default", "seed": 3}
+    settings["switches"] = {"rotation": "hadamard"}
+    write_json(path, meta | {"calibration": {"settings": settings}})
+    assert main(["diff", str(artifact), str(copy)]) == 0
+    assert (
+        "weights: 1 difference\n"
+        "  all, in other coordinates and not compared: not rotated | rotated (hadamard, seed 3)\n"
+        "sizes: same\n"
+    ) in capsys.readouterr().out
+    assert main(["diff", str(artifact), str(copy), "--same", "weights"]) == 3
+
+
 def test_what_was_not_compared_is_not_the_same(
     artifact: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 import calibration.blocks.driver
+import calibration.quant.quantize
 import exporter.engine.build
 import exporter.engine.edition
 import plugins.tools.build
 from calibration.blocks.saved_streams import SavedStreams
 from calibration.blocks.store import BlockStore
+from calibration.checkpoints.safetensors import SafetensorsWriter
 from calibration.out.files import write_json
+from calibration.out.pieces import Pieces
 from calibration.progress import PlainProgress
 from exporter.__main__ import main
 from exporter.engine.edition import Edition
@@ -46,15 +49,28 @@ def _export(arguments: list[str], log: Path, moment: str) -> None:
     library.write_bytes(b"library")
     walk, advance = calibration.blocks.driver.walk, PlainProgress.advance
     save, save_streams = BlockStore.save, SavedStreams.save
+    made, write, shards = Pieces.made, SafetensorsWriter.write, calibration.quant.quantize._shards
     steps = dict.fromkeys(STAGES, 0)
 
     def told_walk(block: Any, *rest: Any, **options: Any) -> Any:
         print(f"walked {block.block.index}")
         return walk(block, *rest, **options)
 
+    def told_made(self: Pieces, name: str, *rest: Any) -> Any:
+        if not name.startswith("block"):
+            print(f"made {name.split('-of-')[0].removesuffix('.safetensors')}")
+        if moment == "report" and name.startswith("users"):
+            die()
+        return made(self, name, *rest)
+
+    def write_half(self: SafetensorsWriter, *rest: Any) -> None:
+        write(self, *rest)
+        if moment == "quant" and "model-00002" in self._path.name:
+            die()
+
     def counted(self: PlainProgress, *rest: Any, **options: Any) -> None:
         steps[self._stage] = steps.get(self._stage, 0) + 1
-        if self._stage == moment and steps[moment] == 2:
+        if self._stage == moment == "onnx" and steps[moment] == 2:
             die()
         advance(self, *rest, **options)
 
@@ -72,6 +88,9 @@ def _export(arguments: list[str], log: Path, moment: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration.blocks.driver, "walk", told_walk)
+        patch.setattr(Pieces, "made", told_made)
+        patch.setattr(SafetensorsWriter, "write", write_half)
+        patch.setattr(calibration.quant.quantize, "_shards", lambda one, _: shards(one, 60_000))
         patch.setattr(PlainProgress, "advance", counted)
         patch.setattr(BlockStore, "save", until("block", 1, save))
         patch.setattr(SavedStreams, "save", until("streams", 2, save_streams))
@@ -99,7 +118,7 @@ def test_a_run_that_is_killed_in_every_stage(
         process.join()
         text = log.read_text()
         assert process.exitcode == (-signal.SIGKILL if moment else 0), text
-        told = ("kept", "walked", "of 3: loss")
+        told = ("kept", "walked", "of 3: loss", "made")
         return [line.split(",")[0] for line in text.splitlines() if any(map(line.count, told))]
 
     def blocks(kept: int, walked: str = "") -> list[str]:
@@ -109,15 +128,19 @@ def test_a_run_that_is_killed_in_every_stage(
 
     first = export("whole", "report")  # which tells of times and is not compared
     assert not any("kept" in line for line in first)
+    files = [line for line in first if "model-" in line]
+    levels = ["weights", "bodies", "native", "users", "reference", "float", "loss", "quality"]
+    levels = [f"made {name}" for name in levels]
+    assert first[3:] == [*files, *levels[:4]] and len(files) > 3
     assert export("out", "block") == first[:1]
     assert export("out", "streams") == blocks(1)
     # The second block was finished, the streams behind it were not: one walk, and the third block.
     again = export("out", "quant")
-    assert again[:-1] == blocks(2, "walked 1") and again[-1] == first[2]
-    assert export("out", "onnx") == blocks(3)
+    assert again == [*blocks(2, "walked 1"), first[2], *files[:2]]
+    assert export("out", "onnx") == [*blocks(3), *files[1:]]
     assert export("out", "engine") == ["quant: kept"]
-    assert export("out", "report") == ["quant: kept", "onnx: kept"]
-    assert export("out") == ["quant: kept", "onnx: kept", "engine: kept"]
+    assert export("out", "report") == ["quant: kept", "onnx: kept", *levels[:4]]
+    assert export("out") == ["quant: kept", "onnx: kept", "engine: kept", *levels[3:]]
     for stage in STAGES[:3]:
         assert snapshot(tmp_path / "out" / stage) == snapshot(tmp_path / "whole" / stage)
     left = {path.name for path in (tmp_path / "out").iterdir()}

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 import exporter.graph.decoder
+from calibration.checkpoints.safetensors import SafetensorsWriter
 from calibration.out.files import write_json
-from calibration.out.layout import DATA_FILE, STAGES
+from calibration.out.layout import DATA_FILE, PROOF_WORK, STAGES, WORK
 from exporter.engine.edition import Edition
 from exporter.proof.result import ValidationResult
 from exporter.proof.validate import NO_FLOATS
@@ -169,8 +170,13 @@ def test_ctrl_c_at_any_write_of_the_manifest_can_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr("exporter.pipeline.write_json", write)
         assert run(out)[0] == EXIT_INTERRUPT
-    code, _, err = run(out, "--resume")
+    assert (out / WORK).exists() == (moment in (2, 3))  # weight files that are whole
+    with monkeypatch.context() as patch:
+        if moment > 1:
+            patch.setattr(SafetensorsWriter, "write", pytest.fail)
+        code, _, err = run(out, "--resume")
     assert code == 0 and ("quant: kept" in err) == (moment > 3)
+    assert not (out / WORK).exists()
     assert list(json.loads((out / "manifest.json").read_text())["stages"]) == ["onnx", "quant"]
 
 
@@ -216,6 +222,7 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
     )
     assert sorted(path.name for path in out.iterdir()) == [
         ".lock",
+        ".proof",
         "manifest.json",
         "onnx",
         "quant",
@@ -226,6 +233,7 @@ def test_a_real_ctrl_c(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
         and "quant: kept" in err
         and "onnx: kept" in err
         and (out / "report" / "index.html").exists()
+        and not (out / ".proof").exists()
     )
 
 
@@ -378,8 +386,9 @@ def test_stages_that_follow_a_new_one_are_gone(
         stages() == ["onnx", "quant", "report"] and json.loads(report.read_text())["engine"] is None
     )
     append(world.root / "exporter" / "graph" / "decoder.py")
+    (out / PROOF_WORK).mkdir()  # levels of another file
     assert run(out, *WHOLE, "--until", "onnx", model=world.model)[0] == 0
-    assert stages() == ["onnx", "quant"]
+    assert stages() == ["onnx", "quant"] and not (out / PROOF_WORK).exists()
 
 
 def test_a_stage_that_fails_keeps_what_follows(

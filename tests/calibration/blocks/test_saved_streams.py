@@ -10,9 +10,8 @@ import torch
 
 from calibration.blocks.ranks import ALONE, Ranks
 from calibration.blocks.saved_streams import SavedStreams
-from calibration.blocks.store import BlockStore
 from calibration.blocks.streams import StreamBudget, Windows
-from plugins.errors import InputError
+from calibration.out.pieces import Pieces
 
 
 def _windows(values: torch.Tensor | None, limit: int | None = None) -> Windows:
@@ -23,8 +22,13 @@ def _windows(values: torch.Tensor | None, limit: int | None = None) -> Windows:
     return windows
 
 
-def _saved(folder: Path, fingerprint: str = "print", ranks: Ranks = ALONE) -> SavedStreams:
-    return SavedStreams(BlockStore(folder, fingerprint, writes=False), ranks)
+def _saved(
+    folder: Path,
+    fingerprint: str = "print",
+    ranks: Ranks = ALONE,
+    told: Callable[[str], None] = pytest.fail,
+) -> SavedStreams:
+    return SavedStreams(Pieces(folder, fingerprint, writes=False), ranks, told)
 
 
 @pytest.fixture
@@ -68,16 +72,36 @@ def test_damaged_ones_count_as_missing(work: Path, damage: Callable[[bytes], byt
 
 def test_those_of_another_run_count_as_missing(work: Path) -> None:
     assert _saved(work, "another").behind(2) == 0
-    (work / "streams-00002-0-of-1.bin").rename(work / "streams-00002-1-of-2.bin")
-    assert _saved(work).behind(2) == 0
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, values: torch.Tensor) -> None:
-    (tmp_path / "work").write_text("")
-    path = tmp_path / "work" / "streams-00001-0-of-1.bin"
-    with pytest.raises(InputError) as caught:
-        _saved(tmp_path / "work").save(1, [_windows(values[0])])
-    assert str(caught.value) == (
-        f"{path}: got File exists while writing, expected a writable folder with enough space. "
-        "Check the disk; finished blocks are whole, go on with --resume."
-    )
+def test_those_of_another_number_of_processes_are_removed(work: Path, values: torch.Tensor) -> None:
+    other = _saved(work, ranks=Ranks(rank=1, world=2))
+    assert not list(work.iterdir())
+    other.save(1, [_windows(values[0])])
+    assert [path.name for path in work.iterdir()] == ["streams-00001-1-of-2.bin"]
+    _saved(work, ranks=Ranks(rank=0, world=2))  # another process's of the same run stay
+    assert list(work.iterdir())
+    assert _saved(work).behind(1) == 0 and not list(work.iterdir())
+
+
+def test_a_disk_that_takes_none_is_told_of_once(
+    work: Path, values: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    saved, before = _saved(work, told=told.append), (work / "streams-00002-0-of-1.bin").read_bytes()
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        saved.save(3, [_windows(values[0])])
+    saved.save(4, [_windows(values[0])])
+    assert told == [
+        f"{work / 'streams-00003-0-of-1.bin'}: got No space left on device while writing. The "
+        "calibration goes on; should it be interrupted, --resume walks finished blocks again, which "
+        "takes longer."
+    ]
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == {
+        "streams-00002-0-of-1.bin": before
+    }

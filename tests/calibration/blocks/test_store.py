@@ -47,6 +47,10 @@ def _filled(folder: Path, count: int = 3) -> BlockStore:
     return store
 
 
+def _finished(store: BlockStore) -> int:
+    return len(store.digests())
+
+
 def _same(a: BlockResult, b: BlockResult) -> bool:
     def arrays(result: BlockResult) -> dict[str, np.ndarray]:
         found = {
@@ -70,7 +74,7 @@ def _same(a: BlockResult, b: BlockResult) -> bool:
 def test_blocks_come_back_as_they_were(tmp_path: Path) -> None:
     _filled(tmp_path / "work")
     store = BlockStore(tmp_path / "work", "print")
-    assert store.finished() == 3
+    assert _finished(store) == 3
     for index in range(3):
         result = store.load(index)
         assert _same(result, _result(index)) and not _same(result, _result(index + 1))
@@ -83,7 +87,7 @@ def test_other_settings_or_a_fresh_start_throw_them_away(
 ) -> None:
     _filled(tmp_path / "work")
     store = BlockStore(tmp_path / "work", fingerprint, keep=keep)
-    assert store.finished() == 0
+    assert _finished(store) == 0
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["state.json"]
 
 
@@ -107,10 +111,12 @@ def test_a_damaged_block_and_those_behind_it_do_not_count(
     _filled(tmp_path / "work")
     damage(tmp_path / "work" / f"block-{index:05d}.safetensors")
     store = BlockStore(tmp_path / "work", "print")
-    assert store.finished() == index
+    assert _finished(store) == index
     store.save(index, _result(index))
-    assert store.finished() == index + 1  # what was behind it is made again too
-    assert _same(store.load(index), _result(index))
+    assert _finished(store) == 3  # those behind it were made behind the same
+    store.save(index, _result(7))
+    assert _finished(store) == index + 1
+    assert _same(store.load(index), _result(7))
 
 
 def test_a_block_that_is_not_recorded_yet_does_not_count(
@@ -122,28 +128,28 @@ def test_a_block_that_is_not_recorded_yet_does_not_count(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("calibration.blocks.store.write_json", die)
+        patch.setattr("calibration.out.pieces.write_json", die)
         with pytest.raises(KeyboardInterrupt):
             store.save(1, _result(1))
-    assert BlockStore(tmp_path / "work", "print").finished() == 1
+    assert _finished(BlockStore(tmp_path / "work", "print")) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": 5}', '{"sha256": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": 5}', '{"files": {}}'])
 def test_a_damaged_state_starts_over(tmp_path: Path, text: str) -> None:
     _filled(tmp_path / "work")
     (tmp_path / "work" / "state.json").write_text(text)
-    assert BlockStore(tmp_path / "work", "print").finished() == 0
+    assert _finished(BlockStore(tmp_path / "work", "print")) == 0
     assert json.loads((tmp_path / "work" / "state.json").read_text()) == {
         "fingerprint": "print",
-        "sha256": [],
+        "files": {},
     }
 
 
 def test_a_process_that_only_reads_changes_nothing(tmp_path: Path) -> None:
     _filled(tmp_path / "work")
-    assert BlockStore(tmp_path / "work", "another", keep=False, writes=False).finished() == 3
+    assert _finished(BlockStore(tmp_path / "work", "another", keep=False, writes=False)) == 3
     assert (
-        BlockStore(tmp_path / "nowhere", "print", writes=False).finished() == 0
+        _finished(BlockStore(tmp_path / "nowhere", "print", writes=False)) == 0
         and not (tmp_path / "nowhere").exists()
     )
 
@@ -165,9 +171,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "expected a writable folder with enough space. "
         "Check the disk; finished blocks are whole, go on with --resume."
     )
-    assert store.finished() == 1 and _same(store.load(0), _result(0))
+    assert _finished(store) == 1 and _same(store.load(0), _result(0))
     store.save(1, _result(1))
-    assert store.finished() == 2
+    assert _finished(store) == 2
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_removed_when_everything_is_written(tmp_path: Path) -> None:
-    _filled(tmp_path / "work").remove()
+    _filled(tmp_path / "work").pieces.remove()
     assert not (tmp_path / "work").exists()
 
 
@@ -192,7 +198,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     link = tmp_path / "work"
     link.symlink_to(victim)
     store = BlockStore(link, "print")  # the right fingerprint is no excuse
-    assert store.finished() == 0 and not link.is_symlink()
+    assert _finished(store) == 0 and not link.is_symlink()
     for name in (".block.tmp", "block-00000.safetensors", "state.json"):
         (link / name).unlink(missing_ok=True)
         (link / name).symlink_to(victim / "block-00001.safetensors")
@@ -200,9 +206,9 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     store = BlockStore(link, "other")
     (link / "block-00000.safetensors").symlink_to(victim / "block-00001.safetensors")
     store.save(0, _result(7))
-    assert store.finished() == 1 and not (link / "block-00000.safetensors").is_symlink()
+    assert _finished(store) == 1 and not (link / "block-00000.safetensors").is_symlink()
     assert {path.name: path.read_bytes() for path in victim.iterdir()} == kept
-    store.remove()
+    store.pieces.remove()
     assert not link.exists()
 
 
@@ -210,16 +216,16 @@ def test_half_a_block_of_a_killed_process_is_swept(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     _filled(folder, 1)
     temporary(folder / "block-00001.safetensors").write_bytes(b"half")
-    assert BlockStore(folder, "print").finished() == 1
+    assert _finished(BlockStore(folder, "print")) == 1
     assert sorted(path.name for path in folder.iterdir()) == [
         "block-00000.safetensors",
         "state.json",
     ]
 
 
-@pytest.mark.parametrize("state", [{"fingerprint": "print", "sha256": 5}, {"sha256": [3]}])
+@pytest.mark.parametrize("state", [{"fingerprint": "print", "files": 5}, {"files": [3]}])
 def test_a_state_of_other_types_is_none(tmp_path: Path, state: object) -> None:
     folder = tmp_path / "work"
     _filled(folder, 1)
     (folder / "state.json").write_text(json.dumps(state))
-    assert BlockStore(folder, "print").finished() == 0
+    assert _finished(BlockStore(folder, "print")) == 0

@@ -21,6 +21,7 @@ from exporter.proof.loss import LossDifference, loss_as_run, loss_difference
 from exporter.proof.options import ValidateOptions
 from exporter.proof.prove import _loss
 from exporter.proof.result import ValidationResult
+from exporter.proof.saved import SavedResults
 from exporter.proof.validate import validate
 from exporter.run.native import NativeSession
 from plugins.errors import CheckError
@@ -226,7 +227,7 @@ def test_a_text_that_overflows_is_a_failure(
     monkeypatch.setattr("exporter.proof.loss.loss_as_run", overflows)
     row = LayerReport(AS_RUN, "prefill", "logits", 1.0, 90.0, 0.0, 0.0, 0.1)
     result = ValidationResult((row,), "", ())
-    found = _loss(tiny_export(), result, BRIEF, NullProgress())
+    found = _loss(tiny_export(), result, BRIEF, NullProgress(), SavedResults())
     assert found.first_failure == "loss as run, window 3: got NaN, expected numbers"
 
 

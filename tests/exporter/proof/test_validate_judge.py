@@ -36,12 +36,12 @@ def test_a_limit_follows_from_the_coarsest_bits_so_far() -> None:
         )  # one node of eight without noise changes nothing
 
 
-def error(size: float) -> list[TensorError]:
+def error(size: float) -> TensorError:
     reference = np.random.default_rng(0).standard_normal((1, 4, 16))
-    return [tensor_error(reference, reference * (1 + size), np.ones((1, 4), bool))]
+    return tensor_error(reference, reference * (1 + size), np.ones((1, 4), bool))
 
 
-def measured(**wrong: float) -> dict[tuple[str, str, str], list[TensorError]]:
+def measured(**wrong: float) -> dict[tuple[str, str, str], TensorError]:
     """All small but for {"level phase tensor": relative error}."""
     errors = {}
     for phase in ("prefill", "decode"):

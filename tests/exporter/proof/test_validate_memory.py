@@ -12,11 +12,14 @@ import pytest
 
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.families import Decoder
+from calibration.progress import NullProgress
+from calibration.quant.bits import as_map
 from calibration.quant.folder import read_quant
 from calibration.quant.scheme import QuantScheme
+from exporter.pipeline import ExportRequest, Pipeline
 from exporter.proof import onnx_levels
 from exporter.proof import validate as proof
-from exporter.proof.memory import Fit, Need, check_memory, memory_needed
+from exporter.proof.memory import Calls, Fit, Need, attention_windows, check_memory, memory_needed
 from exporter.proof.options import ValidateOptions
 from exporter.proof.pieces import FoldedSession
 from exporter.proof.validate import validate
@@ -28,7 +31,8 @@ QQQ, W8A8, W4A16 = (
     for op, wbits, abits in (("QQQGemm", 4, 8), ("ABQGemm", 8, 8), ("ABQGemm", 4, 16))
 )
 WIDTHS = 2 * ((64 + 128) + (64 + 64) + (64 + 256) + (128 + 64))  # of its nodes' inputs and outputs
-BASE = 500_000_000 + 4 * 106 * 4 * (WIDTHS + 2 * 64 + 512)  # with what runners gave
+TOKENS = 64 + 8 + 2 * 17
+BASE = 500_000_000 + 4 * TOKENS * 4 * (WIDTHS + 2 * 64 + 512)  # with what runners gave
 WEIGHTS = 2 * 36864  # of the linears of the tiny model
 REST = 512 * 64 + 5 * 64  # its embedding and norms
 
@@ -50,7 +54,7 @@ def test_the_need_follows_from_the_op(
 ) -> None:
     bytes_of_code = 4 if scheme.abits == 16 else 1
     reference = bytes_of_code * WEIGHTS + 4 * REST
-    assert memory_needed(decoder, every(decoder, scheme)) == Need(
+    assert memory_needed(decoder, every(decoder, scheme), TOKENS) == Need(
         whole=BASE + per_weight * WEIGHTS,
         folded=BASE + max(per_weight * WEIGHTS // 2, reference),
         floats=BASE + 4 * (WEIGHTS + REST),
@@ -64,12 +68,12 @@ def every(decoder: Decoder, scheme: QuantScheme) -> dict[str, QuantScheme]:
 def test_each_node_needs_what_its_bits_do(decoder: Decoder) -> None:
     """The largest layer, or the head, where they come one after the other."""
     first = {node: W8A8 for node in decoder.nodes if ".layers.0." in node}
-    need = memory_needed(decoder, every(decoder, QQQ) | first)
+    need = memory_needed(decoder, every(decoder, QQQ) | first, TOKENS)
     assert need.whole == BASE + (18 + 55) * WEIGHTS // 2
     assert need.folded == BASE + 55 * WEIGHTS // 2
     whole = decoder.with_quantized_head()
-    head, base = 512 * 64, BASE + 4 * 106 * 4 * (512 + 64)
-    need = memory_needed(whole, every(whole, QQQ) | {"lm_head": W8A8})
+    head, base = 512 * 64, BASE + 4 * TOKENS * 4 * (512 + 64)
+    need = memory_needed(whole, every(whole, QQQ) | {"lm_head": W8A8}, TOKENS)
     assert need.whole == base + 18 * WEIGHTS + 55 * head
     assert need.folded == base + 55 * head
 
@@ -78,7 +82,7 @@ def test_what_does_not_fit_is_done_otherwise(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schemes = every(decoder, W8A8)
-    need = memory_needed(decoder, schemes)
+    need = memory_needed(decoder, schemes, TOKENS)
     assert need.floats < need.folded < need.whole
     for size, expected in (
         (need.whole, Fit(False, True, need.whole)),
@@ -87,7 +91,7 @@ def test_what_does_not_fit_is_done_otherwise(
         (None, Fit(False, True, need.whole)),
     ):
         free(monkeypatch, size)
-        assert check_memory(decoder, schemes) == expected
+        assert check_memory(decoder, schemes, TOKENS) == expected
 
 
 def test_a_float_model_may_be_what_does_not_fit(
@@ -97,19 +101,50 @@ def test_a_float_model_may_be_what_does_not_fit(
     model = tiny_llama(num_hidden_layers=6)
     decoder = open_checkpoint(str(model), offline=True).decoder
     schemes = every(decoder, QQQ)
-    need = memory_needed(decoder, schemes)
+    need = memory_needed(decoder, schemes, TOKENS)
     free(monkeypatch, need.floats - 1)
-    assert check_memory(decoder, schemes) == Fit(True, False, need.folded)
+    assert check_memory(decoder, schemes, TOKENS) == Fit(True, False, need.folded)
 
 
 def test_the_message_is_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 400_000_000)
     with pytest.raises(InputError) as caught:
-        check_memory(decoder, every(decoder, QQQ))
+        check_memory(decoder, every(decoder, QQQ), TOKENS)
     assert str(caught.value) == (
         "validation: got 0.40 GB of free memory, expected 0.50 GB for 0 M weights. "
         "Use --until engine here, and validate on a machine with more memory."
     )
+
+
+def test_the_calls_cross_a_window_that_is_not_too_long() -> None:
+    assert Calls.within(2048) == Calls(64, 8, 16) and Calls.within(2048).tokens == TOKENS
+    assert Calls.within(2048, [512, 4096]).prefill == 520
+    assert Calls.within(2048, [1020]).prefill == Calls.within(2048, [512], prefill=64).prefill == 64
+    assert Calls.within(12) == Calls(4, 8, 4) and Calls.within(5, prefill=9, steps=1) == Calls(
+        4, 1, 4
+    )
+
+
+def test_before_a_run_as_much_is_asked_for_as_by_the_proof(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with a window of its own, within the positions that are exported."""
+    model = tiny_llama(architecture="Mistral", sliding_window=90, max_position_embeddings=256)
+    asked: list[int] = []
+    monkeypatch.setattr("exporter.proof.memory.check_memory", lambda *given: asked.append(given[2]))
+    for longest in (128, 80):
+        request = ExportRequest(
+            model=str(model),
+            schemes=as_map(W8A8),
+            out=tmp_path,
+            engine="none",
+            max_seq=longest,
+            offline=True,
+        )
+        Pipeline(request, NullProgress())
+    assert asked == [98 + 8 + 2 * 17, TOKENS]
+    decoder = open_checkpoint(str(model)).decoder
+    assert [attention_windows(decoder, longest) for longest in (128, 80)] == [[90], []]
 
 
 FOLDED = ValidateOptions(tokens=12, steps=1)

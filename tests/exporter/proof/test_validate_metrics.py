@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from exporter.proof.metrics import EXACT_DB, CompareTensors, tensor_error, total_error
+from exporter.proof.metrics import EXACT_DB, CompareTensors, tensor_error
 
 ALL = np.ones((1, 4), bool)
 
@@ -73,17 +73,14 @@ def test_what_is_not_finite_fails(value: float) -> None:
         and math.isnan(error.cosine)
         and error.snr_db == -math.inf
     )
-    assert not total_error([tensor_error(some(), some(), ALL), error])
+    assert not tensor_error(some(), some(), ALL) + error
 
 
 def test_calls_add_up() -> None:
     reference, got = some(1), some(2)
     whole = tensor_error(reference, got, ALL)
-    parts = total_error(
-        [
-            tensor_error(reference[:, :1], got[:, :1], ALL[:, :1]),
-            tensor_error(reference[:, 1:], got[:, 1:], ALL[:, 1:]),
-        ]
+    parts = tensor_error(reference[:, :1], got[:, :1], ALL[:, :1]) + tensor_error(
+        reference[:, 1:], got[:, 1:], ALL[:, 1:]
     )
     for name in ("tokens", "relative", "cosine", "max_abs", "agreement"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name))
@@ -118,5 +115,5 @@ def test_an_expert_with_other_rows_differs_wholly() -> None:
     for pair in ((rows, none), (none, rows), (rows, fewer)):
         error = compare({name: pair[0]}, {name: pair[1]})[name]
         assert error.relative == error.worst_channel[1] == math.inf and error.peak == 0
-        total = total_error([error, compare({name: rows}, {name: rows})[name]])
+        total = error + compare({name: rows}, {name: rows})[name]
         assert total.relative == math.inf
