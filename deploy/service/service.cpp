@@ -222,6 +222,9 @@ void Service::loaded(std::shared_ptr<Model> model) {
   model_ = std::move(model);
   if (options_.name.empty()) options_.name = model_->card().name;
   const Card& card = model_->card();
+  // More would find no room at any time, and be asked to come back.
+  const size_t room = options_.engine.queue + static_cast<size_t>(card.slots);
+  options_.calls.choices = static_cast<int>(std::min<size_t>(options_.calls.choices, room));
   log_.write("info", "ready",
              {{"model", options_.name},
               {"bits", card.scheme},

@@ -1,5 +1,5 @@
 // ABQGemm for a few tokens: weights are turned into codes where they are read, row after row, and meet
-// up to four tokens at a time.
+// a few tokens at a time.
 #pragma once
 #if defined(__AVX512VNNI__)
 #include "abq_gemm/cpu/few_avx512.h"
@@ -17,7 +17,7 @@ constexpr int kAbqMostSums = 1024;  // groups times operands: 128 KB of the stac
 // Whether there are few enough groups.
 template <class Kernel>
 ANYBIT_INLINE bool abq_takes_few(const Kernel& kernel, int64_t m) {
-  const int64_t operands = smaller<int64_t>(m, kAbqTogether) + (kernel.needs_code_sums ? 1 : 0);
+  const int64_t operands = smaller<int64_t>(m + (kernel.needs_code_sums ? 1 : 0), kAbqTogether);
   return kernel.layout.n_groups * operands <= kAbqMostSums;
 }
 
@@ -41,7 +41,7 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
   const TokenLayout& layout = tokens.layout;
   const int planes = kernel.weights.planes;
   const int more = kernel.needs_code_sums ? 1 : 0;
-  const int together = to.digits == 3 ? 3 : kAbqTogether;  // all digits of a token
+  const int together = (kAbqTogether - more) / to.digits * to.digits;  // all digits of a token
   // as many tokens as meet the weights together, and ones behind them
   const auto ordered = [&](int i) {
     return slab.ordered + (i / together * (together + more) + i % together) * layout.row_bytes;
@@ -74,7 +74,7 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
           AbqRows of_tokens = rows;
           of_tokens.operands = ordered(m0);
           std::memset(sums, 0, sizeof(Sums) * size_t(layout.n_groups * operands));
-          with_count<kAbqTogether + 1>(operands, AbqSumsCall{of_tokens, layout, n0, columns, sums});
+          with_count<kAbqTogether>(operands, AbqSumsCall{of_tokens, layout, n0, columns, sums});
           AbqGroupTerms terms[kAbqGroupsTogether];
           for (int64_t group = 0; group < layout.n_groups; ++group) {
             const int64_t in_four = group % kAbqGroupsTogether;

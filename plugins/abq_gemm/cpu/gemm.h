@@ -82,6 +82,17 @@ struct AbqKernel {
     abq_unpack(weights, n0, position / kAbqWord, steps, panel);
   }
 
+  // Of the next panel's rows the cache line with these elements: in the steps in which this line's are
+  // multiplied one row after the other, of a plane in each step, or of two.
+  ANYBIT_INLINE Ahead ahead(int64_t n0, int64_t position, const uint8_t* panel) const {
+    constexpr int64_t kOfLine = 512;
+    const int64_t channel = n0 + kPanelRows + position % kOfLine / (kOfLine / kPanelRows);
+    if (channel >= weights.n) return {panel};
+    const int64_t row = 4 * weights.row_words, plane = weights.n * row;
+    return {weights.row(0, channel) + position / kOfLine * 64, row, plane,
+            weights.planes > 4 ? 4 * plane : 0};
+  }
+
   using Terms = AbqGroupTerms;
   ANYBIT_INLINE void read_terms(int64_t group, int64_t n0, Terms& terms) const {
     abq_terms(weights, layout.n_groups, group, n0, terms);

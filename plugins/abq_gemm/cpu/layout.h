@@ -7,10 +7,10 @@ namespace anybit::cpu {
 namespace ANYBIT_SET {
 
 constexpr int kAbqWord = 32;       // codes
-constexpr int kAbqTogether = 4;    // tokens that meet weights as they are read
+constexpr int kAbqTogether = 5;    // tokens, or tokens and ones, that meet weights as they are read
 constexpr int kAbqFewTokens = 12;  // in turn, while the weights are near, before panels pay
-constexpr int kAbqMoreRows =       // the tokens in another order, and ones
-    kAbqFewTokens / kAbqTogether * (kAbqTogether + 1);
+// The tokens in another order, and ones behind those that meet weights together, at least three.
+constexpr int kAbqMoreRows = kAbqFewTokens / 3 * kAbqTogether;
 
 ANYBIT_INLINE TokenLayout abq_layout(const GemmShape& s) {
   return token_layout(s.k, s.group_size ? s.k / s.group_size : 1, kAbqWord);

@@ -31,13 +31,29 @@ ANYBIT_INLINE int32_t codes_at(const int8_t* codes) {
   return codes_at(codes + step / kRunSteps * next_run + kRun * m + kStep * (step % kRunSteps));
 }
 
+// What is wanted soon and fetched meanwhile: at every step one of 4 cache lines of a row, `line` bytes
+// apart, and what is `second` bytes behind it; rows are `row` bytes apart. Where nothing is wanted, a
+// line that is near costs nothing.
+struct Ahead {
+  const void* at;
+  int64_t row = 0, line = 0, second = 0;
+
+  ANYBIT_INLINE void fetch([[maybe_unused]] int step) const {
+#if defined(__AVX2__)
+    const char* from = static_cast<const char*>(at) + step / 4 * row + step % 4 * line;
+    _mm_prefetch(from, _MM_HINT_T1);
+    _mm_prefetch(from + second, _MM_HINT_T1);
+#endif
+  }
+};
+
 #if defined(__AVX512VNNI__)
 
 constexpr int kDotTokens = 12;  // 24 accumulators
 
 template <int kTokens>
 ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes,
-                              int64_t next_run, bool fresh, Sums* sums) {
+                              int64_t next_run, bool fresh, Sums* sums, const Ahead& ahead) {
   __m512i low[kTokens], high[kTokens];
   for (int m = 0; m < kTokens; ++m) {
     low[m] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(sums[m]);
@@ -53,11 +69,15 @@ ANYBIT_INLINE void dot_tokens(const uint8_t* panel, int steps, const int8_t* cod
       high[m] = _mm512_dpbusd_epi32(high[m], right, four);
     }
   };
-  for (; steps >= kRunSteps; steps -= kRunSteps, codes += next_run) {
+  int run = 0;
+  for (; run <= steps - kRunSteps; run += kRunSteps, codes += next_run) {
 #pragma GCC unroll 8
-    for (int step = 0; step < kRunSteps; ++step) add_step(codes + kStep * step);
+    for (int step = 0; step < kRunSteps; ++step) {
+      ahead.fetch(run + step);
+      add_step(codes + kStep * step);
+    }
   }
-  for (int step = 0; step < steps; ++step) add_step(codes + kStep * step);
+  for (int step = 0; step < steps - run; ++step) add_step(codes + kStep * step);
   for (int m = 0; m < kTokens; ++m) {
     _mm512_store_si512(sums[m], low[m]);
     _mm512_store_si512(sums[m] + 16, high[m]);
@@ -191,7 +211,7 @@ constexpr int kDotTokens = 1;
 
 template <int kTokens>
 inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int64_t next_run,
-                       bool fresh, Sums* sums) {
+                       bool fresh, Sums* sums, const Ahead&) {
   uint32_t totals[kPanelRows] = {};  // modulo 2^32, as the other sets add
   if (!fresh) std::memcpy(totals, sums[0], sizeof totals);
   for (int step = 0; step < steps; ++step, panel += kPanelRows * kStep) {
@@ -209,7 +229,8 @@ inline void dot_tokens(const uint8_t* panel, int steps, const int8_t* codes, int
 
 template <int kTokens>
 ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes, int64_t next_run,
-                            bool fresh, Sums* sums, [[maybe_unused]] int largest) {
+                            bool fresh, Sums* sums, [[maybe_unused]] int largest,
+                            [[maybe_unused]] const Ahead& ahead) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
   if (largest > 127) return dot_wide<kTokens>(panel, steps, codes, next_run, fresh, sums);
   dot_narrow<kTokens>(panel, steps, codes, next_run, fresh, sums, largest);
@@ -217,7 +238,7 @@ ANYBIT_INLINE void dot_some(const uint8_t* panel, int steps, const int8_t* codes
   if (largest > 127) return dot_signed<kTokens, true>(panel, steps, codes, next_run, fresh, sums);
   dot_signed<kTokens, false>(panel, steps, codes, next_run, fresh, sums);
 #else
-  dot_tokens<kTokens>(panel, steps, codes, next_run, fresh, sums);
+  dot_tokens<kTokens>(panel, steps, codes, next_run, fresh, sums, ahead);
 #endif
 }
 
@@ -242,9 +263,10 @@ struct DotCall {
   bool fresh;
   Sums* sums;
   int largest;
+  Ahead ahead;
   template <int kTokens>
   ANYBIT_INLINE void operator()() const {
-    dot_some<kTokens>(panel, steps, codes, next_run, fresh, sums, largest);
+    dot_some<kTokens>(panel, steps, codes, next_run, fresh, sums, largest, ahead);
   }
 };
 
@@ -252,7 +274,7 @@ struct DotCall {
 inline void dot_ones(const uint8_t* panel, int steps, bool fresh, Sums& sums, int largest) {
   int8_t ones[kRun];
   std::memset(ones, 1, sizeof ones);
-  dot_some<1>(panel, steps, ones, 0, fresh, &sums, largest);
+  dot_some<1>(panel, steps, ones, 0, fresh, &sums, largest, {panel});
 }
 
 #if defined(ANYBIT_TILES)
@@ -290,9 +312,11 @@ inline void dot_tiles(const uint8_t* panel, int tile_steps, int runs, const int8
 }
 
 // The same of tokens m0 on and of elements `position` on; m0 begins a tile, and there are sums for
-// whole tiles.
+// whole tiles. before(m, some) is called for `some` tokens from m0 + m on, which are next.
+template <class F>
 inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m0, int64_t position,
-                int count, bool fresh, Sums* sums, int) {
+                int count, bool fresh, Sums* sums, int, const Ahead&, const F& before) {
+  before(0, count);
   const TokenLayout& layout = tokens.layout;
   const int tile_steps = int(layout.run / kStep);
   const int runs = (steps + tile_steps - 1) / tile_steps;  // zeros fill up the last one's tokens
@@ -307,16 +331,22 @@ inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m
 
 #else
 
-// The same of tokens m0 on and of elements `position` on; m0 begins a tile.
+// The same of tokens m0 on and of elements `position` on; m0 begins a tile. Something is fetched while
+// the first tokens are at it, and before(m, some) is called for `some` tokens from m0 + m on, which are
+// next.
+template <class F>
 inline void dot(const uint8_t* panel, int steps, const Tokens& tokens, int64_t m0, int64_t position,
-                int count, bool fresh, Sums* sums, int largest) {
+                int count, bool fresh, Sums* sums, int largest, const Ahead& ahead,
+                const F& before) {
   static_assert(kDotTokens == kTokensOfTile);
   const TokenLayout& layout = tokens.layout;
   const int8_t* codes = tokens.first_code(m0) + layout.offset(position);
   for (int m = 0; m < count; m += kDotTokens) {
-    const DotCall call{panel,    steps,  codes + m * layout.row_bytes, kDotTokens * kRun, fresh,
-                       sums + m, largest};
-    with_count<kDotTokens>(smaller(kDotTokens, count - m), call);
+    const int some = smaller(kDotTokens, count - m);
+    before(m, some);
+    const DotCall call{panel,    steps,   codes + m * layout.row_bytes, kDotTokens * kRun, fresh,
+                       sums + m, largest, m == 0 ? ahead : Ahead{panel}};
+    with_count<kDotTokens>(some, call);
   }
 }
 

@@ -102,69 +102,6 @@ ANYBIT_INLINE float saturated<float>(float v) {
   return v;
 }
 
-// to[i] = x[i], for any count.
-template <class T>
-ANYBIT_INLINE void load_floats(const T* x, int count, float* to) {
-  for (int i = 0; i < count; ++i) to[i] = float_from(x[i]);
-}
-
-// v[i] rounded to T and back.
-template <class T>
-ANYBIT_INLINE void round_floats(float* v, int count) {
-  for (int i = 0; i < count; ++i) {
-    T rounded;
-    round_to(v[i], rounded);
-    v[i] = float_from(rounded);
-  }
-}
-
-template <class T>
-ANYBIT_INLINE void store_saturated(const float* v, int count, T* to) {
-  for (int i = 0; i < count; ++i) to[i] = saturated<T>(v[i]);
-}
-
-#if defined(__F16C__)
-// The processor's own conversions, eight at a time; the rest one by one.
-template <>
-ANYBIT_INLINE void load_floats(const Half* x, int count, float* to) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
-  }
-  for (; i < count; ++i) to[i] = float_from(x[i]);
-}
-
-ANYBIT_INLINE __m128i halves_of(const float* v) {
-  return _mm256_cvtps_ph(_mm256_loadu_ps(v), _MM_FROUND_TO_NEAREST_INT);
-}
-
-template <>
-ANYBIT_INLINE void round_floats<Half>(float* v, int count) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(v + i, _mm256_cvtph_ps(halves_of(v + i)));
-  for (; i < count; ++i) {
-    Half rounded;
-    round_to(v[i], rounded);
-    v[i] = float_from(rounded);
-  }
-}
-
-template <>
-ANYBIT_INLINE void store_saturated(const float* v, int count, Half* to) {
-  alignas(32) float limited[8];
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int j = 0; j < 8; ++j) {
-      const float most = kLargest<Half>, each = v[i + j];
-      limited[j] = each > most ? most : each < -most ? -most : each;
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves_of(limited));
-  }
-  for (; i < count; ++i) to[i] = saturated<Half>(v[i]);
-}
-#endif
-
 // As many numbers as a register has.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -226,12 +163,191 @@ ANYBIT_INLINE FloatVector lesser(FloatVector a, FloatVector b) { return a < b ? 
 ANYBIT_INLINE FloatVector greater(FloatVector a, FloatVector b) { return a > b ? a : b; }
 #endif
 
+#if defined(__AVX512F__)
+// Sixteen at a time, which stay in one register: numbers that are written in halves are slow to read as
+// a whole.
+
+// The first `count` of 16 lanes, for any count.
+ANYBIT_INLINE __mmask16 lanes_below(int count) {
+  return count >= 16 ? 0xffff : __mmask16(count > 0 ? (1 << count) - 1 : 0);
+}
+
+// Elements of the lanes of `mask`, and 0.
+ANYBIT_INLINE FloatVector load_lanes(const Half* x, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
+}
+ANYBIT_INLINE FloatVector load_lanes(const BFloat* x, __mmask16 mask) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+ANYBIT_INLINE FloatVector load_lanes(const float* x, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, x);
+}
+
+// The lower or upper eight.
+ANYBIT_INLINE __m512d doubles(FloatVector v, int part) {
+  return _mm512_cvtps_pd(part == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1));
+}
+
+// v rounded to T, in the upper bits as round_to() does it.
+ANYBIT_INLINE __m512i bfloat_bits(FloatVector v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+}
+
+// v rounded to T and back.
+template <class T>
+ANYBIT_INLINE FloatVector round_vector(FloatVector v);
+template <>
+ANYBIT_INLINE FloatVector round_vector<Half>(FloatVector v) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+template <>
+ANYBIT_INLINE FloatVector round_vector<BFloat>(FloatVector v) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bfloat_bits(v), _mm512_set1_epi32(~0xffff)));
+}
+template <>
+ANYBIT_INLINE FloatVector round_vector<float>(FloatVector v) {
+  return v;
+}
+
+// Writes the lanes of `mask`, rounded to T.
+ANYBIT_INLINE void store_lanes(Half* to, __mmask16 mask, FloatVector v) {
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+ANYBIT_INLINE void store_lanes(BFloat* to, __mmask16 mask, FloatVector v) {
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat_bits(v), 16)));
+}
+ANYBIT_INLINE void store_lanes(float* to, __mmask16 mask, FloatVector v) {
+  _mm512_mask_storeu_ps(to, mask, v);
+}
+
+// to[i] = x[i], for any count.
+template <class T>
+ANYBIT_INLINE void load_floats(const T* x, int count, float* to) {
+  for (int i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes_below(count - i);
+    _mm512_mask_storeu_ps(to + i, mask, load_lanes(x + i, mask));
+  }
+}
+
+// v[i] rounded to T and back.
+template <class T>
+ANYBIT_INLINE void round_floats(float* v, int count) {
+  for (int i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes_below(count - i);
+    _mm512_mask_storeu_ps(v + i, mask, round_vector<T>(load_lanes(v + i, mask)));
+  }
+}
+
+// to[i] = v[i] rounded to T, which overflows to infinity.
+template <class T>
+ANYBIT_INLINE void store_rounded(const float* v, int count, T* to) {
+  for (int i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes_below(count - i);
+    store_lanes(to + i, mask, load_lanes(v + i, mask));
+  }
+}
+
+template <class T>
+ANYBIT_INLINE void store_saturated(const float* v, int count, T* to) {
+  const FloatVector most = broadcast(kLargest<T>), least = broadcast(-kLargest<T>);
+  for (int i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes_below(count - i);
+    // of a number and a NaN the second
+    const FloatVector limited = lesser(most, greater(least, load_lanes(v + i, mask)));
+    store_lanes(to + i, mask, limited);
+  }
+}
+template <>
+ANYBIT_INLINE void store_saturated(const float* v, int count, float* to) {
+  std::memcpy(to, v, sizeof(float) * size_t(count));
+}
+#else
+// to[i] = x[i], for any count.
+template <class T>
+ANYBIT_INLINE void load_floats(const T* x, int count, float* to) {
+  for (int i = 0; i < count; ++i) to[i] = float_from(x[i]);
+}
+
+// v[i] rounded to T and back.
+template <class T>
+ANYBIT_INLINE void round_floats(float* v, int count) {
+  for (int i = 0; i < count; ++i) {
+    T rounded;
+    round_to(v[i], rounded);
+    v[i] = float_from(rounded);
+  }
+}
+
+// to[i] = v[i] rounded to T, which overflows to infinity.
+template <class T>
+ANYBIT_INLINE void store_rounded(const float* v, int count, T* to) {
+  for (int i = 0; i < count; ++i) round_to(v[i], to[i]);
+}
+
+template <class T>
+ANYBIT_INLINE void store_saturated(const float* v, int count, T* to) {
+  for (int i = 0; i < count; ++i) to[i] = saturated<T>(v[i]);
+}
+
+#if defined(__F16C__)
+// The processor's own conversions, eight at a time; the rest one by one.
+template <>
+ANYBIT_INLINE void load_floats(const Half* x, int count, float* to) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < count; ++i) to[i] = float_from(x[i]);
+}
+
+ANYBIT_INLINE __m128i halves_of(const float* v) {
+  return _mm256_cvtps_ph(_mm256_loadu_ps(v), _MM_FROUND_TO_NEAREST_INT);
+}
+
+template <>
+ANYBIT_INLINE void round_floats<Half>(float* v, int count) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(v + i, _mm256_cvtph_ps(halves_of(v + i)));
+  for (; i < count; ++i) {
+    Half rounded;
+    round_to(v[i], rounded);
+    v[i] = float_from(rounded);
+  }
+}
+
+template <>
+ANYBIT_INLINE void store_rounded(const float* v, int count, Half* to) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves_of(v + i));
+  for (; i < count; ++i) round_to(v[i], to[i]);
+}
+
+template <>
+ANYBIT_INLINE void store_saturated(const float* v, int count, Half* to) {
+  const __m256 most = _mm256_set1_ps(kLargest<Half>), least = _mm256_set1_ps(-kLargest<Half>);
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    // of a number and a NaN the second
+    const __m256 each = _mm256_min_ps(most, _mm256_max_ps(least, _mm256_loadu_ps(v + i)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(each, _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < count; ++i) to[i] = saturated<Half>(v[i]);
+}
+#endif
+#endif
+
 // v rounded to a whole number, half to even, for |v| < 2^22: the sum with 1.5 * 2^23 has no bits
 // behind the point.
-ANYBIT_INLINE float rounded(float v) {
-  constexpr float kNoFraction = 12582912.0f;
-  return (v + kNoFraction) - kNoFraction;
-}
+constexpr float kNoFraction = 12582912.0f;
+ANYBIT_INLINE float rounded(float v) { return (v + kNoFraction) - kNoFraction; }
 
 // v as a whole number, rounded so, for |v| < 2^31.
 ANYBIT_INLINE int32_t whole_from(float v) {

@@ -8,6 +8,7 @@
 //   int64_t weight_bytes           packed, of the whole weight
 //   unpack(n0, position, steps, panel)       codes of kPanelRows output channels from n0 on and of
 //                                            4 * steps elements from `position` of a row on
+//   ahead(n0, position, panel)               what of the packed weights is wanted after this panel
 //   Terms, read_terms(group, n0, terms)      what add_group needs of a group and those channels
 //   add_group(terms, group, tokens, m0, count, sums, code_sums, outputs)
 //                                            outputs[m] = what the scale of token m0 + m multiplies,
@@ -82,6 +83,12 @@ struct Destination {
   const float* scale;  // of the tokens, or null
   int digits = 1;      // tokens one after the other of which the sum is one of y's
 
+  // Makes ready for write(): the lines are in another cache or in none.
+  ANYBIT_INLINE void fetch(int64_t m0, int count, int64_t n0) const {
+    for (int64_t row = m0 / digits; row < (m0 + count) / digits; ++row)
+      __builtin_prefetch(y + row * n + n0, 1);
+  }
+
   // Outputs of tokens m0 .. m0 + count and output channels n0 .. n0 + width; whole sums.
   ANYBIT_INLINE void write(const Outputs* outputs, int64_t m0, int count, int64_t n0,
                            int width = kPanelRows) const {
@@ -106,14 +113,17 @@ struct Destination {
 };
 
 // Tasks that share `blocks` blocks of weights of `bytes` bytes in all, for m tokens: few enough that
-// each is worth a thread's while.
+// each is worth a thread's while, and that the block behind a block is mostly the same thread's, which
+// has fetched it.
 struct Shares {
   int64_t blocks_per_task, count;
 };
 
-ANYBIT_INLINE Shares shares_of(int64_t blocks, int64_t bytes, int64_t m) {
+ANYBIT_INLINE Shares shares_of(int64_t blocks, int64_t bytes, int64_t m, int64_t threads) {
+  constexpr int64_t kTasksOfThread = 4;
   const int64_t work = bytes * ((m + 7) / 8);
-  const int64_t wanted = work < kInlineBytes ? 1 : work / (kInlineBytes / 2);
+  const int64_t worth = work < kInlineBytes ? 1 : work / (kInlineBytes / 2);
+  const int64_t wanted = smaller(worth, kTasksOfThread * threads);
   const int64_t per_task = (blocks + smaller(wanted, blocks) - 1) / smaller(wanted, blocks);
   return {per_task, (blocks + per_task - 1) / per_task};
 }
@@ -145,11 +155,16 @@ inline void panel_block(const Kernel& kernel, const Tokens& tokens, int64_t m0, 
       const int64_t position = group * layout.group_bytes + first;
       const int64_t left = layout.group_bytes - first;
       const int steps = int(smaller<int64_t>(kElementsOfPanel, left)) / kStep;
+      const bool last = group + 1 == layout.n_groups && left <= kElementsOfPanel;
+      const Ahead ahead = kernel.ahead(n0, position, panel);
       kernel.unpack(n0, position, steps, panel);
       if (kernel.needs_code_sums) dot_ones(panel, steps, first == 0, code_sums, kernel.largest);
       for (int m = 0; m < count; m += kTogether) {
         const int some = smaller(kTogether, count - m);
-        dot(panel, steps, tokens, m0 + m, position, some, first == 0, sums + m, kernel.largest);
+        dot(panel, steps, tokens, m0 + m, position, some, first == 0, sums + m, kernel.largest,
+            m == 0 ? ahead : Ahead{panel}, [&](int i, int next) {
+              if (last) to.fetch(m0 + m + i, next, n0);
+            });
         if (left <= kElementsOfPanel)
           kernel.add_group(terms, group, tokens, m0 + m, some, sums + m, code_sums, outputs + m);
       }
@@ -164,7 +179,7 @@ template <class F>
 ANYBIT_INLINE void for_blocks(int64_t m, int64_t token_bytes, int64_t n, int64_t bytes,
                               const Parallel& parallel, const F& body) {
   const int64_t blocks = (n + kPanelRows - 1) / kPanelRows;
-  const Shares shares = shares_of(blocks, bytes, m);
+  const Shares shares = shares_of(blocks, bytes, m, parallel.threads);
   const int64_t near = kBlockBytes / token_bytes;
   const int64_t most = near < kLeastBlock ? kLeastBlock : near < kBlock ? near : kBlock;
   const int64_t least = (m + most - 1) / most;
@@ -215,7 +230,7 @@ ANYBIT_INLINE void for_slabs(const GemmShape& s, const GemmBuffers& b, int64_t m
 // Calls body(m) for each of m tokens of k elements, shared among threads where there are many.
 template <class F>
 ANYBIT_INLINE void for_tokens(int64_t m, int64_t k, const Parallel& parallel, const F& body) {
-  constexpr int64_t kElementsPerTask = 1 << 14;
+  constexpr int64_t kElementsPerTask = 1 << 12;
   const int64_t per_task = (kElementsPerTask + k - 1) / k;
   parallel(size_t((m + per_task - 1) / per_task), [&](size_t task) {
     const int64_t last = smaller<int64_t>((int64_t(task) + 1) * per_task, m);

@@ -101,7 +101,17 @@ struct NormedToken {
   ANYBIT_INLINE NormedToken(const T* token, const T* weights, int64_t k, double epsilon)
       : x(token), gamma(weights), inverse_rms(1) {
     if (gamma == nullptr) return;
-    double squares[8] = {};  // in this order whatever the instruction set
+    alignas(64) double squares[8] = {};  // in this order whatever the instruction set
+#if defined(__AVX512F__)
+    __m512d total = _mm512_setzero_pd();
+    for (int64_t first = 0; first < k; first += kLanes) {
+      const int count = int(smaller<int64_t>(kLanes, k - first));
+      const FloatVector v = load_lanes(x + first, lanes_below(count));
+      for (int part = 0; part < 2; ++part)
+        total = _mm512_add_pd(total, _mm512_mul_pd(doubles(v, part), doubles(v, part)));
+    }
+    _mm512_store_pd(squares, total);
+#else
     alignas(64) float v[kElements];
     for (int64_t first = 0; first < k; first += kElements) {
       const int count = int(smaller<int64_t>(kElements, k - first));
@@ -111,12 +121,28 @@ struct NormedToken {
         for (int j = 0; j < 8; ++j) squares[j] += double(v[i + j]) * double(v[i + j]);
       }
     }
+#endif
     for (int j = 1; j < 8; ++j) squares[0] += squares[j];
     inverse_rms = 1 / std::sqrt(squares[0] / double(k) + epsilon);
   }
 
   // to[0 .. kElements): elements first, first + 1 ..., and 0 from `count` on.
   ANYBIT_INLINE void read(int64_t first, int count, float* to) const {
+#if defined(__AVX512F__)
+    for (int i = 0; i < kElements; i += kLanes) {
+      const __mmask16 mask = lanes_below(count - i);
+      FloatVector v = load_lanes(x + first + i, mask);
+      if (gamma != nullptr) {
+        const FloatVector weights = load_lanes(gamma + first + i, mask);
+        const auto half = [&](int part) {
+          const __m512d scaled = _mm512_mul_pd(doubles(v, part), _mm512_set1_pd(inverse_rms));
+          return _mm512_cvtpd_ps(_mm512_mul_pd(scaled, doubles(weights, part)));
+        };
+        v = round_vector<T>(_mm512_insertf32x8(_mm512_castps256_ps512(half(0)), half(1), 1));
+      }
+      store_vector(to + i, v);
+    }
+#else
     for (int i = count; i < kElements; ++i) to[i] = 0;
     load_floats(x + first, count, to);
     if (gamma == nullptr) return;
@@ -125,6 +151,7 @@ struct NormedToken {
     for (int i = 0; i < kElements; ++i)
       to[i] = float(double(to[i]) * inverse_rms * double(weights[i]));
     round_floats<T>(to, kElements);
+#endif
   }
 };
 
@@ -178,6 +205,49 @@ ANYBIT_INLINE TokenQuant token_quant(const NormedToken<T>& x, int64_t k, int bit
   return q;
 }
 
+// Codes of `count` of kElements elements, and zeros behind them; what they add up to is added to
+// `sums`, in parts.
+#if defined(__AVX512VNNI__)
+using CodeSums = __m512i;
+
+ANYBIT_INLINE void codes_from(const float* v, int count, const TokenQuant& q, int8_t* codes,
+                              CodeSums& sums) {
+  const __m512 point = _mm512_set1_ps(kNoFraction);
+  __m512i parts[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(v + 16 * i), _mm512_set1_ps(q.inverse));
+    const __m512 whole = _mm512_sub_ps(_mm512_add_ps(scaled, point), point);
+    const __m512 code = _mm512_add_ps(whole, _mm512_set1_ps(q.zero));
+    parts[i] = _mm512_maskz_cvtps_epi32(
+        lanes_below(count - 16 * i),
+        _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(q.lo)), _mm512_set1_ps(q.hi)));
+  }
+  const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(parts[0], parts[1]),
+                                            _mm512_packs_epi32(parts[2], parts[3]));
+  // packing leaves 4 codes of each part side by side in a lane
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i ordered = _mm512_permutexvar_epi32(order, packed);
+  _mm512_store_si512(codes, ordered);
+  sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), ordered);
+}
+
+ANYBIT_INLINE int32_t sum_of_parts(const CodeSums& sums) { return _mm512_reduce_add_epi32(sums); }
+#else
+using CodeSums = int32_t;
+
+ANYBIT_INLINE void codes_from(const float* v, int count, const TokenQuant& q, int8_t* codes,
+                              CodeSums& sums) {
+  for (int i = 0; i < kElements; ++i) {
+    const float code = rounded(v[i] * q.inverse) + q.zero;
+    codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
+  }
+  for (int i = count; i < kElements; ++i) codes[i] = 0;
+  for (int i = 0; i < kElements; ++i) sums += codes[i];
+}
+
+ANYBIT_INLINE int32_t sum_of_parts(CodeSums sums) { return sums; }
+#endif
+
 // Codes of one token, its scale, zero point and sums.
 template <class T>
 ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmetric,
@@ -194,23 +264,20 @@ ANYBIT_INLINE void quantize_token(const NormedToken<T>& x, int bits, bool symmet
   tokens.clear(m);
   alignas(64) int8_t codes[kElements];
   for (int64_t group = 0; group < layout.n_groups; ++group) {
-    int32_t sum = 0;
+    CodeSums sums = {};
     for (int64_t first = 0; first < layout.group_len; first += kElements) {
       const int count = int(smaller<int64_t>(kElements, layout.group_len - first));
       const int64_t element = group * layout.group_len + first;
       const float* v = kept ? kept + element : some;
       if (q.finite) {
         if (!kept) x.read(element, count, some);
-        for (int i = 0; i < kElements; ++i) {
-          const float code = rounded(v[i] * q.inverse) + q.zero;
-          codes[i] = int8_t(int32_t(code < q.lo ? q.lo : code > q.hi ? q.hi : code));
-        }
+        codes_from(v, count, q, codes, sums);
+      } else {
+        std::memset(codes, 0, sizeof codes);
       }
-      for (int i = q.finite ? count : 0; i < kElements; ++i) codes[i] = 0;
-      for (int i = 0; i < kElements; ++i) sum += codes[i];
       tokens.put(m, group, first, count, codes);
     }
-    tokens.sums[m * layout.n_groups + group] = sum;
+    tokens.sums[m * layout.n_groups + group] = sum_of_parts(sums);
   }
 }
 

@@ -14,22 +14,6 @@ namespace ANYBIT_SET {
 
 constexpr int64_t kShared = 1 << 15;  // numbers: fewer are not worth waking threads for
 
-// v[i] rounded to T, which overflows to infinity.
-template <class T>
-ANYBIT_INLINE void store_rounded(const float* v, int count, T* to) {
-  for (int i = 0; i < count; ++i) round_to(v[i], to[i]);
-}
-
-#if defined(__F16C__)
-template <>
-ANYBIT_INLINE void store_rounded(const float* v, int count, Half* to) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves_of(v + i));
-  for (; i < count; ++i) round_to(v[i], to[i]);
-}
-#endif
-
 // body(first, last) for rows first .. last - 1, in as many parts as there is work for.
 template <class F>
 ANYBIT_INLINE void for_rows(int64_t rows, int64_t width, const Parallel& parallel, const F& body) {

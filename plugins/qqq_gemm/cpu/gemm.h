@@ -212,6 +212,14 @@ struct QqqKernel {
     }
   }
 
+  // Half of the block behind, while either half of this one is multiplied: as many lines as steps.
+  ANYBIT_INLINE Ahead ahead(int64_t n0, int64_t position, const uint8_t* panel) const {
+    const int64_t block = n0 / kQqqBlock, half = n0 % kQqqBlock / kPanelRows;
+    if (block + 1 >= weights.blocks) return {panel};
+    return {weights.at(position / kQqqRow, block + 1) + half * (kQqqBlockBytes / 2),
+            weights.blocks * kQqqBlockBytes, 64};
+  }
+
   // Scales of a panel's output channels.
   struct Terms {
     alignas(64) float scale[kPanelRows];

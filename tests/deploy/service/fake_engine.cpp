@@ -338,7 +338,8 @@ Handle Engine::submit(Request request) {
   state->request = std::move(request);
   state->submitted = std::chrono::steady_clock::now();
   const std::lock_guard<std::mutex> lock(impl_->mutex);
-  if (impl_->queue.size() >= impl_->options.queue) {
+  const size_t slots = impl_->stats.slots, running = std::min(impl_->running.size(), slots);
+  if (impl_->queue.size() >= impl_->options.queue + slots - running) {
     throw QueueFull("queue",
                     "got " + std::to_string(impl_->queue.size()) + " that wait, expected fewer",
                     "Try again later");

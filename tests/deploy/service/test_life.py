@@ -172,15 +172,22 @@ def test_drain_under_load(serve: Callable[..., Server]) -> None:
     assert len(done) == outcomes.count("whole") and {line["outcome"] for line in done} == {"ok"}
 
 
+def texts_in(server: Server) -> float:
+    """How many run or wait."""
+    found = server.metrics()
+    return found["anybit_slots_used"] + found["anybit_queue_length"]
+
+
 def test_a_kill_under_load(serve: Callable[..., Server]) -> None:
     """No answer that was cut looks whole, and the next process has the port at once."""
     server = serve("--slots", "4", fake={"step_us": 3000})
     streams = [True, True, True, False, False, False]  # two of them wait for a slot
-    raws = [
-        Raw(server).send(post({"prompt": f"p{i}", "max_tokens": 4000, "stream": stream}))
-        for i, stream in enumerate(streams)
-    ]
-    server.until(lambda: server.metrics()["anybit_queue_length"] == 2)
+    raws = []
+    for i, stream in enumerate(streams):
+        raws.append(
+            Raw(server).send(post({"prompt": f"p{i}", "max_tokens": 4000, "stream": stream}))
+        )
+        server.until(lambda: texts_in(server) == len(raws))
     server.until(lambda: server.metrics()["anybit_completion_tokens_total"] > 40)
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
     for i, (raw, stream) in enumerate(zip(raws, streams, strict=True)):

@@ -444,6 +444,16 @@ def test_a_full_queue(serve: Callable[..., Server]) -> None:
     ].text == expected("f", 2)
 
 
+def test_more_texts_than_ever_fit(serve: Callable[..., Server]) -> None:
+    """Trying again would not help."""
+    server = serve("--slots", "2", "--queue", "1")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert len(client.completions.create(model="fake", prompt="x", n=3).choices) == 3
+    for more in ({"n": 4}, {"prompt": ["x"] * 4}):
+        with pytest.raises(openai.BadRequestError, match=r"got 4.*, expected .*(1 to|at most) 3\."):
+            client.completions.create(**{"model": "fake", "prompt": "x", **more})
+
+
 def test_request_ids(client: openai.OpenAI, server: Server) -> None:
     got = client.completions.create(
         model="fake", prompt="x", extra_headers={"X-Request-Id": "trace-1.2"}
