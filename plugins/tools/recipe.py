@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,17 @@ class Recipe:
     takes: str = "up to a minute"
 
     def files(self) -> list[Path]:
-        """The source files and every file of ours that they include, directly or not; conditions
-        are not looked at.
+        """The source files and every file of ours that they or an option include, directly or not;
+        conditions are not looked at.
         """
         found: set[Path] = set()
         waiting = [self.root / source for source in self.compiles]
+        waiting += [
+            self.root / name
+            for command in self.compiles.values()
+            for option, name in pairwise(command)
+            if option == "-include"
+        ]
         while waiting:
             path = waiting.pop()
             if path in found:

@@ -8,8 +8,6 @@
 namespace anybit {
 namespace {
 
-constexpr int32_t kMostIds = 1 << 22;
-
 // The character before a place; `at` > 0.
 size_t begin_before(std::string_view text, size_t at) {
   do --at;

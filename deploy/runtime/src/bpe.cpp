@@ -11,7 +11,6 @@
 namespace anybit {
 namespace {
 
-constexpr int32_t kMostIds = 1 << 22;
 constexpr size_t kFew = 48;  // symbols: up to here looking at all pairs beats the heap
 
 uint64_t mixed(uint64_t value) {  // the finalizer of SplitMix64

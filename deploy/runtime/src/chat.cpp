@@ -15,8 +15,8 @@
 namespace anybit {
 namespace {
 
-constexpr int32_t kFormat = 1;
-const std::string kFix = "Export the model again with this version";
+constexpr int32_t kChatFormat = 1;
+const std::string kChatFix = "Export the model again with this version";
 
 // A text with dates in it: texts, and between them formats of strftime.
 using Dated = std::vector<std::string>;
@@ -131,8 +131,8 @@ struct ChatTemplate::Data {
   bool system_before_last = false;  // the system's message stands before the last, the user's
 
   explicit Data(const Field& file) : where(file.where()) {
-    if (file.at("format").value() != kFormat) {
-      file.at("format").refuse(std::to_string(kFormat));
+    if (file.at("format").value() != kChatFormat) {
+      file.at("format").refuse(std::to_string(kChatFormat));
     }
     why_not = file.at("why_not").text("");
     if (!why_not.empty()) return;
@@ -199,12 +199,12 @@ struct ChatTemplate::Data {
 
 ChatTemplate ChatTemplate::load(const std::filesystem::path& chat_json) {
   const std::string where = chat_json.string();
-  return parse(read_file(where, kFix), where);
+  return parse(read_file(where, kChatFix), where);
 }
 
 ChatTemplate ChatTemplate::parse(std::string_view json, const std::string& where) {
-  const nlohmann::json file = parse_json(json, where, kFix);
-  return ChatTemplate(std::make_shared<const Data>(Field(file, where, kFix)));
+  const nlohmann::json file = parse_json(json, where, kChatFix);
+  return ChatTemplate(std::make_shared<const Data>(Field(file, where, kChatFix)));
 }
 
 const std::string& ChatTemplate::why_not() const { return data_->why_not; }

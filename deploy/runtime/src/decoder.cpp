@@ -11,7 +11,6 @@
 namespace anybit {
 namespace {
 
-constexpr int kMostDepth = 16;
 constexpr int32_t kMostStripped = 1 << 20;
 constexpr std::string_view kReplacementText = "\xef\xbf\xbd";  // U+FFFD
 

@@ -12,6 +12,9 @@
 
 namespace anybit {
 
+constexpr int kMostDepth = 16;         // of sequences in each other, in a tokenizer's file
+constexpr int32_t kMostIds = 1 << 22;  // of a vocabulary
+
 class Field {
  public:
   // where: of the file; fix: what to do about a damaged one. `value` and `fix` outlive the field.

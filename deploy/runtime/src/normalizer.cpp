@@ -10,8 +10,6 @@
 namespace anybit {
 namespace {
 
-constexpr int kMostDepth = 16;
-
 std::string stripped(std::string_view text, bool left, bool right) {
   size_t begin = 0, end = text.size();
   while (left && begin < end && unicode::is_space(unicode::code_at(text.data() + begin))) {

@@ -9,7 +9,6 @@
 namespace anybit {
 namespace {
 
-constexpr int kMostDepth = 16;
 // GPT-2's rule, which ByteLevel brings along.
 constexpr char kGpt2[] =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
@@ -140,9 +139,9 @@ class PrefixSpace : public PreTokenizer::Step {
   }
 };
 
-class Metaspace : public PreTokenizer::Step {
+class MetaspaceSplit : public PreTokenizer::Step {
  public:
-  explicit Metaspace(const Field& field) : space_(field.at("replacement").text()) {
+  explicit MetaspaceSplit(const Field& field) : space_(field.at("replacement").text()) {
     if (space_.empty() || space_.size() != unicode::length_of(space_[0])) {
       field.at("replacement").refuse("one character");
     }
@@ -219,7 +218,7 @@ void PreTokenizer::read(const Field& field, int depth) {
     steps_.push_back(std::make_unique<AtCharacters>(
         unicode::is_numeric, each ? Behavior::isolated : Behavior::contiguous));
   } else if (kind == "Metaspace") {
-    steps_.push_back(std::make_unique<Metaspace>(field));
+    steps_.push_back(std::make_unique<MetaspaceSplit>(field));
   } else if (kind == "WhitespaceSplit") {
     steps_.push_back(std::make_unique<AtCharacters>(unicode::is_space, Behavior::removed));
   } else {

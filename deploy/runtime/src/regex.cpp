@@ -13,7 +13,7 @@ namespace {
 constexpr size_t kStepsPerByte = 2000;
 constexpr uint32_t kNoLimit = ~uint32_t{0};
 constexpr uint32_t kUnmark = ~uint32_t{0};  // a way back that gives a mark its earlier value
-constexpr uint32_t kMostRepeats = 1000, kMostDepth = 32, kMostSteps = 20000;
+constexpr uint32_t kMostRepeats = 1000, kMostGroups = 32, kMostSteps = 20000;
 
 struct Node {
   enum class Kind { set, sequence, choice, repeat, look } kind;
@@ -88,7 +88,7 @@ class RegexParser {
   }
 
   Node choice(uint32_t depth) {
-    if (depth > kMostDepth) refuse("groups deeper than 32");
+    if (depth > kMostGroups) refuse("groups deeper than 32");
     Node node{Node::Kind::choice, {}, {}};
     do node.children.push_back(sequence(depth));
     while (take("|"));

@@ -15,7 +15,7 @@
 namespace anybit {
 namespace {
 
-constexpr size_t kBlock = 64;
+constexpr size_t kHashBlock = 64;
 constexpr size_t kPiece = size_t{1} << 20;  // bytes read at once
 
 // The upper 32 bits of the fractional part of a prime's root.
@@ -86,7 +86,7 @@ std::string sha256_file(const std::filesystem::path& path) {
   const std::unique_ptr<FILE, int (*)(FILE*)> file(fopen(path.c_str(), "rb"), fclose);
   if (!file) refuse(path);
   std::array<uint32_t, 8> hash = constants().start;
-  std::vector<unsigned char> piece(kPiece + 2 * kBlock);
+  std::vector<unsigned char> piece(kPiece + 2 * kHashBlock);
   uint64_t bytes = 0;
   for (bool more = true; more;) {
     size_t size = fread(piece.data(), 1, kPiece, file.get());
@@ -95,12 +95,12 @@ std::string sha256_file(const std::filesystem::path& path) {
     more = size == kPiece;
     if (!more) {  // the last piece: a one bit, zeros, and the length in bits
       piece[size++] = 0x80;
-      while (size % kBlock != kBlock - 8) piece[size++] = 0;
+      while (size % kHashBlock != kHashBlock - 8) piece[size++] = 0;
       for (int shift = 56; shift >= 0; shift -= 8) {
         piece[size++] = static_cast<unsigned char>(8 * bytes >> shift);
       }
     }
-    for (size_t at = 0; at < size; at += kBlock) add_block(hash, piece.data() + at);
+    for (size_t at = 0; at < size; at += kHashBlock) add_block(hash, piece.data() + at);
   }
   std::string hex;
   for (const uint32_t word : hash) {

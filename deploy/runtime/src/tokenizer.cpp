@@ -19,10 +19,8 @@
 namespace anybit {
 namespace {
 
-constexpr int kMostDepth = 16;
-constexpr int32_t kMostIds = 1 << 22;
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // U+2581, of sentencepiece
-const std::string kFix =
+const std::string kTokenizerFix =
     "Take the model's own tokenizer.json, or one of a family in docs/tokenizer.md";
 
 // The post-processor: which tokens come around a text.
@@ -184,12 +182,12 @@ struct Tokenizer::Data {
 
 Tokenizer Tokenizer::load(const std::filesystem::path& tokenizer_json) {
   const std::string where = tokenizer_json.string();
-  return parse(read_file(where, kFix), where);
+  return parse(read_file(where, kTokenizerFix), where);
 }
 
 Tokenizer Tokenizer::parse(std::string_view json, const std::string& where) {
-  const nlohmann::json file = parse_json(json, where, kFix);
-  return Tokenizer(std::make_shared<const Data>(Field(file, where, kFix)));
+  const nlohmann::json file = parse_json(json, where, kTokenizerFix);
+  return Tokenizer(std::make_shared<const Data>(Field(file, where, kTokenizerFix)));
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special) const {

@@ -13,7 +13,7 @@
 namespace anybit::ort {
 namespace {
 
-const std::string kFix = "The file is damaged or changed: export the model again";
+const std::string kGraphFix = "The file is damaged or changed: export the model again";
 
 struct Damaged {};
 
@@ -149,11 +149,11 @@ Graph read(std::string_view model) {
 }  // namespace
 
 Graph read_graph(const std::filesystem::path& path) {
-  const std::string bytes = read_file(path.string(), kFix);
+  const std::string bytes = read_file(path.string(), kGraphFix);
   try {
     return read(bytes);
   } catch (const Damaged&) {
-    throw Error(path.string(), "got a damaged file, expected an ONNX model", kFix);
+    throw Error(path.string(), "got a damaged file, expected an ONNX model", kGraphFix);
   }
 }
 
