@@ -219,7 +219,7 @@ def main() -> None:
             )
     named = f"--like {args.like} --layers {' '.join(map(str, layers))} --until {args.until}"
     command = f"python benchmarks/scale.py WORK {named} -- {' '.join(options)}"
-    words = [] if options == ROUNDED else [word.lstrip("-") for word in options]
+    words = [] if options == ROUNDED else re.findall(r"[\w.]+", " ".join(options))
     write_result("-".join(["scale", args.like, *words]), {"command": command, "rows": rows})
 
 
