@@ -217,7 +217,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // Whether the request may go on; else it is answered.
   bool admit() {
     const auto& header = parser_->get();
-    if (header.count(http::field::host) > 1) {  // which of them is meant, others may see otherwise
+    if (header.count(http::field::host) > 1) {  // a proxy in front may have taken the other one
       refuse(400, "bad_http", "request: got more than one Host, expected one. Correct the client.");
       return false;
     }

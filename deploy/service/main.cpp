@@ -1,5 +1,6 @@
 // anybit-serve OUT: an artifact as a service that clients of OpenAI's API can use.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <anybit/anybit.hpp>
 #include <cmath>
 #include <csignal>
@@ -30,14 +31,24 @@ CLI::Validator seconds(double least) {
   return CLI::Validator(check, range.get_description());
 }
 
-// As browsers name an origin; another form would never be theirs.
+// As browsers name the origin of a page: in lower case, without a path, and the scheme's own port left
+// out. "null", of pages from files, could be anybody's.
 std::string check_origin(const std::string& text) {
   const size_t host = text.find("://");
-  const bool good = host != text.npos && host + 3 < text.size() &&
-                    text.find_first_of("/?# \t\r\n", host + 3) == text.npos;
+  const auto ends_with = [&](const char* port) {
+    const std::string end = port;
+    return text.size() > end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+  };
+  const bool own_port = (text.rfind("http:", 0) == 0 && ends_with(":80")) ||
+                        (text.rfind("https:", 0) == 0 && ends_with(":443"));
+  const bool good =
+      host != text.npos && host > 0 && host + 3 < text.size() && !own_port &&
+      text.find_first_of("/?# \t\r\n", host + 3) == text.npos &&
+      std::none_of(text.begin(), text.end(), [](char c) { return c >= 'A' && c <= 'Z'; });
   if (text.empty() || text == "*" || good) return "";
   return "got " + anybit::service::shown(text) +
-         ", expected *, or an origin without a path, such as https://app.example";
+         ", expected *, or an origin as browsers name it, in lower case and without a path or its "
+         "scheme's own port, such as https://app.example";
 }
 
 void declare(CLI::App& app, ServiceOptions& o, Words& words) {

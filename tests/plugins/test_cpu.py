@@ -84,16 +84,41 @@ def test_minimums_of_few_and_many_tokens(runner: KernelRunner, k: int, g: int, m
         check(runner, attrs, abq_arrays(attrs), tokens(m, k, F16))
 
 
-def test_more_groups_than_the_stack_has_room_for(runner: KernelRunner) -> None:
-    attrs = abq(3, 64 * 200, w=(2, 4), g=64)
-    check(runner, attrs, abq_arrays(attrs), tokens(2, 64 * 200, F32))
+@pytest.mark.parametrize(
+    ("groups", "m", "sym", "a"),
+    [
+        (204, 5, 1, 8),
+        (224, 6, 1, 8),
+        (210, 5, 0, 8),
+        (260, 5, 1, 8),
+        (400, 2, 0, 8),
+        (340, 2, 1, 16),
+    ],
+)
+def test_more_groups_than_the_stack_has_room_for(
+    runner: KernelRunner, groups: int, m: int, sym: int, a: int
+) -> None:
+    """1024 sums: of five tokens, then of four, and of more than there is room for."""
+    attrs = abq(3, 64 * groups, w=(2, 4), a=a, sym=sym, g=64)
+    check(runner, attrs, abq_arrays(attrs), tokens(m, 64 * groups, F16))
 
 
 @pytest.mark.parametrize("k", [480, 512, 527, 1040])
 @pytest.mark.parametrize("g", [0, 64])
 def test_qqq_rows_in_fours_and_what_is_left(runner: KernelRunner, k: int, g: int) -> None:
     k = k // 64 * 64 if g else k
-    for n, m in ((64, 1), (65, 2), (191, 3), (2200, 4), (4200, 1), (130, 5), (1100, 8), (70, 9)):
+    for n, m in (
+        (64, 1),
+        (65, 2),
+        (191, 3),
+        (2200, 4),
+        (4200, 1),
+        (130, 5),
+        (96, 6),
+        (129, 7),
+        (1100, 8),
+        (70, 9),
+    ):
         attrs = qqq(n, k, g=g, bias=n % 2)
         check(runner, attrs, qqq_arrays(attrs), tokens(m, k, F16))
 

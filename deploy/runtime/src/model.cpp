@@ -21,17 +21,18 @@ namespace {
 namespace fs = std::filesystem;
 
 void check_options(const LoadOptions& options) {
-  const auto check = [](const char* name, int64_t got, int64_t least, int64_t most) {
+  const auto check = [](const char* name, int64_t got, int64_t least, int64_t most,
+                        const char* or_else = "") {
     if (got >= least && got <= most) return;
     throw Error(name,
-                "got " + std::to_string(got) + ", expected " + std::to_string(least) + " to " +
-                    std::to_string(most),
+                "got " + std::to_string(got) + ", expected " + or_else + std::to_string(least) +
+                    " to " + std::to_string(most),
                 "Give such a number");
   };
   check("slots", options.slots, 1, 1024);
   check("threads", options.threads, 0, 4096);
   if (options.capacity != 0) {  // a prompt has a token, and an answer
-    check("capacity", options.capacity, 2, std::numeric_limits<int32_t>::max());
+    check("capacity", options.capacity, 2, std::numeric_limits<int32_t>::max(), "0, or ");
   }
   check("chunk", options.chunk, 1, 65536);
   if (options.backend != "auto" && options.backend != "tensorrt" &&

@@ -14,11 +14,18 @@ namespace ANYBIT_SET {
 
 constexpr int kAbqMostSums = 1024;  // groups times operands: 128 KB of the stack
 
+// Tokens that meet the weights together: all digits of one, and as many as there is room for the sums of.
+template <class Kernel>
+ANYBIT_INLINE int abq_together(const Kernel& kernel) {
+  const int64_t room = kAbqMostSums / kernel.layout.n_groups;
+  const int ones = kernel.needs_code_sums ? 1 : 0;
+  return (int(smaller<int64_t>(room, kAbqTogether)) - ones) / kernel.digits * kernel.digits;
+}
+
 // Whether there are few enough groups.
 template <class Kernel>
 ANYBIT_INLINE bool abq_takes_few(const Kernel& kernel, int64_t m) {
-  const int64_t operands = smaller<int64_t>(m + (kernel.needs_code_sums ? 1 : 0), kAbqTogether);
-  return kernel.layout.n_groups * operands <= kAbqMostSums;
+  return abq_together(kernel) >= smaller<int64_t>(m, kernel.digits == 3 ? 3 : 4);
 }
 
 // Sums of up to 32 rows from n on.
@@ -41,7 +48,7 @@ inline void abq_few(const Kernel& kernel, const SlabMemory& slab, int m, const D
   const TokenLayout& layout = tokens.layout;
   const int planes = kernel.weights.planes;
   const int more = kernel.needs_code_sums ? 1 : 0;
-  const int together = (kAbqTogether - more) / to.digits * to.digits;  // all digits of a token
+  const int together = abq_together(kernel);
   // as many tokens as meet the weights together, and ones behind them
   const auto ordered = [&](int i) {
     return slab.ordered + (i / together * (together + more) + i % together) * layout.row_bytes;

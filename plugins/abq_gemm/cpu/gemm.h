@@ -89,8 +89,9 @@ struct AbqKernel {
     const int64_t channel = n0 + kPanelRows + position % kOfLine / (kOfLine / kPanelRows);
     if (channel >= weights.n) return {panel};
     const int64_t row = 4 * weights.row_words, plane = weights.n * row;
-    return {weights.row(0, channel) + position / kOfLine * 64, row, plane,
-            weights.planes > 4 ? 4 * plane : 0};
+    const int more = weights.planes > 4 ? weights.planes - 4 : 0;
+    return {weights.row(0, channel) + position / kOfLine * 64, row, plane, more * plane,
+            smaller(weights.planes, 4) - 1};
   }
 
   using Terms = AbqGroupTerms;

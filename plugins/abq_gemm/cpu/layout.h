@@ -9,8 +9,8 @@ namespace ANYBIT_SET {
 constexpr int kAbqWord = 32;       // codes
 constexpr int kAbqTogether = 5;    // tokens, or tokens and ones, that meet weights as they are read
 constexpr int kAbqFewTokens = 12;  // in turn, while the weights are near, before panels pay
-// The tokens in another order, and ones behind those that meet weights together, at least three.
-constexpr int kAbqMoreRows = kAbqFewTokens / 3 * kAbqTogether;
+// The tokens in another order, and ones behind each four of them.
+constexpr int kAbqMoreRows = kAbqFewTokens / 4 * kAbqTogether;
 
 ANYBIT_INLINE TokenLayout abq_layout(const GemmShape& s) {
   return token_layout(s.k, s.group_size ? s.k / s.group_size : 1, kAbqWord);

@@ -31,20 +31,22 @@ ANYBIT_INLINE int32_t codes_at(const int8_t* codes) {
   return codes_at(codes + step / kRunSteps * next_run + kRun * m + kStep * (step % kRunSteps));
 }
 
-// What is wanted soon and fetched meanwhile: at every step one of 4 cache lines of a row, `line` bytes
-// apart, and what is `second` bytes behind it; rows are `row` bytes apart. Where nothing is wanted, a
-// line that is near costs nothing.
+// What is wanted soon and fetched meanwhile, with AVX-512: every four steps the cache lines 0 to `last`,
+// of up to 4, of a row, one in each step, and with it what is `second` bytes behind it. Lines are `line`
+// bytes apart, rows `row`. Where nothing is wanted, a line that is near costs nothing.
 struct Ahead {
   const void* at;
   int64_t row = 0, line = 0, second = 0;
+  int last = 3;
 
-  ANYBIT_INLINE void fetch([[maybe_unused]] int step) const {
-#if defined(__AVX2__)
-    const char* from = static_cast<const char*>(at) + step / 4 * row + step % 4 * line;
+#if defined(__AVX512VNNI__)
+  ANYBIT_INLINE void fetch(int step) const {
+    const char* from =
+        static_cast<const char*>(at) + step / 4 * row + smaller(step % 4, last) * line;
     _mm_prefetch(from, _MM_HINT_T1);
     _mm_prefetch(from + second, _MM_HINT_T1);
-#endif
   }
+#endif
 };
 
 #if defined(__AVX512VNNI__)

@@ -83,7 +83,7 @@ struct Destination {
   const float* scale;  // of the tokens, or null
   int digits = 1;      // tokens one after the other of which the sum is one of y's
 
-  // Makes ready for write(): the lines are in another cache or in none.
+  // Makes ready for write(): where a row begins is in another cache or in none.
   ANYBIT_INLINE void fetch(int64_t m0, int count, int64_t n0) const {
     for (int64_t row = m0 / digits; row < (m0 + count) / digits; ++row)
       __builtin_prefetch(y + row * n + n0, 1);

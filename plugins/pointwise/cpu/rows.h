@@ -1,6 +1,6 @@
 // Residual sums, activations, norms and rotary positions, row by row, each result rounded where the
-// nodes of forms.py round. Compiled once for each instruction set, all of which give the same bits:
-// loops of plain C++ over blocks that the compiler makes vectors of.
+// nodes of forms.py round. Compiled once for each instruction set, all of which give the same bits,
+// but for the payload of a NaN: loops of plain C++ over blocks that the compiler makes vectors of.
 #pragma once
 #include <cstring>
 #include <type_traits>

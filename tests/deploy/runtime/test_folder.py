@@ -377,7 +377,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "slots": ({"slots": 0}, "slots: got 0, expected 1 to 1024. Give such a number."),
     "capacity": (
         {"capacity": 1},
-        "capacity: got 1, expected 2 to 2147483647. Give such a number.",
+        "capacity: got 1, expected 0, or 2 to 2147483647. Give such a number.",
     ),
     "chunk": ({"chunk": 0}, "chunk: got 0, expected 1 to 65536. Give such a number."),
     "threads": ({"threads": -1}, "threads: got -1, expected 0 to 4096. Give such a number."),
