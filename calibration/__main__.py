@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
-from calibration.out.files import StageWriter, folder_bytes, locked, remove
+from calibration.out.files import StageWriter, locked, remove
 from calibration.out.json_file import read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import NullProgress, Progress, make_progress
@@ -35,7 +35,7 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
     from calibration.checkpoints.sources import check_name
     from calibration.quant.checks import check_scheme
     from calibration.quant.keep import check_quantized
-    from calibration.quant.quantize import QuantizeOptions, quant_bytes, quantize_model
+    from calibration.quant.quantize import QuantizeOptions, kept_bytes, quant_bytes, quantize_model
 
     options = QuantizeOptions(
         args.offline, settings, out / WORK, args.resume, format=args.format, ranks=ranks
@@ -69,7 +69,7 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
         quantize_model(checkpoint, schemes, options, out / QUANT, progress)
         return
     _refuse_other(out / QUANT, checkpoint, schemes, nodes=budget is None)
-    needed = quant_bytes(checkpoint, schemes, args.format) - folder_bytes(out / WORK)
+    needed = quant_bytes(checkpoint, schemes, args.format) - kept_bytes(out)
     writer = StageWriter(out, QUANT, needed)
     with locked(out, progress.message):
         _refuse_exporters(out)  # and again, now that nobody else writes
@@ -160,7 +160,7 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the blocks that an interrupted run has finished",
+        help="go on from the blocks and weight files that an interrupted run has finished",
     )
     ranks = join_ranks()
     with ranks.one_voice():
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     return run_cli(
         lambda: _main(argv),
-        "Interrupted; finished blocks are kept. Run the same command with --resume to go on.",
+        "Interrupted; what is finished is kept. Run the same command with --resume to go on.",
         stdout_is_result=False,
     )
 

@@ -51,6 +51,9 @@ class Progress(Protocol):
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Steps are done; the note names the current piece of work."""
 
+    def skip(self, steps: int) -> None:
+        """So many steps of the stage need not be done: it has that many less."""
+
     def finish(self) -> None:
         """The stage is done."""
 
@@ -71,6 +74,9 @@ class NullProgress:
         """Ignored."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
+        """Ignored."""
+
+    def skip(self, steps: int) -> None:
         """Ignored."""
 
     def finish(self) -> None:
@@ -127,6 +133,10 @@ class JsonProgress:
         left = _left(self._began, self._done, self._total)
         self._emit("progress", note=note, left=round(left, 1))
 
+    def skip(self, steps: int) -> None:
+        """Later events have the smaller total."""
+        self._total -= steps
+
     def finish(self) -> None:
         """Emit a finish event."""
         self._emit("finish")
@@ -164,6 +174,10 @@ class PlainProgress:
         if left and time.monotonic() - self._told >= _QUIET:
             where = f"{self._stage}: {self._done} of {self._total}"
             self.message(f"{where}, about {duration(left)} left")
+
+    def skip(self, steps: int) -> None:
+        """Later lines have the smaller total."""
+        self._total -= steps
 
     def finish(self) -> None:
         """Print the stage and its time."""
@@ -219,6 +233,12 @@ class RichProgress:
         """Move the bar."""
         if self._bars is not None:
             self._bars.update(self._bars.task_ids[0], advance=steps, note=printable(note))
+
+    def skip(self, steps: int) -> None:
+        """Shorten the bar."""
+        if self._bars is not None:
+            [task] = self._bars.tasks
+            self._bars.update(task.id, total=(task.total or 0) - steps)
 
     def finish(self) -> None:
         """Replace the bar by one line."""

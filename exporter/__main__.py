@@ -76,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--until", choices=STAGES, default=REPORT, help="last stage to run (default: report)"
     )
     run.add_argument(
-        "--resume", action="store_true", help="keep finished stages whose inputs did not change"
+        "--resume",
+        action="store_true",
+        help="keep what is finished, stages and parts of them, if its inputs did not change",
     )
     return parser
 

@@ -70,7 +70,8 @@ def estimate(
     in fp32, its quantized self and the codes, fp64 moments of the widest input, and the residual streams
     of all windows, in the float model and in the quantized one, and of experts the sum of what they
     make, as far as --max-memory leaves them in memory; the streams are on the disk too, twice while
-    those behind a block take the place of those before it. benchmarks/scale.py measures them.
+    those behind a block take the place of those before it. benchmarks/scale.py measures them. What
+    a proof keeps to go on from is not counted: where the disk does not take it, the proof goes on.
     """
     decoder = checkpoint.decoder
     one = quant_bytes(checkpoint, schemes) // 2  # the other half are finished blocks
@@ -102,8 +103,8 @@ def _shapes(block: Block) -> list[tuple[int, int]]:
 
 
 def check_room(out: Path, asked: Estimate) -> None:
-    """Hold an estimate against what there is. What an interrupted run left is free for another one, which
-    goes on with it or deletes it.
+    """Hold an estimate against what there is. What an interrupted calibration left is free for another
+    one, which goes on with it or deletes it.
 
     Raises:
         InputError: too little space on the disk of `out`, or too little memory.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import folder_bytes, remove, sha256_file, write_json
+from calibration.out.files import remove, sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     digest,
@@ -74,7 +74,7 @@ class ExportRequest:
             model's context if that is less.
         static_cache: the KV cache has room for so many tokens from the beginning; else it grows.
         until: the last stage to run, one of STAGES.
-        resume: keep finished stages whose inputs did not change.
+        resume: keep what is finished, stages and parts of them, if its inputs did not change.
         offline: never use the network.
         eval_text: a text whose perplexity the report shows.
         eval_windows: at most how many windows of it are scored, from the beginning.
@@ -205,7 +205,7 @@ class QuantStage(Stage):
         self.checkpoint, self.schemes = checkpoint, schemes
 
     def inputs(self) -> Any:
-        """The model's files, the settings and the text."""
+        """The model's files, the settings, the text and transformers."""
         return [
             self.checkpoint.stamp(),
             self.request.budget,
@@ -214,14 +214,15 @@ class QuantStage(Stage):
             text_digest(self.request.settings.calib),
             self.request.format,
             method_digest(self.request.settings.method_file),
+            package_versions(("transformers",)),  # makes the RoPE tables
         ]
 
     def needed_bytes(self) -> int:
         """Of all tensors."""
-        from calibration.quant.quantize import quant_bytes
+        from calibration.quant.quantize import kept_bytes, quant_bytes
 
         asked = quant_bytes(self.checkpoint, self.schemes, self.request.format)
-        return asked - folder_bytes(self.out / WORK)  # of an interrupted run
+        return asked - kept_bytes(self.out)
 
     def work(self, folder: Path) -> dict[str, Any]:
         """Calibrate and quantize."""
@@ -395,7 +396,7 @@ class ReportStage(Stage):
         ]
 
     def needed_bytes(self) -> int:
-        """Next to nothing."""
+        """Next to nothing; what it keeps to go on from is left out where the disk is full."""
         return 0
 
     def work(self, folder: Path) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Fork:
     place: Path = REPOSITORY
 
     def start(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """The process, begun."""
-        process = FORKS.Process(target=self._run, args=(work, *arguments))
+        """The process, begun; it does not outlive this one."""
+        process = FORKS.Process(target=self._run, args=(work, *arguments), daemon=True)
         process.start()
         return process
 

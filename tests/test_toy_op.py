@@ -28,7 +28,7 @@ from calibration.quant.sizes import linear_specs, stored_bits
 from calibration.solvers.gptq import factored, gptq, quadratic_error
 from calibration.solvers.grid import search_grid
 from exporter.__main__ import main
-from exporter.proof.memory import memory_needed
+from exporter.proof.memory import Calls, memory_needed
 from plugins import extension_files, library_ops, op_names, op_spec, ranked_ops
 from plugins.core.op_spec import OpSpec, QuantArrays, is_custom
 from plugins.errors import InputError
@@ -154,7 +154,7 @@ def test_memory_and_formats_ask_it(
     quant = read_quant(tiny_quant() / "quant")
     own = {node: quant.scheme_of(node) for node in quant.decoder.nodes}
     known, other = (
-        memory_needed(quant.decoder, schemes, 106).whole
+        memory_needed(quant.decoder, schemes, Calls.within(2048).tokens).whole
         for schemes in (own, dict.fromkeys(own, TOY))
     )
     per_weight = op_spec(quant.scheme.op).unpacked_bytes(quant.scheme.gemm)

@@ -244,6 +244,7 @@ def calibrate(job: Calibration, progress: Progress | None = None) -> Calibrated:
         head = _head(job, job.head, basis, streams, device)
     if head is not None:
         progress.message(_head_line(head))
+    ranks.wait()  # the first one removes the store, which others may be reading still
     progress.finish()
     cost = {
         "seconds": round(time.monotonic() - began, 1),

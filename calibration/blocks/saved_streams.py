@@ -79,7 +79,7 @@ class SavedStreams:
         except OSError as error:
             self._refused = True
             self._warn(
-                f"{path}: got {error.strerror} while writing. The calibration goes on; should it be "
+                f"{path}: got {error.strerror or error} while writing. The calibration goes on; should it be "
                 "interrupted, --resume walks finished blocks again, which takes longer."
             )
         finally:

@@ -168,9 +168,25 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def folder_bytes(folder: Path) -> int:
-    """Of the files in a folder, not below it; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+def folder_bytes(folder: Path, only: str = "*", besides: Path | None = None) -> int:
+    """Of the files in a folder, not below it; 0 where there is none. Another process may be removing
+    them.
+
+    Args:
+        folder: with the files.
+        only: the names that count, as a pattern.
+        besides: a folder that stays; files that have a second name there do not count.
+    """
+    total = 0
+    for path in folder.glob(only):
+        with suppress(FileNotFoundError):
+            if path.is_file() and not (besides and _same_file(path, besides / path.name)):
+                total += path.stat().st_size
+    return total
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    return other.exists() and path.samefile(other)
 
 
 class StageWriter:

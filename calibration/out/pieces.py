@@ -64,7 +64,7 @@ class Pieces:
         except OSError as error:
             raise InputError(
                 str(folder),
-                f"got {error.strerror}, expected a folder that can be written",
+                f"got {error.strerror or error}, expected a folder that can be written",
                 "Choose another --out",
             ) from error
         if fresh:
@@ -91,8 +91,10 @@ class Pieces:
     @contextmanager
     def made(self, name: str, made_of: str = "") -> Iterator[Path]:
         """The path at which to write a file; behind the block it is on the disk, under its name, and
-        recorded. An error leaves what there was before; the folder goes where that is nothing.
+        recorded. An error in the block leaves what there was before, and no folder where that is
+        nothing; where the record cannot be written, the file counts as missing.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)  # an error may have removed it
         unfinished = temporary(self.folder / name)
         try:
             yield unfinished
@@ -106,9 +108,8 @@ class Pieces:
             if not self._state()["files"]:
                 self.remove()
             raise
-        state = self._state()
-        files = state["files"] | {name: {"made_of": made_of, "sha256": digest}}
-        write_json(self.folder / _STATE, {**state, "files": files})
+        files = self._state()["files"] | {name: {"made_of": made_of, "sha256": digest}}
+        write_json(self.folder / _STATE, {"fingerprint": self.fingerprint, "files": files})
 
     def give(self, name: str, folder: Path) -> None:
         """Let a file stand in another folder too; where the disk has no second names it goes there."""

@@ -17,7 +17,7 @@ import numpy as np
 from calibration import formats
 from calibration.checkpoints.foreign import reason
 from calibration.checkpoints.safetensors import SafetensorsWriter, dtype_name, numpy_dtype
-from calibration.out.files import sha256_file, write_json
+from calibration.out.files import folder_bytes, sha256_file, write_json
 from calibration.out.fingerprint import digest
 from calibration.out.layout import BITS_FILE, QUANT, QUANT_JSON, WORK
 from calibration.progress import NullProgress
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from calibration.families import Decoder
     from calibration.progress import Progress
 
-__all__ = ["QuantizeOptions", "quant_bytes", "quantize_model"]
+__all__ = ["QuantizeOptions", "kept_bytes", "quant_bytes", "quantize_model"]
 
 # Of tokenizer_config.json: what depends on this machine, and code, which was found to be
 # transformers' own when the tokenizer was read.
@@ -121,7 +121,7 @@ def _write_shards(
         tensors = [(spec.name, dtype_name(spec.dtype), spec.shape) for spec in specs]
         made_of = digest(source.made_of, tensors)
         if source.pieces.whole(name, made_of):
-            progress.advance(len(shard), name)
+            progress.skip(len(shard))
         else:
             with source.pieces.made(name, made_of) as path, SafetensorsWriter(path, specs) as file:
                 for item in shard:
@@ -144,6 +144,13 @@ def quant_bytes(
     total = sum(spec.nbytes for item in items for spec in item.specs)
     copies = 2 if format_name == formats.OURS else 3
     return copies * total + total // 50 + (1 << 24)  # headers and tokenizer
+
+
+def kept_bytes(out: Path) -> int:
+    """What quant_bytes counts and an interrupted run has left in OUT: it is gone on with, or makes
+    room. Streams are not in that estimate; a weight file that a finished quant/ has too makes none.
+    """
+    return folder_bytes(out / WORK, "*.safetensors", besides=out / QUANT)
 
 
 # ---------------------------------------------------------------- what is written

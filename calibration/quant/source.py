@@ -310,7 +310,7 @@ def _stamp(checkpoint: Checkpoint, schemes: SchemeMap, options: QuantizeOptions)
         options.settings.stamp(checkpoint),
         code_digest(*CALIBRATION_CODE),
         method_digest(options.settings.method_file),
-        package_versions(("torch", "numpy")),
+        package_versions(("torch", "numpy", "transformers")),
     ]
 
 

@@ -180,8 +180,17 @@ def score(
     progress: Progress | None = None,
     saved: SavedResults | None = None,
 ) -> dict[str, Any]:
-    """Score a text, window by window, of which `saved` keeps each; returns {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens
-    being the predicted ones.
+    """Score a text, window by window.
+
+    Args:
+        session: the decoder.
+        model: that it runs.
+        request: the text and its windows.
+        progress: moved by every window that is scored.
+        saved: keeps the loss of every window.
+
+    Returns:
+        {"ppl", "windows", "runner", "seqlen", "tokens", "seconds"}, tokens being the predicted ones.
 
     Raises:
         InputError: the text or the numbers are wrong. CheckError: the model computes NaN.
@@ -200,12 +209,17 @@ def score(
     windows = whole_windows(model, request, progress.message)
     chosen = select_windows(len(windows), request.windows, request.first)
     progress.start("eval", len(chosen))
-    total, began = 0.0, time.monotonic()
+    total, ppl, began = 0.0, math.nan, time.monotonic()
+
+    def scored(index: int, before: float, tokens: int) -> float:
+        nll = window_nll(session, windows[index])
+        progress.advance(1, f"perplexity {_perplexity(before + nll, tokens, index):.4f}")
+        return nll
+
     for done, index in enumerate(chosen, 1):
-        work = partial(window_nll, session, windows[index])
-        total += saved.once(f"perplexity {index}", float, work, steps=0)
-        ppl = _perplexity(total, done * (seqlen - 1), index)
-        progress.advance(1, f"perplexity {ppl:.4f}")
+        tokens = done * (seqlen - 1)
+        total += saved.once(f"perplexity {index}", float, partial(scored, index, total, tokens))
+        ppl = _perplexity(total, tokens, index)
     progress.finish()
     return {
         "ppl": ppl,

@@ -31,7 +31,7 @@ class SavedResults:
 
     Args:
         pieces: where; None saves nothing, and everything is computed.
-        progress: moved over what is taken, and told once where the disk takes no more.
+        progress: told which steps need not be done, and told once where the disk takes no more.
     """
 
     def __init__(self, pieces: Pieces | None = None, progress: Progress | None = None) -> None:
@@ -46,14 +46,14 @@ class SavedResults:
             name: of the result.
             kind: its type, of what JSON can hold, dataclasses, tuples and numpy arrays.
             work: computes it.
-            steps: how far that moves the progress.
+            steps: how far `work` moves the progress.
             made_of: what it depends on besides the pieces' fingerprint.
         """
         pieces, file = self._pieces, f"{name}.safetensors"
         if pieces is None:
             return work()
         if pieces.whole(file, made_of):
-            self._progress.advance(steps, note=name)
+            self._progress.skip(steps)
             return cast(T, _read(pieces.folder / file, kind))
         value = work()
         try:
@@ -69,6 +69,10 @@ class SavedResults:
         del value
         return cast(T, _read(pieces.folder / file, kind))
 
+    def digest(self, name: str) -> str:
+        """Of a result that was saved; "" of any other."""
+        return self._pieces.recorded(f"{name}.safetensors") if self._pieces else ""
+
 
 def _write(path: Path, value: Any) -> None:
     arrays: list[np.ndarray] = []
@@ -77,7 +81,7 @@ def _write(path: Path, value: Any) -> None:
         if isinstance(item, np.generic):
             return item.item()
         if not isinstance(item, np.ndarray):
-            raise TypeError(f"got {type(item).__name__}, expected a type of docstring's")
+            raise TypeError(f"got {type(item).__name__}, expected a type that `once` lists")
         arrays.append(item)
         return len(arrays) - 1
 

@@ -243,6 +243,7 @@ def _run(proof: Comparison, parts: _Parts, folded: bool, saved: SavedResults) ->
 
     if parts.runs:
         record = level("bodies", _RECORD, calls, run_bodies, parts.library, folded)
+        made_of = digest(made_of, saved.digest("bodies"))  # has fixed the tokens of all calls
     if parts.library is not None:
         native = run_folded if folded else run_native
         level("native", None, calls, native, record, parts.library)

@@ -33,6 +33,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tup
             for rank in range(world)
         ]
         begun = [fork.start(work, rank, *arguments) for rank, fork in enumerate(forks)]
-        return [fork.end(process) for fork, process in zip(forks, begun, strict=True)]
+        try:
+            return [fork.end(process) for fork, process in zip(forks, begun, strict=True)]
+        except AssertionError as hung:
+            said = "\n".join(f"rank {fork.name}: {fork.text('err')}" for fork in forks)
+            raise AssertionError(said) from hung
+        finally:
+            for process in begun:
+                process.kill()  # nothing, where it has ended
 
     return run

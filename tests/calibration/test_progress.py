@@ -45,7 +45,8 @@ def test_plain_lines() -> None:
 @pytest.mark.parametrize("kind", ["auto", "rich", "plain", "json", "none"])
 def test_every_display_takes_the_same_calls(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     progress = make_progress(kind)
-    progress.start("engine", 1)
+    progress.start("engine", 3)
+    progress.skip(2)
     progress.advance(note="[brackets] are text")
     progress.message("[brackets] are text")
     progress.warning("less than was asked for")
@@ -89,3 +90,16 @@ def test_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     left = [json.loads(line).get("left") for line in lines.getvalue().splitlines()]
     assert left == [None, 108, 96, 84, 72, 70]
+
+
+def test_steps_that_are_skipped_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("calibration.progress.time.monotonic", lambda: clock)
+    lines = io.StringIO()
+    progress = JsonProgress(lines)
+    progress.start("report", 10)
+    progress.skip(8)
+    clock = 30.0
+    progress.advance()
+    last = json.loads(lines.getvalue().splitlines()[-1])
+    assert (last["done"], last["total"], last["left"]) == (1, 2, 30)

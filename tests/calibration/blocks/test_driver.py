@@ -96,7 +96,7 @@ def test_stopped_at_a_block(
         assert (
             code == 130
             and said
-            == "Interrupted; finished blocks are kept. Run the same command with --resume to go on.\n"
+            == "Interrupted; what is finished is kept. Run the same command with --resume to go on.\n"
         )
     else:
         assert code == 2 and said == (

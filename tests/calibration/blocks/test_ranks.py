@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from calibration.__main__ import main
 from calibration.blocks.ranks import ALONE, Ranks, join_ranks
+from calibration.checkpoints.safetensors import SafetensorsWriter
 from calibration.out.files import locked
-from plugins.errors import InputError
+from calibration.out.layout import WORK
+from plugins.errors import EXIT_INTERRUPT, InputError
 from tests.calibration.block_cases import calibrate_tiny, files
 from tests.conftest import W4A8
 from tests.forks import PATIENCE, Started
@@ -188,6 +191,40 @@ def test_a_killed_group_goes_on(
     assert (tmp_path / "many" / "quant" / name).read_bytes() == (
         tmp_path / "one" / "quant" / name
     ).read_bytes()
+
+
+def _late_for_the_blocks(rank: int, out: str, *arguments: str) -> int:
+    from calibration.blocks.store import BlockStore
+
+    real = BlockStore.digests
+
+    def digests(self: BlockStore) -> list[str]:
+        until = time.monotonic() + 2
+        while rank and time.monotonic() < until and Path(out, WORK).exists():
+            time.sleep(0.01)
+        return real(self)
+
+    BlockStore.digests = digests  # type: ignore[method-assign]
+    return _command(rank, *arguments)
+
+
+def test_nobody_is_late_for_blocks_that_are_all_there(
+    together: Callable[..., Ended],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = _tiny(tiny_model_dir, tmp_path)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "__enter__", die)
+        assert main([*arguments, "--offline", "--progress", "none"]) == EXIT_INTERRUPT
+    ended = together(_late_for_the_blocks, str(tmp_path), *arguments, "--resume")
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert "block 2 of 2: kept" in ended[0][2] and not (tmp_path / WORK).exists()
 
 
 def test_a_method_without_data_is_written_once(

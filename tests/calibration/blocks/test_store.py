@@ -134,6 +134,23 @@ def test_a_block_that_is_not_recorded_yet_does_not_count(
     assert _finished(BlockStore(tmp_path / "work", "print")) == 1
 
 
+def test_a_store_goes_on_behind_an_error_in_its_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlockStore(tmp_path / "work", "print")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        with pytest.raises(InputError):
+            store.save(0, _result(0))
+    assert not (tmp_path / "work").exists()
+    store.save(0, _result(0))
+    assert _finished(BlockStore(tmp_path / "work", "print")) == 1
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": 5}', '{"files": {}}'])
 def test_a_damaged_state_starts_over(tmp_path: Path, text: str) -> None:
     _filled(tmp_path / "work")

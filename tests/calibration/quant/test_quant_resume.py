@@ -12,8 +12,9 @@ import pytest
 
 from calibration.checkpoints.checkpoint import open_checkpoint
 from calibration.checkpoints.safetensors import SafetensorsWriter
+from calibration.out.layout import WORK
 from calibration.out.pieces import Pieces
-from calibration.quant.quantize import QuantizeOptions, quantize_model
+from calibration.quant.quantize import QuantizeOptions, kept_bytes, quantize_model
 from calibration.quant.scheme import QuantScheme
 from tests.calibration.block_cases import files
 
@@ -105,6 +106,24 @@ def test_nothing_is_taken_of_another_run(
     assert made == _names(1, len(made))
     quantize("fresh", scheme, size=size, resume=False)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
+
+
+def test_what_is_there_counts_as_room_once(quantize: Quantize, tmp_path: Path) -> None:
+    """Weight files and blocks do; streams are no part of the estimate."""
+    quantize("whole")
+    assert kept_bytes(tmp_path / "nowhere") == 0
+    work, size = tmp_path / WORK, sum(map(len, files(tmp_path / "whole").values()))
+    (tmp_path / "work").rename(work)
+    (work / "streams-00001-0-of-1.bin").write_bytes(bytes(1000))
+    [first, *_, last] = sorted(work.glob("*.safetensors"))
+    kept = kept_bytes(tmp_path)
+    assert kept == sum(path.stat().st_size for path in work.glob("model-*")) <= size
+    (tmp_path / "whole").rename(tmp_path / "quant")
+    assert kept_bytes(tmp_path) == 0  # a finished folder has them all
+    (tmp_path / "quant" / last.name).unlink()
+    assert kept_bytes(tmp_path) == last.stat().st_size
+    (tmp_path / "quant").rename(tmp_path / "quant.partial")  # goes when the work begins
+    assert kept_bytes(tmp_path) == kept and first.stat().st_nlink == 2
 
 
 def test_a_file_that_can_have_no_second_name_moves(

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,7 @@ from exporter.proof.perplexity import EvalRequest
 from exporter.proof.prove import prove
 from exporter.proof.result import ValidationResult
 from exporter.proof.saved import SavedResults
+from exporter.proof.validate import _Parts, _run
 
 LEVELS = ["weights", "bodies", "native", "users", "reference", "float", "loss"]
 LEVELS += ["perplexity 0", "perplexity 1", "quality"]
@@ -102,6 +104,43 @@ def test_a_full_disk_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     left = sorted(path.name for path in (tmp_path / "work").iterdir())
     assert left == ["a.safetensors", "state.json"]
+
+
+class Asked(SavedResults):
+    """Has every level, and keeps what each was said to be made of."""
+
+    def __init__(self, bodies: str = "") -> None:
+        super().__init__()
+        self.bodies, self.made_of = bodies, dict[str, str]()
+
+    def once(
+        self, name: str, kind: Any, work: Callable[[], Any], steps: int = 1, made_of: str = ""
+    ) -> Any:
+        self.made_of[name] = made_of
+        return [], None
+
+    def digest(self, name: str) -> str:
+        return self.bodies
+
+
+def test_a_level_depends_on_what_takes_part_and_on_the_calls() -> None:
+    proof: Any = SimpleNamespace(
+        scope=SimpleNamespace(steps=1), apart=pytest.fail, add=lambda found: None
+    )
+    parts = _Parts(Path("library"), None, None, [], None, True, None)
+
+    def levels(parts: _Parts = parts, folded: bool = False, bodies: str = "") -> dict[str, str]:
+        saved = Asked(bodies)
+        _run(proof, parts, folded, saved)
+        return saved.made_of
+
+    plain, floats = levels(), replace(parts, floats=cast(Any, object()))
+    assert list(plain) == ["bodies", "native", "users", "reference"] and plain == levels()
+    for other in (levels(folded=True), levels(floats), levels(replace(parts, library=None))):
+        assert all(other[name] != made_of for name, made_of in plain.items() if name in other)
+    calls = levels(bodies="another record")
+    assert calls.pop("bodies") == plain.pop("bodies")
+    assert calls.keys() == plain.keys() and not {*calls.values()} & {*plain.values()}
 
 
 @pytest.mark.slow
