@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "check_room", "estimate"]
 
 _PROGRAM = 0.4e9  # torch, or TensorRT, before any tensor
+_MOMENTS = 5.4  # matrices of a site's inputs, fp64: moments, and their factors at work; measured
 _BUILDER_COPIES = 2.05  # of the weights, in TensorRT-RTX 1.7; measured by benchmarks/scale.py
 _FIXES = {
     QUANT: "Give --max-memory, fewer --nsamples, or --effort fast",
@@ -67,11 +68,11 @@ def estimate(
     its own.
 
     Whatever the depth, quantizing takes the largest tensor in fp32 twice. A calibration takes a block
-    in fp32, its quantized self and the codes, fp64 moments of the widest input, and the residual streams
-    of all windows, in the float model and in the quantized one, and of experts the sum of what they
-    make, as far as --max-memory leaves them in memory; the streams are on the disk too, twice while
-    those behind a block take the place of those before it. benchmarks/scale.py measures them. What
-    a proof keeps to go on from is not counted: where the disk does not take it, the proof goes on.
+    in fp32, its quantized self and the codes, fp64 moments of the widest input with their factors, and
+    the residual streams of all windows, in the float model and in the quantized one, and of experts the
+    sum of what they make, as far as --max-memory leaves them in memory; the streams are on the disk too,
+    twice while those behind a block take the place of those before it. benchmarks/scale.py measures them.
+    What a proof keeps to go on from is not counted: where the disk does not take it, the proof goes on.
     """
     decoder = checkpoint.decoder
     one = quant_bytes(checkpoint, schemes) // 2  # the other half are finished blocks
@@ -84,13 +85,13 @@ def estimate(
             # Of a mixture of experts some blocks may be dense.
             weights = max(sum(map(prod, _shapes(block))) for block in decoder.blocks)
             widest = max(shape[1] for block in decoder.blocks for shape in _shapes(block))
-            moments = 8 * widest**2
+            moments = _MOMENTS * 8 * widest**2
             stream = 4 * settings.nsamples * settings.seqlen * decoder.hidden
             saved = 2 * 2 * stream
             streams = (3 if decoder.routers else 2) * stream
             held = min(streams, settings.max_memory or streams)
             spilled = streams - held
-            needed = max(needed, 10 * weights + moments) + held
+            needed = max(needed, 10 * weights + int(moments)) + held
         memory[QUANT] = int(_PROGRAM + needed)
     if ENGINE in stages:
         memory[ENGINE] = int(_PROGRAM + _BUILDER_COPIES * one)

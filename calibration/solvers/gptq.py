@@ -81,8 +81,7 @@ def factored(hessian: Tensor, damp: float = 0.01, act_order: bool = True) -> Fac
             singular.
         act_order: columns in descending order of the diagonal instead of from left to right.
     """
-    hessian = hessian.double().clone()
-    diagonal = torch.diagonal(hessian)  # a view
+    diagonal = torch.diagonal(hessian).double().clone()
     order = torch.arange(len(diagonal), device=hessian.device)
     if not says_something(hessian):
         return Factored(order, torch.zeros_like(diagonal, dtype=torch.bool), None, NO_INPUTS)
@@ -92,7 +91,9 @@ def factored(hessian: Tensor, damp: float = 0.01, act_order: bool = True) -> Fac
     ].mean()  # a channel that is always 0: any weight does, so the nearest code to 0
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    factor, note = _inverse_factor(hessian[order][:, order], damp)
+    ordered = hessian.double()[order][:, order]  # a copy
+    torch.diagonal(ordered).copy_(diagonal[order])
+    factor, note = _inverse_factor(ordered, damp)
     return Factored(order, dead, factor, note)
 
 
@@ -117,14 +118,19 @@ def gptq(weight: Tensor, hessian: Factored, grid: Grid, group: Tensor) -> GptqRe
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, str]:
-    """Upper Cholesky factor of the damped Hessian's inverse."""
-    mean, used = torch.diagonal(hessian).mean(), damp
+    """Upper Cholesky factor of the damped Hessian's inverse; the diagonal of the Hessian is written over. Of a
+    wide input these are the largest tensors of a calibration: at most three are held at a time.
+    """
+    damped = torch.diagonal(hessian)
+    diagonal, mean, used = damped.clone(), damped.mean(), damp
     while True:
-        damped = hessian.clone()
-        torch.diagonal(damped).add_(used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped.copy_(diagonal + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed and torch.isfinite(factor).all():
                 return (
                     factor,

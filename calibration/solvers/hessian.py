@@ -62,6 +62,7 @@ def corrected_target(weight: Tensor, moments: Moments, share: float = 1.0) -> Te
     diagonal = torch.diagonal(damped)
     diagonal.add_(_CROSS_DAMP * diagonal.mean().clamp(min=2.0**-100))
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped, diagonal
     if failed or not torch.isfinite(moments.cross).all():
         return weight
     change = torch.cholesky_solve((weight.double() @ moments.cross).T, lower).T
