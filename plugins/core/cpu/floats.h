@@ -172,6 +172,20 @@ ANYBIT_INLINE __mmask16 lanes_below(int count) {
   return count >= 16 ? 0xffff : __mmask16(count > 0 ? (1 << count) - 1 : 0);
 }
 
+// Calls f(i, mask) for every register of `count` numbers: from i on the lanes of `mask`.
+template <class F>
+ANYBIT_INLINE void for_lanes(int count, const F& f) {
+  for (int i = 0; i < count; i += kLanes) f(i, lanes_below(count - i));
+}
+
+// Four times 16 whole numbers as bytes, in their order; beyond int8 the nearest.
+ANYBIT_INLINE __m512i bytes_from(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  // packing leaves 4 bytes of each vector side by side in a lane
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, packed);
+}
+
 // Elements of the lanes of `mask`, and 0.
 ANYBIT_INLINE FloatVector load_lanes(const Half* x, __mmask16 mask) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
@@ -228,39 +242,33 @@ ANYBIT_INLINE void store_lanes(float* to, __mmask16 mask, FloatVector v) {
 // to[i] = x[i], for any count.
 template <class T>
 ANYBIT_INLINE void load_floats(const T* x, int count, float* to) {
-  for (int i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = lanes_below(count - i);
-    _mm512_mask_storeu_ps(to + i, mask, load_lanes(x + i, mask));
-  }
+  for_lanes(count,
+            [&](int i, __mmask16 mask) { store_lanes(to + i, mask, load_lanes(x + i, mask)); });
 }
 
 // v[i] rounded to T and back.
 template <class T>
 ANYBIT_INLINE void round_floats(float* v, int count) {
-  for (int i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = lanes_below(count - i);
-    _mm512_mask_storeu_ps(v + i, mask, round_vector<T>(load_lanes(v + i, mask)));
-  }
+  for_lanes(count, [&](int i, __mmask16 mask) {
+    store_lanes(v + i, mask, round_vector<T>(load_lanes(v + i, mask)));
+  });
 }
 
 // to[i] = v[i] rounded to T, which overflows to infinity.
 template <class T>
 ANYBIT_INLINE void store_rounded(const float* v, int count, T* to) {
-  for (int i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = lanes_below(count - i);
-    store_lanes(to + i, mask, load_lanes(v + i, mask));
-  }
+  for_lanes(count,
+            [&](int i, __mmask16 mask) { store_lanes(to + i, mask, load_lanes(v + i, mask)); });
 }
 
 template <class T>
 ANYBIT_INLINE void store_saturated(const float* v, int count, T* to) {
   const FloatVector most = broadcast(kLargest<T>), least = broadcast(-kLargest<T>);
-  for (int i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = lanes_below(count - i);
+  for_lanes(count, [&](int i, __mmask16 mask) {
     // of a number and a NaN the second
     const FloatVector limited = lesser(most, greater(least, load_lanes(v + i, mask)));
     store_lanes(to + i, mask, limited);
-  }
+  });
 }
 template <>
 ANYBIT_INLINE void store_saturated(const float* v, int count, float* to) {

@@ -222,11 +222,7 @@ ANYBIT_INLINE void codes_from(const float* v, int count, const TokenQuant& q, in
         lanes_below(count - 16 * i),
         _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(q.lo)), _mm512_set1_ps(q.hi)));
   }
-  const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(parts[0], parts[1]),
-                                            _mm512_packs_epi32(parts[2], parts[3]));
-  // packing leaves 4 codes of each part side by side in a lane
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i ordered = _mm512_permutexvar_epi32(order, packed);
+  const __m512i ordered = bytes_from(parts[0], parts[1], parts[2], parts[3]);
   _mm512_store_si512(codes, ordered);
   sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), ordered);
 }

@@ -34,25 +34,16 @@ inline void qqq_tables(const Weights& w, int64_t group, int64_t block, int, QqqT
   const int64_t n0 = block * kQqqBlock;
   const Half* scales = w.scale_group + group * w.n + n0;
   alignas(64) float scale[kQqqBlock];
-  for (int j = 0; j < 4; ++j) {
-    const int64_t left = w.n - n0 - 16 * j;
-    const __mmask16 mask =
-        left >= 16 ? __mmask16(0xffff) : __mmask16(left > 0 ? (1 << left) - 1 : 0);
-    _mm512_store_ps(scale + 16 * j,
-                    _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales + 16 * j)));
-  }
+  for (int i = 0; i < kQqqBlock; i += kLanes)
+    store_vector(scale + i, load_lanes(scales + i, lanes_below(int(w.n - n0) - i)));
   const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  // packing leaves 4 codes of channels 16 j + c, j = 0 .. 3, side by side
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (int c = 0; c < 16; ++c) {
     const auto of = [&](int j) {  // exact but for the rounding
       return _mm512_cvtps_epi32(_mm512_mul_ps(codes, _mm512_set1_ps(scale[16 * j + c])));
     };
-    const __m512i bytes =
-        _mm512_packs_epi16(_mm512_packs_epi32(of(0), of(1)), _mm512_packs_epi32(of(2), of(3)));
+    const __m512i bytes = bytes_from(of(0), of(1), of(2), of(3));
     const __m512i limited = _mm512_max_epi8(bytes, _mm512_set1_epi8(-127));
-    tables[c % 8][c / 8] =
-        _mm512_permutexvar_epi32(order, _mm512_xor_si512(limited, _mm512_set1_epi8(char(0x80))));
+    tables[c % 8][c / 8] = _mm512_xor_si512(limited, _mm512_set1_epi8(char(0x80)));
   }
 }
 
