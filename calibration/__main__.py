@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from contextlib import nullcontext, redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.blocks.ranks import Ranks, join_ranks
 from calibration.cli import add_quant_arguments, default_out, schemes_from_args, settings_from_args
-from calibration.out.files import StageWriter, locked, remove
+from calibration.out.files import StageWriter, discard, locked
 from calibration.out.json_file import read_json
 from calibration.out.layout import MANIFEST, QUANT, QUANT_JSON, SENSITIVITY, WORK
 from calibration.progress import NullProgress, Progress, make_progress
@@ -78,8 +78,7 @@ def _quantise(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> Non
         _refuse_other(out / QUANT, checkpoint, schemes)
         with writer:
             facts = quantize_model(checkpoint, schemes, options, writer.path, progress)
-        with suppress(OSError):
-            remove(out / WORK)
+        discard(out / WORK)
     progress.message(f"{out / QUANT}: {facts['summary']}")
 
 

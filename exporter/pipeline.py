@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,9 @@ from calibration.checkpoints.tokenizer import check_named
 from calibration.out.description import write_description
 from calibration.out.files import (
     StageWriter,
+    discard,
     file_records,
     locked,
-    remove,
     verify_files,
     write_json,
 )
@@ -297,8 +296,7 @@ class Pipeline:
             self.manifest["stages"].pop(stage, None)
         self._save()
         for folder in (*later, PROOF_WORK) if later else ():
-            with suppress(OSError):
-                remove(self.request.out / folder)
+            discard(self.request.out / folder)
 
     def _save(self) -> None:
         self.manifest |= {"versions": installed_versions(), "command": list(self.request.command)}

@@ -7,12 +7,11 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.out.files import remove, sha256_file, write_json
+from calibration.out.files import discard, sha256_file, write_json
 from calibration.out.fingerprint import (
     CALIBRATION_CODE,
     digest,
@@ -239,8 +238,7 @@ class QuantStage(Stage):
 
     def finish(self) -> None:
         """Away with what was kept to go on from."""
-        with suppress(OSError):
-            remove(self.out / WORK)
+        discard(self.out / WORK)
 
 
 class OnnxStage(Stage):
@@ -435,8 +433,7 @@ class ReportStage(Stage):
         Raises:
             CheckError: a layer is out of tolerance.
         """
-        with suppress(OSError):
-            remove(self.out / PROOF_WORK)
+        discard(self.out / PROOF_WORK)
         failure = self.manifest["stages"][REPORT].get("facts", {}).get("first_failure")
         if failure:
             raise CheckError(

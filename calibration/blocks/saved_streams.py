@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from calibration.blocks.ranks import Ranks
-from calibration.out.files import temporary
+from calibration.out.files import discard, temporary
 
 if TYPE_CHECKING:
     from calibration.blocks.streams import Windows
@@ -43,8 +42,7 @@ class SavedStreams:
         self._warn, self._refused = warn, False
         for path in self._folder.glob("streams-*.bin"):
             if not path.stem.endswith(f"-of-{ranks.world}"):
-                with suppress(OSError):  # another process was first
-                    path.unlink()
+                discard(path)  # unless another process was first
 
     def _digest(self) -> hashlib._Hash:
         return hashlib.sha256(self._fingerprint.encode())
@@ -83,8 +81,7 @@ class SavedStreams:
                 "interrupted, --resume walks finished blocks again, which takes longer."
             )
         finally:
-            with suppress(OSError):
-                unfinished.unlink()
+            discard(unfinished)
 
     def behind(self, most: int) -> int:
         """The largest number of blocks, at most `most`, behind which every process has its streams; 0

@@ -24,6 +24,7 @@ from plugins.lock import locked as lock_file
 
 __all__ = [
     "StageWriter",
+    "discard",
     "file_records",
     "folder_bytes",
     "free_bytes",
@@ -94,6 +95,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def discard(path: Path) -> None:
+    """Remove what nobody needs; what the system does not let go stays."""
+    with suppress(OSError):
+        remove(path)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in 4 MB pieces."""
     digest = hashlib.sha256()
@@ -120,8 +127,7 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        with suppress(OSError):
-            unfinished.unlink()
+        discard(unfinished)
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
@@ -245,8 +251,7 @@ class StageWriter:
         except OSError as failure:
             raise _unwritable(self.final, failure) from failure
         finally:
-            with suppress(OSError):
-                remove(self.path)  # gone already where the commit went well
+            discard(self.path)  # gone already where the commit went well
         if isinstance(error, OSError) and self._concerns(error):
             raise _unwritable(self.final, error) from error
 
@@ -266,8 +271,7 @@ class StageWriter:
             self.path.rename(self.final)
         finally:
             self._restore()
-        with suppress(OSError):
-            remove(self._old)
+        discard(self._old)
 
     def _restore(self) -> None:
         if os.path.lexists(self._old) and not os.path.lexists(self.final):

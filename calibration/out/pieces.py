@@ -7,11 +7,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
-from calibration.out.files import remove, sha256_file, temporary, write_json
+from calibration.out.files import discard, remove, sha256_file, temporary, write_json
 from calibration.out.json_file import read_record
 from plugins.errors import InputError
 
@@ -103,8 +103,7 @@ class Pieces:
             digest = sha256_file(unfinished)
             unfinished.replace(self.folder / name)
         except BaseException:
-            with suppress(OSError):
-                unfinished.unlink()
+            discard(unfinished)
             if not self._state()["files"]:
                 self.remove()
             raise
@@ -120,5 +119,4 @@ class Pieces:
 
     def remove(self) -> None:
         """When everything is where it belongs."""
-        with suppress(OSError):
-            remove(self.folder)
+        discard(self.folder)
