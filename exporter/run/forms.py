@@ -107,8 +107,10 @@ class Static(CacheForm):
         import numpy as np
 
         tokens = ids.shape[1]
-        first = _real_first(mask[:, -tokens:])
         filled = mask[:, : mask.shape[1] - tokens].sum(1, dtype=np.int64)
+        if mask[:, -tokens:].all():
+            return dict(zip(self.inputs, (ids, filled, wanted), strict=True))
+        first = _real_first(mask[:, -tokens:])
         return {
             "input_ids": np.take_along_axis(ids, first, 1),
             WRITE_INDICES: filled,

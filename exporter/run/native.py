@@ -105,7 +105,8 @@ class NativeRunner(Runner):
 
 class NativeSession(DecoderSession):
     """ONNX Runtime on the CPU with native kernels. The cache stays in ONNX Runtime's memory from
-    call to call; a static one in the same, in which new rows are written.
+    call to call; a static one in the same, in which new rows are written, until sequences of another
+    batch begin: rows that a sequence has not filled are never read.
 
     Args:
         folder: OUT/onnx.
@@ -131,8 +132,10 @@ class NativeSession(DecoderSession):
             self._names = cache_names(inputs)
             self._form = cache_form({name: value.shape for name, value in inputs.items()})
             self._past = {name: inputs[f"past_key_values.{name}"] for name in self._names}
+            self._vocabulary = self._session.get_outputs()[0].shape[-1]
             self._bits = 0 if marked is None else cache_bits(load_model(folder).graph)
-        self._clear()
+        self._batch = 0
+        self._cache: dict[str, Any] = {}
 
     @property
     def cache_bytes(self) -> int:
@@ -140,8 +143,8 @@ class NativeSession(DecoderSession):
         return sum(value.numpy().nbytes for value in self._cache.values())
 
     def _clear(self) -> None:
-        self._cache: dict[str, Any] = {}
-        self._binding: Any = None
+        if not self._form.rows():
+            self._cache = {}
 
     def _forward(
         self,
@@ -150,30 +153,16 @@ class NativeSession(DecoderSession):
         positions: np.ndarray,
         wanted: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        import numpy as np
-        from onnxruntime import OrtValue
-
         self._data.check()
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
-        # A binding does not hold on to arrays.
-        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        cache = self._cache or self._empty_cache(len(input_ids))
-        binding = self._binding or self._bound(cache)
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
         with whole_graph(self._folder):
-            shape = [*wanted.shape, self._session.get_outputs()[0].shape[-1]]
-            logits = OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
-            binding.bind_ortvalue_output("logits", logits)
-            for name in self._marked or ():
-                binding.bind_output(name)
-            self._session.run_with_iobinding(binding)
+            self._bind_cache(len(input_ids))
+            logits = self._bind(feeds, wanted.shape)
+            self._session.run_with_iobinding(self._binding)
             found = {"logits": logits.numpy()}
             # of a static cache these would be what it holds already, and asking takes time
-            outputs = binding.get_outputs() if self._marked or not self._form.rows() else []
-            if self._form.rows():
-                self._cache, self._binding = cache, binding
-            else:
+            outputs = self._binding.get_outputs() if self._marked or not self._form.rows() else []
+            if not self._form.rows():
                 self._cache = dict(zip(self._names, outputs, strict=False))
             if self._marked is None:
                 return self._form.restored(found, attention_mask)
@@ -183,18 +172,43 @@ class NativeSession(DecoderSession):
             restored = self._form.restored(found, attention_mask)
             return with_numbers(restored, self._bits, self.dtype)
 
-    def _bound(self, cache: dict[str, Any]) -> Any:
-        """A binding with the cache in it; of a static one, which is that of the numpy arrays that its
-        values hold on to, for all calls.
-        """
-        binding = self._session.io_binding()
+    def _bind_cache(self, batch: int) -> None:
+        """The cache as input and output; a static one is bound once for all calls of a batch."""
+        rows = self._form.rows()
+        if rows and batch == self._batch:
+            return
+        self._batch = batch
+        self._binding, self._inputs = self._session.io_binding(), {}
+        if rows or not self._cache:
+            self._cache = self._empty_cache(batch)
         for name in self._names:
-            binding.bind_ortvalue_input(f"past_key_values.{name}", cache[name])
-            if self._form.rows():
-                binding.bind_ortvalue_output(f"present.{name}", cache[name])
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._cache[name])
+            if rows:
+                self._binding.bind_ortvalue_output(f"present.{name}", self._cache[name])
             else:
-                binding.bind_output(f"present.{name}")
-        return binding
+                self._binding.bind_output(f"present.{name}")
+
+    def _bind(self, feeds: dict[str, np.ndarray], wanted: tuple[int, ...]) -> Any:
+        """The other inputs and outputs; returns the logits'. Where shapes are those of the last call
+        inputs are written in place: a step leaves nothing in the processor's caches, so that all that
+        is touched between two of them takes time.
+        """
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        for name, array in feeds.items():
+            bound = self._inputs.get(name)
+            if bound is not None and bound.shape == array.shape:
+                bound[...] = array
+                continue
+            self._inputs[name] = array.copy()  # a binding does not hold on to arrays
+            value = OrtValue.ortvalue_from_numpy(self._inputs[name])
+            self._binding.bind_ortvalue_input(name, value)
+        logits = OrtValue.ortvalue_from_shape_and_type([*wanted, self._vocabulary], np.float32)
+        self._binding.bind_ortvalue_output("logits", logits)
+        for name in self._marked or ():
+            self._binding.bind_output(name)
+        return logits
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         """Zeros: function bodies multiply rows that nobody sees by 0, and 0 times NaN is NaN."""
