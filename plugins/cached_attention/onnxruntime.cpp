@@ -40,7 +40,7 @@ struct AttentionOp : CustomOp {
 
 class AttentionKernel {
  public:
-  AttentionKernel(const AttentionOp& op, const OrtKernelInfo* info) : op_(op) {
+  AttentionKernel(const AttentionOp& op, const OrtKernelInfo* info) : op_(op), constants_(info) {
     ask(Function::kKernelInfoGetAttributeFloat, info, "scale", &shape_.scale);
     ask(Function::kKernelInfoGetAttributeFloat, info, "softcap", &shape_.softcap);
     shape_.dtype = dtype_of(op.type);
@@ -55,7 +55,7 @@ class AttentionKernel {
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{op_.name(), op_.input_names(), context};
+    const Call call{op_.name(), op_.input_names(), context, constants_};
     const auto input = [&](size_t i, const Dims& dims) {
       return call.input(i, op_.input_type(i), dims);
     };
@@ -78,12 +78,13 @@ class AttentionKernel {
     const auto cache = [&](int64_t rows, int64_t width) {
       return Dims{s.batch, s.kv_heads, rows, width};
     };
-    b.query = input(kQuery, {s.batch, s.heads, s.tokens, s.head_dim});
+    b.query = query.data;
     b.key = input(kKey, cache(s.tokens, s.head_dim));
     b.value = input(kValue, cache(s.tokens, s.head_dim));
-    b.past_key = input(kPastKey, cache(s.past, row));
+    b.past_key = call.data(kPastKey, past, cache(s.past, row));
     b.past_value = input(kPastValue, cache(s.past, row));
-    b.mask = static_cast<const uint8_t*>(input(kMask, {s.masks, 1, s.tokens, total}));
+    const Dims seen{s.masks, 1, s.tokens, total};
+    b.mask = static_cast<const uint8_t*>(call.data(kMask, mask, seen));
     if (s.low_bits()) {
       b.past_key_scale = static_cast<const float*>(input(kPastKeyScale, cache(s.past, 2)));
       b.past_value_scale = static_cast<const float*>(input(kPastKeyScale + 1, cache(s.past, 2)));
@@ -127,6 +128,7 @@ class AttentionKernel {
   }
 
   const AttentionOp& op_;
+  Constants constants_;
   AttentionShape shape_{};
 };
 

@@ -54,10 +54,6 @@ RowsShape rows_of(const Tensor& tensor, int type) {
   return shape;
 }
 
-Dims dims_of(const Tensor& tensor) {
-  return Dims(tensor.dims.begin(), tensor.dims.begin() + static_cast<int64_t>(tensor.rank));
-}
-
 void check(int error, const char* op) {
   if (error != 0)
     fail(op, "got sizes that no kernel takes, expected those of an exported model", kExportAgain);
@@ -70,16 +66,15 @@ class ResidualSum {
   static constexpr size_t kRequired = 2, kOutputs = 1;
 
   ResidualSum(const PointwiseOp<ResidualSum>& op, const OrtKernelInfo* info)
-      : type_(op.type), multiplier_(float_of(info, "multiplier")) {
+      : type_(op.type), constants_(info), multiplier_(float_of(info, "multiplier")) {
     ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{kName, kInputs, context};
+    const Call call{kName, kInputs, context, constants_};
     const Tensor stream = call.read(0, type_);
-    const Dims dims = dims_of(stream);
     const RowsShape shape = rows_of(stream, type_);
-    const SumBuffers b{data_of(call.value(0)), call.input(1, type_, dims), call.output(0, dims)};
+    const SumBuffers b{stream.data, call.input(1, type_, stream), call.output(0, stream)};
     const Threads threads(context);
     const cpu::Parallel parallel = threads.parallel();
     const int error = anybit_residual_sum(&shape, multiplier_, &b, -1, &parallel);
@@ -89,6 +84,7 @@ class ResidualSum {
 
  private:
   int type_;
+  Constants constants_;
   float multiplier_;
 };
 
@@ -99,19 +95,22 @@ class Activation {
   static constexpr size_t kRequired = 1, kOutputs = 1;
 
   Activation(const PointwiseOp<Activation>& op, const OrtKernelInfo* info)
-      : type_(op.type), gated_(integer_of(info, "gated") != 0), kind_(kind_of(info)) {
+      : type_(op.type),
+        constants_(info),
+        gated_(integer_of(info, "gated") != 0),
+        kind_(kind_of(info)) {
     ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{kName, kInputs, context};
+    const Call call{kName, kInputs, context, constants_};
     const Tensor x = call.read(0, type_);
-    Dims dims = dims_of(x);
+    Dims dims = x;
     RowsShape shape = rows_of(x, type_);
-    if (dims.empty() || (gated_ && dims.back() % 2))
+    if (dims.rank == 0 || (gated_ && dims.back() % 2))
       call.refuse(0, x, gated_ ? "[..., an even number]" : "[..., width]");
     if (gated_) shape.width = dims.back() /= 2;
-    const ActivationBuffers b{data_of(call.value(0)), call.output(0, dims)};
+    const ActivationBuffers b{x.data, call.output(0, dims)};
     const Threads threads(context);
     const cpu::Parallel parallel = threads.parallel();
     const int error = anybit_activation(&shape, kind_, gated_, &b, -1, &parallel);
@@ -133,6 +132,7 @@ class Activation {
   }
 
   int type_;
+  Constants constants_;
   bool gated_;
   int32_t kind_;
 };
@@ -144,18 +144,16 @@ class RMSNorm {
   static constexpr size_t kRequired = 2, kOutputs = 1;
 
   RMSNorm(const PointwiseOp<RMSNorm>& op, const OrtKernelInfo* info)
-      : type_(op.type), epsilon_(float_of(info, "epsilon")) {
+      : type_(op.type), constants_(info), epsilon_(float_of(info, "epsilon")) {
     ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{kName, kInputs, context};
+    const Call call{kName, kInputs, context, constants_};
     const Tensor x = call.read(0, type_);
-    const Dims dims = dims_of(x);
-    if (dims.empty()) call.refuse(0, x, "[..., width]");
+    if (x.rank == 0) call.refuse(0, x, "[..., width]");
     const RowsShape shape = rows_of(x, type_);
-    const NormBuffers b{data_of(call.value(0)), call.input(1, type_, {shape.width}),
-                        call.output(0, dims)};
+    const NormBuffers b{x.data, call.input(1, type_, {shape.width}), call.output(0, x)};
     const Threads threads(context);
     const cpu::Parallel parallel = threads.parallel();
     const int error = anybit_rms_norm(&shape, epsilon_, &b, -1, &parallel);
@@ -165,6 +163,7 @@ class RMSNorm {
 
  private:
   int type_;
+  Constants constants_;
   float epsilon_;
 };
 
@@ -176,7 +175,8 @@ class RotatedHeads {
                                             "position_ids", "query_gain", "key_gain"};
   static constexpr size_t kRequired = 1, kOutputs = 3;
 
-  RotatedHeads(const PointwiseOp<RotatedHeads>& op, const OrtKernelInfo* info) : type_(op.type) {
+  RotatedHeads(const PointwiseOp<RotatedHeads>& op, const OrtKernelInfo* info)
+      : type_(op.type), constants_(info) {
     shape_.heads = integer_of(info, "heads");
     shape_.kv_heads = integer_of(info, "kv_heads");
     shape_.head_dim = integer_of(info, "head_dim");
@@ -193,7 +193,7 @@ class RotatedHeads {
     // Inputs that are not there leave no gap.
     const bool rotates = shape_.rotary != 0;
     const char* const without_rotation[] = {kInputs[0], kInputs[4], kInputs[5]};
-    const Call call{kName, rotates ? kInputs : without_rotation, context};
+    const Call call{kName, rotates ? kInputs : without_rotation, context, constants_};
     HeadsShape s = shape_;
     HeadsBuffers b{};
     const Tensor qkv = call.read(0, type_);
@@ -201,13 +201,13 @@ class RotatedHeads {
     if (qkv.rank != 3 || qkv.dims[2] != width)
       call.refuse(0, qkv, "[batch, tokens, " + std::to_string(width) + "]");
     s.batch = call.size(qkv.dims[0]), s.tokens = call.size(qkv.dims[1]);
-    b.qkv = data_of(call.value(0));
+    b.qkv = qkv.data;
     if (rotates) {
       const Tensor cos = call.read(1, type_);
       if (cos.rank != 2) call.refuse(1, cos, "[positions, channels]");
       s.positions = call.size(cos.dims[0]);
       const Dims table{s.positions, s.rotary / 2};
-      b.cos = call.input(1, type_, table), b.sin = call.input(2, type_, table);
+      b.cos = call.data(1, cos, table), b.sin = call.input(2, type_, table);
       b.position_ids = static_cast<const int64_t*>(call.input(3, kInt64, {s.batch, s.tokens}));
       check_positions(s, b.position_ids, call);
     }
@@ -257,6 +257,7 @@ class RotatedHeads {
   }
 
   int type_;
+  Constants constants_;
   HeadsShape shape_{};
 };
 

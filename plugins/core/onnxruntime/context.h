@@ -1,7 +1,6 @@
 // What the custom ops share when ONNX Runtime calls them: errors in three parts, tensors, threads. No
 // exception leaves a function that ONNX Runtime calls.
 #pragma once
-#include <array>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -13,6 +12,7 @@
 #include "core/cpu/parallel.h"
 #include "core/host/params.h"
 #include "core/onnxruntime/api.h"
+#include "core/onnxruntime/dims.h"
 
 namespace anybit::ort {
 
@@ -20,7 +20,6 @@ namespace anybit::ort {
 inline thread_local int64_t kernels_made = 0;
 
 constexpr const char* kExportAgain = "Export the model again";
-constexpr size_t kMostDims = 8;
 
 // What ends a call: the three parts of an error, or a status of ONNX Runtime's own.
 struct Failure {
@@ -60,17 +59,16 @@ void ask(Function function, Arguments... arguments) {
   if (status != nullptr) throw Failure{"", status};
 }
 
-struct Tensor {
-  std::array<int64_t, kMostDims> dims;
-  size_t rank;
-  int type;
-
-  std::string text() const {
-    std::string text = "[";
-    for (size_t i = 0; i < rank; ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
-    return text + "]";
-  }
+struct Tensor : Dims {
+  int type = kUndefined;
+  void* data = nullptr;
 };
+
+inline void* data_of(const OrtValue* value) {
+  void* data = nullptr;
+  ask(Function::kGetTensorMutableData, const_cast<OrtValue*>(value), &data);
+  return data;
+}
 
 // where() is called where there is an error to report.
 template <class F>
@@ -82,20 +80,23 @@ Tensor describe(const OrtValue* value, const F& where) {
   };
   const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
   const OrtTensorTypeAndShapeInfo* known = info;
-  Tensor tensor{};
+  Tensor tensor;
   ask(Function::kGetTensorElementType, known, &tensor.type);
   ask(Function::kGetDimensionsCount, known, &tensor.rank);
   if (tensor.rank > kMostDims)
     fail(where(), "got a tensor of rank " + std::to_string(tensor.rank) + ", expected at most 8",
          "Reshape it");
   ask(Function::kGetDimensions, known, tensor.dims.data(), tensor.rank);
+  tensor.data = data_of(value);
   return tensor;
 }
 
-inline std::string text_of(const std::vector<int64_t>& dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i != 0 ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
+// An input of a node that is the same in every run; null where it is not.
+inline const OrtValue* constant_input(const OrtKernelInfo* info, size_t i) {
+  int constant = 0;
+  const OrtValue* value = nullptr;
+  ask(Function::kKernelInfoGetConstantInputTensor, info, i, &constant, &value);
+  return constant != 0 ? value : nullptr;
 }
 
 inline const char* name_of(int type) {
@@ -114,12 +115,6 @@ inline const char* name_of(int type) {
 // The DType of a tensor of the model's type.
 inline int32_t dtype_of(int type) {
   return type == kHalf ? kFloat16 : type == kBFloat16 ? ::kBFloat16 : kFloat32;
-}
-
-inline void* data_of(const OrtValue* value) {
-  void* data = nullptr;
-  ask(Function::kGetTensorMutableData, const_cast<OrtValue*>(value), &data);
-  return data;
 }
 
 // ONNX Runtime's threads, for the kernels of one call.

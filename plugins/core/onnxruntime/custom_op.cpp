@@ -82,14 +82,13 @@ class GemmKernel {
                          static_cast<ElementType>(declaration.x_type),
                          {shape_.k}});
     for (size_t i = 0; i < inputs_.size(); ++i) {
-      int constant = 0;
-      const OrtValue* value = nullptr;
-      ask(Function::kKernelInfoGetConstantInputTensor, info, i + 1, &constant, &value);
-      checked_.push_back(constant != 0 && value != nullptr);
       halves_.emplace_back();
-      if (!checked_.back()) continue;
+      const OrtValue* value = constant_input(info, i + 1);
+      constant_.push_back(value != nullptr);
+      if (value == nullptr) continue;
       if (is_widened(inputs_[i], value)) halves_.back() = halves_of(inputs_[i], value);
       else check_input(inputs_[i], value);
+      inputs_[i].bind(constants_, halves_[i].empty() ? data_of(value) : halves_[i].data());
     }
   }
 
@@ -102,18 +101,19 @@ class GemmKernel {
            "got " + std::to_string(given) + " inputs, expected " +
                std::to_string(inputs_.size() + 1),
            kExportAgain);
-    GemmBuffers buffers{};
+    GemmBuffers buffers = constants_;
     for (size_t i = 0; i < inputs_.size(); ++i) {
+      if (constant_[i]) continue;
       const OrtValue* value = input(inputs, i + 1, inputs_[i].name);
-      if (!checked_[i]) check_input(inputs_[i], value);
-      inputs_[i].bind(buffers, halves_[i].empty() ? data_of(value) : halves_[i].data());
+      check_input(inputs_[i], value);
+      inputs_[i].bind(buffers, data_of(value));
     }
-    const OrtValue* x = input(inputs, kX, "X");
-    Tensor dims = describe(x, [this] { return where_ + " input X"; });
+    const Tensor x = describe(input(inputs, kX, "X"), [this] { return where_ + " input X"; });
     GemmShape shape = shape_;
-    shape.m = tokens_of(dims);
-    buffers.x = data_of(x);
-    dims.dims[dims.rank - 1] = shape.n;
+    shape.m = tokens_of(x);
+    buffers.x = x.data;
+    Dims dims = x;
+    dims.back() = shape.n;
     OrtValue* y = nullptr;
     const int64_t* y_dims = dims.dims.data();
     ask(Function::kKernelContextGetOutput, context, size_t{0}, y_dims, dims.rank, &y);
@@ -189,12 +189,10 @@ class GemmKernel {
   void check_input(const InputSpec& spec, const OrtValue* value) const {
     const auto where = [&] { return where_ + " input " + spec.name; };
     const Tensor got = describe(value, where);
-    bool same = got.type == spec.type && got.rank == spec.dims.size();
-    for (size_t i = 0; same && i < got.rank; ++i) same = got.dims[i] == spec.dims[i];
-    if (!same)
+    if (got.type != spec.type || !(got == spec.dims))
       fail(where(),
            std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " +
-               name_of(spec.type) + " " + text_of(spec.dims),
+               name_of(spec.type) + " " + spec.dims.text(),
            "The weights do not fit the node's attributes: export the model again");
   }
 
@@ -203,14 +201,13 @@ class GemmKernel {
   bool is_widened(const InputSpec& spec, const OrtValue* value) const {
     if (spec.type != kHalf || shape_.dtype != kFloat32) return false;
     const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
-    return got.type == kFloat && got.rank == spec.dims.size() &&
-           std::equal(spec.dims.begin(), spec.dims.end(), got.dims.begin());
+    return got.type == kFloat && got == spec.dims;
   }
 
   // What they were; numbers that were not fp16 are refused.
   std::vector<cpu::plain::Half> halves_of(const InputSpec& spec, const OrtValue* value) const {
     size_t count = 1;
-    for (const int64_t dim : spec.dims) count *= static_cast<size_t>(dim);
+    for (size_t i = 0; i < spec.dims.rank; ++i) count *= static_cast<size_t>(spec.dims.dims[i]);
     std::vector<cpu::plain::Half> halves(count);
     const float* wide = static_cast<const float*>(data_of(value));
     for (size_t i = 0; i < count; ++i) {
@@ -253,7 +250,9 @@ class GemmKernel {
   bool has_bias_ = false;
   std::string where_;
   std::vector<InputSpec> inputs_;
-  std::vector<bool> checked_;  // constant inputs, when the kernel was made
+  // Inputs that are the same in every run are checked and bound when the kernel is made.
+  std::vector<bool> constant_;
+  GemmBuffers constants_{};
   std::vector<std::vector<cpu::plain::Half>>
       halves_;  // what is given of an input in place of its data
 };

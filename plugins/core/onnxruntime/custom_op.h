@@ -9,6 +9,7 @@
 
 #include "core/host/params.h"
 #include "core/onnxruntime/api.h"
+#include "core/onnxruntime/dims.h"
 
 namespace anybit::ort {
 
@@ -17,7 +18,7 @@ struct InputSpec {
   const char* name;
   void (*bind)(GemmBuffers& buffers, const void* data);
   ElementType type;
-  std::vector<int64_t> dims;
+  Dims dims;
 };
 
 struct GemmOp {
