@@ -39,7 +39,7 @@ ANYBIT_INLINE constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + 
 
 // scores[r][j] = sum over d of query[r][d] * keys[j][d], of turned keys.
 //
-// The sum is that of Attention::score for few rows to the bit: the products of each lane of a vector
+// The sum is that of FewScoreCall to the bit: the products of each lane of a vector
 // in turn, then the lanes as sum_of() adds them. A half of such a sum waits until the other is done,
 // as the digits of a binary counter do.
 struct ScoreCall {
@@ -90,11 +90,69 @@ struct ScoreCall {
   }
 };
 
+// Rows of a cache that are wanted next, fetched one by one while others are computed with: between
+// blocks the processor forgets where it was reading.
+struct NextRows {
+  const char* from = nullptr;
+  size_t row_bytes = 0;
+  int rows = 0;
+
+  ANYBIT_INLINE void fetch(int row) const {
+    if (row >= rows) return;
+    const char* at = from + size_t(row) * row_bytes;
+    for (size_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(at + byte);
+  }
+  ANYBIT_INLINE void fetch_all() const {
+    for (int row = 0; row < rows; ++row) fetch(row);
+  }
+};
+
+// The same scores for few rows, of keys [keys][width] of any type as they are: products add up in the
+// lanes of a vector, and sum_of() adds these.
+template <class E>
+struct FewScoreCall {
+  const float* query;
+  const E* rows;
+  int64_t width;
+  int keys;
+  float* scores;
+  NextRows next;
+
+  template <int kCount>
+  ANYBIT_INLINE void operator()() const {
+    for (int j = 0; j < keys; j += kSumsTogether) {
+      const E* row[kSumsTogether];  // behind the last key the last one, which nobody sees
+      for (int i = 0; i < kSumsTogether; ++i) {
+        row[i] = rows + smaller(j + i, keys - 1) * width;
+        next.fetch(j + i);
+      }
+      V sums[kCount][kSumsTogether] = {};
+      for (int64_t d = 0; d < width; d += kWide) {
+        V x[kCount];
+        for (int r = 0; r < kCount; ++r) x[r] = load(query + r * width + d);
+#pragma GCC unroll 8
+        for (int i = 0; i < kSumsTogether; ++i) {
+          const V key = load(row[i] + d);
+#pragma GCC unroll 4
+          for (int r = 0; r < kCount; ++r) sums[r][i] = fused(x[r], key, sums[r][i]);
+        }
+      }
+      for (int r = 0; r < kCount; ++r) store_sums(sums[r], scores + r * kKeys + j);
+    }
+  }
+};
+
 // context[r][n] = context[r][n] * factor[r] + sum over keys j of weights[r][j] * values[j][n].
+// kFew: of `keys` values, else of kKeys.
+template <class E, bool kFew>
 struct ValueCall {
-  const float *weights, *values, *factor;
+  const float* weights;
+  const E* values;
+  int keys;
+  const float* factor;
   int64_t width;  // whole vectors
   float* context;
+  NextRows next;  // where there are few rows
 
   template <int kCount>
   ANYBIT_INLINE void operator()() const {
@@ -110,7 +168,8 @@ struct ValueCall {
     for (int r = 0; r < kCount; ++r) {
       for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply(splat(factor[r]), load(at(r, n, v)));
     }
-    for (int j = 0; j < kKeys; ++j) {
+    for (int j = 0; j < (kFew ? keys : kKeys); ++j) {
+      if (kFew && n == 0) next.fetch(j);
       V row[kVectors];
       for (int v = 0; v < kVectors; ++v) row[v] = load(values + j * width + n + kWide * v);
 #pragma GCC unroll 6
@@ -119,6 +178,10 @@ struct ValueCall {
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sums[r][v] = fused(x, row[v], sums[r][v]);
       }
+    }
+    // as behind rows of zeros: -0 becomes 0
+    for (int r = 0; r < kCount && kFew && keys < kKeys; ++r) {
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = add(sums[r][v], splat(0.0f));
     }
     for (int r = 0; r < kCount; ++r) {
       for (int v = 0; v < kVectors; ++v) store(at(r, n, v), sums[r][v]);
@@ -181,15 +244,16 @@ struct RowSums {
 struct Block {
   float *rows, *turned, *values;  // keys [kKeys][width], turned round, values as keys
   float* query;                   // [rows][width]
-  float* scores;                  // [rows][kKeys], then weights
+  float* scores;                  // [rows][kKeys], then weights; of few rows for a whole span
   float* factor;                  // [rows]: see weigh()
   RowSums sums;                   // of all spans
   RowSums span;                   // of one
   uint64_t* seen;                 // [positions]: which keys of the block a position sees
 
+  static constexpr int64_t scores_of_row(int64_t rows) { return rows <= kFewRows ? kSpan : kKeys; }
   static constexpr int64_t bytes(int64_t width, int64_t rows) {
-    const int64_t floats = 3 * kKeys * width + rows * (width + kKeys) + rounded_up(rows, 2) +
-                           2 * RowSums::floats(width, rows);
+    const int64_t floats = 3 * kKeys * width + rows * (width + scores_of_row(rows)) +
+                           rounded_up(rows, 2) + 2 * RowSums::floats(width, rows);
     return int64_t(sizeof(float)) * floats + int64_t(sizeof(uint64_t)) * rows;
   }
   ANYBIT_INLINE Block(void* memory, int64_t width, int64_t count)
@@ -198,7 +262,7 @@ struct Block {
         values(turned + kKeys * width),
         query(values + kKeys * width),
         scores(query + count * width),
-        factor(scores + count * kKeys),
+        factor(scores + count * scores_of_row(count)),
         sums(factor + rounded_up(count, 2), width, count),
         span(sums.context + RowSums::floats(width, count), width, count),
         seen(reinterpret_cast<uint64_t*>(span.context + RowSums::floats(width, count))) {}
@@ -314,16 +378,25 @@ struct Attention {
                 cache.present_scale + 2 * (at + i));
   }
 
+  ANYBIT_INLINE const char* row_at(const Cache& cache, int64_t head, int64_t row) const {
+    return static_cast<const char*>(cache.present) + size_t(head * present + row) * row_bytes();
+  }
+
+  // The block of rows from `first` on, or the next head's first where this one has no more.
+  ANYBIT_INLINE NextRows next_rows(const Cache& cache, int64_t head, int64_t first) const {
+    if (first >= filled(head / s.kv_heads)) first = 0, ++head;
+    if (head >= int64_t{s.batch} * s.kv_heads) return {};
+    const int64_t left = filled(head / s.kv_heads) - first;
+    return {row_at(cache, head, first), row_bytes(), int(smaller<int64_t>(kKeys, left))};
+  }
+
   ANYBIT_INLINE void load_rows(const Cache& cache, int64_t head, int64_t first, int count,
-                               float* to) const {
+                               float* to, const NextRows& next) const {
     const int64_t at = head * present + first;
-    const char* from = static_cast<const char*>(cache.present) + size_t(at) * row_bytes();
-    // the next block's rows: between blocks the processor forgets where it was reading
-    const size_t ahead = kKeys * row_bytes();
+    const char* from = row_at(cache, head, first);
     for (int j = 0; j < kKeys; ++j, from += row_bytes(), to += width) {
       const int used = j < count ? s.head_dim : 0;
-      for (size_t byte = 0; used && byte < row_bytes(); byte += 64)
-        __builtin_prefetch(from + ahead + byte);
+      next.fetch(j);
       if (used && s.low_bits())
         load_row<T>(reinterpret_cast<const int8_t*>(from), cache.present_scale + 2 * (at + j), used,
                     s.bits, to);
@@ -339,24 +412,6 @@ struct Attention {
         const int64_t row = (sequence * s.heads + first + g) * s.tokens + position + i;
         load_floats(static_cast<const T*>(b.query) + row * s.head_dim, s.head_dim, to);
         for (int64_t d = s.head_dim; d < width; ++d) to[d] = 0;
-      }
-    }
-  }
-
-  // Scores of `count` rows against the block's keys.
-  ANYBIT_INLINE void score(const Block& block, int64_t first, int count, bool few) const {
-    const float* query = block.query + first * width;
-    float* scores = block.scores + first * kKeys;
-    if (!few) {
-      return with_count<kTileRows>(count, ScoreCall{query, block.turned, width, scores});
-    }
-    for (int j = 0; j < kKeys; ++j) {
-      const float* key = block.rows + j * width;
-      for (int r = 0; r < count; ++r) {
-        V sum = splat(0.0f);
-        for (int64_t d = 0; d < width; d += kWide)
-          sum = fused(load(query + r * width + d), load(key + d), sum);
-        scores[r * kKeys + j] = sum_of(sum);
       }
     }
   }
@@ -378,35 +433,82 @@ struct Attention {
                    int64_t first, int64_t last) const {
     const int64_t rows = positions * groups, sequence = head / s.kv_heads;
     const bool few = rows <= kFewRows;
-    bool met = false;
-    block.span.clear(width, rows);
     const uint8_t* mask = b.mask + ((s.masks == 1 ? 0 : sequence) * s.tokens + position) * present;
-    for (int64_t at = first; at < last; at += kKeys) {
-      const int keys = int(smaller<int64_t>(kKeys, last - at));
-      uint64_t any = 0;
-      for (int64_t i = 0; i < positions; ++i) {
-        block.seen[i] = bits_of_mask(mask + i * present + at, keys);
-        any |= block.seen[i];
+    const auto scores_at = [&](int64_t at) { return block.scores + (at - first) * rows; };
+    const auto each_block = [&](const auto& body) {
+      bool met = false;
+      for (int64_t at = first; at < last; at += kKeys) {
+        const int keys = int(smaller<int64_t>(kKeys, last - at));
+        uint64_t any = 0;
+        for (int64_t i = 0; i < positions; ++i) {
+          block.seen[i] = bits_of_mask(mask + i * present + at, keys);
+          any |= block.seen[i];
+        }
+        if (!any) continue;
+        met = true;
+        body(at, keys);
       }
-      if (!any) continue;
-      met = true;
-      load_rows(key_cache(), head, at, keys, block.rows);
-      if (!few) turn(block.rows, width, block.turned);
-      load_rows(value_cache(), head, at, keys, block.values);
-      // All scores first, so that the keys stay near, then all sums, so that the values do.
-      for_tiles(block, rows, [&](int64_t row, int count) {
-        score(block, row, count, few);
-        for (int64_t r = row; r < row + count; ++r)
-          block.factor[r] = weigh<T>(block.scores + r * kKeys, block.seen[r / groups], s,
-                                     block.span.top[r], block.span.total[r]);
-      });
-      for_tiles(block, rows, [&](int64_t row, int count) {
-        const ValueCall call{block.scores + row * kKeys, block.values, block.factor + row, width,
-                             block.span.context + row * width};
-        with_count<kTileRows>(count, call);
+      return met;
+    };
+    const auto weigh_rows = [&](float* scores, int64_t row, int count) {
+      for (int64_t r = row; r < row + count; ++r)
+        block.factor[r] = weigh<T>(scores + r * kKeys, block.seen[r / groups], s, block.span.top[r],
+                                   block.span.total[r]);
+    };
+    block.span.clear(width, rows);
+    if (!few) {
+      return each_block([&](int64_t at, int keys) {
+        load_rows(key_cache(), head, at, keys, block.rows,
+                  next_rows(key_cache(), head, at + kKeys));
+        turn(block.rows, width, block.turned);
+        for_tiles(block, rows, [&](int64_t row, int count) {
+          const ScoreCall call{block.query + row * width, block.turned, width,
+                               block.scores + row * kKeys};
+          with_count<kTileRows>(count, call);
+          weigh_rows(block.scores, row, count);
+        });
+        load_rows(value_cache(), head, at, keys, block.values,
+                  next_rows(value_cache(), head, at + kKeys));
+        for_tiles(block, rows, [&](int64_t row, int count) {
+          const ValueCall<float, false> call{block.scores + row * kKeys,
+                                             block.values,
+                                             kKeys,
+                                             block.factor + row,
+                                             width,
+                                             block.span.context + row * width,
+                                             {}};
+          with_count<kTileRows>(count, call);
+        });
       });
     }
-    return met;
+    // Reading is what takes time: all keys, then all values, each in the order of memory.
+    next_rows(key_cache(), head, first).fetch_all();
+    const auto with_rows = [&](const Cache& cache, int64_t at, int keys, const auto& body) {
+      if (!s.low_bits() && width == s.head_dim)
+        return body(reinterpret_cast<const T*>(row_at(cache, head, at)));
+      load_rows(cache, head, at, keys, block.rows, {});
+      body(static_cast<const float*>(block.rows));
+    };
+    return each_block([&](int64_t at, int keys) {
+             const NextRows next = at + kKeys < last ? next_rows(key_cache(), head, at + kKeys)
+                                                     : next_rows(value_cache(), head, first);
+             with_rows(key_cache(), at, keys, [&](const auto* all) {
+               using E = std::decay_t<decltype(*all)>;
+               with_count<kFewRows>(
+                   int(rows), FewScoreCall<E>{block.query, all, width, keys, scores_at(at), next});
+             });
+           }) &&
+           each_block([&](int64_t at, int keys) {
+             const NextRows next = at + kKeys < last ? next_rows(value_cache(), head, at + kKeys)
+                                                     : next_rows(key_cache(), head, at + kKeys);
+             weigh_rows(scores_at(at), 0, int(rows));
+             with_rows(value_cache(), at, keys, [&](const auto* all) {
+               using E = std::decay_t<decltype(*all)>;
+               const ValueCall<E, true> call{scores_at(at),      all, keys, block.factor, width,
+                                             block.span.context, next};
+               with_count<kFewRows>(int(rows), call);
+             });
+           });
   }
 
   ANYBIT_INLINE void write(const RowSums& sums, int64_t head, int64_t position,

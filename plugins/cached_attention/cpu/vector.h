@@ -43,6 +43,24 @@ ANYBIT_INLINE float sum_of(V a) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+// to[i] = sum_of(a[i]), 8 of them: additions are those of sum_of, of two or more vectors together.
+constexpr int kSumsTogether = 8;
+ANYBIT_INLINE void store_sums(const V* a, float* to) {
+  V quarter[2];  // lane L: a quarter of a[2 L + i]
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [&](int j) {  // of a[j] and a[j + 2]
+      return add(_mm512_shuffle_f32x4(a[j], a[j + 2], 0x44),
+                 _mm512_shuffle_f32x4(a[j], a[j + 2], 0xee));
+    };
+    const V x = half(i), y = half(i + 4);
+    quarter[i] = add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  const V pairs = add(_mm512_shuffle_ps(quarter[0], quarter[1], 0x44),
+                      _mm512_shuffle_ps(quarter[0], quarter[1], 0xee));
+  const V twice = add(pairs, _mm512_permute_ps(pairs, 0xb1));
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, twice)));
+}
 ANYBIT_INLINE float largest_of(V a) { return _mm512_reduce_max_ps(a); }
 ANYBIT_INLINE uint64_t bits_of_mask(const uint8_t* mask, int count) {
   const uint64_t lanes = count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0};
@@ -144,6 +162,27 @@ ANYBIT_INLINE uint64_t bits_of_mask(const uint8_t* mask, int count) {
   return bits;
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+constexpr int kSumsTogether = 2;  // with four rows there are no registers for more
+ANYBIT_INLINE void store_sums(const V* a, float* to) {
+  for (int i = 0; i < kSumsTogether; ++i) to[i] = sum_of(a[i]);
+}
+#endif
+
+#if defined(__AVX512F__)
+template <class T>
+ANYBIT_INLINE V load(const T* v) {
+  return load_lanes(v, 0xffff);
+}
+#else
+template <class T>
+ANYBIT_INLINE V load(const T* v) {
+  alignas(64) float wide[kWide];
+  load_floats(v, kWide, wide);
+  return load(static_cast<const float*>(wide));
+}
 #endif
 
 // e^x for x up to 88, within 2 units in the last place; 0 below -87; NaN stays.

@@ -175,7 +175,9 @@ ANYBIT_INLINE __mmask16 lanes_below(int count) {
 // Calls f(i, mask) for every register of `count` numbers: from i on the lanes of `mask`.
 template <class F>
 ANYBIT_INLINE void for_lanes(int count, const F& f) {
-  for (int i = 0; i < count; i += kLanes) f(i, lanes_below(count - i));
+  int i = 0;
+  for (; i <= count - kLanes; i += kLanes) f(i, __mmask16{0xffff});  // which asks for no mask
+  if (i < count) f(i, lanes_below(count - i));
 }
 
 // Four times 16 whole numbers as bytes, in their order; beyond int8 the nearest.
