@@ -178,7 +178,8 @@ class NativeSession(DecoderSession):
         if rows and batch == self._batch:
             return
         self._batch = batch
-        self._binding, self._inputs = self._session.io_binding(), {}
+        self._binding = self._session.io_binding()
+        self._inputs: dict[str, np.ndarray] = {}
         if rows or not self._cache:
             self._cache = self._empty_cache(batch)
         for name in self._names:
