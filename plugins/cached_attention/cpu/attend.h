@@ -21,7 +21,9 @@ constexpr int kKeys = 64;     // keys and values of a block
 constexpr int kRows = 192;    // query rows of a block, about
 constexpr int kTileRows = 6;  // query rows whose sums are in registers together
 constexpr int kTileVectors = kWide == 16 ? 4 : 2;  // and output columns
-constexpr int kFewRows = 4;     // of a block: keys are not turned round for so few
+// Of a block: keys are not turned round for so few.
+constexpr int kFewRows = kWide == 16 ? 32 : kWide == 8 ? 12 : 4;
+constexpr int kFewTile = 4;     // of these, whose sums are in registers together
 constexpr int64_t kSpan = 512;  // keys whose sums begin anew; a task, where there are few rows
 constexpr int64_t kInline = 1 << 17;  // multiplications: fewer are not worth waking threads for
 
@@ -427,87 +429,108 @@ struct Attention {
     }
   }
 
-  // `positions` queries of a key-value head from `position` on meet keys first .. last of a span,
-  // whose sums stay in the block. Returns whether they see any.
-  inline bool meet(const Block& block, int64_t head, int64_t position, int64_t positions,
-                   int64_t first, int64_t last) const {
-    const int64_t rows = positions * groups, sequence = head / s.kv_heads;
-    const bool few = rows <= kFewRows;
-    const uint8_t* mask = b.mask + ((s.masks == 1 ? 0 : sequence) * s.tokens + position) * present;
-    const auto scores_at = [&](int64_t at) { return block.scores + (at - first) * rows; };
-    const auto each_block = [&](const auto& body) {
-      bool met = false;
-      for (int64_t at = first; at < last; at += kKeys) {
-        const int keys = int(smaller<int64_t>(kKeys, last - at));
-        uint64_t any = 0;
-        for (int64_t i = 0; i < positions; ++i) {
-          block.seen[i] = bits_of_mask(mask + i * present + at, keys);
-          any |= block.seen[i];
-        }
-        if (!any) continue;
-        met = true;
-        body(at, keys);
+  // `positions` queries of a key-value head from `position` on, and keys first .. last of a span.
+  struct Meeting {
+    int64_t head, position, positions, first, last;
+  };
+
+  // Their sums stay in the block. Returns whether the queries see any of the keys.
+  inline bool meet(const Block& block, const Meeting& m) const {
+    block.span.clear(width, m.positions * groups);
+    return m.positions * groups <= kFewRows ? meet_few(block, m) : meet_many(block, m);
+  }
+
+  // Calls body(at, count) for blocks of keys of which some are seen; returns whether there are any.
+  template <class F>
+  ANYBIT_INLINE bool for_keys(const Block& block, const Meeting& m, const F& body) const {
+    const int64_t of_mask = s.masks == 1 ? 0 : m.head / s.kv_heads;
+    const uint8_t* mask = b.mask + (of_mask * s.tokens + m.position) * present;
+    bool met = false;
+    for (int64_t at = m.first; at < m.last; at += kKeys) {
+      const int keys = int(smaller<int64_t>(kKeys, m.last - at));
+      uint64_t any = 0;
+      for (int64_t i = 0; i < m.positions; ++i) {
+        block.seen[i] = bits_of_mask(mask + i * present + at, keys);
+        any |= block.seen[i];
       }
-      return met;
-    };
-    const auto weigh_rows = [&](float* scores, int64_t row, int count) {
-      for (int64_t r = row; r < row + count; ++r)
-        block.factor[r] = weigh<T>(scores + r * kKeys, block.seen[r / groups], s, block.span.top[r],
-                                   block.span.total[r]);
-    };
-    block.span.clear(width, rows);
-    if (!few) {
-      return each_block([&](int64_t at, int keys) {
-        load_rows(key_cache(), head, at, keys, block.rows,
-                  next_rows(key_cache(), head, at + kKeys));
-        turn(block.rows, width, block.turned);
-        for_tiles(block, rows, [&](int64_t row, int count) {
-          const ScoreCall call{block.query + row * width, block.turned, width,
-                               block.scores + row * kKeys};
-          with_count<kTileRows>(count, call);
-          weigh_rows(block.scores, row, count);
-        });
-        load_rows(value_cache(), head, at, keys, block.values,
-                  next_rows(value_cache(), head, at + kKeys));
-        for_tiles(block, rows, [&](int64_t row, int count) {
-          const ValueCall<float, false> call{block.scores + row * kKeys,
-                                             block.values,
-                                             kKeys,
-                                             block.factor + row,
-                                             width,
-                                             block.span.context + row * width,
-                                             {}};
-          with_count<kTileRows>(count, call);
-        });
-      });
+      if (!any) continue;
+      met = true;
+      body(at, keys);
     }
-    // Reading is what takes time: all keys, then all values, each in the order of memory.
-    next_rows(key_cache(), head, first).fetch_all();
-    const auto with_rows = [&](const Cache& cache, int64_t at, int keys, const auto& body) {
-      if (!s.low_bits() && width == s.head_dim)
-        return body(reinterpret_cast<const T*>(row_at(cache, head, at)));
-      load_rows(cache, head, at, keys, block.rows, {});
-      body(static_cast<const float*>(block.rows));
+    return met;
+  }
+
+  // The weights of `count` rows from `row` on in place of their scores.
+  ANYBIT_INLINE void weigh_rows(const Block& block, float* scores, int64_t row, int count) const {
+    for (int64_t r = row; r < row + count; ++r)
+      block.factor[r] = weigh<T>(scores + r * kKeys, block.seen[r / groups], s, block.span.top[r],
+                                 block.span.total[r]);
+  }
+
+  ANYBIT_INLINE bool meet_many(const Block& block, const Meeting& m) const {
+    const int64_t rows = m.positions * groups;
+    return for_keys(block, m, [&](int64_t at, int keys) {
+      load_rows(key_cache(), m.head, at, keys, block.rows,
+                next_rows(key_cache(), m.head, at + kKeys));
+      turn(block.rows, width, block.turned);
+      load_rows(value_cache(), m.head, at, keys, block.values,
+                next_rows(value_cache(), m.head, at + kKeys));
+      // All scores first, so that the keys stay near, then all sums, so that the values do.
+      for_tiles(block, rows, [&](int64_t row, int count) {
+        const float* query = block.query + row * width;
+        with_count<kTileRows>(count,
+                              ScoreCall{query, block.turned, width, block.scores + row * kKeys});
+        weigh_rows(block, block.scores, row, count);
+      });
+      for_tiles(block, rows, [&](int64_t row, int count) {
+        const ValueCall<float, false> call{
+            block.scores + row * kKeys,       block.values, kKeys, block.factor + row, width,
+            block.span.context + row * width, NextRows{}};
+        with_count<kTileRows>(count, call);
+      });
+    });
+  }
+
+  // Reading is what takes time: all keys, then all values, each in the order of memory and while
+  // others are computed with.
+  ANYBIT_INLINE bool meet_few(const Block& block, const Meeting& m) const {
+    const int rows = int(m.positions * groups);
+    const auto scores_at = [&](int64_t at) { return block.scores + (at - m.first) * rows; };
+    // body(all, row, count, next): rows of a cache, and a tile of the queries' rows
+    const auto for_rows = [&](const Cache& cache, int64_t at, int keys, const NextRows& next,
+                              const auto& body) {
+      const auto tiles = [&](const auto* all) {
+        for (int row = 0; row < rows; row += kFewTile)
+          body(all, row, smaller(kFewTile, rows - row), row == 0 ? next : NextRows{});
+      };
+      if (kLoadsFast<T> && !s.low_bits() && width == s.head_dim)
+        return tiles(reinterpret_cast<const T*>(row_at(cache, m.head, at)));
+      load_rows(cache, m.head, at, keys, block.rows, NextRows{});
+      tiles(static_cast<const float*>(block.rows));
     };
-    return each_block([&](int64_t at, int keys) {
-             const NextRows next = at + kKeys < last ? next_rows(key_cache(), head, at + kKeys)
-                                                     : next_rows(value_cache(), head, first);
-             with_rows(key_cache(), at, keys, [&](const auto* all) {
+    next_rows(key_cache(), m.head, m.first).fetch_all();
+    const bool met = for_keys(block, m, [&](int64_t at, int keys) {
+      const NextRows next = at + kKeys < m.last ? next_rows(key_cache(), m.head, at + kKeys)
+                                                : next_rows(value_cache(), m.head, m.first);
+      const auto body = [&](const auto* all, int row, int count, const NextRows& fetched) {
+        using E = std::decay_t<decltype(*all)>;
+        const FewScoreCall<E> call{block.query + row * width,   all,    width, keys,
+                                   scores_at(at) + row * kKeys, fetched};
+        with_count<kFewTile>(count, call);
+      };
+      for_rows(key_cache(), at, keys, next, body);
+    });
+    return met && for_keys(block, m, [&](int64_t at, int keys) {
+             const Cache& wanted = at + kKeys < m.last ? value_cache() : key_cache();
+             weigh_rows(block, scores_at(at), 0, rows);
+             const auto body = [&](const auto* all, int row, int count, const NextRows& fetched) {
                using E = std::decay_t<decltype(*all)>;
-               with_count<kFewRows>(
-                   int(rows), FewScoreCall<E>{block.query, all, width, keys, scores_at(at), next});
-             });
-           }) &&
-           each_block([&](int64_t at, int keys) {
-             const NextRows next = at + kKeys < last ? next_rows(value_cache(), head, at + kKeys)
-                                                     : next_rows(key_cache(), head, at + kKeys);
-             weigh_rows(scores_at(at), 0, int(rows));
-             with_rows(value_cache(), at, keys, [&](const auto* all) {
-               using E = std::decay_t<decltype(*all)>;
-               const ValueCall<E, true> call{scores_at(at),      all, keys, block.factor, width,
-                                             block.span.context, next};
-               with_count<kFewRows>(int(rows), call);
-             });
+               const ValueCall<E, true> call{
+                   scores_at(at) + row * kKeys,      all,    keys, block.factor + row, width,
+                   block.span.context + row * width, fetched};
+               with_count<kFewTile>(count, call);
+             };
+             for_rows(value_cache(), at, keys, next_rows(wanted, m.head, at + kKeys), body);
            });
   }
 
@@ -548,7 +571,9 @@ inline int attend_with(const AttentionShape& s, const AttentionBuffers& b,
   const int64_t most = smaller<int64_t>(64, kRows / op.groups > 8 ? kRows / op.groups : 8);
   const int64_t positions = smaller<int64_t>(most, s.tokens);
   const int64_t rows = positions * op.groups, blocks = (s.tokens + positions - 1) / positions;
-  const int64_t spans = (op.present + kSpan - 1) / kSpan;
+  int64_t longest = 0;  // of the sequences: rows
+  for (int64_t i = 0; i < s.batch; ++i) longest = op.filled(i) > longest ? op.filled(i) : longest;
+  const int64_t spans = (longest + kSpan - 1) / kSpan;
   const bool split = blocks == 1 && rows <= 16 && spans > 1;
   const int64_t tasks = split ? spans : blocks;
   const int64_t part_floats = RowSums::floats(op.width, rows);
@@ -560,7 +585,7 @@ inline int attend_with(const AttentionShape& s, const AttentionBuffers& b,
   }
   const auto part = [&](int64_t i) { return RowSums(parts + i * part_floats, op.width, rows); };
   int failed = 0;
-  const int64_t work = heads * s.tokens * op.groups * op.present * s.head_dim;
+  const int64_t work = heads * s.tokens * op.groups * longest * s.head_dim;
   each(heads * tasks, work, [&](size_t task) {
     const int64_t head = int64_t(task) / tasks, filled = op.filled(head / s.kv_heads);
     const int64_t position = split ? 0 : int64_t(task) % tasks * positions;
@@ -570,7 +595,7 @@ inline int attend_with(const AttentionShape& s, const AttentionBuffers& b,
     Block block(memory, op.width, rows);
     op.load_queries(head, position, count, block.query);
     const auto meet = [&](int64_t first) {
-      return op.meet(block, head, position, count, first, smaller(first + kSpan, filled));
+      return op.meet(block, {head, position, count, first, smaller(first + kSpan, filled)});
     };
     if (split) {
       block.span = part(int64_t(task));

@@ -164,19 +164,16 @@ ANYBIT_INLINE uint64_t bits_of_mask(const uint8_t* mask, int count) {
 
 #endif
 
-#if !defined(__AVX512F__)
-constexpr int kSumsTogether = 2;  // with four rows there are no registers for more
-ANYBIT_INLINE void store_sums(const V* a, float* to) {
-  for (int i = 0; i < kSumsTogether; ++i) to[i] = sum_of(a[i]);
-}
-#endif
-
 #if defined(__AVX512F__)
 template <class T>
 ANYBIT_INLINE V load(const T* v) {
   return load_lanes(v, 0xffff);
 }
 #else
+constexpr int kSumsTogether = 2;  // with four rows there are no registers for more
+ANYBIT_INLINE void store_sums(const V* a, float* to) {
+  for (int i = 0; i < kSumsTogether; ++i) to[i] = sum_of(a[i]);
+}
 template <class T>
 ANYBIT_INLINE V load(const T* v) {
   alignas(64) float wide[kWide];
@@ -184,6 +181,10 @@ ANYBIT_INLINE V load(const T* v) {
   return load(static_cast<const float*>(wide));
 }
 #endif
+
+// Whether load() of T costs little, so that numbers may be converted more than once.
+template <class T>
+constexpr bool kLoadsFast = sizeof(T) == sizeof(float) || kWide >= 8;
 
 // e^x for x up to 88, within 2 units in the last place; 0 below -87; NaN stays.
 //
