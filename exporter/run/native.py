@@ -180,8 +180,9 @@ class NativeSession(DecoderSession):
         self._batch = batch
         self._binding = self._session.io_binding()
         self._inputs: dict[str, np.ndarray] = {}
-        if rows or not self._cache:
-            self._cache = self._empty_cache(batch)
+        if rows:
+            self._cache = {}  # before there is another
+        self._cache = self._cache or self._empty_cache(batch)
         for name in self._names:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._cache[name])
             if rows:

@@ -41,9 +41,9 @@ ANYBIT_INLINE constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + 
 
 // scores[r][j] = sum over d of query[r][d] * keys[j][d], of turned keys.
 //
-// The sum is that of FewScoreCall to the bit: the products of each lane of a vector
-// in turn, then the lanes as sum_of() adds them. A half of such a sum waits until the other is done,
-// as the digits of a binary counter do.
+// The sum is that of FewScoreCall to the bit: the products of each lane of a vector in turn, then the
+// lanes as sum_of() adds them. A half of such a sum waits until the other is done, as the digits of a
+// binary counter do.
 struct ScoreCall {
   const float *query, *turned;
   int64_t width;
@@ -418,11 +418,11 @@ struct Attention {
     }
   }
 
-  // Calls body(first, count) for tiles of rows of which one sees a key of the block.
-  template <class F>
+  // Calls body(first, count) for tiles of kTile rows of which one sees a key of the block.
+  template <int kTile, class F>
   ANYBIT_INLINE void for_tiles(const Block& block, int64_t rows, const F& body) const {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int count = int(smaller<int64_t>(kTileRows, rows - row));
+    for (int64_t row = 0; row < rows; row += kTile) {
+      const int count = int(smaller<int64_t>(kTile, rows - row));
       uint64_t any = 0;
       for (int64_t i = row / groups; i <= (row + count - 1) / groups; ++i) any |= block.seen[i];
       if (any) body(row, count);
@@ -476,13 +476,13 @@ struct Attention {
       load_rows(value_cache(), m.head, at, keys, block.values,
                 next_rows(value_cache(), m.head, at + kKeys));
       // All scores first, so that the keys stay near, then all sums, so that the values do.
-      for_tiles(block, rows, [&](int64_t row, int count) {
+      for_tiles<kTileRows>(block, rows, [&](int64_t row, int count) {
         const float* query = block.query + row * width;
         with_count<kTileRows>(count,
                               ScoreCall{query, block.turned, width, block.scores + row * kKeys});
         weigh_rows(block, block.scores, row, count);
       });
-      for_tiles(block, rows, [&](int64_t row, int count) {
+      for_tiles<kTileRows>(block, rows, [&](int64_t row, int count) {
         const ValueCall<float, false> call{
             block.scores + row * kKeys,       block.values, kKeys, block.factor + row, width,
             block.span.context + row * width, NextRows{}};
@@ -497,11 +497,13 @@ struct Attention {
     const int rows = int(m.positions * groups);
     const auto scores_at = [&](int64_t at) { return block.scores + (at - m.first) * rows; };
     // body(all, row, count, next): rows of a cache, and a tile of the queries' rows
-    const auto for_rows = [&](const Cache& cache, int64_t at, int keys, const NextRows& next,
+    const auto for_rows = [&](const Cache& cache, int64_t at, int keys, NextRows next,
                               const auto& body) {
       const auto tiles = [&](const auto* all) {
-        for (int row = 0; row < rows; row += kFewTile)
-          body(all, row, smaller(kFewTile, rows - row), row == 0 ? next : NextRows{});
+        for_tiles<kFewTile>(block, rows, [&](int64_t row, int count) {
+          body(all, row, count, next);
+          next = {};
+        });
       };
       if (kLoadsFast<T> && !s.low_bits() && width == s.head_dim)
         return tiles(reinterpret_cast<const T*>(row_at(cache, m.head, at)));
@@ -512,7 +514,7 @@ struct Attention {
     const bool met = for_keys(block, m, [&](int64_t at, int keys) {
       const NextRows next = at + kKeys < m.last ? next_rows(key_cache(), m.head, at + kKeys)
                                                 : next_rows(value_cache(), m.head, m.first);
-      const auto body = [&](const auto* all, int row, int count, const NextRows& fetched) {
+      const auto body = [&](const auto* all, int64_t row, int count, const NextRows& fetched) {
         using E = std::decay_t<decltype(*all)>;
         const FewScoreCall<E> call{block.query + row * width,   all,    width, keys,
                                    scores_at(at) + row * kKeys, fetched};
@@ -521,10 +523,11 @@ struct Attention {
       for_rows(key_cache(), at, keys, next, body);
     });
     return met && for_keys(block, m, [&](int64_t at, int keys) {
-             const Cache& wanted = at + kKeys < m.last ? value_cache() : key_cache();
-             weigh_rows(block, scores_at(at), 0, rows);
-             const auto body = [&](const auto* all, int row, int count, const NextRows& fetched) {
+             const Cache wanted = at + kKeys < m.last ? value_cache() : key_cache();
+             const auto body = [&](const auto* all, int64_t row, int count,
+                                   const NextRows& fetched) {
                using E = std::decay_t<decltype(*all)>;
+               weigh_rows(block, scores_at(at), row, count);
                const ValueCall<E, true> call{
                    scores_at(at) + row * kKeys,      all,    keys, block.factor + row, width,
                    block.span.context + row * width, fetched};
