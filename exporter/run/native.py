@@ -103,10 +103,27 @@ class NativeRunner(Runner):
         return NativeSession(folder.path, description.max_context, dtype=description.dtype)
 
 
+@dataclass
+class _Bound:
+    """What ONNX Runtime reads and writes in a call.
+
+    Attributes:
+        binding: an onnxruntime.IOBinding.
+        cache: OrtValues by their names.
+        batch: sequences.
+        inputs: the others, by their names; the binding's memory.
+    """
+
+    binding: Any
+    cache: dict[str, Any]
+    batch: int
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
+
+
 class NativeSession(DecoderSession):
     """ONNX Runtime on the CPU with native kernels. The cache stays in ONNX Runtime's memory from
-    call to call; a static one in the same, in which new rows are written, until sequences of another
-    batch begin: rows that a sequence has not filled are never read.
+    call to call; a static one in the same, in which new rows are written. New sequences take it over,
+    where there are as many, with what is in it: a kernel reads only rows that a sequence has filled.
 
     Args:
         folder: OUT/onnx.
@@ -134,8 +151,8 @@ class NativeSession(DecoderSession):
             self._past = {name: inputs[f"past_key_values.{name}"] for name in self._names}
             self._vocabulary = self._session.get_outputs()[0].shape[-1]
             self._bits = 0 if marked is None else cache_bits(load_model(folder).graph)
-        self._batch = 0
         self._cache: dict[str, Any] = {}
+        self._kept: _Bound | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -156,13 +173,15 @@ class NativeSession(DecoderSession):
         self._data.check()
         feeds = self._form.feeds(input_ids, attention_mask, positions, wanted)
         with whole_graph(self._folder):
-            self._bind_cache(len(input_ids))
-            logits = self._bind(feeds, wanted.shape)
-            self._session.run_with_iobinding(self._binding)
+            bound = self._bound(len(input_ids))
+            logits = self._bind(bound, feeds, wanted.shape)
+            self._session.run_with_iobinding(bound.binding)
             found = {"logits": logits.numpy()}
             # of a static cache these would be what it holds already, and asking takes time
-            outputs = self._binding.get_outputs() if self._marked or not self._form.rows() else []
-            if not self._form.rows():
+            outputs = bound.binding.get_outputs() if self._marked or not self._form.rows() else []
+            if self._form.rows():
+                self._cache, self._kept = bound.cache, bound
+            else:
                 self._cache = dict(zip(self._names, outputs, strict=False))
             if self._marked is None:
                 return self._form.restored(found, attention_mask)
@@ -172,48 +191,47 @@ class NativeSession(DecoderSession):
             restored = self._form.restored(found, attention_mask)
             return with_numbers(restored, self._bits, self.dtype)
 
-    def _bind_cache(self, batch: int) -> None:
-        """The cache as input and output; a static one is bound once for all calls of a batch."""
+    def _bound(self, batch: int) -> _Bound:
+        """The cache of so many sequences as input and output."""
+        if self._kept is not None and self._kept.batch == batch:
+            return self._kept
         rows = self._form.rows()
-        if rows and batch == self._batch:
-            return
-        self._batch = batch
-        self._binding = self._session.io_binding()
-        self._inputs: dict[str, np.ndarray] = {}
         if rows:
-            self._cache = {}  # before there is another
-        self._cache = self._cache or self._empty_cache(batch)
+            self._cache, self._kept = {}, None  # before there is memory for another
+        cache = self._cache or self._empty_cache(batch)
+        binding = self._session.io_binding()
         for name in self._names:
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._cache[name])
+            binding.bind_ortvalue_input(f"past_key_values.{name}", cache[name])
             if rows:
-                self._binding.bind_ortvalue_output(f"present.{name}", self._cache[name])
+                binding.bind_ortvalue_output(f"present.{name}", cache[name])
             else:
-                self._binding.bind_output(f"present.{name}")
+                binding.bind_output(f"present.{name}")
+        return _Bound(binding, cache, batch)
 
-    def _bind(self, feeds: dict[str, np.ndarray], wanted: tuple[int, ...]) -> Any:
-        """The other inputs and outputs; returns the logits'. Where shapes are those of the last call
-        inputs are written in place: a step leaves nothing in the processor's caches, so that all that
-        is touched between two of them takes time.
+    def _bind(self, bound: _Bound, feeds: dict[str, np.ndarray], wanted: tuple[int, ...]) -> Any:
+        """The other inputs and outputs; returns the logits'. An input of the shape of the last call's is
+        written in its place: the weights of a step leave the processor's caches empty, so that all that
+        is touched between two steps takes time.
         """
         import numpy as np
         from onnxruntime import OrtValue
 
         for name, array in feeds.items():
-            bound = self._inputs.get(name)
-            if bound is not None and bound.shape == array.shape:
-                bound[...] = array
+            old = bound.inputs.get(name)
+            if old is not None and (old.shape, old.dtype) == (array.shape, array.dtype):
+                old[...] = array
                 continue
-            self._inputs[name] = array.copy()  # a binding does not hold on to arrays
-            value = OrtValue.ortvalue_from_numpy(self._inputs[name])
-            self._binding.bind_ortvalue_input(name, value)
+            own = array.copy()  # which later calls write to
+            bound.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(own))
+            bound.inputs[name] = own
         logits = OrtValue.ortvalue_from_shape_and_type([*wanted, self._vocabulary], np.float32)
-        self._binding.bind_ortvalue_output("logits", logits)
+        bound.binding.bind_ortvalue_output("logits", logits)
         for name in self._marked or ():
-            self._binding.bind_output(name)
+            bound.binding.bind_output(name)
         return logits
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
-        """Zeros: function bodies multiply rows that nobody sees by 0, and 0 times NaN is NaN."""
+        """Of new sequences."""
         import numpy as np
         from onnxruntime import OrtValue
 
@@ -230,7 +248,8 @@ class NativeSession(DecoderSession):
 
     def close(self) -> None:
         """Free the session."""
-        self._session = None
+        self._session = self._kept = None  # a binding holds on to its session
+        self._cache = {}
         self._data.close()
 
 

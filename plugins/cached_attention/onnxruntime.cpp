@@ -40,7 +40,8 @@ struct AttentionOp : CustomOp {
 
 class AttentionKernel {
  public:
-  AttentionKernel(const AttentionOp& op, const OrtKernelInfo* info) : op_(op), constants_(info) {
+  AttentionKernel(const AttentionOp& op, const OrtKernelInfo* info)
+      : op_(op), inputs_(info, op.name(), op.input_names(), op.inputs()) {
     ask(Function::kKernelInfoGetAttributeFloat, info, "scale", &shape_.scale);
     ask(Function::kKernelInfoGetAttributeFloat, info, "softcap", &shape_.softcap);
     shape_.dtype = dtype_of(op.type);
@@ -55,7 +56,7 @@ class AttentionKernel {
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{op_.name(), op_.input_names(), context, constants_};
+    const Call call{inputs_, context};
     const auto input = [&](size_t i, const Dims& dims) {
       return call.input(i, op_.input_type(i), dims);
     };
@@ -128,7 +129,7 @@ class AttentionKernel {
   }
 
   const AttentionOp& op_;
-  Constants constants_;
+  Inputs inputs_;
   AttentionShape shape_{};
 };
 

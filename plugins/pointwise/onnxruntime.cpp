@@ -1,5 +1,5 @@
 // ResidualSum, Activation, RMSNorm and RotatedHeads as ONNX Runtime custom ops: shapes are checked at
-// each run, since all of them are the sequences'.
+// each run, since they are the sequences'.
 #include <cstring>
 
 #include "core/onnxruntime/call.h"
@@ -46,7 +46,7 @@ int32_t integer_of(const OrtKernelInfo* info, const char* name) {
   return static_cast<int32_t>(value);
 }
 
-// [..., width] as rows; and the result's dimensions, of which the last is another.
+// [..., width] as rows.
 RowsShape rows_of(const Tensor& tensor, int type) {
   RowsShape shape{1, 1, dtype_of(type)};
   if (tensor.rank > 0) shape.width = tensor.dims[tensor.rank - 1];
@@ -66,12 +66,14 @@ class ResidualSum {
   static constexpr size_t kRequired = 2, kOutputs = 1;
 
   ResidualSum(const PointwiseOp<ResidualSum>& op, const OrtKernelInfo* info)
-      : type_(op.type), constants_(info), multiplier_(float_of(info, "multiplier")) {
+      : type_(op.type),
+        inputs_(info, kName, kInputs, std::size(kInputs)),
+        multiplier_(float_of(info, "multiplier")) {
     ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{kName, kInputs, context, constants_};
+    const Call call{inputs_, context};
     const Tensor stream = call.read(0, type_);
     const RowsShape shape = rows_of(stream, type_);
     const SumBuffers b{stream.data, call.input(1, type_, stream), call.output(0, stream)};
@@ -84,7 +86,7 @@ class ResidualSum {
 
  private:
   int type_;
-  Constants constants_;
+  Inputs inputs_;
   float multiplier_;
 };
 
@@ -96,14 +98,14 @@ class Activation {
 
   Activation(const PointwiseOp<Activation>& op, const OrtKernelInfo* info)
       : type_(op.type),
-        constants_(info),
+        inputs_(info, kName, kInputs, std::size(kInputs)),
         gated_(integer_of(info, "gated") != 0),
         kind_(kind_of(info)) {
     ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{kName, kInputs, context, constants_};
+    const Call call{inputs_, context};
     const Tensor x = call.read(0, type_);
     Dims dims = x;
     RowsShape shape = rows_of(x, type_);
@@ -132,7 +134,7 @@ class Activation {
   }
 
   int type_;
-  Constants constants_;
+  Inputs inputs_;
   bool gated_;
   int32_t kind_;
 };
@@ -144,12 +146,14 @@ class RMSNorm {
   static constexpr size_t kRequired = 2, kOutputs = 1;
 
   RMSNorm(const PointwiseOp<RMSNorm>& op, const OrtKernelInfo* info)
-      : type_(op.type), constants_(info), epsilon_(float_of(info, "epsilon")) {
+      : type_(op.type),
+        inputs_(info, kName, kInputs, std::size(kInputs)),
+        epsilon_(float_of(info, "epsilon")) {
     ++kernels_made;
   }
 
   void compute(OrtKernelContext* context) const {
-    const Call call{kName, kInputs, context, constants_};
+    const Call call{inputs_, context};
     const Tensor x = call.read(0, type_);
     if (x.rank == 0) call.refuse(0, x, "[..., width]");
     const RowsShape shape = rows_of(x, type_);
@@ -163,20 +167,22 @@ class RMSNorm {
 
  private:
   int type_;
-  Constants constants_;
+  Inputs inputs_;
   float epsilon_;
 };
 
 class RotatedHeads {
  public:
   static constexpr const char* kName = "RotatedHeads";
-  // cos, sin and position_ids where channels turn, then the gains where there is a norm.
+  // cos, sin and position_ids where channels turn, then the gains where there is a norm; inputs that
+  // are not there leave no gap.
   static constexpr const char* kInputs[] = {"qkv",          "cos",        "sin",
                                             "position_ids", "query_gain", "key_gain"};
+  static constexpr const char* kWithoutRotation[] = {"qkv", "query_gain", "key_gain"};
   static constexpr size_t kRequired = 1, kOutputs = 3;
 
   RotatedHeads(const PointwiseOp<RotatedHeads>& op, const OrtKernelInfo* info)
-      : type_(op.type), constants_(info) {
+      : type_(op.type), inputs_(inputs_of(info)) {
     shape_.heads = integer_of(info, "heads");
     shape_.kv_heads = integer_of(info, "kv_heads");
     shape_.head_dim = integer_of(info, "head_dim");
@@ -190,10 +196,8 @@ class RotatedHeads {
   }
 
   void compute(OrtKernelContext* context) const {
-    // Inputs that are not there leave no gap.
     const bool rotates = shape_.rotary != 0;
-    const char* const without_rotation[] = {kInputs[0], kInputs[4], kInputs[5]};
-    const Call call{kName, rotates ? kInputs : without_rotation, context, constants_};
+    const Call call{inputs_, context};
     HeadsShape s = shape_;
     HeadsBuffers b{};
     const Tensor qkv = call.read(0, type_);
@@ -229,6 +233,11 @@ class RotatedHeads {
   }
 
  private:
+  static Inputs inputs_of(const OrtKernelInfo* info) {
+    if (integer_of(info, "rotary") != 0) return {info, kName, kInputs, std::size(kInputs)};
+    return {info, kName, kWithoutRotation, std::size(kWithoutRotation)};
+  }
+
   static void check_attributes(const HeadsShape& s) {
     constexpr int32_t kMostHeads = 1 << 20;  // so that a token's numbers are counted in 32 bits
     const bool counts =
@@ -257,7 +266,7 @@ class RotatedHeads {
   }
 
   int type_;
-  Constants constants_;
+  Inputs inputs_;
   HeadsShape shape_{};
 };
 

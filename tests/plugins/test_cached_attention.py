@@ -107,7 +107,8 @@ def test_hard_rows_of_few_bits(isa: str, dtype: np.dtype[Any]) -> None:
         assert np.isnan(present["present_key_scale"][0, 0, 9:, 0]).all()
 
 
-# 70 tokens are more than a block of queries, and pass the end of a span of keys.
+# 70 tokens are more than a block of queries, and pass the end of a span of keys. Of the last block of
+# others few rows are left, at the end of the first span.
 ALONE: list[dict[str, Any]] = [
     {"past": 470, "heads": 6, "kv_heads": 2, "head_dim": 64},
     {"past": 470, "heads": 2, "kv_heads": 2, "head_dim": 40, "window": 90},
@@ -115,6 +116,21 @@ ALONE: list[dict[str, Any]] = [
     {"past": 470, "heads": 4, "kv_heads": 1, "head_dim": 64, "bits": 4, "dtype": F16},
     {"past": 1100, "places": (1020, 0), "batch": 2, "heads": 6, "kv_heads": 2, "head_dim": 48},
     {"past": 600, "places": (500,), "heads": 3, "kv_heads": 1, "bits": 3, "head_dim": 128},
+    {"past": 1050, "heads": 14, "kv_heads": 2, "head_dim": 64, "dtype": F16, "window": 600},
+    {"past": 470, "heads": 8, "kv_heads": 1, "head_dim": 32, "dtype": BF16},
+    *(
+        {"past": 512 - tokens, "tokens": tokens, "heads": groups, "kv_heads": 1, "head_dim": 16}
+        for groups, tokens in (
+            (1, 64 + 9),
+            (1, 64 + 12),
+            (1, 64 + 31),
+            (1, 64 + 32),
+            (2, 64 + 16),
+            (3, 64 + 10),
+            (4, 48 + 8),
+            (8, 24 + 4),
+        )
+    ),
 ]
 
 
@@ -122,13 +138,17 @@ ALONE: list[dict[str, Any]] = [
 def test_a_query_is_the_same_to_the_bit_whatever_else_a_call_computes(
     isa: str, fields: dict[str, Any]
 ) -> None:
-    """In chunks of any size, on 1 and 2 threads, and with its sequence alone."""
+    """In chunks of any size, on 1 and 2 threads, and with its sequence alone: the two kernels, for few
+    rows and for many, sum alike.
+    """
     case = make_case(**{"tokens": 70, "dtype": F32, **fields})
     context, present = attend(case, isa)
     same_bits(attend(case, isa, threads=2)[0], context)
+    tokens = case.query.shape[2]
     for sizes, threads in (((1, 2, 5, 6, 17, 39), 1), ((40, 1, 1, 1, 2, 3, 22), 2), ((64, 6), 1)):
         first = 0
-        for size in sizes:
+        for size in (*sizes, tokens):
+            size = min(size, tokens - first)
             got = attend(chunk_of(case, present, first, size), isa, threads=threads)[0]
             same_bits(got, context[:, first : first + size])
             first += size

@@ -68,10 +68,13 @@ def test_few_and_some_tokens_of_every_bit_width(runner: KernelRunner, w: tuple[i
 @pytest.mark.parametrize("m", [1, 4, 6])
 @pytest.mark.parametrize(
     ("k", "g"),
-    [(1280, 64), (1344, 64), (1280, 256), (1152, 384), (1120, 112), (1280, 32), (900, 60)],
+    [
+        *((1280, 64), (1344, 64), (1280, 256), (1152, 384), (1120, 112), (1280, 32), (900, 60)),
+        *((1024, 64), (1024, 128), (1536, 256)),  # whole spans
+    ],
 )
 def test_groups_of_lanes_halves_and_others(runner: KernelRunner, k: int, g: int, m: int) -> None:
-    for w, sym in (((2, 4), 0), ((3, 8), 1), ((8, 256), 0)):
+    for w, sym in (((2, 4), 0), ((2, 4), 1), ((2, 3), 1), ((3, 8), 1), ((8, 256), 0)):
         attrs = abq(35, k, w=w, sym=sym, g=g)
         check(runner, attrs, abq_arrays(attrs), tokens(m, k, F32))
 

@@ -181,10 +181,6 @@ struct ValueCall {
         for (int v = 0; v < kVectors; ++v) sums[r][v] = fused(x, row[v], sums[r][v]);
       }
     }
-    // as behind rows of zeros: -0 becomes 0
-    for (int r = 0; r < kCount && kFew && keys < kKeys; ++r) {
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = add(sums[r][v], splat(0.0f));
-    }
     for (int r = 0; r < kCount; ++r) {
       for (int v = 0; v < kVectors; ++v) store(at(r, n, v), sums[r][v]);
     }
@@ -252,9 +248,13 @@ struct Block {
   RowSums span;                   // of one
   uint64_t* seen;                 // [positions]: which keys of the block a position sees
 
-  static constexpr int64_t scores_of_row(int64_t rows) { return rows <= kFewRows ? kSpan : kKeys; }
+  // Of few rows, as the last block of a call may have them, for a whole span.
+  static constexpr int64_t scores_of(int64_t rows) {
+    const int64_t few = smaller<int64_t>(rows, kFewRows) * kSpan, many = rows * kKeys;
+    return few > many ? few : many;
+  }
   static constexpr int64_t bytes(int64_t width, int64_t rows) {
-    const int64_t floats = 3 * kKeys * width + rows * (width + scores_of_row(rows)) +
+    const int64_t floats = 3 * kKeys * width + rows * width + scores_of(rows) +
                            rounded_up(rows, 2) + 2 * RowSums::floats(width, rows);
     return int64_t(sizeof(float)) * floats + int64_t(sizeof(uint64_t)) * rows;
   }
@@ -264,7 +264,7 @@ struct Block {
         values(turned + kKeys * width),
         query(values + kKeys * width),
         scores(query + count * width),
-        factor(scores + count * scores_of_row(count)),
+        factor(scores + scores_of(count)),
         sums(factor + rounded_up(count, 2), width, count),
         span(sums.context + RowSums::floats(width, count), width, count),
         seen(reinterpret_cast<uint64_t*>(span.context + RowSums::floats(width, count))) {}
@@ -510,10 +510,11 @@ struct Attention {
       load_rows(cache, m.head, at, keys, block.rows, NextRows{});
       tiles(static_cast<const float*>(block.rows));
     };
-    next_rows(key_cache(), m.head, m.first).fetch_all();
+    int64_t first_seen = -1;
     const bool met = for_keys(block, m, [&](int64_t at, int keys) {
+      if (first_seen < 0) next_rows(key_cache(), m.head, first_seen = at).fetch_all();
       const NextRows next = at + kKeys < m.last ? next_rows(key_cache(), m.head, at + kKeys)
-                                                : next_rows(value_cache(), m.head, m.first);
+                                                : next_rows(value_cache(), m.head, first_seen);
       const auto body = [&](const auto* all, int64_t row, int count, const NextRows& fetched) {
         using E = std::decay_t<decltype(*all)>;
         const FewScoreCall<E> call{block.query + row * width,   all,    width, keys,

@@ -1,41 +1,41 @@
-// The tensors of one run of a node whose shapes are the sequences', so that they are checked each time.
+// The inputs of a node, and the tensors of one of its runs: shapes are the sequences', so that they are
+// checked each time, but those of constants.
 #pragma once
-#include <array>
+#include <memory>
+#include <vector>
 
 #include "core/onnxruntime/context.h"
 
 namespace anybit::ort {
 
-// The constant inputs of a node among its first kMost, described once: all that is asked of ONNX Runtime
-// in a run finds the processor's caches empty, behind weights that went through them.
-class Constants {
+// Constant inputs are described once: asking ONNX Runtime in a run is slow, since the weights have pushed
+// what it knows out of the processor's caches. It keeps constants where they are as long as the node.
+class Inputs {
  public:
-  static constexpr size_t kMost = 8;
-
-  Constants() = default;
-  explicit Constants(const OrtKernelInfo* info) {
-    for (size_t i = 0; i < kMost; ++i) {
-      const OrtValue* value = constant_input(info, i);
-      if (value == nullptr) continue;
-      known_[i] = describe(value, [i] { return "Input " + std::to_string(i); });
-      is_known_[i] = true;
+  Inputs(const OrtKernelInfo* info, const char* op, const char* const* names, size_t count)
+      : op_(op), names_(names), constants_(count) {
+    for (size_t i = 0; i < count; ++i) {
+      if (const OrtValue* value = constant_input(info, i))
+        constants_[i] = std::make_unique<Tensor>(describe(value, [&] { return where(i); }));
     }
   }
 
-  const Tensor* find(size_t i) const { return i < kMost && is_known_[i] ? &known_[i] : nullptr; }
+  const char* op() const { return op_; }
+  std::string where(size_t i) const { return std::string(op_) + " input " + names_[i]; }
+  // Null where the input is not the same in every run.
+  const Tensor* constant(size_t i) const { return constants_[i].get(); }
 
  private:
-  std::array<Tensor, kMost> known_{};
-  std::array<bool, kMost> is_known_{};
+  const char* op_;
+  const char* const* names_;
+  std::vector<std::unique_ptr<Tensor>> constants_;
 };
 
 struct Call {
-  const char* op;
-  const char* const* input_names;
+  const Inputs& node;
   OrtKernelContext* context;
-  const Constants& constants;
 
-  std::string where(size_t i) const { return std::string(op) + " input " + input_names[i]; }
+  std::string where(size_t i) const { return node.where(i); }
 
   [[noreturn]] void refuse(size_t i, const Tensor& got, const std::string& expected) const {
     fail(where(i),
@@ -45,7 +45,7 @@ struct Call {
 
   int32_t size(int64_t dim) const {
     if (dim > std::numeric_limits<int32_t>::max() / 2)
-      fail(op, "got a dimension of " + std::to_string(dim) + ", expected fewer than 2^30",
+      fail(node.op(), "got a dimension of " + std::to_string(dim) + ", expected fewer than 2^30",
            "Lower the batch or the sequence length");
     return static_cast<int32_t>(dim);
   }
@@ -66,8 +66,8 @@ struct Call {
 
   Tensor read(size_t i, int type) const {
     Tensor tensor;
-    if (const Tensor* known = constants.find(i)) {
-      tensor = *known;
+    if (const Tensor* constant = node.constant(i)) {
+      tensor = *constant;
     } else {
       const OrtValue* found = value(i);
       if (found == nullptr) fail(where(i), "got nothing, expected a tensor", kExportAgain);

@@ -6,7 +6,6 @@
 #include <memory>
 #include <new>
 #include <string>
-#include <vector>
 
 #include "core/cpu/machine.h"
 #include "core/cpu/parallel.h"

@@ -86,9 +86,12 @@ class GemmKernel {
       const OrtValue* value = constant_input(info, i + 1);
       constant_.push_back(value != nullptr);
       if (value == nullptr) continue;
-      if (is_widened(inputs_[i], value)) halves_.back() = halves_of(inputs_[i], value);
-      else check_input(inputs_[i], value);
-      inputs_[i].bind(constants_, halves_[i].empty() ? data_of(value) : halves_[i].data());
+      if (is_widened(inputs_[i], value)) {
+        halves_.back() = halves_of(inputs_[i], value);
+        inputs_[i].bind(constants_, halves_[i].data());
+      } else {
+        inputs_[i].bind(constants_, checked_input(inputs_[i], value));
+      }
     }
   }
 
@@ -105,8 +108,7 @@ class GemmKernel {
     for (size_t i = 0; i < inputs_.size(); ++i) {
       if (constant_[i]) continue;
       const OrtValue* value = input(inputs, i + 1, inputs_[i].name);
-      check_input(inputs_[i], value);
-      inputs_[i].bind(buffers, data_of(value));
+      inputs_[i].bind(buffers, checked_input(inputs_[i], value));
     }
     const Tensor x = describe(input(inputs, kX, "X"), [this] { return where_ + " input X"; });
     GemmShape shape = shape_;
@@ -186,7 +188,7 @@ class GemmKernel {
     return value;
   }
 
-  void check_input(const InputSpec& spec, const OrtValue* value) const {
+  const void* checked_input(const InputSpec& spec, const OrtValue* value) const {
     const auto where = [&] { return where_ + " input " + spec.name; };
     const Tensor got = describe(value, where);
     if (got.type != spec.type || !(got == spec.dims))
@@ -194,6 +196,7 @@ class GemmKernel {
            std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " +
                name_of(spec.type) + " " + spec.dims.text(),
            "The weights do not fit the node's attributes: export the model again");
+    return got.data;
   }
 
   // Of a 16-bit node among others that it computes in fp32, ONNX Runtime makes the op's fp32 form,
@@ -212,7 +215,7 @@ class GemmKernel {
     const float* wide = static_cast<const float*>(data_of(value));
     for (size_t i = 0; i < count; ++i) {
       cpu::plain::round_to(wide[i], halves[i]);
-      if (cpu::plain::float_from(halves[i]) != wide[i]) check_input(spec, value);
+      if (cpu::plain::float_from(halves[i]) != wide[i]) checked_input(spec, value);
     }
     return halves;
   }

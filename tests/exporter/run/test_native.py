@@ -243,6 +243,29 @@ def test_weights_that_change_under_a_session(
     )
 
 
+@pytest.mark.parametrize("scheme", [{}, {"kv_bits": 4}], ids=["float16", "kv4"])
+@pytest.mark.parametrize("static", [0, 40], ids=["growing", "static"])
+def test_new_sequences_know_nothing_of_the_old(
+    tiny_export: Callable[..., Path], scheme: dict[str, Any], static: int
+) -> None:
+    """A static cache keeps its memory, and what is in it; another batch has one of its own."""
+    out = tiny_export(abits=8, static=static, **scheme)
+    texts = [IDS, np.concatenate([IDS[:, ::-1], IDS]), IDS[:, 2:5], IDS[:, :1]]
+    with open_session("native", out) as session:
+        assert isinstance(session, NativeSession)
+        session.run(np.tile(IDS, 3))
+        bytes_before = session.cache_bytes
+        for ids in (*texts, *texts[::-1]):
+            got = [session.run(ids, reset=True), *(session.run(ids[:, :1]) for _ in range(2))]
+            assert session.length == ids.shape[1] + 2
+            if static:
+                assert session.cache_bytes == len(ids) * bytes_before
+            with open_session("native", out) as new:
+                want = [new.run(ids), *(new.run(ids[:, :1]) for _ in range(2))]
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
 def test_a_session_has_a_thread_for_each_core(
     tiny_export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
