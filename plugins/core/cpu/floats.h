@@ -52,7 +52,7 @@ ANYBIT_INLINE float float_of_bits(uint32_t bits) {
 }
 
 template <class T>
-ANYBIT_INLINE T smaller(T a, T b) {
+ANYBIT_INLINE constexpr T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
