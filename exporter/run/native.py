@@ -111,7 +111,7 @@ class _Bound:
         binding: an onnxruntime.IOBinding.
         cache: OrtValues by their names.
         batch: sequences.
-        inputs: the others, by their names; the binding's memory.
+        inputs: the arrays of the other inputs, by their names, which the binding only points at.
     """
 
     binding: Any
@@ -121,9 +121,9 @@ class _Bound:
 
 
 class NativeSession(DecoderSession):
-    """ONNX Runtime on the CPU with native kernels. The cache stays in ONNX Runtime's memory from
-    call to call; a static one in the same, in which new rows are written. New sequences take it over,
-    where there are as many, with what is in it: a kernel reads only rows that a sequence has filled.
+    """ONNX Runtime on the CPU with native kernels. A cache that grows is ONNX Runtime's from call to
+    call; a static one has memory of its own, into which new rows are written. After reset() as many
+    sequences take that memory over without clearing it: kernels read only rows that are filled.
 
     Args:
         folder: OUT/onnx.
@@ -181,6 +181,8 @@ class NativeSession(DecoderSession):
             outputs = bound.binding.get_outputs() if self._marked or not self._form.rows() else []
             if self._form.rows():
                 self._cache, self._kept = bound.cache, bound
+                if wanted.shape[1] > 1:
+                    bound.binding.bind_output("logits")  # lets go of many
             else:
                 self._cache = dict(zip(self._names, outputs, strict=False))
             if self._marked is None:
@@ -192,7 +194,8 @@ class NativeSession(DecoderSession):
             return with_numbers(restored, self._bits, self.dtype)
 
     def _bound(self, batch: int) -> _Bound:
-        """The cache of so many sequences as input and output."""
+        """A binding with the cache of so many sequences as input and output: the kept one, or a new one.
+        """
         if self._kept is not None and self._kept.batch == batch:
             return self._kept
         rows = self._form.rows()
@@ -209,9 +212,9 @@ class NativeSession(DecoderSession):
         return _Bound(binding, cache, batch)
 
     def _bind(self, bound: _Bound, feeds: dict[str, np.ndarray], wanted: tuple[int, ...]) -> Any:
-        """The other inputs and outputs; returns the logits'. An input of the shape of the last call's is
-        written in its place: the weights of a step leave the processor's caches empty, so that all that
-        is touched between two steps takes time.
+        """The other inputs and outputs; returns the logits'. An input of the last call's shape and type is
+        written in its place: a step fills the processor's caches with weights, so that whatever is
+        touched between two steps takes time.
         """
         import numpy as np
         from onnxruntime import OrtValue
@@ -221,6 +224,7 @@ class NativeSession(DecoderSession):
             if old is not None and (old.shape, old.dtype) == (array.shape, array.dtype):
                 old[...] = array
                 continue
+            bound.inputs.pop(name, None)
             own = array.copy()  # which later calls write to
             bound.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(own))
             bound.inputs[name] = own
@@ -231,7 +235,7 @@ class NativeSession(DecoderSession):
         return logits
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
-        """Of new sequences."""
+        """Memory for new sequences."""
         import numpy as np
         from onnxruntime import OrtValue
 
@@ -248,8 +252,8 @@ class NativeSession(DecoderSession):
 
     def close(self) -> None:
         """Free the session."""
-        self._session = self._kept = None  # a binding holds on to its session
         self._cache = {}
+        self._kept = self._session = None  # a binding holds on to its session
         self._data.close()
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "DecoderSession", "cache_names"]
 
+_RESET = "Reset the session to start new sequences"
 CHUNK = 512  # tokens per call into the runtime: bounds the logits and score matrices held at once
 
 
@@ -114,10 +115,12 @@ class DecoderSession(ABC):
             Every output by its ONNX name; "logits" are [B, L, V].
 
         Raises:
-            InputError: an index is none of 0..S-1, or the shape is another.
+            InputError: an index is none of 0..S-1, or the shape is another; the cache is of another
+                batch.
         """
         import numpy as np
 
+        self._check_batch(len(input_ids))
         wanted = _places(logits_indices, *input_ids.shape)
         past = attention_mask.shape[1] - input_ids.shape[1]
         positions = np.maximum(np.cumsum(attention_mask, 1) - 1, 0)[:, past:]
@@ -125,22 +128,26 @@ class DecoderSession(ABC):
         self._mask = attention_mask
         return outputs
 
+    def _check_batch(self, batch: int) -> None:
+        if self._mask is not None and len(self._mask) != batch:
+            raise InputError(
+                "input_ids",
+                f"got a batch of {batch}, expected {len(self._mask)} as in the cache",
+                _RESET,
+            )
+
     def _whole_mask(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         import numpy as np
 
-        fix = "Reset the session to start new sequences"
         if ids.ndim != 2 or not ids.size:
             raise InputError(
                 "input_ids",
                 f"got shape {list(ids.shape)}, expected [batch, tokens] with at least one token",
-                fix,
+                _RESET,
             )
         batch, tokens = ids.shape
+        self._check_batch(batch)
         old = np.ones((batch, 0), np.int64) if self._mask is None else self._mask
-        if len(old) != batch:
-            raise InputError(
-                "input_ids", f"got a batch of {batch}, expected {len(old)} as in the cache", fix
-            )
         total = old.shape[1] + tokens
         if total > self.max_context:
             raise InputError(
@@ -159,7 +166,7 @@ class DecoderSession(ABC):
             raise InputError(
                 "attention_mask",
                 f"got shape {list(new.shape)}, expected {[batch, tokens]} or {[batch, total]}",
-                fix,
+                _RESET,
             )
         return new
 

@@ -1,5 +1,5 @@
 // CachedAttention and LowBitAttention as ONNX Runtime custom ops: shapes are checked at each run, since
-// all of them are the sequences'.
+// they are the sequences'.
 #include "cached_attention/cpu/attention.h"
 #include "core/onnxruntime/call.h"
 #include "core/onnxruntime/custom_op.h"
@@ -62,7 +62,7 @@ class AttentionKernel {
     };
     AttentionShape s = shape_;
     s.static_cache =
-        call.inputs() > op_.write_indices() && call.value(op_.write_indices()) != nullptr;
+        call.input_count() > op_.write_indices() && call.value(op_.write_indices()) != nullptr;
     const Tensor query = call.read(kQuery, op_.input_type(kQuery));
     const Tensor past = call.read(kPastKey, op_.input_type(kPastKey));
     if (query.rank != 4) call.refuse(kQuery, query, "[batch, heads, tokens, head_dim]");

@@ -1,5 +1,5 @@
 // ResidualSum, Activation, RMSNorm and RotatedHeads as ONNX Runtime custom ops: shapes are checked at
-// each run, since they are the sequences'.
+// each run, since most are the sequences'.
 #include <cstring>
 
 #include "core/onnxruntime/call.h"

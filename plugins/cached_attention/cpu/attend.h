@@ -309,7 +309,10 @@ inline void join(const RowSums& sums, const RowSums& span, int64_t width, int64_
     const float top = found > before ? found : before;
     const float by = top == -__builtin_huge_valf() ? 0.0f : top;
     const V kept = exponential(splat(before - by)), taken = exponential(splat(found - by));
-    const auto joined = [&](V a, V b) { return fused(taken, b, multiply(kept, a)); };
+    // with few rows a sum may be -0 that is 0 with many, behind keys that there are not
+    const auto joined = [&](V a, V b) {
+      return fused(taken, add(b, splat(0.0f)), multiply(kept, a));
+    };
     alignas(64) float total[kWide];
     store(total, joined(splat(sums.total[row]), splat(span.total[row])));
     sums.top[row] = top, sums.total[row] = total[0];

@@ -1,7 +1,7 @@
-// The inputs of a node, and the tensors of one of its runs: shapes are the sequences', so that they are
-// checked each time, but those of constants.
+// The inputs of a node, and the tensors of one of its runs: most shapes are the sequences', so that they
+// are checked each time.
 #pragma once
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/onnxruntime/context.h"
@@ -16,19 +16,19 @@ class Inputs {
       : op_(op), names_(names), constants_(count) {
     for (size_t i = 0; i < count; ++i) {
       if (const OrtValue* value = constant_input(info, i))
-        constants_[i] = std::make_unique<Tensor>(describe(value, [&] { return where(i); }));
+        constants_[i] = describe(value, [&] { return where(i); });
     }
   }
 
   const char* op() const { return op_; }
   std::string where(size_t i) const { return std::string(op_) + " input " + names_[i]; }
   // Null where the input is not the same in every run.
-  const Tensor* constant(size_t i) const { return constants_[i].get(); }
+  const Tensor* constant(size_t i) const { return constants_[i] ? &*constants_[i] : nullptr; }
 
  private:
   const char* op_;
   const char* const* names_;
-  std::vector<std::unique_ptr<Tensor>> constants_;
+  std::vector<std::optional<Tensor>> constants_;
 };
 
 struct Call {
@@ -50,7 +50,7 @@ struct Call {
     return static_cast<int32_t>(dim);
   }
 
-  size_t inputs() const {
+  size_t input_count() const {
     size_t count = 0;
     const OrtKernelContext* given = context;
     ask(Function::kKernelContextGetInputCount, given, &count);

@@ -188,14 +188,17 @@ class GemmKernel {
     return value;
   }
 
+  [[noreturn]] void refuse(const InputSpec& spec, const Tensor& got) const {
+    fail(where_ + " input " + spec.name,
+         std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " +
+             name_of(spec.type) + " " + spec.dims.text(),
+         "The weights do not fit the node's attributes: export the model again");
+  }
+
+  // Its data.
   const void* checked_input(const InputSpec& spec, const OrtValue* value) const {
-    const auto where = [&] { return where_ + " input " + spec.name; };
-    const Tensor got = describe(value, where);
-    if (got.type != spec.type || !(got == spec.dims))
-      fail(where(),
-           std::string("got ") + name_of(got.type) + " " + got.text() + ", expected " +
-               name_of(spec.type) + " " + spec.dims.text(),
-           "The weights do not fit the node's attributes: export the model again");
+    const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
+    if (got.type != spec.type || !(got == spec.dims)) refuse(spec, got);
     return got.data;
   }
 
@@ -212,10 +215,11 @@ class GemmKernel {
     size_t count = 1;
     for (size_t i = 0; i < spec.dims.rank; ++i) count *= static_cast<size_t>(spec.dims.dims[i]);
     std::vector<cpu::plain::Half> halves(count);
-    const float* wide = static_cast<const float*>(data_of(value));
+    const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
+    const float* wide = static_cast<const float*>(got.data);
     for (size_t i = 0; i < count; ++i) {
       cpu::plain::round_to(wide[i], halves[i]);
-      if (cpu::plain::float_from(halves[i]) != wide[i]) checked_input(spec, value);
+      if (cpu::plain::float_from(halves[i]) != wide[i]) refuse(spec, got);
     }
     return halves;
   }

@@ -211,6 +211,8 @@ def test_bad_shapes_are_named(tiny_export: Callable[..., Path]) -> None:
             "input_ids: got a batch of 2, expected 1 as in the cache. Reset the session to "
             "start new sequences."
         )
+        with pytest.raises(InputError, match="got a batch of 2, expected 1 as in the cache"):
+            session.step(np.zeros((2, 1), np.int64), np.ones((2, 12), np.int64))
         assert message(session, IDS[:, :2], np.ones((1, 5), np.int64)) == (
             "attention_mask: got shape [1, 5], expected [1, 2] or [1, 13]. Reset the session to "
             "start new sequences."
