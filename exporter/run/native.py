@@ -194,8 +194,7 @@ class NativeSession(DecoderSession):
             return with_numbers(restored, self._bits, self.dtype)
 
     def _bound(self, batch: int) -> _Bound:
-        """A binding with the cache of so many sequences as input and output: the kept one, or a new one.
-        """
+        """A binding with the cache of so many sequences as input and output, new or the kept one."""
         if self._kept is not None and self._kept.batch == batch:
             return self._kept
         rows = self._form.rows()
