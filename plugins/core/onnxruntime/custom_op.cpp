@@ -86,11 +86,12 @@ class GemmKernel {
       const OrtValue* value = constant_input(info, i + 1);
       constant_.push_back(value != nullptr);
       if (value == nullptr) continue;
-      if (is_widened(inputs_[i], value)) {
-        halves_.back() = halves_of(inputs_[i], value);
+      const Tensor got = described(value, inputs_[i].name);
+      if (is_widened(inputs_[i], got)) {
+        halves_.back() = halves_of(inputs_[i], got);
         inputs_[i].bind(constants_, halves_[i].data());
       } else {
-        inputs_[i].bind(constants_, checked_input(inputs_[i], value));
+        inputs_[i].bind(constants_, checked_data(inputs_[i], got));
       }
     }
   }
@@ -107,10 +108,9 @@ class GemmKernel {
     GemmBuffers buffers = constants_;
     for (size_t i = 0; i < inputs_.size(); ++i) {
       if (constant_[i]) continue;
-      const OrtValue* value = input(inputs, i + 1, inputs_[i].name);
-      inputs_[i].bind(buffers, checked_input(inputs_[i], value));
+      inputs_[i].bind(buffers, checked_data(inputs_[i], input(inputs, i + 1, inputs_[i].name)));
     }
-    const Tensor x = describe(input(inputs, kX, "X"), [this] { return where_ + " input X"; });
+    const Tensor x = input(inputs, kX, "X");
     GemmShape shape = shape_;
     shape.m = tokens_of(x);
     buffers.x = x.data;
@@ -180,12 +180,16 @@ class GemmKernel {
            "Use the library of the version that exported the model, or export the model again");
   }
 
-  const OrtValue* input(const OrtKernelContext* context, size_t index, const char* name) const {
+  Tensor described(const OrtValue* value, const char* name) const {
+    return describe(value, [&] { return where_ + " input " + name; });
+  }
+
+  Tensor input(const OrtKernelContext* context, size_t index, const char* name) const {
     const OrtValue* value = nullptr;
     ask(Function::kKernelContextGetInput, context, index, &value);
     if (value == nullptr)
       fail(where_ + " input " + name, "got nothing, expected a tensor", kExportAgain);
-    return value;
+    return described(value, name);
   }
 
   [[noreturn]] void refuse(const InputSpec& spec, const Tensor& got) const {
@@ -195,27 +199,22 @@ class GemmKernel {
          "The weights do not fit the node's attributes: export the model again");
   }
 
-  // Its data.
-  const void* checked_input(const InputSpec& spec, const OrtValue* value) const {
-    const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
+  const void* checked_data(const InputSpec& spec, const Tensor& got) const {
     if (got.type != spec.type || !(got == spec.dims)) refuse(spec, got);
     return got.data;
   }
 
   // Of a 16-bit node among others that it computes in fp32, ONNX Runtime makes the op's fp32 form,
   // and fp32 of all its fp16 constants.
-  bool is_widened(const InputSpec& spec, const OrtValue* value) const {
-    if (spec.type != kHalf || shape_.dtype != kFloat32) return false;
-    const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
-    return got.type == kFloat && got == spec.dims;
+  bool is_widened(const InputSpec& spec, const Tensor& got) const {
+    return spec.type == kHalf && shape_.dtype == kFloat32 && got.type == kFloat && got == spec.dims;
   }
 
   // What they were; numbers that were not fp16 are refused.
-  std::vector<cpu::plain::Half> halves_of(const InputSpec& spec, const OrtValue* value) const {
+  std::vector<cpu::plain::Half> halves_of(const InputSpec& spec, const Tensor& got) const {
     size_t count = 1;
     for (size_t i = 0; i < spec.dims.rank; ++i) count *= static_cast<size_t>(spec.dims.dims[i]);
     std::vector<cpu::plain::Half> halves(count);
-    const Tensor got = describe(value, [&] { return where_ + " input " + spec.name; });
     const float* wide = static_cast<const float*>(got.data);
     for (size_t i = 0; i < count; ++i) {
       cpu::plain::round_to(wide[i], halves[i]);
